@@ -1,0 +1,88 @@
+"""Engine settings: one frozen dataclass, validated once, read from a mapping of strings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from .errors import InvalidConfig
+
+DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How one engine runs. Every field is a setting of the server (see `from_mapping`).
+
+    Raises:
+        InvalidConfig: a value is out of range; the message names the setting.
+    """
+
+    model_path: Path
+    #: "auto" takes CUDA where there is one, else the CPU.
+    device: str = "auto"
+    #: "auto" is float32 on a CPU and the checkpoint's own type (bfloat16) on a GPU.
+    dtype: str = "auto"
+    #: Requests that run at once; more wait in front of the engine.
+    max_num_seqs: int = 64
+    #: Token budget: rows that one denoising step may push through the model.
+    max_num_batched_tokens: int = 16384
+    #: Prompt plus canvas, in tokens; None: what the checkpoint was trained for.
+    max_model_len: int | None = None
+    #: Largest canvas, in tokens; None: whatever fits into `max_model_len`.
+    max_gen_length: int | None = None
+    #: Memory that logits may take at any moment, in MiB.
+    logits_budget_mb: int = 64
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InvalidConfig(f"DLLM_DTYPE: must be one of {', '.join(DTYPES)}, got {self.dtype}")
+        for name in ("max_num_seqs", "max_num_batched_tokens", "logits_budget_mb"):
+            if getattr(self, name) < 1:
+                raise InvalidConfig(f"{_setting(name)}: must be at least 1")
+        for name in ("max_model_len", "max_gen_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidConfig(f"{_setting(name)}: must be at least 1, or empty")
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, str]) -> EngineConfig:
+        """Build a config from setting names (`MODEL_PATH`, `DLLM_MAX_NUM_SEQS`, …) and strings.
+
+        An empty string means the default.
+
+        Raises:
+            InvalidConfig: a setting is unknown, missing or does not parse.
+        """
+        fields = {_setting(f.name): f for f in dataclasses.fields(cls)}
+        unknown = sorted(set(settings) - set(fields))
+        if unknown:
+            raise InvalidConfig(f"unknown setting {unknown[0]}; known: {', '.join(fields)}")
+        values: dict[str, object] = {}
+        for name, text in settings.items():
+            if text != "":
+                values[fields[name].name] = _parse(name, str(fields[name].type), text)
+        if "model_path" not in values:
+            raise InvalidConfig("MODEL_PATH: missing")
+        return cls(**values)  # type: ignore[arg-type]
+
+    @classmethod
+    def settings(cls) -> list[str]:
+        """Names of all settings, as `from_mapping` takes them."""
+        return [_setting(f.name) for f in dataclasses.fields(cls)]
+
+
+def _setting(field: str) -> str:
+    return "MODEL_PATH" if field == "model_path" else f"DLLM_{field.upper()}"
+
+
+def _parse(name: str, kind: str, text: str) -> object:
+    if kind == "Path":
+        return Path(text)
+    if kind.startswith("int"):
+        try:
+            return int(text)
+        except ValueError:
+            raise InvalidConfig(f"{name}: must be a whole number, got {text!r}") from None
+    return text

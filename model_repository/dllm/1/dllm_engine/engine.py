@@ -1,0 +1,245 @@
+"""The engine: requests in, canvas updates out, one denoising step for many requests at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import time
+from collections.abc import Sequence
+
+import torch
+
+from .config import EngineConfig
+from .errors import EngineDead, InvalidConfig, InvalidRequest, RequestFailed
+from .models import ModelSpec, read_spec
+from .request import CanvasUpdate, FinishReason, SamplingParams, Usage
+from .runner import Runner
+from .scheduler import Request, Scheduler
+from .text import TextCodec, find_stop
+
+logger = logging.getLogger("dllm_engine")
+
+
+@dataclasses.dataclass
+class EngineStats:
+    """Totals since the start."""
+
+    steps: int = 0
+    #: Sequences pushed through the model.
+    forward_passes: int = 0
+    #: Rows pushed through the model.
+    batched_tokens: int = 0
+    #: Tokens of finished answers.
+    completion_tokens: int = 0
+    requests_finished: int = 0
+    requests_cancelled: int = 0
+    requests_failed: int = 0
+    #: Seconds spent in steps.
+    step_seconds: float = 0.0
+
+
+class Engine:
+    """One model and the requests running on it. Not thread-safe: see `EngineWorker`.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be served.
+        InvalidConfig: a setting does not fit the checkpoint or the machine.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        spec = read_spec(config.model_path)
+        self.codec = TextCodec.load(config.model_path, spec.mask_token_id)
+        if self.codec is not None:
+            stop_ids = {*spec.eos_token_ids, *self.codec.stop_token_ids}
+            spec = dataclasses.replace(spec, eos_token_ids=tuple(sorted(stop_ids)))
+        self.config = config
+        self.max_model_len = _max_model_len(config, spec)
+        self.spec = spec = dataclasses.replace(spec, max_model_len=self.max_model_len)
+        self.stats = EngineStats()
+        self._runner = Runner(config, spec)
+        self._scheduler = Scheduler(config.max_num_seqs, config.max_num_batched_tokens)
+        self._requests: dict[int, Request] = {}
+        self._ids = itertools.count()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self._requests)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that take steps."""
+        return self._scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return self._scheduler.num_waiting
+
+    def make_request(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        stream_interval: float | None = None,
+    ) -> Request:
+        """Check a request against this model's limits; it is not queued yet. Thread-safe.
+
+        Args:
+            prompt_ids: the tokenized prompt.
+            params: how to denoise.
+            stream_interval: seconds between updates while running; 0: one per step; None: only
+                the final one.
+
+        Raises:
+            InvalidRequest: names the field and the limit.
+        """
+        if not prompt_ids:
+            raise InvalidRequest("input_ids", "must not be empty")
+        low, high = min(prompt_ids), max(prompt_ids)
+        if low < 0 or high >= self.spec.vocab_size:
+            limit = f"ids must lie in 0..{self.spec.vocab_size - 1}"
+            raise InvalidRequest("input_ids", f"{limit}; got {low if low < 0 else high}")
+        longest = self.config.max_gen_length or self.max_model_len
+        if params.gen_length > longest:
+            raise InvalidRequest("gen_length", f"must be at most {longest}; got {params.gen_length}")
+        if len(prompt_ids) + params.gen_length > self.max_model_len:
+            raise InvalidRequest(
+                "gen_length",
+                f"prompt ({len(prompt_ids)} tokens) plus gen_length ({params.gen_length}) "
+                f"must be at most {self.max_model_len}",
+            )
+        return Request(next(self._ids), list(prompt_ids), params.resolved(), stream_interval)
+
+    def add(self, request: Request) -> None:
+        """Queue a request from `make_request`."""
+        self._requests[request.request_id] = request
+        self._scheduler.add(request)
+
+    def cancel(self, request_id: int) -> CanvasUpdate | None:
+        """End a request now; None if it has finished already."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        self.stats.requests_cancelled += 1
+        return self._finish(request, FinishReason.CANCELLED)
+
+    def abandon(self, error: Exception) -> list[CanvasUpdate]:
+        """Fail every unfinished request with `error`; touches no device."""
+        self.stats.requests_failed += len(self._requests)
+        return [self._finish(r, None, error) for r in list(self._requests.values())]
+
+    def step(self) -> list[CanvasUpdate]:
+        """One denoising step of as many requests as the budget allows.
+
+        Returns:
+            Updates of the requests that finished, failed, or are due for one.
+
+        Raises:
+            EngineDead: the device is lost; no request can go on.
+        """
+        for request in self._scheduler.admit():
+            assert request.slot is not None
+            self._runner.table.fill(request.slot, request.prompt_ids, request.params)
+        chosen = self._scheduler.schedule()
+        return self._run(chosen) if chosen else []
+
+    def _run(self, chosen: list[Request]) -> list[CanvasUpdate]:
+        by_slot = {r.slot: r for r in chosen if r.slot is not None}
+        began = time.perf_counter()
+        try:
+            slots, result = self._runner.run(list(by_slot))
+        except torch.AcceleratorError as error:
+            raise EngineDead(f"device error: {error}") from error
+        except (RuntimeError, ValueError, MemoryError) as error:
+            return self._isolate(chosen, error)
+        self._count(chosen, time.perf_counter() - began)
+        outcomes = zip(slots, result.complete, result.num_ready, result.ended, strict=True)
+        updates = [self._outcome(by_slot[slot], *rest) for slot, *rest in outcomes]
+        return [update for update in updates if update is not None]
+
+    def _isolate(self, chosen: list[Request], error: Exception) -> list[CanvasUpdate]:
+        """A step failed and wrote nothing: find whom it concerns by running each alone."""
+        if len(chosen) > 1:
+            logger.warning("step failed requests=%d; running each alone: %s", len(chosen), error)
+            return [update for request in chosen for update in self._run([request])]
+        request = chosen[0]
+        logger.error("request failed request_id=%d", request.request_id, exc_info=error)
+        self.stats.requests_failed += 1
+        failure = RequestFailed(f"{type(error).__name__}: {error}")
+        return [self._finish(request, None, failure)]
+
+    def _count(self, chosen: list[Request], seconds: float) -> None:
+        self.stats.steps += 1
+        self.stats.step_seconds += seconds
+        for request in chosen:
+            request.steps_run += 1
+            self.stats.forward_passes += request.forwards_per_step
+            self.stats.batched_tokens += request.rows_per_step
+
+    def _outcome(
+        self, request: Request, complete: bool, num_ready: int, ended: bool
+    ) -> CanvasUpdate | None:
+        grown = num_ready > request.num_ready
+        request.num_ready = num_ready
+        stopped = grown and bool(request.params.stop) and self._has_stop(request)
+        if ended or stopped:
+            request.ended_by_token = ended and not stopped
+            return self._finish(request, FinishReason.STOP)
+        if complete:
+            return self._finish(request, FinishReason.LENGTH)
+        return self._update(request) if request.is_due(time.monotonic()) else None
+
+    def _has_stop(self, request: Request) -> bool:
+        assert self.codec is not None
+        assert request.slot is not None
+        ready = self._runner.table.canvas(request.slot)[0][: request.num_ready]
+        return find_stop(self.codec.decode(ready.numpy()), request.params.stop) is not None
+
+    def _finish(
+        self, request: Request, reason: FinishReason | None, error: Exception | None = None
+    ) -> CanvasUpdate:
+        update = self._update(request, reason, error)
+        del self._requests[request.request_id]
+        self._scheduler.remove(request)
+        self.stats.requests_finished += reason in (FinishReason.STOP, FinishReason.LENGTH)
+        self.stats.completion_tokens += update.usage.completion_tokens
+        return update
+
+    def _update(
+        self, request: Request, reason: FinishReason | None = None, error: Exception | None = None
+    ) -> CanvasUpdate:
+        if request.slot is None or isinstance(error, EngineDead):  # no canvas, or out of reach
+            size = request.params.gen_length
+            tokens = torch.full((size,), self.spec.mask_token_id, dtype=torch.int32)
+            confidence = torch.full((size,), -1.0)
+        else:
+            tokens, confidence = self._runner.table.canvas(request.slot)
+        usage = Usage(
+            prompt_tokens=len(request.prompt_ids),
+            completion_tokens=request.num_ready + request.ended_by_token,
+            steps=request.steps_run,
+            forward_passes=request.steps_run * request.forwards_per_step,
+        )
+        assert request.params.seed is not None
+        return CanvasUpdate(
+            request.request_id,
+            tokens.numpy(),
+            confidence.numpy(),
+            request.num_ready,
+            usage,
+            request.params.seed,
+            reason,
+            error,
+        )
+
+
+def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
+    wanted = config.max_model_len or spec.max_model_len
+    if wanted > spec.max_model_len:
+        raise InvalidConfig(
+            f"DLLM_MAX_MODEL_LEN: the checkpoint was trained for {spec.max_model_len} tokens; "
+            f"got {wanted}"
+        )
+    return wanted

@@ -1,0 +1,6 @@
+"""Model families behind one interface, and the loader of their Hugging Face checkpoints."""
+
+from .base import DiffusionModel, ModelSpec
+from .loader import load_model, read_spec
+
+__all__ = ["DiffusionModel", "ModelSpec", "load_model", "read_spec"]

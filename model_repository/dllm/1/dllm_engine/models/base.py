@@ -1,0 +1,122 @@
+"""The transformer both families share, over packed rows.
+
+LLaDA is a Llama and Dream a Qwen2 without the causal mask; they differ in names, in biased
+queries, keys and values, and in whether logits are shifted. Those differences are data
+(`ModelSpec`) and a table of tensor names in each family's file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import PackedLayout, RotaryTable, apply_rotary, packed_attention, rms_norm
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """What the engine must know of a checkpoint, read from its config.json."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_model_len: int
+    mask_token_id: int
+    eos_token_ids: tuple[int, ...]
+    qkv_bias: bool
+    tied_head: bool
+    #: Whether the hidden state at position i predicts the token at i + 1 (Dream).
+    shifted: bool
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+
+class Layer(nn.Module):
+    """One pre-norm block: attention, then a SwiGLU MLP. Projections that share input are fused."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        qkv_size = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+        self.attention_norm = nn.Parameter(torch.empty(spec.hidden_size))
+        self.qkv = nn.Linear(spec.hidden_size, qkv_size, bias=spec.qkv_bias)
+        self.out = nn.Linear(spec.num_heads * spec.head_dim, spec.hidden_size, bias=False)
+        self.mlp_norm = nn.Parameter(torch.empty(spec.hidden_size))
+        self.gate_up = nn.Linear(spec.hidden_size, 2 * spec.intermediate_size, bias=False)
+        self.down = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout) -> Tensor:
+        """[rows, hidden_size] to the same."""
+        spec = self.spec
+        normed = rms_norm(x, self.attention_norm, spec.rms_norm_eps)
+        heads = self.qkv(normed).view(x.shape[0], -1, spec.head_dim)
+        q, k, v = heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        x = x + self.out(packed_attention(q, k, v, layout))
+        normed = rms_norm(x, self.mlp_norm, spec.rms_norm_eps)
+        gate, up = self.gate_up(normed).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class DiffusionModel(nn.Module):
+    """Embedding, layers, final norm and head of a masked diffusion language model."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embedding = nn.Parameter(torch.empty(spec.vocab_size, spec.hidden_size))
+        self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.num_layers))
+        self.final_norm = nn.Parameter(torch.empty(spec.hidden_size))
+        if not spec.tied_head:
+            self.head = nn.Parameter(torch.empty(spec.vocab_size, spec.hidden_size))
+        self._rotary: RotaryTable | None = None
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[vocab_size, hidden_size]: logits are `hidden @ head_weight.T`."""
+        return self.embedding if self.spec.tied_head else self.head
+
+    def prepare(self) -> None:
+        """Build what depends on where the weights lie; call once after loading."""
+        spec, weight = self.spec, self.embedding
+        self._rotary = RotaryTable(
+            spec.head_dim,
+            spec.max_model_len,
+            spec.rope_theta,
+            device=str(weight.device),
+            dtype=weight.dtype,
+        )
+
+    def forward(self, input_ids: Tensor, positions: Tensor, layout: PackedLayout) -> Tensor:
+        """Hidden states before the final norm.
+
+        Args:
+            input_ids: [rows] int64.
+            positions: [rows] int64, each row's place in its own sequence.
+            layout: the sequences among the rows.
+
+        Returns:
+            [rows, hidden_size].
+        """
+        assert self._rotary is not None, "prepare() was not called"
+        cos, sin = self._rotary.at(positions)
+        x = F.embedding(input_ids, self.embedding)
+        for layer in self.layers:
+            x = layer(x, cos, sin, layout)
+        return x
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """Final norm, for the rows that need logits: [rows, hidden_size] to the same."""
+        return rms_norm(hidden, self.final_norm, self.spec.rms_norm_eps)

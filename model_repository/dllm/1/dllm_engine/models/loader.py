@@ -1,0 +1,189 @@
+"""Reads Hugging Face checkpoint directories without remote code, and proves completeness.
+
+The model is built on the meta device and each parameter is filled straight from the file, so a
+model never exists twice in memory. Only safetensors are read: pickles can run code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import CheckpointError
+from . import llada
+from .base import DiffusionModel, ModelSpec
+
+_FAMILIES: dict[str, ModuleType] = {name: llada for name in llada.ARCHITECTURES}
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+#: Called with (parameters loaded, parameters in all).
+Progress = Callable[[int, int], None]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: no such file, or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return value
+
+
+def read_spec(directory: Path) -> ModelSpec:
+    """The model described by `config.json` (and the stop ids of `generation_config.json`).
+
+    Raises:
+        CheckpointError: files or fields are missing, or the family is unknown.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory")
+    config = read_json(directory / "config.json")
+    architecture = (config.get("architectures") or ["none given"])[0]
+    family = _FAMILIES.get(architecture)
+    if family is None:
+        known = ", ".join(_FAMILIES)
+        raise CheckpointError(f"config.json: architecture {architecture}; supported: {known}")
+    generation = directory / "generation_config.json"
+    sources = [config, read_json(generation) if generation.exists() else {}]
+    stop_ids = _stop_ids(sources)
+    try:
+        spec: ModelSpec = family.spec(config, stop_ids)
+    except KeyError as error:
+        raise CheckpointError(f"config.json: {error.args[0]} is missing") from error
+    except ValueError as error:
+        raise CheckpointError(f"config.json: {error}") from error
+    return spec
+
+
+def load_model(
+    directory: Path,
+    spec: ModelSpec,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    progress: Progress | None = None,
+) -> DiffusionModel:
+    """Load the weights into a model on `device`.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or of the wrong shape; names all of them.
+    """
+    with torch.device("meta"):
+        model = DiffusionModel(spec)
+    table: dict[str, tuple[str, ...]] = _FAMILIES[spec.architecture].tensors(spec)
+    wanted = dict(model.named_parameters())
+    with _Checkpoint(directory) as checkpoint:
+        _check_names(table, checkpoint)
+        _check_shapes(table, wanted, checkpoint)
+        for done, (name, parameter) in enumerate(wanted.items(), start=1):
+            filled = torch.empty(parameter.shape, device=device, dtype=dtype)
+            row = 0
+            for source in table[name]:
+                part = checkpoint.tensor(source)
+                filled[row : row + part.shape[0]].copy_(part)
+                row += part.shape[0]
+            _replace_parameter(model, name, filled)
+            if progress:
+                progress(done, len(wanted))
+    model.prepare()
+    return model.eval()
+
+
+def _stop_ids(sources: list[dict[str, Any]]) -> tuple[int, ...]:
+    ids: set[int] = set()
+    for source in sources:
+        value = source.get("eos_token_id")
+        ids.update([value] if isinstance(value, int) else value or [])
+    return tuple(sorted(ids))
+
+
+def _check_names(table: Mapping[str, tuple[str, ...]], checkpoint: _Checkpoint) -> None:
+    expected = {source for sources in table.values() for source in sources}
+    problems = [f"missing {name}" for name in sorted(expected - checkpoint.names)]
+    problems += [f"unexpected {name}" for name in sorted(checkpoint.names - expected)]
+    if problems:
+        raise CheckpointError(f"{checkpoint.directory}: tensors: {_listed(problems)}")
+
+
+def _check_shapes(
+    table: Mapping[str, tuple[str, ...]], wanted: Mapping[str, Tensor], checkpoint: _Checkpoint
+) -> None:
+    problems = []
+    for name, parameter in wanted.items():
+        shapes = [checkpoint.shape(source) for source in table[name]]
+        rows = sum(shape[0] for shape in shapes)
+        if rows != parameter.shape[0] or any(s[1:] != parameter.shape[1:] for s in shapes):
+            found = " + ".join(str(list(shape)) for shape in shapes)
+            problems.append(
+                f"{' + '.join(table[name])}: shape {found}, expected {list(parameter.shape)}"
+            )
+    if problems:
+        raise CheckpointError(f"{checkpoint.directory}: tensors: {_listed(problems)}")
+
+
+def _listed(problems: list[str], limit: int = 20) -> str:
+    more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
+    return "; ".join(problems[:limit]) + more
+
+
+def _replace_parameter(model: torch.nn.Module, name: str, value: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    setattr(module, leaf, torch.nn.Parameter(value, requires_grad=False))
+
+
+@dataclasses.dataclass
+class _Checkpoint:
+    """Tensors of a single-file or sharded safetensors checkpoint, read lazily."""
+
+    directory: Path
+
+    def __enter__(self) -> _Checkpoint:
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+        for file in self._file_names():
+            path = self.directory / file
+            try:
+                handle = self._stack.enter_context(safe_open(path, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                self._stack.close()
+                raise CheckpointError(f"{path}: {error}") from error
+            self._files.update(dict.fromkeys(handle.keys(), handle))
+        self.names = frozenset(self._files)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def _file_names(self) -> list[str]:
+        if (self.directory / _INDEX).exists():
+            weight_map = read_json(self.directory / _INDEX).get("weight_map", {})
+            return sorted(set(weight_map.values()))
+        if (self.directory / _SINGLE).exists():
+            return [_SINGLE]
+        pickles = [p.name for p in self.directory.glob("*.bin")]
+        hint = f" ({pickles[0]} is a pickle, which is never read)" if pickles else ""
+        raise CheckpointError(f"{self.directory}: neither {_SINGLE} nor {_INDEX}{hint}")
+
+    def shape(self, name: str) -> torch.Size:
+        return torch.Size(self._files[name].get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor

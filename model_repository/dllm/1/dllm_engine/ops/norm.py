@@ -1,0 +1,20 @@
+"""Root-mean-square normalisation."""
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm (Zhang & Sennrich 2019) as Llama has it: statistics in at least float32.
+
+    Args:
+        x: [rows, dim], any float type.
+        weight: [dim], same type.
+        eps: added to the mean square.
+
+    Returns:
+        [rows, dim], type of `x`.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (wide * scale).to(x.dtype)

@@ -1,0 +1,112 @@
+"""Owns the model and the device: runs one denoising step for a set of slots."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from .batch import StepBatch, build_batch
+from .canvas import CanvasTable, StepResult
+from .config import EngineConfig
+from .errors import InvalidConfig
+from .models import DiffusionModel, ModelSpec, load_model
+from .sampling import sample_candidates, select_commits
+
+logger = logging.getLogger("dllm_engine")
+
+
+def resolve_device(config: EngineConfig) -> tuple[str, torch.dtype]:
+    """Device and number type that `config` means on this machine.
+
+    Raises:
+        InvalidConfig: the device does not exist here.
+    """
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InvalidConfig(f"DLLM_DEVICE: {device} asked for, but no CUDA device is visible")
+    name = config.dtype
+    if name == "auto":
+        name = "float32" if device == "cpu" else "bfloat16"
+    return device, getattr(torch, name)
+
+
+class Runner:
+    """A loaded model and the canvases it works on.
+
+    Raises:
+        CheckpointError: the weights do not fit the config.
+        InvalidConfig: the device does not exist.
+    """
+
+    def __init__(self, config: EngineConfig, spec: ModelSpec) -> None:
+        self._device, dtype = resolve_device(config)
+        self._budget_bytes = config.logits_budget_mb * 2**20
+        self._model: DiffusionModel = load_model(
+            config.model_path, spec, device=self._device, dtype=dtype, progress=_log_progress
+        )
+        self.table = CanvasTable(
+            config.max_num_seqs,
+            spec.max_model_len,
+            mask_token_id=spec.mask_token_id,
+            eos_token_ids=spec.eos_token_ids,
+            device=self._device,
+        )
+        logger.info("model ready device=%s dtype=%s", self._device, dtype)
+
+    @torch.inference_mode()
+    def run(self, slots: list[int]) -> tuple[list[int], StepResult]:
+        """One denoising step for the requests in `slots`.
+
+        Nothing is written before the whole forward pass has succeeded, so a step that raised
+        can be tried again.
+
+        Returns:
+            The slots in the order of the result, and the result.
+        """
+        batch = build_batch(self.table, torch.tensor(slots, device=self._device))
+        hidden = self._masked_hidden(batch)
+        candidates = sample_candidates(
+            hidden,
+            self._model.head_weight,
+            batch.noise,
+            mask_token_id=self.table.mask_token_id,
+            budget_bytes=self._budget_bytes,
+        )
+        self._commit(batch, candidates.token, candidates.confidence)
+        return batch.slots.tolist(), self.table.advance(batch.slots)
+
+    def _masked_hidden(self, batch: StepBatch) -> Tensor:
+        """Head inputs of the masked positions, [M, hidden_size], guidance applied.
+
+        The head is linear, so guiding its inputs, `u + (s + 1)(c − u)`, equals guiding the logits
+        (LLaDA, generate.py) at half the cost.
+        """
+        hidden = self._model(batch.input_ids, batch.positions, batch.layout)
+        conditional = self._model.head_input(hidden[batch.rows])
+        if batch.cfg_scale is None:
+            return conditional
+        unconditional = self._model.head_input(hidden[batch.uncond_rows])
+        scale = (batch.cfg_scale + 1).to(hidden.dtype).unsqueeze(1)
+        guided = unconditional + scale * (conditional - unconditional)
+        return torch.where((batch.cfg_scale > 0).unsqueeze(1), guided, conditional)
+
+    def _commit(self, batch: StepBatch, token: Tensor, confidence: Tensor) -> None:
+        masked = batch.block_masked
+        scores = confidence.new_zeros(masked.shape).masked_scatter_(masked, confidence)
+        chosen = select_commits(scores, masked, batch.plan)
+        picked = chosen[masked]  # of the M candidates, in the same row-major order
+        request = masked.nonzero(as_tuple=True)[0][picked]
+        self.table.commit(
+            batch.slots[request], batch.block_positions[masked][picked],
+            token[picked], confidence[picked],
+        )
+
+
+def _log_progress(done: int, total: int) -> None:
+    # Ten lines for a model of any size.
+    if done == total or done * 10 // total != (done - 1) * 10 // total:
+        logger.info("loading weights %d%%", 100 * done // total)

@@ -1,0 +1,49 @@
+"""Random numbers that are a pure function of (seed, step, position, token).
+
+A counter-based generator: what a request draws depends on nothing else in the batch, on no
+order of calls, and is the same after a restart. The mixing function is splitmix64 (Steele, Lea,
+Flood 2014), in wrapping int64 arithmetic since torch has no unsigned 64-bit operators.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Separate streams for separate uses of the same (seed, step, position).
+STREAM_TOKEN = 1
+STREAM_ORDER = 2
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX_2 = 0x94D049BB133111EB - 2**64
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical (zero-filling) right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def row_keys(seed: Tensor, step: Tensor, position: Tensor, stream: int) -> Tensor:
+    """One key per row from int64 [rows] seeds, steps and positions; int64 [rows]."""
+    key = _mix(seed + stream * _GOLDEN)
+    key = _mix(key + (step + 1) * _GOLDEN)
+    return _mix(key + (position + 1) * _GOLDEN)
+
+
+def uniform(keys: Tensor, count: int) -> Tensor:
+    """Numbers in (0, 1), never 0 nor 1: float64 [rows, count]."""
+    counters = torch.arange(1, count + 1, device=keys.device, dtype=torch.int64) * _GOLDEN
+    bits = _mix(keys.unsqueeze(1) + counters)
+    return (_shift_right(bits, 11).to(torch.float64) + 0.5) * 2.0**-53
+
+
+def gumbel(keys: Tensor, count: int) -> Tensor:
+    """Standard Gumbel noise, float64 [rows, count]."""
+    return uniform(keys, count).log_().neg_().log_().neg_()

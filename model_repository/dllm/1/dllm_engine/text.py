@@ -1,0 +1,167 @@
+"""Prompts to token ids and back: the checkpoint's own tokenizer and chat template."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import numpy.typing as npt
+from transformers import AutoTokenizer
+
+from .errors import CheckpointError, InvalidRequest
+from .models.loader import read_json
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+#: Stands for the n-th piece of user text that must not be read as a special token.
+_SENTINEL = "\ue000{}\ue001"
+_SENTINEL_PATTERN = re.compile("\ue000(\\d+)\ue001")
+_INCOMPLETE = "\ufffd"
+
+
+class TextCodec:
+    """Encodes prompts and decodes canvases.
+
+    Text that a user writes never becomes a control token: in messages no special token is
+    recognised inside `content`; in a raw prompt only the mask token is taken literally, since
+    hand-written templates need the others.
+    """
+
+    def __init__(self, tokenizer: Any, mask_token_id: int) -> None:
+        self._tokenizer = tokenizer
+        self._mask_text: str = tokenizer.convert_ids_to_tokens(mask_token_id)
+        specials = sorted(set(tokenizer.get_added_vocab()), key=len, reverse=True)
+        self._special_pattern = re.compile("|".join(map(re.escape, specials)) or "(?!)")
+        self._mask_pattern = re.compile(re.escape(self._mask_text))
+
+    @classmethod
+    def load(cls, directory: Path, mask_token_id: int) -> TextCodec | None:
+        """The tokenizer of a checkpoint directory; None if it has none.
+
+        Raises:
+            CheckpointError: the tokenizer cannot be read without running its own code.
+        """
+        if not any((directory / name).exists() for name in _TOKENIZER_FILES):
+            return None
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                directory, trust_remote_code=False, local_files_only=True
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{directory}: tokenizer: {error}") from error
+        return cls(tokenizer, mask_token_id)
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Ends of text and of turn that the tokenizer knows beside the config's own."""
+        vocabulary = self._tokenizer.get_added_vocab()
+        names = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>")
+        return tuple(vocabulary[name] for name in names if name in vocabulary)
+
+    def encode_text(self, text: str) -> list[int]:
+        """A raw prompt, no template.
+
+        Raises:
+            InvalidRequest: the text is empty or not encodable.
+        """
+        if not text:
+            raise InvalidRequest("text_input", "must not be empty")
+        return self._encode("text_input", *_protect(text, self._mask_pattern, []))
+
+    def encode_chat(self, text: str) -> list[int]:
+        """One user message; see `encode_messages`."""
+        return self.encode_messages(json.dumps([{"role": "user", "content": text}]))
+
+    def encode_messages(self, messages_json: str) -> list[int]:
+        """Chat messages (JSON list of role and content), rendered by the chat template.
+
+        A checkpoint without a template takes a single user message as it is.
+
+        Raises:
+            InvalidRequest: not such a list, or the template refuses it.
+        """
+        messages = _parse_messages(messages_json)
+        literals: list[str] = []
+        for message in messages:
+            protected, literals = _protect(message["content"], self._special_pattern, literals)
+            message["content"] = protected
+        return self._encode("messages", self._render(messages), literals)
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        if self._tokenizer.chat_template is None:
+            if len(messages) > 1:
+                problem = "this checkpoint has no chat template; send one message, or text_input"
+                raise InvalidRequest("messages", problem)
+            return messages[0]["content"]
+        try:
+            rendered: str = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except jinja2.TemplateError as error:
+            raise InvalidRequest("messages", f"chat template: {error}") from error
+        return rendered
+
+    def decode(self, token_ids: Sequence[int] | npt.NDArray[np.int32]) -> str:
+        """Text of these tokens, without special tokens and without half a character at the end."""
+        text: str = self._tokenizer.decode(
+            np.asarray(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text.rstrip(_INCOMPLETE)
+
+    def answer(self, ready_ids: npt.NDArray[np.int32], stop: tuple[str, ...]) -> str:
+        """The answer's text so far: `decode`, cut before the first stop string."""
+        text = self.decode(ready_ids)
+        cut = find_stop(text, stop)
+        return text if cut is None else text[:cut]
+
+    def _encode(self, field: str, text: str, literals: list[str]) -> list[int]:
+        ids: list[int] = []
+        try:
+            for i, piece in enumerate(_SENTINEL_PATTERN.split(text)):
+                is_literal = i % 2 == 1
+                source = literals[int(piece)] if is_literal else piece
+                if source:
+                    ids += self._tokenizer.encode(
+                        source, add_special_tokens=False, split_special_tokens=is_literal
+                    )
+        except (UnicodeEncodeError, TypeError) as error:
+            raise InvalidRequest(field, f"not encodable as UTF-8: {error}") from error
+        return ids
+
+
+def find_stop(text: str, stop: tuple[str, ...]) -> int | None:
+    """Where the first of the stop strings begins in `text`, if any does."""
+    found = [at for s in stop if (at := text.find(s)) >= 0]
+    return min(found, default=None)
+
+
+def _protect(text: str, pattern: re.Pattern[str], literals: list[str]) -> tuple[str, list[str]]:
+    """Replace matches (and anything that looks like a sentinel) by sentinels; append them."""
+    literals = list(literals)
+
+    def replace(match: re.Match[str]) -> str:
+        literals.append(match.group())
+        return _SENTINEL.format(len(literals) - 1)
+
+    either = re.compile(f"{_SENTINEL_PATTERN.pattern.replace('(', '(?:')}|{pattern.pattern}")
+    return either.sub(replace, text), literals
+
+
+def _parse_messages(messages_json: str) -> list[dict[str, str]]:
+    shape = 'must be a JSON list of {"role": string, "content": string}'
+    try:
+        messages = json.loads(messages_json)
+    except ValueError as error:
+        raise InvalidRequest("messages", f"{shape}: {error}") from error
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRequest("messages", f"{shape}, not empty")
+    for i, message in enumerate(messages):
+        ok = isinstance(message, dict) and set(message) == {"role", "content"}
+        if not ok or not all(isinstance(value, str) for value in message.values()):
+            raise InvalidRequest("messages", f"{shape}; item {i} is not")
+    return messages
+

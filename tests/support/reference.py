@@ -1,0 +1,96 @@
+"""The decoding loop as the papers define it, slowly and plainly, one request at a time.
+
+Written from the definition of LLaDA's `generate`: one full forward per step, no batching, no
+cache. Deviations that the engine documents are made here too: the mask token is never chosen,
+equal confidences go to the leftmost position, and a last block may be shorter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+#: Token ids [length] to logits [length, vocab].
+Forward = Callable[[Tensor], Tensor]
+
+
+@dataclasses.dataclass
+class ReferenceResult:
+    """Tokens and confidences of the canvas."""
+
+    tokens: list[int]
+    confidence: list[float]
+    forward_passes: int
+
+
+def split_evenly(total: int, parts: int) -> list[int]:
+    """`total` in `parts` shares, the remainder to the first."""
+    base, extra = divmod(total, parts)
+    return [base + 1] * extra + [base] * (parts - extra)
+
+
+def block_steps(gen_length: int, block_length: int, steps: int) -> list[tuple[int, int, int]]:
+    """(start, end, steps) of each block, the steps spread evenly over the canvas."""
+    edges = [*range(0, gen_length, block_length), gen_length]
+    shares = []
+    for start, end in zip(edges, edges[1:], strict=False):
+        shares.append((start, end, end * steps // gen_length - start * steps // gen_length))
+    return shares
+
+
+def generate(
+    forward: Forward,
+    prompt: list[int],
+    *,
+    mask_id: int,
+    gen_length: int,
+    block_length: int,
+    steps: int,
+    cfg_scale: float = 0.0,
+    threshold: float | None = None,
+) -> ReferenceResult:
+    """LLaDA's fixed-schedule low-confidence decoding at temperature 0, or by threshold."""
+    x = torch.tensor(prompt + [mask_id] * gen_length)
+    start_of_canvas = len(prompt)
+    is_masked = torch.tensor([False] * len(prompt) + [True] * gen_length)
+    kept = torch.full((gen_length,), -1.0, dtype=torch.float64)
+    passes = 0
+
+    def logits() -> Tensor:
+        nonlocal passes
+        passes += 1
+        conditional = forward(x)
+        if cfg_scale == 0:
+            return conditional
+        passes += 1
+        blind = x.clone()
+        blind[:start_of_canvas] = mask_id
+        unconditional = forward(blind)
+        return unconditional + (cfg_scale + 1) * (conditional - unconditional)
+
+    for start, end, num_steps in block_steps(gen_length, block_length, steps):
+        block = range(start_of_canvas + start, start_of_canvas + end)
+        shares = split_evenly(sum(bool(is_masked[i]) for i in block), num_steps)
+        step = 0
+        while any(bool(is_masked[i]) for i in block):
+            scores = logits()
+            probability = scores.softmax(-1)
+            scores = scores.clone()
+            scores[:, mask_id] = -torch.inf
+            choice = scores.argmax(-1)
+            open_positions = [i for i in block if is_masked[i]]
+            confidence = {i: float(probability[i, choice[i]]) for i in open_positions}
+            ranked = sorted(open_positions, key=lambda i: (-confidence[i], i))  # noqa: B023
+            if threshold is None:
+                chosen = ranked[: shares[step]]
+            else:
+                chosen = ranked[:1] + [i for i in ranked[1:] if confidence[i] >= threshold]
+            for i in chosen:
+                x[i] = choice[i]
+                is_masked[i] = False
+                kept[i - start_of_canvas] = confidence[i]
+            step += 1
+    return ReferenceResult(x[start_of_canvas:].tolist(), kept.tolist(), passes)
