@@ -1,11 +1,11 @@
 """What can go wrong while starting the stack.
 
 LaunchError
- ├─ ServerMissing    no tritonserver binary that fits this interpreter
- ├─ RepositoryError  the model repository, or a model in it, is not there
- ├─ PortTaken        another process listens on a port we need
- ├─ ProcessDied      a process ended although nobody asked it to
- └─ StartTimeout     a process lives but is not ready in time
+ ├─ ServerMissingError  no tritonserver binary that fits this interpreter
+ ├─ RepositoryError     the model repository, or a model in it, is not there
+ ├─ PortTakenError      another process listens on a port we need
+ ├─ ProcessDiedError    a process ended although nobody asked it to
+ └─ StartTimeoutError   a process lives but is not ready in time
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ class LaunchError(Exception):
     """Base of every error of the launcher; the message is meant for the person who started it."""
 
 
-class ServerMissing(LaunchError):
+class ServerMissingError(LaunchError):
     """There is no tritonserver to run."""
 
 
@@ -23,7 +23,7 @@ class RepositoryError(LaunchError):
     """The model repository does not hold the models that are to be loaded."""
 
 
-class PortTaken(LaunchError):
+class PortTakenError(LaunchError):
     """A port is in use; names the port and the setting that moves it."""
 
     def __init__(self, what: str, address: str, port: int, setting: str) -> None:
@@ -35,7 +35,7 @@ class PortTaken(LaunchError):
         self.setting = setting
 
 
-class _WithLog(LaunchError):
+class _LogError(LaunchError):
     """An error that carries the last lines a process wrote, since those name the cause."""
 
     def __init__(self, message: str, log_tail: Sequence[str]) -> None:
@@ -44,9 +44,9 @@ class _WithLog(LaunchError):
         super().__init__(f"{message}; its last lines:{shown}" if shown else message)
 
 
-class ProcessDied(_WithLog):
+class ProcessDiedError(_LogError):
     """A process ended on its own."""
 
 
-class StartTimeout(_WithLog):
+class StartTimeoutError(_LogError):
     """A process was not ready within the time it was given."""

@@ -31,6 +31,13 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def start(command: list[str]) -> subprocess.Popen[bytes]:
+    """Start the command as leader of a process group; raises OSError when it cannot be run."""
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=die_with_parent
+    )
+
+
 def wait_for_end(child: subprocess.Popen[bytes]) -> None:
     """Return when the command has ended or the launcher has let go of our standard input."""
     while child.poll() is None:
@@ -79,10 +86,10 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     signal.signal(signal.SIGTERM, raise_exit)
     signal.signal(signal.SIGINT, raise_exit)
-    child = subprocess.Popen(
-        options.command, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=die_with_parent
-    )
-    status = 0
+    try:
+        child = start(options.command)
+    except OSError as error:
+        sys.exit(f"cannot run {options.command[0]}: {error.strerror}")
     try:
         os.write(options.pid_fd, str(child.pid).encode())
         os.close(options.pid_fd)

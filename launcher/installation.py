@@ -1,4 +1,4 @@
-"""Find a tritonserver: the one of NVIDIA's container, or the one inside the nvidia-pytriton wheel."""
+"""Find a tritonserver: the one of NVIDIA's container, or the one in the nvidia-pytriton wheel."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from launcher.errors import ServerMissing
+from launcher.errors import ServerMissingError
 
 WHEEL = "nvidia-pytriton"
 BACKEND_FILES = ("libtriton_python.so", "triton_python_backend_utils.py")
@@ -47,7 +47,7 @@ class Installation:
 def find_installation() -> Installation:
     """The tritonserver in PATH if there is one, else the wheel's.
 
-    Raises ServerMissing when neither is there, or when the wheel does not support this Python.
+    Raises ServerMissingError when neither is there, or when the wheel does not support this Python.
     """
     in_path = shutil.which("tritonserver")
     if in_path is not None:
@@ -60,7 +60,7 @@ def find_installation() -> Installation:
             "no tritonserver in PATH, and the wheel that brings one is not installed: "
             "pip install 'dllm-serve[server]'"
         )
-        raise ServerMissing(message) from None
+        raise ServerMissingError(message) from None
     return _from_wheel(Path(str(located)))
 
 
@@ -71,7 +71,9 @@ def _from_wheel(package: Path) -> Installation:
     stub = stubs / version / STUB
     if not stub.is_file():
         known = ", ".join(sorted(path.parent.name for path in stubs.glob(f"*/{STUB}")))
-        raise ServerMissing(f"{WHEEL} has no stub for Python {version}, only for: {known or '-'}")
+        raise ServerMissingError(
+            f"{WHEEL} has no stub for Python {version}, only for: {known or '-'}"
+        )
     files = tuple(root / "backends" / "python" / name for name in BACKEND_FILES)
     libraries = [package.parent / "nvidia_pytriton.libs"]
     # The stub links libpython3.X.so, which sits outside the loader's path in most builds.

@@ -3,16 +3,16 @@
 import contextlib
 import socket
 
-from launcher.errors import PortTaken
+from launcher.errors import PortTakenError
 
 
 def require_free_port(what: str, address: str, port: int, setting: str) -> None:
-    """Raises PortTaken, naming `what` and the `setting` that moves it, when `port` is in use."""
+    """Raises PortTakenError, which names the `setting` that moves `what`, when it is in use."""
     try:
         with contextlib.closing(_bound(address, port)):
             pass
     except OSError as error:
-        raise PortTaken(what, address, port, setting) from error
+        raise PortTakenError(what, address, port, setting) from error
 
 
 def free_port(address: str = "127.0.0.1") -> int:

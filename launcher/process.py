@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from launcher.errors import ProcessDied
+from launcher.errors import ProcessDiedError
 
 GUARD = Path(__file__).with_name("guard.py")
 TAIL_LINES = 40
@@ -23,8 +23,9 @@ LogCallback = Callable[[str], None]
 class GuardedProcess:
     """A running command; the guard sees to it that nothing of it survives this process.
 
-    `on_log` is called with every line it writes, from a thread of its own; `log_file` gets the
-    same lines. Raises ProcessDied when the command cannot be started at all.
+    `log_file` gets every line it writes; so does `on_log`, called from another thread, which must
+    not raise, since a log that nobody reads blocks its writer. Raises ProcessDiedError when the
+    command cannot be started at all.
     """
 
     def __init__(
@@ -43,15 +44,14 @@ class GuardedProcess:
         self._grace = grace
         self._on_log = on_log
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
-        options = ["--grace", str(grace), "--shm-prefix", shm_prefix]
+        pid_read, pid_write = os.pipe()
+        options = ["--pid-fd", str(pid_write), "--grace", str(grace), "--shm-prefix", shm_prefix]
         if scratch is not None:
             options += ["--scratch", str(scratch)]
-        pid_read, pid_write = os.pipe()
         with open(pid_read, "rb") as reports:
             self._guard = subprocess.Popen(
                 # -I -S: the guard needs the standard library only and starts in milliseconds.
-                [sys.executable, "-I", "-S", str(GUARD), "--pid-fd", str(pid_write), *options]
-                + ["--", *command],
+                [sys.executable, "-I", "-S", str(GUARD), *options, "--", *command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -68,8 +68,7 @@ class GuardedProcess:
             self._pump.start()
             reported = reports.read()
         if not reported:
-            self.stop()
-            raise ProcessDied(f"{name} could not be started", self.tail())
+            raise self.died()
         self.pid = int(reported)
 
     def _pump_log(self, log_file: Path | None) -> None:
@@ -98,11 +97,11 @@ class GuardedProcess:
         """The last lines of its log."""
         return list(self._tail)
 
-    def died(self) -> ProcessDied:
+    def died(self) -> ProcessDiedError:
         """The error that describes its unexpected end; call it once `running` is false."""
         status = self._guard.wait()
         self._pump.join(timeout=2.0)
-        return ProcessDied(f"{self.name} ended with exit status {status}", self.tail())
+        return ProcessDiedError(f"{self.name} ended with exit status {status}", self.tail())
 
     def stop(self) -> None:
         """End the command and everything it started; returns when all of it is gone."""

@@ -12,7 +12,7 @@ from typing import Self
 
 import httpx
 
-from launcher.errors import RepositoryError, StartTimeout
+from launcher.errors import RepositoryError, StartTimeoutError
 from launcher.installation import find_installation
 from launcher.ports import free_port, require_free_port
 from launcher.process import GuardedProcess, LogCallback
@@ -31,8 +31,10 @@ class TritonServer:
     processes and shared memory. So does the end of this process, however it comes. Port 0 stands
     for any free port. `env` is added to this process's environment.
 
-    Entering raises ServerMissing, RepositoryError, PortTaken, ProcessDied (a model failed to
-    load: the message ends with the server's log) or StartTimeout.
+    `on_log` gets every log line, from another thread, and must not raise; `on_wait` is called
+    while the models load. Entering raises ServerMissingError, RepositoryError, PortTakenError,
+    ProcessDiedError (a model failed to load: the message ends with the server's log) or
+    StartTimeoutError.
     """
 
     def __init__(
@@ -211,7 +213,7 @@ class TritonServer:
                 waited = time.monotonic() - started
                 if waited > self.start_timeout:
                     message = f"tritonserver was not ready after {self.start_timeout:.0f} s"
-                    raise StartTimeout(message, process.tail())
+                    raise StartTimeoutError(message, process.tail())
                 if self._on_wait is not None:
                     self._on_wait(waited, process.last_line)
                 time.sleep(POLL_SECONDS)

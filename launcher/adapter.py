@@ -1,0 +1,106 @@
+"""Run the REST adapter as a child process."""
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+
+import httpx
+
+from launcher.errors import StartTimeoutError
+from launcher.ports import require_free_port
+from launcher.process import GuardedProcess, LogCallback
+from launcher.settings import Settings
+from launcher.tritonserver import POLL_SECONDS, WaitCallback
+
+#: Open connections (a poll held by `?wait=`, a stream) are cut after this many seconds.
+DRAIN_SECONDS = 5
+
+
+class Adapter:
+    """uvicorn with the adapter's application, connected to the Triton of the same settings."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        env: Mapping[str, str],
+        on_log: LogCallback | None = None,
+        on_wait: WaitCallback | None = None,
+    ) -> None:
+        self._settings = settings
+        self._env = dict(env)
+        self._on_log = on_log
+        self._on_wait = on_wait
+        self._process: GuardedProcess | None = None
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.running
+
+    @property
+    def log_tail(self) -> list[str]:
+        return self._process.tail() if self._process is not None else []
+
+    def start(self) -> None:
+        """Start and wait until `/v1/health` says ok, or leave nothing behind.
+
+        Raises PortTakenError, ProcessDiedError or StartTimeoutError.
+        """
+        settings = self._settings
+        require_free_port("the REST API's", settings.host, settings.port, "DLLM_PORT")
+        process = GuardedProcess(
+            self._command(),
+            name="the adapter",
+            env={**os.environ, "DLLM_TRITON_URL": self._triton_url, **self._env},
+            grace=DRAIN_SECONDS + 5.0,
+            on_log=self._on_log,
+        )
+        self._process = process
+        try:
+            self._wait_until_ready(process)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """End it; does nothing when it is not running."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.stop()
+
+    @property
+    def _triton_url(self) -> str:
+        return f"127.0.0.1:{self._settings.triton_grpc_port}"
+
+    def _command(self) -> list[str]:
+        settings = self._settings
+        return [
+            *(sys.executable, "-m", "uvicorn", "adapter.app:app"),
+            *("--host", settings.host, "--port", str(settings.port)),
+            *("--workers", str(settings.workers)),
+            *("--timeout-graceful-shutdown", str(DRAIN_SECONDS)),
+        ]
+
+    def _wait_until_ready(self, process: GuardedProcess) -> None:
+        started = time.monotonic()
+        with httpx.Client(timeout=5.0, trust_env=False) as client:
+            while (state := _health(client, self._settings.url)) != "ok":
+                if not process.running:
+                    raise process.died()
+                waited = time.monotonic() - started
+                if waited > self._settings.start_timeout:
+                    message = f"the adapter was not ready after {waited:.0f} s ({state})"
+                    raise StartTimeoutError(message, process.tail())
+                if self._on_wait is not None:
+                    self._on_wait(waited, process.last_line)
+                time.sleep(POLL_SECONDS)
+
+
+def _health(client: httpx.Client, url: str) -> str:
+    """`ok`, or why it is not."""
+    try:
+        response = client.get(f"{url}/v1/health")
+    except httpx.TransportError as error:
+        return str(error)
+    return "ok" if response.is_success else response.text

@@ -1,0 +1,31 @@
+"""Settings of the launcher; each is an environment variable with the prefix DLLM_."""
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+class Settings(BaseSettings):
+    """Where the parts listen and what they load; raises ValidationError for a bad value."""
+
+    model_config = SettingsConfigDict(env_prefix="DLLM_", frozen=True, protected_namespaces=())
+
+    host: str = Field("127.0.0.1", description="address of the REST API; 0.0.0.0 for all")
+    port: int = Field(8000, ge=1, le=65535, description="port of the REST API")
+    workers: int = Field(1, ge=1, description="adapter processes; any of them answers for any job")
+    triton_http_port: int = Field(8010, ge=1, le=65535, description="Triton's HTTP port")
+    triton_grpc_port: int = Field(8011, ge=1, le=65535, description="Triton's gRPC port")
+    triton_metrics_port: int = Field(8012, ge=1, le=65535, description="Triton's metrics port")
+    model_repository: Path = Field(
+        CHECKOUT / "model_repository", description="folder with the models `dllm` and `dllm_unary`"
+    )
+    start_timeout: float = Field(300.0, gt=0, description="seconds each part may take to be ready")
+
+    @property
+    def url(self) -> str:
+        """The address at which this machine reaches the REST API."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
