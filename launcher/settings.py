@@ -11,7 +11,9 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 class Settings(BaseSettings):
     """Where the parts listen and what they load; raises ValidationError for a bad value."""
 
-    model_config = SettingsConfigDict(env_prefix="DLLM_", frozen=True, protected_namespaces=())
+    model_config = SettingsConfigDict(
+        env_prefix="DLLM_", env_ignore_empty=True, frozen=True, protected_namespaces=()
+    )
 
     host: str = Field("127.0.0.1", description="address of the REST API; 0.0.0.0 for all")
     port: int = Field(8000, ge=1, le=65535, description="port of the REST API")

