@@ -60,4 +60,4 @@ def test_environment_puts_this_interpreter_first() -> None:
     installation = Installation(Path("x"), library_path=(Path("/wheel.libs"),))
     env = installation.environment({"PATH": "/usr/bin", "LD_LIBRARY_PATH": "/old"})
     assert f"{Path(sys.executable).parent}:/usr/bin" == env["PATH"]
-    assert "/wheel.libs:/old" == env["LD_LIBRARY_PATH"]
+    assert env["LD_LIBRARY_PATH"] == "/wheel.libs:/old"

@@ -28,7 +28,7 @@ def test_unexpected_end_carries_status_and_tail() -> None:
     error = child.died()
     child.stop()
     assert "exit status 3" in str(error)
-    assert TAIL_LINES == len(error.log_tail)
+    assert len(error.log_tail) == TAIL_LINES
     assert "99" == error.log_tail[-1] == child.last_line
 
 

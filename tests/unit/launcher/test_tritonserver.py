@@ -58,10 +58,10 @@ def test_serves_and_leaves_nothing_behind(repository: Path, tmp_path: Path) -> N
         log_file=log_file,
     )
     with echo:
-        assert [1.0, 2.5] == infer(echo.http_url, [1.0, 2.5])
+        assert infer(echo.http_url, [1.0, 2.5]) == [1.0, 2.5]
         with urllib.request.urlopen(echo.metrics_url, timeout=10) as page:
             assert b"nv_inference_request_success" in page.read()
-        assert "tritonserver" == psutil.Process(echo.pid).name()
+        assert psutil.Process(echo.pid).name() == "tritonserver"
         family = [psutil.Process(echo.pid), *psutil.Process(echo.pid).children(recursive=True)]
         assert len(family) > 1
         assert regions(os.getpid())
