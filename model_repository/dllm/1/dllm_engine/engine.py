@@ -101,6 +101,8 @@ class Engine:
         if low < 0 or high >= self.spec.vocab_size:
             limit = f"ids must lie in 0..{self.spec.vocab_size - 1}"
             raise InvalidRequest("input_ids", f"{limit}; got {low if low < 0 else high}")
+        if params.stop and self.codec is None:
+            raise InvalidRequest("stop", "this checkpoint has no tokenizer")
         longest = self.config.max_gen_length or self.max_model_len
         if params.gen_length > longest:
             raise InvalidRequest("gen_length", f"must be at most {longest}; got {params.gen_length}")

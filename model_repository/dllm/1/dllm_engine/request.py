@@ -84,7 +84,8 @@ class SamplingParams:
                 f"must be at least the number of blocks, {num_blocks} "
                 f"(gen_length {self.gen_length} / block_length {block_length}); got {steps}",
             )
-        seed = secrets.randbits(63) if self.seed is None else self.seed
+        # 53 bits: a seed reported in JSON survives clients whose numbers are doubles.
+        seed = secrets.randbits(53) if self.seed is None else self.seed
         return dataclasses.replace(self, block_length=block_length, steps=steps, seed=seed)
 
 

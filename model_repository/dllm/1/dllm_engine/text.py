@@ -11,12 +11,12 @@ from typing import Any
 import jinja2
 import numpy as np
 import numpy.typing as npt
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from .errors import CheckpointError, InvalidRequest
 from .models.loader import read_json
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+_TOKENIZER_FILE = "tokenizer.json"
 #: Stands for the n-th piece of user text that must not be read as a special token.
 _SENTINEL = "\ue000{}\ue001"
 _SENTINEL_PATTERN = re.compile("\ue000(\\d+)\ue001")
@@ -43,14 +43,12 @@ class TextCodec:
         """The tokenizer of a checkpoint directory; None if it has none.
 
         Raises:
-            CheckpointError: the tokenizer cannot be read without running its own code.
+            CheckpointError: the tokenizer cannot be read.
         """
-        if not any((directory / name).exists() for name in _TOKENIZER_FILES):
+        if not (directory / _TOKENIZER_FILE).exists():
             return None
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                directory, trust_remote_code=False, local_files_only=True
-            )
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{directory}: tokenizer: {error}") from error
         return cls(tokenizer, mask_token_id)

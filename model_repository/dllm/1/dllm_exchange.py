@@ -1,0 +1,154 @@
+"""The threads beside the engine's: one sends responses, one watches callers and metrics.
+
+The engine's thread must not wait for Triton: it puts updates into the outbox and goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections import deque
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+from dllm_engine import CanvasUpdate, EngineStats, EngineWorker
+from dllm_tensors import to_response
+
+logger = logging.getLogger("dllm_engine.triton")
+
+#: Unsent updates of one request beyond which further ones are skipped. Each update carries the
+#: whole canvas, so a reader that is too slow sees fewer steps and misses nothing.
+MAX_UNSENT = 64
+WATCH_SECONDS = 0.05
+METRICS_EVERY = 20  # watches
+
+
+@dataclasses.dataclass(eq=False)
+class Caller:
+    """Whoever waits for one request."""
+
+    request_id: int
+    sender: Any
+    stop: tuple[str, ...]
+    num_unsent: int = 0
+
+
+class Exchange:
+    """Sends the engine's updates to their callers and tells the engine who has gone away."""
+
+    def __init__(self, worker: EngineWorker) -> None:
+        self._worker = worker
+        self._callers: dict[int, Caller] = {}
+        self._outbox: deque[tuple[Caller, CanvasUpdate]] = deque()
+        self._changed = threading.Condition()
+        self._stopping = threading.Event()
+        self._metrics = _Metrics()
+        self._threads = [
+            threading.Thread(target=self._send_loop, name="dllm-send", daemon=True),
+            threading.Thread(target=self._watch_loop, name="dllm-watch", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def register(self, caller: Caller) -> None:
+        """Expect updates for this caller."""
+        with self._changed:
+            self._callers[caller.request_id] = caller
+
+    def post(self, update: CanvasUpdate) -> None:
+        """Queue an update for its caller; called on the engine's thread."""
+        with self._changed:
+            caller = self._callers[update.request_id]
+            if update.finished:
+                del self._callers[update.request_id]
+            elif caller.num_unsent >= MAX_UNSENT:
+                return
+            caller.num_unsent += 1
+            self._outbox.append((caller, update))
+            self._changed.notify()
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until everything is sent; False after `timeout` seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._outbox, timeout)
+
+    def close(self) -> None:
+        """Send what is left and stop the threads."""
+        self._stopping.set()
+        with self._changed:
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _send_loop(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._outbox or self._stopping.is_set())
+                if not self._outbox:
+                    return
+                caller, update = self._outbox[0]
+            self._send(caller, update)
+            with self._changed:
+                self._outbox.popleft()
+                caller.num_unsent -= 1
+                self._changed.notify_all()
+
+    def _send(self, caller: Caller, update: CanvasUpdate) -> None:
+        try:
+            response = to_response(self._worker.engine, update, caller.stop)
+            # The final flag rides on the last data response: nobody waits for an empty one.
+            final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if update.finished else 0
+            caller.sender.send(response, flags=final)
+        except Exception:  # noqa: BLE001 - one caller's response must not end everybody's
+            logger.exception("response lost request_id=%d", caller.request_id)
+
+    def _watch_loop(self) -> None:
+        watches = 0
+        while not self._stopping.wait(WATCH_SECONDS):
+            with self._changed:
+                callers = list(self._callers.values())
+            for caller in callers:
+                # Asked again until the final update: it may not have been admitted yet.
+                if caller.sender.is_cancelled():
+                    self._worker.cancel(caller.request_id)
+            if watches % METRICS_EVERY == 0:
+                self._metrics.publish(self._worker)
+            watches += 1
+
+
+class _Metrics:
+    """The engine's figures as Triton custom metrics."""
+
+    _TOTALS = (
+        ("dllm_steps_total", "Denoising steps run", "steps"),
+        ("dllm_step_seconds_total", "Seconds spent in denoising steps", "step_seconds"),
+        ("dllm_forward_passes_total", "Sequences pushed through the model", "forward_passes"),
+        ("dllm_batched_tokens_total", "Rows pushed through the model", "batched_tokens"),
+        ("dllm_completion_tokens_total", "Tokens of ended answers", "completion_tokens"),
+        ("dllm_requests_finished_total", "Requests answered", "requests_finished"),
+        ("dllm_requests_cancelled_total", "Requests cancelled", "requests_cancelled"),
+        ("dllm_requests_failed_total", "Requests failed", "requests_failed"),
+    )
+
+    def __init__(self) -> None:
+        def metric(name: str, description: str, kind: int) -> Any:
+            family = pb_utils.MetricFamily(name=name, description=description, kind=kind)
+            self._families.append(family)  # a family must outlive its metrics
+            return family.Metric(labels={"model": "dllm"})
+
+        self._families: list[Any] = []
+        counter, gauge = pb_utils.MetricFamily.COUNTER, pb_utils.MetricFamily.GAUGE
+        self._totals = {field: metric(name, text, counter) for name, text, field in self._TOTALS}
+        self._running = metric("dllm_running_requests", "Requests taking steps", gauge)
+        self._capacity = metric("dllm_max_running_requests", "Most requests at once", gauge)
+        self._last = EngineStats()
+
+    def publish(self, worker: EngineWorker) -> None:
+        """Bring the published figures up to date."""
+        now = dataclasses.replace(worker.engine.stats)
+        for field, metric in self._totals.items():
+            metric.increment(getattr(now, field) - getattr(self._last, field))
+        self._last = now
+        self._running.set(worker.engine.num_running)
+        self._capacity.set(worker.engine.config.max_num_seqs)

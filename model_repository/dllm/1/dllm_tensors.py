@@ -1,0 +1,124 @@
+"""Between Triton's tensors and the engine's requests; the names are those of config.pbtxt."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import triton_python_backend_utils as pb_utils
+from dllm_engine import CanvasUpdate, Engine, InvalidRequest, SamplingParams
+from dllm_engine.scheduler import Request
+
+PROMPT_INPUTS = ("text_input", "messages", "input_ids")
+STREAM_INPUTS = ("stream", "stream_interval")
+#: Inputs that are sampling parameters of the same name.
+PARAM_INPUTS = tuple(field.name for field in dataclasses.fields(SamplingParams))
+#: Request parameters that Triton itself understands; any other is a misspelt input.
+TRITON_PARAMETERS = frozenset({"priority", "timeout", "sequence_id"})
+
+
+def parse_request(engine: Engine, request: Any) -> Request:
+    """An engine request from a Triton request.
+
+    Raises:
+        InvalidRequest: names the input and what is wrong with it.
+    """
+    _reject_unknown(request)
+    inputs = {tensor.name(): tensor for tensor in request.inputs()}
+    prompt_ids = _prompt_ids(engine, inputs)
+    values = {name: _param(inputs, name) for name in PARAM_INPUTS if name in inputs}
+    stream = bool(_scalar(inputs, "stream")) if "stream" in inputs else False
+    interval = _stream_interval(inputs)
+    params = SamplingParams(**values)
+    return engine.make_request(prompt_ids, params, stream_interval=interval if stream else None)
+
+
+def _reject_unknown(request: Any) -> None:
+    # The generate endpoint turns JSON names that are no inputs into request parameters.
+    given = json.loads(request.parameters() or "{}")
+    unknown = sorted(set(given) - TRITON_PARAMETERS)
+    if unknown:
+        raise InvalidRequest(unknown[0], "no such input")
+
+
+def _prompt_ids(engine: Engine, inputs: dict[str, Any]) -> list[int]:
+    given = [name for name in PROMPT_INPUTS if name in inputs]
+    if len(given) != 1:
+        rule = f"exactly one of {', '.join(PROMPT_INPUTS)} is needed"
+        raise InvalidRequest("text_input", f"{rule}; got {', '.join(given) or 'none'}")
+    field = given[0]
+    if field == "input_ids":
+        return [int(i) for i in _values(inputs, field)]
+    if engine.codec is None:
+        raise InvalidRequest(field, "this checkpoint has no tokenizer; send input_ids")
+    text = str(_scalar(inputs, field))
+    return engine.codec.encode_text(text) if field == "text_input" else (
+        engine.codec.encode_messages(text)
+    )
+
+
+def _param(inputs: dict[str, Any], name: str) -> Any:
+    if name == "stop":
+        return tuple(_text(name, value) for value in _values(inputs, name))
+    return _scalar(inputs, name)
+
+
+def _stream_interval(inputs: dict[str, Any]) -> float:
+    if "stream_interval" not in inputs:
+        return 0.0
+    seconds = float(_scalar(inputs, "stream_interval"))
+    if not 0 <= seconds <= 3600:
+        raise InvalidRequest("stream_interval", f"must be 0 to 3600 seconds; got {seconds}")
+    return seconds
+
+
+def _values(inputs: dict[str, Any], name: str) -> npt.NDArray[Any]:
+    array = inputs[name].as_numpy()
+    if array.shape[0] != 1:
+        problem = f"one prompt per request: the first dimension must be 1; got {array.shape[0]}"
+        raise InvalidRequest(name, problem)
+    values: npt.NDArray[Any] = array.reshape(-1)
+    return values
+
+
+def _scalar(inputs: dict[str, Any], name: str) -> Any:
+    values = _values(inputs, name)
+    if values.size != 1:
+        raise InvalidRequest(name, f"must be a single value; got {values.size}")
+    value = values[0]
+    return _text(name, value) if isinstance(value, bytes) else value.item()
+
+
+def _text(name: str, value: bytes) -> str:
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(name, f"must be UTF-8: {error}") from error
+
+
+def to_response(engine: Engine, update: CanvasUpdate, stop: tuple[str, ...]) -> Any:
+    """The response that carries an update; an error response if the request failed."""
+    if update.error is not None:
+        return error_response(str(update.error), pb_utils.TritonError.INTERNAL)
+    ready = update.token_ids[: update.num_ready]
+    text = engine.codec.answer(ready, stop) if engine.codec else ""
+    reason = update.finish_reason.value if update.finish_reason else ""
+    usage = dataclasses.astuple(update.usage)
+    outputs = {
+        "text_output": np.array([[text.encode()]], dtype=np.object_),
+        "token_ids": update.token_ids[None],
+        "confidence": update.confidence[None],
+        "finish_reason": np.array([[reason.encode()]], dtype=np.object_),
+        "usage": np.array([usage], dtype=np.int32),
+        "seed": np.array([[update.seed]], dtype=np.int64),
+    }
+    tensors = [pb_utils.Tensor(name, array) for name, array in outputs.items()]
+    return pb_utils.InferenceResponse(output_tensors=tensors)
+
+
+def error_response(message: str, code: int) -> Any:
+    """A response that holds nothing but an error."""
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))

@@ -1,0 +1,96 @@
+"""The Triton model `dllm`: hands requests to the engine and its updates back.
+
+Decoupled: a request gets one response, or one per step with `stream`. `execute` blocks while the
+engine is full, so that waiting requests stay in Triton's queue, under its priorities and limits.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+from dllm_engine import Engine, EngineConfig, EngineDead, EngineWorker, InvalidRequest
+from dllm_exchange import Caller, Exchange
+from dllm_tensors import error_response, parse_request
+
+logger = logging.getLogger("dllm_engine.triton")
+
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+class TritonPythonModel:
+    """What Triton's Python backend loads."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the checkpoint; an error here is a failed model load that carries its message."""
+        _log_to_triton()
+        config = EngineConfig.from_mapping(_settings(args))
+        logger.info("loading checkpoint path=%s", config.model_path)
+        self._worker = EngineWorker(Engine(config), on_death=self._die)
+        self._exchange = Exchange(self._worker)
+
+    def execute(self, requests: list[Any]) -> None:
+        """Queue a batch with the engine; responses follow from the exchange's thread."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                self._submit(request, sender)
+            except InvalidRequest as error:
+                code = pb_utils.TritonError.INVALID_ARG
+                sender.send(error_response(str(error), code), flags=FINAL)
+            except EngineDead as error:
+                code = pb_utils.TritonError.UNAVAILABLE
+                sender.send(error_response(str(error), code), flags=FINAL)
+
+    def finalize(self) -> None:
+        """Finish what runs and stop every thread."""
+        self._worker.close()
+        self._exchange.close()
+
+    def _submit(self, request: Any, sender: Any) -> None:
+        parsed = parse_request(self._worker.engine, request)
+        caller = Caller(parsed.request_id, sender, parsed.params.stop)
+        self._exchange.register(caller)
+        self._worker.submit(parsed, self._exchange.post)
+
+    def _die(self, death: EngineDead) -> None:
+        # Nothing here can work again, and a process that lives on would look healthy. Once it is
+        # gone Triton answers every request with an error, and whoever watches reloads the model.
+        logger.critical("engine dead, leaving the process: %s", death)
+        self._exchange.flush(timeout=5)
+        os._exit(1)
+
+
+def _settings(args: dict[str, str]) -> dict[str, str]:
+    """Parameters of config.pbtxt, overridden by the environment; defaults for this instance."""
+    parameters = json.loads(args["model_config"])["parameters"]
+    settings = {name: value["string_value"] for name, value in parameters.items()}
+    settings |= {name: os.environ[name] for name in EngineConfig.settings() if name in os.environ}
+    if not settings.get("MODEL_PATH"):
+        settings["MODEL_PATH"] = str(Path(__file__).parent / "demo_checkpoint")
+    if args["model_instance_kind"] == "GPU" and settings.get("DLLM_DEVICE") in ("", "auto"):
+        settings["DLLM_DEVICE"] = f"cuda:{args['model_instance_device_id']}"
+    return settings
+
+
+class _TritonLogHandler(logging.Handler):
+    """Writes the engine's log lines into the server's log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = f"[dllm] {self.format(record)}"
+        if record.levelno >= logging.ERROR:
+            pb_utils.Logger.log_error(message)
+        elif record.levelno >= logging.WARNING:
+            pb_utils.Logger.log_warn(message)
+        else:
+            pb_utils.Logger.log_info(message)
+
+
+def _log_to_triton() -> None:
+    root = logging.getLogger("dllm_engine")
+    root.handlers = [_TritonLogHandler()]
+    root.setLevel(logging.INFO)

@@ -1,0 +1,78 @@
+"""The Triton model `dllm_unary`: `infer()` of tritonclient, one request and one response.
+
+`infer()` refuses decoupled models, so this one calls `dllm` inside the server and passes its one
+response on. It never asks for a stream: relaying several responses this way hangs the server.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+ENGINE_MODEL = "dllm"
+
+
+class TritonPythonModel:
+    """What Triton's Python backend loads."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Start a thread for each request that may be in flight; further ones wait in the queue."""
+        config = json.loads(args["model_config"])
+        self._outputs = [output["name"] for output in config["output"]]
+        fields = "|".join(tensor["name"] for tensor in config["input"])
+        self._about_a_field = re.compile(rf"\b(?:{fields}): ")
+        capacity = int(config["parameters"]["MAX_IN_FLIGHT"]["string_value"])
+        self._free = threading.BoundedSemaphore(capacity)
+        self._pool = ThreadPoolExecutor(capacity, thread_name_prefix="dllm-unary")
+
+    def execute(self, requests: list[Any]) -> None:
+        """Hand each request to a thread, which answers through its response sender."""
+        for request in requests:
+            self._free.acquire()
+            self._pool.submit(self._answer, request, request.get_response_sender())
+
+    def finalize(self) -> None:
+        """Wait for what is in flight."""
+        self._pool.shutdown(wait=True)
+
+    def _answer(self, request: Any, sender: Any) -> None:
+        try:
+            response = self._ask_engine(request)
+        except pb_utils.TritonModelException as error:
+            response = self._failed(str(error))
+        finally:
+            self._free.release()
+        sender.send(response, flags=FINAL)
+
+    def _ask_engine(self, request: Any) -> Any:
+        call = pb_utils.InferenceRequest(
+            model_name=ENGINE_MODEL,
+            requested_output_names=self._outputs,
+            inputs=request.inputs(),
+            parameters=json.loads(request.parameters() or "{}"),
+            timeout=request.timeout(),
+        )
+        answers = [answer for answer in call.exec(decoupled=True) if _has_content(answer)]
+        if not answers:
+            return self._failed("the engine sent no answer")
+        if answers[0].has_error():
+            return self._failed(answers[0].error().message())
+        return pb_utils.InferenceResponse(output_tensors=answers[0].output_tensors())
+
+    def _failed(self, message: str) -> Any:
+        # A call inside the server loses the error's code. The engine's messages about an input
+        # start with its name, which is how an invalid argument is told from a failure.
+        invalid = self._about_a_field.search(message) is not None
+        errors = pb_utils.TritonError
+        code = errors.INVALID_ARG if invalid else errors.INTERNAL
+        return pb_utils.InferenceResponse(error=errors(message, code))
+
+
+def _has_content(answer: Any) -> bool:
+    return bool(answer.has_error() or answer.output_tensors())
