@@ -1,0 +1,101 @@
+"""The application: `uvicorn adapter.app:app`."""
+
+import logging
+import os
+import secrets
+import socket
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from adapter.database import Database
+from adapter.generation import Engine
+from adapter.heal import HealStore, engine_name
+from adapter.health import EngineMonitor
+from adapter.http_errors import add_error_handlers
+from adapter.jobs.runner import JobRunner
+from adapter.jobs.service import JobService
+from adapter.jobs.store import JobStore
+from adapter.jobs.watch import JobWatcher
+from adapter.routes import health, jobs
+from adapter.settings import Settings, load_settings
+from adapter.triton import TritonEngine
+
+logger = logging.getLogger("adapter")
+
+
+def create_app(settings: Settings | None = None, *, engine: Engine | None = None) -> FastAPI:
+    """Build the application. Raises `SettingsError`. `engine` stands in for Triton in tests."""
+    chosen = load_settings() if settings is None else settings
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        _configure_logging(chosen.log_level)
+        async with AsyncExitStack() as stack:
+            await _open(app, chosen, engine or _triton(chosen), stack)
+            yield
+
+    app = FastAPI(
+        title="dLLM-Serve",
+        summary="Diffusion language models behind a REST API",
+        version=version("dllm-serve"),
+        lifespan=lifespan,
+    )
+    app.state.settings = chosen
+    add_error_handlers(app)
+    app.include_router(jobs.router)
+    app.include_router(health.router)
+    return app
+
+
+async def _open(app: FastAPI, settings: Settings, engine: Engine, stack: AsyncExitStack) -> None:
+    """Open what the routes need, each to be closed before what it rests on."""
+    worker = _worker_name()
+    stack.push_async_callback(engine.close)
+    database = await stack.enter_async_context(Database.open(settings.database_url))
+    store = JobStore(database, max_attempts=settings.job_max_attempts)
+    name = engine_name(settings.triton_url, settings.model_name)
+    monitor = EngineMonitor(
+        engine,
+        HealStore(database, engine=name, owner=worker),
+        probe_interval=settings.probe_interval,
+        silence=settings.engine_silence,
+        heal=settings.heal,
+    )
+    watcher = JobWatcher(store)
+    runner = JobRunner(
+        store, engine, monitor, owner=worker, settings=settings, on_done=watcher.notify
+    )
+    for service in (monitor, watcher, runner):
+        await stack.enter_async_context(service)
+    app.state.monitor = monitor
+    app.state.jobs = JobService(store, runner, watcher, max_queued=settings.max_queued_jobs)
+    logger.info("worker_started worker=%s engine=%s", worker, name)
+
+
+def _triton(settings: Settings) -> Engine:
+    return TritonEngine(
+        settings.triton_url,
+        settings.model_name,
+        stream_interval=settings.stream_interval,
+        reload_timeout=settings.reload_timeout,
+    )
+
+
+def _worker_name() -> str:
+    """Another one at every start: a restarted worker must not renew what it has forgotten."""
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _configure_logging(level: str) -> None:
+    """Write our log to stderr, unless whoever starts us has arranged for it."""
+    logger.setLevel(level)
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+        logger.addHandler(handler)
+
+
+app = create_app()

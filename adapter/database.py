@@ -1,0 +1,108 @@
+"""The connection to the SQL database, and the one place that tells SQLite from PostgreSQL."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, Self
+
+from sqlalchemy import Connection, event, text
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from adapter.errors import StoreUnavailable
+from adapter.tables import create_schema
+
+LOCK_WAIT_SECONDS = 15.0
+OPEN_ATTEMPTS = 100
+SCHEMA_LOCK = 0x644C4C4D  # any number, as long as all workers use the same
+
+
+class Database:
+    """Reads and writes as transactions. Both raise `StoreUnavailable` when it does not answer."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._writer = engine.execution_options(begin="BEGIN IMMEDIATE")
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, url: str) -> AsyncIterator[Self]:
+        """Connect, and make the schema if it is missing; any number of processes may do so."""
+        engine = _create_engine(url)
+        try:
+            database = cls(engine)
+            await database._prepare()
+            yield database
+        finally:
+            await engine.dispose()
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction that only reads."""
+        with _mapped_errors():
+            async with self._engine.begin() as connection:
+                yield connection
+
+    @asynccontextmanager
+    async def write(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction that writes, committed on leaving; on SQLite the only one of its time."""
+        with _mapped_errors():
+            async with self._writer.begin() as connection:
+                yield connection
+
+    async def _prepare(self) -> None:
+        """Make the schema under a lock. SQLite does not wait for the lock that turns WAL on."""
+        for attempt in range(1, OPEN_ATTEMPTS + 1):
+            try:
+                async with self.write() as connection:
+                    if self._engine.dialect.name == "postgresql":
+                        await connection.execute(
+                            text(f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK})")
+                        )
+                    await connection.run_sync(create_schema)
+                return
+            except StoreUnavailable as error:
+                if attempt == OPEN_ATTEMPTS or "locked" not in str(error):
+                    raise
+                await asyncio.sleep(0.1)
+
+
+@contextmanager
+def _mapped_errors() -> Iterator[None]:
+    try:
+        yield
+    except (OperationalError, InterfaceError) as error:
+        msg = f"the job store does not answer: {error.orig}"
+        raise StoreUnavailable(msg) from error
+    except DBAPIError as error:
+        if not error.connection_invalidated:
+            raise
+        msg = f"the job store has gone away: {error.orig}"
+        raise StoreUnavailable(msg) from error
+    except (PoolTimeoutError, OSError) as error:
+        msg = f"the job store cannot be reached: {error}"
+        raise StoreUnavailable(msg) from error
+
+
+def _create_engine(url: str) -> AsyncEngine:
+    if not url.startswith("sqlite"):
+        return create_async_engine(url, pool_pre_ping=True)
+    engine = create_async_engine(url, connect_args={"timeout": LOCK_WAIT_SECONDS})
+    event.listen(engine.sync_engine, "connect", _prepare_sqlite_connection)
+    event.listen(engine.sync_engine, "begin", _begin_sqlite_transaction)
+    return engine
+
+
+def _prepare_sqlite_connection(connection: Any, _record: object) -> None:
+    # sqlite3 would begin transactions where it sees fit, always deferred; we begin our own.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    # In WAL mode a crash of this process loses nothing; a power cut may lose the last moment.
+    cursor.execute("PRAGMA synchronous=NORMAL")
+    cursor.close()
+
+
+def _begin_sqlite_transaction(connection: Connection) -> None:
+    connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN"))

@@ -1,0 +1,96 @@
+"""What can go wrong, as one small tree, and the HTTP status of each kind.
+
+AdapterError
+  SettingsError        the environment holds a value that makes no sense
+  InvalidRequest       the engine refuses the values of a request
+  JobNotFound          no such job, or its result has expired
+  TooManyJobs          the queue is full: come back later
+  StoreUnavailable     the database does not answer
+  EngineError          the engine could not answer
+    Overloaded           its queue is full
+    Unavailable          not there, or still loading
+    EngineDead           its process has died
+    EngineFailure        it answered with an error of its own
+    StreamLost           the stream ended without a result
+    ModelControlRefused  this server lets nobody load models
+"""
+
+# ruff: noqa: N818  Names say what happened; that they are errors, the base class says.
+
+from typing import ClassVar
+
+
+class AdapterError(Exception):
+    """Base of all errors of the adapter; its text is meant for the user."""
+
+    status: ClassVar[int] = 500
+    retry_after: ClassVar[int | None] = None
+
+
+class SettingsError(AdapterError):
+    """A setting does not parse, or contradicts another."""
+
+
+class InvalidRequest(AdapterError):
+    """The engine refuses the values of a request."""
+
+    status = 422
+
+
+class JobNotFound(AdapterError):
+    """No such job, or its result has expired."""
+
+    status = 404
+
+
+class TooManyJobs(AdapterError):
+    """The queue of jobs is full."""
+
+    status = 429
+    retry_after = 5
+
+
+class StoreUnavailable(AdapterError):
+    """The database does not answer."""
+
+    status = 503
+    retry_after = 5
+
+
+class EngineError(AdapterError):
+    """The engine could not answer a request."""
+
+    status = 502
+
+
+class Overloaded(EngineError):
+    """Triton's queue is full, or the request waited in it for too long."""
+
+    status = 429
+    retry_after = 5
+
+
+class Unavailable(EngineError):
+    """Triton is away, or the model is not loaded."""
+
+    status = 503
+    retry_after = 5
+
+
+class EngineDead(EngineError):
+    """The model's process has died; Triton does not start it again by itself."""
+
+    status = 503
+    retry_after = 5
+
+
+class EngineFailure(EngineError):
+    """The engine answered with an error that is not the request's fault."""
+
+
+class StreamLost(EngineError):
+    """The stream of a request ended before its result."""
+
+
+class ModelControlRefused(EngineError):
+    """Triton runs without `--model-control-mode=explicit`."""

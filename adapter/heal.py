@@ -1,0 +1,128 @@
+"""The row in the database by which workers agree on who replaces a dead engine, and when."""
+
+import ipaddress
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, insert, or_, select, update
+from sqlalchemy.exc import IntegrityError
+
+from adapter.database import Database
+from adapter.tables import engine_heal
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRecord:
+    """What all workers know about one engine."""
+
+    epoch: int
+    #: A worker has begun to replace it.
+    healing: bool
+    #: That worker has stopped renewing its lease.
+    abandoned: bool
+    #: Seconds since any worker heard from it.
+    silent_for: float
+
+
+class HealStore:
+    """The record of one engine. Every method may raise `StoreUnavailable`."""
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        engine: str,
+        owner: str,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._database = database
+        self._engine = engine
+        self._owner = owner
+        self._clock = clock
+
+    async def read(self) -> EngineRecord:
+        """The record, made on first sight."""
+        query = select(engine_heal).where(engine_heal.c.engine == self._engine)
+        async with self._database.read() as connection:
+            row = (await connection.execute(query)).one_or_none()
+        now = self._clock()
+        if row is None:
+            await self._create(now)
+            return EngineRecord(epoch=0, healing=False, abandoned=False, silent_for=0.0)
+        return EngineRecord(
+            epoch=row.epoch,
+            healing=row.healer is not None,
+            abandoned=row.healer is not None and row.lease_expires < now,
+            silent_for=now - row.last_life,
+        )
+
+    async def publish_life(self) -> None:
+        """Tell the other workers that the engine has answered just now."""
+        await self._update(engine_heal.c.engine == self._engine, last_life=self._clock())
+
+    async def begin(self, *, epoch: int, lease: float) -> bool:
+        """Become the one who replaces the engine of `epoch`. False if somebody else is or was."""
+        now = self._clock()
+        free = or_(engine_heal.c.healer.is_(None), engine_heal.c.lease_expires < now)
+        return await self._update(
+            free,
+            engine_heal.c.epoch == epoch,
+            healer=self._owner,
+            lease_expires=now + lease,
+        )
+
+    async def renew(self, *, lease: float) -> bool:
+        """Go on replacing it. False if somebody else has taken that over."""
+        return await self._update(self._mine, lease_expires=self._clock() + lease)
+
+    async def finish(self) -> bool:
+        """The engine was replaced: begin its next epoch."""
+        return await self._update(
+            self._mine,
+            healer=None,
+            epoch=engine_heal.c.epoch + 1,
+            last_life=self._clock(),
+        )
+
+    async def abort(self) -> bool:
+        """It was not replaced, and nothing was begun that another worker must end."""
+        return await self._update(self._mine, healer=None)
+
+    async def abandon(self) -> bool:
+        """Leave in the middle: another worker, or the next start, shall begin anew at once."""
+        return await self._update(self._mine, lease_expires=0.0)
+
+    @property
+    def _mine(self) -> ColumnElement[bool]:
+        return engine_heal.c.healer == self._owner
+
+    async def _update(self, *conditions: ColumnElement[bool], **values: object) -> bool:
+        change = update(engine_heal).where(engine_heal.c.engine == self._engine, *conditions)
+        async with self._database.write() as connection:
+            return (await connection.execute(change.values(**values))).rowcount == 1
+
+    async def _create(self, now: float) -> None:
+        row = insert(engine_heal).values(engine=self._engine, epoch=0, last_life=now)
+        with suppress(IntegrityError):  # another worker was first
+            async with self._database.write() as connection:
+                await connection.execute(row)
+
+
+def engine_name(triton_url: str, model_name: str) -> str:
+    """What identifies an engine among all the workers that share a database.
+
+    A loopback address means another server on every host.
+    """
+    host = triton_url.rpartition(":")[0].strip("[]")
+    prefix = f"{socket.gethostname()}/" if _is_loopback(host) else ""
+    return f"{prefix}{triton_url}/{model_name}"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"

@@ -1,0 +1,73 @@
+"""Replacing a dead engine, one worker at a time."""
+
+import asyncio
+import logging
+
+from adapter.errors import EngineError, ModelControlRefused
+from adapter.generation import Engine
+from adapter.heal import HealStore
+
+logger = logging.getLogger("adapter")
+
+#: A healer that is silent for longer is taken to have died, and another worker begins anew.
+LEASE_SECONDS = 15.0
+RETRY_SECONDS = 10.0
+
+
+class Healer:
+    """Unloads and loads the model in the background, if no other worker does."""
+
+    def __init__(self, engine: Engine, store: HealStore, *, enabled: bool) -> None:
+        self._engine = engine
+        self._store = store
+        self._enabled = enabled
+        self._not_before = 0.0
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """This worker is replacing the engine now."""
+        return self._task is not None and not self._task.done()
+
+    async def attempt(self, epoch: int) -> None:
+        """Begin to replace the engine of `epoch`, unless that is futile or another's work."""
+        now = asyncio.get_running_loop().time()
+        if self.busy or not self._enabled or now < self._not_before:
+            return
+        self._collect()
+        if await self._store.begin(epoch=epoch, lease=LEASE_SECONDS):
+            self._not_before = now + RETRY_SECONDS
+            self._task = asyncio.create_task(self._replace(epoch), name="engine-reload")
+
+    async def renew(self) -> None:
+        """Tell the others that it is still being done."""
+        await self._store.renew(lease=LEASE_SECONDS)
+
+    async def stop(self) -> None:
+        """Give up; if the model may be unloaded now, whoever comes next begins anew at once."""
+        if not self.busy or self._task is None:
+            return
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        await self._store.abandon()
+
+    async def _replace(self, epoch: int) -> None:
+        logger.warning("engine_reload_started epoch=%d", epoch)
+        try:
+            await self._engine.reload()
+        except ModelControlRefused as error:
+            self._enabled = False
+            logger.error("engine_reload_refused hint=--model-control-mode=explicit error=%s", error)
+            await self._store.abort()
+        except EngineError as error:
+            # The model may be unloaded now: the record stays claimed until its lease runs out.
+            logger.error("engine_reload_failed epoch=%d error=%s", epoch, error)
+        else:
+            await self._store.finish()
+            logger.warning("engine_reload_finished epoch=%d", epoch + 1)
+
+    def _collect(self) -> None:
+        """Log what the last attempt has raised, such as a database that was away."""
+        if self._task is not None and (error := self._task.exception()) is not None:
+            logger.error("engine_reload_broken", exc_info=error)
+        self._task = None

@@ -1,0 +1,1 @@
+"""Jobs: kept in the database, driven through the engine, waited for and cancelled."""

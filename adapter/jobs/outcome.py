@@ -1,0 +1,50 @@
+"""What can become of a job that was driven through the engine."""
+
+from dataclasses import dataclass
+
+from adapter.generation import Event
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """There is a result."""
+
+    event: Event
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """No engine will ever run it."""
+
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The engine began it, perhaps, and lost it: run it again, up to a number of times."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Postponed:
+    """It never ran, for no fault of its own: run it later."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """It is no longer ours: cancelled, or taken up by another worker."""
+
+
+Outcome = Finished | Failed | Lost | Postponed | Dropped
+
+
+def describe(outcome: Outcome) -> str:
+    """For the log: the kind, and the reason if there is one."""
+    match outcome:
+        case Failed(reason) | Lost(reason) | Postponed(reason):
+            return f"{type(outcome).__name__.lower()} reason={reason!r}"
+        case _:
+            return type(outcome).__name__.lower()

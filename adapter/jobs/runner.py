@@ -1,0 +1,279 @@
+"""Drives jobs through the engine: claims them, follows their streams, settles what became."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self, assert_never
+
+from adapter.errors import (
+    EngineDead,
+    EngineError,
+    InvalidRequest,
+    Overloaded,
+    StoreUnavailable,
+    Unavailable,
+)
+from adapter.generation import Engine
+from adapter.health import EngineMonitor
+from adapter.jobs.outcome import (
+    Dropped,
+    Failed,
+    Finished,
+    Lost,
+    Outcome,
+    Postponed,
+    describe,
+)
+from adapter.jobs.store import ClaimedJob, JobStore
+from adapter.loops import Loop
+from adapter.settings import Settings
+
+logger = logging.getLogger("adapter")
+
+MAX_TICK_SECONDS = 1.0
+PURGE_BATCH = 500
+FIRST_PAUSE = 0.25
+LONGEST_PAUSE = 8.0
+SAVE_ATTEMPTS = 6
+
+
+@dataclass(slots=True, eq=False)
+class Drive:
+    """One job on its way through the engine."""
+
+    job: ClaimedJob
+    generation: int
+    opened_at: float
+    last_event: float | None = None
+    started: bool = False
+    settling: bool = False
+    imposed: Outcome | None = None
+    task: asyncio.Task[None] | None = field(default=None, repr=False)
+
+    def impose(self, outcome: Outcome) -> None:
+        """Close the stream and let this be the outcome, unless it has one already."""
+        if self.settling or self.imposed is not None:
+            return
+        self.imposed = outcome
+        # A task that is cancelled before its first step would never get to write anything.
+        if self.started and self.task is not None:
+            self.task.cancel()
+
+
+class JobRunner:
+    """One worker's share of all jobs; a context manager.
+
+    Leaving it puts back what is not done, for the other workers or for the next start.
+    """
+
+    def __init__(
+        self,
+        store: JobStore,
+        engine: Engine,
+        monitor: EngineMonitor,
+        *,
+        owner: str,
+        settings: Settings,
+        on_done: Callable[[int], None],
+    ) -> None:
+        self._store = store
+        self._engine = engine
+        self._monitor = monitor
+        self._owner = owner
+        self._max_inflight = settings.max_inflight
+        self._lease = settings.lease_seconds
+        self._poll_interval = settings.poll_interval
+        self._silence = settings.engine_silence
+        self._result_ttl = settings.result_ttl
+        self._on_done = on_done
+        self._drives: dict[int, Drive] = {}
+        self._full = False
+        self._pause = 0.0
+        self._not_before = 0.0
+        self._claiming = Loop("job-claims", self._claim)
+        self._caring = Loop("job-care", self._care)
+        self._exit = AsyncExitStack()
+
+    @property
+    def inflight(self) -> int:
+        """How many jobs this worker drives now."""
+        return len(self._drives)
+
+    def wake(self) -> None:
+        """There is a new job."""
+        self._claiming.wake()
+
+    def cancelled(self, job_id: int) -> None:
+        """The job was cancelled in the store: if this worker drives it, its stream is closed."""
+        if (drive := self._drives.get(job_id)) is not None:
+            drive.impose(Dropped())
+
+    async def __aenter__(self) -> Self:
+        self._monitor.listen(self._engine_changed)
+        await self._exit.enter_async_context(self._caring)
+        await self._exit.enter_async_context(self._claiming)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._exit.aclose()
+        drives = list(self._drives.values())
+        for drive in drives:
+            drive.impose(Postponed("this worker stops"))
+        tasks = [drive.task for drive in drives if drive.task is not None]
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def _engine_changed(self) -> None:
+        for drive in list(self._drives.values()):
+            if drive.generation < self._monitor.generation:
+                drive.impose(Lost("the engine that ran it was replaced"))
+        self._claiming.wake()
+
+    async def _claim(self) -> float:
+        """Take up as many queued jobs as there is room for."""
+        wait = self._not_before - _now()
+        if wait > 0 or not self._monitor.state.ok:
+            return max(wait, self._poll_interval)
+        room = self._max_inflight - len(self._drives)
+        self._full = room <= 0
+        if self._full:
+            return self._poll_interval
+        claimed = await self._store.claim(self._owner, limit=room, lease=self._lease)
+        for job in claimed:
+            self._start(job)
+        self._full = len(claimed) == room
+        return self._poll_interval
+
+    def _start(self, job: ClaimedJob) -> None:
+        if (stale := self._drives.get(job.id)) is not None:
+            # Our own lease ran out, and we were the one to take the job up again.
+            stale.impose(Dropped())
+        drive = Drive(job, self._monitor.generation, opened_at=_now())
+        self._drives[job.id] = drive
+        drive.task = asyncio.create_task(self._run(drive), name=f"job-{job.id}")
+        drive.task.add_done_callback(lambda task: self._ended(drive, task))
+
+    def _ended(self, drive: Drive, task: asyncio.Task[None]) -> None:
+        """Forget the drive; one that broke keeps its row until the lease runs out."""
+        if self._drives.get(drive.job.id) is drive:
+            del self._drives[drive.job.id]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("job_broken request_id=%d", drive.job.id, exc_info=error)
+        self._on_done(drive.job.id)
+        if self._full:
+            self._claiming.wake()
+
+    async def _run(self, drive: Drive) -> None:
+        drive.started = True
+        try:
+            outcome = drive.imposed or await self._follow(drive)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if drive.imposed is None or task is None:
+                raise
+            task.uncancel()
+            outcome = drive.imposed
+        drive.settling = True
+        await self._settle(drive.job, outcome)
+
+    async def _follow(self, drive: Drive) -> Outcome:
+        """Read the stream to its end."""
+        request_id = str(drive.job.id)
+        try:
+            stream = self._engine.generate(drive.job.inputs, request_id=request_id)
+            async with aclosing(stream) as events:
+                async for event in events:
+                    drive.last_event = _now()
+                    self._monitor.saw_life()
+                    if event.finish_reason == "cancelled":
+                        return Lost("the engine cancelled it")
+                    if event.finish_reason:
+                        self._pause = 0.0
+                        return Finished(event)
+        except InvalidRequest as error:
+            return Failed(str(error))
+        except EngineError as error:
+            return self._failure(drive, error)
+        return Lost("the engine ended the stream without a result")
+
+    def _failure(self, drive: Drive, error: EngineError) -> Outcome:
+        if isinstance(error, Overloaded | Unavailable | EngineDead):
+            self._back_off()
+            if not isinstance(error, Overloaded):
+                self._monitor.suspect()
+        if isinstance(error, Overloaded | Unavailable):
+            return Postponed(str(error))
+        if isinstance(error, EngineDead) and drive.opened_at > self._monitor.last_life:
+            # It was dead before it could see the request. Otherwise the request may have done it.
+            return Postponed(str(error))
+        return Lost(str(error))
+
+    def _back_off(self) -> None:
+        now = _now()
+        if now >= self._not_before:  # of many failures at once, only the first lengthens the pause
+            self._pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, 2 * self._pause))
+            self._not_before = now + self._pause
+
+    async def _settle(self, job: ClaimedJob, outcome: Outcome) -> None:
+        """Write the outcome down. If the database stays away, the lease runs out and it reruns."""
+        for attempt in range(1, SAVE_ATTEMPTS + 1):
+            try:
+                ours = await self._write(job, outcome)
+            except StoreUnavailable as error:
+                logger.warning("job_not_saved request_id=%d error=%s", job.id, error)
+                await asyncio.sleep(0.1 * 2**attempt)
+            else:
+                logger.info(
+                    "job_settled request_id=%d ours=%s outcome=%s", job.id, ours, describe(outcome)
+                )
+                return
+
+    async def _write(self, job: ClaimedJob, outcome: Outcome) -> bool:
+        match outcome:
+            case Finished(event):
+                return await self._store.finish(self._owner, job.id, event)
+            case Failed(error):
+                return await self._store.fail(self._owner, job.id, error)
+            case Lost(reason):
+                return await self._store.retry(self._owner, job.id, reason)
+            case Postponed():
+                return await self._store.put_back(self._owner, job.id)
+            case Dropped():
+                return False
+            case _:
+                assert_never(outcome)
+
+    async def _care(self) -> float:
+        """Renew the leases, let go of what is not ours, notice what is lost, tidy the store."""
+        drives = dict(self._drives)
+        if drives:
+            kept = await self._store.renew(self._owner, drives, lease=self._lease)
+            for job_id in drives.keys() - kept:
+                drives[job_id].impose(Dropped())
+        self._lose_silent(list(drives.values()))
+        if recovered := await self._store.recover():
+            logger.warning("jobs_recovered count=%d", recovered)
+            self._claiming.wake()
+        await self._store.purge(ttl=self._result_ttl, limit=PURGE_BATCH)
+        return min(MAX_TICK_SECONDS, self._lease / 3)
+
+    def _lose_silent(self, drives: list[Drive]) -> None:
+        """A stream that fell silent long before the engine's last sign of life was lost."""
+        for drive in drives:
+            if drive.last_event is None:  # it may rightly wait in Triton's queue
+                continue
+            silent = _now() - drive.last_event > self._silence
+            if silent and self._monitor.last_life > drive.last_event + self._silence / 2:
+                drive.impose(Lost(f"its stream was silent for {self._silence:g} s"))
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

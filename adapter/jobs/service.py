@@ -1,0 +1,52 @@
+"""What the API does with jobs."""
+
+import asyncio
+from collections.abc import Sequence
+
+from adapter.errors import JobNotFound
+from adapter.generation import Inputs
+from adapter.jobs.runner import JobRunner
+from adapter.jobs.store import Job, JobStore
+from adapter.jobs.watch import JobWatcher
+
+
+class JobService:
+    """Submit, look up, wait, cancel. Every method may raise `StoreUnavailable`."""
+
+    def __init__(
+        self, store: JobStore, runner: JobRunner, watcher: JobWatcher, *, max_queued: int
+    ) -> None:
+        self._store = store
+        self._runner = runner
+        self._watcher = watcher
+        self._max_queued = max_queued
+
+    async def submit(self, requests: Sequence[Inputs]) -> list[int]:
+        """Queue all or none. Raises `TooManyJobs`."""
+        ids = await self._store.add(requests, max_queued=self._max_queued)
+        self._runner.wake()
+        return ids
+
+    async def result(self, job_id: int, *, wait: float = 0.0) -> Job:
+        """The job; up to `wait` seconds later if that makes it done. Raises `JobNotFound`."""
+        now = asyncio.get_running_loop().time
+        deadline = now() + wait
+        while True:
+            job = await self._get(job_id)
+            if job.state.done or now() >= deadline:
+                return job
+            await self._watcher.wait(job_id, deadline - now())
+
+    async def cancel(self, job_id: int) -> Job:
+        """Cancel the job unless it is done; the job as it is then. Raises `JobNotFound`."""
+        if await self._store.cancel(job_id):
+            self._runner.cancelled(job_id)
+            self._watcher.notify(job_id)
+        return await self._get(job_id)
+
+    async def _get(self, job_id: int) -> Job:
+        job = await self._store.get(job_id)
+        if job is None:
+            msg = f"request {job_id} is unknown, or its result has expired"
+            raise JobNotFound(msg)
+        return job

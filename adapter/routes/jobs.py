@@ -1,0 +1,44 @@
+"""Submitting, polling, cancelling."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+
+from adapter.deps import JobsDep, SettingsDep
+from adapter.limits import check_limits
+from adapter.schemas import BatchRequest, GenerateRequest, Result, Submitted
+
+router = APIRouter(prefix="/v1", tags=["jobs"])
+
+MAX_WAIT_SECONDS = 60
+
+Wait = Annotated[
+    float,
+    Query(ge=0, le=MAX_WAIT_SECONDS, allow_inf_nan=False, description="seconds to hold the poll"),
+]
+
+
+@router.post("/generate")
+async def generate(body: GenerateRequest, jobs: JobsDep, settings: SettingsDep) -> Submitted:
+    """Submit one prompt."""
+    check_limits(body, settings)
+    return Submitted(request_ids=await jobs.submit([body.inputs()]))
+
+
+@router.post("/generate_batch")
+async def generate_batch(body: BatchRequest, jobs: JobsDep, settings: SettingsDep) -> Submitted:
+    """Submit several prompts: all are accepted, or none."""
+    check_limits(body, settings)
+    return Submitted(request_ids=await jobs.submit(body.inputs()))
+
+
+@router.get("/result/{request_id}", response_model_exclude_unset=True)
+async def result(request_id: int, jobs: JobsDep, wait: Wait = 0.0) -> Result:
+    """The state of a job, and its text once it is finished."""
+    return Result.of(await jobs.result(request_id, wait=wait))
+
+
+@router.delete("/result/{request_id}", response_model_exclude_unset=True)
+async def cancel(request_id: int, jobs: JobsDep) -> Result:
+    """Cancel a job; one that is done stays as it is."""
+    return Result.of(await jobs.cancel(request_id))

@@ -1,0 +1,86 @@
+"""Every setting of the adapter. Each is an environment variable: `DLLM_` and the field's name."""
+
+from collections.abc import Mapping
+from typing import Annotated, Self
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from adapter.errors import SettingsError
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseSettings):
+    """The adapter's configuration, validated once at start; see `load_settings`."""
+
+    # The engine reads DLLM_ variables of its own, so an unknown name can be no error here.
+    model_config = SettingsConfigDict(
+        env_prefix="DLLM_", env_ignore_empty=True, extra="ignore", frozen=True
+    )
+
+    triton_url: str = Field(
+        default="127.0.0.1:8011", description="Triton's gRPC address, host:port"
+    )
+    model_name: str = Field(default="dllm", description="the Triton model that generates")
+    database_url: str = Field(
+        default="sqlite+aiosqlite:///./dllm-jobs.db", description="where jobs live"
+    )
+    log_level: str = Field(default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
+
+    max_prompt_chars: Count = Field(
+        default=4096,
+        description="longest prompt; also the most characters of `messages` in all, and ids",
+    )
+    max_gen_length: Count = Field(default=512, description="longest canvas a request may ask for")
+    max_temperature: float = Field(default=2.0, ge=0, allow_inf_nan=False)
+    max_batch_size: Count = Field(default=64, description="most prompts in one batch call")
+    max_queued_jobs: Count = Field(
+        default=10_000, description="jobs waiting; beyond it answers are 429"
+    )
+
+    max_inflight: Count = Field(default=256, description="jobs one worker process drives at a time")
+    lease_seconds: Seconds = Field(
+        default=30.0, description="a worker silent for longer loses its jobs to the others"
+    )
+    job_max_attempts: Count = Field(
+        default=3, description="runs a job gets when the engine loses it"
+    )
+    poll_interval: Seconds = Field(
+        default=0.4, description="pause between looks for other workers' jobs"
+    )
+    result_ttl: Seconds = Field(default=86_400.0, description="how long a result is kept")
+
+    stream_interval: Seconds = Field(default=1.0, description="longest pause between signs of life")
+    engine_silence: Seconds = Field(
+        default=60.0, description="a silence longer than this means dead"
+    )
+    probe_interval: Seconds = Field(
+        default=5.0, description="silence after which the engine is probed"
+    )
+    heal: bool = Field(default=True, description="unload and load a model whose process has died")
+    reload_timeout: Seconds = Field(default=900.0, description="longest time that loading may take")
+
+    @model_validator(mode="after")
+    def _silence_outlasts_the_signs_of_life(self) -> Self:
+        if self.engine_silence < 2 * self.stream_interval:
+            msg = f"engine_silence must be at least twice stream_interval ({self.stream_interval})"
+            raise ValueError(msg)
+        return self
+
+
+def load_settings() -> Settings:
+    """The settings from the environment. Raises `SettingsError` naming variable, value, reason."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        problems = "; ".join(_problem(item) for item in error.errors())
+        raise SettingsError(problems) from None
+
+
+def _problem(error: Mapping[str, object]) -> str:
+    location = error["loc"]
+    if not isinstance(location, tuple) or not location:
+        return str(error["msg"])
+    return f"DLLM_{str(location[0]).upper()}={error['input']!r}: {error['msg']}"

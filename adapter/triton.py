@@ -1,0 +1,197 @@
+"""The engine behind Triton: tensors out, events in, gRPC errors mapped to ours."""
+
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import grpc
+import numpy as np
+from tritonclient.grpc import InferenceServerException, InferInput, InferRequestedOutput
+from tritonclient.grpc.aio import InferenceServerClient
+
+from adapter.errors import (
+    AdapterError,
+    EngineDead,
+    EngineFailure,
+    InvalidRequest,
+    ModelControlRefused,
+    Overloaded,
+    StreamLost,
+    Unavailable,
+)
+from adapter.generation import Event, Inputs, InputValue, Usage
+
+#: Data type of every input (`model_repository/dllm/config.pbtxt`).
+INPUT_TYPES: Mapping[str, str] = {
+    "text_input": "BYTES",
+    "messages": "BYTES",
+    "input_ids": "INT32",
+    "temperature": "FP32",
+    "gen_length": "INT32",
+    "steps": "INT32",
+    "block_length": "INT32",
+    "cfg_scale": "FP32",
+    "remasking": "BYTES",
+    "confidence_threshold": "FP32",
+    "top_p": "FP32",
+    "top_k": "INT32",
+    "seed": "INT64",
+    "stop": "BYTES",
+    "ignore_eos": "BOOL",
+    "cache": "BYTES",
+    "retention_ratio": "FP32",
+    "stream": "BOOL",
+    "stream_interval": "FP32",
+}
+NUMPY_TYPES: Mapping[str, type[Any]] = {
+    "BYTES": np.object_,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "FP32": np.float32,
+    "BOOL": np.bool_,
+}
+OUTPUTS = ("text_output", "finish_reason", "usage", "seed")
+
+# With this header a failed stream ends with its true gRPC code instead of a text without one.
+STREAM_HEADERS = {"triton_grpc_error": "true"}
+# Left alone, gRPC waits for up to two minutes before it looks for a server that went away.
+CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+)
+
+PROBE: Inputs = {"input_ids": [0], "gen_length": 1, "steps": 1}
+PROBE_PRIORITY = 1  # before everything that waits
+
+#: What Triton says in a message rather than by a code; looked at first.
+ERROR_TEXTS: Sequence[tuple[str, type[AdapterError]]] = (
+    ("stub process", EngineDead),
+    ("exceeds maximum queue size", Overloaded),
+    ("request timeout expired", Overloaded),
+    ("explicit model load / unload is not allowed", ModelControlRefused),
+)
+ERROR_CODES: Mapping[str, type[AdapterError]] = {
+    "INVALID_ARGUMENT": InvalidRequest,
+    "RESOURCE_EXHAUSTED": Overloaded,
+    "DEADLINE_EXCEEDED": Unavailable,
+    "UNAVAILABLE": Unavailable,
+    "NOT_FOUND": Unavailable,  # the model is not loaded
+    "CANCELLED": StreamLost,
+}
+REQUEST_ID_PREFIX = re.compile(r"^(in ensemble '[^']*', )?\[request id: [^\]]*\] ")
+
+
+class TritonEngine:
+    """`generation.Engine` over Triton's gRPC API; make it inside a running event loop."""
+
+    def __init__(
+        self, url: str, model_name: str, *, stream_interval: float, reload_timeout: float
+    ) -> None:
+        self._client = InferenceServerClient(url, channel_args=list(CHANNEL_OPTIONS))
+        self._model_name = model_name
+        self._streaming: Inputs = {"stream": True, "stream_interval": stream_interval}
+        self._reload_timeout = reload_timeout
+
+    async def close(self) -> None:
+        """Close the channel, and with it every stream."""
+        await self._client.close()
+
+    async def generate(self, inputs: Inputs, *, request_id: str) -> AsyncGenerator[Event, None]:
+        """Stream the events of one request; see `generation.Engine.generate`."""
+        request = self._request({**inputs, **self._streaming}, request_id=request_id)
+        async for event in self._stream(request):
+            yield event
+            if event.finish_reason:
+                return
+
+    async def probe(self) -> None:
+        """Run a request of one token, before all others that wait."""
+        request = self._request(PROBE, request_id="probe", priority=PROBE_PRIORITY)
+        async for event in self._stream(request):
+            if event.finish_reason:
+                return
+        msg = "the stream of a probe ended without a result"
+        raise StreamLost(msg)
+
+    async def is_ready(self) -> bool:
+        """Whether Triton says so. It also does when the model's process is dead: see `probe`."""
+        try:
+            return bool(await self._client.is_model_ready(self._model_name))
+        except InferenceServerException as error:
+            raise map_error(error.status(), error.message()) from error
+
+    async def reload(self) -> None:
+        """Unload and load the model: loading alone does nothing while its files are the same."""
+        try:
+            await self._client.unload_model(self._model_name, client_timeout=self._reload_timeout)
+            await self._client.load_model(self._model_name, client_timeout=self._reload_timeout)
+        except InferenceServerException as error:
+            raise map_error(error.status(), error.message()) from error
+
+    def _request(self, inputs: Inputs, *, request_id: str, priority: int = 0) -> dict[str, Any]:
+        return {
+            "model_name": self._model_name,
+            "inputs": [make_tensor(name, value) for name, value in inputs.items()],
+            "outputs": [InferRequestedOutput(name) for name in OUTPUTS],
+            "request_id": request_id,
+            "priority": priority,
+        }
+
+    async def _stream(self, request: dict[str, Any]) -> AsyncGenerator[Event, None]:
+        responses = await self._client.stream_infer(_only(request), headers=STREAM_HEADERS)
+        try:
+            async for result, error in responses:
+                if error is not None:
+                    raise map_error(error.status(), error.message())
+                yield read_event(result)
+        except grpc.aio.AioRpcError as error:
+            raise map_error(error.code().name, error.details() or "") from error
+        finally:
+            responses.cancel()
+
+
+def make_tensor(name: str, value: InputValue) -> InferInput:
+    """The input as a batch of one. Raises KeyError for a name that the model does not have."""
+    datatype = INPUT_TYPES[name]
+    values = value if isinstance(value, list) else [value]
+    encoded = [item.encode() if isinstance(item, str) else item for item in values]
+    array = np.array([encoded], dtype=NUMPY_TYPES[datatype])
+    tensor = InferInput(name, list(array.shape), datatype)
+    tensor.set_data_from_numpy(array)
+    return tensor
+
+
+def read_event(result: Any) -> Event:
+    """One response of the model; an output that it left out keeps its default."""
+    usage = result.as_numpy("usage")
+    seed = result.as_numpy("seed")
+    return Event(
+        text=_text(result.as_numpy("text_output")),
+        finish_reason=_text(result.as_numpy("finish_reason")),
+        usage=None if usage is None else Usage(*(int(count) for count in usage.reshape(-1))),
+        seed=None if seed is None else int(seed.reshape(-1)[0]),
+    )
+
+
+def map_error(code: str | None, message: str) -> AdapterError:
+    """Our error for a gRPC one: by its text where Triton's code says little, else by its code."""
+    text = REQUEST_ID_PREFIX.sub("", message).strip() or "no reason given"
+    for fragment, kind in ERROR_TEXTS:
+        if fragment in text.lower():
+            return kind(text)
+    name = (code or "").removeprefix("StatusCode.")
+    return ERROR_CODES.get(name, EngineFailure)(text)
+
+
+def _text(array: Any) -> str:
+    if array is None or array.size == 0:
+        return ""
+    # PostgreSQL cannot keep a NUL.
+    return str(array.reshape(-1)[0].decode(errors="replace")).replace("\x00", "\ufffd")
+
+
+async def _only(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    yield request
