@@ -1,0 +1,253 @@
+"""The blocking and the asyncio client: they send and sleep; `_operations` knows the API."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+import httpx
+
+from dllm_client import _operations as operations
+from dllm_client._errors import DllmError, from_transport
+from dllm_client._operations import Call, Operation, Pause
+from dllm_client._progress import progress_bar
+from dllm_client._types import Params, Result
+
+DEFAULT_URL = "http://localhost:8000"
+DEFAULT_TIMEOUT = 30.0
+
+T = TypeVar("T")
+
+
+def _options(base_url: str, api_key: str | None, timeout: float) -> dict[str, Any]:
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    return {"base_url": base_url, "headers": headers, "timeout": timeout}
+
+
+class _Exchange:
+    """What both clients share: how a Call becomes a request of httpx."""
+
+    def __init__(self, base_url: str, timeout: float) -> None:
+        self.base_url = base_url
+        self._timeout = timeout
+
+    def _arguments(self, call: Call) -> dict[str, Any]:
+        return {
+            "method": call.method,
+            "url": call.path,
+            "json": call.json,
+            "params": call.query or None,
+            "timeout": self._timeout + call.extra_time,
+        }
+
+
+class Client(_Exchange):
+    """A blocking client; safe to share between threads.
+
+    `timeout` is the time in seconds for one answer of the server, not for a job. Every method
+    raises a DllmError when something goes wrong; GETs that find nobody are sent again a few
+    times before that. `transport` replaces the network, for tests.
+    """
+
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        super().__init__(base_url, timeout)
+        try:
+            self._http = httpx.Client(transport=transport, **_options(base_url, api_key, timeout))
+        except httpx.InvalidURL as error:
+            raise from_transport(error, base_url) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._http.close()
+
+    def submit(self, prompt: str, **params: Unpack[Params]) -> int:
+        """Queue a prompt and return the id of its job at once."""
+        return self._run(operations.submit(prompt, params))
+
+    def submit_batch(self, prompts: Sequence[str], **params: Unpack[Params]) -> list[int]:
+        """Queue several prompts, all or none; their ids, in order."""
+        return self._run(operations.submit_batch(prompts, params))
+
+    def result(self, request_id: int) -> Result:
+        """The job as it is now. Raises NotFoundError."""
+        return self._run(operations.result(request_id))
+
+    def wait(self, request_id: int, timeout: float | None = None) -> Result:
+        """The job once it is finished.
+
+        Raises JobFailedError, JobCancelledError, or TimeoutError after `timeout` seconds; the
+        job itself goes on then.
+        """
+        return self._run(operations.wait(request_id, timeout))
+
+    def generate(
+        self, prompt: str, *, wait_timeout: float | None = None, **params: Unpack[Params]
+    ) -> str:
+        """Submit, wait, and return the text. Raises what `submit` and `wait` raise."""
+        return self._run(operations.generate(prompt, params, wait_timeout))
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        *,
+        progress: bool = True,
+        wait_timeout: float | None = None,
+        **params: Unpack[Params],
+    ) -> list[str]:
+        """The texts of several prompts, in order, with a progress bar on a terminal.
+
+        Raises for the first job that fails; to keep the others' texts, use `submit_batch` and
+        `wait`.
+        """
+        with progress_bar(len(prompts), shown=progress) as advance:
+            return self._run(operations.generate_batch(prompts, params, wait_timeout, advance))
+
+    def cancel(self, request_id: int) -> Result:
+        """Cancel a job; how it is afterwards (a finished one stays finished)."""
+        return self._run(operations.cancel(request_id))
+
+    def health(self) -> str:
+        """`ok`. Raises UnavailableError, with the server's reason, while it cannot serve."""
+        return self._run(operations.health())
+
+    def _run(self, operation: Operation[T]) -> T:
+        try:
+            step = next(operation)
+            while True:
+                try:
+                    response = self._perform(step)
+                except DllmError as error:
+                    step = operation.throw(error)
+                else:
+                    step = operation.send(response)
+        except StopIteration as end:
+            outcome: T = end.value
+            return outcome
+
+    def _perform(self, step: Call | Pause) -> httpx.Response | None:
+        if isinstance(step, Pause):
+            time.sleep(step.seconds)
+            return None
+        try:
+            return self._http.request(**self._arguments(step))
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise from_transport(error, self.base_url) from error
+
+
+class AsyncClient(_Exchange):
+    """The same client for asyncio; see Client for what each method does and raises."""
+
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        super().__init__(base_url, timeout)
+        options = _options(base_url, api_key, timeout)
+        try:
+            self._http = httpx.AsyncClient(transport=transport, **options)
+        except httpx.InvalidURL as error:
+            raise from_transport(error, base_url) from error
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Let go of the connections."""
+        await self._http.aclose()
+
+    async def submit(self, prompt: str, **params: Unpack[Params]) -> int:
+        """Queue a prompt and return the id of its job at once."""
+        return await self._run(operations.submit(prompt, params))
+
+    async def submit_batch(self, prompts: Sequence[str], **params: Unpack[Params]) -> list[int]:
+        """Queue several prompts, all or none; their ids, in order."""
+        return await self._run(operations.submit_batch(prompts, params))
+
+    async def result(self, request_id: int) -> Result:
+        """The job as it is now."""
+        return await self._run(operations.result(request_id))
+
+    async def wait(self, request_id: int, timeout: float | None = None) -> Result:
+        """The job once it is finished."""
+        return await self._run(operations.wait(request_id, timeout))
+
+    async def generate(
+        self, prompt: str, *, wait_timeout: float | None = None, **params: Unpack[Params]
+    ) -> str:
+        """Submit, wait, and return the text."""
+        return await self._run(operations.generate(prompt, params, wait_timeout))
+
+    async def generate_batch(
+        self,
+        prompts: Sequence[str],
+        *,
+        progress: bool = True,
+        wait_timeout: float | None = None,
+        **params: Unpack[Params],
+    ) -> list[str]:
+        """The texts of several prompts, in order, with a progress bar on a terminal."""
+        with progress_bar(len(prompts), shown=progress) as advance:
+            operation = operations.generate_batch(prompts, params, wait_timeout, advance)
+            return await self._run(operation)
+
+    async def cancel(self, request_id: int) -> Result:
+        """Cancel a job; how it is afterwards."""
+        return await self._run(operations.cancel(request_id))
+
+    async def health(self) -> str:
+        """`ok`, or an UnavailableError."""
+        return await self._run(operations.health())
+
+    async def _run(self, operation: Operation[T]) -> T:
+        try:
+            step = next(operation)
+            while True:
+                try:
+                    response = await self._perform(step)
+                except DllmError as error:
+                    step = operation.throw(error)
+                else:
+                    step = operation.send(response)
+        except StopIteration as end:
+            outcome: T = end.value
+            return outcome
+
+    async def _perform(self, step: Call | Pause) -> httpx.Response | None:
+        if isinstance(step, Pause):
+            await asyncio.sleep(step.seconds)
+            return None
+        try:
+            return await self._http.request(**self._arguments(step))
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise from_transport(error, self.base_url) from error

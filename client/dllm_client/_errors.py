@@ -1,0 +1,160 @@
+"""Everything this package raises.
+
+DllmError
+ ├─ UnavailableError          nobody answers, or the server says that it cannot now (502 to 504)
+ ├─ TimeoutError              no answer, or no finished job, within the time allowed
+ ├─ ResponseError             the server refused; `status` is the HTTP status
+ │   ├─ BadRequestError       a value is wrong (400, 413, 422); `field` names it where known
+ │   ├─ AuthenticationError   no key, or not the right one (401, 403)
+ │   ├─ NotFoundError         no such job, or its result has expired (404)
+ │   ├─ RateLimitedError      too much at once (429); `retry_after` in seconds
+ │   └─ ServerError           a fault on the server's side (other 5xx)
+ ├─ JobError                  the job ended without a text; `result` holds it
+ │   ├─ JobFailedError
+ │   └─ JobCancelledError
+ └─ UnexpectedResponseError   an answer that this API does not have
+
+Errors of httpx are turned into these in `from_transport`, errors of tritonclient in
+`dllm_client.triton`, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import builtins
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+if TYPE_CHECKING:
+    from dllm_client._types import Result
+
+UNAVAILABLE = frozenset({502, 503, 504})
+
+
+class DllmError(Exception):
+    """Base of all errors of this package."""
+
+
+class UnavailableError(DllmError):
+    """Nobody answers, or the server cannot serve now; trying again later may help."""
+
+
+class TimeoutError(DllmError, builtins.TimeoutError):
+    """The time allowed is over. A job that was waited for goes on running."""
+
+
+class ResponseError(DllmError):
+    """The server refused the request."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class BadRequestError(ResponseError):
+    """A value of the request is wrong."""
+
+    def __init__(self, message: str, status: int, field: str | None = None) -> None:
+        super().__init__(message, status)
+        self.field = field
+
+
+class AuthenticationError(ResponseError):
+    """The API key is missing or not accepted."""
+
+
+class NotFoundError(ResponseError):
+    """There is no such job (any more)."""
+
+
+class RateLimitedError(ResponseError):
+    """Too many requests, or a full queue."""
+
+    def __init__(self, message: str, status: int, retry_after: float | None = None) -> None:
+        super().__init__(message, status)
+        self.retry_after = retry_after
+
+
+class ServerError(ResponseError):
+    """The server met a fault of its own."""
+
+
+class JobError(DllmError):
+    """The job ended without a text."""
+
+    def __init__(self, message: str, result: Result) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+class JobFailedError(JobError):
+    """The server gave the job up."""
+
+
+class JobCancelledError(JobError):
+    """Somebody cancelled the job."""
+
+
+class UnexpectedResponseError(DllmError):
+    """The answer does not follow the API; perhaps another service listens there."""
+
+
+def from_transport(error: httpx.HTTPError | httpx.InvalidURL, url: str) -> DllmError:
+    """The error that stands for a failed exchange with `url`."""
+    if isinstance(error, httpx.TimeoutException):
+        return TimeoutError(f"{url} did not answer in time ({type(error).__name__})")
+    reason = str(error) or type(error).__name__
+    return UnavailableError(f"cannot reach {url}: {reason}")
+
+
+def from_response(response: httpx.Response) -> DllmError:
+    """The error that stands for a response whose status is not a success."""
+    status = response.status_code
+    field, reason = _reason(response)
+    message = f"{field}: {reason}" if field else reason
+    if status in UNAVAILABLE:
+        return UnavailableError(message)
+    if status in (401, 403):
+        return AuthenticationError(message, status)
+    if status == 404:
+        return NotFoundError(message, status)
+    if status == 429:
+        return RateLimitedError(message, status, _retry_after(response))
+    if 400 <= status < 500:
+        return BadRequestError(message, status, field)
+    if status >= 500:
+        return ServerError(message, status)
+    return UnexpectedResponseError(f"status {status} instead of an answer: is this the right URL?")
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    try:
+        return float(response.headers["Retry-After"])
+    except (KeyError, ValueError):  # absent, or a date
+        return None
+
+
+def _reason(response: httpx.Response) -> tuple[str | None, str]:
+    """The field that is wrong, where the body names one, and the reason in words."""
+    fallback = f"HTTP {response.status_code} {response.reason_phrase}".strip()
+    try:
+        body = response.json()
+    except ValueError:
+        return None, fallback
+    if not isinstance(body, dict):
+        return None, fallback
+    detail = body.get("detail") or body.get("error") or body.get("message") or body.get("reason")
+    return _parse_detail(detail, fallback)
+
+
+def _parse_detail(detail: Any, fallback: str) -> tuple[str | None, str]:
+    match detail:
+        case str():
+            return None, detail
+        case [{"msg": str(reason), "loc": [*_, field]}, *_]:  # as FastAPI reports it
+            return str(field), reason
+        case {"message": str(reason)}:  # as OpenAI reports it
+            param = detail.get("param")
+            return (str(param) if param else None), reason
+        case _:
+            return None, fallback

@@ -1,0 +1,188 @@
+"""What each call of the client does, written once for the blocking and the asyncio client.
+
+An operation is a generator. It yields a Call and is sent the response, or yields a Pause and is
+sent nothing; what it returns is the outcome. Errors of the exchange are thrown into it. So the
+rules (retries, long polling, parsing) live here, and a client only sends and sleeps.
+"""
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import httpx
+
+from dllm_client._errors import (
+    JobCancelledError,
+    JobFailedError,
+    RateLimitedError,
+    TimeoutError,
+    UnavailableError,
+    UnexpectedResponseError,
+    from_response,
+)
+from dllm_client._types import Params, Result, Status
+
+#: Seconds between polls of a server that does not hold them.
+POLL_SECONDS = 0.1
+#: Seconds a server is asked to hold a poll; proxies often cut a silent connection at 60.
+HOLD_SECONDS = 30.0
+#: Pauses before a GET that found nobody is sent again.
+RETRY_PAUSES = (0.1, 0.3, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request to send; `extra_time` is added to the client's time limit for the answer."""
+
+    method: str
+    path: str
+    json: dict[str, Any] | None = None
+    query: dict[str, str] = field(default_factory=dict)
+    extra_time: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """A time to sleep."""
+
+    seconds: float
+
+
+T = TypeVar("T")
+Step = Call | Pause
+Operation = Generator[Step, httpx.Response | None, T]
+
+
+def submit(prompt: str, params: Params) -> Operation[int]:
+    """Queue one prompt; the id of its job."""
+    body = yield from _send(Call("POST", "/v1/generate", json={"prompt": prompt, **params}))
+    return _request_ids(body, 1)[0]
+
+
+def submit_batch(prompts: Sequence[str], params: Params) -> Operation[list[int]]:
+    """Queue several prompts, all or none; the ids of their jobs, in order."""
+    fields = {"prompts": list(prompts), **params}
+    body = yield from _send(Call("POST", "/v1/generate_batch", json=fields))
+    return _request_ids(body, len(prompts))
+
+
+def result(request_id: int) -> Operation[Result]:
+    """The job as it is now."""
+    body = yield from _get(Call("GET", f"/v1/result/{request_id}"))
+    return Result.from_json(body)
+
+
+def cancel(request_id: int) -> Operation[Result]:
+    """Cancel the job; how it is afterwards."""
+    body = yield from _send(Call("DELETE", f"/v1/result/{request_id}"))
+    return Result.from_json(body)
+
+
+def health() -> Operation[str]:
+    """What the server says of itself; raises UnavailableError with its reason when not ready."""
+    body = yield from _send(Call("GET", "/v1/health"))
+    if not isinstance(body, dict) or not isinstance(body.get("status"), str):
+        raise UnexpectedResponseError(f"not a health report: {body!r}")
+    return str(body["status"])
+
+
+def wait(request_id: int, timeout: float | None) -> Operation[Result]:
+    """The job once it is finished; see Client.wait."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while True:
+        begun = time.monotonic()
+        left = HOLD_SECONDS if deadline is None else max(0.0, deadline - begun)
+        hold = min(HOLD_SECONDS, left)
+        pause = POLL_SECONDS
+        try:
+            current = yield from _poll(request_id, hold)
+        except RateLimitedError as error:
+            pause = error.retry_after or 1.0
+        else:
+            if current.done:
+                return _finished(current)
+        now = time.monotonic()
+        if deadline is not None and now >= deadline:
+            raise TimeoutError(f"job {request_id} was not finished after {timeout:g} s")
+        pause = max(0.0, pause - (now - begun))
+        yield Pause(pause if deadline is None else min(pause, deadline - now))
+
+
+def wait_all(
+    request_ids: Sequence[int], timeout: float | None, on_done: Callable[[], None]
+) -> Operation[list[Result]]:
+    """All jobs once they are finished, in order; `on_done` is called after each."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    results = []
+    for request_id in request_ids:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        results.append((yield from wait(request_id, left)))
+        on_done()
+    return results
+
+
+def generate(prompt: str, params: Params, timeout: float | None) -> Operation[str]:
+    """Submit and wait; the text."""
+    request_id = yield from submit(prompt, params)
+    return _text((yield from wait(request_id, timeout)))
+
+
+def generate_batch(
+    prompts: Sequence[str], params: Params, timeout: float | None, on_done: Callable[[], None]
+) -> Operation[list[str]]:
+    """Submit all and wait for all; the texts, in order."""
+    request_ids = yield from submit_batch(prompts, params)
+    results = yield from wait_all(request_ids, timeout, on_done)
+    return [_text(item) for item in results]
+
+
+def _send(call: Call) -> Operation[Any]:
+    """The JSON body of a successful answer; raises what stands for any other."""
+    response = yield call
+    assert response is not None
+    if not response.is_success:
+        raise from_response(response)
+    try:
+        return response.json()
+    except ValueError as error:
+        raise UnexpectedResponseError(f"{response.url} did not answer with JSON") from error
+
+
+def _get(call: Call) -> Operation[Any]:
+    """Like _send, trying again when nobody answers: only a GET may be sent twice unasked."""
+    for pause in RETRY_PAUSES:
+        try:
+            return (yield from _send(call))
+        except UnavailableError:
+            yield Pause(pause)
+    return (yield from _send(call))
+
+
+def _poll(request_id: int, hold: float) -> Operation[Result]:
+    query = {"wait": f"{hold:g}"}
+    call = Call("GET", f"/v1/result/{request_id}", query=query, extra_time=hold)
+    return Result.from_json((yield from _get(call)))
+
+
+def _request_ids(body: Any, count: int) -> list[int]:
+    match body:
+        case {"request_ids": [*ids]} if len(ids) == count and all(type(i) is int for i in ids):
+            return list(ids)
+        case _:
+            raise UnexpectedResponseError(f"expected {count} request ids, not {body!r}")
+
+
+def _finished(result: Result) -> Result:
+    if result.status is Status.FAILED:
+        reason = result.error or "the server gave no reason"
+        raise JobFailedError(f"job {result.request_id} failed: {reason}", result)
+    if result.status is Status.CANCELLED:
+        raise JobCancelledError(f"job {result.request_id} was cancelled", result)
+    return result
+
+
+def _text(result: Result) -> str:
+    if result.text is None:
+        raise UnexpectedResponseError(f"job {result.request_id} is finished without a text")
+    return result.text

@@ -1,0 +1,242 @@
+"""Direct access to the Triton models, without the adapter: no jobs, no keys, no restarts.
+
+`TritonClient.generate` asks the model `dllm_unary` over HTTP and waits for the answer;
+`TritonClient.stream` asks the model `dllm` over gRPC and yields one event per denoising step.
+Needs `tritonclient[http,grpc]`; only this module imports it.
+"""
+
+import builtins
+import json
+import operator
+import queue
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import numpy as np
+import tritonclient.grpc as triton_grpc
+import tritonclient.http as triton_http
+from numpy.typing import NDArray
+from tritonclient.utils import InferenceServerException
+
+from dllm_client._errors import (
+    BadRequestError,
+    DllmError,
+    NotFoundError,
+    RateLimitedError,
+    ServerError,
+    TimeoutError,
+    UnavailableError,
+    UnexpectedResponseError,
+)
+from dllm_client._types import Sampling, Usage
+
+UNARY_MODEL = "dllm_unary"
+STREAM_MODEL = "dllm"
+
+#: Triton's type of every input of the models, as their config.pbtxt has it.
+INPUT_TYPES: Mapping[str, str] = {
+    "text_input": "BYTES",
+    "messages": "BYTES",
+    "input_ids": "INT32",
+    "temperature": "FP32",
+    "gen_length": "INT32",
+    "steps": "INT32",
+    "block_length": "INT32",
+    "cfg_scale": "FP32",
+    "remasking": "BYTES",
+    "confidence_threshold": "FP32",
+    "top_p": "FP32",
+    "top_k": "INT32",
+    "seed": "INT64",
+    "stop": "BYTES",
+    "ignore_eos": "BOOL",
+    "cache": "BYTES",
+    "retention_ratio": "FP32",
+    "stream": "BOOL",
+    "stream_interval": "FP32",
+}
+_NUMPY_TYPES: Mapping[str, type[np.generic]] = {
+    "BYTES": np.object_,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "FP32": np.float32,
+    "BOOL": np.bool_,
+}
+
+#: A text, which the model sees as it is, or chat messages for the checkpoint's own template.
+Prompt = str | Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One response of the engine: the state of the canvas, or, at the end, the answer."""
+
+    text: str
+    token_ids: NDArray[np.int32]
+    confidence: NDArray[np.float32]  #: -1 where a position is still masked
+    finish_reason: str  #: empty while the request runs
+    usage: Usage
+    seed: int
+
+    @property
+    def done(self) -> bool:
+        return bool(self.finish_reason)
+
+
+class TritonClient:
+    """Both ways to the engine; `http_url` and `grpc_url` are `host:port`.
+
+    `timeout` is the time in seconds for one answer. Methods raise the errors of `dllm_client`.
+    Triton's HTTP client is bound to the thread that made it: use one TritonClient per thread.
+    """
+
+    def __init__(
+        self,
+        http_url: str = "localhost:8010",
+        grpc_url: str = "localhost:8011",
+        *,
+        timeout: float = 300.0,
+    ) -> None:
+        self._grpc_url = grpc_url
+        self._timeout = timeout
+        self._http = triton_http.InferenceServerClient(
+            http_url, connection_timeout=timeout, network_timeout=timeout
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._http.close()
+
+    def ready(self) -> bool:
+        """Is the engine loaded? Raises UnavailableError when the server is not there."""
+        with _mapped_errors():
+            return bool(self._http.is_model_ready(STREAM_MODEL))
+
+    def generate(self, prompt: Prompt, **sampling: Unpack[Sampling]) -> Event:
+        """The finished answer, by one `infer` call."""
+        fields = {**_prompt_field(prompt), **sampling}
+        inputs = [_tensor(triton_http, name, value) for name, value in fields.items()]
+        with _mapped_errors():
+            return _event(self._http.infer(UNARY_MODEL, inputs))
+
+    def stream(self, prompt: Prompt, **sampling: Unpack[Sampling]) -> Iterator[Event]:
+        """One event per denoising step; the last one is `done`. Closing the iterator cancels."""
+        fields = {**_prompt_field(prompt), **sampling, "stream": True}
+        inputs = [_tensor(triton_grpc, name, value) for name, value in fields.items()]
+        replies: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+        # A client of tritonclient carries one stream at a time, so each call has its own.
+        with triton_grpc.InferenceServerClient(self._grpc_url) as client:
+            client.start_stream(
+                lambda result, error: replies.put((result, error)),
+                # Without this header an error comes as text, its code lost.
+                headers={"triton_grpc_error": "true"},
+            )
+            try:
+                with _mapped_errors():
+                    client.async_stream_infer(STREAM_MODEL, inputs)
+                    yield from self._events(replies)
+            finally:
+                client.stop_stream(cancel_requests=True)
+
+    def _events(
+        self, replies: "queue.SimpleQueue[tuple[Any, Exception | None]]"
+    ) -> Iterator[Event]:
+        while True:
+            try:
+                # A killed model process never answers: silence is the only sign of it.
+                result, error = replies.get(timeout=self._timeout)
+            except queue.Empty:
+                message = f"no event within {self._timeout:g} s"
+                raise TimeoutError(message) from None
+            if error is not None:
+                raise error
+            event = _event(result)
+            yield event
+            if event.done:
+                return
+
+
+def _prompt_field(prompt: Prompt) -> dict[str, Any]:
+    if isinstance(prompt, str):
+        return {"text_input": prompt}
+    return {"messages": json.dumps([dict(message) for message in prompt], ensure_ascii=False)}
+
+
+def _tensor(protocol: Any, name: str, value: Any) -> Any:
+    """A tensor of shape [1, n]; raises BadRequestError for a field that no model has."""
+    if name not in INPUT_TYPES:
+        raise BadRequestError(f"{name}: the models have no such input", 400, name)
+    datatype = INPUT_TYPES[name]
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    try:
+        if datatype.startswith("INT"):
+            values = [operator.index(item) for item in values]  # numpy would cut off a fraction
+        array = np.array([values], dtype=_NUMPY_TYPES[datatype])
+    except (TypeError, ValueError, OverflowError) as error:
+        raise BadRequestError(f"{name}: {value!r} is no {datatype}: {error}", 400, name) from error
+    tensor = protocol.InferInput(name, list(array.shape), datatype)
+    tensor.set_data_from_numpy(array)
+    return tensor
+
+
+def _event(result: Any) -> Event:
+    def output(name: str) -> NDArray[Any]:
+        values = result.as_numpy(name)
+        if values is None:
+            raise UnexpectedResponseError(f"the model sent no output {name!r}")
+        flat: NDArray[Any] = values.reshape(-1)
+        return flat
+
+    prompt_tokens, completion_tokens, steps, forward_passes = output("usage").tolist()
+    return Event(
+        text=output("text_output")[0].decode(),
+        token_ids=output("token_ids"),
+        confidence=output("confidence"),
+        finish_reason=output("finish_reason")[0].decode(),
+        usage=Usage(prompt_tokens, completion_tokens, steps, forward_passes),
+        seed=int(output("seed")[0]),
+    )
+
+
+@contextmanager
+def _mapped_errors() -> Iterator[None]:
+    try:
+        yield
+    except InferenceServerException as error:
+        raise _mapped(error) from error
+    except builtins.TimeoutError as error:
+        raise TimeoutError(f"Triton did not answer in time: {error}") from error
+    except OSError as error:
+        raise UnavailableError(f"cannot reach Triton: {error}") from error
+
+
+def _mapped(error: InferenceServerException) -> DllmError:
+    """The error that stands for one of tritonclient, by gRPC code or HTTP status."""
+    message = str(error.message())
+    match str(error.status()).removeprefix("StatusCode."):
+        case "INVALID_ARGUMENT" | "400":
+            return BadRequestError(message, 400)
+        case "NOT_FOUND" | "404":
+            return NotFoundError(message, 404)
+        case "RESOURCE_EXHAUSTED" | "429":
+            return RateLimitedError(message, 429)
+        case "UNAVAILABLE" | "503":
+            return UnavailableError(message)
+        case "DEADLINE_EXCEEDED" | "504" | "499":
+            return TimeoutError(message)
+        case _:
+            return ServerError(message, 500)

@@ -1,0 +1,108 @@
+"""The `dllm-serve` command: run the service, or watch it at work once."""
+
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from dllm_client import Client, DllmError
+from pydantic import ValidationError
+from rich.console import Console
+
+from launcher import demo as demonstration
+from launcher.console import ConsoleReporter
+from launcher.errors import LaunchError
+from launcher.settings import Settings
+from launcher.stack import Stack
+
+app = typer.Typer(
+    help="Serve diffusion language models. Settings are environment variables, DLLM_*.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+
+Host = Annotated[str | None, typer.Option(help="Address of the REST API [DLLM_HOST].")]
+Port = Annotated[int | None, typer.Option(help="Port of the REST API [DLLM_PORT].")]
+Workers = Annotated[int | None, typer.Option(help="Adapter processes [DLLM_WORKERS].")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every log line.")]
+
+
+@app.command()
+def serve(
+    host: Host = None, port: Port = None, workers: Workers = None, verbose: Verbose = False
+) -> None:
+    """Run Triton with the engine, and the REST API in front of it, until Ctrl-C."""
+    with _clear_errors():
+        settings = _settings(host=host, port=port, workers=workers)
+        reporter = ConsoleReporter(console, verbose=verbose)
+        with suppress(KeyboardInterrupt), reporter, Stack(settings, reporter) as stack:
+            reporter.quiet()
+            reporter.serving = True
+            _announce(settings)
+            stack.watch(threading.Event())
+        console.print("stopped")
+
+
+@app.command()
+def demo(port: Port = None, verbose: Verbose = False) -> None:
+    """Start everything, run the deployment guide's own requests, print the texts, stop."""
+    with _clear_errors(), tempfile.TemporaryDirectory(prefix="dllm-demo-") as folder:
+        settings = _settings(port=port, workers=1)
+        env = {"DLLM_DATABASE_URL": f"sqlite+aiosqlite:///{Path(folder) / 'jobs.db'}"}
+        reporter = ConsoleReporter(console, verbose=verbose)
+        with reporter, Stack(settings, reporter, env):
+            reporter.quiet()
+            with Client(settings.url) as client:
+                finished = demonstration.run(client, console)
+    if not finished:
+        raise typer.Exit(1)
+
+
+def _announce(settings: Settings) -> None:
+    triton = f"http://127.0.0.1:{settings.triton_http_port}"
+    for name, address in (
+        ("web page", f"{settings.url}/"),
+        ("REST API", f"{settings.url}/v1   documented at {settings.url}/docs"),
+        ("OpenAI API", f"{settings.url}/v1"),
+        ("Triton", f"{triton}   gRPC 127.0.0.1:{settings.triton_grpc_port}"),
+        ("metrics", f"{settings.url}/metrics   http://127.0.0.1:{settings.triton_metrics_port}"),
+    ):
+        console.print(f"{name:>10}  {address}", highlight=False)
+    console.print("Ctrl-C stops the service.")
+
+
+def _settings(**options: Any) -> Settings:
+    """The environment's settings, with the options that were given in their place."""
+    return Settings(**{name: value for name, value in options.items() if value is not None})
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """What can be expected to go wrong becomes a message on stderr and exit code 1."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    except ValidationError as error:
+        for problem in error.errors():
+            name = "_".join(str(part) for part in problem["loc"]).upper()
+            stderr.print(f"DLLM_{name}={problem['input']!r}: {problem['msg']}", markup=False)
+        raise typer.Exit(1) from None
+    except (LaunchError, DllmError) as error:
+        stderr.print("dllm-serve:", str(error), markup=False)
+        raise typer.Exit(1) from None
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """Make SIGTERM, which service managers send, end the service as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,66 @@
+"""Tell a person at a terminal, or a log file, how the stack is doing."""
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.status import Status
+
+#: Without a terminal there is no spinner; then a line is printed this often.
+PLAIN_SECONDS = 5.0
+SHOWN_CHARS = 100
+
+
+class ConsoleReporter:
+    """A spinner with the newest log line while a part loads, then a line per event.
+
+    `verbose` prints every log line; else only those written after `serving` was set.
+    """
+
+    def __init__(self, console: Console, *, verbose: bool = False) -> None:
+        self._console = console
+        self._verbose = verbose
+        self._status = Status("starting", console=console)
+        self._next_plain = 0.0
+        self.serving = False
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._status.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.quiet()
+
+    def quiet(self) -> None:
+        """Take the spinner away."""
+        self._status.stop()
+
+    def waiting(self, part: str, seconds: float, last_line: str) -> None:
+        message = f"{part}: starting, {seconds:.0f} s"
+        if self._console.is_terminal:
+            shown = escape(last_line[:SHOWN_CHARS])
+            self._status.update(f"{message}  [dim]{shown}[/dim]")
+        elif seconds >= self._next_plain:
+            self._next_plain = seconds + PLAIN_SECONDS
+            self._print(f"{message}  {last_line[:SHOWN_CHARS]}")
+
+    def ready(self, part: str, seconds: float) -> None:
+        self._next_plain = 0.0
+        self._print(f"{part}: ready after {seconds:.1f} s", "green")
+
+    def log(self, part: str, line: str) -> None:
+        if self._verbose or self.serving:
+            self._print(f"{part} | {line}", "dim")
+
+    def trouble(self, message: str) -> None:
+        self._print(message, "bold red")
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
