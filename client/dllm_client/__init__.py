@@ -24,7 +24,7 @@ from dllm_client._errors import (
     UnavailableError,
     UnexpectedResponseError,
 )
-from dllm_client._types import Params, Result, Sampling, Status, Usage
+from dllm_client._types import Params, Result, Sampling, Status
 
 __all__ = [
     "AsyncClient",
@@ -46,5 +46,4 @@ __all__ = [
     "TimeoutError",
     "UnavailableError",
     "UnexpectedResponseError",
-    "Usage",
 ]

@@ -151,8 +151,8 @@ def _parse_detail(detail: Any, fallback: str) -> tuple[str | None, str]:
     match detail:
         case str():
             return None, detail
-        case [{"msg": str(reason), "loc": [*_, field]}, *_]:  # as FastAPI reports it
-            return str(field), reason
+        case [{"msg": str(reason), "loc": [_, *path]}, *_]:  # as FastAPI reports it
+            return ".".join(str(part) for part in path) or None, reason
         case {"message": str(reason)}:  # as OpenAI reports it
             param = detail.get("param")
             return (str(param) if param else None), reason

@@ -42,20 +42,6 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
-    """What a request cost; a count the server does not report is None."""
-
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    steps: int | None = None
-    forward_passes: int | None = None
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
-        return cls(**{name: data.get(name) for name in cls.__slots__})
-
-
-@dataclass(frozen=True, slots=True)
 class Result:
     """A job as the server saw it at one moment."""
 
@@ -63,9 +49,6 @@ class Result:
     status: Status
     text: str | None = None
     error: str | None = None
-    finish_reason: str | None = None
-    seed: int | None = None
-    usage: Usage | None = None
 
     @property
     def done(self) -> bool:
@@ -74,19 +57,13 @@ class Result:
 
     @classmethod
     def from_json(cls, data: Any) -> Self:
-        """Raises UnexpectedResponseError when `data` is not a job; ignores fields it does not know.
-
-        The only strict fields are the three that the API has always had.
-        """
+        """Raises UnexpectedResponseError when `data` is not a job; fields unknown are ignored."""
         try:
             return cls(
                 request_id=int(data["request_id"]),
                 status=Status(data["status"]),
                 text=data["text"],
                 error=data.get("error"),
-                finish_reason=data.get("finish_reason"),
-                seed=data.get("seed"),
-                usage=Usage.from_json(data["usage"]) if data.get("usage") else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UnexpectedResponseError(f"not a job: {data!r}") from error

@@ -10,7 +10,7 @@ import json
 import operator
 import queue
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -31,7 +31,7 @@ from dllm_client._errors import (
     UnavailableError,
     UnexpectedResponseError,
 )
-from dllm_client._types import Sampling, Usage
+from dllm_client._types import Sampling
 
 UNARY_MODEL = "dllm_unary"
 STREAM_MODEL = "dllm"
@@ -68,6 +68,16 @@ _NUMPY_TYPES: Mapping[str, type[np.generic]] = {
 
 #: A text, which the model sees as it is, or chat messages for the checkpoint's own template.
 Prompt = str | Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request cost, so far or in all."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    steps: int
+    forward_passes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +156,10 @@ class TritonClient:
                 headers={"triton_grpc_error": "true"},
             )
             try:
-                with _mapped_errors():
+                # It refuses when the stream is dead already; the callback has been told why.
+                with suppress(InferenceServerException):
                     client.async_stream_infer(STREAM_MODEL, inputs)
+                with _mapped_errors():
                     yield from self._events(replies)
             finally:
                 client.stop_stream(cancel_requests=True)
@@ -183,14 +195,23 @@ def _tensor(protocol: Any, name: str, value: Any) -> Any:
     datatype = INPUT_TYPES[name]
     values = list(value) if isinstance(value, list | tuple) else [value]
     try:
-        if datatype.startswith("INT"):
-            values = [operator.index(item) for item in values]  # numpy would cut off a fraction
-        array = np.array([values], dtype=_NUMPY_TYPES[datatype])
-    except (TypeError, ValueError, OverflowError) as error:
+        array = np.array([_exact(values, datatype)], dtype=_NUMPY_TYPES[datatype])
+    except (TypeError, ValueError) as error:
         raise BadRequestError(f"{name}: {value!r} is no {datatype}: {error}", 400, name) from error
     tensor = protocol.InferInput(name, list(array.shape), datatype)
     tensor.set_data_from_numpy(array)
     return tensor
+
+
+def _exact(values: list[Any], datatype: str) -> list[Any]:
+    """The values, if the type holds them: numpy cuts off fractions and wraps large integers."""
+    if not datatype.startswith("INT"):
+        return values
+    integers = [operator.index(value) for value in values]
+    bits = int(datatype.removeprefix("INT"))
+    if any(not -(2 ** (bits - 1)) <= value < 2 ** (bits - 1) for value in integers):
+        raise ValueError("out of range")
+    return integers
 
 
 def _event(result: Any) -> Event:
@@ -201,13 +222,12 @@ def _event(result: Any) -> Event:
         flat: NDArray[Any] = values.reshape(-1)
         return flat
 
-    prompt_tokens, completion_tokens, steps, forward_passes = output("usage").tolist()
     return Event(
         text=output("text_output")[0].decode(),
         token_ids=output("token_ids"),
         confidence=output("confidence"),
         finish_reason=output("finish_reason")[0].decode(),
-        usage=Usage(prompt_tokens, completion_tokens, steps, forward_passes),
+        usage=Usage(*output("usage").tolist()),
         seed=int(output("seed")[0]),
     )
 

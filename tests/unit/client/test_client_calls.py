@@ -1,0 +1,250 @@
+"""The blocking client against a scripted server; the asyncio client at the end."""
+
+import json
+
+import dllm_client
+import httpx
+import pytest
+from client_fakes import Script, job, submitted
+from dllm_client import (
+    AsyncClient,
+    AuthenticationError,
+    BadRequestError,
+    Client,
+    JobCancelledError,
+    JobFailedError,
+    NotFoundError,
+    RateLimitedError,
+    Result,
+    ServerError,
+    Status,
+    UnavailableError,
+    UnexpectedResponseError,
+)
+
+
+def test_exported_names_exist() -> None:
+    """`__all__` is sorted and holds exactly the public names of the package."""
+    modules = {"cli", "triton"}
+    public = {name for name in vars(dllm_client) if not name.startswith("_")} - modules
+    assert sorted(dllm_client.__all__) == dllm_client.__all__
+    assert public == set(dllm_client.__all__)
+
+
+def test_submit_sends_only_what_is_given(client: Client, script: Script) -> None:
+    """The body has the prompt and the given parameters, and the id comes back."""
+    script.answers = [submitted(7)]
+    assert client.submit("hi", temperature=0.6, gen_length=128) == 7
+    assert json.loads(script.requests[0].content) == {
+        "prompt": "hi",
+        "temperature": 0.6,
+        "gen_length": 128,
+    }
+
+
+def test_api_key_is_a_bearer_token(script: Script) -> None:
+    """The key travels in the Authorization header of every call."""
+    script.answers = [submitted(0)]
+    transport = httpx.MockTransport(script)
+    with Client("http://server", api_key="secret", transport=transport) as client:
+        client.submit("hi")
+    assert script.requests[0].headers["Authorization"] == "Bearer secret"
+
+
+def test_wait_asks_the_server_to_hold(client: Client, script: Script) -> None:
+    """Waiting polls with ?wait= until the job is done, and returns it."""
+    script.answers = [job("running"), job("running"), job("finished", "a text")]
+    assert client.wait(0) == Result(0, Status.FINISHED, "a text")
+    assert [request.url.params["wait"] for request in script.requests] == ["30", "30", "30"]
+
+
+def test_wait_gives_up(client: Client, script: Script) -> None:
+    """A job that is not done in time is a TimeoutError, which is the built-in one too."""
+    script.answers = [job("running")]
+    with pytest.raises(TimeoutError, match=r"job 3 was not finished after 0\.02 s") as caught:
+        client.wait(3, timeout=0.02)
+    assert isinstance(caught.value, dllm_client.TimeoutError)
+    assert len(script.requests) > 1
+
+
+def test_wait_outlasts_a_rate_limit(client: Client, script: Script) -> None:
+    """A poll that is refused for being one too many is sent again after Retry-After."""
+    refusal = httpx.Response(429, json={"detail": "slow"}, headers={"Retry-After": "0.001"})
+    script.answers = [refusal, job("finished", "a text")]
+    assert client.wait(0).text == "a text"
+
+
+def test_generate_is_submit_and_wait(client: Client, script: Script) -> None:
+    """The text of one prompt takes one POST and the polls."""
+    script.answers = [submitted(4), job("finished", "a text", 4)]
+    assert client.generate("hi") == "a text"
+    assert script.asked == ["POST /v1/generate", "GET /v1/result/4"]
+
+
+def test_generate_batch_keeps_the_order(client: Client, script: Script) -> None:
+    """Texts come in the order of the prompts."""
+    script.answers = [submitted(4, 5), job("finished", "a", 4), job("finished", "b", 5)]
+    assert client.generate_batch(["x", "y"], gen_length=64) == ["a", "b"]
+    assert json.loads(script.requests[0].content) == {"prompts": ["x", "y"], "gen_length": 64}
+
+
+def test_failed_job_carries_its_result(client: Client, script: Script) -> None:
+    """A failed job raises with the server's reason and the job."""
+    script.answers = [job("failed", error="the engine died")]
+    with pytest.raises(JobFailedError, match="job 0 failed: the engine died") as caught:
+        client.wait(0)
+    assert caught.value.result.status is Status.FAILED
+
+
+def test_cancelled_job_raises_when_waited_for(client: Client, script: Script) -> None:
+    """Cancelling returns the job; waiting for it afterwards raises."""
+    script.answers = [job("cancelled")]
+    assert client.cancel(0).status is Status.CANCELLED
+    with pytest.raises(JobCancelledError):
+        client.wait(0)
+    assert script.asked[0] == "DELETE /v1/result/0"
+
+
+def test_get_is_repeated_when_nobody_answers(client: Client, script: Script) -> None:
+    """A poll survives a server that is away for a moment."""
+    script.answers = [httpx.ConnectError("refused"), httpx.ReadError("reset"), job("running")]
+    assert not client.result(0).done
+    assert len(script.requests) == 3
+
+
+def test_post_is_never_repeated(client: Client, script: Script) -> None:
+    """A submission that may have arrived is not sent twice."""
+    script.answers = [httpx.ReadError("reset"), submitted(0)]
+    with pytest.raises(UnavailableError, match="cannot reach http://server: reset"):
+        client.submit("hi")
+    assert len(script.requests) == 1
+
+
+def test_timeouts_are_not_repeated(client: Client, script: Script) -> None:
+    """A server that took too long is not asked again."""
+    script.answers = [httpx.ReadTimeout("slow")]
+    with pytest.raises(dllm_client.TimeoutError, match="did not answer in time"):
+        client.result(0)
+    assert len(script.requests) == 1
+
+
+def test_health(client: Client, script: Script) -> None:
+    """Ready is `ok`; not ready raises with the server's own reason."""
+    unavailable = {"status": "unavailable", "reason": "model is loading"}
+    script.answers = [httpx.Response(200, json={"status": "ok"})]
+    assert client.health() == "ok"
+    script.answers = [httpx.Response(503, json=unavailable)]
+    with pytest.raises(UnavailableError, match="model is loading"):
+        client.health()
+
+
+FASTAPI = {"detail": [{"type": "x", "loc": ["body", "gen_length"], "msg": "too long"}]}
+NESTED = {"detail": [{"type": "x", "loc": ["body", "prompts", 1], "msg": "empty"}]}
+OPENAI = {"error": {"message": "too long", "param": "gen_length"}}
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "message"),
+    [
+        (FASTAPI, "gen_length", "gen_length: too long"),
+        (NESTED, "prompts.1", "prompts.1: empty"),
+        (OPENAI, "gen_length", "gen_length: too long"),
+        ({"detail": "gen_length too long"}, None, "gen_length too long"),
+        ({"unknown": 1}, None, "HTTP 422 Unprocessable Entity"),
+        ([], None, "HTTP 422 Unprocessable Entity"),
+    ],
+)
+def test_bad_request_names_the_field(
+    client: Client, script: Script, body: object, field: str | None, message: str
+) -> None:
+    """Whichever way the server reports it, field and reason reach the caller."""
+    script.answers = [httpx.Response(422, json=body)]
+    with pytest.raises(BadRequestError) as caught:
+        client.submit("hi")
+    assert (caught.value.field, str(caught.value), caught.value.status) == (field, message, 422)
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (400, BadRequestError),
+        (401, AuthenticationError),
+        (403, AuthenticationError),
+        (404, NotFoundError),
+        (413, BadRequestError),
+        (429, RateLimitedError),
+        (500, ServerError),
+        (502, UnavailableError),
+        (503, UnavailableError),
+        (302, UnexpectedResponseError),
+    ],
+)
+def test_status_decides_the_error(
+    client: Client, script: Script, status: int, error: type[Exception]
+) -> None:
+    """Each HTTP status has one error, with or without a body that can be read."""
+    script.answers = [httpx.Response(status, content=b"<html>")]
+    with pytest.raises(error):
+        client.submit("hi")
+
+
+def test_retry_after_is_read(client: Client, script: Script) -> None:
+    """The pause a server asks for reaches the caller; a date counts as none."""
+    for header, seconds in (("5", 5.0), ("Wed, 21 Oct 2026 07:28:00 GMT", None)):
+        script.answers = [httpx.Response(429, headers={"Retry-After": header})]
+        with pytest.raises(RateLimitedError) as caught:
+            client.submit("hi")
+        assert caught.value.retry_after == seconds
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"request_ids": []}, {"request_ids": ["0"]}, {"request_ids": [0, 1]}, {}, [], "text", None],
+)
+def test_foreign_answers_are_recognised(client: Client, script: Script, body: object) -> None:
+    """An answer that is not this API's raises instead of being guessed at."""
+    script.answers = [httpx.Response(200, json=body)]
+    with pytest.raises(UnexpectedResponseError):
+        client.submit("hi")
+    with pytest.raises(UnexpectedResponseError):
+        client.result(0)
+    with pytest.raises(UnexpectedResponseError):
+        client.health()
+
+
+def test_page_instead_of_json(client: Client, script: Script) -> None:
+    """A web page where JSON should be is named with its address."""
+    script.answers = [httpx.Response(200, text="<html>")]
+    with pytest.raises(UnexpectedResponseError, match="http://server/v1/health"):
+        client.health()
+
+
+@pytest.mark.parametrize("url", ["nonsense", "http://[", "ftp://server"])
+def test_unusable_address(url: str) -> None:
+    """An address that cannot work is a DllmError, not one of httpx's."""
+    with pytest.raises(UnavailableError), Client(url) as client:
+        client.health()
+
+
+async def test_asyncio_client_does_the_same(script: Script, quick: None) -> None:
+    """The asyncio client runs the same operations, with pauses and retries."""
+    del quick
+    script.answers = [
+        submitted(1),
+        job("running"),
+        httpx.ConnectError("refused"),
+        job("finished", "a text"),
+        submitted(2, 3),
+        job("finished", "b"),
+        job("finished", "c"),
+        job("cancelled"),
+        httpx.Response(200, json={"status": "ok"}),
+        httpx.Response(404, json={"detail": "no such job"}),
+    ]
+    async with AsyncClient("http://server", transport=httpx.MockTransport(script)) as client:
+        assert await client.generate("hi", seed=1) == "a text"
+        assert await client.generate_batch(["x", "y"]) == ["b", "c"]
+        assert (await client.cancel(3)).status is Status.CANCELLED
+        assert await client.health() == "ok"
+        with pytest.raises(NotFoundError, match="no such job"):
+            await client.result(9)

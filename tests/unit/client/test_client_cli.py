@@ -1,0 +1,126 @@
+"""The `dllm` command against a scripted server."""
+
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+from client_fakes import Script, job, submitted
+from dllm_client import Client, _options
+from dllm_client.cli import app
+from typer.testing import CliRunner, Result
+
+
+@pytest.fixture
+def dllm(script: Script, quick: None, monkeypatch: pytest.MonkeyPatch) -> "Dllm":
+    del quick
+    return Dllm(script, monkeypatch)
+
+
+class Dllm:
+    """Runs the command with the script in the server's place."""
+
+    def __init__(self, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.script = script
+
+        def scripted(url: str, *, api_key: str | None, timeout: float) -> Client:
+            transport = httpx.MockTransport(script)
+            return Client(url, api_key=api_key, timeout=timeout, transport=transport)
+
+        monkeypatch.setattr(_options, "Client", scripted)
+
+    def __call__(
+        self, *arguments: str, stdin: str = "", env: dict[str, str] | None = None
+    ) -> Result:
+        return CliRunner().invoke(app, arguments, input=stdin, env=env or {})
+
+    @property
+    def sent(self) -> dict[str, object]:
+        fields: dict[str, object] = json.loads(self.script.requests[0].content)
+        return fields
+
+
+def test_generate_prints_the_text(dllm: Dllm) -> None:
+    """Every option becomes the field of the API, and only the text is printed."""
+    dllm.script.answers = [submitted(0), job("finished", "a text")]
+    options = "--gen-length 64 --steps 32 --temperature 0.5 --seed 1 --block-length 16 --raw"
+    options += " --remasking random --threshold 0.9 --cfg-scale 1.5 --stop x --stop y"
+    outcome = dllm("generate", "hi", *options.split())
+    assert (outcome.exit_code, outcome.stdout, outcome.stderr) == (0, "a text\n", "")
+    assert dllm.sent == {
+        "prompt": "hi",
+        "gen_length": 64,
+        "steps": 32,
+        "temperature": 0.5,
+        "seed": 1,
+        "block_length": 16,
+        "raw": True,
+        "remasking": "random",
+        "confidence_threshold": 0.9,
+        "cfg_scale": 1.5,
+        "stop": ["x", "y"],
+    }
+
+
+def test_prompt_from_standard_input(dllm: Dllm) -> None:
+    """`-` reads the prompt, without the newline that ends it."""
+    dllm.script.answers = [submitted(3)]
+    assert dllm("submit", "-", stdin="two\nlines\n").stdout == "3\n"
+    assert dllm.sent == {"prompt": "two\nlines"}
+
+
+def test_json_output(dllm: Dllm) -> None:
+    """--json prints the job as one JSON document."""
+    dllm.script.answers = [job("finished", "é", 2)]
+    printed = dllm("result", "2", "--json").stdout
+    expected = {"request_id": 2, "status": "finished", "text": "é", "error": None}
+    assert json.loads(printed) == expected
+
+
+def test_result_without_text_prints_the_state(dllm: Dllm) -> None:
+    """A job that is not finished shows its state and why."""
+    dllm.script.answers = [job("running"), job("failed", error="out of luck")]
+    assert dllm("result", "0").stdout == "running\n"
+    assert dllm("result", "0").stdout == "failed: out of luck\n"
+
+
+def test_result_waits(dllm: Dllm) -> None:
+    """--wait polls until the text is there."""
+    dllm.script.answers = [job("running"), job("finished", "a text")]
+    assert dllm("result", "0", "--wait").stdout == "a text\n"
+
+
+def test_batch_goes_on_after_a_failure(dllm: Dllm, tmp_path: Path) -> None:
+    """Each line that is not blank is a prompt; one failed job makes the exit code 1."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\n\ntwo\n")
+    failed = job("failed", None, 0, error="out of luck")
+    dllm.script.answers = [submitted(0, 1), failed, job("finished", "b", 1)]
+    outcome = dllm("batch", str(prompts), "--gen-length", "8")
+    assert (outcome.exit_code, outcome.stdout) == (1, "failed: out of luck\nb\n")
+    assert outcome.stderr == "dllm: job 0 failed: out of luck\n"
+    assert dllm.sent == {"prompts": ["one", "two"], "gen_length": 8}
+
+
+def test_cancel_and_health(dllm: Dllm) -> None:
+    """Both print one word."""
+    dllm.script.answers = [job("cancelled"), httpx.Response(200, json={"status": "ok"})]
+    assert dllm("cancel", "0").stdout == "cancelled\n"
+    assert dllm("health").stdout == "ok\n"
+
+
+def test_errors_are_one_line(dllm: Dllm, tmp_path: Path) -> None:
+    """Whatever goes wrong is one line on stderr and exit code 1, never a traceback."""
+    detail = [{"loc": ["body", "gen_length"], "msg": "should be\nless than [513]"}]
+    dllm.script.answers = [httpx.Response(422, json={"detail": detail})]
+    outcome = dllm("generate", "hi", "--gen-length", "9999")
+    assert (outcome.exit_code, outcome.stdout) == (1, "")
+    assert outcome.stderr == "dllm: gen_length: should be less than [513]\n"
+
+    dllm.script.answers = [httpx.ConnectError("refused")]
+    outcome = dllm("health", url="http://elsewhere")
+    assert outcome.stderr == "dllm: cannot reach http://elsewhere: refused\n"
+
+    outcome = dllm("batch", str(tmp_path / "absent"))
+    assert outcome.exit_code == 1
+    assert "No such file" in outcome.stderr
