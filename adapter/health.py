@@ -133,7 +133,7 @@ class EngineMonitor:
         if self._healer.busy:
             await self._healer.renew()
         if self._healer.busy or (record.healing and not record.abandoned):
-            self._become(EngineState(ok=False, reason="the engine is being restarted", dead=True))
+            self._become(EngineState(ok=False, reason="the engine is being restarted"))
             return self._tick
         if self._probe is not None and self._probe.done():
             verdict, self._probe = self._probe.result(), None
@@ -147,6 +147,8 @@ class EngineMonitor:
     def _adopt(self, epoch: int) -> None:
         if self._epoch is not None and epoch != self._epoch:
             logger.warning("engine_replaced epoch=%d", epoch)
+            # What was known about its predecessor must not have the new one replaced as well.
+            self._state = EngineState(ok=False, reason="the engine was restarted just now")
             self._next_generation()
         self._epoch = epoch
 

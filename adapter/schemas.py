@@ -19,7 +19,7 @@ def _plain_text(value: str) -> str:
     if "\x00" in value:
         raise PydanticCustomError("string_nul", "String should not contain a NUL character")
     if any("\ud800" <= character <= "\udfff" for character in value):
-        raise PydanticCustomError("string_unicode", "String should not contain lone surrogates")
+        raise PydanticCustomError("string_unicode", "String should be valid unicode")
     return value
 
 

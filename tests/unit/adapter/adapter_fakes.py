@@ -1,0 +1,143 @@
+"""A clock, a scripted engine, and the application around it."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+
+from adapter.app import create_app
+from adapter.errors import AdapterError, EngineDead
+from adapter.generation import Event, Inputs, Usage
+from adapter.settings import Settings
+
+DONE = Event("an answer", "length", Usage(3, 32, 32, 32), seed=7)
+SIGN_OF_LIFE = Event("an")
+HANG = "hang"
+
+Script = list[Event | AdapterError | Exception | str]
+
+
+class HandClock:
+    """A clock that stands still until somebody moves it."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self.now += seconds
+
+
+@dataclass
+class ScriptedEngine:
+    """Answers request after request with what the scripts say, the last one for ever."""
+
+    scripts: list[Script] = field(default_factory=lambda: [[DONE]])
+    alive: bool = True
+    probe_error: AdapterError | None = None
+    probe_hangs: bool = False
+    reload_error: AdapterError | None = None
+    requests: list[Inputs] = field(default_factory=list)
+    closed: int = 0
+    reloads: int = 0
+
+    async def generate(self, inputs: Inputs, *, request_id: str) -> AsyncGenerator[Event, None]:
+        """Play the next script."""
+        if not self.alive:
+            raise EngineDead(f"Stub process 'dllm_0_0' is not healthy. {request_id}")
+        script = self.scripts[min(len(self.requests), len(self.scripts) - 1)]
+        self.requests.append(inputs)
+        try:
+            for item in script:
+                if isinstance(item, Exception):
+                    raise item
+                if isinstance(item, Event):
+                    yield item
+                else:
+                    await asyncio.Event().wait()
+        finally:
+            self.closed += 1
+
+    async def probe(self) -> None:
+        """Answer as the engine is."""
+        if not self.alive:
+            raise EngineDead("Stub process 'dllm_0_0' is not healthy.")
+        if self.probe_hangs:
+            await asyncio.Event().wait()
+        if self.probe_error is not None:
+            raise self.probe_error
+
+    async def reload(self) -> None:
+        """Bring it back to life, unless told otherwise."""
+        self.reloads += 1
+        await asyncio.sleep(0.02)
+        if self.reload_error is not None:
+            raise self.reload_error
+        self.alive, self.probe_hangs = True, False
+
+    async def close(self) -> None:
+        """Nothing to let go of."""
+
+
+def fast_settings(database_url: str, **changes: Any) -> Settings:
+    """Settings under which everything that takes seconds takes some milliseconds."""
+    values: dict[str, Any] = {
+        "database_url": database_url,
+        "lease_seconds": 0.3,
+        "poll_interval": 0.02,
+        "stream_interval": 0.05,
+        "engine_silence": 0.3,
+        "probe_interval": 0.05,
+    }
+    return Settings(**(values | changes))
+
+
+@dataclass
+class RunningApp:
+    """A worker that runs, and a client that talks to it."""
+
+    app: FastAPI
+    client: httpx.AsyncClient
+
+    async def submit(self, prompt: str = "hello", **fields: Any) -> int:
+        """Submit one prompt and return its id."""
+        answer = await self.client.post("/v1/generate", json={"prompt": prompt, **fields})
+        assert answer.status_code == 200, answer.text
+        return int(answer.json()["request_ids"][0])
+
+    async def result(self, job_id: int, wait: float = 5) -> dict[str, Any]:
+        """The result once the job is done."""
+        answer = await self.client.get(f"/v1/result/{job_id}", params={"wait": wait})
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    async def health(self) -> tuple[int, dict[str, Any]]:
+        """Status code and body of the health call."""
+        answer = await self.client.get("/v1/health")
+        return answer.status_code, answer.json()
+
+
+@asynccontextmanager
+async def running_app(settings: Settings, engine: ScriptedEngine) -> AsyncIterator[RunningApp]:
+    """Start a worker, wait for the monitor's first look, and stop the worker."""
+    app = create_app(settings, engine=engine)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://adapter") as client,
+    ):
+        yield RunningApp(app, client)
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Wait for the condition; the test fails if it does not come true."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)

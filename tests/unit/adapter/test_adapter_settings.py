@@ -1,0 +1,69 @@
+"""Settings come from the environment, and nonsense is refused by name."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from adapter.errors import SettingsError
+from adapter.settings import load_settings
+
+ADAPTER = Path(__file__).parents[3] / "adapter"
+
+
+def test_environment_overrides_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable sets its field; one that is empty sets nothing."""
+    monkeypatch.setenv("DLLM_MAX_GEN_LENGTH", "77")
+    monkeypatch.setenv("DLLM_MAX_BATCH_SIZE", "")
+    settings = load_settings()
+
+    assert (settings.max_gen_length, settings.max_batch_size) == (77, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DLLM_MAX_QUEUED_JOBS", "many"),
+        ("DLLM_MAX_GEN_LENGTH", "0"),
+        ("DLLM_MAX_TEMPERATURE", "nan"),
+        ("DLLM_HEAL", "perhaps"),
+        ("DLLM_LOG_LEVEL", "loud"),
+    ],
+)
+def test_bad_value_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """A value that does not parse stops the start, naming variable and value."""
+    monkeypatch.setenv(name, value)
+
+    with pytest.raises(SettingsError, match=f"{name}='{value}'"):
+        load_settings()
+
+
+def test_silence_must_outlast_the_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bound shorter than the rhythm of events would find every engine dead."""
+    monkeypatch.setenv("DLLM_ENGINE_SILENCE", "1.5")
+
+    with pytest.raises(SettingsError, match="engine_silence must be at least twice"):
+        load_settings()
+
+
+def test_adapter_never_imports_the_engine() -> None:
+    """No module of the adapter names the engine, torch, or the client."""
+    forbidden = {"dllm_engine", "dllm_client", "torch", "transformers", "launcher"}
+    for path in ADAPTER.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            assert not forbidden & {name.split(".")[0] for name in names}, path
+
+
+def test_import_opens_nothing(tmp_path: Path) -> None:
+    """Importing the application makes no file and loads no engine."""
+    code = "import sys, adapter.app; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=60)
+
+    assert list(tmp_path.iterdir()) == []

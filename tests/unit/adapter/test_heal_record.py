@@ -1,0 +1,98 @@
+"""How workers agree on who replaces an engine."""
+
+import asyncio
+
+import pytest
+from adapter_fakes import HandClock, ScriptedEngine, fast_settings, running_app
+
+from adapter.database import Database
+from adapter.heal import EngineRecord, HealStore, engine_name
+
+
+@pytest.fixture
+async def workers(database: Database, clock: HandClock) -> list[HealStore]:
+    """Two workers that know the same engine."""
+    stores = [HealStore(database, engine="e", owner=name, clock=clock) for name in ("a", "b")]
+    await asyncio.gather(*(store.read() for store in stores))
+    return stores
+
+
+async def test_one_of_two_may_begin(workers: list[HealStore]) -> None:
+    """The second to begin is told so, and the record shows that it goes on."""
+    a, b = workers
+
+    assert [await a.begin(epoch=0, lease=9), await b.begin(epoch=0, lease=9)] == [True, False]
+    assert EngineRecord(epoch=0, healing=True, abandoned=False, silent_for=0) == await b.read()
+
+
+async def test_engine_of_an_earlier_epoch_needs_no_replacing(workers: list[HealStore]) -> None:
+    """Whoever saw the death of an engine that was replaced since comes too late."""
+    a, b = workers
+    await a.begin(epoch=0, lease=9)
+
+    assert await a.finish()
+    assert not await b.begin(epoch=0, lease=9)
+    assert EngineRecord(epoch=1, healing=False, abandoned=False, silent_for=0) == await b.read()
+
+
+async def test_dead_healer_is_succeeded(workers: list[HealStore], clock: HandClock) -> None:
+    """When the healer falls silent another takes over, and the first can end nothing."""
+    a, b = workers
+    await a.begin(epoch=0, lease=9)
+    clock.advance(5)
+    assert await a.renew(lease=9)
+    clock.advance(10)
+
+    assert (await b.read()).abandoned
+    assert await b.begin(epoch=0, lease=9)
+    assert [await a.renew(lease=9), await a.finish(), await b.finish()] == [False, False, True]
+
+
+async def test_abandoned_work_is_free_at_once(workers: list[HealStore]) -> None:
+    """A healer that stops in the middle says so, and another begins anew."""
+    a, b = workers
+    await a.begin(epoch=0, lease=9)
+    await a.abandon()
+
+    assert (await b.read()).abandoned
+    assert await b.begin(epoch=0, lease=9)
+
+
+async def test_signs_of_life_are_shared(workers: list[HealStore], clock: HandClock) -> None:
+    """What one worker hears, all know."""
+    a, b = workers
+    clock.advance(30)
+    assert (await b.read()).silent_for == 30
+    await a.publish_life()
+
+    assert (await b.read()).silent_for == 0
+
+
+async def test_model_left_unloaded_is_loaded_by_the_next_worker(
+    database_url: str, database: Database
+) -> None:
+    """A worker that was killed between unload and load leaves work that the next one does."""
+    name = engine_name("127.0.0.1:8011", "dllm")
+    ghost = HealStore(database, engine=name, owner="ghost")
+    await ghost.read()
+    await ghost.begin(epoch=0, lease=0.01)
+    engine = ScriptedEngine()
+    async with running_app(fast_settings(database_url), engine) as api:
+        assert (await api.result(await api.submit()))["status"] == "finished"
+
+    assert engine.reloads == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "local"),
+    [
+        ("127.0.0.1:8011", True),
+        ("localhost:8011", True),
+        ("[::1]:8011", True),
+        ("10.0.0.1:8001", False),
+        ("triton:8001", False),
+    ],
+)
+def test_loopback_engines_of_two_hosts_differ(url: str, local: bool) -> None:
+    """The same loopback address is another engine on every host."""
+    assert local == (f"{url}/dllm" != engine_name(url, "dllm"))

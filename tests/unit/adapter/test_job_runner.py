@@ -1,0 +1,329 @@
+"""What becomes of jobs when engine, worker or database misbehave."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+from adapter_fakes import (
+    DONE,
+    HANG,
+    SIGN_OF_LIFE,
+    RunningApp,
+    ScriptedEngine,
+    fast_settings,
+    running_app,
+    until,
+)
+
+from adapter.database import Database
+from adapter.errors import (
+    EngineFailure,
+    ModelControlRefused,
+    Overloaded,
+    StoreUnavailable,
+    Unavailable,
+)
+from adapter.generation import Event
+from adapter.jobs.store import Job, JobState, JobStore
+
+
+@pytest.fixture
+def engine() -> ScriptedEngine:
+    """An engine that answers at once."""
+    return ScriptedEngine()
+
+
+@pytest.fixture
+async def api(database_url: str, engine: ScriptedEngine) -> AsyncIterator[RunningApp]:
+    """A worker for which three seconds pass in some milliseconds."""
+    async with running_app(fast_settings(database_url), engine) as running:
+        yield running
+
+
+@pytest.mark.parametrize("error", [Unavailable("connection refused"), Overloaded("queue full")])
+async def test_absence_of_the_engine_is_not_the_jobs_fault(
+    database_url: str, engine: ScriptedEngine, error: Exception
+) -> None:
+    """A job is tried until Triton takes it, however few attempts it has."""
+    engine.scripts = [[error], [error], [DONE]]
+    async with running_app(fast_settings(database_url, job_max_attempts=1), engine) as api:
+        assert DONE.text == (await api.result(await api.submit()))["text"]
+
+    assert len(engine.requests) == 3
+
+
+async def test_nothing_is_claimed_while_the_engine_is_away(
+    api: RunningApp, engine: ScriptedEngine
+) -> None:
+    """Jobs wait in the store while probes fail, and run once they are answered."""
+    engine.probe_error = Unavailable("failed to connect")
+    await until(lambda: not api.app.state.monitor.state.ok)
+    await api.submit()
+    await asyncio.sleep(0.1)
+    assert await api.health() == (503, {"status": "unavailable", "reason": "failed to connect"})
+    assert engine.requests == []
+
+    engine.probe_error = None
+    assert (await api.result(0))["status"] == "finished"
+
+
+async def test_failing_engine_uses_up_attempts(api: RunningApp, engine: ScriptedEngine) -> None:
+    """Errors of the engine are retried, and the last one is the job's."""
+    engine.scripts = [[EngineFailure("CUDA error")]]
+    result = await api.result(await api.submit())
+
+    assert result["error"] == "given up after 3 attempts: CUDA error"
+    assert len(engine.requests) == 3
+
+
+@pytest.mark.parametrize("end", [[], [SIGN_OF_LIFE], [Event("", "cancelled")]])
+async def test_stream_without_result_is_run_again(
+    api: RunningApp, engine: ScriptedEngine, end: list[Event | str | Exception]
+) -> None:
+    """A stream that ends without a result of its own is a lost attempt."""
+    engine.scripts = [list(end), [DONE]]
+
+    assert DONE.text == (await api.result(await api.submit()))["text"]
+
+
+async def test_killed_engine_is_replaced_and_its_jobs_run_once_more(
+    api: RunningApp, engine: ScriptedEngine
+) -> None:
+    """Streams into the dead process are closed, and each of their jobs runs exactly once again."""
+    engine.scripts = [[SIGN_OF_LIFE, HANG], [HANG], [DONE]]
+    await api.submit()
+    await until(lambda: len(engine.requests) == 1)
+    await api.submit()
+    await until(lambda: len(engine.requests) == 2)
+    engine.alive = False
+
+    assert [DONE.text] * 2 == [(await api.result(n))["text"] for n in (0, 1)]
+    assert (engine.reloads, len(engine.requests), engine.closed) == (1, 4, 4)
+
+
+async def test_one_worker_replaces_the_engine_for_all(
+    database_url: str, engine: ScriptedEngine
+) -> None:
+    """Of several workers one reloads the model, and all run their lost jobs again."""
+    engine.scripts = [[HANG], [HANG], [DONE]]
+    settings = fast_settings(database_url, max_inflight=1)
+    async with running_app(settings, engine) as one, running_app(settings, engine) as two:
+        await one.submit()
+        await two.submit()
+        await until(lambda: len(engine.requests) == 2)
+        engine.alive = False
+
+        assert [DONE.text] * 2 == [(await one.result(n))["text"] for n in (0, 1)]
+    assert (engine.reloads, len(engine.requests)) == (1, 4)
+
+
+async def test_hung_engine_is_replaced(api: RunningApp, engine: ScriptedEngine) -> None:
+    """An engine that answers neither streams nor probes for too long is as good as dead."""
+    engine.scripts = [[SIGN_OF_LIFE, HANG], [DONE]]
+    await api.submit()
+    await until(lambda: len(engine.requests) == 1)
+    engine.probe_hangs = True
+
+    assert DONE.text == (await api.result(0))["text"]
+    assert (engine.reloads, len(engine.requests)) == (1, 2)
+
+
+async def test_busy_engine_is_not_taken_for_hung(database_url: str, engine: ScriptedEngine) -> None:
+    """A probe may wait for as long as any worker gets events."""
+    engine.probe_hangs = True
+    async with (
+        running_app(fast_settings(database_url), engine) as busy,
+        running_app(fast_settings(database_url), engine) as idle,
+    ):
+        for _ in range(40):
+            busy.app.state.monitor.saw_life()
+            await asyncio.sleep(0.02)
+        assert engine.reloads == 0
+        assert idle.app.state.monitor.state.reason == "the engine has not answered yet"
+
+
+async def test_refused_reload_is_tried_once(
+    api: RunningApp, engine: ScriptedEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where models cannot be loaded, health stays 503 and the log says once what to do."""
+    engine.reload_error = ModelControlRefused("explicit model load / unload is not allowed")
+    engine.alive = False
+    await until(lambda: engine.reloads == 1)
+    await asyncio.sleep(0.3)
+
+    assert (await api.health())[0] == 503
+    assert engine.reloads == 1
+    assert caplog.text.count("engine_reload_refused") == 1
+
+
+async def test_engine_replaced_by_others_loses_the_streams_too(
+    database_url: str, engine: ScriptedEngine
+) -> None:
+    """When somebody else brings the engine back, the jobs of its former life run again."""
+    engine.scripts = [[HANG], [DONE]]
+    async with running_app(fast_settings(database_url, heal=False), engine) as api:
+        await api.submit()
+        await until(lambda: len(engine.requests) == 1)
+        engine.alive = False
+        await until(lambda: api.app.state.monitor.state.dead)
+        engine.alive = True
+
+        assert DONE.text == (await api.result(0))["text"]
+    assert len(engine.requests) == 2
+
+
+async def test_silent_stream_of_a_living_engine_is_lost(
+    api: RunningApp, engine: ScriptedEngine
+) -> None:
+    """A stream that fell silent while probes are answered is closed and its job runs again."""
+    engine.scripts = [[SIGN_OF_LIFE, HANG], [DONE]]
+
+    assert DONE.text == (await api.result(await api.submit()))["text"]
+    assert (engine.reloads, len(engine.requests), engine.closed) == (0, 2, 2)
+
+
+async def test_stream_without_any_event_may_wait(api: RunningApp, engine: ScriptedEngine) -> None:
+    """A request that waits in Triton's queue is not lost, however long it takes."""
+    engine.scripts = [[HANG]]
+    await api.submit()
+    await asyncio.sleep(0.8)
+
+    assert (len(engine.requests), engine.closed) == (1, 0)
+
+
+async def test_cancel_from_another_worker_closes_the_stream(
+    database_url: str, engine: ScriptedEngine
+) -> None:
+    """The worker that drives a job notices soon that another one has cancelled it."""
+    engine.scripts = [[HANG]]
+    bystander = ScriptedEngine(alive=False)
+    async with (
+        running_app(fast_settings(database_url, heal=False), bystander) as other,
+        running_app(fast_settings(database_url), engine),
+    ):
+        await other.submit()
+        await until(lambda: len(engine.requests) == 1)
+        await other.client.delete("/v1/result/0")
+        await until(lambda: engine.closed == 1)
+
+        assert (await other.result(0))["status"] == "cancelled"
+
+
+async def test_stopping_worker_puts_its_jobs_back(
+    database_url: str, engine: ScriptedEngine, store: JobStore
+) -> None:
+    """A worker that stops leaves its jobs queued, without an attempt, for the next one."""
+    engine.scripts = [[SIGN_OF_LIFE, HANG]]
+    async with running_app(fast_settings(database_url), engine) as api:
+        await api.submit()
+        await until(lambda: len(engine.requests) == 1)
+    assert engine.closed == 1
+    assert Job(0, JobState.QUEUED, 0, None, None) == await store.get(0)
+
+    async with running_app(fast_settings(database_url), ScriptedEngine()) as api:
+        assert (await api.result(0))["status"] == "finished"
+
+
+async def test_jobs_of_a_dead_worker_are_taken_up(
+    database_url: str, engine: ScriptedEngine, database: Database
+) -> None:
+    """A job whose lease ran out is driven by whoever notices."""
+    store = JobStore(database, max_attempts=3)
+    await store.add([{"text_input": "a"}], max_queued=1)
+    await store.claim("a-dead-worker", limit=1, lease=0.05)
+    async with running_app(fast_settings(database_url), engine) as api:
+        assert (await api.result(0))["status"] == "finished"
+
+
+async def test_leases_of_living_workers_are_renewed(
+    database_url: str, engine: ScriptedEngine
+) -> None:
+    """A job that takes many times its lease stays with its worker."""
+    engine.scripts = [[HANG]]
+    async with (
+        running_app(fast_settings(database_url), engine) as api,
+        running_app(fast_settings(database_url), engine),
+    ):
+        await api.submit()
+        await asyncio.sleep(1.0)
+    assert len(engine.requests) == 1
+
+
+async def test_unforeseen_error_does_not_keep_the_job(
+    api: RunningApp, engine: ScriptedEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error that nobody thought of is logged, and the job runs again when its lease is over."""
+    engine.scripts = [[KeyError("surprise")], [DONE]]
+
+    assert DONE.text == (await api.result(await api.submit()))["text"]
+    assert "job_broken request_id=0" in caplog.text
+    assert "surprise" in caplog.text
+
+
+async def test_result_is_kept_when_the_database_was_away(
+    api: RunningApp, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A result that could not be written is written later, not generated again."""
+    finish, failures = JobStore.finish, [StoreUnavailable("away"), StoreUnavailable("away")]
+
+    async def flaky(self: JobStore, owner: str, job_id: int, result: Event) -> bool:
+        if failures:
+            raise failures.pop()
+        return await finish(self, owner, job_id, result)
+
+    monkeypatch.setattr(JobStore, "finish", flaky)
+    assert DONE.text == (await api.result(await api.submit()))["text"]
+    assert len(engine.requests) == 1
+
+
+async def test_no_more_than_max_inflight_at_a_time(
+    database_url: str, engine: ScriptedEngine
+) -> None:
+    """A worker drives as many jobs as it may, and goes on when one of them is done."""
+    engine.scripts = [[HANG], [HANG], [DONE]]
+    async with running_app(fast_settings(database_url, max_inflight=2), engine) as api:
+        await api.client.post("/v1/generate_batch", json={"prompts": ["a", "b", "c"]})
+        await until(lambda: len(engine.requests) == 2)
+        await asyncio.sleep(0.1)
+        assert len(engine.requests) == 2
+
+        await api.client.delete("/v1/result/1")
+        assert DONE.text == (await api.result(2))["text"]
+
+
+async def test_many_jobs_on_two_workers_run_exactly_once(
+    database_url: str, engine: ScriptedEngine
+) -> None:
+    """However many jobs there are, each is run once and none is forgotten."""
+    settings = fast_settings(database_url, max_inflight=16, lease_seconds=30)
+    async with running_app(settings, engine) as one, running_app(settings, engine) as two:
+        for worker in (one, two) * 2:
+            await worker.client.post("/v1/generate_batch", json={"prompts": ["x"] * 50})
+        start = time.monotonic()
+        results = [await one.result(n, wait=30) for n in range(200)]
+        assert time.monotonic() - start < 30
+
+    assert {"finished"} == {result["status"] for result in results}
+    assert len(engine.requests) == 200
+
+
+async def test_expired_results_go(database_url: str, engine: ScriptedEngine) -> None:
+    """A result is kept for its time, and then unknown."""
+    async with running_app(fast_settings(database_url, result_ttl=0.05), engine) as api:
+        await api.submit()
+        async with asyncio.timeout(5):
+            while (await api.client.get("/v1/result/0")).status_code != 404:
+                await asyncio.sleep(0.02)
+
+
+async def test_log_names_the_job_and_not_the_prompt(
+    api: RunningApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What users write is nothing for the log."""
+    caplog.set_level("DEBUG", "adapter")
+    await api.result(await api.submit("a secret"))
+    await asyncio.sleep(0.02)
+
+    assert "request_id=0" in caplog.text
+    assert "secret" not in caplog.text

@@ -1,0 +1,253 @@
+"""The job store against a real database."""
+
+import asyncio
+import subprocess
+import sys
+
+import pytest
+from adapter_fakes import HandClock
+
+from adapter.database import Database
+from adapter.errors import TooManyJobs
+from adapter.generation import Event, Usage
+from adapter.jobs.store import ClaimedJob, Job, JobState, JobStore
+
+DONE = Event("text", "stop", Usage(1, 2, 3, 4), seed=5)
+
+
+async def add(store: JobStore, count: int = 1) -> list[int]:
+    return await store.add([{"text_input": f"p{n}"} for n in range(count)], max_queued=1000)
+
+
+async def claim(store: JobStore, owner: str = "a", limit: int = 10) -> list[int]:
+    return [job.id for job in await store.claim(owner, limit=limit, lease=30)]
+
+
+async def state(store: JobStore, job_id: int) -> JobState:
+    job = await store.get(job_id)
+    assert job is not None
+    return job.state
+
+
+async def test_ids_begin_at_zero_and_have_no_gaps(store: JobStore) -> None:
+    """The first job of a fresh database is 0, and every later one follows the one before."""
+    assert [await add(store), await add(store, 3), await add(store)] == [[0], [1, 2, 3], [4]]
+
+
+async def test_concurrent_submissions_get_distinct_ids(store: JobStore) -> None:
+    """Submissions at the same time share no id, and each batch is consecutive."""
+    batches = await asyncio.gather(*(add(store, 3) for _ in range(10)))
+
+    assert list(range(30)) == sorted(job_id for batch in batches for job_id in batch)
+    assert all([b[0], b[0] + 1, b[0] + 2] == b for b in batches)
+
+
+async def test_batch_that_exceeds_the_queue_is_refused_whole(store: JobStore) -> None:
+    """A batch of which one would be too many leaves no job and uses up no id."""
+    await store.add([{}] * 2, max_queued=3)
+
+    with pytest.raises(TooManyJobs, match="2 jobs are waiting, and at most 3 may"):
+        await store.add([{}] * 2, max_queued=3)
+
+    assert await store.add([{}], max_queued=3) == [2]
+
+
+async def test_running_jobs_do_not_count_as_queued(store: JobStore) -> None:
+    """The queue's limit is about jobs that wait."""
+    await store.add([{}] * 3, max_queued=3)
+    await claim(store, limit=1)
+
+    assert await store.add([{}], max_queued=3) == [3]
+
+
+@pytest.mark.parametrize("job_id", [0, -1, 2**63, 10**30])
+async def test_unknown_id_gives_none(store: JobStore, job_id: int) -> None:
+    """An id that no job has gives None, whatever its size."""
+    assert await store.get(job_id) is None
+    assert not await store.cancel(job_id)
+
+
+async def test_claim_takes_the_oldest_first_and_no_more_than_asked(store: JobStore) -> None:
+    """Jobs are claimed in the order of their ids, each by one owner only."""
+    await add(store, 5)
+
+    assert await claim(store, "a", limit=2) == [0, 1]
+    assert await claim(store, "b", limit=2) == [2, 3]
+    assert await claim(store, "a") == [4]
+    assert await claim(store, "b") == []
+
+
+async def test_claimed_job_carries_its_request_and_attempt(store: JobStore) -> None:
+    """What was submitted comes back as it was, and the attempt is counted."""
+    request = {"messages": "[ü]", "temperature": 0.5, "stop": ["a"], "ignore_eos": True}
+    await store.add([request], max_queued=10)
+
+    assert [ClaimedJob(0, request, 1)] == await store.claim("a", limit=1, lease=30)
+
+
+async def test_finish_keeps_the_result(store: JobStore) -> None:
+    """A finished job has its text and stays as it is."""
+    await add(store)
+    await claim(store)
+
+    assert await store.finish("a", 0, DONE)
+    assert Job(0, JobState.FINISHED, 1, "text", None) == await store.get(0)
+    assert not await store.finish("a", 0, DONE)
+    assert not await store.cancel(0)
+
+
+async def test_only_the_owner_of_a_running_job_changes_it(store: JobStore) -> None:
+    """Whoever is not the owner, or comes too late, changes nothing and learns so."""
+    await add(store)
+    assert not await store.finish("a", 0, DONE)
+    await claim(store, "a")
+
+    assert not await store.finish("b", 0, DONE)
+    assert not await store.fail("b", 0, "no")
+    assert not await store.retry("b", 0, "no")
+    assert not await store.put_back("b", 0)
+    assert await state(store, 0) == JobState.RUNNING
+
+
+async def test_renewal_tells_what_is_still_ours(store: JobStore) -> None:
+    """The answer to a renewal lacks what was cancelled, finished, or is another's."""
+    await add(store, 4)
+    await claim(store, "a", limit=3)
+    await claim(store, "b")
+    await store.cancel(1)
+    await store.finish("a", 2, DONE)
+
+    assert {0} == await store.renew("a", [0, 1, 2, 3], lease=30)
+
+
+async def test_expired_lease_frees_the_job(store: JobStore, clock: HandClock) -> None:
+    """A job whose worker fell silent is queued again; a renewed one is not."""
+    await add(store, 2)
+    await claim(store, "a")
+    clock.advance(20)
+    await store.renew("a", [1], lease=30)
+    clock.advance(20)
+
+    assert await store.recover() == 1
+    assert await claim(store, "b") == [0]
+    assert not await store.finish("a", 0, DONE)
+    assert await store.finish("b", 0, DONE)
+
+
+async def test_attempts_end(store: JobStore, clock: HandClock) -> None:
+    """A job that is lost as often as it may be fails, with the reason."""
+    await add(store)
+    for _ in range(3):
+        assert await claim(store) == [0]
+        clock.advance(60)
+        assert await store.recover() == 1
+
+    error = "given up after 3 attempts: the worker that ran it died"
+    assert Job(0, JobState.FAILED, 3, None, error) == await store.get(0)
+
+
+async def test_retry_counts_and_put_back_does_not(store: JobStore) -> None:
+    """A lost job has used an attempt, a postponed one has not."""
+    await add(store)
+    await claim(store)
+    await store.put_back("a", 0)
+    assert Job(0, JobState.QUEUED, 0, None, None) == await store.get(0)
+
+    await claim(store)
+    await store.retry("a", 0, "lost")
+    assert Job(0, JobState.QUEUED, 1, None, None) == await store.get(0)
+
+
+async def test_last_retry_fails_with_the_reason(store: JobStore) -> None:
+    """The retry after the last attempt is a failure."""
+    await add(store)
+    for _ in range(3):
+        await claim(store)
+        assert await store.retry("a", 0, "lost")
+
+    assert Job(0, JobState.FAILED, 3, None, "given up after 3 attempts: lost") == await store.get(0)
+
+
+async def test_cancel_is_idempotent(store: JobStore) -> None:
+    """Queued and running jobs can be cancelled, once; their worker cannot finish them."""
+    await add(store, 2)
+    await claim(store, limit=1)
+
+    assert [await store.cancel(0), await store.cancel(1)] == [True, True]
+    assert [await store.cancel(0), await store.cancel(1)] == [False, False]
+    assert not await store.finish("a", 0, DONE)
+    assert await claim(store) == []
+    assert await state(store, 0) == JobState.CANCELLED
+
+
+async def test_done_among_names_the_done(store: JobStore) -> None:
+    """Of the ids asked for, those come back that will not change any more."""
+    await add(store, 4)
+    await claim(store, limit=3)
+    await store.finish("a", 0, DONE)
+    await store.cancel(1)
+
+    assert {0, 1} == await store.done_among([0, 1, 2, 3, 99])
+
+
+async def test_old_results_are_removed_in_small_batches(
+    store: JobStore,
+    clock: HandClock,
+) -> None:
+    """Only what was done for longer than the time to live goes, and ids are not used again."""
+    await add(store, 4)
+    await claim(store, limit=3)
+    for job_id in range(3):
+        await store.finish("a", job_id, DONE)
+    clock.advance(100)
+
+    assert await store.purge(ttl=101, limit=2) == 0
+    assert [await store.purge(ttl=99, limit=2) for _ in range(3)] == [2, 1, 0]
+    assert await store.get(2) is None
+    assert await state(store, 3) == JobState.QUEUED
+    assert await add(store) == [4]
+
+
+WORKER = """
+import asyncio, sys
+from adapter.database import Database
+from adapter.jobs.store import JobStore
+
+async def main(url, name):
+    async with Database.open(url) as database:
+        store = JobStore(database, max_attempts=3)
+        ids = await store.add([{"n": 1}] * 20, max_queued=1000)
+        taken = []
+        for _ in range(10):
+            taken += [job.id for job in await store.claim(name, limit=3, lease=60)]
+        print(ids[0], *taken)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+def test_processes_may_start_at_once_on_a_fresh_database(database_url: str) -> None:
+    """The schema is made once, submissions get their own ids, and no job has two owners."""
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, database_url, f"worker-{n}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for n in range(3)
+    ]
+    outputs = [worker.communicate(timeout=60) for worker in workers]
+
+    assert [error for _, error in outputs] == ["", "", ""]
+    numbers = [[int(word) for word in output.split()] for output, _ in outputs]
+    assert sorted(first for first, *_ in numbers) == [0, 20, 40]
+    taken = [job_id for _, *ids in numbers for job_id in ids]
+    assert len(taken) == len(set(taken))
+
+
+async def test_two_stores_see_the_same_jobs(database_url: str, store: JobStore) -> None:
+    """What one worker writes, another reads at once."""
+    await add(store)
+    async with Database.open(database_url) as other:
+        assert await state(JobStore(other, max_attempts=3), 0) == JobState.QUEUED

@@ -1,0 +1,108 @@
+"""The border to Triton: tensors, events, errors."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adapter.errors import (
+    AdapterError,
+    EngineDead,
+    EngineFailure,
+    InvalidRequest,
+    ModelControlRefused,
+    Overloaded,
+    StreamLost,
+    Unavailable,
+)
+from adapter.generation import Event, InputValue, Usage
+from adapter.triton import INPUT_TYPES, OUTPUTS, make_tensor, map_error, read_event
+
+CONFIG = Path(__file__).parents[3] / "model_repository" / "dllm" / "config.pbtxt"
+
+
+class Answer:
+    """A response with the outputs that it is given."""
+
+    def __init__(self, **outputs: Any) -> None:
+        self._outputs = outputs
+
+    def as_numpy(self, name: str) -> Any:
+        return self._outputs.get(name)
+
+
+def test_inputs_and_outputs_are_those_of_the_model() -> None:
+    """Names and types agree with the model's own configuration."""
+    text = CONFIG.read_text()
+    given, made = text.split("output [", 1)
+    inputs = re.findall(r'name: "(\w+)"\s+data_type: TYPE_(\w+)', given)
+
+    assert {name: kind.replace("STRING", "BYTES") for name, kind in inputs} == INPUT_TYPES
+    assert set(OUTPUTS) <= set(re.findall(r'name: "(\w+)"', made))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shape", "datatype"),
+    [
+        ("text_input", "hä", [1, 1], "BYTES"),
+        ("stop", ["a", "bc"], [1, 2], "BYTES"),
+        ("input_ids", [1, 2, 3], [1, 3], "INT32"),
+        ("temperature", 1, [1, 1], "FP32"),
+        ("seed", -(2**63), [1, 1], "INT64"),
+        ("ignore_eos", True, [1, 1], "BOOL"),
+    ],
+)
+def test_tensor_is_a_batch_of_one(
+    name: str, value: InputValue, shape: list[int], datatype: str
+) -> None:
+    """Every input has a batch dimension and the type of the contract."""
+    tensor = make_tensor(name, value)
+
+    assert (shape, datatype) == (tensor.shape(), tensor.datatype())
+
+
+def test_event_is_read_whole() -> None:
+    """All outputs arrive; a NUL, which PostgreSQL cannot keep, is replaced."""
+    answer = Answer(
+        text_output=np.array([["a\0ü".encode()]], dtype=np.object_),
+        finish_reason=np.array([[b"length"]], dtype=np.object_),
+        usage=np.array([[1, 2, 3, 4]], dtype=np.int32),
+        seed=np.array([[2**62]], dtype=np.int64),
+    )
+
+    assert Event("a\ufffdü", "length", Usage(1, 2, 3, 4), 2**62) == read_event(answer)
+
+
+def test_missing_outputs_have_defaults() -> None:
+    """A response that leaves outputs out is still an event."""
+    assert Event("") == read_event(Answer())
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "kind"),
+    [
+        ("INVALID_ARGUMENT", "gen_length: must be at least 1", InvalidRequest),
+        ("StatusCode.INVALID_ARGUMENT", "gen_length: must be at least 1", InvalidRequest),
+        ("UNAVAILABLE", "failed to connect to all addresses", Unavailable),
+        ("UNAVAILABLE", "Exceeds maximum queue size", Overloaded),
+        ("UNAVAILABLE", "Request timeout expired", Overloaded),
+        ("NOT_FOUND", "Request for unknown model: 'dllm' is not found", Unavailable),
+        ("INTERNAL", "Stub process 'dllm_0_0' is not healthy.", EngineDead),
+        (None, "Stub process 'dllm_0_0' is not healthy.", EngineDead),
+        ("INTERNAL", "something broke", EngineFailure),
+        (None, "something broke", EngineFailure),
+        ("CANCELLED", "Locally cancelled by application!", StreamLost),
+        (
+            "StatusCode.UNAVAILABLE",
+            "explicit model load / unload is not allowed if polling is enabled",
+            ModelControlRefused,
+        ),
+    ],
+)
+def test_grpc_errors_become_ours(code: str | None, message: str, kind: type[AdapterError]) -> None:
+    """Code and message decide together; Triton's note of the request id is left out."""
+    for text in (message, f"[request id: 7] {message}"):
+        error = map_error(code, text)
+        assert (kind, message) == (type(error), str(error))
