@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -86,7 +85,8 @@ def _settings(**options: Any) -> Settings:
 @contextmanager
 def _clear_errors() -> Iterator[None]:
     """What can be expected to go wrong becomes a message on stderr and exit code 1."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    # SIGTERM, which service managers send, ends the service as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except ValidationError as error:
@@ -97,11 +97,6 @@ def _clear_errors() -> Iterator[None]:
     except (LaunchError, DllmError) as error:
         stderr.print("dllm-serve:", str(error), markup=False)
         raise typer.Exit(1) from None
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    """Make SIGTERM, which service managers send, end the service as Ctrl-C does."""
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

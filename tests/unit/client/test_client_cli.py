@@ -29,10 +29,8 @@ class Dllm:
 
         monkeypatch.setattr(_options, "Client", scripted)
 
-    def __call__(
-        self, *arguments: str, stdin: str = "", env: dict[str, str] | None = None
-    ) -> Result:
-        return CliRunner().invoke(app, arguments, input=stdin, env=env or {})
+    def __call__(self, *arguments: str, stdin: str = "", url: str = "http://server") -> Result:
+        return CliRunner().invoke(app, arguments, input=stdin, env={"DLLM_URL": url})
 
     @property
     def sent(self) -> dict[str, object]:

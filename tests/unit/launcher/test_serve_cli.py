@@ -1,0 +1,133 @@
+"""The `dllm-serve` command: messages, and the demonstration against a scripted API."""
+
+import io
+import json
+import socket
+from pathlib import Path
+
+import httpx
+import pytest
+from dllm_client import Client
+from rich.console import Console
+from typer.testing import CliRunner
+
+from launcher import demo
+from launcher.cli import app
+from launcher.console import ConsoleReporter
+from launcher.ports import free_port
+from launcher.settings import Settings
+
+
+def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DLLM_ variables set the fields; an empty one counts as unset; 0.0.0.0 is reached locally."""
+    monkeypatch.setenv("DLLM_HOST", "0.0.0.0")
+    monkeypatch.setenv("DLLM_PORT", "8080")
+    monkeypatch.setenv("DLLM_WORKERS", "")
+    settings = Settings()
+    assert (settings.url, settings.workers) == ("http://127.0.0.1:8080", 1)
+    assert (settings.model_repository / "dllm" / "config.pbtxt").is_file()
+
+
+def test_bad_setting_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bad value is reported with its variable and itself, without a traceback."""
+    monkeypatch.setenv("DLLM_TRITON_GRPC_PORT", "99999")
+    outcome = CliRunner().invoke(app, ["serve"])
+    assert outcome.exit_code == 1
+    expected = "DLLM_TRITON_GRPC_PORT='99999': Input should be less than or equal to 65535\n"
+    assert outcome.stderr == expected
+
+
+@pytest.mark.parametrize("command", ["serve", "demo"])
+def test_taken_port_is_one_line(command: str) -> None:
+    """A port in use ends the command with the message that names the setting."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        outcome = CliRunner().invoke(app, [command, "--port", str(other.getsockname()[1])])
+    assert outcome.exit_code == 1
+    assert "another port with DLLM_PORT" in outcome.stderr
+
+
+def test_missing_repository_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A repository without the models ends the command with where it looked."""
+    monkeypatch.setenv("DLLM_MODEL_REPOSITORY", str(tmp_path))
+    outcome = CliRunner().invoke(app, ["serve", "--port", str(free_port())])
+    assert outcome.exit_code == 1
+    assert f"model repository {tmp_path} has no model 'dllm'" in outcome.stderr
+
+
+class Api:
+    """Finishes each job at its second poll, but those whose prompt it was told to fail."""
+
+    def __init__(self, failing: str = "") -> None:
+        self.bodies: list[dict[str, object]] = []
+        self._failing = failing
+        self._prompts: list[str] = []
+        self._polled: set[int] = set()
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        if request.method == "POST":
+            body = json.loads(request.content)
+            self.bodies.append(body)
+            prompts = body.get("prompts") or [body["prompt"]]
+            first = len(self._prompts)
+            self._prompts += prompts
+            ids = list(range(first, len(self._prompts)))
+            return httpx.Response(200, json={"request_ids": ids, "status": "submitted"})
+        request_id = int(request.url.path.rpartition("/")[2])
+        status, text, error = "running", None, None
+        if request_id in self._polled:
+            failed = self._prompts[request_id] == self._failing
+            status, text, error = (
+                ("failed", None, "bad luck") if failed else ("finished", "ok", None)
+            )
+        self._polled.add(request_id)
+        fields = {"request_id": request_id, "status": status, "text": text, "error": error}
+        return httpx.Response(200, json=fields)
+
+
+def run_demo(api: Api) -> tuple[bool, str]:
+    output = io.StringIO()
+    with Client("http://server", transport=httpx.MockTransport(api)) as client:
+        finished = demo.run(client, Console(file=output, width=100))
+    return finished, output.getvalue()
+
+
+def test_demo_sends_the_requests_of_the_guide() -> None:
+    """The first two calls are the guide's own, and every prompt is shown with its text."""
+    api = Api()
+    finished, output = run_demo(api)
+    assert finished
+    assert api.bodies[:2] == [
+        {"prompt": "Tell me about AI", "temperature": 0.6, "gen_length": 128},
+        {"prompts": ["What is AI?", "Explain ML."], "temperature": 0.0, "gen_length": 64},
+    ]
+    for prompt in ("Tell me about AI", "Explain ML.", *demo.QUESTIONS):
+        assert prompt in output
+    assert "6 of 6 jobs finished" in output
+
+
+def test_demo_reports_a_failed_job() -> None:
+    """One failed job makes the demonstration fail, and its reason is shown."""
+    finished, output = run_demo(Api(failing="What is AI?"))
+    assert not finished
+    assert "failed: bad luck" in output
+    assert "5 of 6 jobs finished" in output
+
+
+def test_reporter_without_a_terminal() -> None:
+    """In a log file progress is a line every few seconds, and logs wait until it serves."""
+    output = io.StringIO()
+    with ConsoleReporter(Console(file=output)) as reporter:
+        for tenth in range(100):
+            reporter.waiting("Triton", tenth / 10, "[layer] loading")
+        reporter.log("triton", "hidden")
+        reporter.ready("Triton", 10.0)
+        reporter.serving = True
+        reporter.log("triton", "[shown]")
+        reporter.trouble("oh [no]")
+    assert output.getvalue().splitlines() == [
+        "Triton: starting, 0 s  [layer] loading",
+        "Triton: starting, 5 s  [layer] loading",
+        "Triton: ready after 10.0 s",
+        "triton | [shown]",
+        "oh [no]",
+    ]
