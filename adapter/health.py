@@ -136,8 +136,8 @@ class EngineMonitor:
             self._become(EngineState(ok=False, reason="the engine is being restarted"))
             return self._tick
         if self._probe is not None and self._probe.done():
-            verdict, self._probe = self._probe.result(), None
-            self._judge(verdict, record)
+            probe, self._probe = self._probe, None  # gone even if its result is an error
+            self._judge(probe.result(), record)
         if self._state.dead or record.abandoned:
             await self._healer.attempt(record.epoch)
         if self._probe is None and not self._healer.busy and self._probe_due() <= _now():

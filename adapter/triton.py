@@ -141,7 +141,7 @@ class TritonEngine:
         }
 
     async def _stream(self, request: dict[str, Any]) -> AsyncGenerator[Event, None]:
-        responses = await self._client.stream_infer(_only(request), headers=STREAM_HEADERS)
+        responses = self._client.stream_infer(_only(request), headers=STREAM_HEADERS)
         try:
             async for result, error in responses:
                 if error is not None:

@@ -205,10 +205,9 @@ class JobRunner:
         return Lost("the engine ended the stream without a result")
 
     def _failure(self, drive: Drive, error: EngineError) -> Outcome:
-        if isinstance(error, Overloaded | Unavailable | EngineDead):
-            self._back_off()
-            if not isinstance(error, Overloaded):
-                self._monitor.suspect()
+        self._back_off()
+        if not isinstance(error, Overloaded):
+            self._monitor.suspect()
         if isinstance(error, Overloaded | Unavailable):
             return Postponed(str(error))
         if isinstance(error, EngineDead) and drive.opened_at > self._monitor.last_life:
