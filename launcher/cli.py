@@ -17,7 +17,7 @@ from launcher import demo as demonstration
 from launcher.console import ConsoleReporter
 from launcher.errors import LaunchError
 from launcher.settings import Settings
-from launcher.stack import Stack
+from launcher.stack import Stack, triton_server
 
 app = typer.Typer(
     help="Serve diffusion language models. Settings are environment variables, DLLM_*.",
@@ -50,6 +50,23 @@ def serve(
 
 
 @app.command()
+def triton(verbose: Verbose = False) -> None:
+    """Run Triton with the engine alone, until Ctrl-C; the adapter is started elsewhere."""
+    with _clear_errors():
+        settings = _settings()
+        reporter = ConsoleReporter(console, verbose=verbose)
+        with suppress(KeyboardInterrupt), reporter, triton_server(settings, reporter) as server:
+            reporter.quiet()
+            reporter.serving = True
+            _print_addresses(
+                ("Triton", f"http://{server.http_url}   gRPC {server.grpc_url}"),
+                ("metrics", server.metrics_url),
+            )
+            server.wait()
+        console.print("stopped")
+
+
+@app.command()
 def demo(port: Port = None, verbose: Verbose = False) -> None:
     """Start everything, run the deployment guide's own requests, print the texts, stop."""
     with _clear_errors(), tempfile.TemporaryDirectory(prefix="dllm-demo-") as folder:
@@ -65,16 +82,21 @@ def demo(port: Port = None, verbose: Verbose = False) -> None:
 
 
 def _announce(settings: Settings) -> None:
-    triton = f"http://127.0.0.1:{settings.triton_http_port}"
-    for name, address in (
+    _print_addresses(
         ("web page", f"{settings.url}/"),
-        ("REST API", f"{settings.url}/v1   documented at {settings.url}/docs"),
+        ("REST API", f"{settings.url}/v1   described at {settings.url}/docs"),
         ("OpenAI API", f"{settings.url}/v1"),
-        ("Triton", f"{triton}   gRPC 127.0.0.1:{settings.triton_grpc_port}"),
-        ("metrics", f"{settings.url}/metrics   http://127.0.0.1:{settings.triton_metrics_port}"),
-    ):
-        console.print(f"{name:>10}  {address}", highlight=False)
-    console.print("Ctrl-C stops the service.")
+        ("Triton", f"http://127.0.0.1:{settings.triton_http_port}"),
+        ("gRPC", f"127.0.0.1:{settings.triton_grpc_port}"),
+        ("metrics", f"{settings.url}/metrics"),
+        ("", f"http://127.0.0.1:{settings.triton_metrics_port}/metrics"),
+    )
+
+
+def _print_addresses(*rows: tuple[str, str]) -> None:
+    for name, address in rows:
+        console.print(f"{name:>10}  {address}", highlight=False, soft_wrap=True)
+    console.print("Ctrl-C stops it.")
 
 
 def _settings(**options: Any) -> Settings:

@@ -72,6 +72,22 @@ class Backoff:
         return float(min(FIRST_DELAY * 2 ** (self.restarts - 1), LONGEST_DELAY))
 
 
+def triton_server(
+    settings: Settings, reporter: Reporter, env: Mapping[str, str] | None = None
+) -> TritonServer:
+    """Triton as the settings have it, not yet started."""
+    return TritonServer(
+        settings.model_repository,
+        http_port=settings.triton_http_port,
+        grpc_port=settings.triton_grpc_port,
+        metrics_port=settings.triton_metrics_port,
+        start_timeout=settings.start_timeout,
+        env=env,
+        on_log=lambda line: reporter.log("triton", line),
+        on_wait=lambda seconds, line: reporter.waiting("Triton", seconds, line),
+    )
+
+
 class Stack:
     """The whole service on one host, as a context manager.
 
@@ -87,7 +103,10 @@ class Stack:
         self._reporter = reporter
         self._env = dict(env or {})
         # In the order of their start.
-        self._parts: dict[str, Part] = {"Triton": self._triton(), "adapter": self._adapter()}
+        self._parts: dict[str, Part] = {
+            "Triton": triton_server(settings, reporter, self._env),
+            "adapter": self._adapter(),
+        }
         self._backoffs = {name: Backoff() for name in self._parts}
 
     def __enter__(self) -> Self:
@@ -139,19 +158,6 @@ class Stack:
     def _stop(self) -> None:
         for part in reversed(self._parts.values()):
             part.stop()
-
-    def _triton(self) -> TritonServer:
-        settings = self.settings
-        return TritonServer(
-            settings.model_repository,
-            http_port=settings.triton_http_port,
-            grpc_port=settings.triton_grpc_port,
-            metrics_port=settings.triton_metrics_port,
-            start_timeout=settings.start_timeout,
-            env=self._env,
-            on_log=lambda line: self._reporter.log("triton", line),
-            on_wait=lambda seconds, line: self._reporter.waiting("Triton", seconds, line),
-        )
 
     def _adapter(self) -> Adapter:
         return Adapter(

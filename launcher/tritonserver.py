@@ -152,6 +152,13 @@ class TritonServer:
         if process is not None:
             process.stop()
 
+    def wait(self) -> None:
+        """Return never while the server runs; raises ProcessDiedError when it has ended."""
+        process = self._started
+        while process.running:
+            time.sleep(POLL_SECONDS)
+        raise process.died()
+
     def is_ready(self, client: httpx.Client) -> bool:
         """Does the server say that it and each of its models are ready?"""
         paths = ["/v2/health/ready", *(f"/v2/models/{name}/ready" for name in self.models)]
