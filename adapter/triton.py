@@ -1,7 +1,9 @@
 """The engine behind Triton: tensors out, events in, gRPC errors mapped to ours."""
 
+import asyncio
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -65,6 +67,7 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
 
 PROBE: Inputs = {"input_ids": [0], "gen_length": 1, "steps": 1}
 PROBE_PRIORITY = 1  # before everything that waits
+END_OF_STREAM_SECONDS = 1.0
 
 #: What Triton says in a message rather than by a code; looked at first.
 ERROR_TEXTS: Sequence[tuple[str, type[AdapterError]]] = (
@@ -116,13 +119,6 @@ class TritonEngine:
         msg = "the stream of a probe ended without a result"
         raise StreamLost(msg)
 
-    async def is_ready(self) -> bool:
-        """Whether Triton says so. It also does when the model's process is dead: see `probe`."""
-        try:
-            return bool(await self._client.is_model_ready(self._model_name))
-        except InferenceServerException as error:
-            raise map_error(error.status(), error.message()) from error
-
     async def reload(self) -> None:
         """Unload and load the model: loading alone does nothing while its files are the same."""
         try:
@@ -146,7 +142,10 @@ class TritonEngine:
             async for result, error in responses:
                 if error is not None:
                     raise map_error(error.status(), error.message())
-                yield read_event(result)
+                event = read_event(result)
+                if event.finish_reason:
+                    await _drain(responses)
+                yield event
         except grpc.aio.AioRpcError as error:
             raise map_error(error.code().name, error.details() or "") from error
         finally:
@@ -191,6 +190,14 @@ def _text(array: Any) -> str:
         return ""
     # PostgreSQL cannot keep a NUL.
     return str(array.reshape(-1)[0].decode(errors="replace")).replace("\x00", "\ufffd")
+
+
+async def _drain(responses: AsyncIterator[Any]) -> None:
+    """Let a stream end that has said all: Triton logs an error when it is cancelled instead."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(END_OF_STREAM_SECONDS):
+            async for _ in responses:
+                pass
 
 
 async def _only(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:

@@ -1,0 +1,211 @@
+"""The client of Triton against a gRPC server that says what the tests tell it to."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import pytest
+from adapter_fakes import until
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from adapter.errors import (
+    EngineDead,
+    EngineFailure,
+    InvalidRequest,
+    ModelControlRefused,
+    StreamLost,
+    Unavailable,
+)
+from adapter.generation import Event
+from adapter.triton import TritonEngine
+
+Step = Event | str | tuple[grpc.StatusCode, str]
+
+
+@dataclass
+class ScriptedTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    """Plays one script on every stream and remembers what it was asked."""
+
+    script: list[Step] = field(default_factory=list)
+    requests: list[Any] = field(default_factory=list)
+    headers: dict[str, str] = field(default_factory=dict)
+    control: list[str] = field(default_factory=list)
+    refusal: str = ""
+    cancelled: int = 0
+    ended: int = 0
+
+    async def ModelStreamInfer(  # noqa: N802  the protocol's name
+        self, requests: AsyncIterator[Any], context: Any
+    ) -> AsyncIterator[Any]:
+        """Answer the first request of a stream with the script."""
+        self.headers = dict(context.invocation_metadata())
+        try:
+            async for request in requests:
+                self.requests.append(request)
+                for step in self.script:
+                    yield await self._play(step, context)
+            self.ended += 1
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+
+    async def _play(self, step: Step, context: Any) -> Any:
+        if isinstance(step, tuple):
+            await context.abort(*step)
+        if isinstance(step, Event):
+            return service_pb2.ModelStreamInferResponse(infer_response=_response(step))
+        if step:
+            return service_pb2.ModelStreamInferResponse(error_message=step)
+        await asyncio.Event().wait()
+        return None
+
+    async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """Note it, or refuse."""
+        if self.refusal:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, self.refusal)
+        self.control.append(f"unload {request.model_name}")
+        return service_pb2.RepositoryModelUnloadResponse()
+
+    async def RepositoryModelLoad(self, request: Any, _context: Any) -> Any:  # noqa: N802
+        """Note it."""
+        self.control.append(f"load {request.model_name}")
+        return service_pb2.RepositoryModelLoadResponse()
+
+
+def _response(event: Event) -> Any:
+    response = service_pb2.ModelInferResponse(model_name="dllm")
+    for name, text in (("text_output", event.text), ("finish_reason", event.finish_reason)):
+        response.outputs.add(name=name, datatype="BYTES", shape=[1, 1])
+        content = text.encode()
+        response.raw_output_contents.append(len(content).to_bytes(4, "little") + content)
+    return response
+
+
+@pytest.fixture
+def triton() -> ScriptedTriton:
+    """The server's script."""
+    return ScriptedTriton()
+
+
+@pytest.fixture
+async def engine(triton: ScriptedTriton) -> AsyncIterator[TritonEngine]:
+    """A client of a server that plays the script."""
+    server = grpc.aio.server()
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(triton, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    client = TritonEngine(f"127.0.0.1:{port}", "dllm", stream_interval=0.5, reload_timeout=5)
+    yield client
+    await client.close()
+    await server.stop(None)
+
+
+async def events(engine: TritonEngine) -> list[Event]:
+    stream = engine.generate({"text_input": "hi", "seed": 3}, request_id="7")
+    return [event async for event in stream]
+
+
+async def test_request_carries_inputs_and_asks_for_signs_of_life(
+    engine: TritonEngine, triton: ScriptedTriton
+) -> None:
+    """The job's inputs go out under its id, with streaming on and true error codes asked for."""
+    triton.script = [Event("a"), Event("ab", "length")]
+
+    assert await events(engine) == triton.script
+    (request,) = triton.requests
+    assert (request.id, request.model_name) == ("7", "dllm")
+    shapes = {tensor.name: (tensor.datatype, list(tensor.shape)) for tensor in request.inputs}
+    assert shapes == {
+        "text_input": ("BYTES", [1, 1]),
+        "seed": ("INT64", [1, 1]),
+        "stream": ("BOOL", [1, 1]),
+        "stream_interval": ("FP32", [1, 1]),
+    }
+    assert triton.headers["triton_grpc_error"] == "true"
+
+
+async def test_finished_stream_is_let_end(engine: TritonEngine, triton: ScriptedTriton) -> None:
+    """A stream that has brought its result is not cancelled."""
+    triton.script = [Event("ab", "length")]
+    async with aclosing(engine.generate({"text_input": "a"}, request_id="7")) as stream:
+        assert await anext(stream) == Event("ab", "length")
+
+    await until(lambda: triton.ended == 1)
+    assert triton.cancelled == 0
+
+
+async def test_closing_the_iterator_cancels(engine: TritonEngine, triton: ScriptedTriton) -> None:
+    """Whoever loses interest closes the stream, and the server learns of it."""
+    triton.script = [Event("a"), ""]
+    async with aclosing(engine.generate({"text_input": "a"}, request_id="7")) as stream:
+        await anext(stream)
+
+    await until(lambda: triton.cancelled == 1)
+
+
+@pytest.mark.parametrize(
+    ("step", "kind"),
+    [
+        ((grpc.StatusCode.INVALID_ARGUMENT, "seed: too odd"), InvalidRequest),
+        ((grpc.StatusCode.INTERNAL, "Stub process 'dllm_0_0' is not healthy."), EngineDead),
+        ((grpc.StatusCode.UNAVAILABLE, "not ready"), Unavailable),
+        ("an error without a code", EngineFailure),
+    ],
+)
+async def test_errors_are_raised_as_ours(
+    engine: TritonEngine, triton: ScriptedTriton, step: Step, kind: type[Exception]
+) -> None:
+    """A stream's error becomes one of our tree, with the server's words."""
+    triton.script = [Event("a"), step]
+
+    with pytest.raises(kind, match=step if isinstance(step, str) else step[1]):
+        await events(engine)
+
+
+async def test_server_that_is_away_is_unavailable() -> None:
+    """A refused connection says that Triton is away, at once."""
+    engine = TritonEngine("127.0.0.1:9", "dllm", stream_interval=0.5, reload_timeout=5)
+    async with asyncio.timeout(5):
+        with pytest.raises(Unavailable):
+            await engine.probe()
+        with pytest.raises(Unavailable):
+            await engine.reload()
+    await engine.close()
+
+
+async def test_probe_is_a_small_request_before_all_others(
+    engine: TritonEngine, triton: ScriptedTriton
+) -> None:
+    """A probe asks for one token with the highest priority."""
+    triton.script = [Event("a", "length")]
+    await engine.probe()
+
+    (request,) = triton.requests
+    assert request.parameters["priority"].uint64_param == 1
+    assert {tensor.name for tensor in request.inputs} == {"input_ids", "gen_length", "steps"}
+
+
+async def test_probe_wants_a_result(engine: TritonEngine) -> None:
+    """A stream that ends without a result is no sign of life."""
+    with pytest.raises(StreamLost):
+        await engine.probe()
+
+
+async def test_reload_unloads_first(engine: TritonEngine, triton: ScriptedTriton) -> None:
+    """The model is unloaded and then loaded."""
+    await engine.reload()
+
+    assert triton.control == ["unload dllm", "load dllm"]
+
+
+async def test_refused_model_control_is_told_apart(
+    engine: TritonEngine, triton: ScriptedTriton
+) -> None:
+    """A server that lets nobody load models is a case of its own."""
+    triton.refusal = "explicit model load / unload is not allowed if polling is enabled"
+
+    with pytest.raises(ModelControlRefused):
+        await engine.reload()
