@@ -142,7 +142,14 @@ def write_tokenizer(directory: Path, *, chat_template: bool = True) -> None:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    specials = ["mdm_mask", "endoftext", "eot_id", "startoftext", "start_header_id", "end_header_id"]
+    specials = [
+        "mdm_mask",
+        "endoftext",
+        "eot_id",
+        "startoftext",
+        "start_header_id",
+        "end_header_id",
+    ]
     tokenizer.add_special_tokens([AddedToken(f"<|{name}|>", special=True) for name in specials])
     tokenizer.save(str(directory / "tokenizer.json"))
     settings: dict[str, Any] = {

@@ -8,6 +8,7 @@ equal confidences go to the leftmost position, and a last block may be shorter.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -36,7 +37,7 @@ def block_steps(gen_length: int, block_length: int, steps: int) -> list[tuple[in
     """(start, end, steps) of each block, the steps spread evenly over the canvas."""
     edges = [*range(0, gen_length, block_length), gen_length]
     shares = []
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         shares.append((start, end, end * steps // gen_length - start * steps // gen_length))
     return shares
 
@@ -83,7 +84,7 @@ def generate(
             choice = scores.argmax(-1)
             open_positions = [i for i in block if is_masked[i]]
             confidence = {i: float(probability[i, choice[i]]) for i in open_positions}
-            ranked = sorted(open_positions, key=lambda i: (-confidence[i], i))  # noqa: B023
+            ranked = sorted(open_positions, key=lambda i: (-confidence[i], i))
             if threshold is None:
                 chosen = ranked[: shares[step]]
             else:

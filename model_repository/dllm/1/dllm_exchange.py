@@ -100,7 +100,7 @@ class Exchange:
             # The final flag rides on the last data response: nobody waits for an empty one.
             final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if update.finished else 0
             caller.sender.send(response, flags=final)
-        except Exception:  # noqa: BLE001 - one caller's response must not end everybody's
+        except Exception:
             logger.exception("response lost request_id=%d", caller.request_id)
 
     def _watch_loop(self) -> None:
@@ -110,7 +110,11 @@ class Exchange:
                 callers = list(self._callers.values())
             for caller in callers:
                 # Asked again until the final update: it may not have been admitted yet.
-                if caller.sender.is_cancelled():
+                # After its final response the question would crash the server.
+                with self._changed:
+                    waits = caller.request_id in self._callers
+                    gone = waits and caller.sender.is_cancelled()
+                if gone:
                     self._worker.cancel(caller.request_id)
             if watches % METRICS_EVERY == 0:
                 self._metrics.publish(self._worker)

@@ -55,8 +55,10 @@ def _prompt_ids(engine: Engine, inputs: dict[str, Any]) -> list[int]:
     if engine.codec is None:
         raise InvalidRequest(field, "this checkpoint has no tokenizer; send input_ids")
     text = str(_scalar(inputs, field))
-    return engine.codec.encode_text(text) if field == "text_input" else (
-        engine.codec.encode_messages(text)
+    return (
+        engine.codec.encode_text(text)
+        if field == "text_input"
+        else (engine.codec.encode_messages(text))
     )
 
 

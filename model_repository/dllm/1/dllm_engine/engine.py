@@ -105,7 +105,9 @@ class Engine:
             raise InvalidRequest("stop", "this checkpoint has no tokenizer")
         longest = self.config.max_gen_length or self.max_model_len
         if params.gen_length > longest:
-            raise InvalidRequest("gen_length", f"must be at most {longest}; got {params.gen_length}")
+            raise InvalidRequest(
+                "gen_length", f"must be at most {longest}; got {params.gen_length}"
+            )
         if len(prompt_ids) + params.gen_length > self.max_model_len:
             raise InvalidRequest(
                 "gen_length",
@@ -144,6 +146,7 @@ class Engine:
         for request in self._scheduler.admit():
             assert request.slot is not None
             self._runner.table.fill(request.slot, request.prompt_ids, request.params)
+            request.last_update = time.monotonic()
         chosen = self._scheduler.schedule()
         return self._run(chosen) if chosen else []
 
@@ -157,8 +160,10 @@ class Engine:
         except (RuntimeError, ValueError, MemoryError) as error:
             return self._isolate(chosen, error)
         self._count(chosen, time.perf_counter() - began)
-        outcomes = zip(slots, result.complete, result.num_ready, result.ended, strict=True)
-        updates = [self._outcome(by_slot[slot], *rest) for slot, *rest in outcomes]
+        updates = [
+            self._outcome(by_slot[slot], result.complete[i], result.num_ready[i], result.ended[i])
+            for i, slot in enumerate(slots)
+        ]
         return [update for update in updates if update is not None]
 
     def _isolate(self, chosen: list[Request], error: Exception) -> list[CanvasUpdate]:

@@ -21,7 +21,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 
 
-class FinishReason(str, enum.Enum):
+class FinishReason(enum.StrEnum):
     """Why a request ended."""
 
     #: End-of-text token or stop string.

@@ -101,8 +101,10 @@ class Runner:
         picked = chosen[masked]  # of the M candidates, in the same row-major order
         request = masked.nonzero(as_tuple=True)[0][picked]
         self.table.commit(
-            batch.slots[request], batch.block_positions[masked][picked],
-            token[picked], confidence[picked],
+            batch.slots[request],
+            batch.block_positions[masked][picked],
+            token[picked],
+            confidence[picked],
         )
 
 

@@ -23,7 +23,8 @@ class Request:
     #: Tokens from the left that are final, short of an end-of-text token.
     num_ready: int = 0
     ended_by_token: bool = False
-    _last_update: float = 0.0
+    #: When the last update was made, or the request admitted (seconds, monotonic).
+    last_update: float = 0.0
 
     @property
     def length(self) -> int:
@@ -39,9 +40,9 @@ class Request:
         """Whether an update is due at `now` (seconds, monotonic); if so, the next is later."""
         if self.stream_interval is None:
             return False
-        due = now - self._last_update >= self.stream_interval
+        due = now - self.last_update >= self.stream_interval
         if due:
-            self._last_update = now
+            self.last_update = now
         return due
 
     @property

@@ -14,7 +14,6 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
 from .errors import CheckpointError, InvalidRequest
-from .models.loader import read_json
 
 _TOKENIZER_FILE = "tokenizer.json"
 #: Stands for the n-th piece of user text that must not be read as a special token.
@@ -162,4 +161,3 @@ def _parse_messages(messages_json: str) -> list[dict[str, str]]:
         if not ok or not all(isinstance(value, str) for value in message.values()):
             raise InvalidRequest("messages", f"{shape}; item {i} is not")
     return messages
-

@@ -69,7 +69,7 @@ class EngineWorker:
                     self._deliver(update)
         except EngineDead as death:
             self._die(death)
-        except Exception as error:  # noqa: BLE001 - a defect of ours must not leave callers waiting
+        except Exception as error:
             logger.exception("engine loop failed")
             self._die(EngineDead(f"{type(error).__name__}: {error}"))
 

@@ -67,7 +67,8 @@ class Layer(nn.Module):
         x = x + self.out(packed_attention(q, k, v, layout))
         normed = rms_norm(x, self.mlp_norm, spec.rms_norm_eps)
         gate, up = self.gate_up(normed).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)
+        out: Tensor = x + self.down(F.silu(gate) * up)
+        return out
 
 
 class DiffusionModel(nn.Module):

@@ -22,7 +22,7 @@ from ..errors import CheckpointError
 from . import llada
 from .base import DiffusionModel, ModelSpec
 
-_FAMILIES: dict[str, ModuleType] = {name: llada for name in llada.ARCHITECTURES}
+_FAMILIES: dict[str, ModuleType] = dict.fromkeys(llada.ARCHITECTURES, llada)
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 

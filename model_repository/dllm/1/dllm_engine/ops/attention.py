@@ -47,9 +47,12 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> T
     out = torch.zeros_like(q)
     for start, count, length in layout.groups:
         rows = slice(start, start + count * length)
-        heads_first = [t[rows].view(count, length, -1, t.shape[-1]).transpose(1, 2) for t in (q, k, v)]
+        shape = (count, length, -1, q.shape[-1])
         mixed = F.scaled_dot_product_attention(
-            *heads_first, enable_gqa=q.shape[1] != k.shape[1]
+            q[rows].view(shape).transpose(1, 2),
+            k[rows].view(shape).transpose(1, 2),
+            v[rows].view(shape).transpose(1, 2),
+            enable_gqa=q.shape[1] != k.shape[1],
         )
-        out[rows].view(count, length, -1, q.shape[-1]).copy_(mixed.transpose(1, 2))
+        out[rows].view(shape).copy_(mixed.transpose(1, 2))
     return out.flatten(1)

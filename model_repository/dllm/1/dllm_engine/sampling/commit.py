@@ -67,8 +67,9 @@ def select_commits(confidence: Tensor, masked: Tensor, plan: CommitPlan) -> Tens
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(score.shape[1], device=score.device).expand_as(order)
     )
-    by_threshold = (rank == 0) | (confidence >= plan.threshold.unsqueeze(1))
-    has_threshold = torch.isfinite(plan.threshold).unsqueeze(1)
+    threshold = plan.threshold.to(confidence.dtype).unsqueeze(1)
+    by_threshold = (rank == 0) | (confidence >= threshold)
+    has_threshold = torch.isfinite(threshold)
     return masked & torch.where(has_threshold, by_threshold, rank < plan.count.unsqueeze(1))
 
 

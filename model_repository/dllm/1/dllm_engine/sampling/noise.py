@@ -14,9 +14,15 @@ from torch import Tensor
 STREAM_TOKEN = 1
 STREAM_ORDER = 2
 
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
-_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
-_MIX_2 = 0x94D049BB133111EB - 2**64
+
+def _signed(x: int) -> int:
+    """The int64 with the same bits as `x` modulo 2^64."""
+    return (x + 2**63) % 2**64 - 2**63
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MIX_1 = _signed(0xBF58476D1CE4E5B9)
+_MIX_2 = _signed(0x94D049BB133111EB)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -32,7 +38,7 @@ def _mix(x: Tensor) -> Tensor:
 
 def row_keys(seed: Tensor, step: Tensor, position: Tensor, stream: int) -> Tensor:
     """One key per row from int64 [rows] seeds, steps and positions; int64 [rows]."""
-    key = _mix(seed + stream * _GOLDEN)
+    key = _mix(seed + _signed(stream * _GOLDEN))
     key = _mix(key + (step + 1) * _GOLDEN)
     return _mix(key + (position + 1) * _GOLDEN)
 

@@ -1,0 +1,86 @@
+"""Transformers' own Llama class as the truth about a LLaDA checkpoint's logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from .reference import Forward
+
+_IN_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "ff_norm": "post_attention_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "attn_out": "self_attn.o_proj",
+    "ff_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "ff_out": "mlp.down_proj",
+}
+_OUTSIDE = {
+    "model.transformer.wte.weight": "model.embed_tokens.weight",
+    "model.transformer.ln_f.weight": "model.norm.weight",
+    "model.transformer.ff_out.weight": "lm_head.weight",
+}
+
+
+def llada_oracle(directory: Path, dtype: torch.dtype) -> Forward:
+    """Logits [length, vocab] of one sequence, by a bidirectional `LlamaForCausalLM`."""
+    config = json.loads((directory / "config.json").read_text())
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config["embedding_size"],
+            hidden_size=config["d_model"],
+            intermediate_size=config["mlp_hidden_size"],
+            num_hidden_layers=config["n_layers"],
+            num_attention_heads=config["n_heads"],
+            num_key_value_heads=config["n_kv_heads"],
+            max_position_embeddings=config["max_sequence_length"],
+            rms_norm_eps=config["rms_norm_eps"],
+            rope_parameters={"rope_type": "default", "rope_theta": config["rope_theta"]},
+            tie_word_embeddings=config["weight_tying"],
+        )
+    )
+    tensors: dict[str, Tensor] = {}
+    for file in directory.glob("*.safetensors"):
+        tensors |= {_llama_name(name): tensor for name, tensor in load_file(file).items()}
+    if config["weight_tying"]:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model.load_state_dict(tensors, strict=True)
+    model = model.to(dtype).eval()
+    if dtype == torch.float64:
+        _widen_norms(model)
+
+    @torch.inference_mode()
+    def forward(tokens: Tensor) -> Tensor:
+        everything = torch.ones(1, 1, len(tokens), len(tokens), dtype=torch.bool)
+        logits: Tensor = model(tokens[None], attention_mask=everything).logits[0]
+        return logits
+
+    return forward
+
+
+def _widen_norms(model: nn.Module) -> None:
+    """Llama's norm rounds to float32 on its way; a float64 truth must not."""
+    for module in model.modules():
+        if isinstance(module, LlamaRMSNorm):
+
+            def norm(x: Tensor, module: LlamaRMSNorm = module) -> Tensor:
+                scale = (x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon).rsqrt()
+                return module.weight * x * scale
+
+            module.forward = norm
+
+
+def _llama_name(name: str) -> str:
+    if name in _OUTSIDE:
+        return _OUTSIDE[name]
+    _, _, _, index, part, kind = name.split(".")
+    return f"model.layers.{index}.{_IN_BLOCK[part]}.{kind}"

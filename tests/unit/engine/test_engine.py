@@ -1,0 +1,284 @@
+"""What happens to requests inside the engine: ends, limits, failures, updates."""
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from dllm_engine import (
+    LLM,
+    CanvasUpdate,
+    CheckpointError,
+    Engine,
+    EngineConfig,
+    EngineDead,
+    FinishReason,
+    InvalidConfig,
+    InvalidRequest,
+    RequestFailed,
+    SamplingParams,
+)
+
+from tests.support.checkpoints import EOS, EOT, MASK, write_llada
+
+PROMPT = [1, 2, 3]
+
+
+def make_engine(directory: Path, **settings: object) -> Engine:
+    """An engine of its own on this checkpoint."""
+    return Engine(EngineConfig(model_path=directory, **settings))  # type: ignore[arg-type]
+
+
+def run(engine: Engine) -> dict[int, CanvasUpdate]:
+    """Step until everything is finished; final updates by request id."""
+    finished = {}
+    while engine.has_work:
+        finished |= {u.request_id: u for u in engine.step() if u.finished}
+    return finished
+
+
+def submit(engine: Engine, **params: object) -> int:
+    """Queue a request with these parameters; its id."""
+    request = engine.make_request(PROMPT, SamplingParams(**params))  # type: ignore[arg-type]
+    engine.add(request)
+    return request.request_id
+
+
+@pytest.fixture(scope="module")
+def eager(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose likeliest first token for `PROMPT` is an end-of-text token."""
+    directory = write_llada(tmp_path_factory.mktemp("eager"))
+    free = LLM(directory).generate(
+        [PROMPT], SamplingParams(gen_length=16, block_length=4, ignore_eos=True), progress=False
+    )[0]
+    config = json.loads((directory / "config.json").read_text())
+    config["eos_token_id"] = int(free.token_ids[6])  # in the second block of four
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_an_end_of_text_token_ends_the_request_early(eager: Path) -> None:
+    """EOS ends a request as soon as everything before it is decoded; the text stops before it."""
+    llm = LLM(eager)
+    params = SamplingParams(gen_length=16, block_length=4)
+    stopped = llm.generate([PROMPT], params, progress=False)[0]
+    whole = llm.generate([PROMPT], dataclasses.replace(params, ignore_eos=True), progress=False)[0]
+    eos = llm.engine.spec.eos_token_ids
+    first = next(i for i, token in enumerate(whole.token_ids) if int(token) in eos)
+    assert stopped.finish_reason is FinishReason.STOP
+    assert whole.finish_reason is FinishReason.LENGTH
+    assert stopped.token_ids[: first + 1].tolist() == whole.token_ids[: first + 1].tolist()
+    assert stopped.usage.completion_tokens == first + 1
+    assert stopped.usage.steps <= 8 < whole.usage.steps == 16
+    assert (stopped.token_ids[8:] == MASK).all()
+    assert (stopped.confidence[8:] == -1).all()
+    codec = llm.engine.codec
+    assert codec is not None
+    assert stopped.text == codec.decode(whole.token_ids[:first])
+
+
+def test_end_of_turn_tokens_of_the_tokenizer_end_a_request_too(checkpoint: Path) -> None:
+    """`<|eot_id|>` ends a turn although config.json names `<|endoftext|>` alone."""
+    assert set(make_engine(checkpoint).spec.eos_token_ids) == {EOS, EOT}
+
+
+def test_a_stop_string_ends_the_request_and_is_not_part_of_the_text(llm: LLM) -> None:
+    """Decoding ends once the stop string stands in the finished prefix."""
+    params = SamplingParams(gen_length=24, block_length=4, ignore_eos=True)
+    free = llm.generate([PROMPT], params, progress=False)[0]
+    stop = free.text[5:8]
+    cut = llm.generate([PROMPT], dataclasses.replace(params, stop=("never", stop)), progress=False)
+    assert cut[0].text == free.text[: free.text.index(stop)]
+    assert cut[0].finish_reason is FinishReason.STOP
+    assert cut[0].usage.steps < free.usage.steps
+
+
+def test_cancelling_frees_the_slot_at_once(checkpoint: Path) -> None:
+    """A cancelled request ends with what it has; the next takes its slot in the next step."""
+    engine = make_engine(checkpoint, max_num_seqs=1)
+    first, second = submit(engine, gen_length=20), submit(engine, gen_length=2)
+    for _ in range(3):
+        engine.step()
+    update = engine.cancel(first)
+    assert update is not None
+    assert update.finish_reason is FinishReason.CANCELLED
+    assert int((update.confidence >= 0).sum()) == update.usage.steps == 3
+    assert engine.cancel(first) is None
+    assert set(run(engine)) == {second}
+    waiting, _ = submit(engine, gen_length=2), submit(engine, gen_length=2)
+    assert engine.cancel(waiting) is not None
+    assert len(run(engine)) == 1
+
+
+def test_updates_come_every_step_and_committed_tokens_never_change(checkpoint: Path) -> None:
+    """With an interval of 0: one update per step; each shows all earlier commits unchanged."""
+    engine = make_engine(checkpoint)
+    params = SamplingParams(gen_length=12, block_length=4, ignore_eos=True)
+    engine.add(engine.make_request(PROMPT, params, stream_interval=0.0))
+    updates = [update for _ in range(12) for update in engine.step()]
+    assert [u.usage.steps for u in updates] == list(range(1, 13))
+    assert [u.finished for u in updates] == [False] * 11 + [True]
+    for before, after in itertools.pairwise(updates):
+        committed = before.confidence >= 0
+        assert (after.confidence[committed] == before.confidence[committed]).all()
+        assert (after.token_ids[committed] == before.token_ids[committed]).all()
+        assert before.num_ready <= after.num_ready
+
+
+def test_updates_can_be_spaced_or_left_out(checkpoint: Path) -> None:
+    """A long interval, or none, leaves only the final update."""
+    engine = make_engine(checkpoint)
+    for interval, expected in ((0.0, 8), (3600.0, 1), (None, 1)):
+        params = SamplingParams(gen_length=8, ignore_eos=True)
+        engine.add(engine.make_request(PROMPT, params, stream_interval=interval))
+        updates = []
+        while engine.has_work:
+            updates += engine.step()
+        assert len(updates) == expected
+
+
+def test_a_failing_request_harms_no_other(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error inside a step fails the request that causes it; the others get their answers."""
+    engine = make_engine(checkpoint)
+    whole = {i: run_alone(checkpoint, i) for i in (4, 6, 9)}
+    ids = {length: submit(engine, gen_length=length, ignore_eos=True) for length in (4, 6, 9)}
+    model = engine._runner._model
+    forward = model.forward
+
+    def fail_on_six(input_ids: torch.Tensor, *rest: object) -> torch.Tensor:
+        lengths = [group[2] for group in rest[1].groups]  # type: ignore[attr-defined]
+        if len(PROMPT) + 6 in lengths:
+            raise RuntimeError("no memory left for this one")
+        return forward(input_ids, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(model, "forward", fail_on_six)
+    finished = run(engine)
+    assert isinstance(finished[ids[6]].error, RequestFailed)
+    assert "no memory left" in str(finished[ids[6]].error)
+    for length in (4, 9):
+        assert finished[ids[length]].token_ids.tolist() == whole[length]
+    assert engine.stats.requests_failed == 1
+
+
+def run_alone(checkpoint: Path, gen_length: int) -> list[int]:
+    """Tokens of a request in an engine of its own."""
+    engine = make_engine(checkpoint)
+    request = submit(engine, gen_length=gen_length, ignore_eos=True)
+    return run(engine)[request].token_ids.tolist()
+
+
+def test_a_lost_device_is_the_end(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device error ends the engine; every unfinished request is failed with the reason."""
+    engine = make_engine(checkpoint, max_num_seqs=1)
+    submit(engine)
+    submit(engine)
+
+    def lost(*_: object) -> torch.Tensor:
+        raise torch.AcceleratorError("device lost")
+
+    monkeypatch.setattr(engine._runner._model, "forward", lost)
+    with pytest.raises(EngineDead, match="device lost") as raised:
+        engine.step()
+    updates = engine.abandon(raised.value)
+    assert [u.error for u in updates] == [raised.value] * 2
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "limit"),
+    [
+        ("temperature", -0.1, "0 or more"),
+        ("temperature", float("nan"), "0 or more"),
+        ("temperature", float("inf"), "0 or more"),
+        ("gen_length", 0, "at least 1"),
+        ("gen_length", 254, "at most 256"),
+        ("gen_length", 10_000, "at most 256"),
+        ("steps", 0, "at least 1"),
+        ("steps", 1, "at least the number of blocks, 2"),
+        ("block_length", 0, r"1 to gen_length \(64\)"),
+        ("block_length", 65, r"1 to gen_length \(64\)"),
+        ("cfg_scale", -1.0, "0 or more"),
+        ("remasking", "best", "low_confidence, random; got 'best'"),
+        ("confidence_threshold", 0.0, "above 0 and at most 1"),
+        ("confidence_threshold", 1.1, "above 0 and at most 1"),
+        ("top_p", 0.0, "above 0 and at most 1"),
+        ("top_k", 0, "at least 1"),
+        ("seed", 2**63, "64-bit"),
+        ("stop", ("",), "1 to 256 characters"),
+        ("stop", ("x",) * 17, "at most 16 strings"),
+        ("cache", "magic", "one of none"),
+        ("retention_ratio", 0.5, "no cache policy"),
+    ],
+)
+def test_bad_parameters_are_refused_by_field_and_limit(
+    llm: LLM, field: str, value: object, limit: str
+) -> None:
+    """Every parameter out of range is an InvalidRequest that names the field and the limit."""
+    params = SamplingParams(**({"gen_length": 64} | {field: value}))  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match=f"^{field}: .*{limit}") as raised:
+        llm.engine.make_request(PROMPT, params)
+    assert raised.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [([], "must not be empty"), ([512], r"0\.\.511; got 512"), ([-1], r"0\.\.511; got -1")],
+)
+def test_bad_prompts_are_refused(llm: LLM, prompt: list[int], message: str) -> None:
+    """Empty prompts and ids outside the vocabulary name `input_ids` and the limit."""
+    with pytest.raises(InvalidRequest, match=f"^input_ids: .*{message}"):
+        llm.engine.make_request(prompt, SamplingParams())
+
+
+def test_the_last_token_of_the_context_can_be_used(llm: LLM) -> None:
+    """Prompt plus canvas may fill the context exactly."""
+    params = SamplingParams(gen_length=250, block_length=250, steps=2, ignore_eos=True)
+    answer = llm.generate([[1] * 6], params, progress=False)[0]
+    assert (answer.confidence >= 0).all()
+
+
+def test_a_checkpoint_without_a_tokenizer_serves_token_ids(tmp_path: Path) -> None:
+    """Token ids in, token ids out; text and stop strings are refused by name."""
+    llm = LLM(write_llada(tmp_path, tokenizer=False))
+    answer = llm.generate([PROMPT], SamplingParams(gen_length=4, ignore_eos=True), progress=False)
+    assert answer[0].text == ""
+    assert len(answer[0].token_ids) == 4
+    with pytest.raises(InvalidRequest, match="^prompts: .*no tokenizer"):
+        llm.generate(["text"])
+    with pytest.raises(InvalidRequest, match="^stop: .*no tokenizer"):
+        llm.generate([PROMPT], SamplingParams(stop=("a",)))
+
+
+def test_one_bad_prompt_stops_the_whole_call_before_it_runs(llm: LLM) -> None:
+    """`LLM.generate` checks everything first; nothing is left behind in the engine."""
+    with pytest.raises(InvalidRequest):
+        llm.generate([PROMPT, [9999]])
+    with pytest.raises(InvalidRequest, match="params: 2 given for 1"):
+        llm.generate([PROMPT], [SamplingParams()] * 2)
+    assert not llm.engine.has_work
+
+
+def test_settings_come_from_strings_and_are_checked(checkpoint: Path) -> None:
+    """The server's settings parse by type; unknown, malformed and impossible ones are named."""
+    base = {"MODEL_PATH": str(checkpoint)}
+    config = EngineConfig.from_mapping(base | {"DLLM_MAX_NUM_SEQS": "3", "DLLM_DTYPE": ""})
+    assert (config.max_num_seqs, config.dtype) == (3, "auto")
+    for settings, message in (
+        ({}, "MODEL_PATH: missing"),
+        (base | {"DLLM_SPEED": "9"}, "unknown setting DLLM_SPEED"),
+        (base | {"DLLM_MAX_NUM_SEQS": "many"}, "DLLM_MAX_NUM_SEQS: must be a whole number"),
+        (base | {"DLLM_MAX_NUM_SEQS": "0"}, "DLLM_MAX_NUM_SEQS: must be at least 1"),
+        (base | {"DLLM_DTYPE": "int8"}, "DLLM_DTYPE: must be one of"),
+    ):
+        with pytest.raises(InvalidConfig, match=message):
+            EngineConfig.from_mapping(settings)
+    with pytest.raises(InvalidConfig, match="DLLM_MAX_MODEL_LEN: .* 256 tokens"):
+        make_engine(checkpoint, max_model_len=257)
+    with pytest.raises(InvalidConfig, match="DLLM_DEVICE"):
+        make_engine(checkpoint, device="cuda")
+    with pytest.raises(CheckpointError, match="no such directory"):
+        make_engine(checkpoint / "none")

@@ -1,0 +1,137 @@
+"""Checkpoints are read from their real layouts, completely or not at all."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dllm_engine import CheckpointError
+from dllm_engine.models import load_model, read_spec
+from dllm_engine.ops import PackedLayout
+from safetensors.torch import load_file, save_file
+
+from tests.support.checkpoints import EOS, write_llada
+from tests.support.oracle import llada_oracle
+
+
+def _logits(directory: Path, lengths: list[int], tokens: torch.Tensor) -> torch.Tensor:
+    model = load_model(directory, read_spec(directory), device="cpu", dtype=torch.float32)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    with torch.inference_mode():
+        hidden = model(tokens, positions, PackedLayout.of(lengths))
+        return F.linear(model.head_input(hidden), model.head_weight)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"shards": 1},
+        {"shards": 4},
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.float16, "shards": 2},
+        {"weight_tying": True},
+        {"n_kv_heads": 4},
+        {"n_kv_heads": 1, "rope_theta": 500000.0},
+    ],
+    ids=str,
+)
+def test_logits_equal_transformers_llama(tmp_path: Path, layout: dict[str, object]) -> None:
+    """Packed logits equal those of transformers' Llama with a full mask, sequence by sequence."""
+    directory = write_llada(tmp_path, **layout)  # type: ignore[arg-type]
+    oracle = llada_oracle(directory, torch.float32)
+    lengths = [1, 17, 17, 40]
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(0, 512, (sum(lengths),), generator=generator)
+    packed = _logits(directory, lengths, tokens).split(lengths)
+    for sequence, logits in zip(tokens.split(lengths), packed, strict=True):
+        expected = oracle(sequence)
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(logits / scale, expected / scale, atol=1e-5, rtol=0)
+
+
+def _edit_tensors(directory: Path, edit: dict[str, torch.Tensor | None]) -> None:
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    for name, value in edit.items():
+        tensors.pop(name, None)
+        if value is not None:
+            tensors[name] = value
+    save_file(tensors, path)
+
+
+def _load(directory: Path) -> None:
+    load_model(directory, read_spec(directory), device="cpu", dtype=torch.float32)
+
+
+def test_every_missing_and_unexpected_tensor_is_named(tmp_path: Path) -> None:
+    """A checkpoint that lacks tensors or brings strange ones is refused with all their names."""
+    write_llada(tmp_path)
+    gone = "model.transformer.blocks.1.up_proj.weight"
+    _edit_tensors(tmp_path, {gone: None, "model.extra": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=f"missing {gone}.*unexpected model.extra"):
+        _load(tmp_path)
+
+
+def test_a_misshaped_tensor_is_named_with_both_shapes(tmp_path: Path) -> None:
+    """A tensor of the wrong shape is refused with its name, its shape and the expected one."""
+    write_llada(tmp_path)
+    name = "model.transformer.blocks.0.attn_out.weight"
+    _edit_tensors(tmp_path, {name: torch.zeros(64, 32)})
+    with pytest.raises(CheckpointError, match=r"attn_out.*\[64, 32\].*expected \[64, 64\]"):
+        _load(tmp_path)
+
+
+def test_a_truncated_file_is_an_error_with_its_path(tmp_path: Path) -> None:
+    """A damaged safetensors file is reported by path."""
+    write_llada(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        _load(tmp_path)
+
+
+def test_pickles_are_never_read(tmp_path: Path) -> None:
+    """A directory with only a pickle is refused, saying why."""
+    write_llada(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pytorch_model.bin is a pickle"):
+        _load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel; supported: LLaDAModelLM"),
+        ({"architectures": None}, "none given"),
+        ({"d_model": None}, "d_model is missing"),
+        ({"mask_token_id": None}, "mask_token_id is missing"),
+        ({"layer_norm_type": "default"}, "layer_norm_type: only 'rms'"),
+        ({"include_bias": True}, "include_bias: only False"),
+    ],
+    ids=str,
+)
+def test_config_problems_are_named(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    """A config of another architecture, or without a needed field, is refused by field name."""
+    write_llada(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    with pytest.raises(CheckpointError, match=message):
+        read_spec(tmp_path)
+
+
+def test_a_missing_directory_and_broken_json_are_named(tmp_path: Path) -> None:
+    """What cannot be read is reported by path."""
+    with pytest.raises(CheckpointError, match="nowhere: no such directory"):
+        read_spec(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        read_spec(tmp_path)
+
+
+def test_stop_ids_come_from_both_configs(tmp_path: Path) -> None:
+    """End-of-text ids of config.json and generation_config.json are joined."""
+    write_llada(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, 7]}))
+    assert read_spec(tmp_path).eos_token_ids == (7, EOS)

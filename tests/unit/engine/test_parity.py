@@ -1,0 +1,129 @@
+"""Continuous batching gives each request what the papers' loop gives it alone."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from dllm_engine import LLM, Completion, SamplingParams
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from tests.support.checkpoints import MASK
+from tests.support.oracle import llada_oracle
+from tests.support.reference import Forward, ReferenceResult, generate
+
+#: Batches of requests shrink slowly and gain little from it.
+NO_SHRINK = (Phase.explicit, Phase.reuse, Phase.generate)
+
+Case = tuple[int, list[int], SamplingParams]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """(arrival step, prompt, parameters) of one greedy request."""
+    gen_length = draw(st.integers(1, 28))
+    block_length = draw(st.integers(1, gen_length))
+    num_blocks = -(-gen_length // block_length)
+    params = SamplingParams(
+        gen_length=gen_length,
+        block_length=block_length,
+        steps=draw(st.integers(num_blocks, gen_length + 3)),
+        cfg_scale=draw(st.sampled_from([0.0, 0.0, 0.7, 2.5])),
+        confidence_threshold=draw(st.sampled_from([None, None, 0.05, 0.2])),
+        ignore_eos=True,
+    )
+    prompt = draw(st.lists(st.integers(0, 511), min_size=1, max_size=50))
+    return draw(st.integers(0, 30)), prompt, params
+
+
+def expected(forward: Forward, prompt: list[int], params: SamplingParams) -> ReferenceResult:
+    """The reference's answer to one request."""
+    full = params.resolved()
+    assert full.block_length is not None
+    assert full.steps is not None
+    return generate(
+        forward,
+        prompt,
+        mask_id=MASK,
+        gen_length=full.gen_length,
+        block_length=full.block_length,
+        steps=full.steps,
+        cfg_scale=full.cfg_scale,
+        threshold=full.confidence_threshold,
+    )
+
+
+def run_with_arrivals(llm: LLM, batch: list[Case]) -> dict[int, Any]:
+    """Add each request at its step; final updates by the request's place in `batch`."""
+    engine = llm.engine
+    requests = {i: engine.make_request(prompt, p) for i, (_, prompt, p) in enumerate(batch)}
+    place = {request.request_id: i for i, request in requests.items()}
+    finished: dict[int, Any] = {}
+    step = 0
+    while len(finished) < len(batch):
+        for i, (arrival, _, _) in enumerate(batch):
+            if arrival == step:
+                engine.add(requests[i])
+        finished |= {place[update.request_id]: update for update in engine.step()}
+        step += 1
+    return finished
+
+
+@settings(
+    max_examples=12,
+    deadline=None,
+    phases=NO_SHRINK,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(batch=st.lists(cases(), min_size=1, max_size=10))
+def test_tokens_equal_the_reference(llm64: LLM, oracle64: Forward, batch: list[Case]) -> None:
+    """Any mix of lengths, blocks, steps, guidance, thresholds and arrivals: identical tokens.
+
+    Up to ten requests over eight slots and a budget of 512 rows, so that requests wait, take turns
+    and leave at every step.
+    """
+    finished = run_with_arrivals(llm64, batch)
+    for i, (_, prompt, params) in enumerate(batch):
+        reference = expected(oracle64, prompt, params)
+        assert finished[i].token_ids.tolist() == reference.tokens
+        assert finished[i].confidence.tolist() == pytest.approx(reference.confidence, abs=1e-6)
+        assert finished[i].usage.forward_passes == reference.forward_passes
+
+
+def test_float32_tokens_equal_the_reference(llm: LLM, checkpoint: Any) -> None:
+    """In float32 too, on fixed requests: 24 of mixed shapes in one run."""
+    forward = llada_oracle(checkpoint, torch.float32)
+    generator = torch.Generator().manual_seed(7)
+    prompts = [torch.randint(0, 512, (5 + 3 * i,), generator=generator).tolist() for i in range(24)]
+    params = [
+        SamplingParams(
+            gen_length=8 + i,
+            block_length=min(8, 8 + i),
+            steps=(8 + i + 1) // (1 + i % 2),
+            cfg_scale=0.5 * (i % 3 == 0),
+            ignore_eos=True,
+        )
+        for i in range(24)
+    ]
+    answers = llm.generate(prompts, params, progress=False)
+    for prompt, p, answer in zip(prompts, params, answers, strict=True):
+        assert answer.token_ids.tolist() == expected(forward, prompt, p).tokens
+
+
+def _bits(answer: Completion) -> tuple[list[int], bytes]:
+    return answer.token_ids.tolist(), answer.confidence.tobytes()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_request_is_bitwise_the_same_alone_and_in_any_batch(llm: LLM, temperature: float) -> None:
+    """In float32, tokens and confidences of a request do not depend on its neighbours by a bit."""
+    generator = torch.Generator().manual_seed(11)
+    prompts = [torch.randint(0, 512, (3 + 7 * i,), generator=generator).tolist() for i in range(8)]
+    base = SamplingParams(temperature=temperature, gen_length=24, block_length=8, ignore_eos=True)
+    params = [dataclasses.replace(base, seed=100 + i, cfg_scale=i % 2) for i in range(8)]
+    together = llm.generate(prompts, params, progress=False)
+    reversed_order = llm.generate(prompts[::-1], params[::-1], progress=False)[::-1]
+    for i in range(8):
+        alone = llm.generate([prompts[i]], params[i], progress=False)[0]
+        assert _bits(alone) == _bits(together[i]) == _bits(reversed_order[i])

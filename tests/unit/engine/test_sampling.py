@@ -1,0 +1,172 @@
+"""Tokens are drawn from the distribution asked for, by noise that belongs to the request."""
+
+import dataclasses
+
+import pytest
+import torch
+from dllm_engine import LLM, SamplingParams
+from dllm_engine.sampling import RowNoise, noise, sample_candidates
+from torch import Tensor
+
+VOCAB = 12
+MASK = 11
+
+
+def row_noise(rows: int, **columns: float | Tensor) -> RowNoise:
+    """Sampling state of `rows` rows, greedy and unfiltered unless said otherwise."""
+    defaults: dict[str, float | Tensor] = {
+        "temperature": 0.0,
+        "seed": 1,
+        "step": 0,
+        "position": torch.arange(rows),
+        "top_p": 1.0,
+        "top_k": 0,
+    }
+    real = {"temperature", "top_p"}
+    return RowNoise(
+        **{
+            name: torch.as_tensor(value)
+            .expand(rows)
+            .to(torch.float64 if name in real else torch.int64)
+            for name, value in (defaults | columns).items()
+        }
+    )
+
+
+def draw(logits: Tensor, rows: RowNoise, budget_bytes: int = 2**20) -> tuple[Tensor, Tensor]:
+    """Candidates for rows whose logits are given: the head is the identity."""
+    found = sample_candidates(
+        logits, torch.eye(VOCAB), rows, mask_token_id=MASK, budget_bytes=budget_bytes
+    )
+    return found.token, found.confidence
+
+
+@pytest.fixture(scope="module")
+def logits() -> Tensor:
+    """One row of logits."""
+    return torch.randn(VOCAB, generator=torch.Generator().manual_seed(3)) * 1.5
+
+
+def test_greedy_takes_the_best_token_with_its_clean_probability(logits: Tensor) -> None:
+    """At temperature 0: argmax, and its probability under softmax(logits)."""
+    rows = torch.stack([logits.roll(i) for i in range(20)])
+    rows[:, MASK] = -3
+    token, confidence = draw(rows, row_noise(20))
+    assert token.tolist() == rows.argmax(-1).tolist()
+    torch.testing.assert_close(confidence, rows.softmax(-1).amax(-1))
+
+
+def test_the_mask_token_is_never_chosen_but_counts_in_the_probability(logits: Tensor) -> None:
+    """A favoured mask token is passed over; the confidence stays the clean one."""
+    rows = logits.clone().unsqueeze(0)
+    rows[0, MASK] = 9.0
+    best = int(rows[0, :MASK].argmax())
+    token, confidence = draw(rows, row_noise(1))
+    assert token.item() == best
+    assert confidence.item() == pytest.approx(rows.softmax(-1)[0, best].item(), rel=1e-5)
+    for temperature in (0.5, 5.0):
+        sampled, _ = draw(rows.expand(500, -1).clone(), row_noise(500, temperature=temperature))
+        assert MASK not in sampled.tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
+def test_samples_follow_the_tempered_distribution(logits: Tensor, temperature: float) -> None:
+    """Frequencies over 40,000 draws fit softmax(logits / T) by a chi-square test at p = 0.001."""
+    draws = 40_000
+    rows = logits.clone()
+    rows[MASK] = -30.0
+    token, confidence = draw(
+        rows.expand(draws, -1).clone(), row_noise(draws, temperature=temperature)
+    )
+    expected = (rows.double() / temperature).softmax(-1) * draws
+    counts = torch.bincount(token, minlength=VOCAB).double()
+    likely = expected > 5
+    chi_square = ((counts - expected) ** 2 / expected)[likely].sum().item()
+    assert chi_square < 31.3  # 0.999 quantile for 11 degrees of freedom
+    clean = rows.softmax(-1)
+    torch.testing.assert_close(confidence, clean[token], rtol=1e-4, atol=1e-7)
+
+
+def test_each_position_step_and_seed_has_noise_of_its_own() -> None:
+    """Changing any of seed, step, position or stream changes the draw; repeating none does not."""
+    one = torch.tensor([5])
+
+    def numbers(seed: int = 1, step: int = 2, position: int = 3, stream: int = 1) -> list[float]:
+        key = noise.row_keys(one * 0 + seed, one * 0 + step, one * 0 + position, stream)
+        return noise.uniform(key, 8).flatten().tolist()
+
+    assert numbers() == numbers()
+    variants = [numbers(), numbers(seed=2), numbers(step=3), numbers(position=4), numbers(stream=2)]
+    flat = [x for variant in variants for x in variant]
+    assert len(set(flat)) == len(flat)
+    assert all(0 < x < 1 for x in flat)
+
+
+def test_uniform_numbers_are_uniform_and_uncorrelated() -> None:
+    """Mean, variance and lag-one correlation of 200,000 numbers are those of U(0, 1)."""
+    keys = noise.row_keys(
+        torch.zeros(200, dtype=torch.int64),
+        torch.zeros(200, dtype=torch.int64),
+        torch.arange(200),
+        noise.STREAM_TOKEN,
+    )
+    x = noise.uniform(keys, 1000)
+    assert x.mean().item() == pytest.approx(0.5, abs=0.003)
+    assert x.var().item() == pytest.approx(1 / 12, abs=0.001)
+    for a, b in ((x[:, 1:], x[:, :-1]), (x[1:], x[:-1])):
+        correlation = torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()
+        assert abs(correlation) < 0.01
+
+
+def test_top_k_and_top_p_keep_the_best_tokens_only(logits: Tensor) -> None:
+    """At a high temperature only the tokens inside the filter are ever drawn, and all of them."""
+    rows = logits.clone()
+    rows[MASK] = -30.0
+    order = rows.argsort(descending=True)
+    hot = {"temperature": 3.0}
+    batch = rows.expand(2000, -1)
+    token, _ = draw(batch.clone(), row_noise(2000, top_k=3, **hot))
+    assert set(token.tolist()) == set(order[:3].tolist())
+    probability = (rows.double() / 3).softmax(-1)[order]
+    kept = int((probability.cumsum(0) - probability < 0.6).sum())
+    token, _ = draw(batch.clone(), row_noise(2000, top_p=0.6, **hot))
+    assert set(token.tolist()) == set(order[:kept].tolist())
+
+
+def test_filters_apply_to_their_own_rows_only(logits: Tensor) -> None:
+    """Rows with and without filters and temperature share a batch without touching each other."""
+    rows = logits.expand(300, -1).clone()
+    rows[:, MASK] = -30.0
+    third = torch.arange(300) % 3
+    mixed = row_noise(300, temperature=(third > 0) * 2.0, top_k=(third == 1) * 1)
+    token, _ = draw(rows, mixed)
+    best = int(rows[0].argmax())
+    assert set(token[third < 2].tolist()) == {best}
+    assert len(set(token[third == 2].tolist())) > 3
+
+
+def test_chunking_changes_nothing(logits: Tensor) -> None:
+    """A budget of a few rows gives the same tokens and confidences as one large chunk."""
+    rows = torch.stack([logits.roll(i % VOCAB) + i / 50 for i in range(200)])
+    sampling = row_noise(200, temperature=(torch.arange(200) % 2) * 0.8)
+    whole = draw(rows, sampling, budget_bytes=2**30)
+    parts = draw(rows, sampling, budget_bytes=1)
+    assert whole[0].tolist() == parts[0].tolist()
+    assert torch.equal(whole[1], parts[1])
+
+
+def test_the_seed_decides_the_text(llm: LLM) -> None:
+    """Same seed, same tokens; another seed, others; a drawn seed is reported and repeats."""
+    params = SamplingParams(temperature=1.0, gen_length=24, seed=5, ignore_eos=True)
+
+    def tokens(p: SamplingParams) -> tuple[list[int], int]:
+        answer = llm.generate([[1, 2, 3]], p, progress=False)[0]
+        return answer.token_ids.tolist(), answer.seed
+
+    assert tokens(params) == tokens(params)
+    assert tokens(params)[0] != tokens(dataclasses.replace(params, seed=6))[0]
+    drawn, seed = tokens(dataclasses.replace(params, seed=None))
+    assert 0 <= seed < 2**53
+    assert tokens(dataclasses.replace(params, seed=seed))[0] == drawn
+    extreme = dataclasses.replace(params, seed=-(2**63))
+    assert tokens(extreme)[1] == -(2**63)

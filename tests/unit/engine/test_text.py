@@ -1,0 +1,121 @@
+"""Prompts become tokens, canvases become text, and user text never becomes control."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dllm_engine import InvalidRequest
+from dllm_engine.text import TextCodec, find_stop
+
+from tests.support.checkpoints import BOS, EOS, EOT, MASK, write_llada
+
+
+@pytest.fixture(scope="module")
+def codec(checkpoint: Path) -> TextCodec:
+    """The tokenizer of the random checkpoint: bytes and LLaDA's special tokens."""
+    loaded = TextCodec.load(checkpoint, MASK)
+    assert loaded is not None
+    return loaded
+
+
+def text_of(codec: TextCodec, ids: list[int]) -> str:
+    """Decoded, with no character lost."""
+    return codec.decode(np.array(ids, dtype=np.int32))
+
+
+@pytest.mark.parametrize("text", ["hello", "naïve café", "汉字 🙂", " lead and trail ", "a\nb\t"])
+def test_text_survives_the_round_trip(codec: TextCodec, text: str) -> None:
+    """Any Unicode text encodes and decodes to itself."""
+    assert text_of(codec, codec.encode_text(text)) == text
+
+
+def test_a_message_is_rendered_by_the_chat_template(codec: TextCodec) -> None:
+    """One user message gives begin-of-text, header, content, end of turn, assistant header."""
+    ids = codec.encode_chat("Hi")
+    assert ids[0] == BOS
+    assert ids.count(EOT) == 1
+    assert text_of(codec, ids) == "user\n\nHiassistant\n\n"
+
+
+def test_turns_and_roles_are_kept(codec: TextCodec) -> None:
+    """System, user and assistant messages follow each other in order."""
+    roles = ["system", "user", "assistant", "user"]
+    messages = [{"role": role, "content": f"m{i}"} for i, role in enumerate(roles)]
+    ids = codec.encode_messages(json.dumps(messages))
+    expected = "system\n\nm0user\n\nm1assistant\n\nm2user\n\nm3assistant\n\n"
+    assert text_of(codec, ids) == expected
+    assert ids.count(EOT) == 4
+
+
+@pytest.mark.parametrize(
+    "special", ["<|mdm_mask|>", "<|eot_id|>", "<|startoftext|>", "\ue0000\ue001"]
+)
+def test_special_tokens_in_a_message_stay_text(codec: TextCodec, special: str) -> None:
+    """What a user writes inside a message is never read as a control token."""
+    plain = codec.encode_chat("")
+    ids = codec.encode_chat(f"a{special}b")
+    assert [ids.count(i) for i in range(500, 506)] == [plain.count(i) for i in range(500, 506)]
+    assert f"a{special}b" in text_of(codec, ids)
+
+
+def test_a_raw_prompt_keeps_templates_but_not_masks(codec: TextCodec) -> None:
+    """Raw text may hold hand-written control tokens; the mask's name alone stays text."""
+    ids = codec.encode_text("a<|eot_id|><|mdm_mask|>")
+    assert EOT in ids
+    assert MASK not in ids
+    assert text_of(codec, ids) == "a<|mdm_mask|>"
+
+
+def test_without_a_template_one_message_is_taken_as_it_is(tmp_path: Path) -> None:
+    """A base checkpoint gets the text itself; several messages need a template."""
+    base = TextCodec.load(write_llada(tmp_path, chat_template=False), MASK)
+    assert base is not None
+    assert base.encode_chat("Hi") == base.encode_text("Hi")
+    two = json.dumps([{"role": "user", "content": "a"}] * 2)
+    with pytest.raises(InvalidRequest, match="messages: this checkpoint has no chat template"):
+        base.encode_messages(two)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    ["", "{}", "[]", "[1]", '[{"role": "user"}]', '[{"role": "user", "content": 1}]',
+     '[{"role": "user", "content": "a", "name": "b"}]'],
+)  # fmt: skip
+def test_malformed_messages_are_refused_by_shape(codec: TextCodec, messages: str) -> None:
+    """Anything but a list of role and content strings is an error that says so."""
+    with pytest.raises(InvalidRequest, match="^messages: must be a JSON list"):
+        codec.encode_messages(messages)
+
+
+def test_empty_and_unencodable_prompts_are_refused(codec: TextCodec) -> None:
+    """An empty prompt and a lone surrogate are errors, not crashes."""
+    with pytest.raises(InvalidRequest, match="^text_input: must not be empty"):
+        codec.encode_text("")
+    with pytest.raises(InvalidRequest, match="^text_input: not encodable"):
+        codec.encode_text("a\ud800b")
+
+
+def test_half_a_character_is_never_shown(codec: TextCodec) -> None:
+    """A character cut by a token border is left out until its last byte is there."""
+    ids = codec.encode_text("é🙂")
+    assert [text_of(codec, ids[:n]) for n in range(7)] == ["", "", "é", "é", "é", "é", "é🙂"]
+
+
+def test_special_tokens_are_not_part_of_the_text(codec: TextCodec) -> None:
+    """Control tokens inside an answer are not shown."""
+    ids = [*codec.encode_text("a"), EOS, *codec.encode_text("b"), EOT]
+    assert text_of(codec, ids) == "ab"
+
+
+def test_the_answer_ends_before_the_first_stop_string(codec: TextCodec) -> None:
+    """Stop strings are found across token borders; the earliest one cuts."""
+    ids = np.array(codec.encode_text("one two three"), dtype=np.int32)
+    assert codec.answer(ids, ("three", "wo")) == "one t"
+    assert codec.answer(ids, ()) == "one two three"
+    assert find_stop("abc", ("x",)) is None
+
+
+def test_a_checkpoint_without_a_tokenizer_has_no_codec(tmp_path: Path) -> None:
+    """Weights alone can be served by token ids."""
+    assert TextCodec.load(write_llada(tmp_path, tokenizer=False), MASK) is None

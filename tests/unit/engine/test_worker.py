@@ -1,0 +1,93 @@
+"""The engine on its own thread: hand-over, backpressure, cancellation, death."""
+
+import queue
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from dllm_engine import (
+    CanvasUpdate,
+    Engine,
+    EngineConfig,
+    EngineDead,
+    EngineWorker,
+    FinishReason,
+    SamplingParams,
+)
+
+
+def start(checkpoint: Path, **settings: int) -> EngineWorker:
+    """A worker with an engine of its own."""
+    return EngineWorker(Engine(EngineConfig(model_path=checkpoint, **settings)))  # type: ignore[arg-type]
+
+
+def test_requests_from_many_threads_are_all_answered(checkpoint: Path) -> None:
+    """Sixteen threads over four slots: every request gets exactly one final update."""
+    worker = start(checkpoint, max_num_seqs=4)
+    answers: queue.Queue[CanvasUpdate] = queue.Queue()
+
+    def ask(length: int) -> None:
+        params = SamplingParams(gen_length=length, ignore_eos=True)
+        worker.submit(worker.engine.make_request([1], params), answers.put)
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(1, 17)]
+    for thread in threads:
+        thread.start()
+    lengths = sorted(len(answers.get(timeout=60).token_ids) for _ in threads)
+    assert lengths == list(range(1, 17))
+    worker.close()
+    assert answers.empty()
+
+
+def test_submit_blocks_while_every_slot_is_taken(checkpoint: Path) -> None:
+    """The request after the last slot waits with its caller until one is free."""
+    worker = start(checkpoint, max_num_seqs=1)
+    done: queue.Queue[CanvasUpdate] = queue.Queue()
+    long = worker.engine.make_request([1], SamplingParams(gen_length=250, ignore_eos=True))
+    worker.submit(long, done.put)
+    entered = threading.Event()
+
+    def second() -> None:
+        params = SamplingParams(gen_length=1)
+        worker.submit(worker.engine.make_request([1], params), done.put)
+        entered.set()
+
+    threading.Thread(target=second).start()
+    assert not entered.wait(0.1)
+    worker.cancel(long.request_id)
+    assert entered.wait(30)
+    assert done.get(timeout=30).finish_reason is FinishReason.CANCELLED
+    assert done.get(timeout=30).finish_reason is not None
+    worker.close()
+
+
+def test_close_finishes_what_runs(checkpoint: Path) -> None:
+    """Closing drains: requests already handed over are answered first."""
+    worker = start(checkpoint)
+    answers: queue.Queue[CanvasUpdate] = queue.Queue()
+    for _ in range(5):
+        params = SamplingParams(gen_length=8, ignore_eos=True)
+        worker.submit(worker.engine.make_request([1], params), answers.put)
+    worker.close()
+    assert answers.qsize() == 5
+
+
+def test_a_dead_engine_fails_its_requests_and_refuses_new_ones(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device error every caller hears of it, the owner is told, and `submit` raises."""
+    engine = Engine(EngineConfig(model_path=checkpoint, max_num_seqs=2))
+    deaths: queue.Queue[EngineDead] = queue.Queue()
+    worker = EngineWorker(engine, on_death=deaths.put)
+
+    def lost(*_: object) -> torch.Tensor:
+        raise torch.AcceleratorError("device lost")
+
+    monkeypatch.setattr(engine._runner._model, "forward", lost)
+    answers: queue.Queue[CanvasUpdate] = queue.Queue()
+    worker.submit(engine.make_request([1], SamplingParams()), answers.put)
+    assert isinstance(answers.get(timeout=30).error, EngineDead)
+    assert "device lost" in str(deaths.get(timeout=30))
+    with pytest.raises(EngineDead):
+        worker.submit(engine.make_request([1], SamplingParams()), answers.put)
