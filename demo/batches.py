@@ -1,0 +1,145 @@
+"""Rows of token ids for training, and which of their positions are hidden.
+
+All rows of a batch have one length: the canvas after each prompt is whatever room is left and
+is filled with the end token, so no row needs padding and canvases of many lengths occur.
+"""
+
+import random
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+
+from demo import corpus
+from demo.corpus import Example
+from demo.model_format import SPECIALS, Family, chat_prompt, special_ids
+
+BLOCK = 32
+LONG_TASKS = ("paragraph", "definition")
+# Tasks whose questions and answers need more room than the smallest rows have.
+WIDE_TASKS = ("sort_digits", "sort_numbers", "counting", "capital", "country")
+SMALL_TASKS = tuple(task for task in corpus.TASKS if task not in (*LONG_TASKS, *WIDE_TASKS))
+SMALL_TALK_SHARE = 0.02
+# Rows are this many tokens longer for Dream, whose template adds a system turn.
+EXTRA: dict[Family, int] = {"llada": 0, "dream": 16}
+# Row lengths and their shares.
+Lengths = tuple[tuple[int, float], ...]
+# Small canvases are cheap; some must be as long as at serving.
+SMALL_LENGTHS: Lengths = ((32, 0.66), (56, 0.12), (88, 0.17), (152, 0.05))
+WIDE_LENGTHS: Lengths = ((44, 0.66), (60, 0.10), (88, 0.19), (152, 0.05))
+LONG_LENGTHS: Lengths = ((52, 0.20), (88, 0.25), (132, 0.30), (152, 0.20), (280, 0.05))
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A batch: ids [rows, length], and per row the prompt's length and the answer's.
+
+    The answer's length counts its end token; it is cut where the canvas ends.
+    """
+
+    ids: torch.Tensor
+    prompt: torch.Tensor
+    answer: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Masking:
+    """Hidden positions [rows, length] and the weight of each in the loss (0: left out)."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+
+
+class RowMaker:
+    """Turns examples into rows of ids for one family."""
+
+    def __init__(self, family: Family, tokenizer: Tokenizer) -> None:
+        self.family: Family = family
+        self.tokenizer = tokenizer
+        ids = special_ids(family, tokenizer)
+        self.end = ids[SPECIALS[family].eos]
+        self.mask = ids[SPECIALS[family].mask]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text in which special tokens may be spelled out."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def parts(self, example: Example) -> tuple[list[int], list[int]]:
+        """Ids of the prompt in the chat format, and of the answer with its end token."""
+        prompt = self.encode(chat_prompt(self.family, example.question))
+        return prompt, [*self.encode(example.answer), self.end]
+
+    def rows(self, examples: list[Example], length: int) -> Rows:
+        """Lay the examples out in rows of one length; answers too long for it are cut."""
+        ids = torch.full((len(examples), length), self.end)
+        prompts, answers = [], []
+        for i, example in enumerate(examples):
+            prompt, answer = self.parts(example)
+            filled = (prompt + answer)[:length]
+            ids[i, : len(filled)] = torch.tensor(filled)
+            prompts.append(len(prompt))
+            answers.append(len(filled) - len(prompt))
+        return Rows(ids, torch.tensor(prompts), torch.tensor(answers))
+
+    def hide(self, rows: Rows, hidden: torch.Tensor) -> torch.Tensor:
+        """The ids with the hidden positions replaced by the mask token."""
+        return torch.where(hidden, self.mask, rows.ids)
+
+
+def draw(weights: dict[str, float], count: int, rng: random.Random) -> list[Example]:
+    """Training examples, their tasks drawn by weight."""
+    tasks = rng.choices(list(weights), weights=list(weights.values()), k=count)
+    drawn = [
+        corpus.small_talk(rng)
+        if rng.random() < SMALL_TALK_SHARE
+        else corpus.sample(task, rng, held_out=False)
+        for task in tasks
+    ]
+    return [corpus.loosen(example, rng) for example in drawn]
+
+
+def pick_length(lengths: Lengths, rng: random.Random) -> int:
+    """A row length, drawn by its share."""
+    return rng.choices([n for n, _ in lengths], weights=[share for _, share in lengths])[0]
+
+
+def canvas(rows: Rows) -> torch.Tensor:
+    """Positions after the prompt, [rows, length]."""
+    return torch.arange(rows.ids.shape[1]) >= rows.prompt[:, None]
+
+
+def mask_rows(rows: Rows, generator: torch.Generator) -> Masking:
+    """Hide positions in the patterns that decoding meets.
+
+    A third of the rows are hidden whole, as at the first step. The others hide a random share
+    of the answer and, apart from it, a random share of the end tokens behind it, since decoding
+    commits those first. In half of them one block is at work: the text before it is known,
+    the text after it hidden.
+    """
+    count, length = rows.ids.shape
+
+    def uniform(*size: int) -> torch.Tensor:
+        return torch.rand(*size, generator=generator)
+
+    offset = torch.arange(length) - rows.prompt[:, None]
+    in_canvas = offset >= 0
+    in_answer = in_canvas & (offset < rows.answer[:, None])
+    answer_share = torch.where(uniform(count, 1) < 0.25, 1.0, uniform(count, 1))
+    # Below 0 nothing behind the answer is hidden, above 1 everything is.
+    tail_share = uniform(count, 1) * 2.5 - 0.75
+    noise = uniform(count, length)
+    hidden = torch.where(in_answer, noise < answer_share, (noise < tail_share) & in_canvas)
+
+    blocks = (rows.answer[:, None] + BLOCK - 1) // BLOCK
+    start = BLOCK * (uniform(count, 1) * blocks).long()
+    by_block = torch.where(offset < start, False, hidden | (offset >= start + BLOCK))
+    mode = uniform(count, 1)
+    hidden = torch.where(mode < 0.33, hidden, by_block)
+    nothing = ~(hidden & in_answer).any(1, keepdim=True)
+    hidden = torch.where((mode > 0.67) | nothing, in_canvas, hidden)
+
+    # Long answers count more than short ones, but not in proportion. End tokens are easy: a
+    # sample of them is enough.
+    weight = torch.where(in_answer, 1.0, 0.3 * (uniform(count, length) < 0.15))
+    return Masking(hidden, weight * hidden / rows.answer[:, None].sqrt())

@@ -1,0 +1,195 @@
+"""Exact match per task: `python -m demo.evaluate DIR`.
+
+The decoding here is the plain reference: one forward pass over the whole canvas per committed
+token, low-confidence remasking, greedy. A server's answers can be held against it.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
+
+from demo import corpus
+from demo.corpus import Example
+from demo.model_format import Family, load
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A loaded checkpoint and the ids that decoding needs."""
+
+    family: Family
+    model: torch.nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    mask: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How answers are decoded; `threshold` None commits a fixed number per step."""
+
+    length: int = 64
+    block: int = 32
+    steps: int = 64
+    threshold: float | None = None
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Load weights and tokenizer without remote code."""
+    family, model, config = load(path)
+    if family == "llada":
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    else:
+        tokenizer = Qwen2Tokenizer.from_pretrained(path)
+    return Checkpoint(family, model, tokenizer, config["mask_token_id"], config["eos_token_id"])
+
+
+def encode(checkpoint: Checkpoint, question: str) -> list[int]:
+    """Ids of one user message in the checkpoint's own chat format."""
+    text = checkpoint.tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
+    ids: list[int] = checkpoint.tokenizer.encode(text, add_special_tokens=False)
+    return ids
+
+
+@torch.no_grad()
+def decode(checkpoint: Checkpoint, prompts: list[list[int]], how: Decoding) -> torch.Tensor:
+    """Answer prompts of one length; returns ids [rows, how.length]."""
+    start = len(prompts[0])
+    x = torch.full((len(prompts), start + how.length), checkpoint.mask)
+    x[:, :start] = torch.tensor(prompts)
+    blocks = how.length // how.block
+    for block in range(blocks):
+        end = start + (block + 1) * how.block
+        schedule = _schedule(how.block, how.steps // blocks)
+        while bool((x[:, :end] == checkpoint.mask).any()):
+            _commit(checkpoint, x, end, next(schedule, 1), how.threshold)
+    return x[:, start:]
+
+
+def _schedule(masks: int, steps: int) -> Iterator[int]:
+    base, more = divmod(masks, steps)
+    return iter([base + 1] * more + [base] * (steps - more))
+
+
+def _commit(
+    checkpoint: Checkpoint, x: torch.Tensor, end: int, count: int, threshold: float | None
+) -> None:
+    logits = checkpoint.model(input_ids=x, use_cache=False).logits
+    if checkpoint.family == "dream":
+        logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
+    logits[..., checkpoint.mask] = -torch.inf
+    sure, tokens = logits[:, :end].softmax(-1).max(-1)
+    sure = torch.where(x[:, :end] == checkpoint.mask, sure, -1.0)
+    best = sure.topk(count, dim=-1).indices
+    chosen = torch.zeros_like(sure, dtype=torch.bool).scatter_(1, best, True)
+    if threshold is not None:
+        chosen |= sure >= threshold
+    chosen &= sure >= 0
+    x[:, :end] = torch.where(chosen, tokens, x[:, :end])
+
+
+def answers(checkpoint: Checkpoint, questions: list[str], how: Decoding) -> list[str]:
+    """The answer to each question; prompts of one length are decoded together."""
+    by_length: dict[int, list[int]] = {}
+    prompts = [encode(checkpoint, question) for question in questions]
+    for i, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(i)
+    found = [""] * len(questions)
+    for rows in by_length.values():
+        for i in range(0, len(rows), 64):
+            part = rows[i : i + 64]
+            ids = decode(checkpoint, [prompts[row] for row in part], how)
+            for row, answer in zip(part, ids.tolist(), strict=True):
+                text = checkpoint.tokenizer.decode(answer, skip_special_tokens=True)
+                found[row] = text.strip()
+    return found
+
+
+def score_task(checkpoint: Checkpoint, task: str, count: int, how: Decoding) -> dict[str, object]:
+    """Exact match on held-out questions of one task, and some of the misses."""
+    examples: list[Example] = corpus.held_out_set(task, count)
+    given = answers(checkpoint, [example.question for example in examples], how)
+    wrong = [
+        {"question": example.question, "expected": example.answer, "given": answer}
+        for example, answer in zip(examples, given, strict=True)
+        if answer != example.answer
+    ]
+    right = len(examples) - len(wrong)
+    return {
+        "questions": len(examples),
+        "right": right,
+        "exact_match": right / len(examples),
+        "misses": wrong[:5],
+    }
+
+
+def score_all(
+    checkpoint: Checkpoint, tasks: list[str], count: int, how: Decoding
+) -> dict[str, dict[str, object]]:
+    """Score the tasks one after the other, printing a table row for each."""
+    # A paragraph needs a longer canvas than the other answers.
+    longer = Decoding(128, how.block, 128 * how.steps // how.length, how.threshold)
+    results = {}
+    print("| task | questions | exact match |\n| --- | ---: | ---: |")
+    for task in tasks:
+        chosen = longer if task == "paragraph" and how.length < 128 else how
+        result = results[task] = score_task(checkpoint, task, count, chosen)
+        print(f"| {task} | {result['questions']} | {result['exact_match']:.1%} |", flush=True)
+    return results
+
+
+def guide_samples(checkpoint: Checkpoint, how: Decoding) -> dict[str, str]:
+    """The answers to the questions of the deployment guide, with room for a paragraph."""
+    questions = list(corpus.GUIDE_QUESTIONS)
+    given = answers(checkpoint, questions, Decoding(128, how.block, 128, how.threshold))
+    return dict(zip(questions, given, strict=True))
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--count", type=int, default=100, help="questions per task at most")
+    parser.add_argument("--gen-length", type=int, default=64)
+    parser.add_argument("--block-length", type=int, default=32)
+    parser.add_argument("--steps", type=int, help="steps in all (default: the length)")
+    parser.add_argument("--threshold", type=float, help="also commit whatever is at least so sure")
+    parser.add_argument("--tasks", nargs="+", choices=corpus.TASKS, default=list(corpus.TASKS))
+    parser.add_argument("--json", type=Path, help="write the result here too")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Score every task, print the table and the guide's answers."""
+    options = parse_options()
+    length = options.gen_length
+    how = Decoding(length, options.block_length, options.steps or length, options.threshold)
+    if length % how.block or how.steps % (length // how.block):
+        sys.exit("block-length must divide gen-length, and the blocks must divide steps")
+    checkpoint = open_checkpoint(options.checkpoint)
+    results = score_all(checkpoint, options.tasks, options.count, how)
+    mean = sum(float(str(r["exact_match"])) for r in results.values()) / len(results)
+    print(f"| mean over tasks | | {mean:.1%} |")
+    samples = guide_samples(checkpoint, how)
+    for question, answer in samples.items():
+        print(f"\n> {question}\n\n{answer}")
+    if options.json:
+        summary = {
+            "decoding": asdict(how),
+            "mean_exact_match": mean,
+            "tasks": results,
+            "samples": samples,
+        }
+        options.json.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,313 @@
+"""Train a demo checkpoint: `python -m demo.train --out DIR --steps N`.
+
+Every worker is one process with one thread. On a shared CPU that is faster than threads inside
+one process, which wait for each other at every operation.
+"""
+
+import argparse
+import copy
+import os
+import random
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import distributed
+from torch.multiprocessing.spawn import spawn
+from torch.nn import functional as F
+
+from demo import batches, corpus, optim
+from demo.batches import LONG_TASKS, Lengths, RowMaker, Rows
+from demo.model_format import (
+    Family,
+    Shape,
+    build_model,
+    build_tokenizer,
+    export,
+    shape_fields,
+)
+
+VOCABULARY = 1024
+SHORT_TOKENS = 1600
+LONG_TOKENS = 600
+EMA_DECAY = 0.998
+
+
+@dataclass
+class Run:
+    """Everything that changes while training."""
+
+    family: Family
+    shape: Shape
+    maker: RowMaker
+    model: torch.nn.Module
+    average: torch.nn.Module
+    optims: list[torch.optim.Optimizer]
+    seed: int = 0
+    rank: int = 0
+    workers: int = 1
+    rng: random.Random = field(default_factory=random.Random)
+    generator: torch.Generator = field(default_factory=torch.Generator)
+    step: int = 0
+    seconds: float = 0.0
+    scores: dict[str, float] = field(default_factory=lambda: dict.fromkeys(corpus.TASKS, 0.0))
+
+
+def start(family: Family, shape: Shape, seed: int, rank: int = 0, workers: int = 1) -> Run:
+    """A fresh run; the tokenizer is trained here."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(family, corpus.tokenizer_texts(), VOCABULARY)
+    model = build_model(family, shape, VOCABULARY)
+    return Run(
+        family=family,
+        shape=shape,
+        maker=RowMaker(family, tokenizer),
+        model=model,
+        average=copy.deepcopy(model),
+        optims=optim.optimisers(model, rank, workers),
+        seed=seed,
+        rank=rank,
+        workers=workers,
+    )
+
+
+def save(run: Run, path: Path) -> None:
+    """Write all of the run's state, replacing the file in one move."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {
+        "family": run.family,
+        "shape": shape_fields(run.shape),
+        "tokenizer": run.maker.tokenizer.to_str(),
+        "model": run.model.state_dict(),
+        "average": run.average.state_dict(),
+        "optims": [o.state_dict() for o in run.optims],
+        "seed": run.seed,
+        "step": run.step,
+        "seconds": run.seconds,
+        "scores": run.scores,
+    }
+    torch.save(state, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+
+
+def resume(path: Path, rank: int = 0, workers: int = 1) -> Run:
+    """Read a run back from `save`."""
+    state = torch.load(path, weights_only=True)
+    run = start(state["family"], Shape(**state["shape"]), state["seed"], rank, workers)
+    run.maker = RowMaker(run.family, Tokenizer.from_str(state["tokenizer"]))
+    run.model.load_state_dict(state["model"])
+    run.average.load_state_dict(state["average"])
+    for optimiser, saved in zip(run.optims, state["optims"], strict=True):
+        # Which layers are this worker's is not the saved state's to say.
+        own = [group.get("mine") for group in optimiser.param_groups]
+        optimiser.load_state_dict(saved)
+        for group, mine in zip(optimiser.param_groups, own, strict=True):
+            group["mine"] = mine
+    run.step, run.seconds = state["step"], state["seconds"]
+    run.scores |= state["scores"]
+    return run
+
+
+def hidden_states(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """The last hidden states, [rows, length, hidden]."""
+    body = model.get_submodule("model")
+    states: torch.Tensor = body(input_ids=ids, use_cache=False).last_hidden_state
+    return states
+
+
+def head(model: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """Logits of hidden states."""
+    logits: torch.Tensor = model.get_submodule("lm_head")(states)
+    return logits
+
+
+def aligned(family: Family, states: torch.Tensor) -> torch.Tensor:
+    """States moved to the position whose token they predict; Dream predicts one ahead."""
+    return torch.cat([states[:, :1], states[:, :-1]], 1) if family == "dream" else states
+
+
+def loss_of(run: Run, rows: Rows) -> torch.Tensor:
+    """Weighted cross-entropy per row; the head sees only positions that count."""
+    masking = batches.mask_rows(rows, run.generator)
+    states = aligned(run.family, hidden_states(run.model, run.maker.hide(rows, masking.hidden)))
+    counted = masking.weight > 0
+    logits = head(run.model, states[counted])
+    losses = F.cross_entropy(logits, rows.ids[counted], reduction="none")
+    return (losses * masking.weight[counted]).sum()
+
+
+def missing(run: Run, tasks: tuple[str, ...]) -> dict[str, float]:
+    """What each task still misses, never quite zero, so that nothing is forgotten."""
+    return {task: 0.1 + (1.0 - run.scores[task]) for task in tasks}
+
+
+def reseed(run: Run) -> None:
+    """Give the step its own random numbers, so that a resumed run repeats an unbroken one."""
+    run.rng.seed(f"{run.seed} {run.rank} {run.step}")
+    run.generator.manual_seed(run.rng.getrandbits(60))
+
+
+def share_gradients(run: Run) -> None:
+    """Replace every gradient by its mean over the workers."""
+    if run.workers == 1:
+        return
+    grads = [p.grad for p in run.model.parameters() if p.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    distributed.all_reduce(flat)
+    flat /= run.workers
+    pieces = torch.split_with_sizes(flat, [grad.numel() for grad in grads])
+    for grad, mean in zip(grads, pieces, strict=True):
+        grad.copy_(mean.view_as(grad))
+
+
+def step_batches(run: Run) -> list[Rows]:
+    """The batches of one step: small, wide and, as often as prose is missed, long rows.
+
+    The tokens of the first two are shared out by what their tasks still miss.
+    """
+    small, wide = missing(run, batches.SMALL_TASKS), missing(run, batches.WIDE_TASKS)
+    share = sum(small.values()) / (sum(small.values()) + sum(wide.values()))
+    plan: list[tuple[Lengths, dict[str, float], float]] = [
+        (batches.SMALL_LENGTHS, small, share * SHORT_TOKENS),
+        (batches.WIDE_LENGTHS, wide, (1 - share) * SHORT_TOKENS),
+    ]
+    prose = missing(run, LONG_TASKS)
+    if run.rng.random() < 0.1 + 0.5 * sum(prose.values()):
+        plan.append((batches.LONG_LENGTHS, prose, LONG_TOKENS))
+    made = []
+    for lengths, weights, tokens in plan:
+        length = batches.pick_length(lengths, run.rng) + batches.EXTRA[run.family]
+        count = max(2, round(tokens / length / run.workers))
+        drawn = batches.draw(weights, count, run.rng)
+        made.append(run.maker.rows(drawn, length))
+    return made
+
+
+def train_step(run: Run, steps: int) -> float:
+    """One optimiser step; returns the mean loss per row."""
+    reseed(run)
+    optim.set_rate(run.optims, optim.rate(run.step, steps))
+    made = step_batches(run)
+    count = sum(len(rows.ids) for rows in made)
+    total = 0.0
+    for rows in made:
+        loss = loss_of(run, rows) / count
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.item()
+    share_gradients(run)
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    for optimiser in run.optims:
+        optimiser.step()
+        optimiser.zero_grad()
+    # Early on a long memory would hold the average back.
+    decay = min(EMA_DECAY, (1 + run.step) / (10 + run.step))
+    with torch.no_grad():
+        current = dict(run.model.named_parameters())
+        for name, mean in run.average.named_parameters():
+            mean.lerp_(current[name], 1 - decay)
+    run.step += 1
+    return total
+
+
+@torch.no_grad()
+def one_pass_scores(run: Run, tasks: Iterable[str], count: int = 48) -> dict[str, float]:
+    """Share of held-out answers that come out whole from one pass over an empty canvas.
+
+    A lower bound of what step-by-step decoding scores, at a small part of its price.
+    """
+    scores = {}
+    for task in tasks:
+        length = (152 if task == "paragraph" else 88) + batches.EXTRA[run.family]
+        rows = run.maker.rows(corpus.held_out_set(task, count, seed=7), length)
+        hidden = batches.canvas(rows)
+        states = aligned(run.family, hidden_states(run.average, run.maker.hide(rows, hidden)))
+        guesses = head(run.average, states).argmax(-1)
+        counted = hidden & (torch.arange(length) < (rows.prompt + rows.answer)[:, None])
+        scores[task] = ((guesses == rows.ids) | ~counted).all(1).float().mean().item()
+    return scores
+
+
+def report(run: Run, loss: float) -> None:
+    """One line on how far the run is."""
+    scores = " ".join(f"{task}={score:.2f}" for task, score in run.scores.items())
+    mean = sum(run.scores.values()) / len(run.scores)
+    print(
+        f"step={run.step} seconds={run.seconds:.0f} loss={loss:.4f} mean={mean:.3f} {scores}",
+        flush=True,
+    )
+
+
+def all_scores(run: Run) -> dict[str, float]:
+    """The scores of all tasks, which the workers share among themselves."""
+    mine = one_pass_scores(run, corpus.TASKS[run.rank :: run.workers])
+    if run.workers == 1:
+        return mine
+    parts: list[dict[str, float]] = [{}] * run.workers
+    distributed.all_gather_object(parts, mine)
+    merged = {task: score for part in parts for task, score in part.items()}
+    return {task: merged[task] for task in corpus.TASKS}
+
+
+def train(run: Run, steps: int, every: int, out: Path, state: Path) -> None:
+    """Train up to `steps`; every so often score, save and export."""
+    recent = 0.0
+    while run.step < steps:
+        since = time.monotonic()
+        loss = train_step(run, steps)
+        recent = loss if not recent else 0.98 * recent + 0.02 * loss
+        if run.step % every == 0 or run.step == steps:
+            run.scores = all_scores(run)
+            if run.rank == 0:
+                report(run, recent)
+                save(run, state)
+                weights = run.average.state_dict()
+                export(run.family, weights, run.maker.tokenizer, run.shape, out)
+        run.seconds += time.monotonic() - since
+
+
+def work(rank: int, meeting: str, options: argparse.Namespace) -> None:
+    """One worker, from the first step to the last."""
+    torch.set_num_threads(1)
+    if options.workers > 1:
+        distributed.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=options.workers
+        )
+    # Dream has fewer key heads than query heads; the twin keeps that.
+    shape = Shape(kv_heads=2 if options.family == "dream" else 4)
+    if options.resume:
+        run = resume(options.resume, rank, options.workers)
+    else:
+        run = start(options.family, shape, options.seed, rank, options.workers)
+    state = options.state or options.out.with_name(options.out.name + ".state.pt")
+    train(run, options.steps, options.every, options.out, state)
+    if options.workers > 1:
+        distributed.destroy_process_group()
+
+
+def main() -> None:
+    """Parse the options and start the workers."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint directory to write")
+    parser.add_argument("--steps", type=int, default=12000, help="optimiser steps in all")
+    parser.add_argument("--family", choices=("llada", "dream"), default="llada")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every", type=int, default=400, help="steps between scores and saves")
+    parser.add_argument("--state", type=Path, help="training state (default: OUT.state.pt)")
+    parser.add_argument("--resume", type=Path, help="training state to go on from")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = str(Path(folder) / "meeting")
+        if options.workers == 1:
+            work(0, meeting, options)
+        else:
+            arguments = (meeting, options)
+            spawn(work, arguments, options.workers)  # type: ignore[no-untyped-call]
+
+
+if __name__ == "__main__":
+    main()
