@@ -114,11 +114,13 @@ class JobStore:
             if await connection.scalar(select(jobs.c.id).where(queued).limit(1)) is None:
                 return []
         oldest = select(jobs.c.id).where(queued).order_by(jobs.c.id).limit(limit)
+        # SKIP LOCKED is for PostgreSQL; SQLite, whose writers wait for one another, omits it.
+        # PostgreSQL would run a mere subquery several times and so exceed the limit; not a CTE.
+        chosen = oldest.with_for_update(skip_locked=True).cte("oldest")
         now = self._clock()
         take = (
             update(jobs)
-            # SKIP LOCKED is for PostgreSQL; SQLite, whose writers wait for one another, omits it.
-            .where(jobs.c.id.in_(oldest.with_for_update(skip_locked=True)), queued)
+            .where(jobs.c.id.in_(select(chosen.c.id)), queued)
             .values(
                 state=JobState.RUNNING,
                 owner=owner,
