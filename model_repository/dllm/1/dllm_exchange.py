@@ -109,13 +109,11 @@ class Exchange:
             with self._changed:
                 callers = list(self._callers.values())
             for caller in callers:
-                # Asked again until the final update: it may not have been admitted yet.
-                # After its final response the question would crash the server.
+                # Asked again until the final update: it may not have been admitted yet. Asking
+                # after the final response would crash the server, hence the lock.
                 with self._changed:
-                    waits = caller.request_id in self._callers
-                    gone = waits and caller.sender.is_cancelled()
-                if gone:
-                    self._worker.cancel(caller.request_id)
+                    if caller.request_id in self._callers and caller.sender.is_cancelled():
+                        self._worker.cancel(caller.request_id)
             if watches % METRICS_EVERY == 0:
                 self._metrics.publish(self._worker)
             watches += 1
