@@ -16,8 +16,6 @@ PROMPT_INPUTS = ("text_input", "messages", "input_ids")
 STREAM_INPUTS = ("stream", "stream_interval")
 #: Inputs that are sampling parameters of the same name.
 PARAM_INPUTS = tuple(field.name for field in dataclasses.fields(SamplingParams))
-#: Request parameters that Triton itself understands; any other is a misspelt input.
-TRITON_PARAMETERS = frozenset({"priority", "timeout", "sequence_id"})
 
 
 def parse_request(engine: Engine, request: Any) -> Request:
@@ -37,9 +35,9 @@ def parse_request(engine: Engine, request: Any) -> Request:
 
 
 def _reject_unknown(request: Any) -> None:
-    # The generate endpoint turns JSON names that are no inputs into request parameters.
-    given = json.loads(request.parameters() or "{}")
-    unknown = sorted(set(given) - TRITON_PARAMETERS)
+    # The generate endpoint turns JSON names that are no inputs into request parameters: a misspelt
+    # input, or `priority` and `timeout`, which Triton honours on its other endpoints only.
+    unknown = sorted(json.loads(request.parameters() or "{}"))
     if unknown:
         raise InvalidRequest(unknown[0], "no such input")
 
