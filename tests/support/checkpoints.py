@@ -162,3 +162,126 @@ def write_tokenizer(directory: Path, *, chat_template: bool = True) -> None:
     if chat_template:
         settings["chat_template"] = LLADA_TEMPLATE
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+#: Renders what Qwen2.5's template renders for plain messages.
+QWEN_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+DREAM_SPECIALS = {
+    "<|endoftext|>": 500,
+    "<|im_start|>": 501,
+    "<|im_end|>": 502,
+    "<|beginoftext|>": 503,
+    "<|mask|>": 504,
+}
+DREAM_MASK = DREAM_SPECIALS["<|mask|>"]
+
+
+def dream_config(**overrides: Any) -> dict[str, Any]:
+    """config.json of a tiny Dream: 2 layers, GQA 4/2, vocabulary 512."""
+    config: dict[str, Any] = {
+        "architectures": ["DreamModel"],
+        "auto_map": {"AutoModel": "modeling_dream.DreamModel"},
+        "bos_token_id": 500,
+        "eos_token_id": 500,
+        "hidden_act": "silu",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "mask_token_id": DREAM_MASK,
+        "max_position_embeddings": 256,
+        "model_type": "Dream",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_mrope": False,
+        "use_sliding_window": False,
+        "vocab_size": 512,
+    }
+    return config | overrides
+
+
+def dream_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of every tensor of a Dream checkpoint: Qwen2's."""
+    d, mlp, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    kv = d // config["num_attention_heads"] * config["num_key_value_heads"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocab, d),
+        "model.norm.weight": (d,),
+    }
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (vocab, d)
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        for name, size in {"q": d, "k": kv, "v": kv}.items():
+            shapes[f"{layer}.self_attn.{name}_proj.weight"] = (size, d)
+            shapes[f"{layer}.self_attn.{name}_proj.bias"] = (size,)
+        shapes |= {
+            f"{layer}.input_layernorm.weight": (d,),
+            f"{layer}.post_attention_layernorm.weight": (d,),
+            f"{layer}.self_attn.o_proj.weight": (d, d),
+            f"{layer}.mlp.gate_proj.weight": (mlp, d),
+            f"{layer}.mlp.up_proj.weight": (mlp, d),
+            f"{layer}.mlp.down_proj.weight": (d, mlp),
+        }
+    return shapes
+
+
+def write_dream(
+    directory: Path,
+    *,
+    shards: int = 1,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: bool = True,
+    seed: int = 1,
+    **overrides: Any,
+) -> Path:
+    """Write a tiny random Dream checkpoint to `directory` and return it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config = dream_config(**overrides)
+    (directory / "config.json").write_text(json.dumps(config))
+    generation = {"alg": "origin", "eos_token_id": 500, "mask_token_id": None, "steps": 512}
+    (directory / "generation_config.json").write_text(json.dumps(generation))
+    tensors = {k: v.to(dtype) for k, v in random_tensors(dream_shapes(config), seed=seed).items()}
+    write_tensors(directory, tensors, shards)
+    if tokenizer:
+        write_dream_tokenizer(directory)
+    return directory
+
+
+def write_dream_tokenizer(directory: Path) -> None:
+    """Dream's files: vocab.json and merges.txt, and a class that only its own code knows."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    fillers = [f"<unused{i}>" for i in range(500 - len(alphabet))]
+    vocab = {token: i for i, token in enumerate([*alphabet, *fillers])}
+    (directory / "vocab.json").write_text(json.dumps(vocab))
+    (directory / "merges.txt").write_text("#version: 0.2\n")
+    (directory / "added_tokens.json").write_text(json.dumps(DREAM_SPECIALS))
+    added = {
+        str(i): {"content": token, "special": True, "lstrip": False, "rstrip": False,
+                 "normalized": False, "single_word": False}
+        for token, i in DREAM_SPECIALS.items()
+    }  # fmt: skip
+    settings = {
+        "added_tokens_decoder": added,
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+        "bos_token": "<|beginoftext|>",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "mask_token": "<|mask|>",
+        "chat_template": QWEN_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "errors": "replace",
+        "tokenizer_class": "DreamTokenizer",
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -1,4 +1,4 @@
-"""Transformers' own Llama class as the truth about a LLaDA checkpoint's logits."""
+"""Transformers' own Llama and Qwen2 classes as the truth about a checkpoint's logits."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from .reference import Forward
 
@@ -48,12 +49,47 @@ def llada_oracle(directory: Path, dtype: torch.dtype) -> Forward:
             tie_word_embeddings=config["weight_tying"],
         )
     )
-    tensors: dict[str, Tensor] = {}
-    for file in directory.glob("*.safetensors"):
-        tensors |= {_llama_name(name): tensor for name, tensor in load_file(file).items()}
+    tensors = {_llama_name(name): tensor for name, tensor in _tensors(directory).items()}
     if config["weight_tying"]:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model.load_state_dict(tensors, strict=True)
+    return _bidirectional(model, dtype)
+
+
+def dream_oracle(directory: Path, dtype: torch.dtype) -> Forward:
+    """Logits [length, vocab] of one sequence, shifted as Dream has them, by `Qwen2ForCausalLM`."""
+    config = json.loads((directory / "config.json").read_text())
+    keys = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+        "num_key_value_heads max_position_embeddings rms_norm_eps tie_word_embeddings"
+    )
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            **{key: config[key] for key in keys.split()},
+            rope_parameters={"rope_type": "default", "rope_theta": config["rope_theta"]},
+        )
+    )
+    tensors = _tensors(directory)
+    if config["tie_word_embeddings"]:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model.load_state_dict(tensors, strict=True)
+    unshifted = _bidirectional(model, dtype)
+
+    def forward(tokens: Tensor) -> Tensor:
+        logits = unshifted(tokens)
+        return torch.cat([logits[:1], logits[:-1]])
+
+    return forward
+
+
+def _tensors(directory: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for file in directory.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def _bidirectional(model: nn.Module, dtype: torch.dtype) -> Forward:
     model = model.to(dtype).eval()
     if dtype == torch.float64:
         _widen_norms(model)
@@ -68,11 +104,11 @@ def llada_oracle(directory: Path, dtype: torch.dtype) -> Forward:
 
 
 def _widen_norms(model: nn.Module) -> None:
-    """Llama's norm rounds to float32 on its way; a float64 truth must not."""
+    """The classes' norms round to float32 on their way; a float64 truth must not."""
     for module in model.modules():
-        if isinstance(module, LlamaRMSNorm):
+        if isinstance(module, LlamaRMSNorm | Qwen2RMSNorm):
 
-            def norm(x: Tensor, module: LlamaRMSNorm = module) -> Tensor:
+            def norm(x: Tensor, module: LlamaRMSNorm | Qwen2RMSNorm = module) -> Tensor:
                 scale = (x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon).rsqrt()
                 return module.weight * x * scale
 

@@ -11,8 +11,9 @@ from dllm_engine.models import load_model, read_spec
 from dllm_engine.ops import PackedLayout
 from safetensors.torch import load_file, save_file
 
-from tests.support.checkpoints import EOS, write_llada
-from tests.support.oracle import llada_oracle
+from tests.support.checkpoints import EOS, write_dream, write_llada
+from tests.support.oracle import dream_oracle, llada_oracle
+from tests.support.reference import Forward
 
 
 def _logits(directory: Path, lengths: list[int], tokens: torch.Tensor) -> torch.Tensor:
@@ -39,7 +40,35 @@ def _logits(directory: Path, lengths: list[int], tokens: torch.Tensor) -> torch.
 def test_logits_equal_transformers_llama(tmp_path: Path, layout: dict[str, object]) -> None:
     """Packed logits equal those of transformers' Llama with a full mask, sequence by sequence."""
     directory = write_llada(tmp_path, **layout)  # type: ignore[arg-type]
-    oracle = llada_oracle(directory, torch.float32)
+    assert_logits_equal(directory, llada_oracle(directory, torch.float32))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"shards": 1},
+        {"shards": 3, "dtype": torch.bfloat16},
+        {"tie_word_embeddings": True},
+        {"num_key_value_heads": 1, "rope_theta": 10000.0},
+    ],
+    ids=str,
+)
+def test_dream_logits_equal_transformers_qwen2(tmp_path: Path, layout: dict[str, object]) -> None:
+    """Packed logits equal those of transformers' Qwen2 with a full mask, before the shift."""
+    directory = write_dream(tmp_path, **layout)  # type: ignore[arg-type]
+    shifted = dream_oracle(directory, torch.float32)
+    lengths = [1, 17, 17, 40]
+    tokens = torch.randint(0, 512, (75,), generator=torch.Generator().manual_seed(2))
+    packed = _logits(directory, lengths, tokens).split(lengths)
+    for sequence, logits in zip(tokens.split(lengths), packed, strict=True):
+        expected = shifted(sequence)
+        scale = float(expected.abs().max())
+        moved = torch.cat([logits[:1], logits[:-1]])
+        torch.testing.assert_close(moved / scale, expected / scale, atol=1e-5, rtol=0)
+
+
+def assert_logits_equal(directory: Path, oracle: Forward) -> None:
+    """Four packed sequences against the oracle, one by one."""
     lengths = [1, 17, 17, 40]
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(0, 512, (sum(lengths),), generator=generator)
@@ -102,7 +131,10 @@ def test_pickles_are_never_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel; supported: LLaDAModelLM"),
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            "GPT2LMHeadModel; supported: LLaDAModelLM, DreamModel",
+        ),
         ({"architectures": None}, "none given"),
         ({"d_model": None}, "d_model is missing"),
         ({"mask_token_id": None}, "mask_token_id is missing"),
@@ -119,6 +151,33 @@ def test_config_problems_are_named(tmp_path: Path, change: dict[str, object], me
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
     with pytest.raises(CheckpointError, match=message):
         read_spec(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling: only None"),
+        ({"use_sliding_window": True}, "use_sliding_window: only False"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+    ],
+    ids=str,
+)
+def test_dream_config_problems_are_named(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    """The same for Dream's fields."""
+    write_dream(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    with pytest.raises(CheckpointError, match=message):
+        read_spec(tmp_path)
+
+
+def test_dreams_context_is_what_it_was_trained_for(tmp_path: Path) -> None:
+    """The config repeats its ancestor's 131,072 positions; Dream was trained for 2,048."""
+    write_dream(tmp_path, max_position_embeddings=131072)
+    assert read_spec(tmp_path).max_model_len == 2048
 
 
 def test_a_missing_directory_and_broken_json_are_named(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Continuous batching gives each request what the papers' loop gives it alone."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ from dllm_engine import LLM, Completion, SamplingParams
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.support.checkpoints import MASK
-from tests.support.oracle import llada_oracle
+from tests.support.checkpoints import DREAM_MASK, MASK, write_dream
+from tests.support.oracle import dream_oracle, llada_oracle
 from tests.support.reference import Forward, ReferenceResult, generate
 
 #: Batches of requests shrink slowly and gain little from it.
@@ -37,7 +38,9 @@ def cases(draw: st.DrawFn) -> Case:
     return draw(st.integers(0, 30)), prompt, params
 
 
-def expected(forward: Forward, prompt: list[int], params: SamplingParams) -> ReferenceResult:
+def expected(
+    forward: Forward, prompt: list[int], params: SamplingParams, mask_id: int = MASK
+) -> ReferenceResult:
     """The reference's answer to one request."""
     full = params.resolved()
     assert full.block_length is not None
@@ -45,7 +48,7 @@ def expected(forward: Forward, prompt: list[int], params: SamplingParams) -> Ref
     return generate(
         forward,
         prompt,
-        mask_id=MASK,
+        mask_id=mask_id,
         gen_length=full.gen_length,
         block_length=full.block_length,
         steps=full.steps,
@@ -89,6 +92,28 @@ def test_tokens_equal_the_reference(llm64: LLM, oracle64: Forward, batch: list[C
         assert finished[i].token_ids.tolist() == reference.tokens
         assert finished[i].confidence.tolist() == pytest.approx(reference.confidence, abs=1e-6)
         assert finished[i].usage.forward_passes == reference.forward_passes
+
+
+def test_dream_tokens_equal_the_reference(tmp_path: Path) -> None:
+    """Dream under continuous batching, at block borders and with guidance: identical tokens."""
+    directory = write_dream(tmp_path)
+    llm = LLM(directory, dtype="float64", max_num_batched_tokens=300)
+    forward = dream_oracle(directory, torch.float64)
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(0, 500, (1 + 3 * i,), generator=generator).tolist() for i in range(8)]
+    params = [
+        SamplingParams(
+            gen_length=9 + 2 * i,
+            block_length=4 + i % 3,
+            cfg_scale=float(i % 3 == 2),
+            confidence_threshold=0.1 if i % 4 == 3 else None,
+            ignore_eos=True,
+        )
+        for i in range(8)
+    ]
+    answers = llm.generate(prompts, params, progress=False)
+    for prompt, p, answer in zip(prompts, params, answers, strict=True):
+        assert answer.token_ids.tolist() == expected(forward, prompt, p, DREAM_MASK).tokens
 
 
 def test_float32_tokens_equal_the_reference(llm: LLM, checkpoint: Any) -> None:

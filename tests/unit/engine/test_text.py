@@ -8,7 +8,16 @@ import pytest
 from dllm_engine import InvalidRequest
 from dllm_engine.text import TextCodec, find_stop
 
-from tests.support.checkpoints import BOS, EOS, EOT, MASK, write_llada
+from tests.support.checkpoints import (
+    BOS,
+    DREAM_MASK,
+    DREAM_SPECIALS,
+    EOS,
+    EOT,
+    MASK,
+    write_dream,
+    write_llada,
+)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +123,18 @@ def test_the_answer_ends_before_the_first_stop_string(codec: TextCodec) -> None:
     assert codec.answer(ids, ("three", "wo")) == "one t"
     assert codec.answer(ids, ()) == "one two three"
     assert find_stop("abc", ("x",)) is None
+
+
+def test_dreams_tokenizer_is_read_without_its_own_code(tmp_path: Path) -> None:
+    """vocab.json and merges.txt under a class of Dream's own are read as Qwen2's."""
+    dream = TextCodec.load(write_dream(tmp_path), DREAM_MASK)
+    assert dream is not None
+    assert text_of(dream, dream.encode_text("héllo 汉 🙂")) == "héllo 汉 🙂"
+    ids = dream.encode_chat("a<|mask|>b<|im_end|>")
+    assert DREAM_MASK not in ids
+    assert ids.count(DREAM_SPECIALS["<|im_end|>"]) == 2
+    assert text_of(dream, ids).startswith("system\nYou are a helpful assistant.\nuser\na<|mask|>b")
+    assert DREAM_SPECIALS["<|im_end|>"] in dream.stop_token_ids
 
 
 def test_a_checkpoint_without_a_tokenizer_has_no_codec(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ class StepBatch:
     #: [R, block] int64 and bool: positions of the active blocks, and which are masked.
     block_positions: Tensor
     block_masked: Tensor
-    #: [M] int64: packed row of each masked position.
+    #: [M] int64: packed row whose hidden state predicts each masked position.
     rows: Tensor
     #: [M] int64: packed row of its unconditional twin; equal to `rows` without guidance.
     uncond_rows: Tensor
@@ -37,11 +37,12 @@ class StepBatch:
     plan: CommitPlan
 
 
-def build_batch(table: CanvasTable, slots: Tensor) -> StepBatch:
+def build_batch(table: CanvasTable, slots: Tensor, *, shifted: bool) -> StepBatch:
     """Lay out one step of the requests in `slots` ([R] int64).
 
     A request with guidance contributes its sequence twice, the second time with everything it
-    came with replaced by masks (LLaDA, generate.py: `un_x`).
+    came with replaced by masks (LLaDA, generate.py: `un_x`). With `shifted`, a position is
+    predicted from the one before it, the first from itself (Dream).
     """
     slots = slots[table.length[slots].argsort(stable=True)]
     guided = table.cfg_scale[slots] > 0
@@ -55,7 +56,7 @@ def build_batch(table: CanvasTable, slots: Tensor) -> StepBatch:
     block_positions, block_masked = table.block_positions(slots)
     request, column = block_masked.nonzero(as_tuple=True)
     position = block_positions[request, column]
-    rows = starts[first_copy[request]] + position
+    predictor = (position - 1).clamp(min=0) if shifted else position
     twin = first_copy[request] + guided[request].to(torch.int64)
     request_slots = slots[request]
     return StepBatch(
@@ -65,8 +66,8 @@ def build_batch(table: CanvasTable, slots: Tensor) -> StepBatch:
         layout=layout,
         block_positions=block_positions,
         block_masked=block_masked,
-        rows=rows,
-        uncond_rows=starts[twin] + position,
+        rows=starts[first_copy[request]] + predictor,
+        uncond_rows=starts[twin] + predictor,
         cfg_scale=table.cfg_scale[request_slots] if bool(guided.any()) else None,
         noise=RowNoise(
             temperature=table.temperature[request_slots],

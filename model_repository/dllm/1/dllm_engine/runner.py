@@ -67,7 +67,8 @@ class Runner:
         Returns:
             The slots in the order of the result, and the result.
         """
-        batch = build_batch(self.table, torch.tensor(slots, device=self._device))
+        chosen = torch.tensor(slots, device=self._device)
+        batch = build_batch(self.table, chosen, shifted=self._model.spec.shifted)
         hidden = self._masked_hidden(batch)
         candidates = sample_candidates(
             hidden,

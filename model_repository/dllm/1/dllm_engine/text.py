@@ -11,11 +11,13 @@ from typing import Any
 import jinja2
 import numpy as np
 import numpy.typing as npt
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from .errors import CheckpointError, InvalidRequest
 
-_TOKENIZER_FILE = "tokenizer.json"
+#: File that tells a tokenizer's format, and the class that reads it without code of the
+#: checkpoint's own. Dream has Qwen2's two files under a class of its own name.
+_FORMATS = {"tokenizer.json": PreTrainedTokenizerFast, "vocab.json": Qwen2Tokenizer}
 #: Stands for the n-th piece of user text that must not be read as a special token.
 _SENTINEL = "\ue000{}\ue001"
 _SENTINEL_PATTERN = re.compile("\ue000(\\d+)\ue001")
@@ -44,10 +46,11 @@ class TextCodec:
         Raises:
             CheckpointError: the tokenizer cannot be read.
         """
-        if not (directory / _TOKENIZER_FILE).exists():
+        reader = next((r for file, r in _FORMATS.items() if (directory / file).exists()), None)
+        if reader is None:
             return None
         try:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+            tokenizer = reader.from_pretrained(directory, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{directory}: tokenizer: {error}") from error
         return cls(tokenizer, mask_token_id)

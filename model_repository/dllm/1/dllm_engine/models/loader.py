@@ -19,10 +19,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
-from . import llada
+from . import dream, llada
 from .base import DiffusionModel, ModelSpec
 
-_FAMILIES: dict[str, ModuleType] = dict.fromkeys(llada.ARCHITECTURES, llada)
+_FAMILIES: dict[str, ModuleType] = {
+    **dict.fromkeys(llada.ARCHITECTURES, llada),
+    **dict.fromkeys(dream.ARCHITECTURES, dream),
+}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
