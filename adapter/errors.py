@@ -15,8 +15,6 @@ AdapterError
     ModelControlRefused  this server lets nobody load models
 """
 
-# ruff: noqa: N818  Names say what happened; that they are errors, the base class says.
-
 from typing import ClassVar
 
 

@@ -38,6 +38,8 @@ class Verdict:
 
     #: The engine's epoch when the probe began: of a later one it says nothing.
     epoch: int
+    #: When the probe began, on the event loop's clock.
+    began: float
     state: EngineState
     #: There was no answer, which a busy engine may be forgiven.
     silent: bool = False
@@ -175,23 +177,26 @@ class EngineMonitor:
         self._probe.add_done_callback(lambda _task: self._loop.wake())
 
     async def _run_probe(self, epoch: int) -> Verdict:
+        began = _now()
+        silent = False
         try:
             async with asyncio.timeout(self._silence):
                 await self._engine.probe()
+            state = READY
         except TimeoutError:
             reason = f"the engine has not answered for {self._silence:g} s"
-            return Verdict(epoch, EngineState(ok=False, reason=reason, dead=True), silent=True)
+            state, silent = EngineState(ok=False, reason=reason, dead=True), True
         except Overloaded as error:
-            return Verdict(epoch, EngineState(ok=False, reason=str(error), dead=True), silent=True)
+            state, silent = EngineState(ok=False, reason=str(error), dead=True), True
         except EngineDead as error:
-            return Verdict(epoch, EngineState(ok=False, reason=str(error), dead=True))
+            state = EngineState(ok=False, reason=str(error), dead=True)
         except InvalidRequest:  # it does not like the probe, but it has read it
-            return Verdict(epoch, READY)
+            state = READY
         except EngineError as error:
-            return Verdict(epoch, EngineState(ok=False, reason=str(error)))
+            state = EngineState(ok=False, reason=str(error))
         finally:
             self._probed = _now()
-        return Verdict(epoch, READY)
+        return Verdict(epoch, began, state, silent)
 
     def _judge(self, verdict: Verdict, record: EngineRecord) -> None:
         if verdict.epoch != record.epoch:
@@ -205,6 +210,9 @@ class EngineMonitor:
         elif verdict.silent:
             if min(_now() - self._last_life, record.silent_for) >= self._silence:
                 self._become(verdict.state)
+        elif verdict.state.dead and self._last_life > verdict.began:
+            # On a host short of CPU, Triton takes a process for dead that goes on answering.
+            self._suspected = True
         else:
             if verdict.state.dead:
                 self._died_in = self._generation

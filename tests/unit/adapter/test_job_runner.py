@@ -143,6 +143,26 @@ async def test_busy_engine_is_not_taken_for_hung(database_url: str, engine: Scri
         assert idle.app.state.monitor.state.reason == "the engine has not answered yet"
 
 
+async def test_engine_that_sends_events_is_not_dead(
+    api: RunningApp, engine: ScriptedEngine
+) -> None:
+    """What Triton says about the process counts for less than the events that come from it."""
+    await until(lambda: api.app.state.monitor.state.ok)
+    probe, monitor = engine.probe, api.app.state.monitor
+
+    async def busy_probe() -> None:
+        await asyncio.sleep(0.01)
+        monitor.saw_life()
+        await asyncio.sleep(0.01)
+        await probe()
+
+    engine.probe = busy_probe  # type: ignore[method-assign]
+    engine.alive = False
+    await asyncio.sleep(0.3)
+
+    assert (monitor.state.ok, engine.reloads) == (True, 0)
+
+
 async def test_refused_reload_is_tried_once(
     api: RunningApp, engine: ScriptedEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
