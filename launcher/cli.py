@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from launcher import demo as demonstration
-from launcher.console import ConsoleReporter
+from launcher.console import ConsoleReporter, Logs
 from launcher.errors import LaunchError
 from launcher.settings import Settings
 from launcher.stack import Stack, triton_server
@@ -40,10 +40,9 @@ def serve(
     """Run Triton with the engine, and the REST API in front of it, until Ctrl-C."""
     with _clear_errors():
         settings = _settings(host=host, port=port, workers=workers)
-        reporter = ConsoleReporter(console, verbose=verbose)
+        reporter = ConsoleReporter(console, Logs.ALL if verbose else Logs.READY)
         with suppress(KeyboardInterrupt), reporter, Stack(settings, reporter) as stack:
             reporter.quiet()
-            reporter.serving = True
             _announce(settings)
             stack.watch(threading.Event())
         console.print("stopped")
@@ -54,10 +53,9 @@ def triton(verbose: Verbose = False) -> None:
     """Run Triton with the engine alone, until Ctrl-C; the adapter is started elsewhere."""
     with _clear_errors():
         settings = _settings()
-        reporter = ConsoleReporter(console, verbose=verbose)
+        reporter = ConsoleReporter(console, Logs.ALL if verbose else Logs.READY)
         with suppress(KeyboardInterrupt), reporter, triton_server(settings, reporter) as server:
             reporter.quiet()
-            reporter.serving = True
             _print_addresses(
                 ("Triton", f"http://{server.http_url}   gRPC {server.grpc_url}"),
                 ("metrics", server.metrics_url),
@@ -72,7 +70,7 @@ def demo(port: Port = None, verbose: Verbose = False) -> None:
     with _clear_errors(), tempfile.TemporaryDirectory(prefix="dllm-demo-") as folder:
         settings = _settings(port=port, workers=1)
         env = {"DLLM_DATABASE_URL": f"sqlite+aiosqlite:///{Path(folder) / 'jobs.db'}"}
-        reporter = ConsoleReporter(console, verbose=verbose)
+        reporter = ConsoleReporter(console, Logs.ALL if verbose else Logs.NONE)
         with reporter, Stack(settings, reporter, env):
             reporter.quiet()
             with Client(settings.url) as client:

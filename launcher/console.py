@@ -1,5 +1,6 @@
 """Tell a person at a terminal, or a log file, how the stack is doing."""
 
+from enum import Enum, auto
 from types import TracebackType
 from typing import Self
 
@@ -12,18 +13,23 @@ PLAIN_SECONDS = 5.0
 SHOWN_CHARS = 100
 
 
+class Logs(Enum):
+    """Which log lines of the parts are printed."""
+
+    NONE = auto()
+    READY = auto()  #: those of parts that have finished loading
+    ALL = auto()
+
+
 class ConsoleReporter:
-    """A spinner with the newest log line while a part loads, then a line per event.
+    """A spinner with the newest log line while a part loads, and a line per event."""
 
-    `verbose` prints every log line; else only those written after `serving` was set.
-    """
-
-    def __init__(self, console: Console, *, verbose: bool = False) -> None:
+    def __init__(self, console: Console, logs: Logs) -> None:
         self._console = console
-        self._verbose = verbose
+        self._logs = logs
         self._status = Status("starting", console=console)
+        self._ready: set[str] = set()
         self._next_plain = 0.0
-        self.serving = False
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -43,6 +49,7 @@ class ConsoleReporter:
         self._status.stop()
 
     def waiting(self, part: str, seconds: float, last_line: str) -> None:
+        self._ready.discard(part)
         message = f"{part}: starting, {seconds:.0f} s"
         if self._console.is_terminal:
             shown = escape(last_line[:SHOWN_CHARS])
@@ -52,11 +59,12 @@ class ConsoleReporter:
             self._print(f"{message}  {last_line[:SHOWN_CHARS]}")
 
     def ready(self, part: str, seconds: float) -> None:
+        self._ready.add(part)
         self._next_plain = 0.0
         self._print(f"{part}: ready after {seconds:.1f} s", "green")
 
     def log(self, part: str, line: str) -> None:
-        if self._verbose or self.serving:
+        if self._logs is Logs.ALL or (self._logs is Logs.READY and part in self._ready):
             self._print(f"{part} | {line}", "dim")
 
     def trouble(self, message: str) -> None:

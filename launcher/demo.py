@@ -13,7 +13,7 @@ from rich.text import Text
 POLL_SECONDS = 0.1
 QUESTIONS = (
     "What is 17 + 25?",
-    "Sort the numbers 5, 3, 9, 1 in ascending order.",
+    "Sort these numbers: 5 3 9 1",
     "What is the capital of France?",
 )
 

@@ -15,6 +15,8 @@ from launcher.errors import ProcessDiedError
 
 GUARD = Path(__file__).with_name("guard.py")
 TAIL_LINES = 40
+#: What would push an error out of the tail: Triton's tables, and frames of the import machinery.
+NOISE = ("+--", "| ", "  <frozen importlib._bootstrap")
 GUARD_MARGIN_SECONDS = 5.0
 
 LogCallback = Callable[[str], None]
@@ -79,7 +81,8 @@ class GuardedProcess:
                 sink = stack.enter_context(log_file.open("a", buffering=1, encoding="utf-8"))
             for raw in self._guard.stdout:
                 line = raw.rstrip("\n")
-                self._tail.append(line)
+                if not line.startswith(NOISE):
+                    self._tail.append(line)
                 if sink is not None:
                     sink.write(raw)
                 if self._on_log is not None:

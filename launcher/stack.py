@@ -84,7 +84,7 @@ def triton_server(
         start_timeout=settings.start_timeout,
         env=env,
         on_log=lambda line: reporter.log("triton", line),
-        on_wait=lambda seconds, line: reporter.waiting("Triton", seconds, line),
+        on_wait=lambda seconds, line: reporter.waiting("triton", seconds, line),
     )
 
 
@@ -104,7 +104,7 @@ class Stack:
         self._env = dict(env or {})
         # In the order of their start.
         self._parts: dict[str, Part] = {
-            "Triton": triton_server(settings, reporter, self._env),
+            "triton": triton_server(settings, reporter, self._env),
             "adapter": self._adapter(),
         }
         self._backoffs = {name: Backoff() for name in self._parts}

@@ -9,6 +9,7 @@ import builtins
 import json
 import operator
 import queue
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -65,6 +66,16 @@ _NUMPY_TYPES: Mapping[str, type[np.generic]] = {
     "FP32": np.float32,
     "BOOL": np.bool_,
 }
+
+#: Errors on a stream have no code; these are Triton's own words, in small letters.
+_ERROR_TEXTS: Mapping[str, str] = {
+    "unknown model": "NOT_FOUND",
+    "is not ready": "UNAVAILABLE",
+    "is not healthy": "UNAVAILABLE",
+    "exceeds maximum queue size": "RESOURCE_EXHAUSTED",
+    "request timeout expired": "DEADLINE_EXCEEDED",
+}
+_REQUEST_ID = re.compile(r"^\[request id: [^\]]*\] ")
 
 #: A text, which the model sees as it is, or chat messages for the checkpoint's own template.
 Prompt = str | Sequence[Mapping[str, str]]
@@ -150,11 +161,9 @@ class TritonClient:
         replies: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
         # A client of tritonclient carries one stream at a time, so each call has its own.
         with triton_grpc.InferenceServerClient(self._grpc_url) as client:
-            client.start_stream(
-                lambda result, error: replies.put((result, error)),
-                # Without this header an error comes as text, its code lost.
-                headers={"triton_grpc_error": "true"},
-            )
+            # Not with the header `triton_grpc_error`, which would keep the codes of errors: a few
+            # refused requests in a row then crash this generation of the server.
+            client.start_stream(lambda result, error: replies.put((result, error)))
             try:
                 # It refuses when the stream is dead already; the callback has been told why.
                 with suppress(InferenceServerException):
@@ -245,9 +254,16 @@ def _mapped_errors() -> Iterator[None]:
 
 
 def _mapped(error: InferenceServerException) -> DllmError:
-    """The error that stands for one of tritonclient, by gRPC code or HTTP status."""
-    message = str(error.message())
-    match str(error.status()).removeprefix("StatusCode."):
+    """The error that stands for one of tritonclient: by its code, or by its words on a stream."""
+    message = _REQUEST_ID.sub("", str(error.message()))
+    field, _, _ = message.partition(":")
+    if field in INPUT_TYPES:
+        return BadRequestError(message, 400, field)
+    code = str(error.status()).removeprefix("StatusCode.")
+    if error.status() is None:
+        words = message.lower()
+        code = next((code for text, code in _ERROR_TEXTS.items() if text in words), "")
+    match code:
         case "INVALID_ARGUMENT" | "400":
             return BadRequestError(message, 400)
         case "NOT_FOUND" | "404":

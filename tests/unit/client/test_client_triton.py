@@ -112,13 +112,31 @@ def test_event_is_read_from_tensors() -> None:
         ("503", UnavailableError),
         ("StatusCode.DEADLINE_EXCEEDED", DllmTimeoutError),
         ("500", ServerError),
-        (None, ServerError),
     ],
 )
-def test_errors_of_triton_are_mapped(status: str | None, expected: type[DllmError]) -> None:
+def test_codes_of_triton_are_mapped(status: str, expected: type[DllmError]) -> None:
     """Each code has the same error as its HTTP status in the REST client."""
     with pytest.raises(expected, match="why"), triton._mapped_errors():
         raise InferenceServerException("why", status=status)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("[request id: 7] gen_length: must be at least 1; got -1", BadRequestError),
+        ("Request for unknown model: 'x' is not found", NotFoundError),
+        ("Stub process 'dllm_0_0' is not healthy.", UnavailableError),
+        ("Exceeds maximum queue size", RateLimitedError),
+        ("Request timeout expired", DllmTimeoutError),
+        ("Something: else", ServerError),
+    ],
+)
+def test_words_of_triton_are_mapped(message: str, expected: type[DllmError]) -> None:
+    """On a stream an error has no code, and what it says decides."""
+    with pytest.raises(expected) as caught, triton._mapped_errors():
+        raise InferenceServerException(message)
+    field = "gen_length" if expected is BadRequestError else None
+    assert getattr(caught.value, "field", None) == field
 
 
 def test_absent_server_is_unavailable() -> None:

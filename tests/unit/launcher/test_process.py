@@ -32,6 +32,18 @@ def test_unexpected_end_carries_status_and_tail() -> None:
     assert "99" == error.log_tail[-1] == child.last_line
 
 
+def test_tail_leaves_out_the_import_machinery() -> None:
+    """Frames of importlib, which would push the error out of the tail, are not kept."""
+    lines: list[str] = []
+    frames = "  <frozen importlib._bootstrap>(1126): _find_and_load_unlocked\\n"
+    child = python(f"print('the error'); print('{frames}' * 100, end='')", on_log=lines.append)
+    while child.running:
+        time.sleep(0.02)
+    assert child.died().log_tail == ("the error",)
+    child.stop()
+    assert len(lines) == 101
+
+
 def test_stop_ends_what_ignores_sigterm() -> None:
     """SIGTERM first; SIGKILL once the grace is over."""
     code = "import signal, time; signal.signal(15, signal.SIG_IGN); print(1); time.sleep(60)"

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from launcher import demo
 from launcher.cli import app
-from launcher.console import ConsoleReporter
+from launcher.console import ConsoleReporter, Logs
 from launcher.ports import free_port
 from launcher.settings import Settings
 
@@ -113,21 +113,25 @@ def test_demo_reports_a_failed_job() -> None:
     assert "5 of 6 jobs finished" in output
 
 
-def test_reporter_without_a_terminal() -> None:
-    """In a log file progress is a line every few seconds, and logs wait until it serves."""
+@pytest.mark.parametrize(("logs", "shown"), [(Logs.NONE, ""), (Logs.READY, "b"), (Logs.ALL, "abc")])
+def test_reporter_without_a_terminal(logs: Logs, shown: str) -> None:
+    """In a log file progress is a line every few seconds; logs of loading parts can be left out."""
     output = io.StringIO()
-    with ConsoleReporter(Console(file=output)) as reporter:
+    with ConsoleReporter(Console(file=output), logs) as reporter:
         for tenth in range(100):
-            reporter.waiting("Triton", tenth / 10, "[layer] loading")
-        reporter.log("triton", "hidden")
-        reporter.ready("Triton", 10.0)
-        reporter.serving = True
-        reporter.log("triton", "[shown]")
+            reporter.waiting("triton", tenth / 10, "[layer] loading")
+        reporter.log("triton", "a")
+        reporter.ready("triton", 10.0)
+        reporter.log("triton", "b")
         reporter.trouble("oh [no]")
-    assert output.getvalue().splitlines() == [
-        "Triton: starting, 0 s  [layer] loading",
-        "Triton: starting, 5 s  [layer] loading",
-        "Triton: ready after 10.0 s",
-        "triton | [shown]",
+        reporter.waiting("triton", 0.0, "")
+        reporter.log("triton", "c")
+    lines = output.getvalue().splitlines()
+    assert [line for line in lines if not line.startswith("triton |")] == [
+        "triton: starting, 0 s  [layer] loading",
+        "triton: starting, 5 s  [layer] loading",
+        "triton: ready after 10.0 s",
         "oh [no]",
+        "triton: starting, 0 s  ",
     ]
+    assert "".join(line[-1] for line in lines if line.startswith("triton |")) == shown

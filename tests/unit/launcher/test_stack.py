@@ -77,60 +77,60 @@ class Looks(threading.Event):
 def fake_stack(recorder: Recorder, triton: FakePart) -> Stack:
     stack = Stack(Settings(port=free_port()), recorder)
     adapter = FakePart("adapter", recorder.events, lives=[10**9])
-    stack._parts = {"Triton": triton, "adapter": adapter}  # type: ignore[dict-item]
+    stack._parts = {"triton": triton, "adapter": adapter}  # type: ignore[dict-item]
     return stack
 
 
 def test_order_of_start_and_stop() -> None:
     """Triton comes first and goes last, so the adapter never faces a server that is gone."""
     recorder = Recorder()
-    with fake_stack(recorder, FakePart("Triton", recorder.events, lives=[10**9])):
+    with fake_stack(recorder, FakePart("triton", recorder.events, lives=[10**9])):
         recorder.events.append("serving")
     assert recorder.events == [
-        "start Triton",
-        "ready Triton",
+        "start triton",
+        "ready triton",
         "start adapter",
         "ready adapter",
         "serving",
         "stop adapter",
-        "stop Triton",
+        "stop triton",
     ]
 
 
 def test_failed_start_stops_what_runs() -> None:
     """When a part cannot start, those before it are ended and the error goes on."""
     recorder = Recorder()
-    triton = FakePart("Triton", recorder.events, lives=[10**9])
+    triton = FakePart("triton", recorder.events, lives=[10**9])
     stack = fake_stack(recorder, triton)
     refusing = FakePart("adapter", recorder.events, lives=[1], refuses=1)
     stack._parts["adapter"] = refusing  # type: ignore[assignment]
     with pytest.raises(LaunchError, match="does not want to"), stack:
         pass
-    assert recorder.events[-1] == "stop Triton"
+    assert recorder.events[-1] == "stop triton"
 
 
 def test_dead_part_is_restarted() -> None:
     """A part that ended is stopped for good, started again after a pause, and reported."""
     recorder = Recorder()
-    with fake_stack(recorder, FakePart("Triton", recorder.events, lives=[1, 10**9])) as stack:
+    with fake_stack(recorder, FakePart("triton", recorder.events, lives=[1, 10**9])) as stack:
         stack.watch(Looks(8))
     assert recorder.events[4:-2] == [
-        "stop Triton",
-        "Triton ended on its own; starting it again in 1 s",
-        "start Triton",
-        "ready Triton",
+        "stop triton",
+        "triton ended on its own; starting it again in 1 s",
+        "start triton",
+        "ready triton",
     ]
 
 
 def test_failed_restart_is_tried_again() -> None:
     """A restart that fails is reported, and the next one waits longer."""
     recorder = Recorder()
-    triton = FakePart("Triton", recorder.events, lives=[1, 10**9], refuses=1)
+    triton = FakePart("triton", recorder.events, lives=[1, 10**9], refuses=1)
     with fake_stack(recorder, triton) as stack:
         stack.watch(Looks(12))
-    assert "Triton does not want to" in recorder.events
-    assert "Triton ended on its own; starting it again in 2 s" in recorder.events
-    assert recorder.events.count("start Triton") == 2
+    assert "triton does not want to" in recorder.events
+    assert "triton ended on its own; starting it again in 2 s" in recorder.events
+    assert recorder.events.count("start triton") == 2
 
 
 def test_too_many_deaths_end_the_stack() -> None:
@@ -138,10 +138,10 @@ def test_too_many_deaths_end_the_stack() -> None:
     recorder = Recorder()
     with (
         pytest.raises(ProcessDiedError, match=r"died 6 times in a row.*\n  \| last words"),
-        fake_stack(recorder, FakePart("Triton", recorder.events, lives=[0])) as stack,
+        fake_stack(recorder, FakePart("triton", recorder.events, lives=[0])) as stack,
     ):
         stack.watch(Looks(1000))
-    assert recorder.events[-2:] == ["stop adapter", "stop Triton"]
+    assert recorder.events[-2:] == ["stop adapter", "stop triton"]
 
 
 def test_backoff_doubles_and_forgets() -> None:
