@@ -1,0 +1,138 @@
+"""What the engine refuses, and how the refusal reaches the client.
+
+Streams are opened without the header `triton_grpc_error`: with it, errors crash tritonserver
+24.10 every so often. The gRPC code is therefore checked on `dllm_unary`.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton_grpc
+from tritonclient.utils import InferenceServerException
+
+from launcher.tritonserver import TritonServer
+from tests.e2e.triton_calls import GrpcStream, generate, post, tensor, tensors
+
+HELLO = {"text_input": "hello"}
+
+#: Field at fault, the request, and what the message says about the limit.
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("text_input", {"text_input": ""}, "empty"),
+    ("text_input", {}, "exactly one of text_input, messages, input_ids"),
+    ("text_input", HELLO | {"input_ids": [1]}, "exactly one of"),
+    ("text_input", HELLO | {"messages": "[]"}, "exactly one of"),
+    ("messages", {"messages": "[]"}, "list"),
+    ("messages", {"messages": "hello"}, "JSON list"),
+    ("messages", {"messages": '[{"role": "user"}]'}, "content"),
+    ("input_ids", {"input_ids": [512]}, "0..511"),
+    ("input_ids", {"input_ids": [-1]}, "0..511"),
+    ("temperature", HELLO | {"temperature": -0.5}, "0 or more"),
+    ("gen_length", HELLO | {"gen_length": 0}, "at least 1"),
+    ("gen_length", HELLO | {"gen_length": 1025}, "at most 1024"),
+    ("gen_length", {"text_input": "x" * 1000, "gen_length": 32}, "at most 1024"),
+    ("steps", HELLO | {"steps": 0}, "at least 1"),
+    ("steps", HELLO | {"gen_length": 64, "block_length": 16, "steps": 3}, "at least .*4"),
+    ("block_length", HELLO | {"block_length": 0}, "1 to"),
+    ("block_length", HELLO | {"gen_length": 8, "block_length": 9}, "1 to .*8"),
+    ("cfg_scale", HELLO | {"cfg_scale": -1.0}, "0 or more"),
+    ("remasking", HELLO | {"remasking": "best"}, "low_confidence"),
+    ("confidence_threshold", HELLO | {"confidence_threshold": 0.0}, "above 0"),
+    ("confidence_threshold", HELLO | {"confidence_threshold": 1.5}, "at most 1"),
+    ("top_p", HELLO | {"top_p": 0.0}, "above 0"),
+    ("top_p", HELLO | {"top_p": 1.5}, "at most 1"),
+    ("top_k", HELLO | {"top_k": 0}, "at least 1"),
+    ("stop", HELLO | {"stop": [""]}, "1 to 256"),
+    ("stop", HELLO | {"stop": ["x" * 257]}, "1 to 256"),
+    ("stop", HELLO | {"stop": ["x"] * 17}, "at most 16"),
+    ("cache", HELLO | {"cache": "huge"}, "none"),
+    ("retention_ratio", HELLO | {"retention_ratio": 7.0}, ""),
+]
+
+
+@pytest.mark.parametrize(("field", "request_", "limit"), REFUSED)
+def test_refusal_names_field_and_limit(
+    triton: TritonServer, field: str, request_: dict[str, Any], limit: str
+) -> None:
+    """Over every protocol a refusal is the client's fault, and names the field and its limit."""
+    message = rf"^{field}: .*{limit}"
+    for model in ("dllm", "dllm_unary"):
+        response = post(triton, request_, model=model)
+        assert response.status_code == 400, response.text
+        assert response.json().keys() == {"error"}
+        with pytest.raises(AssertionError, match=message):
+            raise AssertionError(response.json()["error"])
+    with (
+        pytest.raises(InferenceServerException) as refusal,
+        triton_grpc.InferenceServerClient(triton.grpc_url) as client,
+    ):
+        # Triton itself wants at least one input.
+        inputs = tensors(triton, triton_grpc, request_ or {"gen_length": 4})
+        client.infer("dllm_unary", inputs)
+    assert refusal.value.status() == "StatusCode.INVALID_ARGUMENT"
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(refusal.value.message())
+    if request_:
+        with (
+            pytest.raises(InferenceServerException, match=message),
+            GrpcStream(triton, request_) as stream,
+        ):
+            list(stream)
+
+
+@pytest.mark.parametrize("name", ["gen_len", "max_tokens", "priority", "timeout"])
+@pytest.mark.parametrize("model", ["dllm", "dllm_unary"])
+def test_unknown_name_is_refused(triton: TritonServer, model: str, name: str) -> None:
+    """The generate endpoint refuses every name that it would not honour."""
+    response = post(triton, HELLO | {name: 1}, model=model)
+    assert response.status_code == 400
+    assert response.json()["error"].startswith(f"{name}: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "datatype", "array", "message"),
+    [
+        ("text_input", "BYTES", [[b"\xff\xfe"]], "^text_input: must be UTF-8"),
+        ("text_input", "BYTES", [[b"one"], [b"two"]], "^text_input: one prompt per request"),
+        ("text_input", "BYTES", [[b"one", b"two"]], "'text_input'"),
+        ("messages", "BYTES", [[b'[{"role": "user", "content": "\xff"}]']], "^messages: .*UTF-8"),
+        ("input_ids", "INT32", [[1, 2], [3, 4]], "^input_ids: one prompt per request"),
+        ("input_ids", "INT32", [[]], "^input_ids: must not be empty"),
+        ("temperature", "FP32", [[np.nan]], "^temperature: .*0 or more"),
+        ("temperature", "FP32", [[np.inf]], "^temperature: .*0 or more"),
+        ("temperature", "FP32", [[0.1, 0.2]], "'temperature'"),
+        ("temperature", "INT32", [[1]], "'temperature'"),
+        ("stop", "BYTES", [[b"fine", b"\xff"]], "^stop: must be UTF-8"),
+        ("heat", "FP32", [[1.0]], "'heat'"),
+    ],
+)
+def test_bad_tensor_is_refused(
+    triton: TritonServer, name: str, datatype: str, array: object, message: str
+) -> None:
+    """A tensor of the wrong shape, type, name or encoding is refused, and the message names it."""
+    inputs = [tensor(triton_grpc, name, datatype, array)]
+    if name not in ("text_input", "messages", "input_ids"):
+        inputs += tensors(triton, triton_grpc, HELLO)
+    with (
+        pytest.raises(InferenceServerException) as refusal,
+        triton_grpc.InferenceServerClient(triton.grpc_url) as client,
+    ):
+        client.infer("dllm_unary", inputs)
+    assert refusal.value.status() == "StatusCode.INVALID_ARGUMENT"
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(refusal.value.message())
+
+
+def test_refusals_harm_nobody_else(triton: TritonServer) -> None:
+    """A request that runs while others are refused gets the answer it would have got alone."""
+    fields = {"text_input": "steady", "gen_length": 128, "temperature": 0.9, "seed": 4}
+    alone = generate(triton, **fields)
+    with GrpcStream(triton, fields | {"stream": True}) as stream:
+        list(islice(stream, 3))
+        for _, request, _ in REFUSED[::4]:
+            assert post(triton, request).status_code == 400
+        *_, last = stream
+    assert last == alone

@@ -1,0 +1,72 @@
+"""The engine's figures on Triton's metrics port."""
+
+from __future__ import annotations
+
+from launcher.tritonserver import TritonServer
+from tests.e2e.triton_calls import LONG, GrpcStream, generate, post
+from tests.support.servers import eventually, metric
+
+COUNTERS = (
+    "dllm_steps_total",
+    "dllm_step_seconds_total",
+    "dllm_forward_passes_total",
+    "dllm_batched_tokens_total",
+    "dllm_completion_tokens_total",
+    "dllm_requests_finished_total",
+    "dllm_requests_cancelled_total",
+    "dllm_requests_failed_total",
+)
+
+
+def read(server: TritonServer) -> dict[str, float]:
+    return {name: metric(server, name) for name in COUNTERS}
+
+
+def test_counters_count(triton: TritonServer) -> None:
+    """One request moves steps, passes, tokens and requests by what its usage says."""
+    before = read(triton)
+    answer = generate(
+        triton, text_input="count me", gen_length=32, steps=16, cfg_scale=1.0, ignore_eos=True
+    )
+    eventually(
+        lambda: (
+            metric(triton, "dllm_requests_finished_total") > before["dllm_requests_finished_total"]
+        ),
+        "the request is counted",
+    )
+    after = read(triton)
+    moved = {name: after[name] - before[name] for name in COUNTERS}
+    assert answer.usage == (len("count me"), 32, 16, 32)
+    assert moved.pop("dllm_step_seconds_total") > 0
+    assert moved.pop("dllm_batched_tokens_total") >= 32
+    assert moved == {
+        "dllm_steps_total": 16,
+        "dllm_forward_passes_total": 32,
+        "dllm_completion_tokens_total": 32,
+        "dllm_requests_finished_total": 1,
+        "dllm_requests_cancelled_total": 0,
+        "dllm_requests_failed_total": 0,
+    }
+
+
+def test_gauges_show_the_present(triton: TritonServer) -> None:
+    """The gauges show how many requests run now, and how many may."""
+    assert metric(triton, "dllm_max_running_requests") == 64
+    with GrpcStream(triton, LONG) as _one, GrpcStream(triton, LONG) as _two:
+        eventually(lambda: metric(triton, "dllm_running_requests") == 2, "two requests run")
+    eventually(lambda: metric(triton, "dllm_running_requests") == 0, "none runs")
+
+
+def test_refusals_are_tritons_failures(triton: TritonServer) -> None:
+    """A refused request is no request of the engine's."""
+    before = read(triton)
+    assert post(triton, {"text_input": "hi", "steps": 0}).status_code == 400
+    generate(triton, text_input="hi", gen_length=1)
+    eventually(
+        lambda: (
+            metric(triton, "dllm_requests_finished_total")
+            == before["dllm_requests_finished_total"] + 1
+        ),
+        "the good request is counted",
+    )
+    assert metric(triton, "dllm_requests_failed_total") == before["dllm_requests_failed_total"]

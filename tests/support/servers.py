@@ -1,0 +1,194 @@
+"""Real servers for tests: tritonserver over our model repository, and the adapter under uvicorn.
+
+Both run under the launcher's guard: whatever ends a test, no process and no shared memory stays.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+import requests
+
+from launcher.ports import free_port
+from launcher.process import GuardedProcess
+from launcher.tritonserver import TritonServer
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+REPOSITORY = CHECKOUT / "model_repository"
+#: Generous: these tests may share two cores with a training run.
+PATIENCE = 120.0
+
+
+def eventually(condition: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
+    """Wait until the condition holds; fails with `what` was waited for."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > limit:
+            raise AssertionError(f"not within {seconds:.0f} s: {what}")
+        time.sleep(0.05)
+
+
+def triton_server(
+    checkpoint: Path,
+    *,
+    repository: Path = REPOSITORY,
+    log_file: Path | None = None,
+    settings: Mapping[str, str] | None = None,
+) -> TritonServer:
+    """tritonserver with both of our models on free ports; not started yet."""
+    return TritonServer(
+        repository,
+        http_port=0,
+        grpc_port=0,
+        metrics_port=0,
+        start_timeout=PATIENCE,
+        env={"MODEL_PATH": str(checkpoint), "DLLM_DEVICE": "cpu", **(settings or {})},
+        log_file=log_file,
+    )
+
+
+def metric(server: TritonServer, name: str, model: str = "dllm") -> float:
+    """The present value of a metric of a model."""
+    page = requests.get(server.metrics_url, timeout=30).text
+    pattern = rf'^{name}\{{(?:[^}}]*,)?model="{model}"[^}}]*\}} (\S+)$'
+    found = re.search(pattern, page, re.MULTILINE)
+    assert found is not None, f"no metric {name} of {model}"
+    return float(found.group(1))
+
+
+def stub_of(server: TritonServer, model: str) -> psutil.Process:
+    """The process in which the server runs the Python of a model."""
+    for process in psutil.Process(server.pid).children(recursive=True):
+        if f"{model}_0_0" in process.cmdline():
+            return process
+    raise AssertionError(f"the server runs no process for {model}")
+
+
+class AdapterServer:
+    """`uvicorn adapter.app:app` on a free port, with its jobs in a SQLite file.
+
+    A context manager that enters once the adapter is healthy. After `kill` or `stop` it can be
+    started again, on the same port and database.
+    """
+
+    def __init__(
+        self,
+        triton: TritonServer,
+        database: Path,
+        *,
+        workers: int = 1,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._workers = workers
+        self._log_file = database.with_suffix(".log")
+        self._env = {
+            "DLLM_TRITON_URL": triton.grpc_url,
+            "DLLM_DATABASE_URL": f"sqlite+aiosqlite:///{database}",
+            **(settings or {}),
+        }
+        self._process: GuardedProcess | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    @property
+    def log(self) -> str:
+        """Everything it has written."""
+        return self._log_file.read_text()
+
+    def start(self) -> None:
+        """Start and wait until it is healthy."""
+        command = [sys.executable, "-m", "uvicorn", "adapter.app:app", "--host", "127.0.0.1"]
+        command += ["--port", str(self.port), "--workers", str(self._workers)]
+        command += ["--timeout-graceful-shutdown", "2"]
+        self._process = GuardedProcess(
+            command, name="adapter", env={**os.environ, **self._env}, log_file=self._log_file
+        )
+        try:
+            eventually(self._healthy_or_dead, f"the adapter is healthy\n{self.log[-2000:]}")
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """End it as an operator would."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.stop()
+
+    def kill(self) -> None:
+        """kill -9 of every process of it."""
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self.stop()
+
+    def worker_processes(self) -> list[psutil.Process]:
+        """The processes that answer requests, when there are several."""
+        assert self._process is not None
+        children = psutil.Process(self._process.pid).children()
+        return [p for p in children if any("spawn_main" in part for part in p.cmdline())]
+
+    def health(self) -> int:
+        """HTTP status of the health check; 0 when nobody answers."""
+        try:
+            return requests.get(f"{self.url}/v1/health", timeout=30).status_code
+        except requests.ConnectionError:
+            return 0
+
+    def submit(self, prompt: str, **fields: object) -> int:
+        """Submit one prompt; the id of its job."""
+        return self._submit("generate", {"prompt": prompt, **fields})[0]
+
+    def submit_batch(self, prompts: list[str], **fields: object) -> list[int]:
+        """Submit several prompts; the ids of their jobs."""
+        return self._submit("generate_batch", {"prompts": prompts, **fields})
+
+    def result(self, request_id: int) -> dict[str, object]:
+        """The job as it is now."""
+        response = requests.get(f"{self.url}/v1/result/{request_id}", timeout=30)
+        response.raise_for_status()
+        body: dict[str, object] = response.json()
+        return body
+
+    def statuses(self, request_ids: list[int]) -> list[object]:
+        """The state of each job."""
+        return [self.result(request_id)["status"] for request_id in request_ids]
+
+    def finished(self, request_id: int) -> str:
+        """Wait until the job is done, which must mean finished; its text."""
+        eventually(lambda: self.result(request_id)["status"] != "running", f"job {request_id}")
+        body = self.result(request_id)
+        assert body["status"] == "finished", body
+        return str(body["text"])
+
+    def _submit(self, call: str, body: Mapping[str, object]) -> list[int]:
+        response = requests.post(f"{self.url}/v1/{call}", json=body, timeout=30)
+        assert response.status_code == 200, response.text
+        ids: list[int] = response.json()["request_ids"]
+        return ids
+
+    def _healthy_or_dead(self) -> bool:
+        assert self._process is not None
+        if not self._process.running:
+            raise self._process.died()
+        return self.health() == 200
