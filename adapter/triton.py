@@ -121,11 +121,15 @@ class TritonEngine:
 
     async def reload(self) -> None:
         """Unload and load the model: loading alone does nothing while its files are the same."""
+        bound = self._reload_timeout
         try:
-            await self._client.unload_model(self._model_name, client_timeout=self._reload_timeout)
-            await self._client.load_model(self._model_name, client_timeout=self._reload_timeout)
+            await self._client.unload_model(self._model_name, client_timeout=bound)
+            await self._client.load_model(self._model_name, client_timeout=bound)
         except InferenceServerException as error:
-            raise map_error(error.status(), error.message()) from error
+            failure = map_error(error.status(), error.message())
+            if isinstance(failure, InvalidRequest):  # so Triton calls a model that does not load
+                failure = EngineFailure(str(failure))
+            raise failure from error
 
     def _request(self, inputs: Inputs, *, request_id: str, priority: int = 0) -> dict[str, Any]:
         return {

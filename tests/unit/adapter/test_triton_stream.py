@@ -33,7 +33,7 @@ class ScriptedTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
     requests: list[Any] = field(default_factory=list)
     headers: dict[str, str] = field(default_factory=dict)
     control: list[str] = field(default_factory=list)
-    refusal: str = ""
+    refusal: tuple[grpc.StatusCode, str] | None = None
     cancelled: int = 0
     ended: int = 0
 
@@ -65,7 +65,7 @@ class ScriptedTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
     async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Note it, or refuse."""
         if self.refusal:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, self.refusal)
+            await context.abort(*self.refusal)
         self.control.append(f"unload {request.model_name}")
         return service_pb2.RepositoryModelUnloadResponse()
 
@@ -201,11 +201,18 @@ async def test_reload_unloads_first(engine: TritonEngine, triton: ScriptedTriton
     assert triton.control == ["unload dllm", "load dllm"]
 
 
-async def test_refused_model_control_is_told_apart(
-    engine: TritonEngine, triton: ScriptedTriton
+@pytest.mark.parametrize(
+    ("code", "message", "kind"),
+    [
+        ("UNAVAILABLE", "explicit model load / unload is not allowed", ModelControlRefused),
+        ("INVALID_ARGUMENT", "load failed for model 'dllm': ImportError", EngineFailure),
+    ],
+)
+async def test_failed_reload_is_an_engine_error(
+    engine: TritonEngine, triton: ScriptedTriton, code: str, message: str, kind: type[Exception]
 ) -> None:
-    """A server that lets nobody load models is a case of its own."""
-    triton.refusal = "explicit model load / unload is not allowed if polling is enabled"
+    """A model that does not load is the engine's failure; a server that refuses is told apart."""
+    triton.refusal = (grpc.StatusCode[code], message)
 
-    with pytest.raises(ModelControlRefused):
+    with pytest.raises(kind, match=message):
         await engine.reload()
