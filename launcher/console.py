@@ -1,5 +1,6 @@
 """Tell a person at a terminal, or a log file, how the stack is doing."""
 
+import re
 from enum import Enum, auto
 from types import TracebackType
 from typing import Self
@@ -10,7 +11,8 @@ from rich.status import Status
 
 #: Without a terminal there is no spinner; then a line is printed this often.
 PLAIN_SECONDS = 5.0
-SHOWN_CHARS = 100
+#: Level, date, time, thread and place in the source, as Triton begins its lines.
+TRITON_PREFIX = re.compile(r"^[IWE]\d{4} \S+ \d+ [\w.]+:\d+\] ")
 
 
 class Logs(Enum):
@@ -51,12 +53,12 @@ class ConsoleReporter:
     def waiting(self, part: str, seconds: float, last_line: str) -> None:
         self._ready.discard(part)
         message = f"{part}: starting, {seconds:.0f} s"
+        newest = TRITON_PREFIX.sub("", last_line)[: max(0, self._console.width - len(message) - 5)]
         if self._console.is_terminal:
-            shown = escape(last_line[:SHOWN_CHARS])
-            self._status.update(f"{message}  [dim]{shown}[/dim]")
+            self._status.update(f"{message}  [dim]{escape(newest)}[/dim]")
         elif seconds >= self._next_plain:
             self._next_plain = seconds + PLAIN_SECONDS
-            self._print(f"{message}  {last_line[:SHOWN_CHARS]}")
+            self._print(f"{message}  {newest}")
 
     def ready(self, part: str, seconds: float) -> None:
         self._ready.add(part)

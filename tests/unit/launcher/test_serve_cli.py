@@ -119,7 +119,8 @@ def test_reporter_without_a_terminal(logs: Logs, shown: str) -> None:
     output = io.StringIO()
     with ConsoleReporter(Console(file=output), logs) as reporter:
         for tenth in range(100):
-            reporter.waiting("triton", tenth / 10, "[layer] loading")
+            line = 'I1122 20:21:13.569255 3712 model_lifecycle.cc:472] "[layer] loading"'
+            reporter.waiting("triton", tenth / 10, line)
         reporter.log("triton", "a")
         reporter.ready("triton", 10.0)
         reporter.log("triton", "b")
@@ -128,8 +129,8 @@ def test_reporter_without_a_terminal(logs: Logs, shown: str) -> None:
         reporter.log("triton", "c")
     lines = output.getvalue().splitlines()
     assert [line for line in lines if not line.startswith("triton |")] == [
-        "triton: starting, 0 s  [layer] loading",
-        "triton: starting, 5 s  [layer] loading",
+        'triton: starting, 0 s  "[layer] loading"',
+        'triton: starting, 5 s  "[layer] loading"',
         "triton: ready after 10.0 s",
         "oh [no]",
         "triton: starting, 0 s  ",
