@@ -17,7 +17,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import FrameType
 
@@ -29,13 +28,6 @@ POLL_SECONDS = 0.2
 def die_with_parent() -> None:
     """Ask the kernel for SIGTERM at the guard's death, for the case that the guard is killed."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def start(command: list[str]) -> subprocess.Popen[bytes]:
-    """Start the command as leader of a process group; raises OSError when it cannot be run."""
-    return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=die_with_parent
-    )
 
 
 def wait_for_end(child: subprocess.Popen[bytes]) -> None:
@@ -61,10 +53,13 @@ def stop(child: subprocess.Popen[bytes], grace: float) -> int:
     return 128 - status if status < 0 else status
 
 
-def remove_shared_memory(prefix: str) -> None:
-    """Remove the regions whose name begins with `prefix`, which only this server uses."""
-    for region in SHARED_MEMORY.glob(f"{prefix}*"):
-        region.unlink(missing_ok=True)
+def remove_leftovers(shm_prefix: str, scratch: Path | None) -> None:
+    """Remove the scratch folder and the regions whose names begin with this server's prefix."""
+    if shm_prefix:
+        for region in SHARED_MEMORY.glob(f"{shm_prefix}*"):
+            region.unlink(missing_ok=True)
+    if scratch is not None:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def raise_exit(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - signal's signature
@@ -87,24 +82,27 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, raise_exit)
     signal.signal(signal.SIGINT, raise_exit)
     try:
-        child = start(options.command)
+        return run(options.command, options.pid_fd, options.grace)
     except OSError as error:
         sys.exit(f"cannot run {options.command[0]}: {error.strerror}")
+    finally:
+        remove_leftovers(options.shm_prefix, options.scratch)
+
+
+def run(command: list[str], pid_fd: int, grace: float) -> int:
+    """Run the command to its end, or to ours; raises OSError when it cannot be run."""
+    child = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=die_with_parent
+    )
     try:
-        os.write(options.pid_fd, str(child.pid).encode())
-        os.close(options.pid_fd)
+        os.write(pid_fd, str(child.pid).encode())
+        os.close(pid_fd)
         wait_for_end(child)
     finally:
         # A second signal must not interrupt the clean-up.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        status = stop(child, options.grace)
-        # A killed process may hold its mappings for a moment longer; the names go at once.
-        time.sleep(0.05)
-        if options.shm_prefix:
-            remove_shared_memory(options.shm_prefix)
-        if options.scratch:
-            shutil.rmtree(options.scratch, ignore_errors=True)
+        status = stop(child, grace)
     return status
 
 

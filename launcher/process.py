@@ -46,32 +46,38 @@ class GuardedProcess:
         self._grace = grace
         self._on_log = on_log
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
-        pid_read, pid_write = os.pipe()
-        options = ["--pid-fd", str(pid_write), "--grace", str(grace), "--shm-prefix", shm_prefix]
+        options = ["--grace", str(grace), "--shm-prefix", shm_prefix]
         if scratch is not None:
             options += ["--scratch", str(scratch)]
-        with open(pid_read, "rb") as reports:
-            self._guard = subprocess.Popen(
-                # -I -S: the guard needs the standard library only and starts in milliseconds.
-                [sys.executable, "-I", "-S", str(GUARD), *options, "--", *command],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env=dict(env),
-                pass_fds=(pid_write,),
-                start_new_session=True,  # Ctrl-C is the launcher's to handle, not the child's
-                text=True,
-                errors="replace",
-            )
+        pid_read, pid_write = os.pipe()
+        with open(pid_read, "rb") as report:
+            self._guard = self._start_guard([*options, "--", *command], env, pid_write)
             os.close(pid_write)
             self._pump = threading.Thread(
                 target=self._pump_log, args=(log_file,), name=f"{name}-log", daemon=True
             )
             self._pump.start()
-            reported = reports.read()
-        if not reported:
+            pid = report.read()
+        if not pid:
             raise self.died()
-        self.pid = int(reported)
+        self.pid = int(pid)
+
+    @staticmethod
+    def _start_guard(
+        arguments: Sequence[str], env: Mapping[str, str], pid_fd: int
+    ) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            # -I -S: the guard needs the standard library only and starts in milliseconds.
+            [sys.executable, "-I", "-S", str(GUARD), "--pid-fd", str(pid_fd), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=dict(env),
+            pass_fds=(pid_fd,),
+            start_new_session=True,  # Ctrl-C is the launcher's to handle, not the child's
+            text=True,
+            errors="replace",
+        )
 
     def _pump_log(self, log_file: Path | None) -> None:
         assert self._guard.stdout is not None

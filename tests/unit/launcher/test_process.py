@@ -14,10 +14,13 @@ def python(code: str, **options: object) -> GuardedProcess:
     return GuardedProcess([sys.executable, "-c", code], name="child", env={}, **options)  # type: ignore[arg-type]
 
 
-def test_command_that_is_not_there() -> None:
-    """A command that cannot be run raises, with the reason."""
+def test_command_that_is_not_there(tmp_path: Path) -> None:
+    """A command that cannot be run raises, with the reason, and its scratch folder goes."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
     with pytest.raises(ProcessDiedError, match="cannot run /nowhere: No such file"):
-        GuardedProcess(["/nowhere"], name="child", env={})
+        GuardedProcess(["/nowhere"], name="child", env={}, scratch=scratch)
+    assert not scratch.exists()
 
 
 def test_unexpected_end_carries_status_and_tail() -> None:
