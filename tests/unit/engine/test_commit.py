@@ -1,100 +1,170 @@
-"""Which positions a step commits, by rule, schedule and threshold."""
+"""Scores, schedules and the table of rules: what a whole step commits."""
+
+import math
 
 import pytest
 import torch
 from dllm_engine import LLM, SamplingParams
-from dllm_engine.sampling.commit import RULES, CommitPlan, select_commits, transfer_count
+from dllm_engine.sampling import BlockStatistics, CommitPlan, select_commits
+from dllm_engine.sampling.commit import (
+    ALG,
+    REMASKING,
+    Rule,
+    Score,
+    dream_chances,
+    dream_count,
+    linear_count,
+)
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from tests.support.reference import split_evenly
 
 
-def plan(rows: int = 1, **columns: float | str) -> CommitPlan:
-    """A plan of `rows` equal rows: one position by confidence unless said otherwise."""
-    rule = RULES[str(columns.pop("rule", "low_confidence"))]
-    whole = {"rule": rule, "count": 1, "seed": 0, "step": 0, "block_start": 0} | columns
-    threshold = float(whole.pop("threshold", torch.inf))
-    return CommitPlan(
-        threshold=torch.full((rows,), threshold, dtype=torch.float64),
-        **{name: torch.full((rows,), int(value)) for name, value in whole.items()},
+def block(confidence: list[float], entropy: list[float], margin: list[float]) -> BlockStatistics:
+    """One block with every position masked."""
+    row = torch.tensor([confidence])
+    return BlockStatistics(
+        masked=torch.ones_like(row, dtype=torch.bool),
+        confidence=row,
+        entropy=torch.tensor([entropy]),
+        margin=torch.tensor([margin]),
+        committed=-torch.ones_like(row),
     )
 
 
-def chosen(
-    confidence: list[float], masked: list[int] | None = None, **columns: float | str
-) -> list[int]:
+def plan(rows: int = 1, **columns: float) -> CommitPlan:
+    """One position by confidence in each of `rows` equal rows, unless said otherwise."""
+    defaults: dict[str, float] = {"score": 0, "rule": 0, "count": 1, "seed": 0, "step": 0}
+    defaults |= {"block_start": 0, "chance": 0.0, "bound": 0.0, "second_bound": 0.0}
+    values = defaults | {"alg_temp": 0.0} | columns
+    real = {"chance", "bound", "second_bound", "alg_temp"}
+    return CommitPlan(
+        rules_in_use=frozenset({Rule(int(values["rule"]))}),
+        **{
+            name: torch.full((rows,), value, dtype=torch.float64 if name in real else torch.int64)
+            for name, value in values.items()
+        },
+    )
+
+
+def chosen(statistics: BlockStatistics, **columns: float) -> list[int]:
     """Columns committed in a block of one request."""
-    scores = torch.tensor([confidence])
-    mask = torch.tensor([[True] * len(confidence) if masked is None else list(map(bool, masked))])
-    found: Tensor = select_commits(scores, mask, plan(**columns))
-    return found[0].nonzero().flatten().tolist()
+    return select_commits(statistics, plan(**columns))[0].nonzero().flatten().tolist()
 
 
 @given(st.integers(0, 300), st.integers(1, 300))
-def test_the_schedule_splits_masks_evenly_remainder_first(num_masks: int, steps: int) -> None:
-    """The shares of all steps are the even split of the block's masks (LLaDA)."""
-    counts = transfer_count(
+def test_llada_splits_masks_evenly_remainder_first(num_masks: int, steps: int) -> None:
+    """The counts of all steps are the even split of the block's masks (LLaDA)."""
+    counts = linear_count(
         torch.full((steps,), num_masks), torch.full((steps,), steps), torch.arange(steps)
     )
     assert counts.tolist() == split_evenly(num_masks, steps)
 
 
-def test_the_most_confident_masked_positions_are_committed() -> None:
-    """The schedule's count goes to the best masked positions; committed ones are out."""
-    assert chosen([0.1, 0.9, 0.5, 0.7], count=2) == [1, 3]
-    assert chosen([0.1, 0.9, 0.5, 0.7], masked=[1, 0, 1, 1], count=2) == [2, 3]
+@given(st.integers(1, 300), st.integers(1, 600))
+def test_dreams_schedule_is_its_own_loop(num_masks: int, steps: int) -> None:
+    """Counts follow ⌊masks (1 − s/t)⌋ in float32, everything in the last step (Dream)."""
+    times = torch.linspace(1, 1e-3, steps + 1)
+    left = num_masks
+    for i, chance in enumerate(dream_chances(steps)):
+        masks = torch.tensor(float(left))
+        share = 1 - times[i + 1] / times[i]
+        expected = left if i == steps - 1 else int(masks * share)
+        assert dream_count(torch.tensor([left]), chance[None]).tolist() == [expected]
+        left -= expected
+    assert left == 0
 
 
-def test_equal_confidences_go_to_the_leftmost() -> None:
-    """Ties are broken by position, whatever the sort does."""
-    assert chosen([0.5] * 40, count=7) == list(range(7))
+def test_each_score_ranks_by_its_statistic() -> None:
+    """Confidence and margin: larger first; entropy: smaller first."""
+    statistics = block([0.9, 0.5, 0.1], [1.0, 0.2, 2.0], [0.1, 0.2, 0.3])
+    for score, best in ((Score.CONFIDENCE, 0), (Score.ENTROPY, 1), (Score.MARGIN, 2)):
+        assert chosen(statistics, score=score) == [best]
 
 
-def test_a_count_beyond_the_masks_commits_no_other_position() -> None:
-    """Positions that are not masked are never written, however large the count."""
-    assert chosen([0.9, 0.8, 0.1], masked=[0, 0, 1], count=3) == [2]
-    assert chosen([0.9, 0.8], masked=[0, 0], count=2) == []
-
-
-def test_a_threshold_commits_everything_above_it_and_always_the_best() -> None:
-    """Fast-dLLM's rule: all at or above the threshold, the best one even below it."""
-    assert chosen([0.95, 0.2, 0.9, 0.89], threshold=0.9) == [0, 2]
-    assert chosen([0.1, 0.2, 0.05], threshold=0.9) == [1]
-    assert chosen([0.99, 0.2, 0.1], masked=[0, 1, 1], threshold=0.9) == [1]
-
-
-def test_random_order_ignores_confidence_and_follows_the_seed() -> None:
+def test_random_order_ignores_statistics_and_follows_the_seed() -> None:
     """`random` picks by noise of (seed, step, position): repeatable, and uniform over seeds."""
-    confidence = [0.9, 0.1, 0.1, 0.1]
-    picks = [chosen(confidence, rule="random", seed=seed)[0] for seed in range(400)]
-    assert picks == [chosen(confidence, rule="random", seed=seed)[0] for seed in range(400)]
-    counts = torch.bincount(torch.tensor(picks), minlength=4)
-    assert counts.min() > 60  # 100 expected each
+    statistics = block([0.9, 0.1, 0.1, 0.1], [0.0] * 4, [0.0] * 4)
+
+    def picks() -> list[int]:
+        return [chosen(statistics, score=Score.RANDOM, seed=seed)[0] for seed in range(400)]
+
+    assert picks() == picks()
+    assert torch.bincount(torch.tensor(picks()), minlength=4).min() > 60  # 100 expected each
+
+
+def test_alg_temp_draws_positions_by_their_scores() -> None:
+    """With `alg_temp` the first position follows softmax(score / alg_temp) (Dream)."""
+    scores = [0.8, 0.5, 0.1]
+    statistics = block(scores, [0.0] * 3, [0.0] * 3)
+    draws = 3000
+    rows = plan(draws, alg_temp=0.4)
+    rows.seed.copy_(torch.arange(draws))
+    repeated = BlockStatistics(
+        **{name: value.expand(draws, -1) for name, value in vars(statistics).items()}
+    )
+    counts = select_commits(repeated, rows).sum(dim=0).double()
+    expected = (torch.tensor(scores, dtype=torch.float64) / 0.4).softmax(0) * draws
+    assert (((counts - expected) ** 2 / expected).sum().item()) < 13.8  # 0.999, 2 degrees
+
+
+def test_origin_commits_each_position_by_chance() -> None:
+    """Dream's `origin` commits every masked position independently with the step's chance."""
+    statistics = block([0.5] * 200, [0.0] * 200, [0.0] * 200)
+    share = len(chosen(statistics, rule=Rule.ORIGIN, chance=0.3)) / 200
+    assert share == pytest.approx(0.3, abs=5 * math.sqrt(0.21 / 200))
+    assert len(chosen(statistics, rule=Rule.ORIGIN, chance=1.0)) == 200
 
 
 def test_rows_with_different_rules_do_not_mix() -> None:
-    """Each row of a batch follows its own rule, count and threshold."""
-    scores = torch.tensor([[0.3, 0.9, 0.6]] * 3)
+    """Each row of a batch follows its own rule and parameters."""
+    row = block([0.3, 0.9, 0.6], [0.5, 0.1, 0.2], [0.0] * 3)
+    rows = BlockStatistics(**{name: v.expand(5, -1) for name, v in vars(row).items()})
+    order = [Rule.COUNT, Rule.THRESHOLD, Rule.ENTROPY_BOUND, Rule.FACTOR, Rule.HIERARCHICAL]
+    mixed = plan(5)
     mixed = CommitPlan(
-        rule=torch.tensor([RULES["low_confidence"], RULES["random"], RULES["low_confidence"]]),
-        count=torch.tensor([2, 3, 1]),
-        threshold=torch.tensor([torch.inf, torch.inf, 0.5], dtype=torch.float64),
-        seed=torch.arange(3),
-        step=torch.zeros(3, dtype=torch.int64),
-        block_start=torch.zeros(3, dtype=torch.int64),
+        **vars(mixed)
+        | {
+            "rule": torch.tensor([int(r) for r in order]),
+            "rules_in_use": frozenset(order),
+            "count": torch.tensor([2, 1, 1, 1, 1]),
+            "bound": torch.tensor([0.0, 0.5, 0.15, 0.0, 0.2], dtype=torch.float64),
+        }
     )
-    found = select_commits(scores, torch.ones(3, 3, dtype=torch.bool), mixed)
-    assert found.tolist() == [[False, True, True], [True, True, True], [False, True, True]]
+    found = [set(r.nonzero().flatten().tolist()) for r in select_commits(rows, mixed)]
+    assert found == [{1, 2}, {1, 2}, {1, 2}, {1}, {0, 1, 2}]
 
 
-@pytest.mark.parametrize("rule", sorted(RULES))
-def test_every_rule_fills_the_canvas_in_exactly_its_steps(llm: LLM, rule: str) -> None:
-    """`steps` steps decode the whole canvas, the last block shorter, whatever the rule."""
+ALL_RULES = [
+    *({"remasking": name} for name in REMASKING),
+    *({"alg": name} for name in ALG),
+    {"alg": "entropy", "alg_temp": 0.5, "temperature": 0.7, "top_p": 0.9, "top_k": 20},
+    {"confidence_threshold": 0.1},
+    {"confidence_threshold": 0.3, "low_threshold": 0.05},
+    {"factor": 1.0},
+    {"entropy_bound": 4.0},
+    {"anchor_threshold": 0.2, "neighbor_threshold": 0.05},
+]
+
+
+@pytest.mark.parametrize("rule", ALL_RULES, ids=str)
+def test_every_rule_fills_the_canvas_within_its_steps(llm: LLM, rule: dict[str, object]) -> None:
+    """No rule leaves a mask behind or takes more steps than it may; none depends on the batch."""
     params = SamplingParams(
-        gen_length=29, block_length=8, steps=11, remasking=rule, ignore_eos=True, seed=1
+        gen_length=29,
+        block_length=8,
+        steps=14,
+        ignore_eos=True,
+        seed=1,
+        **rule,  # type: ignore[arg-type]
     )
-    answer = llm.generate([[4, 5]], params, progress=False)[0]
-    assert answer.usage.steps == 11
-    assert (answer.confidence >= 0).all()
+    alone = llm.generate([[4, 5]], params, progress=False)[0]
+    assert (alone.confidence >= 0).all()
+    parallel = set(rule) & {"confidence_threshold", "factor", "entropy_bound"}
+    assert alone.usage.steps <= (29 if parallel else 14)
+    others = [SamplingParams(gen_length=12, seed=i, **r) for i, r in enumerate(ALL_RULES)]  # type: ignore[arg-type]
+    batch = llm.generate([[4, 5], *[[i, 9] for i in range(len(others))]], [params, *others],
+                         progress=False)  # fmt: skip
+    assert batch[0].token_ids.tolist() == alone.token_ids.tolist()
+    assert batch[0].confidence.tobytes() == alone.confidence.tobytes()

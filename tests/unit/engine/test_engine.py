@@ -202,7 +202,15 @@ def test_a_lost_device_is_the_end(checkpoint: Path, monkeypatch: pytest.MonkeyPa
         ("block_length", 0, r"1 to gen_length \(64\)"),
         ("block_length", 65, r"1 to gen_length \(64\)"),
         ("cfg_scale", -1.0, "0 or more"),
-        ("remasking", "best", "low_confidence, random; got 'best'"),
+        ("steps", 10_000, "at most 256"),
+        ("remasking", "best", "low_confidence, random, entropy, margin; got 'best'"),
+        ("factor", -0.1, "0 or more"),
+        ("entropy_bound", float("nan"), "0 or more"),
+        ("low_threshold", 0.5, "needs confidence_threshold"),
+        ("neighbor_threshold", 0.5, "needs anchor_threshold"),
+        ("anchor_threshold", 0.0, "above 0 and at most 1"),
+        ("alg", "best", "origin, maskgit_plus, topk_margin, entropy; got 'best'"),
+        ("alg_temp", 0.5, "0 without alg"),
         ("confidence_threshold", 0.0, "above 0 and at most 1"),
         ("confidence_threshold", 1.1, "above 0 and at most 1"),
         ("top_p", 0.0, "above 0 and at most 1"),
@@ -222,6 +230,21 @@ def test_bad_parameters_are_refused_by_field_and_limit(
     with pytest.raises(InvalidRequest, match=f"^{field}: .*{limit}") as raised:
         llm.engine.make_request(PROMPT, params)
     assert raised.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"confidence_threshold": 0.9, "factor": 1.0}, "factor: .*with confidence_threshold"),
+        ({"entropy_bound": 0.1, "anchor_threshold": 0.9}, "anchor_threshold: .*entropy_bound"),
+        ({"alg": "entropy", "confidence_threshold": 0.9}, "confidence_threshold: .*with alg"),
+    ],
+    ids=str,
+)
+def test_contradicting_rules_are_refused(llm: LLM, params: dict[str, object], message: str) -> None:
+    """Only one parameter may say how many positions a step commits."""
+    with pytest.raises(InvalidRequest, match=message):
+        llm.engine.make_request(PROMPT, SamplingParams(**params))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -5,35 +5,34 @@ import dataclasses
 import pytest
 import torch
 from dllm_engine import LLM, SamplingParams
-from dllm_engine.sampling import RowNoise, noise, sample_candidates
+from dllm_engine.sampling import RowSampling, noise, sample_candidates
 from torch import Tensor
 
 VOCAB = 12
 MASK = 11
 
 
-def row_noise(rows: int, **columns: float | Tensor) -> RowNoise:
+def row_sampling(rows: int, **columns: float | bool | Tensor) -> RowSampling:
     """Sampling state of `rows` rows, greedy and unfiltered unless said otherwise."""
-    defaults: dict[str, float | Tensor] = {
+    defaults: dict[str, float | bool | Tensor] = {
         "temperature": 0.0,
         "seed": 1,
         "step": 0,
         "position": torch.arange(rows),
         "top_p": 1.0,
         "top_k": 0,
+        "tempered": False,
     }
-    real = {"temperature", "top_p"}
-    return RowNoise(
+    types = {"temperature": torch.float64, "top_p": torch.float64, "tempered": torch.bool}
+    return RowSampling(
         **{
-            name: torch.as_tensor(value)
-            .expand(rows)
-            .to(torch.float64 if name in real else torch.int64)
+            name: torch.as_tensor(value).expand(rows).to(types.get(name, torch.int64))
             for name, value in (defaults | columns).items()
         }
     )
 
 
-def draw(logits: Tensor, rows: RowNoise, budget_bytes: int = 2**20) -> tuple[Tensor, Tensor]:
+def draw(logits: Tensor, rows: RowSampling, budget_bytes: int = 2**20) -> tuple[Tensor, Tensor]:
     """Candidates for rows whose logits are given: the head is the identity."""
     found = sample_candidates(
         logits, torch.eye(VOCAB), rows, mask_token_id=MASK, budget_bytes=budget_bytes
@@ -51,7 +50,7 @@ def test_greedy_takes_the_best_token_with_its_clean_probability(logits: Tensor) 
     """At temperature 0: argmax, and its probability under softmax(logits)."""
     rows = torch.stack([logits.roll(i) for i in range(20)])
     rows[:, MASK] = -3
-    token, confidence = draw(rows, row_noise(20))
+    token, confidence = draw(rows, row_sampling(20))
     assert token.tolist() == rows.argmax(-1).tolist()
     torch.testing.assert_close(confidence, rows.softmax(-1).amax(-1))
 
@@ -61,11 +60,11 @@ def test_the_mask_token_is_never_chosen_but_counts_in_the_probability(logits: Te
     rows = logits.clone().unsqueeze(0)
     rows[0, MASK] = 9.0
     best = int(rows[0, :MASK].argmax())
-    token, confidence = draw(rows, row_noise(1))
+    token, confidence = draw(rows, row_sampling(1))
     assert token.item() == best
     assert confidence.item() == pytest.approx(rows.softmax(-1)[0, best].item(), rel=1e-5)
     for temperature in (0.5, 5.0):
-        sampled, _ = draw(rows.expand(500, -1).clone(), row_noise(500, temperature=temperature))
+        sampled, _ = draw(rows.expand(500, -1).clone(), row_sampling(500, temperature=temperature))
         assert MASK not in sampled.tolist()
 
 
@@ -76,7 +75,7 @@ def test_samples_follow_the_tempered_distribution(logits: Tensor, temperature: f
     rows = logits.clone()
     rows[MASK] = -30.0
     token, confidence = draw(
-        rows.expand(draws, -1).clone(), row_noise(draws, temperature=temperature)
+        rows.expand(draws, -1).clone(), row_sampling(draws, temperature=temperature)
     )
     expected = (rows.double() / temperature).softmax(-1) * draws
     counts = torch.bincount(token, minlength=VOCAB).double()
@@ -125,11 +124,11 @@ def test_top_k_and_top_p_keep_the_best_tokens_only(logits: Tensor) -> None:
     order = rows.argsort(descending=True)
     hot = {"temperature": 3.0}
     batch = rows.expand(2000, -1)
-    token, _ = draw(batch.clone(), row_noise(2000, top_k=3, **hot))
+    token, _ = draw(batch.clone(), row_sampling(2000, top_k=3, **hot))
     assert set(token.tolist()) == set(order[:3].tolist())
     probability = (rows.double() / 3).softmax(-1)[order]
     kept = int((probability.cumsum(0) - probability < 0.6).sum())
-    token, _ = draw(batch.clone(), row_noise(2000, top_p=0.6, **hot))
+    token, _ = draw(batch.clone(), row_sampling(2000, top_p=0.6, **hot))
     assert set(token.tolist()) == set(order[:kept].tolist())
 
 
@@ -138,7 +137,7 @@ def test_filters_apply_to_their_own_rows_only(logits: Tensor) -> None:
     rows = logits.expand(300, -1).clone()
     rows[:, MASK] = -30.0
     third = torch.arange(300) % 3
-    mixed = row_noise(300, temperature=(third > 0) * 2.0, top_k=(third == 1) * 1)
+    mixed = row_sampling(300, temperature=(third > 0) * 2.0, top_k=(third == 1) * 1)
     token, _ = draw(rows, mixed)
     best = int(rows[0].argmax())
     assert set(token[third < 2].tolist()) == {best}
@@ -148,7 +147,7 @@ def test_filters_apply_to_their_own_rows_only(logits: Tensor) -> None:
 def test_chunking_changes_nothing(logits: Tensor) -> None:
     """A budget of a few rows gives the same tokens and confidences as one large chunk."""
     rows = torch.stack([logits.roll(i % VOCAB) + i / 50 for i in range(200)])
-    sampling = row_noise(200, temperature=(torch.arange(200) % 2) * 0.8)
+    sampling = row_sampling(200, temperature=(torch.arange(200) % 2) * 0.8)
     whole = draw(rows, sampling, budget_bytes=2**30)
     parts = draw(rows, sampling, budget_bytes=1)
     assert whole[0].tolist() == parts[0].tolist()

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .canvas import CanvasTable
 from .ops import PackedLayout
-from .sampling.candidates import ROW_MULTIPLE, RowNoise
-from .sampling.commit import CommitPlan, transfer_count
+from .sampling.candidates import ROW_MULTIPLE, RowSampling
+from .sampling.commit import CommitPlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,17 +33,20 @@ class StepBatch:
     uncond_rows: Tensor
     #: [M] cfg_scale of each, or None when no request has guidance.
     cfg_scale: Tensor | None
-    noise: RowNoise
+    sampling: RowSampling
     plan: CommitPlan
+    #: Whether any request needs entropies or margins.
+    needs_spread: bool
 
 
-def build_batch(table: CanvasTable, slots: Tensor, *, shifted: bool) -> StepBatch:
-    """Lay out one step of the requests in `slots` ([R] int64).
+def build_batch(table: CanvasTable, chosen: list[int], *, shifted: bool) -> StepBatch:
+    """Lay out one step of the requests in these slots.
 
     A request with guidance contributes its sequence twice, the second time with everything it
     came with replaced by masks (LLaDA, generate.py: `un_x`). With `shifted`, a position is
     predicted from the one before it, the first from itself (Dream).
     """
+    slots = torch.tensor(chosen, device=table.device)
     slots = slots[table.length[slots].argsort(stable=True)]
     guided = table.cfg_scale[slots] > 0
     # Twins stand right behind their sequence, so that equal lengths stay together.
@@ -69,24 +72,34 @@ def build_batch(table: CanvasTable, slots: Tensor, *, shifted: bool) -> StepBatc
         rows=starts[first_copy[request]] + predictor,
         uncond_rows=starts[twin] + predictor,
         cfg_scale=table.cfg_scale[request_slots] if bool(guided.any()) else None,
-        noise=RowNoise(
+        sampling=RowSampling(
             temperature=table.temperature[request_slots],
             seed=table.seed[request_slots],
             step=table.step[request_slots],
             position=position,
             top_p=table.top_p[request_slots],
             top_k=table.top_k[request_slots],
+            tempered=table.tempered[request_slots],
         ),
-        plan=CommitPlan(
-            rule=table.rule[slots],
-            count=transfer_count(
-                table.block_masks[slots], table.block_steps[slots], table.block_step[slots]
-            ),
-            threshold=table.threshold[slots],
-            seed=table.seed[slots],
-            step=table.step[slots],
-            block_start=table.block_start[slots],
-        ),
+        plan=_plan(table, chosen, slots, block_masked),
+        needs_spread=table.needs_spread(chosen),
+    )
+
+
+def _plan(table: CanvasTable, chosen: list[int], slots: Tensor, block_masked: Tensor) -> CommitPlan:
+    count, chance = table.commit_counts(slots, block_masked)
+    return CommitPlan(
+        score=table.score[slots],
+        rule=table.rule[slots],
+        rules_in_use=table.rules_in_use(chosen),
+        count=count,
+        chance=chance,
+        bound=table.bound[slots],
+        second_bound=table.second_bound[slots],
+        alg_temp=table.alg_temp[slots],
+        seed=table.seed[slots],
+        step=table.step[slots],
+        block_start=table.block_start[slots],
     )
 
 

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from .request import SamplingParams
-from .sampling.commit import RULES
+from .sampling.commit import (
+    ALG,
+    REMASKING,
+    SPREAD_SCORES,
+    Rule,
+    dream_chances,
+    dream_count,
+    linear_count,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +71,18 @@ class CanvasTable:
         self.block_masks, self.block_steps, self.block_step = column(), column(), column()
         self.steps, self.step = column(), column()
         self.temperature, self.cfg_scale = column(torch.float64), column(torch.float64)
-        self.threshold, self.top_p = column(torch.float64), column(torch.float64)
-        self.top_k, self.seed, self.rule = column(), column(), column()
-        self.honours_eos = column(torch.bool)
+        self.bound, self.second_bound = column(torch.float64), column(torch.float64)
+        self.top_p, self.alg_temp = column(torch.float64), column(torch.float64)
+        self.top_k, self.seed = column(), column()
+        self.score, self.rule = column(), column()
+        self.tempered, self.honours_eos = column(torch.bool), column(torch.bool)
+        #: [slots, max_len] float32; Dream's share of the masks for each step of the schedule.
+        self.chance = torch.zeros(num_slots, max_len, device=device)
+        # Place of the active block's first step in the schedule of the whole canvas.
+        self.block_first_step = column()
+        # What the host must know of each slot to plan a step without asking the device.
+        self._rules = [Rule.COUNT] * num_slots
+        self._needs_spread = [False] * num_slots
 
     def fill(self, slot: int, prompt_ids: list[int], params: SamplingParams) -> None:
         """Lay out a new request in `slot`; `params` must be resolved."""
@@ -84,15 +101,35 @@ class CanvasTable:
         self.block_length[slot] = params.block_length
         self.steps[slot], self.step[slot] = params.steps, 0
         self.temperature[slot], self.cfg_scale[slot] = params.temperature, params.cfg_scale
-        tau = params.confidence_threshold
-        self.threshold[slot] = torch.inf if tau is None else tau
         self.top_p[slot] = 1.0 if params.top_p is None else params.top_p
         self.top_k[slot] = params.top_k or 0
         self.seed[slot] = params.seed
-        self.rule[slot] = RULES[params.remasking]
         self.honours_eos[slot] = not params.ignore_eos
+        self._fill_rule(slot, params)
         self.block_start[slot] = self.block_end[slot] = start
-        self._open_next_block(torch.tensor([slot], device=self.device))
+        opened = torch.tensor([slot], device=self.device)
+        self._open_next_block(opened)
+        self._skip_empty_steps(opened)
+
+    def _fill_rule(self, slot: int, params: SamplingParams) -> None:
+        rule, bound, second = _rule_of(params)
+        self.rule[slot], self.bound[slot], self.second_bound[slot] = int(rule), bound, second
+        score = ALG[params.alg] if params.alg else REMASKING[params.remasking]
+        self.score[slot] = int(score)
+        self._rules[slot] = rule
+        self._needs_spread[slot] = score in SPREAD_SCORES or rule is Rule.ENTROPY_BOUND
+        self.tempered[slot], self.alg_temp[slot] = params.alg is not None, params.alg_temp
+        if params.alg:
+            chances = [dream_chances(steps) for _, _, steps in blocks_of(params)]
+            self.chance[slot, : params.steps] = torch.cat(chances)
+
+    def rules_in_use(self, slots: list[int]) -> frozenset[Rule]:
+        """The rules of these requests."""
+        return frozenset(self._rules[slot] for slot in slots)
+
+    def needs_spread(self, slots: list[int]) -> bool:
+        """Whether any of these requests needs entropies or margins."""
+        return any(self._needs_spread[slot] for slot in slots)
 
     def block_positions(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Positions of the active blocks of `slots` and which of them are masked.
@@ -119,6 +156,7 @@ class CanvasTable:
         self.step[slots] += 1
         self.block_step[slots] += 1
         self._open_next_block(slots)
+        self._skip_empty_steps(slots)
         width = int(self.length[slots].max())
         columns = torch.arange(width, device=self.device)
         tokens, masked = self.tokens[slots, :width], self.masked[slots, :width]
@@ -144,9 +182,7 @@ class CanvasTable:
     def _open_next_block(self, slots: Tensor) -> None:
         """Move each request whose block holds no mask to its next block that holds one.
 
-        A block's share of the steps is what falls into it when all steps are spread evenly over
-        the canvas: exactly steps / blocks where the reference allows it (equal blocks), and a
-        smaller share for a shorter last block.
+        Blocks and their shares of the steps are those of `blocks_of`.
         """
         while slots.numel():
             done = ~self.block_positions(slots)[1].any(dim=1)
@@ -158,5 +194,60 @@ class CanvasTable:
             before = (start - self.prompt_len[slots]) * self.steps[slots] // gen_length
             after = (end - self.prompt_len[slots]) * self.steps[slots] // gen_length
             self.block_steps[slots], self.block_step[slots] = after - before, 0
+            self.block_first_step[slots] = before
             if slots.numel():
                 self.block_masks[slots] = self.block_positions(slots)[1].sum(dim=1)
+
+    def commit_counts(self, slots: Tensor, block_masked: Tensor) -> tuple[Tensor, Tensor]:
+        """What the schedules say for the step at hand: counts int64 and Dream's chances, [R]."""
+        linear = linear_count(
+            self.block_masks[slots], self.block_steps[slots], self.block_step[slots]
+        )
+        # A threshold may take more steps than the schedule has; its chances do not matter then.
+        place = self.block_first_step[slots] + self.block_step[slots]
+        chance = self.chance[slots, place.clamp(max=self.chance.shape[1] - 1)]
+        dream = dream_count(block_masked.sum(dim=1), chance)
+        return torch.where(self.tempered[slots], dream, linear), chance
+
+    def _skip_empty_steps(self, slots: Tensor) -> None:
+        """Pass over steps in which Dream's schedule commits nothing: no forward pass is needed."""
+        slots = slots[self.tempered[slots] & (self.rule[slots] == int(Rule.COUNT))]
+        while slots.numel():
+            masked = self.block_positions(slots)[1]
+            counts, _ = self.commit_counts(slots, masked)
+            slots = slots[(counts == 0) & masked.any(dim=1)]
+            self.block_step[slots] += 1
+            self.step[slots] += 1
+
+
+def blocks_of(params: SamplingParams) -> list[tuple[int, int, int]]:
+    """(start, end, steps) of each block of a canvas; `params` must be resolved.
+
+    A block's share of the steps is what falls into it when all are spread evenly over the canvas:
+    exactly steps / blocks where the reference allows it (equal blocks), and a smaller share for a
+    shorter last block.
+    """
+    length, block_length, steps = params.gen_length, params.block_length, params.steps
+    assert block_length is not None
+    assert steps is not None
+    found = []
+    for start in range(0, length, block_length):
+        end = min(start + block_length, length)
+        found.append((start, end, end * steps // length - start * steps // length))
+    return found
+
+
+def _rule_of(params: SamplingParams) -> tuple[Rule, float, float]:
+    """The rule that decides how many positions are committed, and its two parameters."""
+    if params.confidence_threshold is not None:
+        if params.low_threshold is not None:
+            return Rule.HIERARCHICAL, params.confidence_threshold, params.low_threshold
+        return Rule.THRESHOLD, params.confidence_threshold, 0.0
+    if params.factor is not None:
+        return Rule.FACTOR, params.factor, 0.0
+    if params.entropy_bound is not None:
+        return Rule.ENTROPY_BOUND, params.entropy_bound, 0.0
+    if params.anchor_threshold is not None:
+        fair = 0.75 if params.neighbor_threshold is None else params.neighbor_threshold
+        return Rule.LOCAL_LEAP, params.anchor_threshold, fair
+    return (Rule.ORIGIN if params.alg == "origin" else Rule.COUNT), 0.0, 0.0

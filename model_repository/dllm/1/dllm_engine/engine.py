@@ -114,7 +114,12 @@ class Engine:
                 f"prompt ({len(prompt_ids)} tokens) plus gen_length ({params.gen_length}) "
                 f"must be at most {self.max_model_len}",
             )
-        return Request(next(self._ids), list(prompt_ids), params.resolved(), stream_interval)
+        resolved = params.resolved()
+        assert resolved.steps is not None
+        if resolved.steps > self.max_model_len:
+            problem = f"must be at most {self.max_model_len}; got {resolved.steps}"
+            raise InvalidRequest("steps", problem)
+        return Request(next(self._ids), list(prompt_ids), resolved, stream_interval)
 
     def add(self, request: Request) -> None:
         """Queue a request from `make_request`."""

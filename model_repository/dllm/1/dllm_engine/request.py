@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-REMASKING_RULES = ("low_confidence", "random")
+REMASKING_RULES = ("low_confidence", "random", "entropy", "margin")
+DREAM_ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
+#: Parameters that each choose how many positions a step commits: at most one may be given.
+COMMIT_RULES = ("confidence_threshold", "factor", "entropy_bound", "anchor_threshold")
 CACHE_POLICIES = ("none",)
 DEFAULT_BLOCK_LENGTH = 32
 MAX_STOP_STRINGS = 16
@@ -49,13 +52,29 @@ class SamplingParams:
     block_length: int | None = None
     #: Classifier-free guidance; 0: off.
     cfg_scale: float = 0.0
-    #: Which positions are committed first.
+    #: Which positions are committed first; with `alg` or a threshold it plays no part.
     remasking: str = "low_confidence"
     #: Commit every position at least this confident (and always the best): parallel decoding.
     confidence_threshold: float | None = None
-    #: Nucleus sampling; applies at temperature > 0.
+    #: Fast-dLLM's factor: commit the longest run of n best with confidence ≥ 1 − factor / (n + 1).
+    factor: float | None = None
+    #: EB-sampler: commit the most certain while the entropies before them sum to at most this.
+    entropy_bound: float | None = None
+    #: dInfer's hierarchical decoding: with `confidence_threshold`, besides the best position of
+    #: each run of masks if above this.
+    low_threshold: float | None = None
+    #: LocalLeap: around positions at least this confident, commit neighbours too …
+    anchor_threshold: float | None = None
+    #: … that are at least this confident.
+    neighbor_threshold: float | None = None
+    #: Dream's algorithms, instead of `remasking`: time schedule, statistics after temperature,
+    #: top-p and top-k.
+    alg: str | None = None
+    #: Above 0, Dream draws the positions from softmax(score / alg_temp) instead of taking the best.
+    alg_temp: float = 0.0
+    #: Nucleus sampling; applies at temperature > 0, and to the statistics of `alg`.
     top_p: float | None = None
-    #: Sample from the k best tokens; applies at temperature > 0.
+    #: Sample from the k best tokens; likewise.
     top_k: int | None = None
     #: Same request and seed: same text. None: drawn at random and reported.
     seed: int | None = None
@@ -75,7 +94,9 @@ class SamplingParams:
             InvalidRequest: a value is out of range; names the field and the limit.
         """
         _check_ranges(self)
-        block_length = self.block_length or min(DEFAULT_BLOCK_LENGTH, self.gen_length)
+        # Dream's algorithms know no blocks: the canvas is one.
+        default = self.gen_length if self.alg else min(DEFAULT_BLOCK_LENGTH, self.gen_length)
+        block_length = self.block_length or default
         num_blocks = math.ceil(self.gen_length / block_length)
         steps = self.gen_length if self.steps is None else self.steps
         if steps < num_blocks:
@@ -105,11 +126,16 @@ def _check_ranges(p: SamplingParams) -> None:
     _require("cfg_scale", 0 <= p.cfg_scale < math.inf, "0 or more", p.cfg_scale)
     rules = ", ".join(REMASKING_RULES)
     _require("remasking", p.remasking in REMASKING_RULES, f"one of {rules}", repr(p.remasking))
-    tau = p.confidence_threshold
-    if tau is not None:
-        _require("confidence_threshold", 0 < tau <= 1, "above 0 and at most 1", tau)
-    if p.top_p is not None:
-        _require("top_p", 0 < p.top_p <= 1, "above 0 and at most 1", p.top_p)
+    fractions = ("confidence_threshold", "low_threshold", "anchor_threshold")
+    for name in (*fractions, "neighbor_threshold", "top_p"):
+        value = getattr(p, name)
+        if value is not None:
+            _require(name, 0 < value <= 1, "above 0 and at most 1", value)
+    for name in ("factor", "entropy_bound"):
+        value = getattr(p, name)
+        if value is not None:
+            _require(name, 0 <= value < math.inf, "0 or more", value)
+    _check_combination(p)
     if p.top_k is not None:
         _require("top_k", p.top_k >= 1, "at least 1", p.top_k)
     if p.seed is not None:
@@ -119,6 +145,26 @@ def _check_ranges(p: SamplingParams) -> None:
     _require("cache", p.cache in CACHE_POLICIES, f"one of {policies}", repr(p.cache))
     if p.retention_ratio is not None:
         raise InvalidRequest("retention_ratio", f"applies to no cache policy of: {policies}")
+
+
+def _check_combination(p: SamplingParams) -> None:
+    given = [name for name in COMMIT_RULES if getattr(p, name) is not None]
+    if len(given) > 1:
+        raise InvalidRequest(given[1], f"cannot be combined with {given[0]}")
+    for name, needed in (
+        ("low_threshold", "confidence_threshold"),
+        ("neighbor_threshold", "anchor_threshold"),
+    ):
+        if getattr(p, name) is not None and getattr(p, needed) is None:
+            raise InvalidRequest(name, f"needs {needed}")
+    if p.alg is None:
+        _require("alg_temp", p.alg_temp == 0, "0 without alg", p.alg_temp)
+        return
+    algorithms = ", ".join(DREAM_ALGORITHMS)
+    _require("alg", p.alg in DREAM_ALGORITHMS, f"one of {algorithms}", repr(p.alg))
+    _require("alg_temp", 0 <= p.alg_temp < math.inf, "0 or more", p.alg_temp)
+    if given:
+        raise InvalidRequest(given[0], "cannot be combined with alg")
 
 
 def _check_stop(stop: tuple[str, ...]) -> None:

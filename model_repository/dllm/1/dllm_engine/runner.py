@@ -12,7 +12,7 @@ from .canvas import CanvasTable, StepResult
 from .config import EngineConfig
 from .errors import InvalidConfig
 from .models import DiffusionModel, ModelSpec, load_model
-from .sampling import sample_candidates, select_commits
+from .sampling import BlockStatistics, Candidates, sample_candidates, select_commits
 
 logger = logging.getLogger("dllm_engine")
 
@@ -67,17 +67,17 @@ class Runner:
         Returns:
             The slots in the order of the result, and the result.
         """
-        chosen = torch.tensor(slots, device=self._device)
-        batch = build_batch(self.table, chosen, shifted=self._model.spec.shifted)
+        batch = build_batch(self.table, slots, shifted=self._model.spec.shifted)
         hidden = self._masked_hidden(batch)
         candidates = sample_candidates(
             hidden,
             self._model.head_weight,
-            batch.noise,
+            batch.sampling,
             mask_token_id=self.table.mask_token_id,
             budget_bytes=self._budget_bytes,
+            with_spread=batch.needs_spread,
         )
-        self._commit(batch, candidates.token, candidates.confidence)
+        self._commit(batch, candidates)
         return batch.slots.tolist(), self.table.advance(batch.slots)
 
     def _masked_hidden(self, batch: StepBatch) -> Tensor:
@@ -95,17 +95,26 @@ class Runner:
         guided = unconditional + scale * (conditional - unconditional)
         return torch.where((batch.cfg_scale > 0).unsqueeze(1), guided, conditional)
 
-    def _commit(self, batch: StepBatch, token: Tensor, confidence: Tensor) -> None:
+    def _commit(self, batch: StepBatch, candidates: Candidates) -> None:
         masked = batch.block_masked
-        scores = confidence.new_zeros(masked.shape).masked_scatter_(masked, confidence)
-        chosen = select_commits(scores, masked, batch.plan)
-        picked = chosen[masked]  # of the M candidates, in the same row-major order
-        request = masked.nonzero(as_tuple=True)[0][picked]
+
+        def spread(values: Tensor) -> Tensor:
+            """[M] values at their places in the [R, block] matrix."""
+            return values.new_zeros(masked.shape).masked_scatter_(masked, values)
+
+        block = BlockStatistics(
+            masked=masked,
+            confidence=spread(candidates.confidence),
+            entropy=spread(candidates.entropy),
+            margin=spread(candidates.margin),
+            committed=self.table.confidence[batch.slots.unsqueeze(1), batch.block_positions],
+        )
+        picked = select_commits(block, batch.plan)[masked]  # of the M, in row-major order
         self.table.commit(
-            batch.slots[request],
+            batch.slots[masked.nonzero(as_tuple=True)[0][picked]],
             batch.block_positions[masked][picked],
-            token[picked],
-            confidence[picked],
+            candidates.token[picked],
+            candidates.confidence[picked],
         )
 
 

@@ -1,6 +1,13 @@
 """From hidden states to committed tokens: candidates at masked positions, then a rule."""
 
-from .candidates import Candidates, RowNoise, sample_candidates
-from .commit import CommitPlan, select_commits
+from .candidates import Candidates, RowSampling, sample_candidates
+from .commit import BlockStatistics, CommitPlan, select_commits
 
-__all__ = ["Candidates", "CommitPlan", "RowNoise", "sample_candidates", "select_commits"]
+__all__ = [
+    "BlockStatistics",
+    "Candidates",
+    "CommitPlan",
+    "RowSampling",
+    "sample_candidates",
+    "select_commits",
+]

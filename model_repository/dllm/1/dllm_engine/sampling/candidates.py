@@ -1,4 +1,4 @@
-"""Which token each masked position would take, and with what probability.
+"""Which token each masked position would take, and how sure the model is of it.
 
 The head is applied to the rows that need it alone, a chunk at a time, so that logits never take
 more memory than their budget: (rows × vocabulary) of a whole batch is gigabytes.
@@ -7,6 +7,7 @@ more memory than their budget: (rows × vocabulary) of a whole batch is gigabyte
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ ROW_MULTIPLE = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class RowNoise:
+class RowSampling:
     """What sampling needs to know of each row: all [rows], on the model's device."""
 
     #: float64; 0 is greedy.
@@ -34,33 +35,46 @@ class RowNoise:
     top_p: Tensor
     #: int64; 0 is off.
     top_k: Tensor
+    #: bool; statistics of the tempered and filtered distribution (Dream) instead of the clean.
+    tempered: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """The chosen token of each row and how sure the model is of it."""
+    """The chosen token of each row and how sure the model is of it; all [rows].
 
-    #: int64 [rows].
+    Statistics are float32 (float64 for a float64 model), of softmax(logits) unless the row asks
+    for the tempered distribution.
+    """
+
+    #: int64.
     token: Tensor
-    #: float32 [rows] (float64 for a float64 model); probability under the clean,
-    #: un-tempered distribution.
+    #: Probability of the chosen token.
     confidence: Tensor
+    #: Shannon entropy in nats.
+    entropy: Tensor
+    #: Difference of the two largest probabilities.
+    margin: Tensor
+
+
+Columns = TypeVar("Columns", RowSampling, Candidates)
 
 
 def sample_candidates(
     hidden: Tensor,
     head_weight: Tensor,
-    rows: RowNoise,
+    rows: RowSampling,
     *,
     mask_token_id: int,
     budget_bytes: int,
+    with_spread: bool = True,
 ) -> Candidates:
     """Choose a token for each row.
 
     At temperature 0 the most likely token; above, `argmax(logits / T + G)` with Gumbel noise G in
     float64, which samples from softmax(logits / T) exactly (LLaDA's generate.py takes the same
     maximum as exp(logits) / (−ln u)^T). The mask token is never chosen, though it counts in the
-    probabilities, as in the reference.
+    clean probabilities, as in the reference.
 
     Args:
         hidden: [rows, hidden_size], after the final norm.
@@ -68,27 +82,29 @@ def sample_candidates(
         rows: temperature, seed, step, position and filters of each row.
         mask_token_id: the id that may not be chosen.
         budget_bytes: what the logits (and their noise) may take at once.
+        with_spread: compute entropy and margin; zeros otherwise.
     """
-    chunk = _rows_per_chunk(head_weight.shape[0], budget_bytes, bool((rows.temperature > 0).any()))
-    tokens, confidences = [], []
+    wide = bool((rows.temperature > 0).any()) or bool(rows.tempered.any())
+    chunk = _rows_per_chunk(head_weight.shape[0], budget_bytes, wide)
+    parts = []
     for start in range(0, hidden.shape[0], chunk):
         part = slice(start, start + chunk)
         logits = _logits(hidden[part], head_weight)
-        token, confidence = _choose(logits, _take(rows, part), mask_token_id)
-        tokens.append(token)
-        confidences.append(confidence)
-    return Candidates(torch.cat(tokens), torch.cat(confidences))
+        parts.append(_choose(logits, _take(rows, part), mask_token_id, with_spread))
+    names = [field.name for field in dataclasses.fields(Candidates)]
+    return Candidates(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})
 
 
-def _rows_per_chunk(vocab_size: int, budget_bytes: int, noisy: bool) -> int:
-    # Greedy rows hold logits and their exponentials; sampled ones int64 and float64 noise beside.
-    bytes_per_row = vocab_size * (64 if noisy else 8)
+def _rows_per_chunk(vocab_size: int, budget_bytes: int, wide: bool) -> int:
+    # Greedy rows hold logits and their exponentials; others int64 and float64 noise beside.
+    bytes_per_row = vocab_size * (64 if wide else 12)
     fitting = budget_bytes // bytes_per_row
     return max(ROW_MULTIPLE, fitting // ROW_MULTIPLE * ROW_MULTIPLE)
 
 
-def _take(rows: RowNoise, index: slice | Tensor) -> RowNoise:
-    return RowNoise(**{f.name: getattr(rows, f.name)[index] for f in dataclasses.fields(rows)})
+def _take(columns: Columns, index: slice | Tensor) -> Columns:
+    fields = dataclasses.fields(columns)
+    return type(columns)(**{f.name: getattr(columns, f.name)[index] for f in fields})
 
 
 def _logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
@@ -99,25 +115,57 @@ def _logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _choose(logits: Tensor, rows: RowNoise, mask_token_id: int) -> tuple[Tensor, Tensor]:
+def _choose(logits: Tensor, rows: RowSampling, mask_token_id: int, with_spread: bool) -> Candidates:
     mask_logit = logits[:, mask_token_id].clone()
     logits[:, mask_token_id] = -torch.inf
-    top, token = logits.max(dim=-1)
-    noisy = (rows.temperature > 0).nonzero().squeeze(1)
-    if noisy.numel():
-        token[noisy] = _sample(logits[noisy], _take(rows, noisy))
-    chosen = logits.gather(1, token.unsqueeze(1)).squeeze(1)
-    peak = torch.maximum(top, mask_logit)
-    total = logits.sub_(peak.unsqueeze(1)).exp_().sum(dim=-1) + (mask_logit - peak).exp()
-    return token, (chosen - peak).exp() / total
+    token = logits.argmax(dim=-1)
+    special = ((rows.temperature > 0) | rows.tempered).nonzero().squeeze(1)
+    filtered = None
+    if special.numel():
+        theirs = _take(rows, special)
+        filtered = _tempered(logits[special], theirs)
+        token[special] = _draw(filtered, theirs)
+    logits[:, mask_token_id] = mask_logit
+    found = _statistics(logits, token, with_spread)
+    if filtered is not None:
+        tempered = rows.tempered[special]
+        index = special[tempered]
+        inner = _statistics(filtered[tempered], token[index], with_spread)
+        for name in ("confidence", "entropy", "margin"):
+            column = getattr(found, name)
+            column[index] = getattr(inner, name).to(column.dtype)
+    return found
 
 
-def _sample(logits: Tensor, rows: RowNoise) -> Tensor:
-    scaled = logits.to(torch.float64) / rows.temperature.unsqueeze(1)
-    scaled = _filter_top_p(scaled, rows.top_p)
-    scaled = _filter_top_k(scaled, rows.top_k)
+def _statistics(logits: Tensor, token: Tensor, with_spread: bool) -> Candidates:
+    """Confidence of `token`, entropy and margin under softmax(logits). Overwrites `logits`."""
+    peak = logits.amax(dim=-1, keepdim=True)
+    shifted = logits.sub_(peak)
+    chosen = shifted.gather(1, token.unsqueeze(1)).squeeze(1)
+    if not with_spread:
+        total = shifted.exp_().sum(dim=-1)
+        confidence = chosen.exp() / total
+        nothing = torch.zeros_like(confidence)
+        return Candidates(token, confidence, nothing, nothing.clone())
+    second = shifted.topk(2, dim=-1).values[:, 1]
+    weight = shifted.exp()
+    total = weight.sum(dim=-1)
+    # A filtered token has logit −inf and weight 0; it adds nothing, not NaN.
+    mean = (weight * shifted.masked_fill_(weight == 0, 0.0)).sum(dim=-1) / total
+    return Candidates(token, chosen.exp() / total, total.log() - mean, (1 - second.exp()) / total)
+
+
+def _tempered(logits: Tensor, rows: RowSampling) -> Tensor:
+    """logits / T, then top-p, then top-k (the order of Dream's generation_utils.py); float64."""
+    temperature = torch.where(rows.temperature > 0, rows.temperature, 1.0)
+    scaled = logits.to(torch.float64) / temperature.unsqueeze(1)
+    return _filter_top_k(_filter_top_p(scaled, rows.top_p), rows.top_k)
+
+
+def _draw(logits: Tensor, rows: RowSampling) -> Tensor:
     keys = noise.row_keys(rows.seed, rows.step, rows.position, noise.STREAM_TOKEN)
-    return (scaled + noise.gumbel(keys, logits.shape[1])).argmax(dim=-1)
+    greedy = (rows.temperature == 0).unsqueeze(1)
+    return (logits + noise.gumbel(keys, logits.shape[1]).masked_fill_(greedy, 0.0)).argmax(dim=-1)
 
 
 def _filter_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
@@ -133,10 +181,9 @@ def _filter_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
 
 def _filter_top_k(logits: Tensor, top_k: Tensor) -> Tensor:
     """Keep the `top_k` best tokens of each row; 0 keeps all."""
-    limit = int(top_k.max())
+    limit = min(int(top_k.max()), logits.shape[1])
     if limit == 0:
         return logits
-    limit = min(limit, logits.shape[1])
     best = logits.topk(limit, dim=-1).values
     kth = best.gather(1, (top_k.clamp(1, limit) - 1).unsqueeze(1))
     dropped = (logits < kth) & (top_k > 0).unsqueeze(1)

@@ -1,35 +1,91 @@
-"""Which masked positions are committed in a step: pure functions over one matrix.
+"""Which masked positions a step commits: scores, schedules, and the table of rule names.
 
-A row is a request, a column a position of its active block. Rules give each position a score;
-the best are committed: a fixed number per step (the transfer schedule), or every one above a
-threshold.
+A row is a request, a column a position of its active block; requests with different rules share
+a step, so each rule in use is worked out for all rows and picked where it applies.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 
 import torch
 from torch import Tensor
 
-from . import noise
+from . import noise, rules
 
-RULE_LOW_CONFIDENCE = 0
-RULE_RANDOM = 1
-#: Rule name to the number that stands for it in tensors.
-RULES = {"low_confidence": RULE_LOW_CONFIDENCE, "random": RULE_RANDOM}
+
+class Score(enum.IntEnum):
+    """What ranks the positions of a block."""
+
+    CONFIDENCE = 0
+    RANDOM = 1
+    ENTROPY = 2
+    MARGIN = 3
+
+
+class Rule(enum.IntEnum):
+    """What decides how many of them are committed."""
+
+    COUNT = 0
+    THRESHOLD = 1
+    FACTOR = 2
+    ENTROPY_BOUND = 3
+    HIERARCHICAL = 4
+    LOCAL_LEAP = 5
+    ORIGIN = 6
+
+
+#: `remasking` to its score: LLaDA's rules, with statistics of the clean distribution.
+REMASKING = {
+    "low_confidence": Score.CONFIDENCE,
+    "random": Score.RANDOM,
+    "entropy": Score.ENTROPY,
+    "margin": Score.MARGIN,
+}
+#: `alg` to its score: Dream's algorithms, with statistics of the tempered and filtered one.
+ALG = {
+    "origin": Score.RANDOM,
+    "maskgit_plus": Score.CONFIDENCE,
+    "topk_margin": Score.MARGIN,
+    "entropy": Score.ENTROPY,
+}
+#: Scores that need entropy or margin of the candidates.
+SPREAD_SCORES = frozenset({Score.ENTROPY, Score.MARGIN})
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockStatistics:
+    """Candidates of the active blocks, and what was committed before; all [R, block]."""
+
+    #: bool; positions that may be committed. Values of the others are meaningless below.
+    masked: Tensor
+    confidence: Tensor
+    entropy: Tensor
+    margin: Tensor
+    #: What committed positions were committed with; −1 while masked.
+    committed: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class CommitPlan:
-    """What a step may commit, for each of R requests; tensors of [R] unless stated."""
+    """What a step may commit, for each of R requests; tensors of [R]."""
 
-    #: int64; index into `RULES`.
+    #: int64, a `Score` and a `Rule`.
+    score: Tensor
     rule: Tensor
+    #: Rules that occur among the rows; known to the host, so that it need not ask the device.
+    rules_in_use: frozenset[Rule]
     #: int64; how many positions the schedule commits.
     count: Tensor
-    #: float64; commit all at least this confident instead of a fixed number; inf is off.
-    threshold: Tensor
+    #: float32; chance of each masked position (Dream's `origin`).
+    chance: Tensor
+    #: float64; the rule's parameters: threshold, factor, entropy bound or anchor; and the lower
+    #: threshold or the neighbours' one.
+    bound: Tensor
+    second_bound: Tensor
+    #: float64; above 0, positions are drawn by softmax(score / alg_temp) (Dream).
+    alg_temp: Tensor
     #: int64.
     seed: Tensor
     step: Tensor
@@ -37,7 +93,7 @@ class CommitPlan:
     block_start: Tensor
 
 
-def transfer_count(num_masks: Tensor, steps: Tensor, step: Tensor) -> Tensor:
+def linear_count(num_masks: Tensor, steps: Tensor, step: Tensor) -> Tensor:
     """How many positions step `step` of `steps` commits in a block that began with `num_masks`.
 
     Equal shares, the remainder to the first steps (LLaDA, `get_num_transfer_tokens`).
@@ -46,34 +102,76 @@ def transfer_count(num_masks: Tensor, steps: Tensor, step: Tensor) -> Tensor:
     return num_masks // steps + (step < num_masks % steps).to(torch.int64)
 
 
-def select_commits(confidence: Tensor, masked: Tensor, plan: CommitPlan) -> Tensor:
-    """Positions to commit: bool [R, block].
+def dream_chances(steps: int, eps: float = 1e-3) -> Tensor:
+    """The share 1 − s/t of the masked positions that each of `steps` steps decodes.
 
-    `low_confidence` keeps the most confident positions and re-masks the rest; `random` ranks by
-    U(0, 1) instead (LLaDA, generate.py). Equal scores go to the leftmost. With a threshold every
-    position at or above it is committed, and always the best one (Fast-dLLM, section 3.3).
-
-    Args:
-        confidence: float [R, block]; probability of each candidate.
-        masked: bool [R, block]; positions that may be committed.
-        plan: rule, count and threshold of each row.
+    t and s are neighbours in linspace(1, eps, steps + 1), and the last step decodes everything
+    (Dream, generation_utils.py). float32 [steps], since counts made of it must round as there.
     """
-    score = confidence.to(torch.float64)
-    is_random = plan.rule == RULE_RANDOM
-    if bool(is_random.any()):
-        score = torch.where(is_random.unsqueeze(1), _random_order(score.shape[1], plan), score)
-    score = score.masked_fill(~masked, -torch.inf)
-    order = score.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(score.shape[1], device=score.device).expand_as(order)
+    times = torch.linspace(1, eps, steps + 1)
+    chances = 1 - times[1:] / times[:-1]
+    chances[-1] = 1.0
+    return chances
+
+
+def dream_count(num_masked: Tensor, chance: Tensor) -> Tensor:
+    """⌊masked positions · chance⌋ in float32, as the reference counts: int64 [R]."""
+    return (num_masked.to(torch.float32) * chance).to(torch.int64)
+
+
+def select_commits(block: BlockStatistics, plan: CommitPlan) -> Tensor:
+    """Positions to commit: bool [R, block]."""
+    score = _scores(block, plan)
+    counted = rules.fixed_count(score, block.masked, plan.count)
+    chosen = counted
+    for rule in plan.rules_in_use - {Rule.COUNT}:
+        here = (plan.rule == rule).unsqueeze(1)
+        chosen = torch.where(here, _apply(rule, block, plan, counted), chosen)
+    return chosen
+
+
+def _apply(rule: Rule, block: BlockStatistics, plan: CommitPlan, counted: Tensor) -> Tensor:
+    masked, bound, second = block.masked, plan.bound, plan.second_bound
+    match rule:
+        case Rule.COUNT:
+            return counted
+        case Rule.THRESHOLD:
+            return rules.threshold(block.confidence, masked, bound)
+        case Rule.FACTOR:
+            return rules.factor(block.confidence, masked, bound)
+        case Rule.ENTROPY_BOUND:
+            return rules.entropy_bound(block.entropy, masked, bound)
+        case Rule.HIERARCHICAL:
+            return rules.hierarchical(block.confidence, masked, second, bound)
+        case Rule.LOCAL_LEAP:
+            return rules.local_leap(
+                counted, block.confidence, block.committed, masked, bound, second
+            )
+        case Rule.ORIGIN:
+            return masked & (_uniform(masked.shape[1], plan) < plan.chance.unsqueeze(1))
+
+
+def _scores(block: BlockStatistics, plan: CommitPlan) -> Tensor:
+    """float64 [R, block]; larger is committed first."""
+    by_kind = torch.stack(
+        [
+            block.confidence.to(torch.float64),
+            _uniform(block.masked.shape[1], plan),
+            -block.entropy.to(torch.float64),
+            block.margin.to(torch.float64),
+        ]
     )
-    threshold = plan.threshold.to(confidence.dtype).unsqueeze(1)
-    by_threshold = (rank == 0) | (confidence >= threshold)
-    has_threshold = torch.isfinite(threshold)
-    return masked & torch.where(has_threshold, by_threshold, rank < plan.count.unsqueeze(1))
+    score = by_kind[plan.score, torch.arange(len(plan.score), device=plan.score.device)]
+    drawn = (plan.alg_temp > 0).unsqueeze(1)
+    # The n largest of score / T + Gumbel noise are n draws without replacement from
+    # softmax(score / T) (Kool et al. 2019): torch.multinomial's distribution, by our noise.
+    temperature = torch.where(plan.alg_temp > 0, plan.alg_temp, 1.0).unsqueeze(1)
+    gumbel = -(-_uniform(block.masked.shape[1], plan).log()).log()
+    return torch.where(drawn, score / temperature + gumbel, score)
 
 
-def _random_order(width: int, plan: CommitPlan) -> Tensor:
+def _uniform(width: int, plan: CommitPlan) -> Tensor:
+    """A number in (0, 1) for each position of each block: float64 [R, width]."""
     columns = torch.arange(width, device=plan.seed.device)
     position = (plan.block_start.unsqueeze(1) + columns).flatten()
     seed, step = (x.repeat_interleave(width) for x in (plan.seed, plan.step))
