@@ -32,6 +32,22 @@ class Caller:
     sender: Any
     stop: tuple[str, ...]
     num_unsent: int = 0
+    #: Held while the sender is used: asking it anything after the final response has been sent
+    #: reaches into memory that the server has freed, and crashes it.
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    answered: bool = False
+
+    def send(self, response: Any, *, final: bool) -> None:
+        """Send a response; the final flag rides on the last one, nobody waits for an empty one."""
+        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
+        with self.lock:
+            self.answered = final
+            self.sender.send(response, flags=flags)
+
+    def has_left(self) -> bool:
+        """Whether the caller cancelled or disconnected."""
+        with self.lock:
+            return not self.answered and bool(self.sender.is_cancelled())
 
 
 class Exchange:
@@ -97,9 +113,7 @@ class Exchange:
     def _send(self, caller: Caller, update: CanvasUpdate) -> None:
         try:
             response = to_response(self._worker.engine, update, caller.stop)
-            # The final flag rides on the last data response: nobody waits for an empty one.
-            final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if update.finished else 0
-            caller.sender.send(response, flags=final)
+            caller.send(response, final=update.finished)
         except Exception:
             logger.exception("response lost request_id=%d", caller.request_id)
 
@@ -109,11 +123,9 @@ class Exchange:
             with self._changed:
                 callers = list(self._callers.values())
             for caller in callers:
-                # Asked again until the final update: it may not have been admitted yet. Asking
-                # after the final response would crash the server, hence the lock.
-                with self._changed:
-                    if caller.request_id in self._callers and caller.sender.is_cancelled():
-                        self._worker.cancel(caller.request_id)
+                # Asked again until the final update: it may not have been admitted yet.
+                if caller.has_left():
+                    self._worker.cancel(caller.request_id)
             if watches % METRICS_EVERY == 0:
                 self._metrics.publish(self._worker)
             watches += 1
