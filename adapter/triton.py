@@ -54,8 +54,6 @@ NUMPY_TYPES: Mapping[str, type[Any]] = {
 }
 OUTPUTS = ("text_output", "finish_reason", "usage", "seed")
 
-# With this header a failed stream ends with its true gRPC code instead of a text without one.
-STREAM_HEADERS = {"triton_grpc_error": "true"}
 # Left alone, gRPC waits for up to two minutes before it looks for a server that went away.
 CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_send_message_length", -1),
@@ -69,9 +67,12 @@ PROBE: Inputs = {"input_ids": [0], "gen_length": 1, "steps": 1}
 PROBE_PRIORITY = 1  # before everything that waits
 END_OF_STREAM_SECONDS = 1.0
 
-#: What Triton says in a message rather than by a code; looked at first.
+#: What Triton says in a message; looked at first. On a stream an error has no code: the header
+#: `triton_grpc_error` would keep it, but with it a few refused requests in a row crash the server
+#: (2.51; docs/decisions/008-errors-by-text.md).
 ERROR_TEXTS: Sequence[tuple[str, type[AdapterError]]] = (
     ("stub process", EngineDead),
+    ("request for unknown model", Unavailable),
     ("exceeds maximum queue size", Overloaded),
     ("request timeout expired", Overloaded),
     ("explicit model load / unload is not allowed", ModelControlRefused),
@@ -141,7 +142,7 @@ class TritonEngine:
         }
 
     async def _stream(self, request: dict[str, Any]) -> AsyncGenerator[Event, None]:
-        responses = self._client.stream_infer(_only(request), headers=STREAM_HEADERS)
+        responses = self._client.stream_infer(_only(request))
         try:
             async for result, error in responses:
                 if error is not None:
@@ -180,8 +181,13 @@ def read_event(result: Any) -> Event:
 
 
 def map_error(code: str | None, message: str) -> AdapterError:
-    """Our error for a gRPC one: by its text where Triton's code says little, else by its code."""
+    """Our error for a gRPC one: by its text where Triton's code says little, else by its code.
+
+    The engine's complaints about an input begin with the input's name and a colon.
+    """
     text = REQUEST_ID_PREFIX.sub("", message).strip() or "no reason given"
+    if text.partition(":")[0] in INPUT_TYPES:
+        return InvalidRequest(text)
     for fragment, kind in ERROR_TEXTS:
         if fragment in text.lower():
             return kind(text)
