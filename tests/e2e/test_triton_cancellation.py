@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
-import requests
 
 from launcher.tritonserver import TritonServer
 from tests.e2e.triton_calls import LONG, GrpcStream, events, open_http_stream
-from tests.support.servers import eventually, metric
+from tests.support.servers import eventually, metric, settled_counters
+
+CANCELLED = "dllm_requests_cancelled_total"
+FINISHED = "dllm_requests_finished_total"
 
 
 @contextmanager
@@ -30,28 +32,16 @@ def http_stream(server: TritonServer) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def http_generate(server: TritonServer) -> Iterator[None]:
-    """A plain request whose client loses patience."""
-    with pytest.raises(requests.ReadTimeout):
-        requests.post(
-            f"http://{server.http_url}/v2/models/dllm/generate", json=LONG, timeout=(30, 1)
-        )
-    yield
-
-
-@pytest.mark.parametrize("way", [grpc_stream, http_stream, http_generate])
-def test_leaving_frees_the_place(triton: TritonServer, way: object) -> None:
+@pytest.mark.parametrize("way", [grpc_stream, http_stream])
+def test_leaving_frees_the_place(
+    triton: TritonServer, way: Callable[[TritonServer], AbstractContextManager[None]]
+) -> None:
     """When its client goes away a request ends at the next step instead of running on."""
-    assert callable(way)
-    eventually(lambda: metric(triton, "dllm_running_requests") == 0, "the engine is idle")
-    cancelled = metric(triton, "dllm_requests_cancelled_total")
-    finished = metric(triton, "dllm_requests_finished_total")
+    before = settled_counters(triton)
     with way(triton):
         pass
     eventually(
-        lambda: metric(triton, "dllm_requests_cancelled_total") == cancelled + 1,
-        "the request is cancelled",
+        lambda: metric(triton, CANCELLED) == before[CANCELLED] + 1, "the request is cancelled"
     )
-    assert metric(triton, "dllm_requests_finished_total") == finished
+    assert metric(triton, FINISHED) == before[FINISHED]
     eventually(lambda: metric(triton, "dllm_running_requests") == 0, "its place is free")

@@ -27,6 +27,17 @@ REPOSITORY = CHECKOUT / "model_repository"
 #: Generous: these tests may share two cores with a training run.
 PATIENCE = 120.0
 
+COUNTERS = (
+    "dllm_steps_total",
+    "dllm_step_seconds_total",
+    "dllm_forward_passes_total",
+    "dllm_batched_tokens_total",
+    "dllm_completion_tokens_total",
+    "dllm_requests_finished_total",
+    "dllm_requests_cancelled_total",
+    "dllm_requests_failed_total",
+)
+
 
 def eventually(condition: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
     """Wait until the condition holds; fails with `what` was waited for."""
@@ -63,6 +74,15 @@ def metric(server: TritonServer, name: str, model: str = "dllm") -> float:
     found = re.search(pattern, page, re.MULTILINE)
     assert found is not None, f"no metric {name} of {model}"
     return float(found.group(1))
+
+
+def settled_counters(server: TritonServer) -> dict[str, float]:
+    """The engine's counters once they stand still: they are published about once a second."""
+    known: dict[str, float] = {}
+    while (now := {name: metric(server, name) for name in COUNTERS}) != known:
+        known = now
+        time.sleep(2.5)
+    return now
 
 
 def stub_of(server: TritonServer, model: str) -> psutil.Process:

@@ -1,0 +1,135 @@
+"""The client library, its command line and its examples against the live servers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dllm_client import (
+    AsyncClient,
+    BadRequestError,
+    Client,
+    JobCancelledError,
+    JobFailedError,
+    NotFoundError,
+    UnavailableError,
+)
+from dllm_client.triton import TritonClient
+
+from launcher.ports import free_port
+from launcher.tritonserver import TritonServer
+from tests.e2e.triton_calls import generate
+from tests.support.servers import CHECKOUT, AdapterServer, eventually
+
+EXAMPLES = CHECKOUT / "client" / "examples"
+
+
+@pytest.fixture
+def client(adapter: AdapterServer) -> Client:
+    """The blocking client."""
+    return Client(adapter.url)
+
+
+def test_generate(client: Client, adapter: AdapterServer) -> None:
+    """`generate` and `generate_batch` return the texts of the jobs, in the order of the prompts."""
+    prompts = ["one", "two", "three"]
+    jobs = adapter.submit_batch(prompts, gen_length=16)
+    expected = [adapter.finished(job) for job in jobs]
+    assert client.generate("one", gen_length=16) == expected[0]
+    assert client.generate_batch(prompts, gen_length=16) == expected
+
+
+async def test_generate_async(client: Client, adapter: AdapterServer) -> None:
+    """The asyncio client does the same."""
+    async with AsyncClient(adapter.url) as other:
+        assert await other.health() == "ok"
+        assert await other.generate("one", gen_length=16) == client.generate("one", gen_length=16)
+
+
+def test_cancel(client: Client) -> None:
+    """`cancel` ends a job; whoever waits for it is told."""
+    job = client.submit("long", gen_length=512, cfg_scale=1.0, ignore_eos=True)
+    assert client.cancel(job).status == "cancelled"
+    with pytest.raises(JobCancelledError):
+        client.wait(job)
+
+
+def test_errors(client: Client) -> None:
+    """What goes wrong is an error of its own kind, which names the field at fault."""
+    with pytest.raises(BadRequestError, match="512") as refused:
+        client.generate("x", gen_length=513)
+    assert refused.value.field == "gen_length"
+    with pytest.raises(JobFailedError, match="remasking"):
+        client.generate("x", remasking="best")
+    with pytest.raises(NotFoundError):
+        client.result(10**9)
+    with pytest.raises(UnavailableError):
+        Client(f"http://127.0.0.1:{free_port()}").submit("x")
+
+
+def test_triton_client(triton: TritonServer) -> None:
+    """The direct client gets the engine's answer, at once or step by step."""
+    expected = generate(triton, text_input="hello", gen_length=12, seed=1)
+    with TritonClient(triton.http_url, triton.grpc_url) as direct:
+        assert direct.ready()
+        assert direct.generate("hello", gen_length=12).token_ids.tolist() == expected.token_ids
+        steps = list(direct.stream("hello", gen_length=12))
+    assert [step.done for step in steps] == [False] * 11 + [True]
+    assert steps[-1].token_ids.tolist() == expected.token_ids
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+def dllm(adapter: AdapterServer, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command `dllm`, which is installed beside this Python."""
+    return run(str(Path(sys.executable).with_name("dllm")), *arguments, "--url", adapter.url)
+
+
+def test_command_line(adapter: AdapterServer, client: Client, tmp_path: Path) -> None:
+    """The command prints texts, ids and states; with --json, whole results."""
+    text = client.generate("hello", gen_length=16)
+    once = dllm(adapter, "generate", "hello", "--gen-length", "16")
+    assert (once.returncode, once.stdout) == (0, f"{text}\n")
+
+    job = dllm(adapter, "submit", "hello", "--gen-length", "16").stdout.strip()
+    eventually(lambda: adapter.result(int(job))["status"] == "finished", "the job is done")
+    shown = json.loads(dllm(adapter, "result", job, "--json").stdout)
+    assert (shown["status"], shown["text"]) == ("finished", text)
+
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("hello\n\nother\n")
+    batch = dllm(adapter, "batch", str(prompts), "--gen-length", "16", "--json")
+    assert [json.loads(line)["status"] for line in batch.stdout.splitlines()] == ["finished"] * 2
+    assert dllm(adapter, "health").stdout == "ok\n"
+
+
+def test_command_line_errors(adapter: AdapterServer) -> None:
+    """What goes wrong is one line on standard error and an exit code, not a traceback."""
+    for arguments, word in (
+        (["generate", "x", "--gen-length", "513"], "gen_length"),
+        (["generate", "x", "--remasking", "best"], "remasking"),
+        (["result", "999999"], "999999"),
+    ):
+        failed = dllm(adapter, *arguments)
+        assert failed.returncode != 0
+        assert word in failed.stderr
+        assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_examples_run(example: Path, adapter: AdapterServer, triton: TritonServer) -> None:
+    """Every example runs against the servers and prints something."""
+    if "grpc" in example.stem:
+        url = triton.grpc_url
+    elif "triton" in example.stem:
+        url = triton.http_url
+    else:
+        url = adapter.url
+    done = run(sys.executable, str(example), "--url", url, "Tell me about AI")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()

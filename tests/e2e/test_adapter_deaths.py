@@ -1,0 +1,115 @@
+"""Processes are killed, and no job is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher.tritonserver import TritonServer
+from tests.conftest import StartAdapter
+from tests.support.servers import AdapterServer, eventually, stub_of, triton_server
+
+#: Death is noticed within seconds, with margins for a slow machine.
+QUICK = {
+    "DLLM_LEASE_SECONDS": "3",
+    "DLLM_PROBE_INTERVAL": "0.5",
+    "DLLM_STREAM_INTERVAL": "0.5",
+    "DLLM_ENGINE_SILENCE": "20",
+}
+#: Sampled without a seed: a job that ran twice would not have the same text again.
+UNIQUE = {"temperature": 1.0, "gen_length": 64, "ignore_eos": True}
+
+
+@pytest.fixture
+def mortal(checkpoint: Path, tmp_path: Path) -> Iterator[TritonServer]:
+    """A tritonserver that the test may harm."""
+    with triton_server(checkpoint, log_file=tmp_path / "triton.log") as server:
+        yield server
+
+
+def some_finished(adapter: AdapterServer, jobs: list[int]) -> dict[int, str]:
+    """Wait until some jobs are done but not all; the texts of those that are."""
+
+    def texts() -> dict[int, str]:
+        bodies = [adapter.result(job) for job in jobs]
+        return {
+            job: str(body["text"])
+            for job, body in zip(jobs, bodies, strict=True)
+            if body["status"] == "finished"
+        }
+
+    eventually(lambda: bool(texts()), "the first jobs are done")
+    done = texts()
+    assert len(done) < len(jobs), "too late: all jobs were done"
+    return done
+
+
+def test_killed_worker(start_adapter: StartAdapter) -> None:
+    """kill -9 of a worker: another takes up its jobs, and all of them finish."""
+    adapter = start_adapter(workers=2, DLLM_MAX_INFLIGHT="4", **QUICK)
+    jobs = adapter.submit_batch([f"prompt {i}" for i in range(40)], **UNIQUE)
+    early = some_finished(adapter, jobs)
+    victim = adapter.worker_processes()[0]
+    victim.kill()
+    victim.wait(30)
+
+    def status_of_all() -> bool:
+        try:
+            return adapter.statuses(jobs) == ["finished"] * len(jobs)
+        except OSError:  # the connection went to the worker that is no more
+            return False
+
+    eventually(status_of_all, "all jobs are finished")
+    assert {job: adapter.result(job)["text"] for job in early} == early
+
+
+def test_killed_adapter(start_adapter: StartAdapter) -> None:
+    """kill -9 of all workers: the next start finishes every job, and none that was done anew."""
+    adapter = start_adapter(workers=2, DLLM_MAX_INFLIGHT="4", **QUICK)
+    jobs = adapter.submit_batch([f"prompt {i}" for i in range(40)], **UNIQUE)
+    early = some_finished(adapter, jobs)
+    adapter.kill()
+    assert adapter.health() == 0
+    adapter.start()
+    texts = {job: adapter.finished(job) for job in jobs}
+    assert {job: texts[job] for job in early} == early
+    assert len(set(texts.values())) == len(jobs)
+    assert adapter.submit("next") == len(jobs)
+
+
+def test_killed_engine(start_adapter: StartAdapter, mortal: TritonServer) -> None:
+    """kill -9 of the model's process: health says 503, then ok again by itself; no job is lost."""
+    adapter = start_adapter(mortal, DLLM_MAX_INFLIGHT="4", **QUICK)
+    jobs = adapter.submit_batch([f"prompt {i}" for i in range(16)], **UNIQUE)
+    some_finished(adapter, jobs)
+    stub_of(mortal, "dllm").kill()
+    eventually(lambda: adapter.health() == 503, "the death is noticed")
+    eventually(lambda: adapter.health() == 200, "the engine is replaced")
+    assert len({adapter.finished(job) for job in jobs}) == len(jobs)
+
+
+def test_stopped_triton(start_adapter: StartAdapter, mortal: TritonServer) -> None:
+    """While Triton is away health says 503 and jobs are accepted; they finish once it is back."""
+    adapter = start_adapter(mortal, **QUICK)
+    assert adapter.finished(adapter.submit("before"))
+    mortal.stop()
+    eventually(lambda: adapter.health() == 503, "Triton is missed")
+    jobs = adapter.submit_batch(["meanwhile", "later"], gen_length=8)
+    assert adapter.statuses(jobs) == ["running"] * 2
+    mortal.start()
+    eventually(lambda: adapter.health() == 200, "Triton is back")
+    for job in jobs:
+        assert adapter.finished(job)
+
+
+def test_many_refusals(start_adapter: StartAdapter, mortal: TritonServer) -> None:
+    """Hundreds of jobs that the engine refuses, many at once, leave the server standing."""
+    adapter = start_adapter(mortal, **QUICK)
+    for _ in range(8):
+        jobs = adapter.submit_batch(["x"] * 64, remasking="best")
+        eventually(lambda: "running" not in adapter.statuses(jobs), "the jobs are judged")  # noqa: B023
+        assert mortal.running, mortal.log_tail[-15:]
+        assert adapter.statuses(jobs) == ["failed"] * 64
+    assert adapter.finished(adapter.submit("still there"))

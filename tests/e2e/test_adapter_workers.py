@@ -1,0 +1,27 @@
+"""Several workers behind one port."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+from dllm_engine import LLM, SamplingParams
+
+from tests.support.servers import AdapterServer
+
+
+def test_any_worker_answers_for_any_job(adapter_workers: AdapterServer, llm: LLM) -> None:
+    """With four workers every job can be polled at once over whatever connection comes next."""
+    assert len(adapter_workers.worker_processes()) == 4
+    prompts = [f"prompt {i}" for i in range(40)]
+    sampling = SamplingParams(gen_length=16)
+    expected = llm.generate(prompts, sampling, chat=True, progress=False)
+    with ThreadPoolExecutor(8) as pool:
+        jobs = list(pool.map(lambda p: adapter_workers.submit(p, gen_length=16), prompts))
+        # Each poll is a new connection, which the kernel hands to any of the workers.
+        first = list(pool.map(adapter_workers.result, jobs))
+        texts = list(pool.map(adapter_workers.finished, jobs))
+    assert len(set(jobs)) == 40
+    assert {str(body["status"]) for body in first} <= {"running", "finished"}
+    assert texts == [one.text for one in expected]
+    for _ in range(8):
+        assert [adapter_workers.result(job)["text"] for job in jobs[:8]] == texts[:8]
