@@ -24,6 +24,8 @@ def _problems(body: GenerateRequest | BatchRequest, settings: Settings) -> Itera
             yield from _too_long(("prompts", index), prompt, settings.max_prompt_chars)
     else:
         yield from _prompt_problems(body, settings.max_prompt_chars)
+        canvas = body.canvas_ids or []
+        yield from _too_long("canvas_ids", canvas, settings.max_gen_length, "List", "items")
     yield from _too_large("temperature", body.temperature, settings.max_temperature)
     yield from _too_large("gen_length", body.gen_length, settings.max_gen_length)
     if body.block_length is not None:
@@ -33,6 +35,8 @@ def _problems(body: GenerateRequest | BatchRequest, settings: Settings) -> Itera
 def _prompt_problems(body: GenerateRequest, limit: int) -> Iterator[Problem]:
     if body.prompt is not None:
         yield from _too_long("prompt", body.prompt, limit)
+    if body.suffix is not None:
+        yield from _too_long("suffix", body.suffix, limit)
     if body.input_ids is not None:
         yield from _too_long("input_ids", body.input_ids, limit, "List", "items")
     if body.messages is not None:

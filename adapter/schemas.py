@@ -10,7 +10,7 @@ from adapter.generation import Inputs, InputValue
 from adapter.jobs.store import Job, JobState
 
 INT32_MAX = 2**31 - 1
-MAX_CFG_SCALE = 1e6  # far beyond sense, well within 32-bit floats
+MAX_RULE_PARAMETER = 1e6  # far beyond sense, well within 32-bit floats
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 
@@ -61,12 +61,21 @@ class Sampling(Body):
     gen_length: int = Field(32, ge=1, description="tokens; at most DLLM_MAX_GEN_LENGTH")
     steps: Count | None = Field(None, description="denoising steps; default: gen_length")
     block_length: Count | None = Field(None, description="at most gen_length")
-    cfg_scale: float | None = Field(None, ge=0, le=MAX_CFG_SCALE)
+    cfg_scale: float | None = Field(None, ge=0, le=MAX_RULE_PARAMETER)
     remasking: Name | None = None
     confidence_threshold: float | None = Field(None, gt=0, le=1)
+    factor: float | None = Field(None, ge=0, le=MAX_RULE_PARAMETER)
+    entropy_bound: float | None = Field(None, ge=0, le=MAX_RULE_PARAMETER)
+    low_threshold: float | None = Field(None, gt=0, le=1)
+    anchor_threshold: float | None = Field(None, gt=0, le=1)
+    neighbor_threshold: float | None = Field(None, gt=0, le=1)
+    alg: Name | None = None
+    alg_temp: float | None = Field(None, ge=0, le=MAX_RULE_PARAMETER)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: Count | None = None
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    logits_eos_inf: bool | None = None
+    confidence_eos_eot_inf: bool | None = None
     stop: StopStrings | None = None
     cache: Name | None = None
     retention_ratio: float | None = Field(None, ge=0, le=1)
@@ -84,6 +93,10 @@ class GenerateRequest(Sampling):
     messages: list[Message] | None = Field(None, min_length=1)
     input_ids: list[Token] | None = Field(None, min_length=1)
     raw: bool = Field(False, description="pass the prompt as it is, without the chat template")
+    suffix: Prompt | None = Field(None, description="text behind the gap; limited as prompt")
+    canvas_ids: list[Token] | None = Field(
+        None, min_length=1, description="the canvas, with the mask id where to decode"
+    )
 
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:
@@ -102,13 +115,23 @@ class GenerateRequest(Sampling):
 
     def inputs(self) -> Inputs:
         """The request for the Triton model."""
-        sampling = self.sampling_inputs()
+        sampling = self.sampling_inputs() | self._gap_inputs()
         if self.prompt is not None:
             return sampling | prompt_input(self.prompt, raw=self.raw)
         if self.input_ids is not None:
             return sampling | {"input_ids": self.input_ids}
         messages = [message.model_dump() for message in self.messages or ()]
         return sampling | {"messages": json.dumps(messages)}
+
+    def _gap_inputs(self) -> dict[str, InputValue]:
+        inputs: dict[str, InputValue] = {}
+        if self.suffix is not None:
+            inputs["suffix"] = self.suffix
+        if self.canvas_ids is not None:
+            inputs["canvas_ids"] = self.canvas_ids
+            if "gen_length" not in self.model_fields_set:
+                inputs["gen_length"] = len(self.canvas_ids)
+        return inputs
 
     def _has(self, name: str) -> bool:
         return getattr(self, name) is not None

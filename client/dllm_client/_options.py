@@ -47,6 +47,9 @@ def sampling(
     threshold: Annotated[
         float | None, typer.Option(help="Commit every token above this confidence at once.")
     ] = None,
+    alg: Annotated[
+        str | None, typer.Option(help="Dream's origin, maskgit_plus, topk_margin or entropy.")
+    ] = None,
     cfg_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus of the distribution.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Number of candidates.")] = None,
@@ -65,6 +68,7 @@ def sampling(
         "block_length": block_length,
         "remasking": remasking,
         "confidence_threshold": threshold,
+        "alg": alg,
         "cfg_scale": cfg_scale,
         "top_p": top_p,
         "top_k": top_k,

@@ -10,6 +10,8 @@ from dllm_client._errors import UnexpectedResponseError
 class Sampling(TypedDict, total=False):
     """How to generate; what is absent takes the server's default."""
 
+    suffix: str  #: text behind the gap
+    canvas_ids: list[int]
     temperature: float
     gen_length: int
     steps: int
@@ -17,9 +19,18 @@ class Sampling(TypedDict, total=False):
     cfg_scale: float
     remasking: str
     confidence_threshold: float
+    factor: float
+    entropy_bound: float
+    low_threshold: float
+    anchor_threshold: float
+    neighbor_threshold: float
+    alg: str
+    alg_temp: float
     top_p: float
     top_k: int
     seed: int
+    logits_eos_inf: bool
+    confidence_eos_eot_inf: bool
     stop: list[str]
     ignore_eos: bool
     cache: str

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
-from dllm_engine import CanvasUpdate, Engine, InvalidRequest, SamplingParams
+from dllm_engine import CanvasUpdate, Engine, InvalidRequest, Prompt, SamplingParams
 from dllm_engine.scheduler import Request
 
 PROMPT_INPUTS = ("text_input", "messages", "input_ids")
@@ -26,12 +26,14 @@ def parse_request(engine: Engine, request: Any) -> Request:
     """
     _reject_unknown(request)
     inputs = {tensor.name(): tensor for tensor in request.inputs()}
-    prompt_ids = _prompt_ids(engine, inputs)
+    prompt = Prompt(_prompt_ids(engine, inputs), _canvas_ids(inputs), _suffix_ids(engine, inputs))
     values = {name: _param(inputs, name) for name in PARAM_INPUTS if name in inputs}
     stream = bool(_scalar(inputs, "stream")) if "stream" in inputs else False
     interval = _stream_interval(inputs)
+    if prompt.canvas_ids:
+        values.setdefault("gen_length", len(prompt.canvas_ids))
     params = SamplingParams(**values)
-    return engine.make_request(prompt_ids, params, stream_interval=interval if stream else None)
+    return engine.make_request(prompt, params, stream_interval=interval if stream else None)
 
 
 def _reject_unknown(request: Any) -> None:
@@ -58,6 +60,23 @@ def _prompt_ids(engine: Engine, inputs: dict[str, Any]) -> list[int]:
         if field == "text_input"
         else (engine.codec.encode_messages(text))
     )
+
+
+def _canvas_ids(inputs: dict[str, Any]) -> list[int]:
+    if "canvas_ids" not in inputs:
+        return []
+    ids = [int(i) for i in _values(inputs, "canvas_ids")]
+    if not ids:
+        raise InvalidRequest("canvas_ids", "must not be empty")
+    return ids
+
+
+def _suffix_ids(engine: Engine, inputs: dict[str, Any]) -> list[int]:
+    if "suffix" not in inputs:
+        return []
+    if engine.codec is None:
+        raise InvalidRequest("suffix", "this checkpoint has no tokenizer; send canvas_ids")
+    return engine.codec.encode_suffix(str(_scalar(inputs, "suffix")))
 
 
 def _param(inputs: dict[str, Any], name: str) -> Any:

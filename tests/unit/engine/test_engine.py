@@ -17,11 +17,13 @@ from dllm_engine import (
     FinishReason,
     InvalidConfig,
     InvalidRequest,
+    Prompt,
     RequestFailed,
     SamplingParams,
 )
 
 from tests.support.checkpoints import EOS, EOT, MASK, write_llada
+from tests.support.reference import Forward
 
 PROMPT = [1, 2, 3]
 
@@ -41,7 +43,7 @@ def run(engine: Engine) -> dict[int, CanvasUpdate]:
 
 def submit(engine: Engine, **params: object) -> int:
     """Queue a request with these parameters; its id."""
-    request = engine.make_request(PROMPT, SamplingParams(**params))  # type: ignore[arg-type]
+    request = engine.make_request(Prompt(PROMPT), SamplingParams(**params))  # type: ignore[arg-type]
     engine.add(request)
     return request.request_id
 
@@ -65,7 +67,7 @@ def test_an_end_of_text_token_ends_the_request_early(eager: Path) -> None:
     params = SamplingParams(gen_length=16, block_length=4)
     stopped = llm.generate([PROMPT], params, progress=False)[0]
     whole = llm.generate([PROMPT], dataclasses.replace(params, ignore_eos=True), progress=False)[0]
-    eos = llm.engine.spec.eos_token_ids
+    eos = llm.engine.stop_token_ids
     first = next(i for i, token in enumerate(whole.token_ids) if int(token) in eos)
     assert stopped.finish_reason is FinishReason.STOP
     assert whole.finish_reason is FinishReason.LENGTH
@@ -81,7 +83,7 @@ def test_an_end_of_text_token_ends_the_request_early(eager: Path) -> None:
 
 def test_end_of_turn_tokens_of_the_tokenizer_end_a_request_too(checkpoint: Path) -> None:
     """`<|eot_id|>` ends a turn although config.json names `<|endoftext|>` alone."""
-    assert set(make_engine(checkpoint).spec.eos_token_ids) == {EOS, EOT}
+    assert set(make_engine(checkpoint).stop_token_ids) == {EOS, EOT}
 
 
 def test_a_stop_string_ends_the_request_and_is_not_part_of_the_text(llm: LLM) -> None:
@@ -116,7 +118,7 @@ def test_updates_come_every_step_and_committed_tokens_never_change(checkpoint: P
     """With an interval of 0: one update per step; each shows all earlier commits unchanged."""
     engine = make_engine(checkpoint)
     params = SamplingParams(gen_length=12, block_length=4, ignore_eos=True)
-    engine.add(engine.make_request(PROMPT, params, stream_interval=0.0))
+    engine.add(engine.make_request(Prompt(PROMPT), params, stream_interval=0.0))
     updates = [update for _ in range(12) for update in engine.step()]
     assert [u.usage.steps for u in updates] == list(range(1, 13))
     assert [u.finished for u in updates] == [False] * 11 + [True]
@@ -132,7 +134,7 @@ def test_updates_can_be_spaced_or_left_out(checkpoint: Path) -> None:
     engine = make_engine(checkpoint)
     for interval, expected in ((0.0, 8), (3600.0, 1), (None, 1)):
         params = SamplingParams(gen_length=8, ignore_eos=True)
-        engine.add(engine.make_request(PROMPT, params, stream_interval=interval))
+        engine.add(engine.make_request(Prompt(PROMPT), params, stream_interval=interval))
         updates = []
         while engine.has_work:
             updates += engine.step()
@@ -228,7 +230,7 @@ def test_bad_parameters_are_refused_by_field_and_limit(
     """Every parameter out of range is an InvalidRequest that names the field and the limit."""
     params = SamplingParams(**({"gen_length": 64} | {field: value}))  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match=f"^{field}: .*{limit}") as raised:
-        llm.engine.make_request(PROMPT, params)
+        llm.engine.make_request(Prompt(PROMPT), params)
     assert raised.value.field == field
 
 
@@ -244,7 +246,7 @@ def test_bad_parameters_are_refused_by_field_and_limit(
 def test_contradicting_rules_are_refused(llm: LLM, params: dict[str, object], message: str) -> None:
     """Only one parameter may say how many positions a step commits."""
     with pytest.raises(InvalidRequest, match=message):
-        llm.engine.make_request(PROMPT, SamplingParams(**params))  # type: ignore[arg-type]
+        llm.engine.make_request(Prompt(PROMPT), SamplingParams(**params))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -254,7 +256,7 @@ def test_contradicting_rules_are_refused(llm: LLM, params: dict[str, object], me
 def test_bad_prompts_are_refused(llm: LLM, prompt: list[int], message: str) -> None:
     """Empty prompts and ids outside the vocabulary name `input_ids` and the limit."""
     with pytest.raises(InvalidRequest, match=f"^input_ids: .*{message}"):
-        llm.engine.make_request(prompt, SamplingParams())
+        llm.engine.make_request(Prompt(prompt), SamplingParams())
 
 
 def test_the_last_token_of_the_context_can_be_used(llm: LLM) -> None:
@@ -274,6 +276,54 @@ def test_a_checkpoint_without_a_tokenizer_serves_token_ids(tmp_path: Path) -> No
         llm.generate(["text"])
     with pytest.raises(InvalidRequest, match="^stop: .*no tokenizer"):
         llm.generate([PROMPT], SamplingParams(stop=("a",)))
+
+
+def test_fixed_tokens_in_the_canvas_and_behind_it_stay(llm64: LLM, oracle64: Forward) -> None:
+    """A gap is filled in view of what surrounds it; fixed tokens are never written.
+
+    The only masked position left must get what one forward pass over the whole sequence says.
+    """
+    canvas = [7, MASK, 9, EOS, 11]
+    prompt = Prompt(PROMPT, canvas_ids=canvas, suffix_ids=[20, 21])
+    answer = llm64.generate([prompt], SamplingParams(gen_length=5), progress=False)[0]
+    logits = oracle64(torch.tensor([*PROMPT, *canvas, 20, 21]))[4].clone()
+    logits[MASK] = -torch.inf
+    filled = int(logits.argmax())
+    assert answer.token_ids.tolist() == [7, filled, 9, EOS, 11]
+    assert answer.usage.steps == 1
+    assert answer.usage.prompt_tokens == 5
+    assert answer.finish_reason is FinishReason.LENGTH
+    assert (answer.confidence >= 0).tolist() == [False, True, False, False, False]
+
+
+def test_a_suffix_changes_the_answer_and_is_no_part_of_it(llm: LLM) -> None:
+    """The canvas is decoded in view of the suffix; blocks and steps are those of the canvas."""
+    params = SamplingParams(gen_length=12, block_length=5, steps=7, ignore_eos=True)
+    plain, gap = llm.generate(
+        [PROMPT, Prompt(PROMPT, suffix_ids=[40, 41, 42])], params, progress=False
+    )
+    assert len(gap.token_ids) == 12
+    assert gap.usage.steps == plain.usage.steps == 7
+    assert gap.token_ids.tolist() != plain.token_ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (
+            Prompt(PROMPT, canvas_ids=[1, MASK]),
+            r"canvas_ids: must hold gen_length \(3\) ids; got 2",
+        ),
+        (Prompt(PROMPT, canvas_ids=[1, 2, 3]), "canvas_ids: holds no mask"),
+        (Prompt(PROMPT, canvas_ids=[1, MASK, 512]), r"canvas_ids: .*0\.\.511"),
+        (Prompt(PROMPT, suffix_ids=[1] * 251), "gen_length: prompt .254 tokens."),
+    ],
+    ids=str,
+)
+def test_bad_gaps_are_refused(llm: LLM, prompt: Prompt, message: str) -> None:
+    """A canvas of the wrong length, without masks or with bad ids is named."""
+    with pytest.raises(InvalidRequest, match=message):
+        llm.engine.make_request(prompt, SamplingParams(gen_length=3))
 
 
 def test_one_bad_prompt_stops_the_whole_call_before_it_runs(llm: LLM) -> None:

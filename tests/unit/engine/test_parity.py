@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from dllm_engine import LLM, Completion, SamplingParams
+from dllm_engine import LLM, Completion, Prompt, SamplingParams
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -60,7 +60,7 @@ def expected(
 def run_with_arrivals(llm: LLM, batch: list[Case]) -> dict[int, Any]:
     """Add each request at its step; final updates by the request's place in `batch`."""
     engine = llm.engine
-    requests = {i: engine.make_request(prompt, p) for i, (_, prompt, p) in enumerate(batch)}
+    requests = {i: engine.make_request(Prompt(prompt), p) for i, (_, prompt, p) in enumerate(batch)}
     place = {request.request_id: i for i, request in requests.items()}
     finished: dict[int, Any] = {}
     step = 0

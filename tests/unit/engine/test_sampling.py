@@ -5,11 +5,13 @@ import dataclasses
 import pytest
 import torch
 from dllm_engine import LLM, SamplingParams
-from dllm_engine.sampling import RowSampling, noise, sample_candidates
+from dllm_engine.sampling import RowSampling, SpecialTokens, noise, sample_candidates
 from torch import Tensor
 
 VOCAB = 12
 MASK = 11
+EOS, EOT = 9, 10
+SPECIAL = SpecialTokens(mask=MASK, eos=torch.tensor([EOS]), stop=torch.tensor([EOS, EOT]))
 
 
 def row_sampling(rows: int, **columns: float | bool | Tensor) -> RowSampling:
@@ -22,8 +24,11 @@ def row_sampling(rows: int, **columns: float | bool | Tensor) -> RowSampling:
         "top_p": 1.0,
         "top_k": 0,
         "tempered": False,
+        "no_eos": False,
+        "late_eos": False,
     }
     types = {"temperature": torch.float64, "top_p": torch.float64, "tempered": torch.bool}
+    types |= {"no_eos": torch.bool, "late_eos": torch.bool}
     return RowSampling(
         **{
             name: torch.as_tensor(value).expand(rows).to(types.get(name, torch.int64))
@@ -34,9 +39,7 @@ def row_sampling(rows: int, **columns: float | bool | Tensor) -> RowSampling:
 
 def draw(logits: Tensor, rows: RowSampling, budget_bytes: int = 2**20) -> tuple[Tensor, Tensor]:
     """Candidates for rows whose logits are given: the head is the identity."""
-    found = sample_candidates(
-        logits, torch.eye(VOCAB), rows, mask_token_id=MASK, budget_bytes=budget_bytes
-    )
+    found = sample_candidates(logits, torch.eye(VOCAB), rows, SPECIAL, budget_bytes=budget_bytes)
     return found.token, found.confidence
 
 
@@ -142,6 +145,43 @@ def test_filters_apply_to_their_own_rows_only(logits: Tensor) -> None:
     best = int(rows[0].argmax())
     assert set(token[third < 2].tolist()) == {best}
     assert len(set(token[third == 2].tolist())) > 3
+
+
+def test_end_of_text_can_be_forbidden_or_put_last(logits: Tensor) -> None:
+    """`no_eos` never chooses end of text; `late_eos` gives every end a confidence of 0 and leaves
+    it out of the others' (LLaDA's logits_eos_inf and confidence_eos_eot_inf)."""
+    rows = logits.expand(3, -1).clone()
+    rows[:, [EOS, EOT]] = torch.tensor([8.0, 7.0])
+    switches = {"no_eos": torch.arange(3) == 1, "late_eos": torch.arange(3) == 2}
+    token, confidence = draw(rows.clone(), row_sampling(3, **switches))
+    assert token.tolist() == [EOS, EOT, EOS]
+    without = rows[1].clone()
+    without[EOS] = -torch.inf
+    assert confidence[1].item() == pytest.approx(without.softmax(0)[EOT].item(), rel=1e-5)
+    assert confidence[2].item() == 0.0
+    rows[:, 0] = 9.0
+    token, confidence = draw(rows.clone(), row_sampling(3, **switches))
+    alone = rows[2].clone()
+    alone[[EOS, EOT]] = -torch.inf
+    assert token.tolist() == [0, 0, 0]
+    assert confidence[2].item() == pytest.approx(alone.softmax(0)[0].item(), rel=1e-5)
+
+
+def test_statistics_are_those_of_the_distribution_asked_for(logits: Tensor) -> None:
+    """Entropy and margin of softmax(logits), or of the tempered and filtered one (Dream)."""
+    rows = logits.expand(2, -1).clone()
+    rows[:, MASK] = -30.0
+    sampling = row_sampling(2, temperature=0.5, top_k=4, seed=3, tempered=torch.arange(2) == 1)
+    found = sample_candidates(rows.clone(), torch.eye(VOCAB), sampling, SPECIAL, budget_bytes=2**20)
+    filtered = rows[1].double() / 0.5
+    filtered[filtered < filtered.topk(4).values[-1]] = -torch.inf
+    for row, distribution in ((0, rows[0].double().softmax(0)), (1, filtered.softmax(0))):
+        best = distribution.topk(2).values
+        entropy = -torch.special.xlogy(distribution, distribution).sum()
+        chosen = distribution[found.token[row]]
+        assert found.confidence[row].item() == pytest.approx(chosen.item(), rel=1e-4)
+        assert found.entropy[row].item() == pytest.approx(entropy.item(), rel=1e-4)
+        assert found.margin[row].item() == pytest.approx((best[0] - best[1]).item(), abs=1e-5)
 
 
 def test_chunking_changes_nothing(logits: Tensor) -> None:

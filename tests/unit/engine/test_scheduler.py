@@ -1,6 +1,6 @@
 """Who takes the next step: budgets, turns and slots."""
 
-from dllm_engine.request import SamplingParams
+from dllm_engine.request import Prompt, SamplingParams
 from dllm_engine.scheduler import Request, Scheduler
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 def make(request_id: int, rows: int) -> Request:
     """A request of `rows` tokens."""
-    return Request(request_id, [0] * (rows - 1), SamplingParams(gen_length=1))
+    return Request(request_id, Prompt([0] * (rows - 1)), SamplingParams(gen_length=1))
 
 
 def ids(requests: list[Request]) -> list[int]:
@@ -55,7 +55,7 @@ def test_an_oversized_request_runs_alone_and_blocks_nobody() -> None:
 
 def test_guidance_counts_twice() -> None:
     """A request with guidance pushes its rows twice and is charged for both."""
-    request = Request(0, [0] * 9, SamplingParams(gen_length=1, cfg_scale=1.0))
+    request = Request(0, Prompt([0] * 9), SamplingParams(gen_length=1, cfg_scale=1.0))
     assert request.rows_per_step == 20
 
 

@@ -13,6 +13,7 @@ from dllm_engine import (
     EngineDead,
     EngineWorker,
     FinishReason,
+    Prompt,
     SamplingParams,
 )
 
@@ -29,7 +30,7 @@ def test_requests_from_many_threads_are_all_answered(checkpoint: Path) -> None:
 
     def ask(length: int) -> None:
         params = SamplingParams(gen_length=length, ignore_eos=True)
-        worker.submit(worker.engine.make_request([1], params), answers.put)
+        worker.submit(worker.engine.make_request(Prompt([1]), params), answers.put)
 
     threads = [threading.Thread(target=ask, args=(n,)) for n in range(1, 17)]
     for thread in threads:
@@ -44,13 +45,13 @@ def test_submit_blocks_while_every_slot_is_taken(checkpoint: Path) -> None:
     """The request after the last slot waits with its caller until one is free."""
     worker = start(checkpoint, max_num_seqs=1)
     done: queue.Queue[CanvasUpdate] = queue.Queue()
-    long = worker.engine.make_request([1], SamplingParams(gen_length=250, ignore_eos=True))
+    long = worker.engine.make_request(Prompt([1]), SamplingParams(gen_length=250, ignore_eos=True))
     worker.submit(long, done.put)
     entered = threading.Event()
 
     def second() -> None:
         params = SamplingParams(gen_length=1)
-        worker.submit(worker.engine.make_request([1], params), done.put)
+        worker.submit(worker.engine.make_request(Prompt([1]), params), done.put)
         entered.set()
 
     threading.Thread(target=second).start()
@@ -68,7 +69,7 @@ def test_close_finishes_what_runs(checkpoint: Path) -> None:
     answers: queue.Queue[CanvasUpdate] = queue.Queue()
     for _ in range(5):
         params = SamplingParams(gen_length=8, ignore_eos=True)
-        worker.submit(worker.engine.make_request([1], params), answers.put)
+        worker.submit(worker.engine.make_request(Prompt([1]), params), answers.put)
     worker.close()
     assert answers.qsize() == 5
 
@@ -86,8 +87,8 @@ def test_a_dead_engine_fails_its_requests_and_refuses_new_ones(
 
     monkeypatch.setattr(engine._runner._model, "forward", lost)
     answers: queue.Queue[CanvasUpdate] = queue.Queue()
-    worker.submit(engine.make_request([1], SamplingParams()), answers.put)
+    worker.submit(engine.make_request(Prompt([1]), SamplingParams()), answers.put)
     assert isinstance(answers.get(timeout=30).error, EngineDead)
     assert "device lost" in str(deaths.get(timeout=30))
     with pytest.raises(EngineDead):
-        worker.submit(engine.make_request([1], SamplingParams()), answers.put)
+        worker.submit(engine.make_request(Prompt([1]), SamplingParams()), answers.put)

@@ -11,7 +11,7 @@ from .errors import (
     RequestFailed,
 )
 from .llm import LLM
-from .request import CanvasUpdate, Completion, FinishReason, SamplingParams, Usage
+from .request import CanvasUpdate, Completion, FinishReason, Prompt, SamplingParams, Usage
 from .worker import EngineWorker
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "FinishReason",
     "InvalidConfig",
     "InvalidRequest",
+    "Prompt",
     "RequestFailed",
     "SamplingParams",
     "Usage",

@@ -80,6 +80,8 @@ def build_batch(table: CanvasTable, chosen: list[int], *, shifted: bool) -> Step
             top_p=table.top_p[request_slots],
             top_k=table.top_k[request_slots],
             tempered=table.tempered[request_slots],
+            no_eos=table.no_eos[request_slots],
+            late_eos=table.late_eos[request_slots],
         ),
         plan=_plan(table, chosen, slots, block_masked),
         needs_spread=table.needs_spread(chosen),
@@ -114,7 +116,7 @@ def _pack(
     row_slots = slots[sequence]
     ids = table.tokens[row_slots, positions]
     hidden_prompt = is_twin[sequence] & table.given[row_slots, positions]
-    ids = ids.masked_fill(hidden_prompt, table.mask_token_id)
+    ids = ids.masked_fill(hidden_prompt, table.special.mask)
     missing = -len(ids) % ROW_MULTIPLE
     layout = PackedLayout.of(lengths.tolist())
     return F.pad(ids, (0, missing)), F.pad(positions, (0, missing)), starts, layout

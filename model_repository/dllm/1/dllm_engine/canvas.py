@@ -11,7 +11,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .request import SamplingParams
+from .request import Prompt, SamplingParams
+from .sampling.candidates import SpecialTokens
 from .sampling.commit import (
     ALG,
     REMASKING,
@@ -46,17 +47,15 @@ class CanvasTable:
         num_slots: int,
         max_len: int,
         *,
-        mask_token_id: int,
-        eos_token_ids: tuple[int, ...],
+        special: SpecialTokens,
         device: str,
     ) -> None:
         def column(dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(num_slots, dtype=dtype, device=device)
 
-        self.mask_token_id = mask_token_id
+        self.special = special
         self.device = device
-        self._eos = torch.tensor(eos_token_ids, dtype=torch.int64, device=device)
-        #: [slots, max_len]; prompt, then canvas; `mask_token_id` where masked.
+        #: [slots, max_len]; prompt, canvas, suffix; the mask token where masked.
         self.tokens = torch.zeros(num_slots, max_len, dtype=torch.int64, device=device)
         #: [slots, max_len] bool; positions still to be decoded. Not read off the tokens, so
         #: that a mask token in a prompt stays what it is.
@@ -65,7 +64,7 @@ class CanvasTable:
         self.given = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)
         #: [slots, max_len]; probability at commit, −1 elsewhere.
         self.confidence = torch.zeros(num_slots, max_len, device=device)
-        self.length, self.prompt_len = column(), column()
+        self.length, self.prompt_len, self.canvas_end = column(), column(), column()
         self.block_length, self.block_start, self.block_end = column(), column(), column()
         # Schedule of the active block: masks when it began, its share of the steps, steps run.
         self.block_masks, self.block_steps, self.block_step = column(), column(), column()
@@ -76,6 +75,7 @@ class CanvasTable:
         self.top_k, self.seed = column(), column()
         self.score, self.rule = column(), column()
         self.tempered, self.honours_eos = column(torch.bool), column(torch.bool)
+        self.no_eos, self.late_eos = column(torch.bool), column(torch.bool)
         #: [slots, max_len] float32; Dream's share of the masks for each step of the schedule.
         self.chance = torch.zeros(num_slots, max_len, device=device)
         # Place of the active block's first step in the schedule of the whole canvas.
@@ -84,27 +84,32 @@ class CanvasTable:
         self._rules = [Rule.COUNT] * num_slots
         self._needs_spread = [False] * num_slots
 
-    def fill(self, slot: int, prompt_ids: list[int], params: SamplingParams) -> None:
+    def fill(self, slot: int, prompt: Prompt, params: SamplingParams) -> None:
         """Lay out a new request in `slot`; `params` must be resolved."""
         assert params.block_length is not None
         assert params.steps is not None
         assert params.seed is not None
-        start, end = len(prompt_ids), len(prompt_ids) + params.gen_length
-        self.tokens[slot, :start] = torch.tensor(prompt_ids, dtype=torch.int64)
-        self.tokens[slot, start:end] = self.mask_token_id
+        start, end = len(prompt.ids), len(prompt.ids) + params.gen_length
+        canvas = prompt.canvas_ids or [self.special.mask] * params.gen_length
+        everything = torch.tensor([*prompt.ids, *canvas, *prompt.suffix_ids])
+        length = len(everything)
+        self.tokens[slot, :length] = everything
         self.masked[slot] = False
-        self.masked[slot, start:end] = True
-        self.given[slot] = False
-        self.given[slot, :start] = True
+        self.masked[slot, start:end] = torch.tensor(canvas) == self.special.mask
+        self.given[slot] = ~self.masked[slot]
         self.confidence[slot] = -1.0
-        self.length[slot], self.prompt_len[slot] = end, start
+        self.length[slot], self.prompt_len[slot], self.canvas_end[slot] = length, start, end
         self.block_length[slot] = params.block_length
         self.steps[slot], self.step[slot] = params.steps, 0
         self.temperature[slot], self.cfg_scale[slot] = params.temperature, params.cfg_scale
         self.top_p[slot] = 1.0 if params.top_p is None else params.top_p
         self.top_k[slot] = params.top_k or 0
         self.seed[slot] = params.seed
-        self.honours_eos[slot] = not params.ignore_eos
+        # In a gap, what stands behind it goes on whatever is decoded before.
+        is_gap = bool(prompt.suffix_ids or prompt.canvas_ids)
+        self.honours_eos[slot] = not (params.ignore_eos or is_gap)
+        self.no_eos[slot] = params.logits_eos_inf
+        self.late_eos[slot] = params.confidence_eos_eot_inf
         self._fill_rule(slot, params)
         self.block_start[slot] = self.block_end[slot] = start
         opened = torch.tensor([slot], device=self.device)
@@ -161,9 +166,11 @@ class CanvasTable:
         columns = torch.arange(width, device=self.device)
         tokens, masked = self.tokens[slots, :width], self.masked[slots, :width]
         in_canvas = columns >= self.prompt_len[slots].unsqueeze(1)
-        end = self.length[slots].unsqueeze(1)
+        end = self.canvas_end[slots].unsqueeze(1)
         first_masked = torch.where(masked, columns, end).amin(dim=1)
-        is_eos = torch.isin(tokens, self._eos) & in_canvas & self.honours_eos[slots].unsqueeze(1)
+        is_eos = (
+            torch.isin(tokens, self.special.stop) & in_canvas & self.honours_eos[slots].unsqueeze(1)
+        )
         is_eos &= ~masked & (columns < end)
         first_eos = torch.where(is_eos, columns, end).amin(dim=1)
         ready = torch.minimum(first_masked, first_eos) - self.prompt_len[slots]
@@ -175,7 +182,7 @@ class CanvasTable:
 
     def canvas(self, slot: int) -> tuple[Tensor, Tensor]:
         """Copies of a request's canvas: tokens int32 and confidences float32, on the CPU."""
-        region = slice(int(self.prompt_len[slot]), int(self.length[slot]))
+        region = slice(int(self.prompt_len[slot]), int(self.canvas_end[slot]))
         tokens = self.tokens[slot, region].to("cpu", torch.int32, copy=True)
         return tokens, self.confidence[slot, region].to("cpu", torch.float32, copy=True)
 
@@ -186,11 +193,11 @@ class CanvasTable:
         """
         while slots.numel():
             done = ~self.block_positions(slots)[1].any(dim=1)
-            slots = slots[done & (self.block_end[slots] < self.length[slots])]
+            slots = slots[done & (self.block_end[slots] < self.canvas_end[slots])]
             start = self.block_end[slots]
-            end = torch.minimum(start + self.block_length[slots], self.length[slots])
+            end = torch.minimum(start + self.block_length[slots], self.canvas_end[slots])
             self.block_start[slots], self.block_end[slots] = start, end
-            gen_length = self.length[slots] - self.prompt_len[slots]
+            gen_length = self.canvas_end[slots] - self.prompt_len[slots]
             before = (start - self.prompt_len[slots]) * self.steps[slots] // gen_length
             after = (end - self.prompt_len[slots]) * self.steps[slots] // gen_length
             self.block_steps[slots], self.block_step[slots] = after - before, 0

@@ -6,14 +6,13 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Sequence
 
 import torch
 
 from .config import EngineConfig
 from .errors import EngineDead, InvalidConfig, InvalidRequest, RequestFailed
 from .models import ModelSpec, read_spec
-from .request import CanvasUpdate, FinishReason, SamplingParams, Usage
+from .request import CanvasUpdate, FinishReason, Prompt, SamplingParams, Usage
 from .runner import Runner
 from .scheduler import Request, Scheduler
 from .text import TextCodec, find_stop
@@ -50,14 +49,14 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         spec = read_spec(config.model_path)
         self.codec = TextCodec.load(config.model_path, spec.mask_token_id)
-        if self.codec is not None:
-            stop_ids = {*spec.eos_token_ids, *self.codec.stop_token_ids}
-            spec = dataclasses.replace(spec, eos_token_ids=tuple(sorted(stop_ids)))
+        stop_ids = {*spec.eos_token_ids, *(self.codec.stop_token_ids if self.codec else ())}
+        #: Tokens that end an answer: end of text, and of a turn.
+        self.stop_token_ids = tuple(sorted(stop_ids))
         self.config = config
         self.max_model_len = _max_model_len(config, spec)
         self.spec = spec = dataclasses.replace(spec, max_model_len=self.max_model_len)
         self.stats = EngineStats()
-        self._runner = Runner(config, spec)
+        self._runner = Runner(config, spec, self.stop_token_ids)
         self._scheduler = Scheduler(config.max_num_seqs, config.max_num_batched_tokens)
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count()
@@ -79,7 +78,7 @@ class Engine:
 
     def make_request(
         self,
-        prompt_ids: Sequence[int],
+        prompt: Prompt,
         params: SamplingParams,
         *,
         stream_interval: float | None = None,
@@ -87,7 +86,7 @@ class Engine:
         """Check a request against this model's limits; it is not queued yet. Thread-safe.
 
         Args:
-            prompt_ids: the tokenized prompt.
+            prompt: the tokens that are given.
             params: how to denoise.
             stream_interval: seconds between updates while running; 0: one per step; None: only
                 the final one.
@@ -95,31 +94,47 @@ class Engine:
         Raises:
             InvalidRequest: names the field and the limit.
         """
-        if not prompt_ids:
-            raise InvalidRequest("input_ids", "must not be empty")
-        low, high = min(prompt_ids), max(prompt_ids)
-        if low < 0 or high >= self.spec.vocab_size:
-            limit = f"ids must lie in 0..{self.spec.vocab_size - 1}"
-            raise InvalidRequest("input_ids", f"{limit}; got {low if low < 0 else high}")
-        if params.stop and self.codec is None:
-            raise InvalidRequest("stop", "this checkpoint has no tokenizer")
-        longest = self.config.max_gen_length or self.max_model_len
-        if params.gen_length > longest:
-            raise InvalidRequest(
-                "gen_length", f"must be at most {longest}; got {params.gen_length}"
-            )
-        if len(prompt_ids) + params.gen_length > self.max_model_len:
-            raise InvalidRequest(
-                "gen_length",
-                f"prompt ({len(prompt_ids)} tokens) plus gen_length ({params.gen_length}) "
-                f"must be at most {self.max_model_len}",
-            )
+        self._check_prompt(prompt, params)
+        self._check_lengths(prompt, params)
         resolved = params.resolved()
         assert resolved.steps is not None
         if resolved.steps > self.max_model_len:
             problem = f"must be at most {self.max_model_len}; got {resolved.steps}"
             raise InvalidRequest("steps", problem)
-        return Request(next(self._ids), list(prompt_ids), resolved, stream_interval)
+        return Request(next(self._ids), prompt, resolved, stream_interval)
+
+    def _check_prompt(self, prompt: Prompt, params: SamplingParams) -> None:
+        if not prompt.ids:
+            raise InvalidRequest("input_ids", "must not be empty")
+        for field, ids in (
+            ("input_ids", prompt.ids),
+            ("canvas_ids", prompt.canvas_ids),
+            ("suffix", prompt.suffix_ids),
+        ):
+            low, high = min(ids, default=0), max(ids, default=0)
+            if low < 0 or high >= self.spec.vocab_size:
+                limit = f"ids must lie in 0..{self.spec.vocab_size - 1}"
+                raise InvalidRequest(field, f"{limit}; got {low if low < 0 else high}")
+        if prompt.canvas_ids and self.spec.mask_token_id not in prompt.canvas_ids:
+            raise InvalidRequest("canvas_ids", f"holds no mask (id {self.spec.mask_token_id})")
+        if prompt.canvas_ids and len(prompt.canvas_ids) != params.gen_length:
+            rule = f"must hold gen_length ({params.gen_length}) ids"
+            raise InvalidRequest("canvas_ids", f"{rule}; got {len(prompt.canvas_ids)}")
+        if params.stop and self.codec is None:
+            raise InvalidRequest("stop", "this checkpoint has no tokenizer")
+
+    def _check_lengths(self, prompt: Prompt, params: SamplingParams) -> None:
+        longest = self.config.max_gen_length or self.max_model_len
+        if params.gen_length > longest:
+            problem = f"must be at most {longest}; got {params.gen_length}"
+            raise InvalidRequest("gen_length", problem)
+        given = len(prompt.ids) + len(prompt.suffix_ids)
+        if given + params.gen_length > self.max_model_len:
+            raise InvalidRequest(
+                "gen_length",
+                f"prompt ({given} tokens) plus gen_length ({params.gen_length}) "
+                f"must be at most {self.max_model_len}",
+            )
 
     def add(self, request: Request) -> None:
         """Queue a request from `make_request`."""
@@ -150,7 +165,7 @@ class Engine:
         """
         for request in self._scheduler.admit():
             assert request.slot is not None
-            self._runner.table.fill(request.slot, request.prompt_ids, request.params)
+            self._runner.table.fill(request.slot, request.prompt, request.params)
             request.last_update = time.monotonic()
         chosen = self._scheduler.schedule()
         return self._run(chosen) if chosen else []
@@ -229,7 +244,7 @@ class Engine:
         else:
             tokens, confidence = self._runner.table.canvas(request.slot)
         usage = Usage(
-            prompt_tokens=len(request.prompt_ids),
+            prompt_tokens=len(request.prompt.ids) + len(request.prompt.suffix_ids),
             completion_tokens=request.num_ready + request.ended_by_token,
             steps=request.steps_run,
             forward_passes=request.steps_run * request.forwards_per_step,

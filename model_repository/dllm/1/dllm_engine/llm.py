@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from .config import EngineConfig
 from .engine import Engine
 from .errors import InvalidRequest
-from .request import CanvasUpdate, Completion, SamplingParams
+from .request import CanvasUpdate, Completion, Prompt, SamplingParams
 
 
 class LLM:
@@ -31,7 +31,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[str | Sequence[int] | Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         chat: bool = False,
@@ -40,7 +40,7 @@ class LLM:
         """Denoise one canvas per prompt; all run together.
 
         Args:
-            prompts: texts, or token ids.
+            prompts: texts, token ids, or `Prompt`s with a canvas or suffix of their own.
             params: one for all prompts, or one each; None: the defaults.
             chat: ask each text as one user message in the checkpoint's chat template.
             progress: show a bar.
@@ -67,13 +67,15 @@ class LLM:
                     bar.update()
         return [self._completion(finished[r.request_id], r.params.stop) for r in requests]
 
-    def _encode(self, prompt: str | Sequence[int], chat: bool) -> list[int]:
+    def _encode(self, prompt: str | Sequence[int] | Prompt, chat: bool) -> Prompt:
+        if isinstance(prompt, Prompt):
+            return prompt
         if not isinstance(prompt, str):
-            return list(prompt)
+            return Prompt(list(prompt))
         codec = self.engine.codec
         if codec is None:
             raise InvalidRequest("prompts", "this checkpoint has no tokenizer; pass token ids")
-        return codec.encode_chat(prompt) if chat else codec.encode_text(prompt)
+        return Prompt(codec.encode_chat(prompt) if chat else codec.encode_text(prompt))
 
     def _completion(self, update: CanvasUpdate, stop: tuple[str, ...]) -> Completion:
         if update.error is not None:

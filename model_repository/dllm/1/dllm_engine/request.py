@@ -78,6 +78,11 @@ class SamplingParams:
     top_k: int | None = None
     #: Same request and seed: same text. None: drawn at random and reported.
     seed: int | None = None
+    #: Never choose the end-of-text token (LLaDA's evaluation settings).
+    logits_eos_inf: bool = False
+    #: Commit end-of-text and end-of-turn tokens last: their confidence is 0, and they do not count
+    #: in the others' (likewise; at temperature > 0 the reference suppresses only end of turn).
+    confidence_eos_eot_inf: bool = False
     #: The text ends before the first of these.
     stop: tuple[str, ...] = ()
     #: Decode the whole canvas even after an end-of-text token.
@@ -163,6 +168,8 @@ def _check_combination(p: SamplingParams) -> None:
     algorithms = ", ".join(DREAM_ALGORITHMS)
     _require("alg", p.alg in DREAM_ALGORITHMS, f"one of {algorithms}", repr(p.alg))
     _require("alg_temp", 0 <= p.alg_temp < math.inf, "0 or more", p.alg_temp)
+    if p.confidence_eos_eot_inf:
+        given.append("confidence_eos_eot_inf")
     if given:
         raise InvalidRequest(given[0], "cannot be combined with alg")
 
@@ -173,6 +180,17 @@ def _check_stop(stop: tuple[str, ...]) -> None:
     for text in stop:
         rule = f"strings of 1 to {MAX_STOP_CHARS} characters"
         _require("stop", 1 <= len(text) <= MAX_STOP_CHARS, rule, f"{len(text)} characters")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """Everything of a sequence that is given: what stands before, in and behind the canvas."""
+
+    ids: list[int]
+    #: The canvas, with the mask id where something is to be decoded; empty: all masks.
+    canvas_ids: list[int] = dataclasses.field(default_factory=list)
+    #: What follows the canvas (infilling).
+    suffix_ids: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)

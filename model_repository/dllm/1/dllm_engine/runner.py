@@ -12,7 +12,13 @@ from .canvas import CanvasTable, StepResult
 from .config import EngineConfig
 from .errors import InvalidConfig
 from .models import DiffusionModel, ModelSpec, load_model
-from .sampling import BlockStatistics, Candidates, sample_candidates, select_commits
+from .sampling import (
+    BlockStatistics,
+    Candidates,
+    SpecialTokens,
+    sample_candidates,
+    select_commits,
+)
 
 logger = logging.getLogger("dllm_engine")
 
@@ -42,7 +48,9 @@ class Runner:
         InvalidConfig: the device does not exist.
     """
 
-    def __init__(self, config: EngineConfig, spec: ModelSpec) -> None:
+    def __init__(
+        self, config: EngineConfig, spec: ModelSpec, stop_token_ids: tuple[int, ...]
+    ) -> None:
         self._device, dtype = resolve_device(config)
         self._budget_bytes = config.logits_budget_mb * 2**20
         self._model: DiffusionModel = load_model(
@@ -51,8 +59,11 @@ class Runner:
         self.table = CanvasTable(
             config.max_num_seqs,
             spec.max_model_len,
-            mask_token_id=spec.mask_token_id,
-            eos_token_ids=spec.eos_token_ids,
+            special=SpecialTokens(
+                mask=spec.mask_token_id,
+                eos=torch.tensor(spec.eos_token_ids, dtype=torch.int64, device=self._device),
+                stop=torch.tensor(stop_token_ids, dtype=torch.int64, device=self._device),
+            ),
             device=self._device,
         )
         logger.info("model ready device=%s dtype=%s", self._device, dtype)
@@ -73,7 +84,7 @@ class Runner:
             hidden,
             self._model.head_weight,
             batch.sampling,
-            mask_token_id=self.table.mask_token_id,
+            self.table.special,
             budget_bytes=self._budget_bytes,
             with_spread=batch.needs_spread,
         )

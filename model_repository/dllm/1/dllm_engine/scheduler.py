@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 
-from .request import SamplingParams
+from .request import Prompt, SamplingParams
 
 
 @dataclasses.dataclass(eq=False)
@@ -13,7 +13,7 @@ class Request:
     """One request inside the engine."""
 
     request_id: int
-    prompt_ids: list[int]
+    prompt: Prompt
     params: SamplingParams
     #: Seconds between updates while running; 0: every step; None: only the final one.
     stream_interval: float | None = None
@@ -28,8 +28,9 @@ class Request:
 
     @property
     def length(self) -> int:
-        """Prompt and canvas, in tokens."""
-        return len(self.prompt_ids) + self.params.gen_length
+        """Prompt, canvas and suffix, in tokens."""
+        given = len(self.prompt.ids) + len(self.prompt.suffix_ids)
+        return given + self.params.gen_length
 
     @property
     def forwards_per_step(self) -> int:

@@ -72,6 +72,14 @@ class TextCodec:
             raise InvalidRequest("text_input", "must not be empty")
         return self._encode("text_input", *_protect(text, self._mask_pattern, []))
 
+    def encode_suffix(self, text: str) -> list[int]:
+        """Text behind a gap; control tokens in it are recognised as in a raw prompt.
+
+        Raises:
+            InvalidRequest: the text is not encodable.
+        """
+        return self._encode("suffix", *_protect(text, self._mask_pattern, []))
+
     def encode_chat(self, text: str) -> list[int]:
         """One user message; see `encode_messages`."""
         return self.encode_messages(json.dumps([{"role": "user", "content": text}]))

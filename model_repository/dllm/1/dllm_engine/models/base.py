@@ -31,6 +31,7 @@ class ModelSpec:
     rope_theta: float
     max_model_len: int
     mask_token_id: int
+    #: End of text, as the configs name it.
     eos_token_ids: tuple[int, ...]
     qkv_bias: bool
     tied_head: bool

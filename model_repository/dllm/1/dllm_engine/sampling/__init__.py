@@ -1,6 +1,6 @@
 """From hidden states to committed tokens: candidates at masked positions, then a rule."""
 
-from .candidates import Candidates, RowSampling, sample_candidates
+from .candidates import Candidates, RowSampling, SpecialTokens, sample_candidates
 from .commit import BlockStatistics, CommitPlan, select_commits
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "Candidates",
     "CommitPlan",
     "RowSampling",
+    "SpecialTokens",
     "sample_candidates",
     "select_commits",
 ]

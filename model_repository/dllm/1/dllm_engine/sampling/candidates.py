@@ -37,6 +37,22 @@ class RowSampling:
     top_k: Tensor
     #: bool; statistics of the tempered and filtered distribution (Dream) instead of the clean.
     tempered: Tensor
+    #: bool; never choose an end-of-text token.
+    no_eos: Tensor
+    #: bool; confidence as if there were no end-of-text or end-of-turn tokens.
+    late_eos: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+    """Ids that sampling treats apart; int64 tensors on the model's device."""
+
+    #: May never be chosen.
+    mask: int
+    #: [n]; end of text.
+    eos: Tensor
+    #: [n]; everything that ends an answer.
+    stop: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +80,8 @@ def sample_candidates(
     hidden: Tensor,
     head_weight: Tensor,
     rows: RowSampling,
+    special: SpecialTokens,
     *,
-    mask_token_id: int,
     budget_bytes: int,
     with_spread: bool = True,
 ) -> Candidates:
@@ -80,7 +96,7 @@ def sample_candidates(
         hidden: [rows, hidden_size], after the final norm.
         head_weight: [vocab_size, hidden_size].
         rows: temperature, seed, step, position and filters of each row.
-        mask_token_id: the id that may not be chosen.
+        special: the ids that some rows or all treat apart.
         budget_bytes: what the logits (and their noise) may take at once.
         with_spread: compute entropy and margin; zeros otherwise.
     """
@@ -90,7 +106,7 @@ def sample_candidates(
     for start in range(0, hidden.shape[0], chunk):
         part = slice(start, start + chunk)
         logits = _logits(hidden[part], head_weight)
-        parts.append(_choose(logits, _take(rows, part), mask_token_id, with_spread))
+        parts.append(_choose(logits, _take(rows, part), special, with_spread))
     names = [field.name for field in dataclasses.fields(Candidates)]
     return Candidates(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})
 
@@ -115,26 +131,37 @@ def _logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _choose(logits: Tensor, rows: RowSampling, mask_token_id: int, with_spread: bool) -> Candidates:
-    mask_logit = logits[:, mask_token_id].clone()
-    logits[:, mask_token_id] = -torch.inf
+def _choose(
+    logits: Tensor, rows: RowSampling, special: SpecialTokens, with_spread: bool
+) -> Candidates:
+    _forbid(logits, rows.no_eos, special.eos)
+    mask_logit = logits[:, special.mask].clone()
+    logits[:, special.mask] = -torch.inf
     token = logits.argmax(dim=-1)
-    special = ((rows.temperature > 0) | rows.tempered).nonzero().squeeze(1)
+    uncommon = ((rows.temperature > 0) | rows.tempered).nonzero().squeeze(1)
     filtered = None
-    if special.numel():
-        theirs = _take(rows, special)
-        filtered = _tempered(logits[special], theirs)
-        token[special] = _draw(filtered, theirs)
-    logits[:, mask_token_id] = mask_logit
+    if uncommon.numel():
+        theirs = _take(rows, uncommon)
+        filtered = _tempered(logits[uncommon], theirs)
+        token[uncommon] = _draw(filtered, theirs)
+    logits[:, special.mask] = mask_logit
+    _forbid(logits, rows.late_eos, special.stop)
     found = _statistics(logits, token, with_spread)
     if filtered is not None:
-        tempered = rows.tempered[special]
-        index = special[tempered]
+        tempered = rows.tempered[uncommon]
+        index = uncommon[tempered]
         inner = _statistics(filtered[tempered], token[index], with_spread)
         for name in ("confidence", "entropy", "margin"):
             column = getattr(found, name)
             column[index] = getattr(inner, name).to(column.dtype)
     return found
+
+
+def _forbid(logits: Tensor, where: Tensor, ids: Tensor) -> None:
+    """Set the logits of `ids` to −inf in the rows that ask for it."""
+    chosen = where.nonzero()
+    if chosen.numel():
+        logits[chosen, ids] = -torch.inf
 
 
 def _statistics(logits: Tensor, token: Tensor, with_spread: bool) -> Candidates:
