@@ -95,3 +95,41 @@ def generate(
                 kept[i - start_of_canvas] = confidence[i]
             step += 1
     return ReferenceResult(x[start_of_canvas:].tolist(), kept.tolist(), passes)
+
+
+def generate_dream(
+    forward: Forward, prompt: list[int], *, mask_id: int, gen_length: int, steps: int, alg: str
+) -> ReferenceResult:
+    """Dream's `_sample` at temperature 0 without alg_temp: one canvas, its own time schedule.
+
+    Written from the definition; `forward` gives logits that are shifted already. As in the engine
+    the mask token is never chosen, and ties go to the leftmost position.
+    """
+    x = torch.tensor(prompt + [mask_id] * gen_length)
+    start = len(prompt)
+    open_positions = list(range(start, start + gen_length))
+    kept = torch.full((gen_length,), -1.0, dtype=torch.float64)
+    times = torch.linspace(1, 1e-3, steps + 1)
+    passes = 0
+    for i in range(steps):
+        share = 1 - times[i + 1] / times[i]
+        left = torch.tensor(float(len(open_positions)))
+        count = len(open_positions) if i == steps - 1 else int(left * share)
+        if count == 0:
+            continue  # the reference runs the model and commits nothing
+        passes += 1
+        logits = forward(x).clone()
+        logits[:, mask_id] = -torch.inf
+        probability = logits.softmax(-1)
+        ordered = probability.sort(dim=-1, descending=True).values
+        score = {
+            "maskgit_plus": ordered[:, 0],
+            "topk_margin": ordered[:, 0] - ordered[:, 1],
+            "entropy": torch.special.xlogy(probability, probability).sum(-1),
+        }[alg]
+        ranked = sorted(open_positions, key=lambda p: (-float(score[p]), p))
+        for position in ranked[:count]:
+            x[position] = logits[position].argmax()
+            kept[position - start] = probability[position].max()
+            open_positions.remove(position)
+    return ReferenceResult(x[start:].tolist(), kept.tolist(), passes)

@@ -116,6 +116,17 @@ async def test_every_option_reaches_the_engine(api: RunningApp, engine: Scripted
         "cfg_scale": 1,
         "remasking": "random",
         "confidence_threshold": 0.9,
+        "factor": 1.5,
+        "entropy_bound": 0.25,
+        "low_threshold": 0.5,
+        "anchor_threshold": 0.75,
+        "neighbor_threshold": 0.5,
+        "alg": "entropy",
+        "alg_temp": 0.5,
+        "logits_eos_inf": True,
+        "confidence_eos_eot_inf": True,
+        "suffix": "the end",
+        "canvas_ids": [1, 2, 3],
         "top_p": 0.5,
         "top_k": 4,
         "seed": -(2**63),
@@ -130,6 +141,13 @@ async def test_every_option_reaches_the_engine(api: RunningApp, engine: Scripted
     await api.result(0)
 
     assert [{"input_ids": [1, 2], **options}] == engine.requests
+
+
+async def test_canvas_says_how_long_it_is(api: RunningApp, engine: ScriptedEngine) -> None:
+    """A canvas without gen_length has its own length, not the default one."""
+    await api.result(await api.submit(canvas_ids=[5, 6, 7]))
+
+    assert engine.requests[0]["gen_length"] == 3
 
 
 async def test_single_stop_string(api: RunningApp, engine: ScriptedEngine) -> None:
@@ -156,6 +174,9 @@ async def test_single_stop_string(api: RunningApp, engine: ScriptedEngine) -> No
         ({"prompt": "a", "temperature": True}, "temperature", "valid number"),
         ({"prompt": "a", "gen_length": 0}, "gen_length", "greater than or equal to 1"),
         ({"prompt": "a", "gen_length": 513}, "gen_length", "less than or equal to 512"),
+        ({"prompt": "a", "canvas_ids": [1] * 513}, "canvas_ids", "at most 512 items"),
+        ({"prompt": "a", "suffix": "x" * 4097}, "suffix", "at most 4096 characters"),
+        ({"prompt": "a", "factor": -1}, "factor", "greater than or equal to 0"),
         ({"prompt": "a", "gen_length": True}, "gen_length", "valid integer"),
         ({"prompt": "a", "gen_length": "32"}, "gen_length", "valid integer"),
         ({"prompt": "a", "gen_length": 1.5}, "gen_length", "valid integer"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.support.checkpoints import DREAM_MASK, MASK, write_dream
 from tests.support.oracle import dream_oracle, llada_oracle
-from tests.support.reference import Forward, ReferenceResult, generate
+from tests.support.reference import Forward, ReferenceResult, generate, generate_dream
 
 #: Batches of requests shrink slowly and gain little from it.
 NO_SHRINK = (Phase.explicit, Phase.reuse, Phase.generate)
@@ -114,6 +114,28 @@ def test_dream_tokens_equal_the_reference(tmp_path: Path) -> None:
     answers = llm.generate(prompts, params, progress=False)
     for prompt, p, answer in zip(prompts, params, answers, strict=True):
         assert answer.token_ids.tolist() == expected(forward, prompt, p, DREAM_MASK).tokens
+
+
+@pytest.mark.parametrize("alg", ["maskgit_plus", "topk_margin", "entropy"])
+def test_dreams_algorithms_equal_the_reference(tmp_path: Path, alg: str) -> None:
+    """Dream's own algorithms in one batch of mixed lengths and steps: identical tokens."""
+    directory = write_dream(tmp_path)
+    llm = LLM(directory, dtype="float64")
+    forward = dream_oracle(directory, torch.float64)
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(16, 16), (16, 5), (24, 40), (9, 1), (33, 20)]
+    prompts = [torch.randint(0, 500, (2 + 5 * i,), generator=generator).tolist() for i in range(5)]
+    params = [
+        SamplingParams(gen_length=n, steps=steps, alg=alg, ignore_eos=True) for n, steps in shapes
+    ]
+    answers = llm.generate(prompts, params, progress=False)
+    for prompt, (n, steps), answer in zip(prompts, shapes, answers, strict=True):
+        reference = generate_dream(
+            forward, prompt, mask_id=DREAM_MASK, gen_length=n, steps=steps, alg=alg
+        )
+        assert answer.token_ids.tolist() == reference.tokens
+        assert answer.confidence.tolist() == pytest.approx(reference.confidence, abs=1e-6)
+        assert answer.usage.forward_passes == reference.forward_passes
 
 
 def test_float32_tokens_equal_the_reference(llm: LLM, checkpoint: Any) -> None:

@@ -1,0 +1,68 @@
+"""The papers say what the code does."""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+from dllm_engine import EngineConfig
+
+from adapter.settings import Settings as AdapterSettings
+from launcher.settings import Settings as LauncherSettings
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+
+
+def test_every_setting_is_documented_with_its_default() -> None:
+    """docs/settings.md has a row for each setting of launcher, adapter and engine."""
+    rows = dict(
+        re.findall(r"^\| `(\w+)` \|.*\| (.+) \|$", (ROOT / "docs/settings.md").read_text(), re.M)
+    )
+    for settings in (LauncherSettings, AdapterSettings):
+        for name, field in settings.model_fields.items():
+            shown = rows[f"DLLM_{name.upper()}"]
+            if isinstance(field.default, float):
+                assert float(shown) == field.default, name
+            elif isinstance(field.default, int) and not isinstance(field.default, bool):
+                documented_elsewhere = name == "max_gen_length"
+                assert documented_elsewhere or int(shown) == field.default, name
+    assert set(EngineConfig.settings()) <= set(rows)
+
+
+def test_the_triton_model_has_every_setting_as_a_parameter() -> None:
+    """config.pbtxt lists exactly the settings of the engine."""
+    config = (ROOT / "model_repository/dllm/config.pbtxt").read_text()
+    assert re.findall(r'key: "(\w+)"', config) == EngineConfig.settings()
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    """Every relative link of every page names a file that is there."""
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_first_release_of_the_changelog_is_the_packages() -> None:
+    """CHANGELOG.md speaks of the version that pyproject.toml builds, or of what comes next."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    heading = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert heading is not None
+    assert heading[1] in (version, "Unreleased")
+
+
+def test_every_decision_is_listed() -> None:
+    """docs/decisions/README.md links every page beside it."""
+    index = (ROOT / "docs/decisions/README.md").read_text()
+    for page in (ROOT / "docs/decisions").glob("0*.md"):
+        assert f"({page.name})" in index
+
+
+def test_the_demo_checkpoint_is_small_and_whole() -> None:
+    """At most 16 MB, in the layout that the engine reads."""
+    directory = ROOT / "model_repository/dllm/1/demo_checkpoint"
+    size = sum(file.stat().st_size for file in directory.iterdir())
+    assert size <= 16 * 2**20
+    config = json.loads((directory / "config.json").read_text())
+    assert config["architectures"] == ["LLaDAModelLM"]
