@@ -1,5 +1,6 @@
 """Tiny random checkpoints, written once."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,15 @@ from dllm_engine import LLM
 from tests.support.checkpoints import write_llada
 from tests.support.oracle import llada_oracle
 from tests.support.reference import Forward
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small are faster on one thread, above all on a machine that is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
