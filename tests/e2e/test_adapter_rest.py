@@ -11,7 +11,7 @@ from dllm_engine import LLM, SamplingParams
 
 from launcher.tritonserver import TritonServer
 from tests.conftest import StartAdapter
-from tests.support.servers import AdapterServer, eventually, metric
+from tests.support.servers import AdapterServer, eventually, metric, settled_counters
 
 
 def generate_text(prompt: str, base_url: str) -> str:
@@ -224,7 +224,8 @@ def test_stop_string_cuts(adapter: AdapterServer) -> None:
 
 def test_delete_cancels(adapter: AdapterServer, triton: TritonServer) -> None:
     """DELETE ends a running job and frees its place in the engine; a finished job stays."""
-    cancelled = metric(triton, "dllm_requests_cancelled_total")
+    cancelled = settled_counters(triton)["dllm_requests_cancelled_total"]
+    eventually(lambda: metric(triton, "dllm_running_requests") == 0, "the engine is idle")
     job = adapter.submit("hello", gen_length=512, cfg_scale=1.0, ignore_eos=True)
     eventually(lambda: metric(triton, "dllm_running_requests") > 0, "the job runs")
     answer = requests.delete(f"{adapter.url}/v1/result/{job}", timeout=30)
