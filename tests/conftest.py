@@ -16,7 +16,6 @@ from tests.support.servers import AdapterServer, triton_server
 if TYPE_CHECKING:  # torch takes seconds to import, and most tests do without
     from dllm_engine import LLM
 
-StartTriton = Callable[..., TritonServer]
 StartAdapter = Callable[..., AdapterServer]
 
 MAX_MODEL_LEN = 1024
@@ -77,18 +76,6 @@ def adapter_workers(
     database = tmp_path_factory.mktemp("adapter-workers") / "jobs.db"
     with AdapterServer(triton, database, workers=4, settings=NO_PROBES) as server:
         yield server
-
-
-@pytest.fixture
-def start_triton(checkpoint: Path, tmp_path: Path) -> Iterator[StartTriton]:
-    """Start a tritonserver of the test's own, with the settings given by name."""
-    with ExitStack() as stack:
-
-        def start(**settings: str) -> TritonServer:
-            server = triton_server(checkpoint, log_file=tmp_path / "triton.log", settings=settings)
-            return stack.enter_context(server)
-
-        yield start
 
 
 @pytest.fixture
