@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from dllm_engine import LLM, SamplingParams
+from dllm_engine import LLM, Prompt, SamplingParams
 from transformers import PreTrainedTokenizerFast
 
 from launcher.tritonserver import TritonServer
@@ -138,3 +138,43 @@ def test_stop_string_cuts(triton: TritonServer) -> None:
     answer: Answer = generate(triton, **fields, stop=["never to be found", stop])
     assert answer.text == whole[: whole.index(stop)]
     assert answer.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompt", "params"),
+    [
+        (
+            {"suffix": "end", "gen_length": 12},
+            {"suffix_ids": "end"},
+            {"gen_length": 12},
+        ),
+        (
+            {"canvas_ids": [65, MASK, MASK, 66]},
+            {"canvas_ids": [65, MASK, MASK, 66]},
+            {"gen_length": 4},
+        ),
+        ({"alg": "entropy", "steps": 6}, {}, {"alg": "entropy", "steps": 6}),
+        ({"entropy_bound": 3.0}, {}, {"entropy_bound": 3.0}),
+    ],
+    ids=["suffix", "canvas_ids", "alg", "entropy_bound"],
+)
+def test_gaps_and_rules_reach_the_engine(
+    triton: TritonServer,
+    llm: LLM,
+    fields: dict[str, object],
+    prompt: dict[str, object],
+    params: dict[str, object],
+) -> None:
+    """Infilling and the decoding rules give over Triton what they give in-process."""
+
+    codec = llm.engine.codec
+    assert codec is not None
+    given = {
+        name: codec.encode_suffix(value) if isinstance(value, str) else value
+        for name, value in prompt.items()
+    }
+    asked = Prompt(codec.encode_text("hello"), **given)  # type: ignore[arg-type]
+    here = llm.generate([asked], SamplingParams(**params), progress=False)[0]  # type: ignore[arg-type]
+    there = generate(triton, text_input="hello", **fields)
+    assert there.token_ids == here.token_ids.tolist()
+    assert there.usage[3] == here.usage.forward_passes

@@ -1,0 +1,147 @@
+"""Exact match against forward passes, for every decoding rule: `python -m benchmarks.quality`.
+
+Held-out questions of the demo checkpoint's tasks, asked greedily in the engine; the baseline is
+one token per forward pass. Writes a table, a plot and JSON. No timing: forward passes are exact.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+from dllm_engine import LLM, SamplingParams
+
+from benchmarks.common import DEMO_CHECKPOINT, RESULTS, write_json
+from demo import corpus
+
+GEN_LENGTH = 64
+PARAGRAPH_LENGTH = 128
+
+#: (family of the curve, label of the point, parameters).
+RULES: list[tuple[str, str, dict[str, Any]]] = [
+    ("one token per pass", "low_confidence", {}),
+    ("one token per pass", "entropy", {"remasking": "entropy"}),
+    ("one token per pass", "margin", {"remasking": "margin"}),
+    ("one token per pass", "random", {"remasking": "random"}),
+    *(("fewer steps", f"steps ÷ {n}", {"steps": n}) for n in (2, 4, 8)),
+    *(
+        ("threshold", f"τ = {tau}", {"confidence_threshold": tau})
+        for tau in (0.99, 0.95, 0.9, 0.8, 0.7, 0.5)
+    ),
+    *(("factor", f"f = {f}", {"factor": f}) for f in (0.1, 0.5, 1.0, 1.5)),
+    *(("entropy bound", f"γ = {g}", {"entropy_bound": g}) for g in (0.01, 0.05, 0.15, 0.5, 1.0)),
+    *(
+        ("hierarchical", f"τ_low = {low}", {"confidence_threshold": 0.9, "low_threshold": low})
+        for low in (0.4, 0.6)
+    ),
+    (
+        "LocalLeap",
+        "κ = 0.9, τ = 0.75",
+        {"anchor_threshold": 0.9, "neighbor_threshold": 0.75},
+    ),
+    *(("Dream", alg, {"alg": alg}) for alg in ("maskgit_plus", "topk_margin", "entropy")),
+]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One rule over all tasks."""
+
+    family: str
+    label: str
+    params: dict[str, Any]
+    exact_match: float
+    passes_per_answer: float
+    tokens_per_pass: float
+    by_task: dict[str, float]
+
+
+def params_for(task: str, rule: dict[str, Any]) -> SamplingParams:
+    """The rule on this task's canvas; `steps` in a rule is a divisor of one step per token."""
+    length = PARAGRAPH_LENGTH if task == "paragraph" else GEN_LENGTH
+    values = dict(rule)
+    steps = length // values.pop("steps", 1)
+    return SamplingParams(gen_length=length, steps=steps, seed=0, **values)
+
+
+def score(llm: LLM, family: str, label: str, rule: dict[str, Any], count: int) -> Score:
+    """Ask every task's held-out questions in one batch."""
+    asked = [(task, e) for task in corpus.TASKS for e in corpus.held_out_set(task, count)]
+    answers = llm.generate(
+        [example.question for _, example in asked],
+        [params_for(task, rule) for task, _ in asked],
+        chat=True,
+        progress=False,
+    )
+    right: dict[str, list[bool]] = {}
+    for (task, example), answer in zip(asked, answers, strict=True):
+        right.setdefault(task, []).append(answer.text.strip() == example.answer)
+    by_task = {task: sum(hits) / len(hits) for task, hits in right.items()}
+    passes = sum(answer.usage.forward_passes for answer in answers)
+    tokens = sum(answer.usage.completion_tokens for answer in answers)
+    return Score(
+        family=family,
+        label=label,
+        params=rule,
+        exact_match=sum(by_task.values()) / len(by_task),
+        passes_per_answer=passes / len(answers),
+        tokens_per_pass=tokens / passes,
+        by_task=by_task,
+    )
+
+
+def table(scores: list[Score]) -> str:
+    """The scores as a Markdown table."""
+    lines = [
+        "| rule | point | exact match | forward passes per answer | tokens per pass |",
+        "|---|---|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {s.family} | {s.label} | {s.exact_match:.1%} | {s.passes_per_answer:.1f} "
+        f"| {s.tokens_per_pass:.2f} |"
+        for s in scores
+    ]
+    return "\n".join(lines)
+
+
+def plot(scores: list[Score], path: Path) -> None:
+    """Exact match over forward passes, a curve for each family of rules."""
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for family in dict.fromkeys(s.family for s in scores):
+        points = sorted((s.passes_per_answer, s.exact_match) for s in scores if s.family == family)
+        axes.plot(*zip(*points, strict=True), marker="o", label=family)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("forward passes per answer")
+    axes.set_ylabel("exact match, mean over tasks")
+    axes.set_title("Demo checkpoint, held-out questions, temperature 0")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Score every rule, print the table, write JSON and plot."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
+    parser.add_argument("--count", type=int, default=40, help="questions per task at most")
+    options = parser.parse_args()
+    llm = LLM(options.checkpoint)
+    scores = []
+    for family, label, rule in RULES:
+        scores.append(score(llm, family, label, rule, options.count))
+        print(f"{family}, {label}: {scores[-1].exact_match:.1%}", flush=True)
+    print(table(scores))
+    result = {"questions_per_task": options.count, "scores": [asdict(s) for s in scores]}
+    print("written", write_json("quality", result))
+    plot(scores, RESULTS / "quality.png")
+
+
+if __name__ == "__main__":
+    main()
