@@ -267,7 +267,7 @@ async def test_leases_of_living_workers_are_renewed(
     ):
         await api.submit()
         await asyncio.sleep(1.0)
-    assert len(engine.requests) == 1
+        assert len(engine.requests) == 1
 
 
 async def test_unforeseen_error_does_not_keep_the_job(
