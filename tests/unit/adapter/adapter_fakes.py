@@ -90,7 +90,7 @@ def fast_settings(database_url: str, **changes: Any) -> Settings:
     """Settings under which everything that takes seconds takes some milliseconds."""
     values: dict[str, Any] = {
         "database_url": database_url,
-        "lease_seconds": 0.3,
+        "lease_seconds": 0.6,
         "poll_interval": 0.02,
         "stream_interval": 0.05,
         "engine_silence": 0.3,

@@ -266,7 +266,7 @@ async def test_leases_of_living_workers_are_renewed(
         running_app(fast_settings(database_url), engine),
     ):
         await api.submit()
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(2.0)
         assert len(engine.requests) == 1
 
 
