@@ -1,6 +1,7 @@
 """Prompts become tokens, canvases become text, and user text never becomes control."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,15 @@ def test_special_tokens_in_a_message_stay_text(codec: TextCodec, special: str) -
     ids = codec.encode_chat(f"a{special}b")
     assert [ids.count(i) for i in range(500, 506)] == [plain.count(i) for i in range(500, 506)]
     assert f"a{special}b" in text_of(codec, ids)
+
+
+def test_threads_do_not_take_each_others_text_for_control_tokens(codec: TextCodec) -> None:
+    """Prompts encoded at the same time come out as when encoded alone."""
+    text = "<|mdm_mask|>" * 20
+    alone = codec.encode_chat(text)
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(codec.encode_chat, [text] * 1500))
+    assert all(ids == alone for ids in together)
 
 
 def test_a_raw_prompt_keeps_templates_but_not_masks(codec: TextCodec) -> None:

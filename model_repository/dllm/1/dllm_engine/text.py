@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,13 @@ class TextCodec:
 
     Text that a user writes never becomes a control token: in messages no special token is
     recognised inside `content`; in a raw prompt only the mask token is taken literally, since
-    hand-written templates need the others.
+    hand-written templates need the others. Thread-safe.
     """
 
     def __init__(self, tokenizer: Any, mask_token_id: int) -> None:
         self._tokenizer = tokenizer
+        # Whether control tokens are recognised is a switch on the tokenizer, not an argument.
+        self._lock = threading.Lock()
         self._mask_text: str = tokenizer.convert_ids_to_tokens(mask_token_id)
         specials = sorted(set(tokenizer.get_added_vocab()), key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, specials)) or "(?!)")
@@ -133,9 +136,10 @@ class TextCodec:
                 is_literal = i % 2 == 1
                 source = literals[int(piece)] if is_literal else piece
                 if source:
-                    ids += self._tokenizer.encode(
-                        source, add_special_tokens=False, split_special_tokens=is_literal
-                    )
+                    with self._lock:
+                        ids += self._tokenizer.encode(
+                            source, add_special_tokens=False, split_special_tokens=is_literal
+                        )
         except (UnicodeEncodeError, TypeError) as error:
             raise InvalidRequest(field, f"not encodable as UTF-8: {error}") from error
         return ids
