@@ -13,7 +13,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 from dllm_engine import CanvasUpdate, EngineStats, EngineWorker
-from dllm_tensors import to_response
+from dllm_tensors import error_response, to_response
 
 logger = logging.getLogger("dllm_engine.triton")
 
@@ -72,6 +72,11 @@ class Exchange:
         with self._changed:
             self._callers[caller.request_id] = caller
 
+    def forget(self, request_id: int) -> None:
+        """Expect no updates for this request any more; it is answered by somebody else."""
+        with self._changed:
+            self._callers.pop(request_id, None)
+
     def post(self, update: CanvasUpdate) -> None:
         """Queue an update for its caller; called on the engine's thread."""
         with self._changed:
@@ -113,8 +118,13 @@ class Exchange:
     def _send(self, caller: Caller, update: CanvasUpdate) -> None:
         try:
             response = to_response(self._worker.engine, update, caller.stop)
+        except Exception as error:
+            # Whatever is wrong with one answer, its caller must not wait for ever.
+            logger.exception("answer not made request_id=%d", caller.request_id)
+            response = error_response(f"answer not made: {error}", pb_utils.TritonError.INTERNAL)
+        try:
             caller.send(response, final=update.finished)
-        except Exception:
+        except pb_utils.TritonModelException:
             logger.exception("response lost request_id=%d", caller.request_id)
 
     def _watch_loop(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from dllm_tensors import error_response, parse_request
 logger = logging.getLogger("dllm_engine.triton")
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+#: How long unloading waits for running requests.
+DRAIN_SECONDS = 30
+#: A dead engine's callers that are blocked in execute() notice and answer within this.
+NOTICE_SECONDS = 1.0
 
 
 class TritonPythonModel:
@@ -40,29 +45,41 @@ class TritonPythonModel:
             try:
                 self._submit(request, sender)
             except InvalidRequest as error:
-                code = pb_utils.TritonError.INVALID_ARG
-                sender.send(error_response(str(error), code), flags=FINAL)
+                _refuse(sender, error, pb_utils.TritonError.INVALID_ARG)
             except EngineDead as error:
-                code = pb_utils.TritonError.UNAVAILABLE
-                sender.send(error_response(str(error), code), flags=FINAL)
+                _refuse(sender, error, pb_utils.TritonError.UNAVAILABLE)
+            except Exception as error:
+                # A defect of ours that one request lays bare must not fail its whole batch.
+                logger.exception("request not understood")
+                _refuse(sender, error, pb_utils.TritonError.INTERNAL)
 
     def finalize(self) -> None:
-        """Finish what runs and stop every thread."""
-        self._worker.close()
-        self._exchange.close()
+        """Finish what runs and stop every thread; an engine that hangs is left behind."""
+        if self._worker.close(timeout=DRAIN_SECONDS):
+            self._exchange.close()
+        else:
+            logger.error("engine did not finish within %d s, leaving it", DRAIN_SECONDS)
 
     def _submit(self, request: Any, sender: Any) -> None:
         parsed = parse_request(self._worker.engine, request)
-        caller = Caller(parsed.request_id, sender, parsed.params.stop)
-        self._exchange.register(caller)
-        self._worker.submit(parsed, self._exchange.post)
+        self._exchange.register(Caller(parsed.request_id, sender, parsed.params.stop))
+        try:
+            self._worker.submit(parsed, self._exchange.post)
+        except EngineDead:
+            self._exchange.forget(parsed.request_id)
+            raise
 
     def _die(self, death: EngineDead) -> None:
         # Nothing here can work again, and a process that lives on would look healthy. Once it is
         # gone Triton answers every request with an error, and whoever watches reloads the model.
         logger.critical("engine dead, leaving the process: %s", death)
         self._exchange.flush(timeout=5)
+        time.sleep(NOTICE_SECONDS)
         os._exit(1)
+
+
+def _refuse(sender: Any, error: Exception, code: int) -> None:
+    sender.send(error_response(str(error), code), flags=FINAL)
 
 
 def _settings(args: dict[str, str]) -> dict[str, str]:

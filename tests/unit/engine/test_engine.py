@@ -190,6 +190,30 @@ def test_a_lost_device_is_the_end(checkpoint: Path, monkeypatch: pytest.MonkeyPa
     assert not engine.has_work
 
 
+def test_nothing_finished_is_lost_when_the_device_goes(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device lost while failed requests are sorted out: finished ones keep their answers."""
+    engine = make_engine(checkpoint)
+    first, second = submit(engine, gen_length=1), submit(engine, gen_length=2)
+    forward = engine._runner._model.forward
+
+    def lost_for_longer_ones(input_ids: torch.Tensor, *rest: object) -> torch.Tensor:
+        lengths = [group[2] for group in rest[1].groups]  # type: ignore[attr-defined]
+        if len(lengths) > 1:
+            raise RuntimeError("together it fails")
+        if lengths[0] > len(PROMPT) + 1:
+            raise torch.AcceleratorError("device lost")
+        return forward(input_ids, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine._runner._model, "forward", lost_for_longer_ones)
+    with pytest.raises(EngineDead) as raised:
+        engine.step()
+    updates = {u.request_id: u for u in engine.abandon(raised.value)}
+    assert updates[first].finish_reason is not None
+    assert updates[second].error is raised.value
+
+
 @pytest.mark.parametrize(
     ("field", "value", "limit"),
     [

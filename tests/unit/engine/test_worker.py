@@ -74,6 +74,28 @@ def test_close_finishes_what_runs(checkpoint: Path) -> None:
     assert answers.qsize() == 5
 
 
+def test_close_gives_a_hanging_engine_up(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing waits for a running step no longer than it is told."""
+    worker = start(checkpoint)
+    entered, release = threading.Event(), threading.Event()
+    forward = worker.engine._runner._model.forward
+
+    def hang(*arguments: object) -> torch.Tensor:
+        entered.set()
+        release.wait(30)
+        return forward(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(worker.engine._runner._model, "forward", hang)
+    answers: queue.Queue[CanvasUpdate] = queue.Queue()
+    request = worker.engine.make_request(Prompt([1]), SamplingParams(gen_length=1))
+    worker.submit(request, answers.put)
+    assert entered.wait(30)
+    assert not worker.close(timeout=0.05)
+    release.set()
+    assert worker.close(timeout=30)
+    assert answers.qsize() == 1
+
+
 def test_a_dead_engine_fails_its_requests_and_refuses_new_ones(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,7 @@ class Engine:
         self._scheduler = Scheduler(config.max_num_seqs, config.max_num_batched_tokens)
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count()
+        self._ready_at_death: list[CanvasUpdate] = []
 
     @property
     def has_work(self) -> bool:
@@ -150,9 +151,14 @@ class Engine:
         return self._finish(request, FinishReason.CANCELLED)
 
     def abandon(self, error: Exception) -> list[CanvasUpdate]:
-        """Fail every unfinished request with `error`; touches no device."""
+        """Fail every unfinished request with `error`; touches no device.
+
+        Returns:
+            Their final updates, and those that a step had ready when it met the error.
+        """
         self.stats.requests_failed += len(self._requests)
-        return [self._finish(r, None, error) for r in list(self._requests.values())]
+        failed = [self._finish(r, None, error) for r in list(self._requests.values())]
+        return self._ready_at_death + failed
 
     def step(self) -> list[CanvasUpdate]:
         """One denoising step of as many requests as the budget allows.
@@ -190,12 +196,22 @@ class Engine:
         """A step failed and wrote nothing: find whom it concerns by running each alone."""
         if len(chosen) > 1:
             logger.warning("step failed requests=%d; running each alone: %s", len(chosen), error)
-            return [update for request in chosen for update in self._run([request])]
+            return self._run_each(chosen)
         request = chosen[0]
         logger.error("request failed request_id=%d", request.request_id, exc_info=error)
         self.stats.requests_failed += 1
         failure = RequestFailed(f"{type(error).__name__}: {error}")
         return [self._finish(request, None, failure)]
+
+    def _run_each(self, chosen: list[Request]) -> list[CanvasUpdate]:
+        updates: list[CanvasUpdate] = []
+        for request in chosen:
+            try:
+                updates += self._run([request])
+            except EngineDead:
+                self._ready_at_death = updates
+                raise
+        return updates
 
     def _count(self, chosen: list[Request], seconds: float) -> None:
         self.stats.steps += 1

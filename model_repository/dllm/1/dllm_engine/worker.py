@@ -53,10 +53,15 @@ class EngineWorker:
         """End a request before the next step; its final update says so. Unknown ids are fine."""
         self._inbox.put(lambda: self._cancel(request_id))
 
-    def close(self) -> None:
-        """Finish what runs, then stop the thread. Nothing may be submitted any more."""
+    def close(self, timeout: float | None = None) -> bool:
+        """Finish what runs, then stop the thread. Nothing may be submitted any more.
+
+        Returns:
+            Whether it has stopped within `timeout` seconds.
+        """
         self._inbox.put(None)
-        self._thread.join()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def _check_alive(self) -> None:
         if self._death is not None:
