@@ -21,12 +21,11 @@ Errors of httpx are turned into these in `from_transport`, errors of tritonclien
 from __future__ import annotations
 
 import builtins
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 
-if TYPE_CHECKING:
-    from dllm_client._types import Result
+from dllm_client._types import Result
 
 UNAVAILABLE = frozenset({502, 503, 504})
 

@@ -70,13 +70,13 @@ def submit_batch(prompts: Sequence[str], params: Params) -> Operation[list[int]]
 def result(request_id: int) -> Operation[Result]:
     """The job as it is now."""
     body = yield from _get(Call("GET", f"/v1/result/{request_id}"))
-    return Result.from_json(body)
+    return _result_of(body)
 
 
 def cancel(request_id: int) -> Operation[Result]:
     """Cancel the job; how it is afterwards."""
     body = yield from _send(Call("DELETE", f"/v1/result/{request_id}"))
-    return Result.from_json(body)
+    return _result_of(body)
 
 
 def health() -> Operation[str]:
@@ -162,7 +162,7 @@ def _get(call: Call) -> Operation[Any]:
 def _poll(request_id: int, hold: float) -> Operation[Result]:
     query = {"wait": f"{hold:g}"}
     call = Call("GET", f"/v1/result/{request_id}", query=query, extra_time=hold)
-    return Result.from_json((yield from _get(call)))
+    return _result_of((yield from _get(call)))
 
 
 def _request_ids(body: Any, count: int) -> list[int]:
@@ -186,3 +186,16 @@ def _text(result: Result) -> str:
     if result.text is None:
         raise UnexpectedResponseError(f"job {result.request_id} is finished without a text")
     return result.text
+
+
+def _result_of(data: Any) -> Result:
+    """The job in a response; fields unknown are ignored."""
+    try:
+        return Result(
+            request_id=int(data["request_id"]),
+            status=Status(data["status"]),
+            text=data["text"],
+            error=data.get("error"),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UnexpectedResponseError(f"not a job: {data!r}") from error

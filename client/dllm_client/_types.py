@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Self, TypedDict
-
-from dllm_client._errors import UnexpectedResponseError
+from typing import TypedDict
 
 
 class Sampling(TypedDict, total=False):
@@ -65,16 +63,3 @@ class Result:
     def done(self) -> bool:
         """Will this job change no more?"""
         return self.status is not Status.RUNNING
-
-    @classmethod
-    def from_json(cls, data: Any) -> Self:
-        """Raises UnexpectedResponseError when `data` is not a job; fields unknown are ignored."""
-        try:
-            return cls(
-                request_id=int(data["request_id"]),
-                status=Status(data["status"]),
-                text=data["text"],
-                error=data.get("error"),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UnexpectedResponseError(f"not a job: {data!r}") from error
