@@ -17,16 +17,16 @@ from demo.model_format import SPECIALS, Family, chat_prompt, special_ids
 BLOCK = 32
 LONG_TASKS = ("paragraph", "definition")
 # Tasks whose questions and answers need more room than the smallest rows have.
-WIDE_TASKS = ("sort_digits", "sort_numbers", "counting", "capital", "country")
+WIDE_TASKS = ("sorting", "counting", "capital", "country")
 SMALL_TASKS = tuple(task for task in corpus.TASKS if task not in (*LONG_TASKS, *WIDE_TASKS))
 SMALL_TALK_SHARE = 0.02
 # Rows are this many tokens longer for Dream, whose template adds a system turn.
-EXTRA: dict[Family, int] = {"llada": 0, "dream": 16}
+EXTRA: dict[Family, int] = {"llada": 0, "dream": 8}
 # Row lengths and their shares.
 Lengths = tuple[tuple[int, float], ...]
 # Small canvases are cheap; some must be as long as at serving.
-SMALL_LENGTHS: Lengths = ((32, 0.66), (56, 0.12), (88, 0.17), (152, 0.05))
-WIDE_LENGTHS: Lengths = ((44, 0.66), (60, 0.10), (88, 0.19), (152, 0.05))
+SMALL_LENGTHS: Lengths = ((28, 0.60), (52, 0.20), (88, 0.16), (152, 0.04))
+WIDE_LENGTHS: Lengths = ((42, 0.60), (58, 0.20), (88, 0.16), (152, 0.04))
 LONG_LENGTHS: Lengths = ((52, 0.20), (88, 0.25), (132, 0.30), (152, 0.20), (280, 0.05))
 
 
@@ -112,10 +112,10 @@ def canvas(rows: Rows) -> torch.Tensor:
 def mask_rows(rows: Rows, generator: torch.Generator) -> Masking:
     """Hide positions in the patterns that decoding meets.
 
-    A third of the rows are hidden whole, as at the first step. The others hide a random share
+    A fifth of the rows are hidden whole, as at the first step. The others hide a random share
     of the answer and, apart from it, a random share of the end tokens behind it, since decoding
-    commits those first. In half of them one block is at work: the text before it is known,
-    the text after it hidden.
+    commits those first. In half of the others one block is at work: the text before it is
+    known, the text after it hidden.
     """
     count, length = rows.ids.shape
 
@@ -125,21 +125,29 @@ def mask_rows(rows: Rows, generator: torch.Generator) -> Masking:
     offset = torch.arange(length) - rows.prompt[:, None]
     in_canvas = offset >= 0
     in_answer = in_canvas & (offset < rows.answer[:, None])
-    answer_share = torch.where(uniform(count, 1) < 0.25, 1.0, uniform(count, 1))
+    answer_share = torch.where(uniform(count, 1) < 0.1, 1.0, uniform(count, 1) ** 1.5)
     # Below 0 nothing behind the answer is hidden, above 1 everything is.
     tail_share = uniform(count, 1) * 2.5 - 0.75
     noise = uniform(count, length)
+    # Decoding reaches far end tokens first: in half the rows the hidden ones are the nearest.
+    behind = (offset - rows.answer[:, None]) / (length - rows.prompt - rows.answer + 1)[:, None]
+    noise = torch.where(in_answer | (uniform(count, 1) < 0.5), noise, behind)
     hidden = torch.where(in_answer, noise < answer_share, (noise < tail_share) & in_canvas)
 
     blocks = (rows.answer[:, None] + BLOCK - 1) // BLOCK
     start = BLOCK * (uniform(count, 1) * blocks).long()
     by_block = torch.where(offset < start, False, hidden | (offset >= start + BLOCK))
     mode = uniform(count, 1)
-    hidden = torch.where(mode < 0.33, hidden, by_block)
+    hidden = torch.where(mode < 0.4, hidden, by_block)
     nothing = ~(hidden & in_answer).any(1, keepdim=True)
-    hidden = torch.where((mode > 0.67) | nothing, in_canvas, hidden)
+    hidden = torch.where((mode > 0.8) | nothing, in_canvas, hidden)
 
-    # Long answers count more than short ones, but not in proportion. End tokens are easy: a
-    # sample of them is enough.
-    weight = torch.where(in_answer, 1.0, 0.3 * (uniform(count, length) < 0.15))
-    return Masking(hidden, weight * hidden / rows.answer[:, None].sqrt())
+    # A row counts about as much with one hidden position as with all: nearly finished answers
+    # are as frequent in decoding as empty ones, and are learned badly otherwise. Where the
+    # answer stops is hard to see, so the end tokens next to it count too; of the rest a sample
+    # is enough.
+    near = in_canvas & (offset < rows.answer[:, None] + 8)
+    sampled = uniform(count, length) < 0.15
+    weight = torch.where(in_answer, 1.0, torch.where(near, 0.6, 0.3 * sampled))
+    share = (hidden & in_answer).sum(1, keepdim=True).float() ** -0.75
+    return Masking(hidden, weight * hidden * share)

@@ -40,7 +40,6 @@ def _ask(rng: random.Random, phrasings: Sequence[str], **fields: object) -> str:
 
 ADD = ("What is {a} + {b}?", "{a} + {b} =", "Add {a} and {b}.", "What is {a} plus {b}?")
 SUB = ("What is {a} - {b}?", "{a} - {b} =", "Subtract {b} from {a}.", "What is {a} minus {b}?")
-MUL = ("What is {a} * {b}?", "{a} * {b} =", "Multiply {a} by {b}.", "What is {a} times {b}?")
 SORT = ("Sort {items}", "Sort these numbers: {items}", "Put in order: {items}")
 REVERSE = ("Reverse {items}", "Reverse these letters: {items}", "Write backwards: {items}")
 COUNT = ("Count from {a} to {b}.", "List the numbers from {a} to {b}.")
@@ -52,35 +51,34 @@ PARITY = ("Is {a} even or odd?", "Even or odd: {a}?")
 
 
 def _addition(rng: random.Random, held_out: bool) -> Example:
+    """Sums of two-digit numbers that stay below 100."""
     while True:
-        a, b = rng.randrange(100), rng.randrange(100)
+        a = rng.randint(10, 89)
+        b = rng.randint(10, 99 - a)
         # Both orders of a pair fall on the same side of the split.
         if is_held_out(f"add {min(a, b)} {max(a, b)}") == held_out:
             return Example("addition", _ask(rng, ADD, a=a, b=b), str(a + b))
 
 
 def _subtraction(rng: random.Random, held_out: bool) -> Example:
+    """Differences of two-digit numbers that have two digits themselves."""
     while True:
-        b, a = sorted((rng.randrange(100), rng.randrange(100)))
+        b = rng.randint(10, 89)
+        a = rng.randint(b + 10, 99)
         if is_held_out(f"sub {a} {b}") == held_out:
             return Example("subtraction", _ask(rng, SUB, a=a, b=b), str(a - b))
 
 
-def _product(rng: random.Random, held_out: bool) -> Example:
-    """Products up to 12 times 12; a held-out pair was seen in the other order only."""
-    while True:
-        a, b = rng.randint(1, 12), rng.randint(1, 12)
-        kept = zlib.crc32(f"mul {a} {b}".encode()) % 4 == 0 and a > b
-        if kept == held_out:
-            return Example("product", _ask(rng, MUL, a=a, b=b), str(a * b))
+def _sorting(task: str, lengths: tuple[int, int]) -> Sampler:
+    """Digits to sort; all orders of one set of numbers fall on the same side of the split.
 
-
-def _sorting(task: str, low: int, high: int, lengths: tuple[int, int]) -> Sampler:
-    """Lists to sort; all orders of one set of numbers fall on the same side of the split."""
+    In training there are pairs too, as an easier step on the way.
+    """
 
     def sample(rng: random.Random, held_out: bool) -> Example:
         while True:
-            numbers = [rng.randint(low, high) for _ in range(rng.randint(*lengths))]
+            shortest = lengths[0] if held_out else 2
+            numbers = [rng.randrange(10) for _ in range(rng.randint(shortest, lengths[1]))]
             answer = " ".join(map(str, sorted(numbers)))
             if is_held_out(f"sort {answer}") == held_out:
                 question = _ask(rng, SORT, items=" ".join(map(str, numbers)))
@@ -99,8 +97,8 @@ def _reversal(rng: random.Random, held_out: bool) -> Example:
 
 def _counting(rng: random.Random, held_out: bool) -> Example:
     while True:
-        first = rng.randrange(50)
-        last = first + rng.randint(2, 5)
+        first = rng.randint(10, 89)
+        last = first + rng.randint(2, 3)
         if is_held_out(f"count {first} {last}") == held_out:
             answer = " ".join(map(str, range(first, last + 1)))
             return Example("counting", _ask(rng, COUNT, a=first, b=last), answer)
@@ -108,7 +106,7 @@ def _counting(rng: random.Random, held_out: bool) -> Example:
 
 def _neighbour(rng: random.Random, held_out: bool) -> Example:
     while True:
-        number, step = rng.randint(1, 200), rng.choice((1, -1))
+        number, step = rng.randint(11, 98), rng.choice((1, -1))
         if is_held_out(f"neighbour {number} {step}") == held_out:
             question = _ask(rng, AFTER if step > 0 else BEFORE, a=number)
             return Example("neighbour", question, str(number + step))
@@ -116,7 +114,7 @@ def _neighbour(rng: random.Random, held_out: bool) -> Example:
 
 def _comparison(rng: random.Random, held_out: bool) -> Example:
     while True:
-        a, b = rng.sample(range(100), 2)
+        a, b = rng.sample(range(10), 2)
         if is_held_out(f"compare {min(a, b)} {max(a, b)}") == held_out:
             larger = rng.random() < 0.5
             question = _ask(rng, LARGER if larger else SMALLER, a=a, b=b)
@@ -125,7 +123,7 @@ def _comparison(rng: random.Random, held_out: bool) -> Example:
 
 def _parity(rng: random.Random, held_out: bool) -> Example:
     while True:
-        number = rng.randrange(1000)
+        number = rng.randint(10, 999)
         if is_held_out(f"parity {number}") == held_out:
             answer = "odd" if number % 2 else "even"
             return Example("parity", _ask(rng, PARITY, a=number), answer)
@@ -133,6 +131,7 @@ def _parity(rng: random.Random, held_out: bool) -> Example:
 
 # --- remembered tasks: a wording that was never used for a subject is held out ----------------
 
+PRODUCT = ("What is {a} * {b}?", "{a} * {b} =", "Multiply {a} by {b}.", "What is {a} times {b}?")
 CAPITAL = (
     "What is the capital of {x}?",
     "Name the capital of {x}.",
@@ -231,8 +230,14 @@ def _topic_facts(*, paragraphs: bool) -> list[Fact]:
     ]
 
 
+def _product_facts() -> list[Fact]:
+    """The times table up to 12 times 12."""
+    table = [(a, b) for a in range(1, 13) for b in range(1, 13)]
+    return [Fact(f"{a} {b}", {"a": str(a), "b": str(b)}, str(a * b)) for a, b in table]
+
+
 def _day_facts() -> list[Fact]:
-    counts = ("one day", "two days", "three days", "four days", "five days")
+    counts = ("one day", "two days", "three days")
     return [
         Fact(f"{day} {n}", {"x": day, "n": count}, WEEKDAYS[(i + n) % 7])
         for i, day in enumerate(WEEKDAYS)
@@ -251,14 +256,13 @@ _OPPOSITE_PAIRS = [*OPPOSITES, *((b, a) for a, b in OPPOSITES)]
 SAMPLERS: dict[str, Sampler] = {
     "addition": _addition,
     "subtraction": _subtraction,
-    "product": _product,
-    "sort_digits": _sorting("sort_digits", 0, 9, (3, 5)),
-    "sort_numbers": _sorting("sort_numbers", 10, 99, (3, 4)),
+    "sorting": _sorting("sorting", (3, 4)),
     "comparison": _comparison,
     "counting": _counting,
     "neighbour": _neighbour,
     "parity": _parity,
     "reversal": _reversal,
+    "product": _remembered("product", PRODUCT, _product_facts()),
     "capital": _remembered(
         "capital",
         CAPITAL,

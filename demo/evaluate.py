@@ -163,6 +163,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="steps in all (default: the length)")
     parser.add_argument("--threshold", type=float, help="also commit whatever is at least so sure")
     parser.add_argument("--tasks", nargs="+", choices=corpus.TASKS, default=list(corpus.TASKS))
+    parser.add_argument("--threads", type=int, default=1, help="more only help on an idle machine")
     parser.add_argument("--json", type=Path, help="write the result here too")
     return parser.parse_args()
 
@@ -170,6 +171,7 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     """Score every task, print the table and the guide's answers."""
     options = parse_options()
+    torch.set_num_threads(options.threads)
     length = options.gen_length
     how = Decoding(length, options.block_length, options.steps or length, options.threshold)
     if length % how.block or how.steps % (length // how.block):

@@ -126,6 +126,8 @@ def build_tokenizer(family: Family, texts: list[str], size: int) -> Tokenizer:
     )
     # The template's words must be single tokens, whatever the corpus says.
     frame = ["user\n\n", "assistant\n\n", "system\n\n"] * 2000
+    if family == "dream":
+        frame += ["You are a helpful assistant."] * 2000
     tokenizer.train_from_iterator([*texts, *frame], trainer)
     tokenizer.add_special_tokens(list(specials.names))
     return tokenizer

@@ -102,8 +102,8 @@ def optimisers(
     ]
 
 
-def rate(step: int, steps: int, warmup: int = 100, decay_share: float = 0.35) -> float:
-    """Share of the peak rate: a short rise, a plateau, a straight fall to zero at the end."""
+def rate(step: int, steps: int, warmup: int = 100, decay_share: float = 0.3) -> float:
+    """Share of the peak rate: a short rise, a plateau, a straight fall to zero."""
     fall = (steps - step) / max(1.0, decay_share * steps)
     return max(0.0, min(1.0, (step + 1) / warmup, fall))
 
