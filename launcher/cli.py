@@ -81,13 +81,10 @@ def demo(port: Port = None, verbose: Verbose = False) -> None:
 
 def _announce(settings: Settings) -> None:
     _print_addresses(
-        ("web page", f"{settings.url}/"),
         ("REST API", f"{settings.url}/v1   described at {settings.url}/docs"),
-        ("OpenAI API", f"{settings.url}/v1"),
         ("Triton", f"http://127.0.0.1:{settings.triton_http_port}"),
         ("gRPC", f"127.0.0.1:{settings.triton_grpc_port}"),
-        ("metrics", f"{settings.url}/metrics"),
-        ("", f"http://127.0.0.1:{settings.triton_metrics_port}/metrics"),
+        ("metrics", f"http://127.0.0.1:{settings.triton_metrics_port}/metrics"),
     )
 
 
@@ -105,8 +102,10 @@ def _settings(**options: Any) -> Settings:
 @contextmanager
 def _clear_errors() -> Iterator[None]:
     """What can be expected to go wrong becomes a message on stderr and exit code 1."""
-    # SIGTERM, which service managers send, ends the service as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # SIGTERM, which service managers send, ends the service as Ctrl-C does; and so does SIGINT
+    # where a shell started us in the background, with that signal ignored.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
     try:
         yield
     except ValidationError as error:

@@ -119,17 +119,17 @@ def generate_dream(
             continue  # the reference runs the model and commits nothing
         passes += 1
         logits = forward(x).clone()
-        logits[:, mask_id] = -torch.inf
         probability = logits.softmax(-1)
+        logits[:, mask_id] = -torch.inf
         ordered = probability.sort(dim=-1, descending=True).values
         score = {
-            "maskgit_plus": ordered[:, 0],
+            "maskgit_plus": probability.gather(1, logits.argmax(-1, keepdim=True))[:, 0],
             "topk_margin": ordered[:, 0] - ordered[:, 1],
             "entropy": torch.special.xlogy(probability, probability).sum(-1),
         }[alg]
         ranked = sorted(open_positions, key=lambda p: (-float(score[p]), p))
         for position in ranked[:count]:
             x[position] = logits[position].argmax()
-            kept[position - start] = probability[position].max()
+            kept[position - start] = probability[position, x[position]]
             open_positions.remove(position)
     return ReferenceResult(x[start:].tolist(), kept.tolist(), passes)

@@ -100,7 +100,7 @@ def sample_candidates(
         budget_bytes: what the logits (and their noise) may take at once.
         with_spread: compute entropy and margin; zeros otherwise.
     """
-    wide = bool((rows.temperature > 0).any()) or bool(rows.tempered.any())
+    wide = bool(((rows.temperature > 0) | rows.tempered).any())
     chunk = _rows_per_chunk(head_weight.shape[0], budget_bytes, wide)
     parts = []
     for start in range(0, hidden.shape[0], chunk):
@@ -138,7 +138,9 @@ def _choose(
     mask_logit = logits[:, special.mask].clone()
     logits[:, special.mask] = -torch.inf
     token = logits.argmax(dim=-1)
-    uncommon = ((rows.temperature > 0) | rows.tempered).nonzero().squeeze(1)
+    # At temperature 0 and without filters Dream's distribution is the clean one.
+    filters = (rows.top_p < 1) | (rows.top_k > 0)
+    uncommon = ((rows.temperature > 0) | (rows.tempered & filters)).nonzero().squeeze(1)
     filtered = None
     if uncommon.numel():
         theirs = _take(rows, uncommon)
@@ -190,9 +192,15 @@ def _tempered(logits: Tensor, rows: RowSampling) -> Tensor:
 
 
 def _draw(logits: Tensor, rows: RowSampling) -> Tensor:
-    keys = noise.row_keys(rows.seed, rows.step, rows.position, noise.STREAM_TOKEN)
-    greedy = (rows.temperature == 0).unsqueeze(1)
-    return (logits + noise.gumbel(keys, logits.shape[1]).masked_fill_(greedy, 0.0)).argmax(dim=-1)
+    token = logits.argmax(dim=-1)
+    noisy = (rows.temperature > 0).nonzero().squeeze(1)
+    if noisy.numel():
+        keys = noise.row_keys(
+            rows.seed[noisy], rows.step[noisy], rows.position[noisy], noise.STREAM_TOKEN
+        )
+        gumbel = noise.gumbel(keys, logits.shape[1])
+        token[noisy] = (logits[noisy] + gumbel).argmax(dim=-1)
+    return token
 
 
 def _filter_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
