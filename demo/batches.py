@@ -109,10 +109,14 @@ def canvas(rows: Rows) -> torch.Tensor:
     return torch.arange(rows.ids.shape[1]) >= rows.prompt[:, None]
 
 
-def mask_rows(rows: Rows, generator: torch.Generator) -> Masking:
+def mask_rows(rows: Rows, generator: torch.Generator, doubt: torch.Tensor) -> Masking:
     """Hide positions in the patterns that decoding meets.
 
-    A fifth of the rows are hidden whole, as at the first step. The others hide a random share
+    `doubt` [rows, length] orders a row's positions by how sure the model is of them: 0 is the
+    position it doubts most. In half the rows a share of the most doubtful ones is hidden, since
+    those are what decoding by confidence leaves for last.
+
+    A fifth of the rows are hidden whole, as at the first step. The rest hide a random share
     of the answer and, apart from it, a random share of the end tokens behind it, since decoding
     commits those first. In half of the others one block is at work: the text before it is
     known, the text after it hidden.
@@ -133,6 +137,8 @@ def mask_rows(rows: Rows, generator: torch.Generator) -> Masking:
     behind = (offset - rows.answer[:, None]) / (length - rows.prompt - rows.answer + 1)[:, None]
     noise = torch.where(in_answer | (uniform(count, 1) < 0.5), noise, behind)
     hidden = torch.where(in_answer, noise < answer_share, (noise < tail_share) & in_canvas)
+    doubtful = in_canvas & (doubt < uniform(count, 1) ** 1.5)
+    hidden = torch.where(uniform(count, 1) < 0.5, doubtful, hidden)
 
     blocks = (rows.answer[:, None] + BLOCK - 1) // BLOCK
     start = BLOCK * (uniform(count, 1) * blocks).long()

@@ -108,7 +108,9 @@ def answers(checkpoint: Checkpoint, questions: list[str], how: Decoding) -> list
             part = rows[i : i + 64]
             ids = decode(checkpoint, [prompts[row] for row in part], how)
             for row, answer in zip(part, ids.tolist(), strict=True):
-                text = checkpoint.tokenizer.decode(answer, skip_special_tokens=True)
+                # What follows the end of text is no part of an answer.
+                ended = answer.index(checkpoint.end) if checkpoint.end in answer else len(answer)
+                text = checkpoint.tokenizer.decode(answer[:ended], skip_special_tokens=True)
                 found[row] = text.strip()
     return found
 

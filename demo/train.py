@@ -130,9 +130,22 @@ def aligned(family: Family, states: torch.Tensor) -> torch.Tensor:
     return torch.cat([states[:, :1], states[:, :-1]], 1) if family == "dream" else states
 
 
+@torch.no_grad()
+def doubts(run: Run, rows: Rows) -> torch.Tensor:
+    """Place of each canvas position by the model's confidence on the empty canvas, 0 to 1.
+
+    0 is the position that it is least sure of; 1 stands outside the canvas.
+    """
+    in_canvas = batches.canvas(rows)
+    states = aligned(run.family, hidden_states(run.model, run.maker.hide(rows, in_canvas)))
+    sure = head(run.model, states).softmax(-1).amax(-1).masked_fill(~in_canvas, 2.0)
+    places = sure.argsort(1).argsort(1)
+    return places / in_canvas.sum(1, keepdim=True)
+
+
 def loss_of(run: Run, rows: Rows) -> torch.Tensor:
     """Weighted cross-entropy per row; the head sees only positions that count."""
-    masking = batches.mask_rows(rows, run.generator)
+    masking = batches.mask_rows(rows, run.generator, doubts(run, rows))
     states = aligned(run.family, hidden_states(run.model, run.maker.hide(rows, masking.hidden)))
     counted = masking.weight > 0
     logits = head(run.model, states[counted])
