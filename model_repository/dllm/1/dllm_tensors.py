@@ -13,7 +13,6 @@ from dllm_engine import CanvasUpdate, Engine, InvalidRequest, Prompt, SamplingPa
 from dllm_engine.scheduler import Request
 
 PROMPT_INPUTS = ("text_input", "messages", "input_ids")
-STREAM_INPUTS = ("stream", "stream_interval")
 #: Inputs that are sampling parameters of the same name.
 PARAM_INPUTS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 

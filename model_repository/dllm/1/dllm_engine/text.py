@@ -37,10 +37,9 @@ class TextCodec:
         self._tokenizer = tokenizer
         # Whether control tokens are recognised is a switch on the tokenizer, not an argument.
         self._lock = threading.Lock()
-        self._mask_text: str = tokenizer.convert_ids_to_tokens(mask_token_id)
         specials = sorted(set(tokenizer.get_added_vocab()), key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, specials)) or "(?!)")
-        self._mask_pattern = re.compile(re.escape(self._mask_text))
+        self._mask_pattern = re.compile(re.escape(tokenizer.convert_ids_to_tokens(mask_token_id)))
 
     @classmethod
     def load(cls, directory: Path, mask_token_id: int) -> TextCodec | None:

@@ -7,7 +7,6 @@ more memory than their budget: (rows × vocabulary) of a whole batch is gigabyte
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -73,9 +72,6 @@ class Candidates:
     margin: Tensor
 
 
-Columns = TypeVar("Columns", RowSampling, Candidates)
-
-
 def sample_candidates(
     hidden: Tensor,
     head_weight: Tensor,
@@ -118,9 +114,9 @@ def _rows_per_chunk(vocab_size: int, budget_bytes: int, wide: bool) -> int:
     return max(ROW_MULTIPLE, fitting // ROW_MULTIPLE * ROW_MULTIPLE)
 
 
-def _take(columns: Columns, index: slice | Tensor) -> Columns:
-    fields = dataclasses.fields(columns)
-    return type(columns)(**{f.name: getattr(columns, f.name)[index] for f in fields})
+def _take(rows: RowSampling, index: slice | Tensor) -> RowSampling:
+    fields = dataclasses.fields(rows)
+    return RowSampling(**{f.name: getattr(rows, f.name)[index] for f in fields})
 
 
 def _logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
