@@ -72,11 +72,6 @@ class Engine:
         """Requests that take steps."""
         return self._scheduler.num_running
 
-    @property
-    def num_waiting(self) -> int:
-        """Requests that wait for a slot."""
-        return self._scheduler.num_waiting
-
     def make_request(
         self,
         prompt: Prompt,

@@ -153,10 +153,11 @@ def _apply(rule: Rule, block: BlockStatistics, plan: CommitPlan, counted: Tensor
 
 def _scores(block: BlockStatistics, plan: CommitPlan) -> Tensor:
     """float64 [R, block]; larger is committed first."""
+    uniform = _uniform(block.masked.shape[1], plan)
     by_kind = torch.stack(
         [
             block.confidence.to(torch.float64),
-            _uniform(block.masked.shape[1], plan),
+            uniform,
             -block.entropy.to(torch.float64),
             block.margin.to(torch.float64),
         ]
@@ -166,7 +167,7 @@ def _scores(block: BlockStatistics, plan: CommitPlan) -> Tensor:
     # The n largest of score / T + Gumbel noise are n draws without replacement from
     # softmax(score / T) (Kool et al. 2019): torch.multinomial's distribution, by our noise.
     temperature = torch.where(plan.alg_temp > 0, plan.alg_temp, 1.0).unsqueeze(1)
-    gumbel = -(-_uniform(block.masked.shape[1], plan).log()).log()
+    gumbel = -(-uniform.log()).log()
     return torch.where(drawn, score / temperature + gumbel, score)
 
 
