@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .canvas import CanvasTable
 from .ops import PackedLayout
-from .sampling.candidates import ROW_MULTIPLE, RowSampling
 from .sampling.commit import CommitPlan
+from .sampling.rows import ROW_MULTIPLE, RowSampling
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .request import Prompt, SamplingParams
-from .sampling.candidates import SpecialTokens
+from .sampling import SpecialTokens
 from .sampling.commit import (
     ALG,
     REMASKING,

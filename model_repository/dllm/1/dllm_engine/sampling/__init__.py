@@ -1,7 +1,8 @@
 """From hidden states to committed tokens: candidates at masked positions, then a rule."""
 
-from .candidates import Candidates, RowSampling, SpecialTokens, sample_candidates
+from .candidates import sample_candidates
 from .commit import BlockStatistics, CommitPlan, select_commits
+from .rows import Candidates, RowSampling, SpecialTokens
 
 __all__ = [
     "BlockStatistics",

@@ -43,13 +43,18 @@ def row_keys(seed: Tensor, step: Tensor, position: Tensor, stream: int) -> Tenso
     return _mix(key + (position + 1) * _GOLDEN)
 
 
-def uniform(keys: Tensor, count: int) -> Tensor:
-    """Numbers in (0, 1), never 0 nor 1: float64 [rows, count]."""
-    counters = torch.arange(1, count + 1, device=keys.device, dtype=torch.int64) * _GOLDEN
+def uniform(keys: Tensor, count: int, first: int = 0) -> Tensor:
+    """Numbers `first` to `first + count` of each key, in (0, 1), never 0 nor 1.
+
+    Returns:
+        float64 [rows, count].
+    """
+    places = torch.arange(first + 1, first + count + 1, device=keys.device, dtype=torch.int64)
+    counters = places * _GOLDEN
     bits = _mix(keys.unsqueeze(1) + counters)
     return (_shift_right(bits, 11).to(torch.float64) + 0.5) * 2.0**-53
 
 
-def gumbel(keys: Tensor, count: int) -> Tensor:
-    """Standard Gumbel noise, float64 [rows, count]."""
-    return uniform(keys, count).log_().neg_().log_().neg_()
+def gumbel(keys: Tensor, count: int, first: int = 0) -> Tensor:
+    """Standard Gumbel noise for tokens `first` to `first + count`, float64 [rows, count]."""
+    return uniform(keys, count, first).log_().neg_().log_().neg_()
