@@ -48,6 +48,39 @@ def test_stream_shows_every_step(triton: TritonServer) -> None:
     assert steps[-1] == generate(triton, **fields)
 
 
+def test_stream_says_what_each_position_shows(triton: TritonServer) -> None:
+    """Every event has the active block and a text for each position; joined, they are the text."""
+    fields = {"text_input": "hello", "gen_length": 20, "block_length": 8, "ignore_eos": True}
+    with open_http_stream(triton, fields) as response:
+        steps = [json.loads(line[6:]) for line in response.iter_lines() if line]
+    blocks = [tuple(step["block"]) for step in steps]
+    assert blocks == [(0, 0, 8)] * 7 + [(1, 8, 16)] * 8 + [(2, 16, 20)] * 5
+    for step in steps:
+        for token, text in zip(step["token_ids"], step["token_texts"], strict=True):
+            assert token != MASK or text == ""
+    assert "".join(steps[-1]["token_texts"]).rstrip("\ufffd") == steps[-1]["text_output"]
+
+
+def test_stop_string_that_has_begun_is_not_shown(triton: TritonServer) -> None:
+    """No event of a stream shows text that the answer, once it is cut, does not begin with."""
+    fields = {"text_input": "count", "gen_length": 48, "block_length": 4, "ignore_eos": True}
+    whole = generate(triton, **fields).text
+    stop = whole[20:26]
+    steps = list(events(open_http_stream(triton, fields | {"stop": [stop]})))
+    assert steps[-1].text == whole[: whole.index(stop)]
+    assert all(steps[-1].text.startswith(step.text) for step in steps)
+
+
+def test_given_tokens_are_certain(triton: TritonServer) -> None:
+    """Tokens that a canvas came with have confidence 1; only what is masked has −1."""
+    fields = {"text_input": "hello", "canvas_ids": [65, MASK, MASK, 66]}
+    first, last = events(open_http_stream(triton, fields))
+    assert sorted(first.confidence)[0] == -1
+    for step in (first, last):
+        assert (step.confidence[0], step.confidence[3]) == (1, 1)
+        assert [c == -1 for c in step.confidence] == [token == MASK for token in step.token_ids]
+
+
 def test_stream_interval_thins_the_events(triton: TritonServer) -> None:
     """With a `stream_interval` events come at most so often, and the last one always comes."""
     fields = {"text_input": "hello", "gen_length": 8, "ignore_eos": True, "stream_interval": 3600.0}

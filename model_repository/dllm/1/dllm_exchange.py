@@ -12,7 +12,7 @@ from collections import deque
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
-from dllm_engine import CanvasUpdate, EngineStats, EngineWorker
+from dllm_engine import CanvasUpdate, EngineStats, EngineWorker, SamplingParams
 from dllm_tensors import error_response, to_response
 
 logger = logging.getLogger("dllm_engine.triton")
@@ -30,7 +30,9 @@ class Caller:
 
     request_id: int
     sender: Any
-    stop: tuple[str, ...]
+    params: SamplingParams
+    #: Names of the outputs that it asked for.
+    outputs: frozenset[str]
     num_unsent: int = 0
     #: Held while the sender is used: asking it anything after the final response has been sent
     #: reaches into memory that the server has freed, and crashes it.
@@ -117,7 +119,7 @@ class Exchange:
 
     def _send(self, caller: Caller, update: CanvasUpdate) -> None:
         try:
-            response = to_response(self._worker.engine, update, caller.stop)
+            response = to_response(self._worker.engine, update, caller.params, caller.outputs)
         except Exception as error:
             # Whatever is wrong with one answer, its caller must not wait for ever.
             logger.exception("answer not made request_id=%d", caller.request_id)

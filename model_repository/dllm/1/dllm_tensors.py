@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -117,24 +118,58 @@ def _text(name: str, value: bytes) -> str:
         raise InvalidRequest(name, f"must be UTF-8: {error}") from error
 
 
-def to_response(engine: Engine, update: CanvasUpdate, stop: tuple[str, ...]) -> Any:
-    """The response that carries an update; an error response if the request failed."""
+def to_response(
+    engine: Engine, update: CanvasUpdate, params: SamplingParams, wanted: Collection[str]
+) -> Any:
+    """The response that carries an update; an error response if the request failed.
+
+    Args:
+        engine: the engine that made the update.
+        update: the state of the canvas.
+        params: the request's, resolved.
+        wanted: names of the outputs that the caller asked for.
+    """
     if update.error is not None:
         return error_response(str(update.error), pb_utils.TritonError.INTERNAL)
-    ready = update.token_ids[: update.num_ready]
-    text = engine.codec.answer(ready, stop) if engine.codec else ""
+    masked = update.token_ids == engine.spec.mask_token_id
     reason = update.finish_reason.value if update.finish_reason else ""
-    usage = dataclasses.astuple(update.usage)
     outputs = {
-        "text_output": np.array([[text.encode()]], dtype=np.object_),
+        "text_output": _strings([_answer(engine, update, params.stop)]),
         "token_ids": update.token_ids[None],
-        "confidence": update.confidence[None],
-        "finish_reason": np.array([[reason.encode()]], dtype=np.object_),
-        "usage": np.array([usage], dtype=np.int32),
+        # A token that the request came with is certain; so -1 is left for what is masked.
+        "confidence": np.where(masked, np.float32(-1), np.abs(update.confidence))[None],
+        "finish_reason": _strings([reason]),
+        "usage": np.array([dataclasses.astuple(update.usage)], dtype=np.int32),
         "seed": np.array([[update.seed]], dtype=np.int64),
+        "block": np.array([_active_block(masked, params)], dtype=np.int32),
     }
+    if "token_texts" in wanted:  # the one output that costs anything to make
+        codec = engine.codec
+        shown = codec.pieces(update.token_ids, ~masked) if codec else [""] * masked.size
+        outputs["token_texts"] = _strings(shown)
     tensors = [pb_utils.Tensor(name, array) for name, array in outputs.items()]
     return pb_utils.InferenceResponse(output_tensors=tensors)
+
+
+def _answer(engine: Engine, update: CanvasUpdate, stop: tuple[str, ...]) -> str:
+    """The finished text, or what is certain of it so far."""
+    if engine.codec is None:
+        return ""
+    ready = update.token_ids[: update.num_ready]
+    return (engine.codec.answer if update.finished else engine.codec.prefix)(ready, stop)
+
+
+def _active_block(masked: npt.NDArray[np.bool_], params: SamplingParams) -> tuple[int, int, int]:
+    """Index, start and end of the block that the next step decodes; the last when none is left."""
+    assert params.block_length is not None
+    first_masked = int(masked.argmax()) if masked.any() else masked.size - 1
+    index = first_masked // params.block_length
+    start = index * params.block_length
+    return index, start, min(start + params.block_length, masked.size)
+
+
+def _strings(values: Sequence[str]) -> npt.NDArray[np.object_]:
+    return np.array([[value.encode() for value in values]], dtype=np.object_)
 
 
 def error_response(message: str, code: int) -> Any:

@@ -62,7 +62,8 @@ class TritonPythonModel:
 
     def _submit(self, request: Any, sender: Any) -> None:
         parsed = parse_request(self._worker.engine, request)
-        self._exchange.register(Caller(parsed.request_id, sender, parsed.params.stop))
+        outputs = frozenset(request.requested_output_names())
+        self._exchange.register(Caller(parsed.request_id, sender, parsed.params, outputs))
         try:
             self._worker.submit(parsed, self._exchange.post)
         except EngineDead:

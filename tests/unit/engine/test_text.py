@@ -2,12 +2,15 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from dllm_engine import InvalidRequest
 from dllm_engine.text import TextCodec, find_stop
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from tests.support.checkpoints import (
     BOS,
@@ -133,6 +136,57 @@ def test_the_answer_ends_before_the_first_stop_string(codec: TextCodec) -> None:
     assert codec.answer(ids, ("three", "wo")) == "one t"
     assert codec.answer(ids, ()) == "one two three"
     assert find_stop("abc", ("x",)) is None
+
+
+def test_what_is_certain_leaves_out_a_stop_string_that_has_begun(codec: TextCodec) -> None:
+    """Token by token, only that is shown which no stop string can take back any more."""
+    ids = np.array(codec.encode_text("a bar bars"), dtype=np.int32)
+    shown = [codec.prefix(ids[:n], ("bart", "ars", "a bark")) for n in range(len(ids) + 1)]
+    assert shown == [""] * 6 + ["a bar "] * 5
+    assert codec.answer(ids, ("bart", "ars", "a bark")) == "a bar b"
+    assert codec.prefix(ids, ()) == "a bar bars"
+
+
+@pytest.mark.parametrize("stop", [("aab",), ("ab", "ba"), ("é🙂", "🙂🙂"), ("bé",)])
+@pytest.mark.parametrize("text", ["aaaab", "abab", "é🙂🙂", "aabéé", "bbb"])
+def test_what_is_certain_never_shrinks(codec: TextCodec, text: str, stop: tuple[str, ...]) -> None:
+    """What was certain once is the beginning of everything later, the answer included."""
+    ids = np.array(codec.encode_text(text), dtype=np.int32)
+    shown = []
+    for n in range(len(ids) + 1):
+        if find_stop(codec.decode(ids[:n]), stop) is not None:
+            break
+        shown.append(codec.prefix(ids[:n], stop))
+    shown.append(codec.answer(ids[: len(shown)], stop))
+    assert all(after.startswith(before) for before, after in pairwise(shown))
+
+
+def test_each_position_shows_what_it_adds(codec: TextCodec) -> None:
+    """Special tokens and hidden positions show nothing, a character stands with its last byte."""
+    ids = np.array([*codec.encode_text("aé"), EOS, *codec.encode_text("🙂b")], dtype=np.int32)
+    shown = np.ones(len(ids), dtype=bool)
+    assert codec.pieces(ids, shown) == ["a", "", "é", "", "", "", "", "🙂", "b"]
+    shown[5] = False
+    torn = codec.pieces(ids, shown)
+    assert torn == ["a", "", "é", "", "\ufffd", "", "\ufffd", "\ufffd", "b"]
+
+
+def test_a_whole_character_after_a_torn_one_is_found(codec: TextCodec) -> None:
+    """Bytes that never become a character do not hide one that follows them."""
+    whole = codec.encode_text("é")
+    ids = np.array([*codec.encode_text("🙂")[:2], *whole, whole[1]], dtype=np.int32)
+    pieces = codec.pieces(ids, np.ones(5, dtype=bool))
+    assert pieces == ["\ufffd", "\ufffd", "", "é", "\ufffd"]
+
+
+def test_pieces_of_a_decoder_that_drops_the_first_space() -> None:
+    """A tokenizer with a mark for spaces keeps the space of every position."""
+    words = Tokenizer(models.WordLevel({"▁one": 0, "▁two": 1, "?": 2}, unk_token="?"))
+    words.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, mask_token="?")
+    codec = TextCodec(tokenizer, 2)
+    assert codec.decode([0, 1]) == "one two"
+    assert codec.pieces(np.array([0, 1]), np.array([True, True])) == [" one", " two"]
 
 
 def test_dreams_tokenizer_is_read_without_its_own_code(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ _FORMATS = {"tokenizer.json": PreTrainedTokenizerFast, "vocab.json": Qwen2Tokeni
 _SENTINEL = "\ue000{}\ue001"
 _SENTINEL_PATTERN = re.compile("\ue000(\\d+)\ue001")
 _INCOMPLETE = "\ufffd"
+_MAX_CHARACTER_TOKENS = 4  # one for each byte that UTF-8 may take
 
 
 class TextCodec:
@@ -35,6 +36,7 @@ class TextCodec:
 
     def __init__(self, tokenizer: Any, mask_token_id: int) -> None:
         self._tokenizer = tokenizer
+        self._pieces: dict[int, str] = {}  # of every token shown so far
         # Whether control tokens are recognised is a switch on the tokenizer, not an argument.
         self._lock = threading.Lock()
         specials = sorted(set(tokenizer.get_added_vocab()), key=len, reverse=True)
@@ -117,16 +119,58 @@ class TextCodec:
 
     def decode(self, token_ids: Sequence[int] | npt.NDArray[np.int32]) -> str:
         """Text of these tokens, without special tokens and without half a character at the end."""
-        text: str = self._tokenizer.decode(
-            np.asarray(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text.rstrip(_INCOMPLETE)
+        return self._decode(token_ids).rstrip(_INCOMPLETE)
 
     def answer(self, ready_ids: npt.NDArray[np.int32], stop: tuple[str, ...]) -> str:
-        """The answer's text so far: `decode`, cut before the first stop string."""
+        """A finished answer's text: `decode`, cut before the first stop string."""
         text = self.decode(ready_ids)
         cut = find_stop(text, stop)
         return text if cut is None else text[:cut]
+
+    def prefix(self, ready_ids: npt.NDArray[np.int32], stop: tuple[str, ...]) -> str:
+        """What is certain of an unfinished answer's text: the answer will begin with it.
+
+        Left out are the end that may yet turn out to begin a stop string, and half a character.
+        """
+        text = self.answer(ready_ids, stop)
+        return text[: len(text) - _pending_stop(text, stop)]
+
+    def pieces(self, token_ids: npt.NDArray[np.int32], shown: npt.NDArray[np.bool_]) -> list[str]:
+        """What each shown position adds to the text; "" where not shown, and for special tokens.
+
+        A character that spans several tokens stands with the last of them, once all are shown.
+        """
+        pieces: list[str] = []
+        partial: list[int] = []  # the latest tokens, as long as each holds part of a character
+        for token_id, is_shown in zip(token_ids.tolist(), shown.tolist(), strict=True):
+            pieces.append(self._piece(token_id) if is_shown else "")
+            if _INCOMPLETE not in pieces[-1]:
+                partial = []
+                continue
+            partial = [*partial, token_id][-_MAX_CHARACTER_TOKENS:]
+            for start in range(len(partial) - 1):
+                joined = self._decode(partial[start:])
+                if _INCOMPLETE not in joined:
+                    count = len(partial) - start
+                    pieces[-count:] = [*[""] * (count - 1), joined]
+                    partial = []
+                    break
+        return pieces
+
+    def _piece(self, token_id: int) -> str:
+        """What one token adds to a text: some decoders drop the space that begins the first."""
+        piece = self._pieces.get(token_id)
+        if piece is None:
+            alone = self._decode([token_id])
+            piece = self._decode([token_id, token_id])[len(alone) :]
+            self._pieces[token_id] = piece
+        return piece
+
+    def _decode(self, token_ids: Sequence[int] | npt.NDArray[np.int32]) -> str:
+        text: str = self._tokenizer.decode(
+            np.asarray(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
 
     def _encode(self, field: str, text: str, literals: list[str]) -> list[int]:
         ids: list[int] = []
@@ -148,6 +192,13 @@ def find_stop(text: str, stop: tuple[str, ...]) -> int | None:
     """Where the first of the stop strings begins in `text`, if any does."""
     found = [at for s in stop if (at := text.find(s)) >= 0]
     return min(found, default=None)
+
+
+def _pending_stop(text: str, stop: tuple[str, ...]) -> int:
+    """Length of the longest end of `text` that begins a stop string without completing it."""
+    longest = min(len(text), max((len(s) for s in stop), default=1) - 1)
+    ends = (n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in stop))
+    return next(ends, 0)
 
 
 def _protect(text: str, pattern: re.Pattern[str], literals: list[str]) -> tuple[str, list[str]]:
