@@ -19,7 +19,9 @@ from adapter.jobs.runner import JobRunner
 from adapter.jobs.service import JobService
 from adapter.jobs.store import JobStore
 from adapter.jobs.watch import JobWatcher
-from adapter.routes import health, jobs
+from adapter.live import LiveRequests
+from adapter.pool import EnginePool, Member
+from adapter.routes import health, jobs, stream
 from adapter.settings import Settings, load_settings
 from adapter.triton import TritonEngine
 
@@ -46,6 +48,7 @@ def create_app(settings: Settings | None = None, *, engine: Engine | None = None
     app.state.settings = chosen
     add_error_handlers(app)
     app.include_router(jobs.router)
+    app.include_router(stream.router)
     app.include_router(health.router)
     return app
 
@@ -53,7 +56,6 @@ def create_app(settings: Settings | None = None, *, engine: Engine | None = None
 async def _open(app: FastAPI, settings: Settings, engine: Engine, stack: AsyncExitStack) -> None:
     """Open what the routes need, each to be closed before what it rests on."""
     worker = _worker_name()
-    stack.push_async_callback(engine.close)
     database = await stack.enter_async_context(Database.open(settings.database_url))
     store = JobStore(database, max_attempts=settings.job_max_attempts)
     name = engine_name(settings.triton_url, settings.model_name)
@@ -64,13 +66,14 @@ async def _open(app: FastAPI, settings: Settings, engine: Engine, stack: AsyncEx
         silence=settings.engine_silence,
         heal=settings.heal,
     )
+    pool = EnginePool([Member(engine, monitor)])
     watcher = JobWatcher(store)
-    runner = JobRunner(
-        store, engine, monitor, owner=worker, settings=settings, on_done=watcher.notify
-    )
-    for service in (monitor, watcher, runner):
+    runner = JobRunner(store, pool, owner=worker, settings=settings, on_done=watcher.notify)
+    live = LiveRequests(pool, limit=settings.max_live, silence=settings.engine_silence)
+    for service in (pool, watcher, runner, live):
         await stack.enter_async_context(service)
     app.state.monitor = monitor
+    app.state.live = live
     app.state.jobs = JobService(store, runner, watcher, max_queued=settings.max_queued_jobs)
     logger.info("worker_started worker=%s engine=%s", worker, name)
 

@@ -11,7 +11,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from adapter.errors import StoreUnavailable
-from adapter.tables import create_schema
+from adapter.schema import upgrade_schema
 
 LOCK_WAIT_SECONDS = 15.0
 OPEN_ATTEMPTS = 100
@@ -28,7 +28,10 @@ class Database:
     @classmethod
     @asynccontextmanager
     async def open(cls, url: str) -> AsyncIterator[Self]:
-        """Connect, and make the schema if it is missing; any number of processes may do so."""
+        """Connect, and bring the schema up to date; any number of processes may do so at once.
+
+        Raises `SettingsError` if a later release has changed it.
+        """
         engine = _create_engine(url)
         try:
             database = cls(engine)
@@ -52,7 +55,7 @@ class Database:
                 yield connection
 
     async def _prepare(self) -> None:
-        """Make the schema under a lock. SQLite does not wait for the lock that turns WAL on."""
+        """Upgrade the schema under a lock. SQLite does not wait for the lock that turns WAL on."""
         for attempt in range(1, OPEN_ATTEMPTS + 1):
             try:
                 async with self.write() as connection:
@@ -60,7 +63,7 @@ class Database:
                         await connection.execute(
                             text(f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK})")
                         )
-                    await connection.run_sync(create_schema)
+                    await connection.run_sync(upgrade_schema)
                 return
             except StoreUnavailable as error:
                 if attempt == OPEN_ATTEMPTS or "locked" not in str(error):

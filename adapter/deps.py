@@ -6,6 +6,7 @@ from fastapi import Depends, Request
 
 from adapter.health import EngineMonitor
 from adapter.jobs.service import JobService
+from adapter.live import LiveRequests
 from adapter.settings import Settings
 
 
@@ -17,10 +18,15 @@ def _jobs(request: Request) -> JobService:
     return cast(JobService, request.app.state.jobs)
 
 
+def _live(request: Request) -> LiveRequests:
+    return cast(LiveRequests, request.app.state.live)
+
+
 def _monitor(request: Request) -> EngineMonitor:
     return cast(EngineMonitor, request.app.state.monitor)
 
 
 SettingsDep = Annotated[Settings, Depends(_settings)]
 JobsDep = Annotated[JobService, Depends(_jobs)]
+LiveDep = Annotated[LiveRequests, Depends(_live)]
 MonitorDep = Annotated[EngineMonitor, Depends(_monitor)]

@@ -5,6 +5,9 @@ AdapterError
   InvalidRequest       the engine refuses the values of a request
   JobNotFound          no such job, or its result has expired
   TooManyJobs          the queue is full: come back later
+  TooManyCalls         as many calls as may wait for their answers: come back later
+  DeadlineExceeded     the time that the request gave itself is over
+  CallerGone           whoever asked has hung up
   StoreUnavailable     the database does not answer
   EngineError          the engine could not answer
     Overloaded           its queue is full
@@ -46,6 +49,25 @@ class TooManyJobs(AdapterError):
 
     status = 429
     retry_after = 5
+
+
+class TooManyCalls(AdapterError):
+    """As many calls as may are waiting for their answers."""
+
+    status = 429
+    retry_after = 1
+
+
+class DeadlineExceeded(AdapterError):
+    """The time that the request gave itself is over."""
+
+    status = 504
+
+
+class CallerGone(AdapterError):
+    """Whoever asked has hung up; nobody will read this."""
+
+    status = 499
 
 
 class StoreUnavailable(AdapterError):

@@ -2,12 +2,16 @@
 
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 InputValue = str | int | float | bool | list[int] | list[str]
 
 #: Inputs of the Triton model by name (`config.pbtxt`); what is absent takes the model's default.
 Inputs = Mapping[str, InputValue]
+
+#: Triton's levels (`config.pbtxt`): 1 is first, 3 last.
+DEFAULT_PRIORITY = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,19 +25,52 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Canvas:
+    """What every position of a canvas holds after a step; all lists have its length."""
+
+    token_ids: list[int]
+    #: What a position adds to the text; "" for special tokens.
+    token_texts: list[str]
+    #: Probability a token was committed with, 1 where it was given, −1 where the canvas is masked.
+    confidence: list[float]
+    #: Index, start and end of the block that the next step decodes.
+    block: tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Event:
     """One response of the engine; the last one of a request carries a `finish_reason`."""
 
+    #: The answer; before the last event, that beginning of it which is final.
     text: str
     finish_reason: str = ""
     usage: Usage | None = None
     seed: int | None = None
+    canvas: Canvas | None = None
+
+
+class Detail(Enum):
+    """What the events of a request are wanted for."""
+
+    #: The last one alone counts; others come now and then, as signs of life.
+    RESULT = "result"
+    #: One for each step, with the text that is final.
+    TEXT = "text"
+    #: The same with the canvas.
+    CANVAS = "canvas"
 
 
 class Engine(Protocol):
     """Whoever turns requests into text: Triton, or a script in the tests."""
 
-    def generate(self, inputs: Inputs, *, request_id: str) -> AsyncGenerator[Event, None]:
+    def generate(
+        self,
+        inputs: Inputs,
+        *,
+        request_id: str,
+        detail: Detail = Detail.RESULT,
+        priority: int = DEFAULT_PRIORITY,
+    ) -> AsyncGenerator[Event, None]:
         """Stream the events of one request; closing the iterator cancels it.
 
         Raises `InvalidRequest` or a subclass of `EngineError`.

@@ -28,6 +28,8 @@ def _problems(body: GenerateRequest | BatchRequest, settings: Settings) -> Itera
         yield from _too_long("canvas_ids", canvas, settings.max_gen_length, "List", "items")
     yield from _too_large("temperature", body.temperature, settings.max_temperature)
     yield from _too_large("gen_length", body.gen_length, settings.max_gen_length)
+    if body.timeout is not None:
+        yield from _too_large("timeout", body.timeout, settings.max_timeout)
     if body.block_length is not None:
         yield from _too_large("block_length", body.block_length, body.gen_length)
 

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from adapter.generation import Inputs, InputValue
-from adapter.jobs.store import Job, JobState
+from adapter.generation import DEFAULT_PRIORITY, Inputs, InputValue
+from adapter.jobs.job import Job, JobState
 
 INT32_MAX = 2**31 - 1
 MAX_RULE_PARAMETER = 1e6  # far beyond sense, well within 32-bit floats
@@ -86,7 +86,16 @@ class Sampling(Body):
         return self.model_dump(include=set(Sampling.model_fields), exclude_none=True)
 
 
-class GenerateRequest(Sampling):
+class Queueing(Body):
+    """How long a request may take, and what it may overtake."""
+
+    timeout: float | None = Field(
+        None, gt=0, description="seconds until it must be done; at most DLLM_MAX_TIMEOUT"
+    )
+    priority: int = Field(DEFAULT_PRIORITY, ge=1, le=3, description="1 is served first, 3 last")
+
+
+class GenerateRequest(Sampling, Queueing):
     """One prompt, in exactly one of three forms."""
 
     prompt: Prompt | None = Field(None, description="at most DLLM_MAX_PROMPT_CHARS characters")
@@ -137,7 +146,7 @@ class GenerateRequest(Sampling):
         return getattr(self, name) is not None
 
 
-class BatchRequest(Sampling):
+class BatchRequest(Sampling, Queueing):
     """Several prompts, asked in the same way."""
 
     prompts: list[Prompt] = Field(min_length=1, description="at most DLLM_MAX_BATCH_SIZE")

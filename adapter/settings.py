@@ -36,16 +36,31 @@ class Settings(BaseSettings):
     max_gen_length: Count = Field(default=512, description="longest canvas a request may ask for")
     max_temperature: float = Field(default=2.0, ge=0, allow_inf_nan=False)
     max_batch_size: Count = Field(default=64, description="most prompts in one batch call")
+    max_timeout: Seconds = Field(
+        default=86_400.0, description="longest `timeout` a request may ask for"
+    )
     max_queued_jobs: Count = Field(
         default=10_000, description="jobs waiting; beyond it answers are 429"
     )
 
     max_inflight: Count = Field(default=256, description="jobs one worker process drives at a time")
+    max_live: Count = Field(
+        default=256, description="streams and OpenAI calls that one worker process serves at a time"
+    )
+    heartbeat_interval: Seconds = Field(
+        default=15.0, description="longest silence on a stream to a client"
+    )
     lease_seconds: Seconds = Field(
         default=30.0, description="a worker silent for longer loses its jobs to the others"
     )
     job_max_attempts: Count = Field(
         default=3, description="runs a job gets when the engine loses it"
+    )
+    drain_seconds: float = Field(
+        default=5.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="time that running jobs get to finish when a worker is stopped",
     )
     poll_interval: Seconds = Field(
         default=0.4, description="pause between looks for other workers' jobs"

@@ -1,9 +1,8 @@
-"""The SQL schema."""
+"""The SQL schema as it is now; `adapter/migrations` says how it became so."""
 
 from sqlalchemy import (
     BigInteger,
     Column,
-    Connection,
     Double,
     Index,
     Integer,
@@ -11,8 +10,6 @@ from sqlalchemy import (
     String,
     Table,
     Text,
-    insert,
-    select,
 )
 
 metadata = MetaData()
@@ -34,14 +31,21 @@ jobs = Table(
     Column("steps", Integer),
     Column("forward_passes", Integer),
     Column("seed", BigInteger),
-    Column("attempts", Integer, nullable=False),
+    Column("attempts", Integer, nullable=False),  # runs that the engine began and lost
     Column("owner", String(160)),  # the worker that drives the job
     Column("lease_expires", Double),
     Column("created_at", Double, nullable=False),
     Column("started_at", Double),
     Column("finished_at", Double),
-    Index("ix_jobs_state", "state", "id"),
+    Column("orphaned", Integer, nullable=False, server_default="0"),  # workers that died of it
+    Column("priority", Integer, nullable=False, server_default="2"),  # Triton's: 1 is first
+    Column("deadline", Double),  # until the job is done
+    Column("api_key", String(64)),  # name of the key that submitted it
+    Column("request_id", String(128)),  # X-Request-ID of the call that submitted it
+    Column("traceparent", String(64)),  # W3C trace context of that call
+    Index("ix_jobs_queue", "state", "attempts", "priority", "id"),
     Index("ix_jobs_finished_at", "finished_at"),
+    Index("ix_jobs_deadline", "deadline"),
 )
 
 # Ids start at 0 and have no gaps, which neither database's own sequences promise.
@@ -62,9 +66,14 @@ engine_heal = Table(
     Column("last_life", Double, nullable=False),  # when any worker last heard from it
 )
 
-
-def create_schema(connection: Connection) -> None:
-    """Make what is missing. The caller holds a lock that keeps other processes out."""
-    metadata.create_all(connection)
-    if connection.execute(select(counters.c.name)).first() is None:
-        connection.execute(insert(counters).values(name="jobs", next_id=0))
+# One row for each caller with calls in the last two windows.
+rate_limits = Table(
+    "rate_limits",
+    metadata,
+    Column("key", String(255), primary_key=True),
+    Column("window_start", Double, nullable=False),
+    Column("current", Integer, nullable=False),  # calls in the window that began then
+    Column("previous", Integer, nullable=False),  # calls in the window before
+    Column("expires", Double, nullable=False),
+    Index("ix_rate_limits_expires", "expires"),
+)

@@ -21,7 +21,15 @@ from adapter.errors import (
     StreamLost,
     Unavailable,
 )
-from adapter.generation import Event, Inputs, InputValue, Usage
+from adapter.generation import (
+    DEFAULT_PRIORITY,
+    Canvas,
+    Detail,
+    Event,
+    Inputs,
+    InputValue,
+    Usage,
+)
 
 #: Data type of every input (`model_repository/dllm/config.pbtxt`).
 INPUT_TYPES: Mapping[str, str] = {
@@ -64,6 +72,7 @@ NUMPY_TYPES: Mapping[str, type[Any]] = {
     "BOOL": np.bool_,
 }
 OUTPUTS = ("text_output", "finish_reason", "usage", "seed")
+CANVAS_OUTPUTS = ("token_ids", "token_texts", "confidence", "block")
 
 # Left alone, gRPC waits for up to two minutes before it looks for a server that went away.
 CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
@@ -107,16 +116,28 @@ class TritonEngine:
     ) -> None:
         self._client = InferenceServerClient(url, channel_args=list(CHANNEL_OPTIONS))
         self._model_name = model_name
-        self._streaming: Inputs = {"stream": True, "stream_interval": stream_interval}
+        self._stream_interval = stream_interval
         self._reload_timeout = reload_timeout
 
     async def close(self) -> None:
         """Close the channel, and with it every stream."""
         await self._client.close()
 
-    async def generate(self, inputs: Inputs, *, request_id: str) -> AsyncGenerator[Event, None]:
+    async def generate(
+        self,
+        inputs: Inputs,
+        *,
+        request_id: str,
+        detail: Detail = Detail.RESULT,
+        priority: int = DEFAULT_PRIORITY,
+    ) -> AsyncGenerator[Event, None]:
         """Stream the events of one request; see `generation.Engine.generate`."""
-        request = self._request({**inputs, **self._streaming}, request_id=request_id)
+        interval = self._stream_interval if detail is Detail.RESULT else 0.0
+        streaming: Inputs = {"stream": True, "stream_interval": interval}
+        outputs = OUTPUTS + CANVAS_OUTPUTS if detail is Detail.CANVAS else OUTPUTS
+        request = self._request(
+            {**inputs, **streaming}, request_id=request_id, priority=priority, outputs=outputs
+        )
         async for event in self._stream(request):
             yield event
             if event.finish_reason:
@@ -143,11 +164,18 @@ class TritonEngine:
                 failure = EngineFailure(str(failure))
             raise failure from error
 
-    def _request(self, inputs: Inputs, *, request_id: str, priority: int = 0) -> dict[str, Any]:
+    def _request(
+        self,
+        inputs: Inputs,
+        *,
+        request_id: str,
+        priority: int = 0,
+        outputs: Sequence[str] = OUTPUTS,
+    ) -> dict[str, Any]:
         return {
             "model_name": self._model_name,
             "inputs": [make_tensor(name, value) for name, value in inputs.items()],
-            "outputs": [InferRequestedOutput(name) for name in OUTPUTS],
+            "outputs": [InferRequestedOutput(name) for name in outputs],
             "request_id": request_id,
             "priority": priority,
         }
@@ -188,6 +216,21 @@ def read_event(result: Any) -> Event:
         finish_reason=_text(result.as_numpy("finish_reason")),
         usage=None if usage is None else Usage(*(int(count) for count in usage.reshape(-1))),
         seed=None if seed is None else int(seed.reshape(-1)[0]),
+        canvas=_canvas(result),
+    )
+
+
+def _canvas(result: Any) -> Canvas | None:
+    """The canvas, where the response has one."""
+    texts = result.as_numpy("token_texts")
+    if texts is None:
+        return None
+    index, start, end = result.as_numpy("block").reshape(-1).tolist()
+    return Canvas(
+        token_ids=result.as_numpy("token_ids").reshape(-1).tolist(),
+        token_texts=[text.decode() for text in texts.reshape(-1)],
+        confidence=result.as_numpy("confidence").reshape(-1).tolist(),
+        block=(index, start, end),
     )
 
 

@@ -16,8 +16,7 @@ from adapter.errors import (
     StoreUnavailable,
     Unavailable,
 )
-from adapter.generation import Engine
-from adapter.health import EngineMonitor
+from adapter.jobs.job import ClaimedJob, late
 from adapter.jobs.outcome import (
     Dropped,
     Failed,
@@ -27,16 +26,15 @@ from adapter.jobs.outcome import (
     Postponed,
     describe,
 )
-from adapter.jobs.store import ClaimedJob, JobStore
+from adapter.jobs.store import JobStore
 from adapter.loops import Loop
+from adapter.pool import EnginePool, Member
 from adapter.settings import Settings
 
 logger = logging.getLogger("adapter")
 
 MAX_TICK_SECONDS = 1.0
 PURGE_BATCH = 500
-FIRST_PAUSE = 0.25
-LONGEST_PAUSE = 8.0
 SAVE_ATTEMPTS = 6
 
 
@@ -45,6 +43,7 @@ class Drive:
     """One job on its way through the engine."""
 
     job: ClaimedJob
+    member: Member
     generation: int
     opened_at: float
     last_event: float | None = None
@@ -66,33 +65,32 @@ class Drive:
 class JobRunner:
     """One worker's share of all jobs; a context manager.
 
-    Leaving it puts back what is not done, for the other workers or for the next start.
+    Leaving it gives the running jobs some seconds, and then puts back what is not done, for the
+    other workers or for the next start.
     """
 
     def __init__(
         self,
         store: JobStore,
-        engine: Engine,
-        monitor: EngineMonitor,
+        pool: EnginePool,
         *,
         owner: str,
         settings: Settings,
         on_done: Callable[[int], None],
     ) -> None:
         self._store = store
-        self._engine = engine
-        self._monitor = monitor
+        self._pool = pool
         self._owner = owner
         self._max_inflight = settings.max_inflight
         self._lease = settings.lease_seconds
         self._poll_interval = settings.poll_interval
         self._silence = settings.engine_silence
         self._result_ttl = settings.result_ttl
+        self._drain = settings.drain_seconds
         self._on_done = on_done
         self._drives: dict[int, Drive] = {}
         self._full = False
-        self._pause = 0.0
-        self._not_before = 0.0
+        self._stopped_at: float | None = None
         self._claiming = Loop("job-claims", self._claim)
         self._caring = Loop("job-care", self._care)
         self._exit = AsyncExitStack()
@@ -111,9 +109,15 @@ class JobRunner:
         if (drive := self._drives.get(job_id)) is not None:
             drive.impose(Dropped())
 
+    def stop(self) -> None:
+        """Take up no more jobs: this worker is about to end."""
+        if self._stopped_at is None:
+            self._stopped_at = _now()
+
     async def __aenter__(self) -> Self:
-        self._monitor.listen(self._engine_changed)
+        self._pool.listen(self._engines_changed)
         await self._exit.enter_async_context(self._caring)
+        self._exit.push_async_callback(self._put_back_all)
         await self._exit.enter_async_context(self._claiming)
         return self
 
@@ -123,25 +127,30 @@ class JobRunner:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.stop()
         await self._exit.aclose()
+
+    async def _put_back_all(self) -> None:
+        """Put back what does not finish in time; until then the leases are renewed."""
         drives = list(self._drives.values())
+        tasks = [drive.task for drive in drives if drive.task is not None]
+        if not tasks or self._stopped_at is None:
+            return
+        await asyncio.wait(tasks, timeout=max(0.0, self._stopped_at + self._drain - _now()))
         for drive in drives:
             drive.impose(Postponed("this worker stops"))
-        tasks = [drive.task for drive in drives if drive.task is not None]
-        if tasks:
-            await asyncio.wait(tasks)
+        await asyncio.wait(tasks)
 
-    def _engine_changed(self) -> None:
+    def _engines_changed(self) -> None:
         for drive in list(self._drives.values()):
-            if drive.generation < self._monitor.generation:
+            if drive.generation < drive.member.monitor.generation:
                 drive.impose(Lost("the engine that ran it was replaced"))
         self._claiming.wake()
 
     async def _claim(self) -> float:
         """Take up as many queued jobs as there is room for."""
-        wait = self._not_before - _now()
-        if wait > 0 or not self._monitor.state.ok:
-            return max(wait, self._poll_interval)
+        if self._stopped_at is not None or self._pool.pick() is None:
+            return max(self._pool.rest, self._poll_interval)
         room = self._max_inflight - len(self._drives)
         self._full = room <= 0
         if self._full:
@@ -156,7 +165,8 @@ class JobRunner:
         if (stale := self._drives.get(job.id)) is not None:
             # Our own lease ran out, and we were the one to take the job up again.
             stale.impose(Dropped())
-        drive = Drive(job, self._monitor.generation, opened_at=_now())
+        member = self._pool.pick() or self._pool.members[0]
+        drive = Drive(job, member, member.monitor.generation, opened_at=_now())
         self._drives[job.id] = drive
         drive.task = asyncio.create_task(self._run(drive), name=f"job-{job.id}")
         drive.task.add_done_callback(lambda task: self._ended(drive, task))
@@ -185,41 +195,26 @@ class JobRunner:
         await self._settle(drive.job, outcome)
 
     async def _follow(self, drive: Drive) -> Outcome:
-        """Read the stream to its end."""
-        request_id = str(drive.job.id)
+        """Read the stream to its end, or until the job's deadline."""
+        job = drive.job
+        stream = drive.member.generate(
+            job.inputs, request_id=job.engine_request_id, priority=job.terms.priority
+        )
         try:
-            stream = self._engine.generate(drive.job.inputs, request_id=request_id)
-            async with aclosing(stream) as events:
+            async with asyncio.timeout(job.time_left), aclosing(stream) as events:
                 async for event in events:
                     drive.last_event = _now()
-                    self._monitor.saw_life()
                     if event.finish_reason == "cancelled":
                         return Lost("the engine cancelled it")
                     if event.finish_reason:
-                        self._pause = 0.0
                         return Finished(event)
+        except TimeoutError:
+            return Failed(late(job.terms.timeout or 0.0))
         except InvalidRequest as error:
             return Failed(str(error))
         except EngineError as error:
-            return self._failure(drive, error)
+            return _failure(drive, error)
         return Lost("the engine ended the stream without a result")
-
-    def _failure(self, drive: Drive, error: EngineError) -> Outcome:
-        self._back_off()
-        if not isinstance(error, Overloaded):
-            self._monitor.suspect()
-        if isinstance(error, Overloaded | Unavailable):
-            return Postponed(str(error))
-        if isinstance(error, EngineDead) and drive.opened_at > self._monitor.last_life:
-            # It was dead before it could see the request. Otherwise the request may have done it.
-            return Postponed(str(error))
-        return Lost(str(error))
-
-    def _back_off(self) -> None:
-        now = _now()
-        if now >= self._not_before:  # of many failures at once, only the first lengthens the pause
-            self._pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, 2 * self._pause))
-            self._not_before = now + self._pause
 
     async def _settle(self, job: ClaimedJob, outcome: Outcome) -> None:
         """Write the outcome down. If the database stays away, the lease runs out and it reruns."""
@@ -251,7 +246,7 @@ class JobRunner:
                 assert_never(outcome)
 
     async def _care(self) -> float:
-        """Renew the leases, let go of what is not ours, notice what is lost, tidy the store."""
+        """Renew the leases, let go of what is not ours, notice what is lost or late, tidy up."""
         drives = dict(self._drives)
         if drives:
             kept = await self._store.renew(self._owner, drives, lease=self._lease)
@@ -261,6 +256,8 @@ class JobRunner:
         if recovered := await self._store.recover():
             logger.warning("jobs_recovered count=%d", recovered)
             self._claiming.wake()
+        if expired := await self._store.expire():
+            logger.info("jobs_expired count=%d", expired)
         await self._store.purge(ttl=self._result_ttl, limit=PURGE_BATCH)
         return min(MAX_TICK_SECONDS, self._lease / 3)
 
@@ -270,8 +267,17 @@ class JobRunner:
             if drive.last_event is None:  # it may rightly wait in Triton's queue
                 continue
             silent = _now() - drive.last_event > self._silence
-            if silent and self._monitor.last_life > drive.last_event + self._silence / 2:
+            if silent and drive.member.monitor.last_life > drive.last_event + self._silence / 2:
                 drive.impose(Lost(f"its stream was silent for {self._silence:g} s"))
+
+
+def _failure(drive: Drive, error: EngineError) -> Outcome:
+    if isinstance(error, Overloaded | Unavailable):
+        return Postponed(str(error))
+    if isinstance(error, EngineDead) and drive.opened_at > drive.member.monitor.last_life:
+        # It was dead before it could see the request. Otherwise the request may have done it.
+        return Postponed(str(error))
+    return Lost(str(error))
 
 
 def _now() -> float:

@@ -5,13 +5,17 @@ from collections.abc import Sequence
 
 from adapter.errors import JobNotFound
 from adapter.generation import Inputs
+from adapter.jobs.job import STANDARD_TERMS, Job, Terms
 from adapter.jobs.runner import JobRunner
-from adapter.jobs.store import Job, JobStore
+from adapter.jobs.store import JobStore
 from adapter.jobs.watch import JobWatcher
 
 
 class JobService:
-    """Submit, look up, wait, cancel. Every method may raise `StoreUnavailable`."""
+    """Submit, look up, wait, cancel. Every method may raise `StoreUnavailable`.
+
+    With `api_key`, jobs of other keys are as good as unknown.
+    """
 
     def __init__(
         self, store: JobStore, runner: JobRunner, watcher: JobWatcher, *, max_queued: int
@@ -21,31 +25,39 @@ class JobService:
         self._watcher = watcher
         self._max_queued = max_queued
 
-    async def submit(self, requests: Sequence[Inputs]) -> list[int]:
+    async def submit(self, requests: Sequence[Inputs], terms: Terms = STANDARD_TERMS) -> list[int]:
         """Queue all or none. Raises `TooManyJobs`."""
-        ids = await self._store.add(requests, max_queued=self._max_queued)
+        ids = await self._store.add(requests, max_queued=self._max_queued, terms=terms)
         self._runner.wake()
         return ids
 
-    async def result(self, job_id: int, *, wait: float = 0.0) -> Job:
-        """The job; up to `wait` seconds later if that makes it done. Raises `JobNotFound`."""
+    async def result(self, job_id: int, *, api_key: str | None = None, wait: float = 0.0) -> Job:
+        """The job; up to `wait` seconds later if that makes it done. Raises `JobNotFound`.
+
+        A worker that is about to end answers at once.
+        """
         now = asyncio.get_running_loop().time
         deadline = now() + wait
         while True:
-            job = await self._get(job_id)
-            if job.state.done or now() >= deadline:
+            job = await self._get(job_id, api_key)
+            if job.state.done or now() >= deadline or self._watcher.stopped:
                 return job
             await self._watcher.wait(job_id, deadline - now())
 
-    async def cancel(self, job_id: int) -> Job:
+    async def cancel(self, job_id: int, *, api_key: str | None = None) -> Job:
         """Cancel the job unless it is done; the job as it is then. Raises `JobNotFound`."""
-        if await self._store.cancel(job_id):
+        if await self._store.cancel(job_id, api_key=api_key):
             self._runner.cancelled(job_id)
             self._watcher.notify(job_id)
-        return await self._get(job_id)
+        return await self._get(job_id, api_key)
 
-    async def _get(self, job_id: int) -> Job:
-        job = await self._store.get(job_id)
+    def stop(self) -> None:
+        """This worker is about to end: let go of who waits, and take up no more jobs."""
+        self._runner.stop()
+        self._watcher.stop()
+
+    async def _get(self, job_id: int, api_key: str | None) -> Job:
+        job = await self._store.get(job_id, api_key=api_key)
         if job is None:
             msg = f"request {job_id} is unknown, or its result has expired"
             raise JobNotFound(msg)

@@ -4,64 +4,24 @@ changes nothing and is told so."""
 import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Row, and_, bindparam, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adapter.database import Database
 from adapter.errors import TooManyJobs
 from adapter.generation import Event, Inputs
+from adapter.jobs.claims import QUEUED, RUNNING, exists, take_up
+from adapter.jobs.job import STANDARD_TERMS, UNDONE, ClaimedJob, Job, JobState, Terms, late
 from adapter.tables import counters, jobs
 
 Clock = Callable[[], float]
 
 MAX_ID = 2**63 - 1
-
-
-class JobState(StrEnum):
-    """Where a job is in its life."""
-
-    #: Waiting for a worker.
-    QUEUED = "queued"
-    #: A worker drives it, for as long as it renews the lease.
-    RUNNING = "running"
-    #: There is a text.
-    FINISHED = "finished"
-    #: There is an error, and there will be no text.
-    FAILED = "failed"
-    #: Somebody did not want it any more.
-    CANCELLED = "cancelled"
-
-    @property
-    def done(self) -> bool:
-        """Nothing changes any more."""
-        return self not in UNDONE
-
-
-UNDONE = frozenset({JobState.QUEUED, JobState.RUNNING})
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One row, as far as anybody needs it."""
-
-    id: int
-    state: JobState
-    attempts: int
-    text: str | None
-    error: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class ClaimedJob:
-    """A job that this worker drives from now on."""
-
-    id: int
-    inputs: Inputs
-    attempts: int
+#: Workers are killed for many reasons and hardly ever by a job, but such a job must end too.
+MAX_ORPHANED = 20
+EXPIRE_BATCH = 500
 
 
 class JobStore:
@@ -72,7 +32,9 @@ class JobStore:
         self._max_attempts = max_attempts
         self._clock = clock
 
-    async def add(self, requests: Sequence[Inputs], *, max_queued: int) -> list[int]:
+    async def add(
+        self, requests: Sequence[Inputs], *, max_queued: int, terms: Terms = STANDARD_TERMS
+    ) -> list[int]:
         """Queue all requests or none; the ids are consecutive. Raises `TooManyJobs`."""
         async with self._database.write() as connection:
             # Taking the counter first makes submissions follow one another on PostgreSQL too,
@@ -86,16 +48,17 @@ class JobStore:
             assert end is not None
             await _refuse_beyond(connection, max_queued, len(requests))
             ids = list(range(end - len(requests), end))
-            await connection.execute(insert(jobs), self._new_rows(ids, requests))
+            await connection.execute(insert(jobs), self._new_rows(ids, requests, terms))
         return ids
 
-    async def get(self, job_id: int) -> Job | None:
-        """The job, or None if there is none of that id."""
+    async def get(self, job_id: int, *, api_key: str | None = None) -> Job | None:
+        """The job, or None if there is none of that id, or with a key none of that key's."""
         if not 0 <= job_id <= MAX_ID:
             return None
         columns = select(jobs.c.id, jobs.c.state, jobs.c.attempts, jobs.c.text, jobs.c.error)
         async with self._database.read() as connection:
-            row = (await connection.execute(columns.where(jobs.c.id == job_id))).one_or_none()
+            query = columns.where(jobs.c.id == job_id, *_submitted_with(api_key))
+            row = (await connection.execute(query)).one_or_none()
         if row is None:
             return None
         return Job(row.id, JobState(row.state), row.attempts, row.text, row.error)
@@ -106,36 +69,34 @@ class JobStore:
         async with self._database.read() as connection:
             return set(await connection.scalars(query))
 
+    async def undone(self) -> dict[JobState, int]:
+        """How many jobs wait, and how many run."""
+        query = (
+            select(jobs.c.state, func.count())
+            .where(jobs.c.state.in_(UNDONE))
+            .group_by(jobs.c.state)
+        )
+        async with self._database.read() as connection:
+            found = {JobState(state): count for state, count in await connection.execute(query)}
+        return {state: found.get(state, 0) for state in sorted(UNDONE)}
+
     async def claim(self, owner: str, *, limit: int, lease: float) -> list[ClaimedJob]:
-        """Take up to `limit` queued jobs, the oldest first, each for one more attempt."""
-        queued = jobs.c.state == JobState.QUEUED
+        """Take up to `limit` queued jobs by priority and age; see `adapter.jobs.claims`."""
         async with self._database.read() as connection:
             # An idle worker that polls must not take SQLite's only write lock.
-            if await connection.scalar(select(jobs.c.id).where(queued).limit(1)) is None:
+            if not await exists(connection, QUEUED):
                 return []
-        oldest = select(jobs.c.id).where(queued).order_by(jobs.c.id).limit(limit)
-        # SKIP LOCKED is for PostgreSQL; SQLite, whose writers wait for one another, omits it.
-        # PostgreSQL would run a mere subquery several times and so exceed the limit; not a CTE.
-        chosen = oldest.with_for_update(skip_locked=True).cte("oldest")
         now = self._clock()
-        take = (
-            update(jobs)
-            .where(jobs.c.id.in_(select(chosen.c.id)), queued)
-            .values(
-                state=JobState.RUNNING,
-                owner=owner,
-                lease_expires=now + lease,
-                attempts=jobs.c.attempts + 1,
-                started_at=now,
-            )
-            .returning(jobs.c.id, jobs.c.request, jobs.c.attempts)
-        )
         async with self._database.write() as connection:
-            rows = (await connection.execute(take)).all()
-        return sorted(
-            (ClaimedJob(row.id, json.loads(row.request), row.attempts) for row in rows),
-            key=lambda job: job.id,
-        )
+            rows = await take_up(
+                connection,
+                owner,
+                limit=limit,
+                lease=lease,
+                max_attempts=self._max_attempts,
+                now=now,
+            )
+        return [_claimed(row, now) for row in rows]
 
     async def renew(self, owner: str, ids: Collection[int], *, lease: float) -> set[int]:
         """Prolong the leases; what is missing from the answer is not this owner's any more."""
@@ -171,33 +132,59 @@ class JobStore:
     async def put_back(self, owner: str, job_id: int) -> bool:
         """Queue the job again as if this attempt had not been. False if it is not the owner's."""
         release = update(jobs).where(jobs.c.id == job_id, _driven_by(owner))
-        values = {**_QUEUED_AGAIN, "attempts": jobs.c.attempts - 1}
         async with self._database.write() as connection:
-            return (await connection.execute(release.values(values))).rowcount == 1
+            return (await connection.execute(release.values(_QUEUED_AGAIN))).rowcount == 1
 
     async def retry(self, owner: str, job_id: int, reason: str) -> bool:
         """Queue the job again, or fail it if this was its last attempt. False: not the owner's."""
         mine = and_(jobs.c.id == job_id, _driven_by(owner))
+        error = f"given up after {self._max_attempts} attempts: {reason}"
         async with self._database.write() as connection:
-            return await self._requeue(connection, mine, reason) == 1
+            return await self._requeue(connection, mine, "attempts", self._max_attempts, error) == 1
 
     async def recover(self) -> int:
-        """Queue again what its worker has let expire; the number of jobs concerned."""
-        expired = and_(jobs.c.state == JobState.RUNNING, jobs.c.lease_expires < self._clock())
-        async with self._database.read() as connection:
-            if await connection.scalar(select(jobs.c.id).where(expired).limit(1)) is None:
-                return 0
-        async with self._database.write() as connection:
-            return await self._requeue(connection, expired, "the worker that ran it died")
+        """Queue again what its worker has let expire; the number of jobs concerned.
 
-    async def cancel(self, job_id: int) -> bool:
-        """Cancel the job unless it is done. True if this call has cancelled it."""
+        That its worker has died costs a job no attempt: workers are restarted all the time.
+        """
+        expired = and_(RUNNING, jobs.c.lease_expires < self._clock())
+        async with self._database.read() as connection:
+            if not await exists(connection, expired):
+                return 0
+        error = f"given up: {MAX_ORPHANED} workers have died that ran it"
+        async with self._database.write() as connection:
+            return await self._requeue(connection, expired, "orphaned", MAX_ORPHANED, error)
+
+    async def expire(self) -> int:
+        """Fail up to some hundred jobs that wait beyond their deadline; how many it was."""
+        now = self._clock()
+        query = select(jobs.c.id, (jobs.c.deadline - jobs.c.created_at).label("timeout"))
+        async with self._database.read() as connection:
+            rows = (
+                await connection.execute(
+                    query.where(jobs.c.deadline <= now, QUEUED).limit(EXPIRE_BATCH)
+                )
+            ).all()
+        if not rows:
+            return 0
+        end = (
+            update(jobs)
+            .where(jobs.c.id == bindparam("job_id"), QUEUED)
+            .values(error=bindparam("reason"), **_ended(JobState.FAILED, now))
+        )
+        async with self._database.write() as connection:
+            reasons = [{"job_id": row.id, "reason": late(row.timeout)} for row in rows]
+            await connection.execute(end, reasons)
+        return len(rows)
+
+    async def cancel(self, job_id: int, *, api_key: str | None = None) -> bool:
+        """Cancel the job unless it is done, or another key's. True if this call has done it."""
         if not 0 <= job_id <= MAX_ID:
             return False
         cancellation = (
             update(jobs)
-            .where(jobs.c.id == job_id, jobs.c.state.in_(UNDONE))
-            .values(state=JobState.CANCELLED, owner=None, finished_at=self._clock())
+            .where(jobs.c.id == job_id, jobs.c.state.in_(UNDONE), *_submitted_with(api_key))
+            .values(_ended(JobState.CANCELLED, self._clock()))
         )
         async with self._database.write() as connection:
             return (await connection.execute(cancellation)).rowcount == 1
@@ -214,7 +201,9 @@ class JobStore:
             result = await connection.execute(delete(jobs).where(jobs.c.id.in_(ids), old))
             return int(result.rowcount)
 
-    def _new_rows(self, ids: Sequence[int], requests: Sequence[Inputs]) -> list[dict[str, Any]]:
+    def _new_rows(
+        self, ids: Sequence[int], requests: Sequence[Inputs], terms: Terms
+    ) -> list[dict[str, Any]]:
         now = self._clock()
         return [
             {
@@ -223,6 +212,11 @@ class JobStore:
                 "request": json.dumps(dict(request)),
                 "attempts": 0,
                 "created_at": now,
+                "priority": terms.priority,
+                "deadline": None if terms.timeout is None else now + terms.timeout,
+                "api_key": terms.api_key,
+                "request_id": terms.request_id,
+                "traceparent": terms.traceparent,
             }
             for job_id, request in zip(ids, requests, strict=True)
         ]
@@ -233,36 +227,60 @@ class JobStore:
         end = (
             update(jobs)
             .where(jobs.c.id == job_id, _driven_by(owner))
-            .values(state=state, owner=None, finished_at=self._clock(), **values)
+            .values({**_ended(state, self._clock()), **values})
         )
         async with self._database.write() as connection:
             return (await connection.execute(end)).rowcount == 1
 
     async def _requeue(
-        self, connection: AsyncConnection, which: ColumnElement[bool], reason: str
+        self,
+        connection: AsyncConnection,
+        which: ColumnElement[bool],
+        counter: str,
+        limit: int,
+        error: str,
     ) -> int:
-        error = f"given up after {self._max_attempts} attempts: {reason}"
-        spent = jobs.c.attempts >= self._max_attempts
+        """Count one more, and fail the jobs that have reached the limit; queue the others."""
+        count = jobs.c[counter] + 1
+        given_up = {**_ended(JobState.FAILED, self._clock()), "error": error, counter: count}
         failed = await connection.execute(
-            update(jobs)
-            .where(which, spent)
-            .values(state=JobState.FAILED, error=error, owner=None, finished_at=self._clock())
+            update(jobs).where(which, count >= limit).values(given_up)
         )
-        queued = await connection.execute(update(jobs).where(which).values(_QUEUED_AGAIN))
+        queued = await connection.execute(
+            update(jobs).where(which).values({**_QUEUED_AGAIN, counter: count})
+        )
         return int(failed.rowcount + queued.rowcount)
 
 
 _QUEUED_AGAIN: dict[str, Any] = {"state": JobState.QUEUED, "owner": None, "lease_expires": None}
 
 
+def _ended(state: JobState, now: float) -> dict[str, Any]:
+    return {"state": state, "owner": None, "deadline": None, "finished_at": now}
+
+
 def _driven_by(owner: str) -> ColumnElement[bool]:
-    return and_(jobs.c.state == JobState.RUNNING, jobs.c.owner == owner)
+    return and_(RUNNING, jobs.c.owner == owner)
+
+
+def _submitted_with(api_key: str | None) -> list[ColumnElement[bool]]:
+    return [] if api_key is None else [jobs.c.api_key == api_key]
+
+
+def _claimed(row: Row[Any], now: float) -> ClaimedJob:
+    timeout = None if row.deadline is None else row.deadline - row.created_at
+    return ClaimedJob(
+        id=row.id,
+        inputs=json.loads(row.request),
+        attempts=row.attempts,
+        terms=Terms(row.priority, timeout, row.api_key, row.request_id, row.traceparent),
+        time_left=None if row.deadline is None else row.deadline - now,
+        waited=max(0.0, now - row.created_at),
+    )
 
 
 async def _refuse_beyond(connection: AsyncConnection, max_queued: int, extra: int) -> None:
-    queued = await connection.scalar(
-        select(func.count()).select_from(jobs).where(jobs.c.state == JobState.QUEUED)
-    )
+    queued = await connection.scalar(select(func.count()).select_from(jobs).where(QUEUED))
     if (queued or 0) + extra > max_queued:
         msg = f"{queued} jobs are waiting, and at most {max_queued} may (DLLM_MAX_QUEUED_JOBS)"
         raise TooManyJobs(msg)

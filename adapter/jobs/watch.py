@@ -22,9 +22,12 @@ class JobWatcher:
         self._store = store
         self._waiting: defaultdict[int, set[asyncio.Event]] = defaultdict(set)
         self._loop = Loop("job-watch", self._poll)
+        self.stopped = False
 
     async def wait(self, job_id: int, seconds: float) -> bool:
-        """Return True when the job may be done, False when the time is over."""
+        """Return True when it is worth looking at the job again, False when the time is over."""
+        if self.stopped:
+            return True
         event = asyncio.Event()
         self._waiting[job_id].add(event)
         self._loop.wake()
@@ -43,6 +46,12 @@ class JobWatcher:
         """This worker has settled the job."""
         for event in self._waiting.get(job_id, ()):
             event.set()
+
+    def stop(self) -> None:
+        """Let everybody go who waits: nobody is to be held up by them."""
+        self.stopped = True
+        for job_id in list(self._waiting):
+            self.notify(job_id)
 
     async def __aenter__(self) -> Self:
         await self._loop.__aenter__()

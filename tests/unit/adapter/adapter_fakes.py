@@ -1,17 +1,19 @@
 """A clock, a scripted engine, and the application around it."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+import socket
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import uvicorn
 from fastapi import FastAPI
 
 from adapter.app import create_app
 from adapter.errors import AdapterError, EngineDead
-from adapter.generation import Event, Inputs, Usage
+from adapter.generation import DEFAULT_PRIORITY, Canvas, Detail, Event, Inputs, Usage
 from adapter.settings import Settings
 
 DONE = Event("an answer", "length", Usage(3, 32, 32, 32), seed=7)
@@ -19,6 +21,32 @@ SIGN_OF_LIFE = Event("an")
 HANG = "hang"
 
 Script = list[Event | AdapterError | Exception | str]
+
+
+def denoising(length: int, *, given: Mapping[int, int] | None = None) -> list[Event]:
+    """The events of a canvas that is committed from left to right, one token a step.
+
+    Position i gets token 100 + i, text `<i>`, confidence 1/2; `given` ones are there before.
+    """
+    given = given or {}
+    events, shown = [], set(given)
+    for position in (p for p in range(length) if p not in given):
+        shown.add(position)
+        ids = [given.get(i, 100 + i) if i in shown else 0 for i in range(length)]
+        canvas = Canvas(
+            token_ids=ids,
+            token_texts=[f"<{i}>" if i in shown else "" for i in range(length)],
+            confidence=[
+                (1.0 if i in given else 0.5) if i in shown else -1.0 for i in range(length)
+            ],
+            block=(0, 0, length),
+        )
+        ready = next((i for i in range(length) if i not in shown), length)
+        text = "".join(f"<{i}>" for i in range(ready))
+        steps = len(shown) - len(given)
+        reason = "length" if len(shown) == length else ""
+        events.append(Event(text, reason, Usage(3, ready, steps, steps), 7, canvas))
+    return events
 
 
 class HandClock:
@@ -45,17 +73,31 @@ class ScriptedEngine:
     probe_hangs: bool = False
     reload_error: AdapterError | None = None
     requests: list[Inputs] = field(default_factory=list)
+    request_ids: list[str] = field(default_factory=list)
+    priorities: list[int] = field(default_factory=list)
+    details: list[Detail] = field(default_factory=list)
     closed: int = 0
     reloads: int = 0
 
-    async def generate(self, inputs: Inputs, *, request_id: str) -> AsyncGenerator[Event, None]:
+    async def generate(
+        self,
+        inputs: Inputs,
+        *,
+        request_id: str,
+        detail: Detail = Detail.RESULT,
+        priority: int = DEFAULT_PRIORITY,
+    ) -> AsyncGenerator[Event, None]:
         """Play the next script."""
+        self.request_ids.append(request_id)
+        self.priorities.append(priority)
         if not self.alive:
             raise EngineDead(f"Stub process 'dllm_0_0' is not healthy. {request_id}")
         script = self.scripts[min(len(self.requests), len(self.scripts) - 1)]
         self.requests.append(inputs)
+        self.details.append(detail)
         try:
             for item in script:
+                await asyncio.sleep(0)
                 if isinstance(item, Exception):
                     raise item
                 if isinstance(item, Event):
@@ -95,6 +137,7 @@ def fast_settings(database_url: str, **changes: Any) -> Settings:
         "stream_interval": 0.05,
         "engine_silence": 0.3,
         "probe_interval": 0.05,
+        "drain_seconds": 0.05,
     }
     return Settings(**(values | changes))
 
@@ -134,6 +177,22 @@ async def running_app(settings: Settings, engine: ScriptedEngine) -> AsyncIterat
         httpx.AsyncClient(transport=transport, base_url="http://adapter") as client,
     ):
         yield RunningApp(app, client)
+
+
+@asynccontextmanager
+async def served_app(settings: Settings, engine: ScriptedEngine) -> AsyncIterator[str]:
+    """The same worker behind a real socket; yields its URL."""
+    app = create_app(settings, engine=engine)
+    config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    listening = socket.create_server(("127.0.0.1", 0))
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(server.serve([listening]))
+        try:
+            await until(lambda: server.started)
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
 
 
 async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:

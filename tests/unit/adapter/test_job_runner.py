@@ -25,7 +25,8 @@ from adapter.errors import (
     Unavailable,
 )
 from adapter.generation import Event
-from adapter.jobs.store import Job, JobState, JobStore
+from adapter.jobs.job import Job, JobState
+from adapter.jobs.store import JobStore
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from adapter_fakes import HandClock
 from adapter.database import Database
 from adapter.errors import TooManyJobs
 from adapter.generation import Event, Usage
-from adapter.jobs.store import ClaimedJob, Job, JobState, JobStore
+from adapter.jobs.job import ClaimedJob, Job, JobState, Terms
+from adapter.jobs.store import JobStore
 
 DONE = Event("text", "stop", Usage(1, 2, 3, 4), seed=5)
 
@@ -77,12 +78,23 @@ async def test_claim_takes_the_oldest_first_and_no_more_than_asked(store: JobSto
     assert await claim(store, "b") == []
 
 
-async def test_claimed_job_carries_its_request_and_attempt(store: JobStore) -> None:
-    """What was submitted comes back as it was, and the attempt is counted."""
+async def test_claimed_job_carries_its_request_and_terms(store: JobStore, clock: HandClock) -> None:
+    """What was submitted comes back as it was, with the time that is left of it."""
     request = {"messages": "[ü]", "temperature": 0.5, "stop": ["a"], "ignore_eos": True}
-    await store.add([request], max_queued=10)
+    terms = Terms(3, 60.0, "team", "call-1", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b71-01")
+    await store.add([request], max_queued=10, terms=terms)
+    clock.advance(20)
 
-    assert [ClaimedJob(0, request, 1)] == await store.claim("a", limit=1, lease=30)
+    expected = ClaimedJob(0, request, 0, terms, time_left=40.0, waited=20.0)
+    assert [expected] == await store.claim("a", limit=1, lease=30)
+
+
+async def test_urgent_jobs_overtake(store: JobStore) -> None:
+    """Claims go by priority first and by age second."""
+    for priority in (3, 2, 1, 2, 1):
+        await store.add([{}], max_queued=10, terms=Terms(priority=priority))
+
+    assert [await claim(store, limit=2), await claim(store)] == [[2, 4], [1, 3, 0]]
 
 
 async def test_finish_keeps_the_result(store: JobStore) -> None:
@@ -91,7 +103,7 @@ async def test_finish_keeps_the_result(store: JobStore) -> None:
     await claim(store)
 
     assert await store.finish("a", 0, DONE)
-    assert Job(0, JobState.FINISHED, 1, "text", None) == await store.get(0)
+    assert Job(0, JobState.FINISHED, 0, "text", None) == await store.get(0)
     assert not await store.finish("a", 0, DONE)
     assert not await store.cancel(0)
 
@@ -134,16 +146,100 @@ async def test_expired_lease_frees_the_job(store: JobStore, clock: HandClock) ->
     assert await store.finish("b", 0, DONE)
 
 
-async def test_attempts_end(store: JobStore, clock: HandClock) -> None:
-    """A job that is lost as often as it may be fails, with the reason."""
+async def test_deaths_of_workers_cost_no_attempt_but_end(store: JobStore, clock: HandClock) -> None:
+    """A job may lose worker after worker, up to a number that no accident reaches."""
     await add(store)
-    for _ in range(3):
+    for _ in range(20):
         assert await claim(store) == [0]
         clock.advance(60)
         assert await store.recover() == 1
 
-    error = "given up after 3 attempts: the worker that ran it died"
-    assert Job(0, JobState.FAILED, 3, None, error) == await store.get(0)
+    error = "given up: 20 workers have died that ran it"
+    assert Job(0, JobState.FAILED, 0, None, error) == await store.get(0)
+
+
+async def lose(store: JobStore, *ids: int) -> None:
+    for job_id in ids:
+        assert await store.retry("a", job_id, "lost")
+
+
+async def test_few_suspects_run_at_a_time(store: JobStore) -> None:
+    """After an engine died with many jobs, these come back a few at a time, beside fresh ones."""
+    await add(store, 12)
+    await lose(store, *await claim(store, limit=20))
+    await add(store, 3)
+
+    assert await claim(store, limit=20) == [*range(8), 12, 13, 14]
+    assert await claim(store, "b", limit=20) == []
+    await store.finish("a", 0, DONE)
+    assert await claim(store, "b", limit=20) == [8]
+
+
+async def test_last_attempt_runs_alone(store: JobStore) -> None:
+    """Before a job is given up it runs by itself: nothing else is claimed before or beside it."""
+    await add(store, 2)
+    for _ in range(2):
+        await claim(store, limit=1)
+        await lose(store, 0)
+    assert await claim(store) == [0]
+    assert await claim(store, "b") == []
+    await store.put_back("a", 0)
+
+    await store.cancel(0)
+    await add(store, 1)
+    assert await claim(store, limit=1) == [1]
+    assert await store.retry("a", 1, "lost")
+    assert await claim(store, limit=1) == [1]
+    assert await claim(store, "b") == [2]
+    assert await store.retry("a", 1, "lost")
+    assert await claim(store) == []  # 2 is running
+    await store.finish("b", 2, DONE)
+    assert await claim(store) == [1]
+    await store.finish("a", 1, DONE)
+
+
+async def test_job_that_may_run_once_only_does_not_wait(database: Database) -> None:
+    """With one attempt for each job there is no last one to be set apart."""
+    store = JobStore(database, max_attempts=1)
+    await add(store, 2)
+
+    assert await claim(store) == [0, 1]
+    await lose(store, 0)
+    assert await state(store, 0) == JobState.FAILED
+
+
+async def test_late_jobs_fail_where_they_wait(store: JobStore, clock: HandClock) -> None:
+    """A job whose deadline passes in the queue is not claimed any more, and fails with the time."""
+    await store.add([{}], max_queued=10, terms=Terms(timeout=2.5))
+    await add(store)
+    assert await store.expire() == 0
+    clock.advance(3)
+
+    assert await claim(store) == [1]
+    assert [await store.expire(), await store.expire()] == [1, 0]
+    error = "timeout: the job was not done within 2.5 s"
+    assert Job(0, JobState.FAILED, 0, None, error) == await store.get(0)
+
+
+async def test_jobs_are_their_keys_alone(store: JobStore) -> None:
+    """With a key, jobs of other keys can neither be seen nor cancelled; without, all can."""
+    for name in ("one", "two", None):
+        await store.add([{}], max_queued=10, terms=Terms(api_key=name))
+
+    assert [await store.get(n, api_key="one") is not None for n in range(3)] == [True, False, False]
+    assert not await store.cancel(1, api_key="one")
+    assert await store.cancel(0, api_key="one")
+    assert await store.get(1) is not None
+
+
+async def test_undone_jobs_are_counted(store: JobStore) -> None:
+    """How many jobs wait and run, whatever else there is."""
+    assert await store.undone() == {JobState.QUEUED: 0, JobState.RUNNING: 0}
+    await add(store, 4)
+    await claim(store, limit=2)
+    await store.finish("a", 0, DONE)
+
+    assert await store.undone() == {JobState.QUEUED: 2, JobState.RUNNING: 1}
 
 
 async def test_retry_counts_and_put_back_does_not(store: JobStore) -> None:

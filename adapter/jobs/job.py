@@ -1,0 +1,84 @@
+"""What a job is: its states, and what is known about it."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from adapter.generation import DEFAULT_PRIORITY, Inputs
+
+
+class JobState(StrEnum):
+    """Where a job is in its life."""
+
+    #: Waiting for a worker.
+    QUEUED = "queued"
+    #: A worker drives it, for as long as it renews the lease.
+    RUNNING = "running"
+    #: There is a text.
+    FINISHED = "finished"
+    #: There is an error, and there will be no text.
+    FAILED = "failed"
+    #: Somebody did not want it any more.
+    CANCELLED = "cancelled"
+
+    @property
+    def done(self) -> bool:
+        """Nothing changes any more."""
+        return self not in UNDONE
+
+
+UNDONE = frozenset({JobState.QUEUED, JobState.RUNNING})
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On what terms a call submits its jobs."""
+
+    #: Triton's levels: 1 is first, 3 last.
+    priority: int = DEFAULT_PRIORITY
+    #: Seconds after which the job is not wanted any more.
+    timeout: float | None = None
+    #: Name of the key it was submitted with; it is that key's alone.
+    api_key: str | None = None
+    #: `X-Request-ID` of the call.
+    request_id: str | None = None
+    #: W3C trace context of the call.
+    traceparent: str | None = None
+
+
+STANDARD_TERMS = Terms()
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One row, as far as anybody needs it."""
+
+    id: int
+    state: JobState
+    #: Runs that the engine began and lost.
+    attempts: int
+    text: str | None
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedJob:
+    """A job that this worker drives from now on."""
+
+    id: int
+    inputs: Inputs
+    attempts: int
+    terms: Terms = STANDARD_TERMS
+    #: Seconds until its deadline.
+    time_left: float | None = None
+    #: Seconds since it was submitted.
+    waited: float = 0.0
+
+    @property
+    def engine_request_id(self) -> str:
+        """What Triton and the engine call it: the job, and the call that submitted it."""
+        return f"{self.id}-{self.terms.request_id}" if self.terms.request_id else str(self.id)
+
+
+def late(timeout: float) -> str:
+    """The error of a job that was not done by its deadline."""
+    return f"timeout: the job was not done within {timeout:g} s"

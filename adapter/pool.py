@@ -1,0 +1,150 @@
+"""Several tritonservers as one: each is watched on its own, and requests go where there is least.
+
+gRPC could balance by itself, but it knows servers only, not engines: a server whose model has died
+still takes connections, must be told by itself to load the model again, and takes only its own
+streams with it.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AsyncExitStack, aclosing
+from types import TracebackType
+from typing import Self
+
+from adapter.errors import EngineError, Overloaded, Unavailable
+from adapter.generation import DEFAULT_PRIORITY, Detail, Engine, Event, Inputs
+from adapter.health import EngineMonitor, EngineState
+
+FIRST_PAUSE = 0.25
+LONGEST_PAUSE = 8.0
+
+
+class Member:
+    """One engine, whoever watches it, and what this worker has running there."""
+
+    def __init__(self, engine: Engine, monitor: EngineMonitor) -> None:
+        self.engine = engine
+        self.monitor = monitor
+        self.inflight = 0
+        self._pause = 0.0
+        self._not_before = 0.0
+
+    @property
+    def available(self) -> bool:
+        """It answers, and has not turned a request away just now."""
+        return self.monitor.state.ok and self.rest <= 0
+
+    @property
+    def rest(self) -> float:
+        """Seconds that it is to be left alone."""
+        return self._not_before - _now()
+
+    async def generate(
+        self,
+        inputs: Inputs,
+        *,
+        request_id: str,
+        detail: Detail = Detail.RESULT,
+        priority: int = DEFAULT_PRIORITY,
+    ) -> AsyncGenerator[Event, None]:
+        """As `Engine.generate`, learning from what happens how the engine does."""
+        self.inflight += 1
+        try:
+            events = self.engine.generate(
+                inputs, request_id=request_id, detail=detail, priority=priority
+            )
+            async with aclosing(events):
+                async for event in events:
+                    self.monitor.saw_life()
+                    if event.finish_reason:
+                        self._pause = 0.0
+                    yield event
+        except EngineError as error:
+            self._back_off()
+            if not isinstance(error, Overloaded):
+                self.monitor.suspect()
+            raise
+        finally:
+            self.inflight -= 1
+
+    def _back_off(self) -> None:
+        now = _now()
+        if now >= self._not_before:  # of many failures at once, only the first lengthens the pause
+            self._pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, 2 * self._pause))
+            self._not_before = now + self._pause
+
+
+class EnginePool:
+    """All engines; a context manager that keeps their monitors running, and closes them."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members = tuple(members)
+        self._exit = AsyncExitStack()
+
+    @property
+    def state(self) -> EngineState:
+        """Ready if one of them is; else the reasons of all."""
+        states = [member.monitor.state for member in self.members]
+        for state in states:
+            if state.ok:
+                return state
+        reasons = dict.fromkeys(state.reason for state in states)
+        return EngineState(ok=False, reason="; ".join(reasons))
+
+    @property
+    def rest(self) -> float:
+        """Seconds until one of those that answer may be asked again."""
+        return min((m.rest for m in self.members if m.monitor.state.ok), default=0.0)
+
+    @property
+    def why_none(self) -> str:
+        """Why `pick` has none."""
+        return self.state.reason or "the engine has turned requests away just now"
+
+    def pick(self) -> Member | None:
+        """The one with the least to do for this worker, or None while none is available."""
+        available = [member for member in self.members if member.available]
+        return min(available, key=lambda member: member.inflight, default=None)
+
+    async def generate(
+        self,
+        inputs: Inputs,
+        *,
+        request_id: str,
+        detail: Detail = Detail.RESULT,
+        priority: int = DEFAULT_PRIORITY,
+    ) -> AsyncGenerator[Event, None]:
+        """Stream the events of one request from whichever engine is free; see `Engine`.
+
+        Raises `Unavailable` while there is none.
+        """
+        member = self.pick()
+        if member is None:
+            raise Unavailable(self.why_none)
+        events = member.generate(inputs, request_id=request_id, detail=detail, priority=priority)
+        async with aclosing(events):
+            async for event in events:
+                yield event
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Call it after every change of an engine's state."""
+        for member in self.members:
+            member.monitor.listen(listener)
+
+    async def __aenter__(self) -> Self:
+        for member in self.members:
+            self._exit.push_async_callback(member.engine.close)
+            await self._exit.enter_async_context(member.monitor)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._exit.aclose()
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -1,0 +1,62 @@
+"""Watching a text being denoised."""
+
+import secrets
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from adapter.connection import EventStream, unless_gone
+from adapter.denoising import CanvasView, denoising_events
+from adapter.deps import LiveDep, SettingsDep
+from adapter.generation import Detail
+from adapter.limits import check_limits
+from adapter.problems import problems
+from adapter.schemas import GenerateRequest
+
+router = APIRouter(prefix="/v1", tags=["stream"])
+
+#: How long a call may wait for its first event before it is answered with a stream all the same.
+#: What goes wrong earlier is told by the status, later by an event.
+SETTLING_SECONDS = 5.0
+
+_EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "Events `step`, then one `done` or one `error`; docs/streaming.md has them.",
+        "content": {
+            "text/event-stream": {
+                "schema": {"type": "string"},
+                "example": "event: step\ndata: {…}\n\nevent: done\ndata: {…}\n\n",
+            }
+        },
+    }
+}
+
+
+@router.post(
+    "/generate/stream",
+    response_class=EventStream,
+    responses=_EVENTS | problems(422, 429, 502, 503, 504),
+)
+async def generate_stream(
+    body: GenerateRequest, request: Request, live: LiveDep, settings: SettingsDep
+) -> EventStream:
+    """Denoise one prompt, step by step, as server-sent events.
+
+    Hanging up cancels the request.
+    """
+    check_limits(body, settings)
+    running = live.start(
+        body.inputs(),
+        request_id=secrets.token_hex(8),
+        detail=Detail.CANVAS,
+        priority=body.priority,
+        timeout=body.timeout,
+    )
+    try:
+        await unless_gone(request, running.settled_in(SETTLING_SECONDS))
+    except BaseException:
+        await running.close()
+        raise
+    view = CanvasView(body.canvas_ids or ())
+    events = denoising_events(running, view, heartbeat=settings.heartbeat_interval)
+    return EventStream(events, running.close)
