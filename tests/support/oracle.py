@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -49,10 +50,7 @@ def llada_oracle(directory: Path, dtype: torch.dtype) -> Forward:
             tie_word_embeddings=config["weight_tying"],
         )
     )
-    tensors = {_llama_name(name): tensor for name, tensor in _tensors(directory).items()}
-    if config["weight_tying"]:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    model.load_state_dict(tensors, strict=True)
+    model.load_state_dict(checkpoint_tensors(directory), strict=True)
     return _bidirectional(model, dtype)
 
 
@@ -69,10 +67,7 @@ def dream_oracle(directory: Path, dtype: torch.dtype) -> Forward:
             rope_parameters={"rope_type": "default", "rope_theta": config["rope_theta"]},
         )
     )
-    tensors = _tensors(directory)
-    if config["tie_word_embeddings"]:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    model.load_state_dict(tensors, strict=True)
+    model.load_state_dict(checkpoint_tensors(directory), strict=True)
     unshifted = _bidirectional(model, dtype)
 
     def forward(tokens: Tensor) -> Tensor:
@@ -80,6 +75,43 @@ def dream_oracle(directory: Path, dtype: torch.dtype) -> Forward:
         return torch.cat([logits[:1], logits[:-1]])
 
     return forward
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainConfig:
+    """Shape of a checkpoint, by whichever names its family has."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    hidden_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    shifted: bool
+
+
+def checkpoint_config(directory: Path) -> PlainConfig:
+    """Read config.json of a LLaDA or Dream checkpoint."""
+    config = json.loads((directory / "config.json").read_text())
+    dream = config["architectures"] == ["DreamModel"]
+    names = {
+        "num_layers": ("n_layers", "num_hidden_layers"),
+        "num_heads": ("n_heads", "num_attention_heads"),
+        "num_kv_heads": ("n_kv_heads", "num_key_value_heads"),
+        "hidden_size": ("d_model", "hidden_size"),
+        "rms_norm_eps": ("rms_norm_eps", "rms_norm_eps"),
+        "rope_theta": ("rope_theta", "rope_theta"),
+    }
+    return PlainConfig(**{k: config[pair[dream]] for k, pair in names.items()}, shifted=dream)
+
+
+def checkpoint_tensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a LLaDA or Dream checkpoint, under Llama's names."""
+    tensors = _tensors(directory)
+    if "model.transformer.wte.weight" in tensors:
+        tensors = {_llama_name(name): tensor for name, tensor in tensors.items()}
+    tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
+    return tensors
 
 
 def _tensors(directory: Path) -> dict[str, Tensor]:

@@ -8,17 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cache import KVPages
 from .canvas import CanvasTable
+from .layout import Sequences, build_layout
 from .ops import PackedLayout
-from .sampling.commit import CommitPlan
-from .sampling.rows import ROW_MULTIPLE, RowSampling
+from .sampling import CommitPlan, RowSampling
+from .sampling.rows import ROW_MULTIPLE
 
 
 @dataclasses.dataclass(frozen=True)
 class StepBatch:
     """Everything one step needs, as tensors; R requests, M masked positions in active blocks."""
 
-    #: [R] int64, ordered by length.
+    #: [R] int64, ordered as the rows are.
     slots: Tensor
     #: [rows] int64; inputs of the model, padded to a multiple of `ROW_MULTIPLE`.
     input_ids: Tensor
@@ -39,38 +41,32 @@ class StepBatch:
     needs_spread: bool
 
 
-def build_batch(table: CanvasTable, chosen: list[int], *, shifted: bool) -> StepBatch:
+def build_batch(table: CanvasTable, pages: KVPages, chosen: list[int]) -> StepBatch:
     """Lay out one step of the requests in these slots.
 
     A request with guidance contributes its sequence twice, the second time with everything it
-    came with replaced by masks (LLaDA, generate.py: `un_x`). With `shifted`, a position is
-    predicted from the one before it, the first from itself (Dream).
+    came with replaced by masks (LLaDA, generate.py: `un_x`). Where the model is shifted, a
+    position is predicted from the one before it, the first from itself (Dream).
     """
-    slots = torch.tensor(chosen, device=table.device)
-    slots = slots[table.length[slots].argsort(stable=True)]
+    sequences = Sequences.of(table, pages, torch.tensor(chosen, device=table.device))
+    slots = sequences.request_slots
     guided = table.cfg_scale[slots] > 0
-    # Twins stand right behind their sequence, so that equal lengths stay together.
-    copies = 1 + guided.to(torch.int64)
-    owner = torch.repeat_interleave(torch.arange(len(slots), device=slots.device), copies)
-    first_copy = copies.cumsum(0) - copies
-    is_twin = torch.arange(len(owner), device=slots.device) != first_copy[owner]
-    input_ids, positions, starts, layout = _pack(table, slots[owner], is_twin)
 
     block_positions, block_masked = table.block_positions(slots)
     request, column = block_masked.nonzero(as_tuple=True)
     position = block_positions[request, column]
-    predictor = (position - 1).clamp(min=0) if shifted else position
-    twin = first_copy[request] + guided[request].to(torch.int64)
+    predictor = (position - 1).clamp(min=0) if table.shifted else position
+    first = sequences.first_copy[request]
     request_slots = slots[request]
     return StepBatch(
         slots=slots,
-        input_ids=input_ids,
-        positions=positions,
-        layout=layout,
+        input_ids=_pad(_input_ids(table, sequences)),
+        positions=_pad(sequences.positions),
+        layout=build_layout(pages, sequences),
         block_positions=block_positions,
         block_masked=block_masked,
-        rows=starts[first_copy[request]] + predictor,
-        uncond_rows=starts[twin] + predictor,
+        rows=sequences.row_of[first, predictor],
+        uncond_rows=sequences.row_of[first + guided[request].to(torch.int64), predictor],
         cfg_scale=table.cfg_scale[request_slots] if bool(guided.any()) else None,
         sampling=RowSampling(
             temperature=table.temperature[request_slots],
@@ -105,18 +101,12 @@ def _plan(table: CanvasTable, chosen: list[int], slots: Tensor, block_masked: Te
     )
 
 
-def _pack(
-    table: CanvasTable, slots: Tensor, is_twin: Tensor
-) -> tuple[Tensor, Tensor, Tensor, PackedLayout]:
-    """Input ids and positions [rows], first row of each sequence, and their layout."""
-    lengths = table.length[slots]
-    starts = lengths.cumsum(0) - lengths
-    sequence = torch.repeat_interleave(torch.arange(len(slots), device=slots.device), lengths)
-    positions = torch.arange(len(sequence), device=slots.device) - starts[sequence]
-    row_slots = slots[sequence]
-    ids = table.tokens[row_slots, positions]
-    hidden_prompt = is_twin[sequence] & table.given[row_slots, positions]
-    ids = ids.masked_fill(hidden_prompt, table.special.mask)
-    missing = -len(ids) % ROW_MULTIPLE
-    layout = PackedLayout.of(lengths.tolist())
-    return F.pad(ids, (0, missing)), F.pad(positions, (0, missing)), starts, layout
+def _input_ids(table: CanvasTable, sequences: Sequences) -> Tensor:
+    slots, positions = sequences.slots[sequences.owner], sequences.positions
+    ids = table.tokens[slots, positions]
+    hidden_prompt = (sequences.twin[sequences.owner] == 1) & table.given[slots, positions]
+    return ids.masked_fill(hidden_prompt, table.special.mask)
+
+
+def _pad(rows: Tensor) -> Tensor:
+    return F.pad(rows, (0, -len(rows) % ROW_MULTIPLE))

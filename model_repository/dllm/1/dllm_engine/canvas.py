@@ -11,6 +11,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from .cache.policy import ActiveState, CachePolicy, Phases
 from .request import Prompt, SamplingParams
 from .sampling import SpecialTokens
 from .sampling.commit import (
@@ -34,6 +35,9 @@ class StepResult:
     num_ready: list[int]
     #: Whether an end-of-text token is committed with nothing masked before it.
     ended: list[bool]
+    #: Rows of the next step, of one sequence, and whether it is a Refresh.
+    next_rows: list[int]
+    next_refresh: list[bool]
 
 
 class CanvasTable:
@@ -48,12 +52,14 @@ class CanvasTable:
         max_len: int,
         *,
         special: SpecialTokens,
+        shifted: bool,
         device: str,
     ) -> None:
         def column(dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(num_slots, dtype=dtype, device=device)
 
         self.special = special
+        self.shifted = shifted
         self.device = device
         #: [slots, max_len]; prompt, canvas, suffix; the mask token where masked.
         self.tokens = torch.zeros(num_slots, max_len, dtype=torch.int64, device=device)
@@ -80,6 +86,12 @@ class CanvasTable:
         self.chance = torch.zeros(num_slots, max_len, device=device)
         # Place of the active block's first step in the schedule of the whole canvas.
         self.block_first_step = column()
+        self.cache, self.retention_ratio = column(), column(torch.float64)
+        self.delay_steps, self.refresh_interval, self.pool_kernel = column(), column(), column()
+        #: Steps run in the active block.
+        self.block_age = column()
+        #: [slots, max_len] bool; positions that the step before committed.
+        self.recent = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)
         # What the host must know of each slot to plan a step without asking the device.
         self._rules = [Rule.COUNT] * num_slots
         self._needs_spread = [False] * num_slots
@@ -111,6 +123,7 @@ class CanvasTable:
         self.no_eos[slot] = params.logits_eos_inf
         self.late_eos[slot] = params.confidence_eos_eot_inf
         self._fill_rule(slot, params)
+        self._fill_cache(slot, params)
         self.block_start[slot] = self.block_end[slot] = start
         opened = torch.tensor([slot], device=self.device)
         self._open_next_block(opened)
@@ -127,6 +140,48 @@ class CanvasTable:
         if params.alg:
             chances = [dream_chances(steps) for _, _, steps in blocks_of(params)]
             self.chance[slot, : params.steps] = torch.cat(chances)
+
+    def _fill_cache(self, slot: int, params: SamplingParams) -> None:
+        assert params.cache is not None
+        assert params.retention_ratio is not None
+        assert params.pool_kernel is not None
+        assert params.delay_steps is not None
+        assert params.refresh_interval is not None
+        self.cache[slot] = int(CachePolicy[params.cache.upper()])
+        self.retention_ratio[slot] = params.retention_ratio
+        self.pool_kernel[slot] = params.pool_kernel
+        self.delay_steps[slot] = params.delay_steps
+        self.refresh_interval[slot] = params.refresh_interval
+        self.recent[slot] = False
+
+    def phases(self, slots: Tensor) -> Phases:
+        """What the next step of `slots` is."""
+        return Phases.of(
+            self.cache[slots],
+            self.block_age[slots],
+            self.delay_steps[slots],
+            self.refresh_interval[slots],
+        )
+
+    def window(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """First position and end of the active blocks' windows (see `cache.policy`), [R]."""
+        start = self.block_start[slots]
+        return (start - 1).clamp(min=0) if self.shifted else start, self.block_end[slots]
+
+    def active(self, slots: Tensor, phases: Phases) -> Tensor:
+        """Positions that go through the model in the next step: bool [R, longest]."""
+        width = int(self.length[slots].max())
+        start, end = self.window(slots)
+        return phases.active(
+            ActiveState(
+                self.length[slots],
+                start,
+                end,
+                self.masked[slots, :width],
+                self.recent[slots, :width],
+                self.shifted,
+            )
+        )
 
     def rules_in_use(self, slots: list[int]) -> frozenset[Rule]:
         """The rules of these requests."""
@@ -150,8 +205,22 @@ class CanvasTable:
         positions = torch.where(inside, positions, start.unsqueeze(1))
         return positions, inside & self.masked[slots.unsqueeze(1), positions]
 
-    def commit(self, slots: Tensor, positions: Tensor, tokens: Tensor, confidence: Tensor) -> None:
-        """Write decoded tokens; all arguments [n], naming (slot, position) pairs."""
+    def commit(
+        self,
+        stepped: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        tokens: Tensor,
+        confidence: Tensor,
+    ) -> None:
+        """Write what a step of the slots `stepped` decoded.
+
+        Args:
+            stepped: [R]; all that took part.
+            slots, positions, tokens, confidence: [n]; one entry per decoded position.
+        """
+        self.recent[stepped] = False
+        self.recent[slots, positions] = True
         self.tokens[slots, positions] = tokens
         self.confidence[slots, positions] = confidence.to(self.confidence.dtype)
         self.masked[slots, positions] = False
@@ -160,8 +229,11 @@ class CanvasTable:
         """Count the step, open the next block where one is done, and report what is finished."""
         self.step[slots] += 1
         self.block_step[slots] += 1
+        self.block_age[slots] += 1
         self._open_next_block(slots)
         self._skip_empty_steps(slots)
+        phases = self.phases(slots)
+        next_rows = self.active(slots, phases).sum(dim=1)
         width = int(self.length[slots].max())
         columns = torch.arange(width, device=self.device)
         tokens, masked = self.tokens[slots, :width], self.masked[slots, :width]
@@ -175,10 +247,22 @@ class CanvasTable:
         first_eos = torch.where(is_eos, columns, end).amin(dim=1)
         ready = torch.minimum(first_masked, first_eos) - self.prompt_len[slots]
         report = torch.stack(
-            [first_masked == end.squeeze(1), ready, first_eos < first_masked]
+            [
+                first_masked == end.squeeze(1),
+                ready,
+                first_eos < first_masked,
+                next_rows,
+                phases.refresh,
+            ]
         ).tolist()  # the step's one wait for the device
-        complete, num_ready, ended = report
-        return StepResult(list(map(bool, complete)), num_ready, list(map(bool, ended)))
+        complete, num_ready, ended, next_rows, next_refresh = report
+        return StepResult(
+            list(map(bool, complete)),
+            num_ready,
+            list(map(bool, ended)),
+            next_rows,
+            list(map(bool, next_refresh)),
+        )
 
     def canvas(self, slot: int) -> tuple[Tensor, Tensor]:
         """Copies of a request's canvas: tokens int32 and confidences float32, on the CPU."""
@@ -201,6 +285,7 @@ class CanvasTable:
             before = (start - self.prompt_len[slots]) * self.steps[slots] // gen_length
             after = (end - self.prompt_len[slots]) * self.steps[slots] // gen_length
             self.block_steps[slots], self.block_step[slots] = after - before, 0
+            self.block_age[slots] = 0
             self.block_first_step[slots] = before
             if slots.numel():
                 self.block_masks[slots] = self.block_positions(slots)[1].sum(dim=1)

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from .errors import InvalidConfig
+from .errors import InvalidConfig, InvalidRequest
+from .request import CACHE_FIELDS, SamplingParams
 
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 
@@ -34,17 +35,36 @@ class EngineConfig:
     max_gen_length: int | None = None
     #: Memory that logits may take at any moment, in MiB.
     logits_budget_mb: int = 64
+    #: Key/value reuse between steps, for requests that do not say (see `SamplingParams`).
+    cache: str = "none"
+    retention_ratio: float = 0.5
+    pool_kernel: int = 3
+    delay_steps: int = 0
+    refresh_interval: int = 0
+    #: Rows of keys and values per page.
+    kv_page_size: int = 32
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InvalidConfig(f"DLLM_DTYPE: must be one of {', '.join(DTYPES)}, got {self.dtype}")
-        for name in ("max_num_seqs", "max_num_batched_tokens", "logits_budget_mb"):
+        counts = ("max_num_seqs", "max_num_batched_tokens", "logits_budget_mb", "kv_page_size")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise InvalidConfig(f"{_setting(name)}: must be at least 1")
         for name in ("max_model_len", "max_gen_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidConfig(f"{_setting(name)}: must be at least 1, or empty")
+
+        try:
+            SamplingParams().with_cache_defaults(self.cache_defaults)
+        except InvalidRequest as error:
+            raise InvalidConfig(f"DLLM_{error.field.upper()}: {error.problem}") from None
+
+    @property
+    def cache_defaults(self) -> dict[str, object]:
+        """What requests that do not say get of caching."""
+        return {name: getattr(self, name) for name in CACHE_FIELDS}
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, str]) -> EngineConfig:
@@ -80,9 +100,12 @@ def _setting(field: str) -> str:
 def _parse(name: str, kind: str, text: str) -> object:
     if kind == "Path":
         return Path(text)
-    if kind.startswith("int"):
-        try:
+    try:
+        if kind.startswith("int"):
             return int(text)
-        except ValueError:
-            raise InvalidConfig(f"{name}: must be a whole number, got {text!r}") from None
+        if kind.startswith("float"):
+            return float(text)
+    except ValueError:
+        wanted = "a whole number" if kind.startswith("int") else "a number"
+        raise InvalidConfig(f"{name}: must be {wanted}, got {text!r}") from None
     return text

@@ -9,6 +9,7 @@ import time
 
 import torch
 
+from .cache import CachePolicy, PageAllocator, reserved_rows
 from .config import EngineConfig
 from .errors import EngineDead, InvalidConfig, InvalidRequest, RequestFailed
 from .models import ModelSpec, read_spec
@@ -29,6 +30,8 @@ class EngineStats:
     forward_passes: int = 0
     #: Rows pushed through the model.
     batched_tokens: int = 0
+    #: Steps of single requests in which their whole sequence went through the model.
+    refreshes: int = 0
     #: Tokens of finished answers.
     completion_tokens: int = 0
     requests_finished: int = 0
@@ -56,8 +59,11 @@ class Engine:
         self.max_model_len = _max_model_len(config, spec)
         self.spec = spec = dataclasses.replace(spec, max_model_len=self.max_model_len)
         self.stats = EngineStats()
-        self._runner = Runner(config, spec, self.stop_token_ids)
-        self._scheduler = Scheduler(config.max_num_seqs, config.max_num_batched_tokens)
+        num_pages = config.max_num_seqs * 2 * -(-self.max_model_len // config.kv_page_size)
+        allocator = PageAllocator(num_pages, config.kv_page_size)
+        self._allocator = allocator
+        self._runner = Runner(config, spec, self.stop_token_ids, num_pages)
+        self._scheduler = Scheduler(config.max_num_seqs, config.max_num_batched_tokens, allocator)
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count()
         self._ready_at_death: list[CanvasUpdate] = []
@@ -78,6 +84,7 @@ class Engine:
         params: SamplingParams,
         *,
         stream_interval: float | None = None,
+        priority: int = 0,
     ) -> Request:
         """Check a request against this model's limits; it is not queued yet. Thread-safe.
 
@@ -86,10 +93,12 @@ class Engine:
             params: how to denoise.
             stream_interval: seconds between updates while running; 0: one per step; None: only
                 the final one.
+            priority: 0 goes first, larger ones later.
 
         Raises:
             InvalidRequest: names the field and the limit.
         """
+        params = params.with_cache_defaults(self.config.cache_defaults)
         self._check_prompt(prompt, params)
         self._check_lengths(prompt, params)
         resolved = params.resolved()
@@ -97,7 +106,30 @@ class Engine:
         if resolved.steps > self.max_model_len:
             problem = f"must be at most {self.max_model_len}; got {resolved.steps}"
             raise InvalidRequest("steps", problem)
-        return Request(next(self._ids), prompt, resolved, stream_interval)
+        request = Request(next(self._ids), prompt, resolved, stream_interval, priority)
+        request.num_pages = self._pages_of(request)
+        return request
+
+    def _pages_of(self, request: Request) -> int:
+        """Pages of keys and values that a request holds while it runs."""
+        params = request.params
+        assert params.cache is not None
+        assert params.block_length is not None
+        assert params.retention_ratio is not None
+        rows = reserved_rows(
+            CachePolicy[params.cache.upper()],
+            request.length,
+            params.block_length + self.spec.shifted,
+            params.retention_ratio,
+        )
+        count = self._allocator.pages_for(rows) * request.forwards_per_step
+        if count > self._allocator.num_pages:
+            raise InvalidRequest(
+                "cache",
+                f"{params.cache} needs {count} pages of keys and values for a sequence of "
+                f"{request.length} tokens; the server has {self._allocator.num_pages}",
+            )
+        return count
 
     def _check_prompt(self, prompt: Prompt, params: SamplingParams) -> None:
         if not prompt.ids:
@@ -166,7 +198,7 @@ class Engine:
         """
         for request in self._scheduler.admit():
             assert request.slot is not None
-            self._runner.table.fill(request.slot, request.prompt, request.params)
+            self._runner.start(request.slot, request.prompt, request.params, request.pages)
             request.last_update = time.monotonic()
         chosen = self._scheduler.schedule()
         return self._run(chosen) if chosen else []
@@ -181,6 +213,9 @@ class Engine:
         except (RuntimeError, ValueError, MemoryError) as error:
             return self._isolate(chosen, error)
         self._count(chosen, time.perf_counter() - began)
+        for i, slot in enumerate(slots):
+            by_slot[slot].next_rows = result.next_rows[i]
+            by_slot[slot].next_refresh = result.next_refresh[i]
         updates = [
             self._outcome(by_slot[slot], result.complete[i], result.num_ready[i], result.ended[i])
             for i, slot in enumerate(slots)
@@ -213,8 +248,10 @@ class Engine:
         self.stats.step_seconds += seconds
         for request in chosen:
             request.steps_run += 1
+            request.rows_run += request.step_cost
             self.stats.forward_passes += request.forwards_per_step
-            self.stats.batched_tokens += request.rows_per_step
+            self.stats.batched_tokens += request.step_cost
+            self.stats.refreshes += request.next_refresh
 
     def _outcome(
         self, request: Request, complete: bool, num_ready: int, ended: bool

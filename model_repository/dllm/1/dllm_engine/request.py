@@ -6,7 +6,8 @@ import dataclasses
 import enum
 import math
 import secrets
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from .errors import InvalidRequest
 
@@ -18,7 +19,15 @@ REMASKING_RULES = ("low_confidence", "random", "entropy", "margin")
 DREAM_ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
 #: Parameters that each choose how many positions a step commits: at most one may be given.
 COMMIT_RULES = ("confidence_threshold", "factor", "entropy_bound", "anchor_threshold")
-CACHE_POLICIES = ("none",)
+CACHE_POLICIES = ("none", "prefix", "dual", "sparse", "delayed")
+#: Parameters of caching, and the policies that each applies to.
+CACHE_FIELDS = {
+    "cache": CACHE_POLICIES,
+    "retention_ratio": ("sparse",),
+    "pool_kernel": ("sparse",),
+    "delay_steps": CACHE_POLICIES[1:],
+    "refresh_interval": CACHE_POLICIES[1:],
+}
 DEFAULT_BLOCK_LENGTH = 32
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
@@ -87,10 +96,33 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     #: Decode the whole canvas even after an end-of-text token.
     ignore_eos: bool = False
-    #: Key/value reuse between steps.
-    cache: str = "none"
-    #: Fraction of positions that `cache="sparse"` keeps.
+    #: Key/value reuse between steps, one of `CACHE_POLICIES`; None, here and below: the server's.
+    cache: str | None = None
+    #: Fraction of the positions outside the block that each KV head keeps (`sparse`).
     retention_ratio: float | None = None
+    #: Width of the max-pooling over scores before that choice (`sparse`); odd.
+    pool_kernel: int | None = None
+    #: Steps of a block that run in full before the one that stores keys and values.
+    delay_steps: int | None = None
+    #: Steps between Refreshes within a block; 0: only at its start.
+    refresh_interval: int | None = None
+
+    def with_cache_defaults(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """The same parameters with what they leave open of caching taken from `defaults`.
+
+        Raises:
+            InvalidRequest: a parameter is given that does not apply to the policy.
+        """
+        given = {name for name in CACHE_FIELDS if getattr(self, name) is not None}
+        missing = {name: defaults[name] for name in CACHE_FIELDS if name not in given}
+        filled = dataclasses.replace(self, **missing)
+        _check_cache(filled)
+        for name in sorted(given):
+            policies = CACHE_FIELDS[name]
+            if filled.cache not in policies:
+                rule = f"applies to cache {', '.join(policies)}"
+                raise InvalidRequest(name, f"{rule}; got cache {filled.cache}")
+        return filled
 
     def resolved(self) -> SamplingParams:
         """The same parameters, checked, with every default that depends on others filled in.
@@ -146,10 +178,7 @@ def _check_ranges(p: SamplingParams) -> None:
     if p.seed is not None:
         _require("seed", -(2**63) <= p.seed < 2**63, "a 64-bit integer", p.seed)
     _check_stop(p.stop)
-    policies = ", ".join(CACHE_POLICIES)
-    _require("cache", p.cache in CACHE_POLICIES, f"one of {policies}", repr(p.cache))
-    if p.retention_ratio is not None:
-        raise InvalidRequest("retention_ratio", f"applies to no cache policy of: {policies}")
+    _check_cache(p)
 
 
 def _check_combination(p: SamplingParams) -> None:
@@ -172,6 +201,22 @@ def _check_combination(p: SamplingParams) -> None:
         given.append("confidence_eos_eot_inf")
     if given:
         raise InvalidRequest(given[0], "cannot be combined with alg")
+
+
+def _check_cache(p: SamplingParams) -> None:
+    if p.cache is not None:
+        policies = ", ".join(CACHE_POLICIES)
+        _require("cache", p.cache in CACHE_POLICIES, f"one of {policies}", repr(p.cache))
+    if p.retention_ratio is not None:
+        ratio = p.retention_ratio
+        _require("retention_ratio", 0 < ratio <= 1, "above 0 and at most 1", ratio)
+    if p.pool_kernel is not None:
+        ok = p.pool_kernel >= 1 and p.pool_kernel % 2 == 1
+        _require("pool_kernel", ok, "odd and at least 1", p.pool_kernel)
+    for name in ("delay_steps", "refresh_interval"):
+        value = getattr(p, name)
+        if value is not None:
+            _require(name, value >= 0, "0 or more", value)
 
 
 def _check_stop(stop: tuple[str, ...]) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .batch import StepBatch, build_batch
+from .cache import KVPages
 from .canvas import CanvasTable, StepResult
 from .config import EngineConfig
 from .errors import InvalidConfig
 from .models import DiffusionModel, ModelSpec, load_model
+from .ops import LayerPages
+from .request import Prompt, SamplingParams
 from .sampling import (
     BlockStatistics,
     Candidates,
@@ -19,6 +23,7 @@ from .sampling import (
     sample_candidates,
     select_commits,
 )
+from .sampling.rows import ROW_MULTIPLE
 
 logger = logging.getLogger("dllm_engine")
 
@@ -49,13 +54,32 @@ class Runner:
     """
 
     def __init__(
-        self, config: EngineConfig, spec: ModelSpec, stop_token_ids: tuple[int, ...]
+        self,
+        config: EngineConfig,
+        spec: ModelSpec,
+        stop_token_ids: tuple[int, ...],
+        num_pages: int,
     ) -> None:
         self._device, dtype = resolve_device(config)
         self._budget_bytes = config.logits_budget_mb * 2**20
         self._model: DiffusionModel = load_model(
             config.model_path, spec, device=self._device, dtype=dtype, progress=_log_progress
         )
+        self._pages = KVPages.allocate(
+            num_layers=spec.num_layers,
+            num_pages=num_pages,
+            page_size=config.kv_page_size,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            num_slots=config.max_num_seqs,
+            max_rows=spec.max_model_len,
+            device=self._device,
+            dtype=dtype,
+        )
+        self._layer_pages = [
+            LayerPages(keys, values)
+            for keys, values in zip(self._pages.keys, self._pages.values, strict=True)
+        ]
         self.table = CanvasTable(
             config.max_num_seqs,
             spec.max_model_len,
@@ -64,21 +88,28 @@ class Runner:
                 eos=torch.tensor(spec.eos_token_ids, dtype=torch.int64, device=self._device),
                 stop=torch.tensor(stop_token_ids, dtype=torch.int64, device=self._device),
             ),
+            shifted=spec.shifted,
             device=self._device,
         )
         logger.info("model ready device=%s dtype=%s", self._device, dtype)
+
+    def start(self, slot: int, prompt: Prompt, params: SamplingParams, pages: list[int]) -> None:
+        """Lay out a new request in `slot`, with the pages that are its own from now on."""
+        self.table.fill(slot, prompt, params)
+        self._pages.assign(slot, pages, 2 if params.cfg_scale > 0 else 1)
 
     @torch.inference_mode()
     def run(self, slots: list[int]) -> tuple[list[int], StepResult]:
         """One denoising step for the requests in `slots`.
 
-        Nothing is written before the whole forward pass has succeeded, so a step that raised
-        can be tried again.
+        No canvas changes before the whole forward pass has succeeded, and the keys and values
+        that it stores are read only together with these canvases: a step that raised can be
+        tried again.
 
         Returns:
             The slots in the order of the result, and the result.
         """
-        batch = build_batch(self.table, slots, shifted=self._model.spec.shifted)
+        batch = build_batch(self.table, self._pages, slots)
         hidden = self._masked_hidden(batch)
         candidates = sample_candidates(
             hidden,
@@ -97,11 +128,20 @@ class Runner:
         The head is linear, so guiding its inputs, `u + (s + 1)(c − u)`, equals guiding the logits
         (LLaDA, generate.py) at half the cost.
         """
-        hidden = self._model(batch.input_ids, batch.positions, batch.layout)
-        conditional = self._model.head_input(hidden[batch.rows])
+        wanted = batch.rows
+        if batch.cfg_scale is not None:
+            wanted = torch.cat([batch.rows, batch.uncond_rows])
+        hidden = self._model(
+            batch.input_ids,
+            batch.positions,
+            batch.layout,
+            pages=self._layer_pages,
+            wanted=F.pad(wanted, (0, -len(wanted) % ROW_MULTIPLE)),
+        )
+        hidden = self._model.head_input(hidden)[: len(wanted)]
         if batch.cfg_scale is None:
-            return conditional
-        unconditional = self._model.head_input(hidden[batch.uncond_rows])
+            return hidden
+        conditional, unconditional = hidden.chunk(2)
         scale = (batch.cfg_scale + 1).to(hidden.dtype).unsqueeze(1)
         guided = unconditional + scale * (conditional - unconditional)
         return torch.where((batch.cfg_scale > 0).unsqueeze(1), guided, conditional)
@@ -122,6 +162,7 @@ class Runner:
         )
         picked = select_commits(block, batch.plan)[masked]  # of the M, in row-major order
         self.table.commit(
+            batch.slots,
             batch.slots[masked.nonzero(as_tuple=True)[0][picked]],
             batch.block_positions[masked][picked],
             candidates.token[picked],

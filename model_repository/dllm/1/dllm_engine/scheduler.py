@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-from collections import deque
 
+from .cache import PageAllocator
 from .request import Prompt, SamplingParams
+
+#: Steps that a Reuse goes ahead of a Refresh that became ready at the same time.
+REFRESH_HANDICAP = 8
+#: Steps by which one level of priority moves a request back; what has waited longer goes first.
+PRIORITY_STEPS = 64
+#: Steps after which a Refresh is no longer held back to make the load even.
+MAX_HELD_STEPS = 32
+#: Steps of less than this share of the token budget are not worth making even.
+EVEN_SHARE = 1 / 8
 
 
 @dataclasses.dataclass(eq=False)
@@ -17,9 +27,21 @@ class Request:
     params: SamplingParams
     #: Seconds between updates while running; 0: every step; None: only the final one.
     stream_interval: float | None = None
+    #: 0 goes first; each level more waits `PRIORITY_STEPS` steps longer.
+    priority: int = 0
+    #: Pages that it holds while running.
+    num_pages: int = 0
+    pages: list[int] = dataclasses.field(default_factory=list)
     #: Row of the canvas table while running; None while waiting.
     slot: int | None = None
     steps_run: int = 0
+    #: Rows pushed through the model so far.
+    rows_run: int = 0
+    #: Rows of the next step of one sequence, and whether it is a Refresh; None: all, it is.
+    next_rows: int | None = None
+    next_refresh: bool = True
+    #: Scheduler's step since which it could have run, or waited for admission.
+    ready_since: int = 0
     #: Tokens from the left that are final, short of an end-of-text token.
     num_ready: int = 0
     ended_by_token: bool = False
@@ -37,6 +59,32 @@ class Request:
         """Sequences per step: guidance needs an unconditional twin."""
         return 2 if self.params.cfg_scale > 0 else 1
 
+    @property
+    def step_cost(self) -> int:
+        """Rows that its next step pushes through the model."""
+        rows = self.length if self.next_rows is None else self.next_rows
+        return rows * self.forwards_per_step
+
+    @property
+    def mean_cost(self) -> float:
+        """Rows per step over its life: what it has cost, and one block as planned."""
+        refreshes, steps = self._planned_block()
+        block_length = self.params.block_length or self.params.gen_length
+        planned = refreshes * self.length + (steps - refreshes) * block_length
+        total = self.rows_run + planned * self.forwards_per_step
+        return total / (self.steps_run + steps)
+
+    def _planned_block(self) -> tuple[int, int]:
+        """Refreshes and steps of a block, by its parameters."""
+        params = self.params
+        block_length = params.block_length or params.gen_length
+        steps = max(1, (params.steps or params.gen_length) * block_length // params.gen_length)
+        if params.cache in (None, "none"):
+            return steps, steps
+        first = 1 + (params.delay_steps or 0)
+        again = (steps - first) // params.refresh_interval if params.refresh_interval else 0
+        return min(steps, first + max(0, again)), steps
+
     def is_due(self, now: float) -> bool:
         """Whether an update is due at `now` (seconds, monotonic); if so, the next is later."""
         if self.stream_interval is None:
@@ -46,26 +94,30 @@ class Request:
             self.last_update = now
         return due
 
-    @property
-    def rows_per_step(self) -> int:
-        """Rows that one step pushes through the model."""
-        return self.length * self.forwards_per_step
-
 
 class Scheduler:
-    """Waiting requests, running requests and the free slots between them.
+    """Waiting requests, running requests, and the slots and pages between them.
 
-    Running requests take turns: a step goes to those that have waited longest, as many as fit
-    the budget; whoever did not fit stands first next time. A request larger than the budget
-    runs alone when its turn comes.
+    Waiting requests are admitted in order; one that finds no slot or pages lets nobody pass.
+
+    Steps are phase-multiplexed: whoever has waited longest comes first, Reuses a little ahead of
+    Refreshes, until the token budget is full. The first always runs, if need be alone: nobody
+    starves, and a request larger than the budget blocks nobody.
+
+    Refreshes are spread so that every step is about as heavy: a step takes Refreshes up to the
+    mean load of what runs (plus what earlier steps left unspent: deficit carry-over, as in
+    Sangam's scheduler). A burst that arrives together drifts apart within a block or two.
     """
 
-    def __init__(self, num_slots: int, token_budget: int) -> None:
+    def __init__(self, num_slots: int, token_budget: int, allocator: PageAllocator) -> None:
         self._token_budget = token_budget
-        self._waiting: deque[Request] = deque()
-        self._running: deque[Request] = deque()
+        self._allocator = allocator
+        self._waiting: list[Request] = []
+        self._running: list[Request] = []
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._num_slots = num_slots
+        self._step = 0
+        self._carry = 0.0
 
     @property
     def num_waiting(self) -> int:
@@ -77,48 +129,73 @@ class Scheduler:
         """Requests with a slot."""
         return len(self._running)
 
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that nobody holds."""
+        return self._allocator.num_free
+
     def add(self, request: Request) -> None:
-        """Queue a request behind all others."""
-        self._waiting.append(request)
+        """Queue a request behind those of its priority, and late ones of lower."""
+        request.ready_since = self._step
+        bisect.insort(self._waiting, request, key=_turn)
 
     def admit(self) -> list[Request]:
-        """Give free slots to waiting requests, first come first served; returns the admitted."""
+        """Give slots and pages to waiting requests, in order; returns the admitted."""
         admitted = []
         while self._waiting and self._free_slots:
-            request = self._waiting.popleft()
+            request = self._waiting[0]
+            if request.num_pages > self._allocator.num_free:
+                break
+            self._waiting.pop(0)
             request.slot = self._free_slots.pop()
+            request.pages = self._allocator.reserve(request.num_pages)
+            request.ready_since = self._step
             self._running.append(request)
             admitted.append(request)
         return admitted
 
     def schedule(self) -> list[Request]:
         """The requests of the next step; empty only when nothing runs."""
+        self._step += 1
+        target = max(
+            sum(request.mean_cost for request in self._running), self._token_budget * EVEN_SHARE
+        )
+        allowance = target + self._carry
         chosen: list[Request] = []
-        passed_over: deque[Request] = deque()
-        budget = self._token_budget
-        while self._running:
-            request = self._running.popleft()
-            cost = request.rows_per_step
-            if cost <= budget or not (chosen or passed_over):
+        used = 0
+        for request in sorted(self._running, key=self._order):
+            cost = request.step_cost
+            held = self._step - request.ready_since <= MAX_HELD_STEPS
+            limit = self._token_budget
+            if request.next_refresh and held:
+                limit = min(limit, int(allowance))
+            if not chosen or used + cost <= limit:
                 chosen.append(request)
-                budget -= cost
-            else:
-                passed_over.append(request)
-        self._running = passed_over
-        self._running.extend(chosen)
+                used += cost
+                request.ready_since = self._step
+                if used > self._token_budget:
+                    break  # larger than the budget: alone
+        left = allowance - used
+        if len(chosen) == len(self._running):
+            left = min(left, 0.0)  # nobody waits for what was left
+        self._carry = min(max(left, -self._token_budget), self._token_budget)
         return chosen
 
+    def _order(self, request: Request) -> int:
+        return _turn(request) + REFRESH_HANDICAP * request.next_refresh
+
     def remove(self, request: Request) -> None:
-        """Forget a finished or cancelled request and free its slot."""
+        """Forget a finished or cancelled request and free its slot and pages."""
         if request.slot is None:
             self._waiting.remove(request)
             return
         self._running.remove(request)
         self._free_slots.append(request.slot)
-        request.slot = None
+        self._allocator.release(request.pages)
+        request.slot, request.pages = None, []
 
     def check_integrity(self) -> None:
-        """Every slot is free or held by exactly one running request.
+        """Every slot and page is free or held by exactly one running request.
 
         Raises:
             AssertionError: it is not so.
@@ -126,4 +203,9 @@ class Scheduler:
         held = [r.slot for r in self._running]
         slots = sorted(s for s in [*held, *self._free_slots] if s is not None)
         assert slots == list(range(self._num_slots)), f"held {held}, free {self._free_slots}"
-        assert all(r.slot is None for r in self._waiting)
+        assert all(r.slot is None and not r.pages for r in self._waiting)
+        self._allocator.check_integrity([page for r in self._running for page in r.pages])
+
+
+def _turn(request: Request) -> int:
+    return request.ready_since + PRIORITY_STEPS * request.priority

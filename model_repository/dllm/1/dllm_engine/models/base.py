@@ -8,12 +8,13 @@ queries, keys and values, and in whether logits are shifted. Those differences a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import PackedLayout, RotaryTable, apply_rotary, packed_attention, rms_norm
+from ..ops import LayerPages, PackedLayout, RotaryTable, apply_rotary, packed_attention, rms_norm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,14 +59,25 @@ class Layer(nn.Module):
         self.gate_up = nn.Linear(spec.hidden_size, 2 * spec.intermediate_size, bias=False)
         self.down = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout) -> Tensor:
-        """[rows, hidden_size] to the same."""
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        layout: PackedLayout,
+        pages: LayerPages | None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """[rows, hidden_size] to the same, or to [n, hidden_size] of the `wanted` rows."""
         spec = self.spec
         normed = rms_norm(x, self.attention_norm, spec.rms_norm_eps)
         heads = self.qkv(normed).view(x.shape[0], -1, spec.head_dim)
         q, k, v = heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        x = x + self.out(packed_attention(q, k, v, layout))
+        mixed = packed_attention(q, k, v, layout, pages)
+        if wanted is not None:
+            x, mixed = x[wanted], mixed[wanted]
+        x = x + self.out(mixed)
         normed = rms_norm(x, self.mlp_norm, spec.rms_norm_eps)
         gate, up = self.gate_up(normed).chunk(2, dim=-1)
         out: Tensor = x + self.down(F.silu(gate) * up)
@@ -101,22 +113,35 @@ class DiffusionModel(nn.Module):
             dtype=weight.dtype,
         )
 
-    def forward(self, input_ids: Tensor, positions: Tensor, layout: PackedLayout) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        layout: PackedLayout,
+        *,
+        pages: Sequence[LayerPages] | None = None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states before the final norm.
 
         Args:
             input_ids: [rows] int64.
             positions: [rows] int64, each row's place in its own sequence.
             layout: the sequences among the rows.
+            pages: stored keys and values of each layer, where the layout uses any.
+            wanted: [n] int64; rows to return, all if None. The last layer computes of others
+                only what these attend to.
 
         Returns:
-            [rows, hidden_size].
+            [rows, hidden_size], or [n, hidden_size].
         """
         assert self._rotary is not None, "prepare() was not called"
         cos, sin = self._rotary.at(positions)
         x = F.embedding(input_ids, self.embedding)
-        for layer in self.layers:
-            x = layer(x, cos, sin, layout)
+        last = len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            stored = None if pages is None else pages[i]
+            x = layer(x, cos, sin, layout, stored, wanted if i == last else None)
         return x
 
     def head_input(self, hidden: Tensor) -> Tensor:

@@ -1,7 +1,20 @@
 """Numerical building blocks; they know tensors and nothing of requests."""
 
-from .attention import PackedLayout, packed_attention
+from .attention import packed_attention
+from .layout import FreshGroup, LayerPages, PackedLayout, PagedGroup, Selection
 from .norm import rms_norm
 from .rotary import RotaryTable, apply_rotary
+from .selection import select_positions
 
-__all__ = ["PackedLayout", "RotaryTable", "apply_rotary", "packed_attention", "rms_norm"]
+__all__ = [
+    "FreshGroup",
+    "LayerPages",
+    "PackedLayout",
+    "PagedGroup",
+    "RotaryTable",
+    "Selection",
+    "apply_rotary",
+    "packed_attention",
+    "rms_norm",
+    "select_positions",
+]

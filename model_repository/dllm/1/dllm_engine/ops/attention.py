@@ -1,58 +1,64 @@
-"""Bidirectional attention over packed sequences: no padding, no mask."""
+"""Bidirectional attention over packed sequences: fresh rows, and rows stored before."""
 
 from __future__ import annotations
-
-import dataclasses
-import itertools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-@dataclasses.dataclass(frozen=True)
-class PackedLayout:
-    """Where each sequence lies among the packed rows.
-
-    Sequences stand one after another, sorted by length, so that those of equal length form one
-    contiguous group which a single batched kernel call can take.
-    """
-
-    #: (first row, number of sequences, length of each), in row order.
-    groups: tuple[tuple[int, int, int], ...]
-
-    @classmethod
-    def of(cls, lengths: list[int]) -> PackedLayout:
-        """Layout of sequences with these lengths, which must be sorted."""
-        groups = []
-        start = 0
-        for length, same in itertools.groupby(lengths):
-            count = len(list(same))
-            groups.append((start, count, length))
-            start += count * length
-        return cls(tuple(groups))
+from .layout import FreshGroup, LayerPages, PackedLayout, PagedGroup
+from .selection import store_selection
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
-    """Softmax attention of every row to every row of its own sequence.
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, pages: LayerPages | None = None
+) -> Tensor:
+    """Softmax attention of every row to every row of its own sequence, stored ones included.
 
     Args:
         q: [rows, num_heads, head_dim].
         k, v: [rows, num_kv_heads, head_dim]; each serves num_heads / num_kv_heads query heads.
         layout: the sequences; rows behind the last one are padding and come back as zeros.
+        pages: stored keys and values; what the layout says is written before it is read.
 
     Returns:
         [rows, num_heads * head_dim].
     """
     out = torch.zeros_like(q)
-    for start, count, length in layout.groups:
-        rows = slice(start, start + count * length)
-        shape = (count, length, -1, q.shape[-1])
-        mixed = F.scaled_dot_product_attention(
-            q[rows].view(shape).transpose(1, 2),
-            k[rows].view(shape).transpose(1, 2),
-            v[rows].view(shape).transpose(1, 2),
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        out[rows].view(shape).copy_(mixed.transpose(1, 2))
+    if layout.write_rows is not None and layout.write_places is not None:
+        assert pages is not None
+        pages.write(layout.write_places, k[layout.write_rows], v[layout.write_rows])
+    for group in layout.fresh:
+        _attend_fresh(out, q, k, v, group)
+        if group.selection is not None:
+            assert pages is not None
+            store_selection(q, k, v, group.selection, pages)
+    for paged in layout.paged:
+        assert pages is not None
+        _attend_paged(out, q, paged, pages)
     return out.flatten(1)
+
+
+def _attend_fresh(out: Tensor, q: Tensor, k: Tensor, v: Tensor, group: FreshGroup) -> None:
+    rows = slice(group.start, group.start + group.count * group.length)
+    shape = (group.count, group.length, -1, q.shape[-1])
+    mixed = F.scaled_dot_product_attention(
+        q[rows].view(shape).transpose(1, 2),
+        k[rows].view(shape).transpose(1, 2),
+        v[rows].view(shape).transpose(1, 2),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    out[rows].view(shape).copy_(mixed.transpose(1, 2))
+
+
+def _attend_paged(out: Tensor, q: Tensor, group: PagedGroup, pages: LayerPages) -> None:
+    keys = pages.keys[group.pages].flatten(1, 2)
+    values = pages.values[group.pages].flatten(1, 2)
+    mixed = F.scaled_dot_product_attention(
+        q[group.query_rows].transpose(1, 2),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        attn_mask=group.held,
+        enable_gqa=q.shape[1] != keys.shape[2],
+    )
+    out[group.rows] = mixed.transpose(1, 2).flatten(0, 1)[group.kept]

@@ -1,0 +1,119 @@
+"""What each cache policy computes in a step and what it keeps.
+
+A step of a request is a **Refresh**, its whole sequence goes through the model, or a **Reuse**,
+only its active rows do, and attend to what is stored besides their own fresh keys and values.
+
+The *window* is the active block; of a shifted model also the position before it, whose hidden
+state predicts the block's first token. What a Reuse computes:
+
+- `prefix` (Fast-dLLM, 3.2): the window and everything behind it;
+- `dual` (Fast-dLLM, 3.2): the window;
+- `sparse` (Sparse-dLLM; dLLM-Serve): the window; of the positions outside it each KV head keeps
+  only its best (`ops.selection`);
+- `delayed` (dKV-Cache, 3.2): of the window what is masked, what was committed by the step before,
+  and, shifted, what predicts a masked position. A position is thus stored with its final token one
+  step after that was committed.
+
+Fresh keys and values always replace the stored ones of their positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+import torch
+from torch import Tensor
+
+
+class CachePolicy(enum.IntEnum):
+    """What is kept between steps; the names of `SamplingParams.cache`."""
+
+    NONE = 0
+    PREFIX = 1
+    DUAL = 2
+    SPARSE = 3
+    DELAYED = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Phases:
+    """How requests stand in their blocks, and what that means for the next step; all [R]."""
+
+    #: int64, `CachePolicy`.
+    policy: Tensor
+    #: bool; the whole sequence goes through the model.
+    refresh: Tensor
+    #: bool; and its keys and values are stored.
+    store: Tensor
+
+    @classmethod
+    def of(cls, policy: Tensor, age: Tensor, delay: Tensor, interval: Tensor) -> Phases:
+        """Phases of the step that is `age` steps into its block.
+
+        The first `delay` steps of a block only look at everything; the next one also stores. From
+        there on every `interval`-th step stores anew, or none where it is 0. All int64 [R].
+        """
+        since = age - delay
+        again = (interval > 0) & (since % interval.clamp(min=1) == 0)
+        cached = policy != int(CachePolicy.NONE)
+        refresh = ~cached | (since <= 0) | again
+        return cls(policy, refresh, cached & refresh & (since >= 0))
+
+    def take(self, index: Tensor) -> Phases:
+        """Those of some requests."""
+        return Phases(self.policy[index], self.refresh[index], self.store[index])
+
+    @property
+    def selects(self) -> Tensor:
+        """bool; what is stored is a selection."""
+        return self.store & (self.policy == int(CachePolicy.SPARSE))
+
+    def active(self, canvas: ActiveState) -> Tensor:
+        """Positions that go through the model: bool [R, width]."""
+        columns = torch.arange(canvas.masked.shape[1], device=self.policy.device)
+        inside = columns < canvas.length.unsqueeze(1)
+        behind = columns >= canvas.window_start.unsqueeze(1)
+        window = behind & (columns < canvas.window_end.unsqueeze(1))
+        predicts = canvas.masked
+        if canvas.shifted:
+            predicts = torch.nn.functional.pad(canvas.masked[:, 1:], (0, 1))
+        unfinished = window & (canvas.masked | canvas.recent | predicts)
+
+        def policy_is(policy: CachePolicy) -> Tensor:
+            return (self.policy == int(policy)).unsqueeze(1)
+
+        reuse = torch.where(policy_is(CachePolicy.PREFIX), inside & behind, window)
+        reuse = torch.where(policy_is(CachePolicy.DELAYED), unfinished, reuse)
+        return torch.where(self.refresh.unsqueeze(1), inside, reuse)
+
+
+@dataclasses.dataclass(frozen=True)
+class ActiveState:
+    """What `Phases.active` must know of each request; [R] int64, or bool [R, width]."""
+
+    length: Tensor
+    window_start: Tensor
+    window_end: Tensor
+    #: Still to be decoded.
+    masked: Tensor
+    #: Committed by the step before.
+    recent: Tensor
+    #: Whether a hidden state predicts the next position.
+    shifted: bool
+
+
+def kept_rows(num_candidates: int, retention_ratio: float) -> int:
+    """Of how many of `num_candidates` positions a head keeps keys and values under `sparse`."""
+    return min(num_candidates, max(1, int(retention_ratio * num_candidates)))
+
+
+def reserved_rows(
+    policy: CachePolicy, length: int, widest_window: int, retention_ratio: float
+) -> int:
+    """Rows of keys and values that a sequence of `length` tokens holds at most."""
+    if policy is CachePolicy.NONE:
+        return 0
+    if policy is not CachePolicy.SPARSE:
+        return length
+    return kept_rows(length - widest_window, retention_ratio) + widest_window

@@ -1,0 +1,50 @@
+"""Head-centric selection: which positions each KV head keeps."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .layout import LayerPages, Selection
+
+
+def select_positions(queries: Tensor, keys: Tensor, keep: int, pool_kernel: int) -> Tensor:
+    """The `keep` candidates that each KV head keeps (dLLM-Serve; Sparse-dLLM, 3.2).
+
+    A candidate's score is q̄·k / √head_dim, q̄ the mean over the block's queries; the best over
+    the query heads that share the KV head; then the maximum over `pool_kernel` neighbours. Of
+    equal scores the leftmost is kept.
+
+    Args:
+        queries: [G, B, num_heads, head_dim]; the active block's.
+        keys: [G, C, num_kv_heads, head_dim]; the candidates'.
+        keep: how many, at most C.
+        pool_kernel: odd width of the pooling.
+
+    Returns:
+        [G, keep, num_kv_heads] int64 in 0..C−1, ascending.
+    """
+    count, _, num_kv_heads, head_dim = keys.shape
+    mean = queries.mean(dim=1) / head_dim**0.5
+    grouped = mean.view(count, num_kv_heads, -1, head_dim)
+    scores = torch.einsum("ghqd,gchd->ghqc", grouped, keys).amax(dim=2)
+    pooled = F.max_pool1d(scores, pool_kernel, stride=1, padding=pool_kernel // 2)
+    best = pooled.sort(dim=2, descending=True, stable=True).indices[:, :, :keep]
+    return best.sort(dim=2).values.transpose(1, 2)
+
+
+def store_selection(
+    q: Tensor, k: Tensor, v: Tensor, selection: Selection, pages: LayerPages
+) -> None:
+    """Select and store densely: row r of a head's pages is that head's r-th kept position."""
+    keep = selection.places.shape[1]
+    candidates = k[selection.candidate_rows]
+    chosen = select_positions(q[selection.block_rows], candidates, keep, selection.pool_kernel)
+    index = chosen.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
+    places = selection.places.flatten()
+    pages.write(
+        places,
+        candidates.gather(1, index).flatten(0, 1),
+        v[selection.candidate_rows].gather(1, index).flatten(0, 1),
+    )

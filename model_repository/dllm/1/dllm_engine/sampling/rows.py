@@ -1,0 +1,89 @@
+"""What sampling knows of each row, and what it finds: plain tensors side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Row counts are padded up to this. Matrix kernels choose their inner loops by row count for
+#: very few rows; from 8 rows on, a row's result was seen not to depend on its neighbours.
+ROW_MULTIPLE = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSampling:
+    """What sampling needs to know of each row: all [rows], on the model's device."""
+
+    #: float64; 0 is greedy.
+    temperature: Tensor
+    #: int64.
+    seed: Tensor
+    step: Tensor
+    #: int64, absolute position in the sequence.
+    position: Tensor
+    #: float64; 1 is off.
+    top_p: Tensor
+    #: int64; 0 is off.
+    top_k: Tensor
+    #: bool; statistics of the tempered and filtered distribution (Dream) instead of the clean.
+    tempered: Tensor
+    #: bool; never choose an end-of-text token.
+    no_eos: Tensor
+    #: bool; confidence as if there were no end-of-text or end-of-turn tokens.
+    late_eos: Tensor
+
+    def take(self, index: slice | Tensor) -> RowSampling:
+        """The same of some rows."""
+        fields = dataclasses.fields(self)
+        return RowSampling(**{f.name: getattr(self, f.name)[index] for f in fields})
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+    """Ids that sampling treats apart; int64 tensors on the model's device."""
+
+    #: May never be chosen.
+    mask: int
+    #: [n]; end of text.
+    eos: Tensor
+    #: [n]; everything that ends an answer.
+    stop: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """The chosen token of each row and how sure the model is of it; all [rows].
+
+    Statistics are float32 (float64 for a float64 model), of softmax(logits) unless the row asks
+    for the tempered distribution.
+    """
+
+    #: int64.
+    token: Tensor
+    #: Probability of the chosen token.
+    confidence: Tensor
+    #: Shannon entropy in nats.
+    entropy: Tensor
+    #: Difference of the two largest probabilities.
+    margin: Tensor
+
+
+def pad_rows(hidden: Tensor) -> Tensor:
+    """Zero rows added up to a multiple of `ROW_MULTIPLE`."""
+    missing = -hidden.shape[0] % ROW_MULTIPLE
+    return F.pad(hidden, (0, 0, 0, missing)) if missing else hidden
+
+
+def widen(logits: Tensor) -> Tensor:
+    """In at least float32."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def forbid(logits: Tensor, where: Tensor, ids: Tensor) -> None:
+    """Set the logits of `ids` to −inf in the rows that ask for it."""
+    chosen = where.nonzero()
+    if chosen.numel():
+        logits[chosen, ids] = -torch.inf

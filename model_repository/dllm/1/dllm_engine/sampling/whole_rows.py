@@ -1,0 +1,120 @@
+"""Candidates from filtered and tempered distributions, for which a row is needed as a whole."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import noise
+from .rows import Candidates, RowSampling, SpecialTokens, forbid, pad_rows, widen
+
+#: Bytes per logit: itself, its float64 copies, their order and the noise.
+_BYTES = 64
+
+
+def by_whole_rows(
+    hidden: Tensor,
+    head_weight: Tensor,
+    rows: RowSampling,
+    special: SpecialTokens,
+    budget_bytes: int,
+    with_spread: bool,
+) -> Candidates:
+    """Candidates of rows with filters or tempered statistics (see `sample_candidates`).
+
+    The budget bounds how many rows are worked on at once; one row is always.
+    """
+    chunk = max(1, budget_bytes // (len(head_weight) * _BYTES))
+    parts = [
+        _choose(_logits(hidden[part], head_weight), rows.take(part), special, with_spread)
+        for part in (slice(i, i + chunk) for i in range(0, len(hidden), chunk))
+    ]
+    names = [field.name for field in dataclasses.fields(Candidates)]
+    return Candidates(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})
+
+
+def _logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
+    """At least float32 [rows, vocab_size]."""
+    return widen(F.linear(pad_rows(hidden), head_weight)[: len(hidden)])
+
+
+def _choose(
+    logits: Tensor, rows: RowSampling, special: SpecialTokens, with_spread: bool
+) -> Candidates:
+    forbid(logits, rows.no_eos, special.eos)
+    mask_logit = logits[:, special.mask].clone()
+    logits[:, special.mask] = -torch.inf
+    filtered = _tempered(logits, rows)
+    token = _draw(filtered, rows)
+    logits[:, special.mask] = mask_logit
+    forbid(logits, rows.late_eos, special.stop)
+    clean = _statistics(logits, token, with_spread)
+    inner = _statistics(filtered, token, with_spread)
+
+    def pick(name: str) -> Tensor:
+        outer: Tensor = getattr(clean, name)
+        return torch.where(rows.tempered, getattr(inner, name).to(outer.dtype), outer)
+
+    return Candidates(token, pick("confidence"), pick("entropy"), pick("margin"))
+
+
+def _statistics(logits: Tensor, token: Tensor, with_spread: bool) -> Candidates:
+    """Confidence of `token`, entropy and margin under softmax(logits). Overwrites `logits`."""
+    peak = logits.amax(dim=-1, keepdim=True)
+    shifted = logits.sub_(peak)
+    chosen = shifted.gather(1, token.unsqueeze(1)).squeeze(1)
+    if not with_spread:
+        total = shifted.exp_().sum(dim=-1)
+        confidence = chosen.exp() / total
+        nothing = torch.zeros_like(confidence)
+        return Candidates(token, confidence, nothing, nothing)
+    second = shifted.topk(2, dim=-1).values[:, 1]
+    weight = shifted.exp()
+    total = weight.sum(dim=-1)
+    # A filtered token has logit −inf and weight 0; it adds nothing, not NaN.
+    mean = (weight * shifted.masked_fill_(weight == 0, 0.0)).sum(dim=-1) / total
+    return Candidates(token, chosen.exp() / total, total.log() - mean, (1 - second.exp()) / total)
+
+
+def _tempered(logits: Tensor, rows: RowSampling) -> Tensor:
+    """logits / T, then top-p, then top-k (the order of Dream's generation_utils.py); float64."""
+    temperature = torch.where(rows.temperature > 0, rows.temperature, 1.0)
+    scaled = logits.to(torch.float64) / temperature.unsqueeze(1)
+    return _filter_top_k(_filter_top_p(scaled, rows.top_p), rows.top_k)
+
+
+def _draw(logits: Tensor, rows: RowSampling) -> Tensor:
+    token = logits.argmax(dim=-1)
+    noisy = (rows.temperature > 0).nonzero().squeeze(1)
+    if noisy.numel():
+        keys = noise.row_keys(
+            rows.seed[noisy], rows.step[noisy], rows.position[noisy], noise.STREAM_TOKEN
+        )
+        gumbel = noise.gumbel(keys, logits.shape[1])
+        token[noisy] = (logits[noisy] + gumbel).argmax(dim=-1)
+    return token
+
+
+def _filter_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
+    """Keep the smallest set of best tokens whose probability reaches `top_p` (Holtzman 2020)."""
+    if bool((top_p >= 1).all()):
+        return logits
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    probability = ordered.softmax(dim=-1)
+    before = probability.cumsum(dim=-1) - probability
+    dropped = before >= top_p.unsqueeze(1)
+    return logits.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), -torch.inf)
+
+
+def _filter_top_k(logits: Tensor, top_k: Tensor) -> Tensor:
+    """Keep the `top_k` best tokens of each row; 0 keeps all."""
+    limit = min(int(top_k.max()), logits.shape[1])
+    if limit == 0:
+        return logits
+    best = logits.topk(limit, dim=-1).values
+    kth = best.gather(1, (top_k.clamp(1, limit) - 1).unsqueeze(1))
+    dropped = (logits < kth) & (top_k > 0).unsqueeze(1)
+    return logits.masked_fill(dropped, -torch.inf)

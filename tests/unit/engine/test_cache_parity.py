@@ -1,0 +1,179 @@
+"""Every cache policy gives each request what its definition gives it alone."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from dllm_engine import LLM, Prompt, SamplingParams
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.cached_reference import CacheRules, PlainModel, generate_cached
+from tests.support.checkpoints import DREAM_MASK, MASK, write_dream, write_llada
+from tests.support.reference import ReferenceResult
+from tests.unit.engine.test_parity import NO_SHRINK, Case, run_with_arrivals
+
+POLICIES = ("none", "prefix", "dual", "sparse", "delayed")
+
+
+@pytest.fixture(scope="module", params=["llada", "dream"])
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint of either family."""
+    write = write_llada if request.param == "llada" else write_dream
+    return write(tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def llm64(family: Path) -> LLM:
+    """The engine in float64, with small pages, so that sequences take several."""
+    return LLM(family, dtype="float64", max_num_batched_tokens=150, max_num_seqs=6, kv_page_size=8)
+
+
+@pytest.fixture(scope="module")
+def plain64(family: Path) -> PlainModel:
+    """The same weights, position by position."""
+    return PlainModel(family, torch.float64)
+
+
+@st.composite
+def cached_cases(draw: st.DrawFn) -> Case:
+    """(arrival step, prompt, parameters) of one greedy request with any cache policy."""
+    gen_length = draw(st.integers(1, 14))
+    block_length = draw(st.integers(1, gen_length))
+    policy = draw(st.sampled_from(POLICIES))
+    params = SamplingParams(
+        gen_length=gen_length,
+        block_length=block_length,
+        steps=draw(st.integers(-(-gen_length // block_length), gen_length)),
+        cfg_scale=draw(st.sampled_from([0.0, 0.0, 1.5])),
+        confidence_threshold=draw(st.sampled_from([None, None, 0.1])),
+        ignore_eos=True,
+        cache=policy,
+    )
+    if policy != "none":
+        delay, interval = draw(st.integers(0, 2)), draw(st.sampled_from([0, 0, 1, 3]))
+        params = dataclasses.replace(params, delay_steps=delay, refresh_interval=interval)
+    if policy == "sparse":
+        ratio = draw(st.floats(0.05, 1.0))
+        kernel = draw(st.sampled_from([1, 3, 5]))
+        params = dataclasses.replace(params, retention_ratio=ratio, pool_kernel=kernel)
+    prompt = draw(st.lists(st.integers(0, 499), min_size=1, max_size=20))
+    return draw(st.integers(0, 12)), prompt, params
+
+
+def expected(model: PlainModel, prompt: list[int], params: SamplingParams) -> ReferenceResult:
+    """The definition's answer to one request."""
+    full = params.resolved()
+    assert full.block_length is not None
+    assert full.steps is not None
+    return generate_cached(
+        model,
+        prompt,
+        CacheRules(
+            full.cache or "none",
+            full.delay_steps or 0,
+            full.refresh_interval or 0,
+            full.retention_ratio or 1.0,
+            full.pool_kernel or 3,
+        ),
+        mask_id=DREAM_MASK if model.shifted else MASK,
+        gen_length=full.gen_length,
+        block_length=full.block_length,
+        steps=full.steps,
+        cfg_scale=full.cfg_scale,
+        threshold=full.confidence_threshold,
+    )
+
+
+@settings(max_examples=12, deadline=None, phases=NO_SHRINK)
+@given(batch=st.lists(cached_cases(), min_size=1, max_size=8))
+def test_every_policy_equals_its_definition(
+    llm64: LLM, plain64: PlainModel, batch: list[Case]
+) -> None:
+    """Any mix of policies, delays, intervals, ratios, guidance and arrivals: identical tokens."""
+    finished = run_with_arrivals(llm64, batch)
+    for i, (_, prompt, params) in enumerate(batch):
+        reference = expected(plain64, prompt, params)
+        assert finished[i].token_ids.tolist() == reference.tokens
+        assert finished[i].confidence.tolist() == pytest.approx(reference.confidence, abs=1e-6)
+        assert finished[i].usage.forward_passes == reference.forward_passes
+
+
+def _mixed(count: int, seed: int) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Requests of all policies and several shapes."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [
+        torch.randint(0, 499, (4 + 5 * (i % 7),), generator=generator).tolist()
+        for i in range(count)
+    ]
+    params = []
+    for i in range(count):
+        policy = POLICIES[i % 5]
+        given = SamplingParams(
+            gen_length=12 + 4 * (i % 3), block_length=8, ignore_eos=True, cache=policy,
+            cfg_scale=float(i % 4 == 3),
+        )  # fmt: skip
+        ratio = 0.4 if policy == "sparse" else None
+        params.append(dataclasses.replace(given, retention_ratio=ratio))
+    return prompts, params
+
+
+def test_float32_equals_the_definition_too(family: Path) -> None:
+    """In float32, on fixed requests of every policy, all in one batch: identical tokens."""
+    llm, plain = LLM(family), PlainModel(family, torch.float32)
+    prompts, params = _mixed(10, seed=5)
+    answers = llm.generate(prompts, params, progress=False)
+    for prompt, p, answer in zip(prompts, params, answers, strict=True):
+        assert answer.token_ids.tolist() == expected(plain, prompt, p).tokens
+
+
+def test_sparse_keeping_all_equals_dual_and_refreshing_always_equals_none(llm64: LLM) -> None:
+    """`sparse` at ratio 1 is `dual`; every policy refreshed at every step is `none`."""
+    prompts, _ = _mixed(6, seed=6)
+    base = SamplingParams(gen_length=16, block_length=8, ignore_eos=True)
+
+    def tokens(**params: object) -> list[list[int]]:
+        asked = dataclasses.replace(base, **params)  # type: ignore[arg-type]
+        answers = llm64.generate(prompts, asked, progress=False)
+        return [answer.token_ids.tolist() for answer in answers]
+
+    exact = tokens(cache="none")
+    assert tokens(cache="sparse", retention_ratio=1.0) == tokens(cache="dual") != exact
+    for policy in POLICIES[1:]:
+        assert tokens(cache=policy, refresh_interval=1) == exact
+
+
+def test_cached_requests_are_bitwise_the_same_alone_and_in_any_batch(family: Path) -> None:
+    """In float32, with all threads: no policy's result depends on its neighbours by a bit."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    llm = LLM(family)
+    prompts, params = _mixed(10, seed=9)
+    together = llm.generate(prompts, params, progress=False)
+    reversed_order = llm.generate(prompts[::-1], params[::-1], progress=False)[::-1]
+    for i in range(len(prompts)):
+        alone = llm.generate([prompts[i]], params[i], progress=False)[0]
+        for other in (together[i], reversed_order[i]):
+            assert alone.token_ids.tolist() == other.token_ids.tolist()
+            assert alone.confidence.tobytes() == other.confidence.tobytes()
+
+
+def test_reuse_computes_its_window_only(llm64: LLM) -> None:
+    """Rows pushed through the model: one Refresh per block and the block's rows otherwise."""
+    stats = llm64.engine.stats
+
+    def rows(**params: object) -> int:
+        before = stats.batched_tokens
+        asked = SamplingParams(gen_length=16, block_length=8, ignore_eos=True, **params)  # type: ignore[arg-type]
+        llm64.generate([Prompt(list(range(20)))], asked, progress=False)
+        return stats.batched_tokens - before
+
+    shifted = llm64.engine.spec.shifted
+    assert rows(cache="none") == 16 * 36
+    assert rows(cache="dual") == 2 * (36 + 7 * (8 + shifted))
+    assert rows(cache="prefix") == 2 * 36 + 7 * (16 + shifted) + 7 * (8 + shifted)
+    assert rows(cache="dual", delay_steps=1) == 2 * (2 * 36 + 6 * (8 + shifted))
+    # Masks left, and the position committed before: 8, 7 … 2.
+    if not shifted:
+        assert rows(cache="delayed") == 2 * (36 + sum(range(2, 9)))
