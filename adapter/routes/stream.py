@@ -34,6 +34,7 @@ _EVENTS: dict[int | str, dict[str, Any]] = {
 
 @router.post(
     "/generate/stream",
+    status_code=200,
     response_class=EventStream,
     responses=_EVENTS | problems(422, 429, 502, 503, 504),
 )

@@ -384,6 +384,7 @@ async def test_openapi_describes_the_calls(api: RunningApp) -> None:
 
     assert {
         "/v1/generate",
+        "/v1/generate/stream",
         "/v1/generate_batch",
         "/v1/result/{request_id}",
         "/v1/health",

@@ -1,6 +1,7 @@
 """The client of Triton against a gRPC server that says what the tests tell it to."""
 
 import asyncio
+import struct
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from adapter.errors import (
     StreamLost,
     Unavailable,
 )
-from adapter.generation import Event
+from adapter.generation import Detail, Event
 from adapter.triton import TritonEngine
 
 Step = Event | str | tuple[grpc.StatusCode, str]
@@ -126,6 +127,25 @@ async def test_request_carries_inputs_and_asks_for_signs_of_life(
         "stream_interval": ("FP32", [1, 1]),
     }
     assert "triton_grpc_error" not in triton.headers
+
+
+@pytest.mark.parametrize(
+    ("detail", "interval", "canvas"),
+    [(Detail.RESULT, 0.5, False), (Detail.TEXT, 0.0, False), (Detail.CANVAS, 0.0, True)],
+)
+async def test_only_what_is_wanted_is_asked_for(
+    engine: TritonEngine, triton: ScriptedTriton, detail: Detail, interval: float, canvas: bool
+) -> None:
+    """Results need signs of life, texts an event for each step, and only watchers the canvas."""
+    triton.script = [Event("ab", "length")]
+    async for _ in engine.generate({"text_input": "a"}, request_id="7", detail=detail):
+        pass
+
+    (request,) = triton.requests
+    names = [tensor.name for tensor in request.inputs]
+    sent = request.raw_input_contents[names.index("stream_interval")]
+    assert struct.unpack("<f", sent) == (interval,)
+    assert ("token_texts" in {output.name for output in request.outputs}) == canvas
 
 
 async def test_finished_stream_is_let_end(engine: TritonEngine, triton: ScriptedTriton) -> None:

@@ -17,8 +17,8 @@ from adapter.errors import (
     StreamLost,
     Unavailable,
 )
-from adapter.generation import Event, InputValue, Usage
-from adapter.triton import INPUT_TYPES, OUTPUTS, make_tensor, map_error, read_event
+from adapter.generation import Canvas, Event, InputValue, Usage
+from adapter.triton import CANVAS_OUTPUTS, INPUT_TYPES, OUTPUTS, make_tensor, map_error, read_event
 
 CONFIG = Path(__file__).parents[3] / "model_repository" / "dllm" / "config.pbtxt"
 
@@ -40,7 +40,7 @@ def test_inputs_and_outputs_are_those_of_the_model() -> None:
     inputs = re.findall(r'name: "(\w+)"\s+data_type: TYPE_(\w+)', given)
 
     assert {name: kind.replace("STRING", "BYTES") for name, kind in inputs} == INPUT_TYPES
-    assert set(OUTPUTS) <= set(re.findall(r'name: "(\w+)"', made))
+    assert {*OUTPUTS, *CANVAS_OUTPUTS} <= set(re.findall(r'name: "(\w+)"', made))
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,18 @@ def test_event_is_read_whole() -> None:
     )
 
     assert Event("a\ufffdü", "length", Usage(1, 2, 3, 4), 2**62) == read_event(answer)
+
+
+def test_canvas_is_read_whole() -> None:
+    """Where the canvas was asked for, every position arrives with all that it holds."""
+    answer = Answer(
+        token_ids=np.array([[7, 8]], dtype=np.int32),
+        token_texts=np.array([["é".encode(), b""]], dtype=np.object_),
+        confidence=np.array([[0.5, -1]], dtype=np.float32),
+        block=np.array([[1, 8, 10]], dtype=np.int32),
+    )
+
+    assert read_event(answer).canvas == Canvas([7, 8], ["é", ""], [0.5, -1.0], (1, 8, 10))
 
 
 def test_missing_outputs_have_defaults() -> None:
