@@ -54,11 +54,9 @@ class Message(Body):
     content: PlainText
 
 
-class Sampling(Body):
+class Denoising(Body):
     """How to denoise: inputs of the Triton model, by its names."""
 
-    temperature: float = Field(0.0, ge=0, description="at most DLLM_MAX_TEMPERATURE")
-    gen_length: int = Field(32, ge=1, description="tokens; at most DLLM_MAX_GEN_LENGTH")
     steps: Count | None = Field(None, description="denoising steps; default: gen_length")
     block_length: Count | None = Field(None, description="at most gen_length")
     cfg_scale: float | None = Field(None, ge=0, le=MAX_RULE_PARAMETER)
@@ -78,12 +76,23 @@ class Sampling(Body):
     confidence_eos_eot_inf: bool | None = None
     stop: StopStrings | None = None
     cache: Name | None = None
-    retention_ratio: float | None = Field(None, ge=0, le=1)
+    retention_ratio: float | None = Field(None, gt=0, le=1)
+    pool_kernel: int | None = Field(None, ge=1, le=2**31 - 1)
+    delay_steps: int | None = Field(None, ge=0, le=2**31 - 1)
+    refresh_interval: int | None = Field(None, ge=0, le=2**31 - 1)
     ignore_eos: bool | None = None
+
+
+class Sampling(Denoising):
+    """How to denoise, and how much."""
+
+    temperature: float = Field(0.0, ge=0, description="at most DLLM_MAX_TEMPERATURE")
+    gen_length: int = Field(32, ge=1, description="tokens; at most DLLM_MAX_GEN_LENGTH")
 
     def sampling_inputs(self) -> dict[str, InputValue]:
         """What was given, by the names of the Triton model."""
-        return self.model_dump(include=set(Sampling.model_fields), exclude_none=True)
+        given = self.model_dump(include=set(Sampling.model_fields), exclude_none=True)
+        return {name: value for name, value in given.items() if value != []}
 
 
 class Queueing(Body):
