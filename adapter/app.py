@@ -9,8 +9,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from adapter.database import Database
+from adapter.gate import Gate
 from adapter.generation import Engine
 from adapter.heal import HealStore, engine_name
 from adapter.health import EngineMonitor
@@ -19,8 +21,11 @@ from adapter.jobs.runner import JobRunner
 from adapter.jobs.service import JobService
 from adapter.jobs.store import JobStore
 from adapter.jobs.watch import JobWatcher
+from adapter.keys import Keyring
 from adapter.live import LiveRequests
+from adapter.loops import Loop
 from adapter.pool import EnginePool, Member
+from adapter.rates import RateLimiter
 from adapter.routes import health, jobs, stream
 from adapter.settings import Settings, load_settings
 from adapter.triton import TritonEngine
@@ -46,6 +51,21 @@ def create_app(settings: Settings | None = None, *, engine: Engine | None = None
         lifespan=lifespan,
     )
     app.state.settings = chosen
+    app.add_middleware(
+        Gate,
+        keyring=Keyring(chosen.api_keys, chosen.api_keys_file),
+        max_body_bytes=chosen.max_body_bytes,
+        guard_metrics=chosen.metrics_need_key,
+    )
+    if origins := [origin.strip() for origin in chosen.cors_origins.split(",") if origin.strip()]:
+        # Outside the gate: a browser asks beforehand, without a key.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "X-Request-ID"],
+        )
     add_error_handlers(app)
     app.include_router(jobs.router)
     app.include_router(stream.router)
@@ -57,6 +77,10 @@ async def _open(app: FastAPI, settings: Settings, engine: Engine, stack: AsyncEx
     """Open what the routes need, each to be closed before what it rests on."""
     worker = _worker_name()
     database = await stack.enter_async_context(Database.open(settings.database_url))
+    app.state.rate_limiter = None
+    if settings.rate_limit:
+        app.state.rate_limiter = limiter = RateLimiter(database, settings.rate_limit)
+        await stack.enter_async_context(Loop("rate-limits", limiter.tidy))
     store = JobStore(database, max_attempts=settings.job_max_attempts)
     name = engine_name(settings.triton_url, settings.model_name)
     monitor = EngineMonitor(

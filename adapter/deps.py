@@ -4,6 +4,7 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
+from adapter.caller import Caller, caller_of
 from adapter.health import EngineMonitor
 from adapter.jobs.service import JobService
 from adapter.live import LiveRequests
@@ -26,6 +27,7 @@ def _monitor(request: Request) -> EngineMonitor:
     return cast(EngineMonitor, request.app.state.monitor)
 
 
+CallerDep = Annotated[Caller, Depends(caller_of)]
 SettingsDep = Annotated[Settings, Depends(_settings)]
 JobsDep = Annotated[JobService, Depends(_jobs)]
 LiveDep = Annotated[LiveRequests, Depends(_live)]

@@ -2,6 +2,9 @@
 
 AdapterError
   SettingsError        the environment holds a value that makes no sense
+  Unauthorized         a key is needed, and this is none
+  RateLimited          too many calls in too short a time
+  BodyTooLarge         more bytes than are read
   InvalidRequest       the engine refuses the values of a request
   JobNotFound          no such job, or its result has expired
   TooManyJobs          the queue is full: come back later
@@ -18,6 +21,7 @@ AdapterError
     ModelControlRefused  this server lets nobody load models
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 
@@ -25,11 +29,44 @@ class AdapterError(Exception):
     """Base of all errors of the adapter; its text is meant for the user."""
 
     status: ClassVar[int] = 500
-    retry_after: ClassVar[int | None] = None
+    #: Seconds after which the same call may be answered otherwise.
+    retry_after: int | None = None
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """What the answer says beside its body."""
+        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
 
 
 class SettingsError(AdapterError):
     """A setting does not parse, or contradicts another."""
+
+
+class Unauthorized(AdapterError):
+    """A key is needed, and this is none."""
+
+    status = 401
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The scheme, which HTTP asks for."""
+        return {"WWW-Authenticate": "Bearer"}
+
+
+class RateLimited(AdapterError):
+    """Too many calls in too short a time."""
+
+    status = 429
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class BodyTooLarge(AdapterError):
+    """More bytes than are read."""
+
+    status = 413
 
 
 class InvalidRequest(AdapterError):

@@ -23,8 +23,9 @@ async def _adapter_error(request: Request, error: Exception) -> JSONResponse:
         logger.warning(
             "request_failed path=%s status=%d error=%s", request.url.path, error.status, error
         )
-    headers = None if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    return JSONResponse({"detail": str(error)}, status_code=error.status, headers=headers)
+    return JSONResponse(
+        {"detail": str(error)}, status_code=error.status, headers=dict(error.headers)
+    )
 
 
 async def _validation_error(_request: Request, error: Exception) -> JSONResponse:

@@ -1,9 +1,11 @@
 """Every setting of the adapter. Each is an environment variable: `DLLM_` and the field's name."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import Field, ValidationError, model_validator
+from limits import parse_many
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from adapter.errors import SettingsError
@@ -29,9 +31,30 @@ class Settings(BaseSettings):
     )
     log_level: str = Field(default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
 
+    api_keys: str = Field(
+        default="", description="keys that are admitted, as name:hash, with commas between them"
+    )
+    api_keys_file: Path | None = Field(
+        default=None, description="a file of name:hash lines, read again when it changes"
+    )
+    metrics_need_key: bool = Field(default=False, description="/metrics asks for a key too")
+    rate_limit: str = Field(
+        default="", description="calls that one key or address may make, like 60/minute"
+    )
+    max_body_bytes: Count = Field(default=4 * 2**20, description="largest body of a call")
+    cors_origins: str = Field(
+        default="", description="web pages that may call, with commas between them; * for all"
+    )
+
     max_prompt_chars: Count = Field(
         default=4096,
         description="longest prompt; also the most characters of `messages` in all, and ids",
+    )
+    served_model_name: str = Field(
+        default="", description="name that OpenAI calls ask for; the Triton model's if empty"
+    )
+    chat_max_tokens: Count = Field(
+        default=128, description="canvas of a chat completion that does not say"
     )
     max_gen_length: Count = Field(default=512, description="longest canvas a request may ask for")
     max_temperature: float = Field(default=2.0, ge=0, allow_inf_nan=False)
@@ -76,6 +99,17 @@ class Settings(BaseSettings):
     )
     heal: bool = Field(default=True, description="unload and load a model whose process has died")
     reload_timeout: Seconds = Field(default=900.0, description="longest time that loading may take")
+
+    @field_validator("rate_limit")
+    @classmethod
+    def _rate_is_one(cls, value: str) -> str:
+        if value:
+            try:
+                parse_many(value)
+            except ValueError:
+                msg = "should be like 60/minute, or 5/second; 60/minute"
+                raise ValueError(msg) from None
+        return value
 
     @model_validator(mode="after")
     def _silence_outlasts_the_signs_of_life(self) -> Self:

@@ -66,14 +66,12 @@ engine_heal = Table(
     Column("last_life", Double, nullable=False),  # when any worker last heard from it
 )
 
-# One row for each caller with calls in the last two windows.
+# One row for each caller and limit.
 rate_limits = Table(
     "rate_limits",
     metadata,
     Column("key", String(255), primary_key=True),
-    Column("window_start", Double, nullable=False),
-    Column("current", Integer, nullable=False),  # calls in the window that began then
-    Column("previous", Integer, nullable=False),  # calls in the window before
-    Column("expires", Double, nullable=False),
+    Column("calls", Integer, nullable=False),
+    Column("expires", Double, nullable=False),  # when the window is over
     Index("ix_rate_limits_expires", "expires"),
 )

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from adapter.deps import JobsDep, SettingsDep
+from adapter.deps import CallerDep, JobsDep, SettingsDep
 from adapter.limits import check_limits
 from adapter.schemas import BatchRequest, GenerateRequest, Result, Submitted
 
@@ -19,26 +19,32 @@ Wait = Annotated[
 
 
 @router.post("/generate")
-async def generate(body: GenerateRequest, jobs: JobsDep, settings: SettingsDep) -> Submitted:
+async def generate(
+    body: GenerateRequest, jobs: JobsDep, settings: SettingsDep, caller: CallerDep
+) -> Submitted:
     """Submit one prompt."""
     check_limits(body, settings)
-    return Submitted(request_ids=await jobs.submit([body.inputs()]))
+    terms = caller.terms(body.priority, body.timeout)
+    return Submitted(request_ids=await jobs.submit([body.inputs()], terms))
 
 
 @router.post("/generate_batch")
-async def generate_batch(body: BatchRequest, jobs: JobsDep, settings: SettingsDep) -> Submitted:
+async def generate_batch(
+    body: BatchRequest, jobs: JobsDep, settings: SettingsDep, caller: CallerDep
+) -> Submitted:
     """Submit several prompts: all are accepted, or none."""
     check_limits(body, settings)
-    return Submitted(request_ids=await jobs.submit(body.inputs()))
+    terms = caller.terms(body.priority, body.timeout)
+    return Submitted(request_ids=await jobs.submit(body.inputs(), terms))
 
 
 @router.get("/result/{request_id}", response_model_exclude_unset=True)
-async def result(request_id: int, jobs: JobsDep, wait: Wait = 0.0) -> Result:
+async def result(request_id: int, jobs: JobsDep, caller: CallerDep, wait: Wait = 0.0) -> Result:
     """The state of a job, and its text once it is finished."""
-    return Result.of(await jobs.result(request_id, wait=wait))
+    return Result.of(await jobs.result(request_id, api_key=caller.api_key, wait=wait))
 
 
 @router.delete("/result/{request_id}", response_model_exclude_unset=True)
-async def cancel(request_id: int, jobs: JobsDep) -> Result:
+async def cancel(request_id: int, jobs: JobsDep, caller: CallerDep) -> Result:
     """Cancel a job; one that is done stays as it is."""
-    return Result.of(await jobs.cancel(request_id))
+    return Result.of(await jobs.cancel(request_id, api_key=caller.api_key))

@@ -30,9 +30,7 @@ def upgrade() -> None:
     op.create_table(
         "rate_limits",
         sa.Column("key", sa.String(255), primary_key=True),
-        sa.Column("window_start", sa.Double, nullable=False),
-        sa.Column("current", sa.Integer, nullable=False),
-        sa.Column("previous", sa.Integer, nullable=False),
+        sa.Column("calls", sa.Integer, nullable=False),
         sa.Column("expires", sa.Double, nullable=False),
     )
     op.create_index("ix_rate_limits_expires", "rate_limits", ["expires"])
