@@ -61,6 +61,9 @@ INPUT_TYPES: Mapping[str, str] = {
     "ignore_eos": "BOOL",
     "cache": "BYTES",
     "retention_ratio": "FP32",
+    "pool_kernel": "INT32",
+    "delay_steps": "INT32",
+    "refresh_interval": "INT32",
     "stream": "BOOL",
     "stream_interval": "FP32",
 }

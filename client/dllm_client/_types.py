@@ -33,6 +33,9 @@ class Sampling(TypedDict, total=False):
     ignore_eos: bool
     cache: str
     retention_ratio: float
+    pool_kernel: int
+    delay_steps: int
+    refresh_interval: int
 
 
 class Params(Sampling, total=False):

@@ -50,7 +50,15 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("stop", HELLO | {"stop": ["x" * 257]}, "1 to 256"),
     ("stop", HELLO | {"stop": ["x"] * 17}, "at most 16"),
     ("cache", HELLO | {"cache": "huge"}, "none"),
-    ("retention_ratio", HELLO | {"retention_ratio": 7.0}, ""),
+    ("retention_ratio", HELLO | {"cache": "sparse", "retention_ratio": 7.0}, "at most 1"),
+    (
+        "retention_ratio",
+        HELLO | {"cache": "dual", "retention_ratio": 0.5},
+        "sparse; got cache dual",
+    ),
+    ("pool_kernel", HELLO | {"cache": "sparse", "pool_kernel": 2}, "odd"),
+    ("delay_steps", HELLO | {"cache": "dual", "delay_steps": -1}, "0 or more"),
+    ("refresh_interval", HELLO | {"refresh_interval": 2}, "got cache none"),
 ]
 
 

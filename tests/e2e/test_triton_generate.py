@@ -121,6 +121,11 @@ def test_seed_is_reported(triton: TritonServer) -> None:
         {"gen_length": 32, "confidence_threshold": 0.3},
         {"gen_length": 24, "temperature": 0.7, "seed": 11, "remasking": "random"},
         {"gen_length": 24, "temperature": 1.0, "seed": 12, "top_k": 5, "top_p": 0.9},
+        {"gen_length": 40, "block_length": 8, "cache": "prefix", "delay_steps": 1},
+        {"gen_length": 40, "block_length": 8, "cache": "dual", "refresh_interval": 3},
+        # ⌊0.7 · 10⌋ positions: the ratio arrives as it was typed, not as the nearest float32.
+        {"gen_length": 10, "block_length": 8, "cache": "sparse", "retention_ratio": 0.7},
+        {"gen_length": 40, "block_length": 8, "cache": "delayed", "cfg_scale": 1.0},
     ],
     ids=str,
 )

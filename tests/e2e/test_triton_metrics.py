@@ -20,6 +20,7 @@ def test_counters_count(triton: TritonServer) -> None:
     assert moved.pop("dllm_batched_tokens_total") >= 32
     assert moved == {
         "dllm_steps_total": 16,
+        "dllm_refreshes_total": 16,
         "dllm_forward_passes_total": 32,
         "dllm_completion_tokens_total": 32,
         "dllm_requests_finished_total": 1,
@@ -31,6 +32,10 @@ def test_counters_count(triton: TritonServer) -> None:
 def test_gauges_show_the_present(triton: TritonServer) -> None:
     """The gauges show how many requests run now, and how many may."""
     assert metric(triton, "dllm_max_running_requests") == 64
+    assert metric(triton, "dllm_pages") > 0
+    assert metric(triton, "dllm_used_pages") == 0
+    for use in ("limit", "weights", "activations", "logits", "pages"):
+        assert metric(triton, "dllm_memory_bytes", use=use) > 0
     with GrpcStream(triton, LONG) as _one, GrpcStream(triton, LONG) as _two:
         eventually(lambda: metric(triton, "dllm_running_requests") == 2, "two requests run")
     eventually(lambda: metric(triton, "dllm_running_requests") == 0, "none runs")

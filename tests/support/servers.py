@@ -29,6 +29,7 @@ PATIENCE = 120.0
 
 COUNTERS = (
     "dllm_steps_total",
+    "dllm_refreshes_total",
     "dllm_step_seconds_total",
     "dllm_forward_passes_total",
     "dllm_batched_tokens_total",
@@ -67,10 +68,11 @@ def triton_server(
     )
 
 
-def metric(server: TritonServer, name: str, model: str = "dllm") -> float:
-    """The present value of a metric of a model."""
+def metric(server: TritonServer, name: str, model: str = "dllm", use: str = "") -> float:
+    """The present value of a metric of a model; of a metric by use, that one's."""
     page = requests.get(server.metrics_url, timeout=30).text
-    pattern = rf'^{name}\{{(?:[^}}]*,)?model="{model}"[^}}]*\}} (\S+)$'
+    label = f'use="{use}"' if use else ""
+    pattern = rf'^{name}\{{(?=[^}}]*model="{model}")(?=[^}}]*{label})[^}}]*\}} (\S+)$'
     found = re.search(pattern, page, re.MULTILINE)
     assert found is not None, f"no metric {name} of {model}"
     return float(found.group(1))

@@ -19,9 +19,11 @@ LAYERS = [
     {"batch"},
     {"layout"},
     {"canvas", "text"},
+    {"memory"},
     {"cache", "sampling", "models"},
     {"ops"},
-    {"config", "request"},
+    {"config"},
+    {"request"},
     {"errors"},
 ]
 

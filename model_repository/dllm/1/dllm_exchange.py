@@ -12,7 +12,8 @@ from collections import deque
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
-from dllm_engine import CanvasUpdate, EngineStats, EngineWorker, SamplingParams
+from dllm_engine import CanvasUpdate, EngineWorker, SamplingParams
+from dllm_metrics import Metrics
 from dllm_tensors import error_response, to_response
 
 logger = logging.getLogger("dllm_engine.triton")
@@ -61,7 +62,7 @@ class Exchange:
         self._outbox: deque[tuple[Caller, CanvasUpdate]] = deque()
         self._changed = threading.Condition()
         self._stopping = threading.Event()
-        self._metrics = _Metrics()
+        self._metrics = Metrics()
         self._threads = [
             threading.Thread(target=self._send_loop, name="dllm-send", daemon=True),
             threading.Thread(target=self._watch_loop, name="dllm-watch", daemon=True),
@@ -141,40 +142,3 @@ class Exchange:
             if watches % METRICS_EVERY == 0:
                 self._metrics.publish(self._worker)
             watches += 1
-
-
-class _Metrics:
-    """The engine's figures as Triton custom metrics."""
-
-    _TOTALS = (
-        ("dllm_steps_total", "Denoising steps run", "steps"),
-        ("dllm_step_seconds_total", "Seconds spent in denoising steps", "step_seconds"),
-        ("dllm_forward_passes_total", "Sequences pushed through the model", "forward_passes"),
-        ("dllm_batched_tokens_total", "Rows pushed through the model", "batched_tokens"),
-        ("dllm_completion_tokens_total", "Tokens of ended answers", "completion_tokens"),
-        ("dllm_requests_finished_total", "Requests answered", "requests_finished"),
-        ("dllm_requests_cancelled_total", "Requests cancelled", "requests_cancelled"),
-        ("dllm_requests_failed_total", "Requests failed", "requests_failed"),
-    )
-
-    def __init__(self) -> None:
-        def metric(name: str, description: str, kind: int) -> Any:
-            family = pb_utils.MetricFamily(name=name, description=description, kind=kind)
-            self._families.append(family)  # a family must outlive its metrics
-            return family.Metric(labels={"model": "dllm"})
-
-        self._families: list[Any] = []
-        counter, gauge = pb_utils.MetricFamily.COUNTER, pb_utils.MetricFamily.GAUGE
-        self._totals = {field: metric(name, text, counter) for name, text, field in self._TOTALS}
-        self._running = metric("dllm_running_requests", "Requests taking steps", gauge)
-        self._capacity = metric("dllm_max_running_requests", "Most requests at once", gauge)
-        self._last = EngineStats()
-
-    def publish(self, worker: EngineWorker) -> None:
-        """Bring the published figures up to date."""
-        now = dataclasses.replace(worker.engine.stats)
-        for field, metric in self._totals.items():
-            metric.increment(getattr(now, field) - getattr(self._last, field))
-        self._last = now
-        self._running.set(worker.engine.num_running)
-        self._capacity.set(worker.engine.config.max_num_seqs)

@@ -108,6 +108,9 @@ def _scalar(inputs: dict[str, Any], name: str) -> Any:
     if values.size != 1:
         raise InvalidRequest(name, f"must be a single value; got {values.size}")
     value = values[0]
+    if isinstance(value, np.float32):
+        # The decimal that was meant: ⌊0.7 · 10⌋ is 7, with 0.7 in float32 it would be 6.
+        return float(str(value))
     return _text(name, value) if isinstance(value, bytes) else value.item()
 
 

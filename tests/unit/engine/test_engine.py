@@ -151,11 +151,11 @@ def test_a_failing_request_harms_no_other(
     model = engine._runner._model
     forward = model.forward
 
-    def fail_on_six(input_ids: torch.Tensor, *rest: object) -> torch.Tensor:
-        lengths = [group[2] for group in rest[1].groups]  # type: ignore[attr-defined]
+    def fail_on_six(input_ids: torch.Tensor, *rest: object, **named: object) -> torch.Tensor:
+        lengths = [group.length for group in rest[1].fresh]  # type: ignore[attr-defined]
         if len(PROMPT) + 6 in lengths:
             raise RuntimeError("no memory left for this one")
-        return forward(input_ids, *rest)  # type: ignore[arg-type]
+        return forward(input_ids, *rest, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(model, "forward", fail_on_six)
     finished = run(engine)
@@ -179,7 +179,7 @@ def test_a_lost_device_is_the_end(checkpoint: Path, monkeypatch: pytest.MonkeyPa
     submit(engine)
     submit(engine)
 
-    def lost(*_: object) -> torch.Tensor:
+    def lost(*_: object, **__: object) -> torch.Tensor:
         raise torch.AcceleratorError("device lost")
 
     monkeypatch.setattr(engine._runner._model, "forward", lost)
@@ -198,13 +198,15 @@ def test_nothing_finished_is_lost_when_the_device_goes(
     first, second = submit(engine, gen_length=1), submit(engine, gen_length=2)
     forward = engine._runner._model.forward
 
-    def lost_for_longer_ones(input_ids: torch.Tensor, *rest: object) -> torch.Tensor:
-        lengths = [group[2] for group in rest[1].groups]  # type: ignore[attr-defined]
+    def lost_for_longer_ones(
+        input_ids: torch.Tensor, *rest: object, **named: object
+    ) -> torch.Tensor:
+        lengths = [group.length for group in rest[1].fresh]  # type: ignore[attr-defined]
         if len(lengths) > 1:
             raise RuntimeError("together it fails")
         if lengths[0] > len(PROMPT) + 1:
             raise torch.AcceleratorError("device lost")
-        return forward(input_ids, *rest)  # type: ignore[arg-type]
+        return forward(input_ids, *rest, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(engine._runner._model, "forward", lost_for_longer_ones)
     with pytest.raises(EngineDead) as raised:
@@ -244,8 +246,12 @@ def test_nothing_finished_is_lost_when_the_device_goes(
         ("seed", 2**63, "64-bit"),
         ("stop", ("",), "1 to 256 characters"),
         ("stop", ("x",) * 17, "at most 16 strings"),
-        ("cache", "magic", "one of none"),
-        ("retention_ratio", 0.5, "no cache policy"),
+        ("cache", "huge", "none, prefix, dual, sparse, delayed"),
+        ("retention_ratio", 0.5, "sparse; got cache none"),
+        ("retention_ratio", 0.0, "above 0 and at most 1"),
+        ("pool_kernel", 2, "odd"),
+        ("delay_steps", -1, "0 or more"),
+        ("refresh_interval", 4, "prefix, dual, sparse, delayed; got cache none"),
     ],
 )
 def test_bad_parameters_are_refused_by_field_and_limit(

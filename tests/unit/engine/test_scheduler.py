@@ -1,24 +1,33 @@
-"""Who takes the next step: budgets, turns and slots."""
+"""Who takes the next step: budgets, turns, slots, pages, and an even load."""
 
+import dataclasses
+
+from dllm_engine.cache import PageAllocator
 from dllm_engine.request import Prompt, SamplingParams
-from dllm_engine.scheduler import Request, Scheduler
+from dllm_engine.scheduler import MAX_HELD_STEPS, PRIORITY_STEPS, Request, Scheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
 
-def make(request_id: int, rows: int) -> Request:
-    """A request of `rows` tokens."""
-    return Request(request_id, Prompt([0] * (rows - 1)), SamplingParams(gen_length=1))
+def make(request_id: int, rows: int, **fields: int) -> Request:
+    """A request without a cache, of `rows` tokens."""
+    params = SamplingParams(gen_length=1, block_length=1, steps=1, cache="none")
+    return Request(request_id, Prompt([0] * (rows - 1)), params, **fields)
 
 
 def ids(requests: list[Request]) -> list[int]:
     """Their ids, in order."""
-    return [r.request_id for r in requests]
+    return sorted(r.request_id for r in requests)
+
+
+def empty(num_slots: int, budget: int, num_pages: int = 0) -> Scheduler:
+    """A scheduler that nothing was given yet."""
+    return Scheduler(num_slots, budget, PageAllocator(num_pages, 16))
 
 
 def loaded(num_slots: int, budget: int, rows: list[int]) -> Scheduler:
     """A scheduler with requests 0, 1, … of these sizes admitted."""
-    scheduler = Scheduler(num_slots, budget)
+    scheduler = empty(num_slots, budget)
     for i, size in enumerate(rows):
         scheduler.add(make(i, size))
     scheduler.admit()
@@ -27,7 +36,7 @@ def loaded(num_slots: int, budget: int, rows: list[int]) -> Scheduler:
 
 def test_admission_is_first_come_first_served_and_bounded_by_slots() -> None:
     """Requests get slots in order of arrival; the rest wait for the first free one."""
-    scheduler = Scheduler(2, 100)
+    scheduler = empty(2, 100)
     requests = [make(i, 10) for i in range(4)]
     for request in requests:
         scheduler.add(request)
@@ -35,6 +44,39 @@ def test_admission_is_first_come_first_served_and_bounded_by_slots() -> None:
     assert (scheduler.num_running, scheduler.num_waiting) == (2, 2)
     scheduler.remove(requests[0])
     assert ids(scheduler.admit()) == [2]
+
+
+def test_admission_reserves_pages_and_lets_nobody_pass() -> None:
+    """A request that finds too few pages waits, and so do smaller ones behind it."""
+    scheduler = empty(4, 100, num_pages=10)
+    first, large, small = (make(i, 10, num_pages=n) for i, n in enumerate([6, 8, 1]))
+    for request in (first, large, small):
+        scheduler.add(request)
+    assert ids(scheduler.admit()) == [0]
+    assert len(set(first.pages)) == 6
+    scheduler.remove(first)
+    assert ids(scheduler.admit()) == [1, 2]
+    assert not set(large.pages) & set(small.pages)
+    scheduler.check_integrity()
+
+
+def test_priority_goes_first_but_waiting_makes_up_for_it() -> None:
+    """Level 0 passes level 1, unless that has waited `PRIORITY_STEPS` steps longer."""
+    scheduler = empty(1, 100)
+    running = make(9, 10)
+    scheduler.add(running)
+    scheduler.admit()
+    low = make(0, 10, priority=1)
+    scheduler.add(low)
+    high = make(1, 10)
+    scheduler.add(high)
+    scheduler.remove(running)
+    assert ids(scheduler.admit()) == [1]
+    for _ in range(PRIORITY_STEPS + 1):
+        scheduler.schedule()
+    scheduler.add(make(2, 10))
+    scheduler.remove(high)
+    assert ids(scheduler.admit()) == [0]
 
 
 def test_a_step_fills_the_budget_and_the_passed_over_go_first_next_time() -> None:
@@ -48,20 +90,18 @@ def test_a_step_fills_the_budget_and_the_passed_over_go_first_next_time() -> Non
 def test_an_oversized_request_runs_alone_and_blocks_nobody() -> None:
     """Larger than the budget: a step of its own when its turn comes, others in between."""
     scheduler = loaded(3, 100, [40, 500, 40])
-    assert ids(scheduler.schedule()) == [0, 2]
-    assert ids(scheduler.schedule()) == [1]
-    assert ids(scheduler.schedule()) == [0, 2]
+    assert [ids(scheduler.schedule()) for _ in range(3)] == [[0, 2], [1], [0, 2]]
 
 
 def test_guidance_counts_twice() -> None:
     """A request with guidance pushes its rows twice and is charged for both."""
     request = Request(0, Prompt([0] * 9), SamplingParams(gen_length=1, cfg_scale=1.0))
-    assert request.rows_per_step == 20
+    assert request.step_cost == 20
 
 
 def test_a_waiting_request_can_be_removed() -> None:
     """Cancelling before admission leaves slots and queue whole."""
-    scheduler = Scheduler(1, 10)
+    scheduler = empty(1, 10)
     requests = [make(0, 5), make(1, 5)]
     for request in requests:
         scheduler.add(request)
@@ -71,39 +111,109 @@ def test_a_waiting_request_can_be_removed() -> None:
     assert scheduler.num_waiting == 0
 
 
+@dataclasses.dataclass
+class Denoising:
+    """What the runner would tell of a request with `dual`: one token per step."""
+
+    request: Request
+    step: int = 0
+
+    def take_step(self) -> bool:
+        """One step; whether the request is finished."""
+        params = self.request.params
+        assert params.block_length is not None
+        self.request.rows_run += self.request.step_cost
+        self.request.steps_run += 1
+        self.step += 1
+        self.request.next_refresh = self.step % params.block_length == 0
+        self.request.next_rows = (
+            self.request.length if self.request.next_refresh else params.block_length
+        )
+        return self.step == params.gen_length
+
+
+def cached(request_id: int, prompt: int = 128, gen: int = 128, block: int = 32) -> Denoising:
+    """A request with `dual`."""
+    params = SamplingParams(gen_length=gen, steps=gen, block_length=block, cache="dual")
+    return Denoising(Request(request_id, Prompt([0] * prompt), params))
+
+
+def test_a_burst_drifts_apart_so_that_steps_are_even() -> None:
+    """32 equal requests arrive together: after the first block no step is much above the mean.
+
+    Together for ever, every 32nd step would carry 8,192 rows and all others 1,024.
+    """
+    scheduler = empty(32, 8192)
+    burst = {i: cached(i) for i in range(32)}
+    for one in burst.values():
+        scheduler.add(one.request)
+    scheduler.admit()
+    loads = []
+    while burst:
+        chosen = scheduler.schedule()
+        loads.append(sum(r.step_cost for r in chosen))
+        for request in chosen:
+            if burst[request.request_id].take_step():
+                scheduler.remove(request)
+                del burst[request.request_id]
+    steady = loads[40:120]
+    assert max(steady) <= 1.7 * sum(steady) / len(steady)
+    assert sum(loads) == 32 * 4 * (256 + 31 * 32)
+    assert len(loads) <= 128 + 2 * MAX_HELD_STEPS
+
+
+def test_a_single_request_never_waits() -> None:
+    """With nobody to be even with, every step is taken at once."""
+    scheduler = empty(4, 2048)
+    one = cached(0)
+    scheduler.add(one.request)
+    scheduler.admit()
+    for _ in range(128):
+        assert scheduler.schedule() == [one.request]
+        one.take_step()
+
+
 @given(
-    sizes=st.lists(st.tuples(st.integers(1, 200), st.integers(1, 6)), min_size=1, max_size=25),
+    shapes=st.lists(
+        st.tuples(st.integers(1, 200), st.integers(1, 12), st.integers(1, 6), st.integers(0, 2)),
+        min_size=1,
+        max_size=25,
+    ),
     num_slots=st.integers(1, 8),
     budget=st.integers(1, 150),
     arrivals=st.data(),
 )
 def test_nobody_starves_and_no_step_is_wasted(
-    sizes: list[tuple[int, int]], num_slots: int, budget: int, arrivals: st.DataObject
+    shapes: list[tuple[int, int, int, int]],
+    num_slots: int,
+    budget: int,
+    arrivals: st.DataObject,
 ) -> None:
-    """Over random arrivals: every running request steps at least once in any `num_slots` steps,
-    steps stay in budget (or hold one request), and a step is empty only if nothing runs."""
-    scheduler = Scheduler(num_slots, budget)
-    pending = [(make(i, rows), steps) for i, (rows, steps) in enumerate(sizes)]
-    left: dict[int, int] = {}
+    """Over random arrivals: no running request waits longer than a bound, steps stay in budget
+    (or hold one request), and a step is empty only if nothing runs."""
+    scheduler = empty(num_slots, budget, num_pages=12)
+    pending = [cached(i, p, g, min(b, g)) for i, (p, g, b, _) in enumerate(shapes)]
+    for one, (_, _, _, pages) in zip(pending, shapes, strict=True):
+        one.request.num_pages = pages * 6
+        one.request.priority = pages
+    everyone = {one.request.request_id: one for one in pending}
     idle: dict[int, int] = {}
-    running: dict[int, Request] = {}
-    while pending or left:
-        for _ in range(arrivals.draw(st.integers(0, 3)) if left else 1):
+    # The oldest by turn always runs; priorities and the handicap only shift turns.
+    bound = MAX_HELD_STEPS + 2 * PRIORITY_STEPS + 10 + 3 * num_slots
+    while pending or everyone:
+        for _ in range(arrivals.draw(st.integers(0, 3)) if idle else 1):
             if pending:
-                request, steps = pending.pop()
-                scheduler.add(request)
-                left[request.request_id] = steps
+                scheduler.add(pending.pop().request)
         for request in scheduler.admit():
-            running[request.request_id], idle[request.request_id] = request, 0
+            idle[request.request_id] = 0
         chosen = scheduler.schedule()
         scheduler.check_integrity()
-        assert chosen or not running
-        assert len(chosen) == 1 or sum(r.rows_per_step for r in chosen) <= budget
-        for i in running:
+        assert bool(chosen) == bool(idle)
+        assert len(chosen) == 1 or sum(r.step_cost for r in chosen) <= budget
+        for i in idle:
             idle[i] = 0 if i in ids(chosen) else idle[i] + 1
-            assert idle[i] < num_slots
+            assert idle[i] <= bound
         for request in chosen:
-            left[request.request_id] -= 1
-            if left[request.request_id] == 0:
+            if everyone[request.request_id].take_step():
                 scheduler.remove(request)
-                del left[request.request_id], running[request.request_id]
+                del everyone[request.request_id], idle[request.request_id]

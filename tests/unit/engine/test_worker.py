@@ -80,10 +80,10 @@ def test_close_gives_a_hanging_engine_up(checkpoint: Path, monkeypatch: pytest.M
     entered, release = threading.Event(), threading.Event()
     forward = worker.engine._runner._model.forward
 
-    def hang(*arguments: object) -> torch.Tensor:
+    def hang(*arguments: object, **named: object) -> torch.Tensor:
         entered.set()
         release.wait(30)
-        return forward(*arguments)  # type: ignore[arg-type]
+        return forward(*arguments, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(worker.engine._runner._model, "forward", hang)
     answers: queue.Queue[CanvasUpdate] = queue.Queue()
@@ -104,7 +104,7 @@ def test_a_dead_engine_fails_its_requests_and_refuses_new_ones(
     deaths: queue.Queue[EngineDead] = queue.Queue()
     worker = EngineWorker(engine, on_death=deaths.put)
 
-    def lost(*_: object) -> torch.Tensor:
+    def lost(*_: object, **__: object) -> torch.Tensor:
         raise torch.AcceleratorError("device lost")
 
     monkeypatch.setattr(engine._runner._model, "forward", lost)

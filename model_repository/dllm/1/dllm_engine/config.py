@@ -27,8 +27,8 @@ class EngineConfig:
     dtype: str = "auto"
     #: Requests that run at once; more wait in front of the engine.
     max_num_seqs: int = 64
-    #: Token budget: rows that one denoising step may push through the model.
-    max_num_batched_tokens: int = 16384
+    #: Token budget: rows that one denoising step may push through the model; None: by device.
+    max_num_batched_tokens: int | None = None
     #: Prompt plus canvas, in tokens; None: what the checkpoint was trained for.
     max_model_len: int | None = None
     #: Largest canvas, in tokens; None: whatever fits into `max_model_len`.
@@ -41,17 +41,18 @@ class EngineConfig:
     pool_kernel: int = 3
     delay_steps: int = 0
     refresh_interval: int = 0
+    #: Memory of the device that the engine may take: a size ("6GiB") or a fraction of what is free.
+    memory_limit: str = "0.9"
     #: Rows of keys and values per page.
     kv_page_size: int = 32
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InvalidConfig(f"DLLM_DTYPE: must be one of {', '.join(DTYPES)}, got {self.dtype}")
-        counts = ("max_num_seqs", "max_num_batched_tokens", "logits_budget_mb", "kv_page_size")
-        for name in counts:
+        for name in ("max_num_seqs", "logits_budget_mb", "kv_page_size"):
             if getattr(self, name) < 1:
                 raise InvalidConfig(f"{_setting(name)}: must be at least 1")
-        for name in ("max_model_len", "max_gen_length"):
+        for name in ("max_num_batched_tokens", "max_model_len", "max_gen_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidConfig(f"{_setting(name)}: must be at least 1, or empty")

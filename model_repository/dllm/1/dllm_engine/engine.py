@@ -12,6 +12,7 @@ import torch
 from .cache import CachePolicy, PageAllocator, reserved_rows
 from .config import EngineConfig
 from .errors import EngineDead, InvalidConfig, InvalidRequest, RequestFailed
+from .memory import MemoryPlan
 from .models import ModelSpec, read_spec
 from .request import CanvasUpdate, FinishReason, Prompt, SamplingParams, Usage
 from .runner import Runner
@@ -59,11 +60,9 @@ class Engine:
         self.max_model_len = _max_model_len(config, spec)
         self.spec = spec = dataclasses.replace(spec, max_model_len=self.max_model_len)
         self.stats = EngineStats()
-        num_pages = config.max_num_seqs * 2 * -(-self.max_model_len // config.kv_page_size)
-        allocator = PageAllocator(num_pages, config.kv_page_size)
-        self._allocator = allocator
-        self._runner = Runner(config, spec, self.stop_token_ids, num_pages)
-        self._scheduler = Scheduler(config.max_num_seqs, config.max_num_batched_tokens, allocator)
+        self._runner = Runner(config, spec, self.stop_token_ids)
+        self._allocator = PageAllocator(self._runner.plan.num_pages, config.kv_page_size)
+        self._scheduler = Scheduler(config.max_num_seqs, self._runner.token_budget, self._allocator)
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count()
         self._ready_at_death: list[CanvasUpdate] = []
@@ -77,6 +76,16 @@ class Engine:
     def num_running(self) -> int:
         """Requests that take steps."""
         return self._scheduler.num_running
+
+    @property
+    def num_used_pages(self) -> int:
+        """Pages of keys and values that running requests hold."""
+        return self._allocator.num_pages - self._allocator.num_free
+
+    @property
+    def memory_plan(self) -> MemoryPlan:
+        """How memory was shared out at start."""
+        return self._runner.plan
 
     def make_request(
         self,

@@ -13,8 +13,9 @@ from .cache import KVPages
 from .canvas import CanvasTable, StepResult
 from .config import EngineConfig
 from .errors import InvalidConfig
+from .memory import PeakMeter, available_bytes, check_weights, parse_limit, plan_memory
 from .models import DiffusionModel, ModelSpec, load_model
-from .ops import LayerPages
+from .ops import LayerPages, PackedLayout
 from .request import Prompt, SamplingParams
 from .sampling import (
     BlockStatistics,
@@ -26,6 +27,11 @@ from .sampling import (
 from .sampling.rows import ROW_MULTIPLE
 
 logger = logging.getLogger("dllm_engine")
+
+#: Token budgets where none is set: enough rows to keep the device busy, few enough that a step is
+#: short.
+CPU_TOKEN_BUDGET = 2048
+GPU_TOKEN_BUDGET = 16384
 
 
 def resolve_device(config: EngineConfig) -> tuple[str, torch.dtype]:
@@ -54,20 +60,38 @@ class Runner:
     """
 
     def __init__(
-        self,
-        config: EngineConfig,
-        spec: ModelSpec,
-        stop_token_ids: tuple[int, ...],
-        num_pages: int,
+        self, config: EngineConfig, spec: ModelSpec, stop_token_ids: tuple[int, ...]
     ) -> None:
         self._device, dtype = resolve_device(config)
         self._budget_bytes = config.logits_budget_mb * 2**20
+        on_cpu = self._device == "cpu"
+        #: Rows that one step may push through the model.
+        self.token_budget = config.max_num_batched_tokens or (
+            CPU_TOKEN_BUDGET if on_cpu else GPU_TOKEN_BUDGET
+        )
+        available = available_bytes(self._device)
+        limit = parse_limit(config.memory_limit, available)
+        weights = check_weights(spec, limit=limit, element_size=dtype.itemsize)
         self._model: DiffusionModel = load_model(
             config.model_path, spec, device=self._device, dtype=dtype, progress=_log_progress
         )
+        self.plan = plan_memory(
+            spec,
+            device=self._device,
+            available=available,
+            memory_limit=config.memory_limit,
+            weights=weights,
+            activations=self._peak_activations(spec),
+            logits=self._budget_bytes,
+            page_size=config.kv_page_size,
+            element_size=dtype.itemsize,
+            max_num_seqs=config.max_num_seqs,
+            needs_pages=config.cache != "none",
+        )
+        logger.info("memory plan\n%s", self.plan)
         self._pages = KVPages.allocate(
             num_layers=spec.num_layers,
-            num_pages=num_pages,
+            num_pages=self.plan.num_pages,
             page_size=config.kv_page_size,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
@@ -92,6 +116,20 @@ class Runner:
             device=self._device,
         )
         logger.info("model ready device=%s dtype=%s", self._device, dtype)
+
+    @torch.inference_mode()
+    def _peak_activations(self, spec: ModelSpec) -> int:
+        """Bytes that the largest step takes besides logits: one layer is run on that many rows.
+
+        Layers run one after another in the same memory, so one shows the peak of all.
+        """
+        longest = spec.max_model_len
+        lengths = [longest] * max(2, self.token_budget // longest)  # a request and its twin
+        positions = torch.arange(longest, device=self._device).repeat(len(lengths))
+        with PeakMeter(self._device) as meter:
+            layout = PackedLayout.of(lengths)
+            self._model(torch.zeros_like(positions), positions, layout, depth=1)
+        return meter.peak
 
     def start(self, slot: int, prompt: Prompt, params: SamplingParams, pages: list[int]) -> None:
         """Lay out a new request in `slot`, with the pages that are its own from now on."""

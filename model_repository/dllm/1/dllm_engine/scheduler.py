@@ -129,11 +129,6 @@ class Scheduler:
         """Requests with a slot."""
         return len(self._running)
 
-    @property
-    def num_free_pages(self) -> int:
-        """Pages that nobody holds."""
-        return self._allocator.num_free
-
     def add(self, request: Request) -> None:
         """Queue a request behind those of its priority, and late ones of lower."""
         request.ready_since = self._step

@@ -44,6 +44,12 @@ class ModelSpec:
         """Width of one attention head."""
         return self.hidden_size // self.num_heads
 
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in the weights."""
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in DiffusionModel(self).parameters())
+
 
 class Layer(nn.Module):
     """One pre-norm block: attention, then a SwiGLU MLP. Projections that share input are fused."""
@@ -121,6 +127,7 @@ class DiffusionModel(nn.Module):
         *,
         pages: Sequence[LayerPages] | None = None,
         wanted: Tensor | None = None,
+        depth: int | None = None,
     ) -> Tensor:
         """Hidden states before the final norm.
 
@@ -131,6 +138,7 @@ class DiffusionModel(nn.Module):
             pages: stored keys and values of each layer, where the layout uses any.
             wanted: [n] int64; rows to return, all if None. The last layer computes of others
                 only what these attend to.
+            depth: layers to run, all if None.
 
         Returns:
             [rows, hidden_size], or [n, hidden_size].
@@ -139,7 +147,7 @@ class DiffusionModel(nn.Module):
         cos, sin = self._rotary.at(positions)
         x = F.embedding(input_ids, self.embedding)
         last = len(self.layers) - 1
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.layers[:depth]):
             stored = None if pages is None else pages[i]
             x = layer(x, cos, sin, layout, stored, wanted if i == last else None)
         return x

@@ -58,6 +58,8 @@ def sample_candidates(
         (by_tiles, (~whole).nonzero().squeeze(1)),
         (by_whole_rows, whole.nonzero().squeeze(1)),
     ):
+        if not len(index):
+            continue
         part = choose(
             hidden[index], head_weight, rows.take(index), special, budget_bytes, with_spread
         )

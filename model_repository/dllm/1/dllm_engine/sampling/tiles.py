@@ -182,7 +182,7 @@ def best_of(tile: Tensor) -> tuple[Tensor, Tensor]:
     """
     missing = -tile.shape[1] % _LANES
     lanes = F.pad(tile, (0, missing), value=-torch.inf) if missing else tile
-    lanes = lanes.view(len(tile), -1, _LANES)
+    lanes = lanes.view(len(tile), lanes.shape[1] // _LANES, _LANES)
     group = lanes.amax(dim=2).argmax(dim=1)
     inside = lanes[torch.arange(len(tile), device=tile.device), group]
     value, place = inside.max(dim=1)

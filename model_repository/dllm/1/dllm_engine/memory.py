@@ -1,0 +1,192 @@
+"""The memory plan: what weights, a step and logits take, and how many pages are left.
+
+Made once at start; after it no request that was admitted can run out of memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import torch
+
+from .errors import InvalidConfig
+from .models import ModelSpec
+
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by use. `str()` is the table that is logged at start."""
+
+    device: str
+    #: What the device has (of a CPU: what was free at start, or its container's limit).
+    available: int
+    #: What the engine may take of it.
+    limit: int
+    weights: int
+    #: Peak of a step at the full token budget, without logits.
+    activations: int
+    logits: int
+    page: int
+    num_pages: int
+    page_size: int
+
+    @property
+    def pages(self) -> int:
+        """Bytes of all pages."""
+        return self.page * self.num_pages
+
+    def __str__(self) -> str:
+        rows = [
+            ("limit", self.limit, f"of {_gib(self.available)} on {self.device}"),
+            ("weights", self.weights, ""),
+            ("activations", self.activations, "peak of a step at the full token budget"),
+            ("logits", self.logits, "DLLM_LOGITS_BUDGET_MB"),
+            ("keys and values", self.pages, f"{self.num_pages} pages of {self.page_size} tokens"),
+        ]
+        return "\n".join(
+            f"{name:<16}{_gib(size):>12}  {note}".rstrip() for name, size, note in rows
+        )
+
+
+def plan_memory(
+    spec: ModelSpec,
+    *,
+    device: str,
+    available: int,
+    memory_limit: str,
+    weights: int,
+    activations: int,
+    logits: int,
+    page_size: int,
+    element_size: int,
+    max_num_seqs: int,
+    needs_pages: bool,
+) -> MemoryPlan:
+    """Share the limit out; what weights and a step leave becomes pages, up to what can be used.
+
+    Args:
+        memory_limit: bytes ("6GiB", "6000000000") or a fraction of `available` ("0.9").
+        weights, activations, logits: bytes.
+        element_size: bytes of one number of a key or value.
+        needs_pages: whether the server's default cache policy stores anything.
+
+    Raises:
+        InvalidConfig: the model does not fit; names what to change.
+    """
+    limit = parse_limit(memory_limit, available)
+    page = page_bytes(spec, page_size, element_size)
+    left = limit - weights - activations - logits
+    sequence = -(-spec.max_model_len // page_size)
+    useful = max_num_seqs * 2 * sequence  # guidance doubles a request
+    num_pages = max(0, min(useful, left // page))
+    least = sequence if needs_pages else 0
+    if left < 0 or num_pages < least:
+        missing = weights + activations + logits + least * page - limit
+        raise InvalidConfig(
+            f"DLLM_MEMORY_LIMIT: the model does not fit into {_gib(limit)} of {device}: weights "
+            f"{_gib(weights)}, activations {_gib(activations)}, logits {_gib(logits)}, keys and "
+            f"values of one sequence {_gib(least * page)}; {_gib(missing)} too much. Raise "
+            "DLLM_MEMORY_LIMIT, or lower DLLM_MAX_NUM_BATCHED_TOKENS (activations), "
+            "DLLM_LOGITS_BUDGET_MB or DLLM_MAX_MODEL_LEN"
+        )
+    return MemoryPlan(
+        device, available, limit, weights, activations, logits, page, num_pages, page_size
+    )
+
+
+def check_weights(spec: ModelSpec, *, limit: int, element_size: int) -> int:
+    """Bytes of the weights, before they are loaded.
+
+    Raises:
+        InvalidConfig: they alone do not fit.
+    """
+    weights = spec.num_parameters * element_size
+    if weights > limit:
+        raise InvalidConfig(
+            f"DLLM_MEMORY_LIMIT: the weights alone take {_gib(weights)}, the limit is "
+            f"{_gib(limit)}; raise it, or set DLLM_DTYPE to a smaller type"
+        )
+    return weights
+
+
+def page_bytes(spec: ModelSpec, page_size: int, element_size: int) -> int:
+    """Bytes of one page of keys and values over all layers."""
+    per_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * element_size
+    return page_size * per_token
+
+
+def parse_limit(text: str, available: int) -> int:
+    """Bytes that `DLLM_MEMORY_LIMIT` means where `available` bytes are to be had.
+
+    Raises:
+        InvalidConfig: it is neither a size nor a fraction.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
+    if not found:
+        raise InvalidConfig(
+            f"DLLM_MEMORY_LIMIT: must be a size such as 6GiB or a fraction such as 0.9; got {text}"
+        )
+    number, unit = float(found[1]), found[2]
+    if not unit and number <= 1:
+        return int(number * available)
+    return int(number * _UNITS[unit])
+
+
+def available_bytes(device: str) -> int:
+    """Memory that is to be had on `device`: free, or up to the container's limit."""
+    if device.startswith("cuda"):
+        free, _ = torch.cuda.mem_get_info(torch.device(device))
+        return free
+    meminfo = Path("/proc/meminfo").read_text()
+    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo)
+    assert found
+    free = int(found[1]) * 1024
+    limit = Path("/sys/fs/cgroup/memory.max")
+    used = Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        free = min(free, int(text) - int(used.read_text()))
+    return free
+
+
+class PeakMeter:
+    """Measures by how much memory rises at most inside a `with` block."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._before = 0
+        #: Bytes, once the block is left.
+        self.peak = 0
+
+    def __enter__(self) -> PeakMeter:
+        if self._device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+        else:
+            # Linux: makes the high-water mark start again from what is used now.
+            Path("/proc/self/clear_refs").write_text("5")
+            self._before = _status_bytes("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._device.startswith("cuda"):
+            top = torch.cuda.max_memory_allocated(self._device)
+        else:
+            top = _status_bytes("VmHWM")
+        self.peak = max(0, top - self._before)
+
+
+def _status_bytes(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+def _gib(size: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if abs(size) >= scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size / 2**10:.1f} KiB"
