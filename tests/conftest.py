@@ -16,6 +16,8 @@ from tests.support.servers import AdapterServer, triton_server
 if TYPE_CHECKING:  # torch takes seconds to import, and most tests do without
     from dllm_engine import LLM
 
+    from tests.support.postgres import PostgresServer
+
 StartAdapter = Callable[..., AdapterServer]
 
 MAX_MODEL_LEN = 1024
@@ -31,6 +33,15 @@ def _no_settings_of_the_developer() -> Iterator[None]:
             if name.startswith("DLLM_") or name == "MODEL_PATH":
                 patch.delenv(name)
         yield
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL server; every test makes a database of its own in it."""
+    from tests.support.postgres import postgres_server
+
+    with postgres_server() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,16 @@
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from adapter_fakes import HandClock
 
 from adapter.database import Database
 from adapter.jobs.store import JobStore
+
+if TYPE_CHECKING:
+    from tests.support.postgres import PostgresServer
 
 
 @pytest.fixture(autouse=True)
@@ -16,9 +20,19 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run the tests of a module that names DATABASES on each of them."""
+    if "database_url" in metafunc.fixturenames:
+        kinds = getattr(metafunc.module, "DATABASES", ("sqlite",))
+        metafunc.parametrize("database_url", kinds, indirect=True)
+
+
 @pytest.fixture
-def database_url(tmp_path: Path) -> str:
-    """Address of a database that does not exist yet."""
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Address of an empty database, on SQLite unless the module names others."""
+    if request.param == "postgresql":
+        server: PostgresServer = request.getfixturevalue("postgres")
+        return server.fresh_database()
     return f"sqlite+aiosqlite:///{tmp_path}/jobs.db"
 
 

@@ -6,11 +6,20 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import httpx
 import pytest
-from adapter_fakes import HandClock, RunningApp, ScriptedEngine, fast_settings, running_app
+from adapter_fakes import (
+    HandClock,
+    RunningApp,
+    ScriptedEngine,
+    fast_settings,
+    running_app,
+)
 
 from adapter.database import Database
 from adapter.keys import entry_of
 from adapter.rates import DatabaseStorage
+
+#: Each test that uses a database runs on both kinds.
+DATABASES = ("sqlite", "postgresql")
 
 
 @asynccontextmanager

@@ -8,6 +8,9 @@ from adapter_fakes import HandClock, ScriptedEngine, fast_settings, running_app
 from adapter.database import Database
 from adapter.heal import EngineRecord, HealStore, engine_name
 
+#: Each test that uses a database runs on both kinds.
+DATABASES = ("sqlite", "postgresql")
+
 
 @pytest.fixture
 async def workers(database: Database, clock: HandClock) -> list[HealStore]:

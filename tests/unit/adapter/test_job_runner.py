@@ -28,6 +28,9 @@ from adapter.generation import Event
 from adapter.jobs.job import Job, JobState
 from adapter.jobs.store import JobStore
 
+#: Each test that uses a database runs on both kinds.
+DATABASES = ("sqlite", "postgresql")
+
 
 @pytest.fixture
 def engine() -> ScriptedEngine:

@@ -13,6 +13,9 @@ from adapter.generation import Event, Usage
 from adapter.jobs.job import ClaimedJob, Job, JobState, Terms
 from adapter.jobs.store import JobStore
 
+#: Each test that uses a database runs on both kinds.
+DATABASES = ("sqlite", "postgresql")
+
 DONE = Event("text", "stop", Usage(1, 2, 3, 4), seed=5)
 
 

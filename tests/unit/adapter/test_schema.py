@@ -1,0 +1,125 @@
+"""The schema: upgraded at start from every earlier release, by many workers at once."""
+
+import asyncio
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Connection, text
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from adapter.database import Database
+from adapter.errors import SettingsError
+from adapter.generation import Event
+from adapter.jobs.job import Job, JobState
+from adapter.jobs.store import JobStore
+from adapter.tables import metadata
+
+DATABASES = ("sqlite", "postgresql")
+
+#: What release 0.1 made, and what it may have left.
+RELEASE_0_1 = [
+    """CREATE TABLE jobs (
+        id {id} NOT NULL PRIMARY KEY, state VARCHAR(16) NOT NULL, request TEXT NOT NULL, text TEXT,
+        error TEXT, finish_reason VARCHAR(16), prompt_tokens INTEGER, completion_tokens INTEGER,
+        steps INTEGER, forward_passes INTEGER, seed BIGINT, attempts INTEGER NOT NULL,
+        owner VARCHAR(160), lease_expires {double}, created_at {double} NOT NULL,
+        started_at {double}, finished_at {double})""",
+    "CREATE INDEX ix_jobs_state ON jobs (state, id)",
+    "CREATE INDEX ix_jobs_finished_at ON jobs (finished_at)",
+    """CREATE TABLE counters (
+        name VARCHAR(16) NOT NULL PRIMARY KEY, next_id BIGINT NOT NULL)""",
+    """CREATE TABLE engine_heal (
+        engine VARCHAR(255) NOT NULL PRIMARY KEY, epoch INTEGER NOT NULL, healer VARCHAR(160),
+        lease_expires {double}, last_life {double} NOT NULL)""",
+    "INSERT INTO counters VALUES ('jobs', 3)",
+    """INSERT INTO jobs (id, state, request, attempts, created_at, text, finished_at)
+        VALUES (0, 'finished', '{{}}', 1, 1.0, 'kept', 3.0)""",
+    """INSERT INTO jobs (id, state, request, attempts, created_at, owner, lease_expires)
+        VALUES (1, 'running', '{{"seed": 7}}', 1, 1.0, 'a worker that is no more', 2.0)""",
+    """INSERT INTO jobs (id, state, request, attempts, created_at)
+        VALUES (2, 'queued', '{{}}', 0, 1.0)""",
+]
+
+
+async def make_release_0_1(url: str) -> None:
+    engine = create_async_engine(url)
+    postgresql = engine.dialect.name == "postgresql"
+    double = "DOUBLE PRECISION" if postgresql else "DOUBLE"
+    kinds = {"id": "BIGINT" if postgresql else "INTEGER", "double": double}
+    async with engine.begin() as connection:
+        for statement in RELEASE_0_1:
+            await connection.execute(text(statement.format(**kinds).replace(": ", "\\: ")))
+    await engine.dispose()
+
+
+def differences(connection: Connection) -> list[object]:
+    return list(compare_metadata(MigrationContext.configure(connection), metadata))
+
+
+async def test_migrations_make_the_tables(database: Database) -> None:
+    """The changes, applied one after the other, give exactly the tables that the code has."""
+    async with database.read() as connection:
+        assert await connection.run_sync(differences) == []
+
+
+async def test_database_of_the_first_release_is_upgraded(database_url: str) -> None:
+    """Jobs of a database from before there were versions go on, and ids count on."""
+    await make_release_0_1(database_url)
+    async with Database.open(database_url) as database:
+        async with database.read() as connection:
+            assert await connection.run_sync(differences) == []
+        store = JobStore(database, max_attempts=3)
+        assert await store.get(0) == Job(0, JobState.FINISHED, 1, "kept", None)
+        assert await store.recover() == 1
+        claimed = await store.claim("a", limit=9, lease=30)
+        assert [(job.id, job.inputs, job.attempts) for job in claimed] == [
+            (1, {"seed": 7}, 0),
+            (2, {}, 0),
+        ]
+        assert await store.finish("a", 1, Event("new", "stop"))
+        assert await store.add([{}], max_queued=9) == [3]
+
+
+async def test_many_workers_upgrade_at_once(database_url: str) -> None:
+    """Whichever worker is first upgrades; the others wait for it and go on."""
+    await make_release_0_1(database_url)
+
+    async def start() -> Job | None:
+        async with Database.open(database_url) as database:
+            return await JobStore(database, max_attempts=3).get(0)
+
+    kept = Job(0, JobState.FINISHED, 1, "kept", None)
+    assert await asyncio.gather(*(start() for _ in range(6))) == [kept] * 6
+
+
+async def test_database_of_a_later_release_is_refused(database_url: str) -> None:
+    """A schema that this release does not know is left alone, and the start says so."""
+    async with Database.open(database_url) as database, database.write() as connection:
+        await connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+
+    with pytest.raises(SettingsError, match=r"DLLM_DATABASE_URL: .*9999"):
+        async with Database.open(database_url):
+            pass
+
+
+async def test_database_does_not_grow_without_bound(database_url: str) -> None:
+    """With results removed in time, ten times the jobs take no more room than the first."""
+    async with Database.open(database_url) as database:
+        now = 0.0
+        store = JobStore(database, max_attempts=3, clock=lambda: now)
+        rows = []
+        for _ in range(10):
+            ids = await store.add([{"text_input": "x" * 2000}] * 50, max_queued=1000)
+            await store.claim("a", limit=50, lease=30)
+            for job_id in ids:
+                await store.finish("a", job_id, Event("y" * 2000, "stop"))
+            now += 100
+            await store.purge(ttl=150, limit=1000)
+            async with database.read() as connection:
+                rows.append(await connection.scalar(text("SELECT count(*) FROM jobs")))
+        assert rows == [50] * 10
+        if database_url.startswith("sqlite"):
+            async with database.read() as connection:
+                pages = await connection.scalar(text("PRAGMA page_count"))
+            assert pages * 4096 < 3 * 100 * 4000
