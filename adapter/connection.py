@@ -15,6 +15,9 @@ from adapter.errors import CallerGone
 
 T = TypeVar("T")
 
+#: How long a streaming call may wait for its first event before it is answered with a stream all
+#: the same. What goes wrong earlier is told by the status, later by an event.
+SETTLING_SECONDS = 5.0
 #: Proxies that buffer, or a cache, would make a stream of a whole.
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 

@@ -2,19 +2,23 @@
 
 import logging
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 from adapter.errors import AdapterError
+from adapter.openai import errors as openai
 
 logger = logging.getLogger("adapter")
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Answer every error of ours, and of validation, as `{"detail": ...}`."""
+    """Answer every error as `{"detail": ...}`, or in OpenAI's shape where OpenAI's clients call."""
     app.add_exception_handler(AdapterError, _adapter_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
 
 
 async def _adapter_error(request: Request, error: Exception) -> JSONResponse:
@@ -23,18 +27,30 @@ async def _adapter_error(request: Request, error: Exception) -> JSONResponse:
         logger.warning(
             "request_failed path=%s status=%d error=%s", request.url.path, error.status, error
         )
-    return JSONResponse(
-        {"detail": str(error)}, status_code=error.status, headers=dict(error.headers)
-    )
+    status, body = error.status, {"detail": str(error)}
+    if openai.is_openai(request.url.path):
+        status, body = openai.status_and_body(error)
+    return JSONResponse(body, status_code=status, headers=dict(error.headers))
 
 
-async def _validation_error(_request: Request, error: Exception) -> JSONResponse:
+async def _http_error(request: Request, error: Exception) -> Response:
+    """What the framework refuses: no such path, or no such method."""
+    assert isinstance(error, HTTPException)
+    if not openai.is_openai(request.url.path):
+        return await http_exception_handler(request, error)
+    body = openai.body(error.status_code, str(error.detail))
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     """FastAPI's answer without the input.
 
     Echoing a prompt helps nobody, and what is wrong with an input (NaN, half a character) may be
     the very thing that cannot be written as JSON. A name that nobody knows may be so too.
     """
     assert isinstance(error, RequestValidationError)
+    if openai.is_openai(request.url.path):
+        return JSONResponse(openai.of_validation(error), status_code=400)
     detail = [
         {
             "type": item["type"],

@@ -17,6 +17,12 @@ def check_limits(body: GenerateRequest | BatchRequest, settings: Settings) -> No
         raise RequestValidationError(problems)
 
 
+def check_batch_size(field: str, items: Sequence[Any], settings: Settings) -> None:
+    """The same for the number of prompts in one call, under the name that the call has for them."""
+    if problems := list(_too_long(field, items, settings.max_batch_size, "List", "items")):
+        raise RequestValidationError(problems)
+
+
 def _problems(body: GenerateRequest | BatchRequest, settings: Settings) -> Iterator[Problem]:
     if isinstance(body, BatchRequest):
         yield from _too_long("prompts", body.prompts, settings.max_batch_size, "List", "items")

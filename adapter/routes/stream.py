@@ -5,19 +5,15 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from adapter.connection import EventStream, unless_gone
+from adapter.connection import SETTLING_SECONDS, EventStream, unless_gone
 from adapter.denoising import CanvasView, denoising_events
-from adapter.deps import LiveDep, SettingsDep
+from adapter.deps import CallerDep, LiveDep, SettingsDep
 from adapter.generation import Detail
 from adapter.limits import check_limits
 from adapter.problems import problems
 from adapter.schemas import GenerateRequest
 
 router = APIRouter(prefix="/v1", tags=["stream"])
-
-#: How long a call may wait for its first event before it is answered with a stream all the same.
-#: What goes wrong earlier is told by the status, later by an event.
-SETTLING_SECONDS = 5.0
 
 _EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
@@ -39,7 +35,11 @@ _EVENTS: dict[int | str, dict[str, Any]] = {
     responses=_EVENTS | problems(422, 429, 502, 503, 504),
 )
 async def generate_stream(
-    body: GenerateRequest, request: Request, live: LiveDep, settings: SettingsDep
+    body: GenerateRequest,
+    request: Request,
+    caller: CallerDep,
+    live: LiveDep,
+    settings: SettingsDep,
 ) -> EventStream:
     """Denoise one prompt, step by step, as server-sent events.
 
@@ -48,7 +48,7 @@ async def generate_stream(
     check_limits(body, settings)
     running = live.start(
         body.inputs(),
-        request_id=secrets.token_hex(8),
+        request_id=caller.request_id or secrets.token_hex(8),
         detail=Detail.CANVAS,
         priority=body.priority,
         timeout=body.timeout,

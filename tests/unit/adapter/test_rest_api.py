@@ -383,6 +383,10 @@ async def test_openapi_describes_the_calls(api: RunningApp) -> None:
     paths = (await api.client.get("/openapi.json")).json()["paths"]
 
     assert {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/models",
+        "/v1/models/{model}",
         "/v1/generate",
         "/v1/generate/stream",
         "/v1/generate_batch",

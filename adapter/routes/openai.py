@@ -1,0 +1,90 @@
+"""The calls that OpenAI's clients make."""
+
+import secrets
+import time
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+
+from adapter.connection import EventStream
+from adapter.deps import CallerDep, LiveDep, SettingsDep
+from adapter.limits import check_batch_size, check_limits
+from adapter.openai.answers import ChatCompletion, Completion, ErrorAnswer, Model, ModelList
+from adapter.openai.calls import Runner
+from adapter.openai.errors import ModelNotFound
+from adapter.openai.requests import ChatCall, CompletionCall
+from adapter.openai.shapes import ChatShape, CompletionShape
+from adapter.problems import problems
+from adapter.settings import Settings
+
+router = APIRouter(prefix="/v1", tags=["openai"])
+
+STARTED = int(time.time())
+
+_CHUNKS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer; with `stream`, chunks of it as server-sent events.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
+_FAULTS = problems("4XX", "5XX", model=ErrorAnswer)
+
+
+def _runner(request: Request, caller: CallerDep, live: LiveDep, settings: SettingsDep) -> Runner:
+    request_id = caller.request_id or secrets.token_hex(8)
+    return Runner(live, request, request_id=request_id, heartbeat=settings.heartbeat_interval)
+
+
+RunnerDep = Annotated[Runner, Depends(_runner)]
+
+
+@router.post("/completions", response_model=Completion, responses=_CHUNKS | _FAULTS)
+async def completions(
+    body: CompletionCall, runner: RunnerDep, settings: SettingsDep
+) -> Completion | EventStream:
+    """Go on writing after each prompt, which the model sees as it is."""
+    shape = CompletionShape(_served(body.model, settings))
+    requests = body.requests()
+    check_batch_size("prompt", requests, settings)
+    for request in requests:
+        check_limits(request, settings)
+    if body.stream:
+        return await runner.stream(requests, shape, includes_usage=body.includes_usage)
+    return shape.whole(await runner.results(requests))
+
+
+@router.post("/chat/completions", response_model=ChatCompletion, responses=_CHUNKS | _FAULTS)
+async def chat_completions(
+    body: ChatCall, runner: RunnerDep, settings: SettingsDep
+) -> ChatCompletion | EventStream:
+    """Answer a conversation."""
+    shape = ChatShape(_served(body.model, settings))
+    request = body.request(min(settings.chat_max_tokens, settings.max_gen_length))
+    check_limits(request, settings)
+    if body.stream:
+        return await runner.stream([request], shape, includes_usage=body.includes_usage)
+    return shape.whole(await runner.results([request]))
+
+
+@router.get("/models", responses=problems("4XX", model=ErrorAnswer))
+async def models(settings: SettingsDep) -> ModelList:
+    """The models that may be asked for."""
+    return ModelList(data=[Model(id=_name(settings), created=STARTED)])
+
+
+@router.get("/models/{model:path}", responses=problems("4XX", model=ErrorAnswer))
+async def one_model(model: str, settings: SettingsDep) -> Model:
+    """The model, if it may be asked for."""
+    return Model(id=_served(model, settings), created=STARTED)
+
+
+def _name(settings: Settings) -> str:
+    return settings.served_model_name or settings.model_name
+
+
+def _served(model: str, settings: Settings) -> str:
+    """The model's name. Raises `ModelNotFound` if it is another."""
+    if model != _name(settings):
+        msg = f"the model {model!r} does not exist here; {_name(settings)!r} does"
+        raise ModelNotFound(msg)
+    return model
