@@ -5,9 +5,9 @@ from typing import Annotated, cast
 from fastapi import Depends, Request
 
 from adapter.caller import Caller, caller_of
-from adapter.health import EngineMonitor
 from adapter.jobs.service import JobService
 from adapter.live import LiveRequests
+from adapter.pool import EnginePool
 from adapter.settings import Settings
 
 
@@ -23,12 +23,12 @@ def _live(request: Request) -> LiveRequests:
     return cast(LiveRequests, request.app.state.live)
 
 
-def _monitor(request: Request) -> EngineMonitor:
-    return cast(EngineMonitor, request.app.state.monitor)
+def _pool(request: Request) -> EnginePool:
+    return cast(EnginePool, request.app.state.pool)
 
 
 CallerDep = Annotated[Caller, Depends(caller_of)]
 SettingsDep = Annotated[Settings, Depends(_settings)]
 JobsDep = Annotated[JobService, Depends(_jobs)]
 LiveDep = Annotated[LiveRequests, Depends(_live)]
-MonitorDep = Annotated[EngineMonitor, Depends(_monitor)]
+PoolDep = Annotated[EnginePool, Depends(_pool)]

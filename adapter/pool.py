@@ -22,7 +22,8 @@ LONGEST_PAUSE = 8.0
 class Member:
     """One engine, whoever watches it, and what this worker has running there."""
 
-    def __init__(self, engine: Engine, monitor: EngineMonitor) -> None:
+    def __init__(self, name: str, engine: Engine, monitor: EngineMonitor) -> None:
+        self.name = name
         self.engine = engine
         self.monitor = monitor
         self.inflight = 0
@@ -79,6 +80,7 @@ class EnginePool:
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = tuple(members)
+        self._turn = 0
         self._exit = AsyncExitStack()
 
     @property
@@ -88,7 +90,9 @@ class EnginePool:
         for state in states:
             if state.ok:
                 return state
-        reasons = dict.fromkeys(state.reason for state in states)
+        if len(states) == 1:
+            return states[0]
+        reasons = [f"{m.name}: {m.monitor.state.reason}" for m in self.members]
         return EngineState(ok=False, reason="; ".join(reasons))
 
     @property
@@ -102,8 +106,14 @@ class EnginePool:
         return self.state.reason or "the engine has turned requests away just now"
 
     def pick(self) -> Member | None:
-        """The one with the least to do for this worker, or None while none is available."""
-        available = [member for member in self.members if member.available]
+        """The one with the least to do for this worker, or None while none is available.
+
+        Of equals it is another one each time, since what is begun at once is not counted yet.
+        """
+        self._turn += 1
+        count = len(self.members)
+        in_turn = (self.members[(self._turn + step) % count] for step in range(count))
+        available = [member for member in in_turn if member.available]
         return min(available, key=lambda member: member.inflight, default=None)
 
     async def generate(

@@ -23,7 +23,8 @@ class Settings(BaseSettings):
     )
 
     triton_url: str = Field(
-        default="127.0.0.1:8011", description="Triton's gRPC address, host:port"
+        default="127.0.0.1:8011",
+        description="Triton's gRPC address, host:port; several with commas between them",
     )
     model_name: str = Field(default="dllm", description="the Triton model that generates")
     database_url: str = Field(
@@ -99,6 +100,25 @@ class Settings(BaseSettings):
     )
     heal: bool = Field(default=True, description="unload and load a model whose process has died")
     reload_timeout: Seconds = Field(default=900.0, description="longest time that loading may take")
+
+    @property
+    def triton_urls(self) -> list[str]:
+        """The addresses of all tritonservers."""
+        return [url.strip() for url in self.triton_url.split(",")]
+
+    @field_validator("triton_url")
+    @classmethod
+    def _addresses(cls, value: str) -> str:
+        urls = [url.strip() for url in value.split(",")]
+        for url in urls:
+            host, _, port = url.rpartition(":")
+            if not host or not port.isdecimal() or "/" in url:
+                msg = f"{url!r} should be host:port"
+                raise ValueError(msg)
+        if len(set(urls)) < len(urls):
+            msg = "every address should be there once"
+            raise ValueError(msg)
+        return value
 
     @field_validator("rate_limit")
     @classmethod

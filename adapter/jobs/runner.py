@@ -142,9 +142,14 @@ class JobRunner:
         await asyncio.wait(tasks)
 
     def _engines_changed(self) -> None:
+        elsewhere = self._pool.pick() is not None
         for drive in list(self._drives.values()):
-            if drive.generation < drive.member.monitor.generation:
+            monitor = drive.member.monitor
+            if drive.generation < monitor.generation:
                 drive.impose(Lost("the engine that ran it was replaced"))
+            elif monitor.state.dead and elsewhere:
+                # Where there is no other engine, the job may as well wait for the news to be sure.
+                drive.impose(Lost(monitor.state.reason))
         self._claiming.wake()
 
     async def _claim(self) -> float:

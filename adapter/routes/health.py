@@ -4,16 +4,16 @@ from typing import Literal
 
 from fastapi import APIRouter, Response
 
-from adapter.deps import MonitorDep
+from adapter.deps import PoolDep
 from adapter.schemas import Health
 
 router = APIRouter(prefix="/v1", tags=["health"])
 
 
 @router.get("/health", response_model_exclude_none=True, responses={503: {"model": Health}})
-async def health(monitor: MonitorDep, response: Response) -> Health:
+async def health(pool: PoolDep, response: Response) -> Health:
     """Ready to answer: send requests here."""
-    state = monitor.state
+    state = pool.state
     if state.ok:
         return Health(status="ok")
     response.status_code = 503

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from adapter.app import create_app
 from adapter.errors import AdapterError, EngineDead
 from adapter.generation import DEFAULT_PRIORITY, Canvas, Detail, Event, Inputs, Usage
+from adapter.health import EngineMonitor
 from adapter.settings import Settings
 
 DONE = Event("an answer", "length", Usage(3, 32, 32, 32), seed=7)
@@ -149,6 +150,12 @@ class RunningApp:
     app: FastAPI
     client: httpx.AsyncClient
 
+    @property
+    def monitor(self) -> EngineMonitor:
+        """Who watches the engine, or the first of them."""
+        monitor: EngineMonitor = self.app.state.pool.members[0].monitor
+        return monitor
+
     async def submit(self, prompt: str = "hello", **fields: Any) -> int:
         """Submit one prompt and return its id."""
         answer = await self.client.post("/v1/generate", json={"prompt": prompt, **fields})
@@ -168,9 +175,12 @@ class RunningApp:
 
 
 @asynccontextmanager
-async def running_app(settings: Settings, engine: ScriptedEngine) -> AsyncIterator[RunningApp]:
+async def running_app(
+    settings: Settings, engine: ScriptedEngine | Mapping[str, ScriptedEngine]
+) -> AsyncIterator[RunningApp]:
     """Start a worker, wait for the monitor's first look, and stop the worker."""
-    app = create_app(settings, engine=engine)
+    engines = {"engine:1": engine} if isinstance(engine, ScriptedEngine) else engine
+    app = create_app(settings, engines=engines)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
@@ -182,7 +192,8 @@ async def running_app(settings: Settings, engine: ScriptedEngine) -> AsyncIterat
 @asynccontextmanager
 async def served_app(settings: Settings, engine: ScriptedEngine) -> AsyncIterator[str]:
     """The same worker behind a real socket; yields its URL."""
-    app = create_app(settings, engine=engine)
+    engines = {"engine:1": engine} if isinstance(engine, ScriptedEngine) else engine
+    app = create_app(settings, engines=engines)
     config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     listening = socket.create_server(("127.0.0.1", 0))

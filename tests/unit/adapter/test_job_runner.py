@@ -62,7 +62,7 @@ async def test_nothing_is_claimed_while_the_engine_is_away(
 ) -> None:
     """Jobs wait in the store while probes fail, and run once they are answered."""
     engine.probe_error = Unavailable("failed to connect")
-    await until(lambda: not api.app.state.monitor.state.ok)
+    await until(lambda: not api.monitor.state.ok)
     await api.submit()
     await asyncio.sleep(0.1)
     assert await api.health() == (503, {"status": "unavailable", "reason": "failed to connect"})
@@ -141,18 +141,18 @@ async def test_busy_engine_is_not_taken_for_hung(database_url: str, engine: Scri
         running_app(fast_settings(database_url), engine) as idle,
     ):
         for _ in range(40):
-            busy.app.state.monitor.saw_life()
+            busy.monitor.saw_life()
             await asyncio.sleep(0.02)
         assert engine.reloads == 0
-        assert idle.app.state.monitor.state.reason == "the engine has not answered yet"
+        assert idle.monitor.state.reason == "the engine has not answered yet"
 
 
 async def test_engine_that_sends_events_is_not_dead(
     api: RunningApp, engine: ScriptedEngine
 ) -> None:
     """What Triton says about the process counts for less than the events that come from it."""
-    await until(lambda: api.app.state.monitor.state.ok)
-    probe, monitor = engine.probe, api.app.state.monitor
+    await until(lambda: api.monitor.state.ok)
+    probe, monitor = engine.probe, api.monitor
 
     async def busy_probe() -> None:
         await asyncio.sleep(0.01)
@@ -190,7 +190,7 @@ async def test_engine_replaced_by_others_loses_the_streams_too(
         await api.submit()
         await until(lambda: len(engine.requests) == 1)
         engine.alive = False
-        await until(lambda: api.app.state.monitor.state.dead)
+        await until(lambda: api.monitor.state.dead)
         engine.alive = True
 
         assert DONE.text == (await api.result(0))["text"]

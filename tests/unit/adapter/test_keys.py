@@ -91,7 +91,9 @@ async def test_every_route_of_the_api_asks_for_a_key(api: RunningApp) -> None:
 
 async def test_prefix_of_a_proxy_opens_nothing(database_url: str) -> None:
     """Behind a proxy that adds a prefix to paths the same calls ask for a key."""
-    app = create_app(fast_settings(database_url, api_keys=ENTRIES), engine=ScriptedEngine())
+    app = create_app(
+        fast_settings(database_url, api_keys=ENTRIES), engines={"engine:1": ScriptedEngine()}
+    )
     transport = httpx.ASGITransport(app, root_path="/llm")
     async with (
         app.router.lifespan_context(app),
