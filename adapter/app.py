@@ -4,7 +4,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
 
@@ -26,23 +26,31 @@ from adapter.live import LiveRequests
 from adapter.loops import Loop
 from adapter.pool import EnginePool, Member
 from adapter.rates import RateLimiter
-from adapter.routes import health, jobs, openai, stream
+from adapter.routes import health, jobs, stream
 from adapter.settings import Settings, load_settings
+from adapter.shutdown import before_the_end
 from adapter.triton import TritonEngine
 
 logger = logging.getLogger("adapter")
 
 
-def create_app(settings: Settings | None = None, *, engine: Engine | None = None) -> FastAPI:
-    """Build the application. Raises `SettingsError`. `engine` stands in for Triton in tests."""
+def create_app(
+    settings: Settings | None = None, *, engines: Mapping[str, Engine] | None = None
+) -> FastAPI:
+    """Build the application. Raises `SettingsError`.
+
+    `engines` are the engines by their addresses, where they are not to be tritonservers.
+    """
     chosen = load_settings() if settings is None else settings
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         _configure_logging(chosen.log_level)
         async with AsyncExitStack() as stack:
-            await _open(app, chosen, engine or _triton(chosen), stack)
-            yield
+            found = engines or {url: _triton(chosen, url) for url in chosen.triton_urls}
+            await _open(app, chosen, found, stack)
+            with before_the_end(app.state.jobs.stop):
+                yield
 
     app = FastAPI(
         title="dLLM-Serve",
@@ -69,12 +77,13 @@ def create_app(settings: Settings | None = None, *, engine: Engine | None = None
     add_error_handlers(app)
     app.include_router(jobs.router)
     app.include_router(stream.router)
-    app.include_router(openai.router)
     app.include_router(health.router)
     return app
 
 
-async def _open(app: FastAPI, settings: Settings, engine: Engine, stack: AsyncExitStack) -> None:
+async def _open(
+    app: FastAPI, settings: Settings, engines: Mapping[str, Engine], stack: AsyncExitStack
+) -> None:
     """Open what the routes need, each to be closed before what it rests on."""
     worker = _worker_name()
     database = await stack.enter_async_context(Database.open(settings.database_url))
@@ -83,32 +92,41 @@ async def _open(app: FastAPI, settings: Settings, engine: Engine, stack: AsyncEx
         app.state.rate_limiter = limiter = RateLimiter(database, settings.rate_limit)
         await stack.enter_async_context(Loop("rate-limits", limiter.tidy))
     store = JobStore(database, max_attempts=settings.job_max_attempts)
-    name = engine_name(settings.triton_url, settings.model_name)
-    monitor = EngineMonitor(
-        engine,
-        HealStore(database, engine=name, owner=worker),
-        probe_interval=settings.probe_interval,
-        silence=settings.engine_silence,
-        heal=settings.heal,
+    pool = EnginePool(
+        [
+            Member(url, engine, _monitor(settings, url, engine, database, worker))
+            for url, engine in engines.items()
+        ]
     )
-    pool = EnginePool([Member(engine, monitor)])
     watcher = JobWatcher(store)
     runner = JobRunner(store, pool, owner=worker, settings=settings, on_done=watcher.notify)
     live = LiveRequests(pool, limit=settings.max_live, silence=settings.engine_silence)
     for service in (pool, watcher, runner, live):
         await stack.enter_async_context(service)
-    app.state.monitor = monitor
+    app.state.pool = pool
     app.state.live = live
     app.state.jobs = JobService(store, runner, watcher, max_queued=settings.max_queued_jobs)
-    logger.info("worker_started worker=%s engine=%s", worker, name)
+    logger.info("worker_started worker=%s engines=%s", worker, ",".join(engines))
 
 
-def _triton(settings: Settings) -> Engine:
+def _triton(settings: Settings, url: str) -> Engine:
     return TritonEngine(
-        settings.triton_url,
+        url,
         settings.model_name,
         stream_interval=settings.stream_interval,
         reload_timeout=settings.reload_timeout,
+    )
+
+
+def _monitor(
+    settings: Settings, url: str, engine: Engine, database: Database, worker: str
+) -> EngineMonitor:
+    return EngineMonitor(
+        engine,
+        HealStore(database, engine=engine_name(url, settings.model_name), owner=worker),
+        probe_interval=settings.probe_interval,
+        silence=settings.engine_silence,
+        heal=settings.heal,
     )
 
 
