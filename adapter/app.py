@@ -26,7 +26,7 @@ from adapter.live import LiveRequests
 from adapter.loops import Loop
 from adapter.pool import EnginePool, Member
 from adapter.rates import RateLimiter
-from adapter.routes import health, jobs, stream
+from adapter.routes import health, jobs, openai, stream
 from adapter.settings import Settings, load_settings
 from adapter.shutdown import before_the_end
 from adapter.triton import TritonEngine
@@ -77,6 +77,7 @@ def create_app(
     add_error_handlers(app)
     app.include_router(jobs.router)
     app.include_router(stream.router)
+    app.include_router(openai.router)
     app.include_router(health.router)
     return app
 
