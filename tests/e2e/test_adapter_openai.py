@@ -1,0 +1,169 @@
+"""OpenAI's own clients against the whole service."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from dllm_engine import LLM, Prompt, SamplingParams
+from openai import OpenAI
+
+from launcher.tritonserver import TritonServer
+from tests.support.servers import AdapterServer, eventually, metric, settled_counters
+
+ASK: Any = [{"role": "user", "content": "tell me"}]
+FIELDS: dict[str, Any] = {"temperature": 0.7, "seed": 5}
+DIFFUSION: dict[str, Any] = {"block_length": 8, "ignore_eos": True}
+NPM_SECONDS = 120
+
+
+@pytest.fixture(scope="module")
+def client(adapter: AdapterServer) -> Iterator[OpenAI]:
+    """OpenAI's client for Python."""
+    with OpenAI(base_url=f"{adapter.url}/v1", api_key="-", max_retries=0) as opened:
+        yield opened
+
+
+def expected(llm: LLM, **params: Any) -> Any:
+    """What the engine answers in this process."""
+    sampling = SamplingParams(gen_length=24, **params)
+    return llm.generate(["tell me"], sampling, chat=True, progress=False)[0]
+
+
+def test_chat_equals_the_engine(client: OpenAI, llm: LLM) -> None:
+    """Text, reason and token counts of a conversation are exactly the engine's."""
+    answer = client.chat.completions.create(
+        model="dllm", messages=ASK, max_tokens=24, extra_body=DIFFUSION, **FIELDS
+    )
+    here = expected(llm, **FIELDS, **DIFFUSION)
+
+    assert answer.choices[0].message.content == here.text
+    assert answer.choices[0].finish_reason == here.finish_reason.value == "length"
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == here.usage.prompt_tokens
+    assert answer.usage.completion_tokens == here.usage.completion_tokens == 24
+
+
+def test_stream_is_the_same_text_in_pieces(client: OpenAI, llm: LLM) -> None:
+    """Streamed, a conversation has the same text, in several pieces, and the same usage."""
+    stream = client.chat.completions.create(
+        model="dllm",
+        messages=ASK,
+        max_tokens=24,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body=DIFFUSION,
+        **FIELDS,
+    )
+    *chunks, last = stream
+    pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices[0].delta.content]
+
+    here = expected(llm, **FIELDS, **DIFFUSION)
+    assert "".join(pieces) == here.text
+    assert len(pieces) > 1
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert last.usage is not None
+    assert last.usage.completion_tokens == here.usage.completion_tokens
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_is_honoured_exactly(client: OpenAI, stream: bool) -> None:
+    """The text ends before the stop string, of which a stream never shows a part."""
+    fields: dict[str, Any] = {"model": "dllm", "prompt": "count", "max_tokens": 48}
+    whole = client.completions.create(**fields, extra_body={"ignore_eos": True}).choices[0].text
+    stop = whole[20:24]
+    answer = client.completions.create(
+        **fields, stop=stop, stream=stream, extra_body={"ignore_eos": True}
+    )
+    chunks = list(answer) if stream else [answer]
+
+    text = "".join(choice.text for chunk in chunks for choice in chunk.choices)
+    assert text == whole[: whole.index(stop)]
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_prompts_are_seen_as_they_are(client: OpenAI, llm: LLM) -> None:
+    """A completion's prompts, as texts or as tokens, go to the model without a template."""
+    assert llm.engine.codec is not None
+    prompts = ["one prompt", "another"]
+    ids = [llm.engine.codec.encode_text(prompt) for prompt in prompts]
+    sampling = SamplingParams(gen_length=16)
+    asked = [Prompt(one) for one in ids]
+    here = llm.generate(asked, sampling, progress=False)
+
+    for prompt in (prompts, ids):
+        answer = client.completions.create(model="dllm", prompt=prompt)
+        assert [choice.text for choice in answer.choices] == [one.text for one in here]
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens == sum(len(one) for one in ids)
+        assert answer.usage.completion_tokens == sum(one.usage.completion_tokens for one in here)
+
+
+def test_engines_refusal_names_the_parameter(client: OpenAI) -> None:
+    """What only the engine can judge is a 400 in OpenAI's words, streaming or not."""
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(model="dllm", prompt="x" * 700, max_tokens=512, stream=stream)
+        assert caught.value.param == "max_tokens"
+        assert "700 tokens" in caught.value.message
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_hanging_up_frees_the_place(client: OpenAI, triton: TritonServer, stream: bool) -> None:
+    """A client that gives up, streaming or not, ends its request in the engine."""
+    cancelled = settled_counters(triton)["dllm_requests_cancelled_total"]
+    long: dict[str, Any] = {"max_tokens": 512, "extra_body": {"ignore_eos": True, "cfg_scale": 1}}
+    if stream:
+        with client.completions.create(model="dllm", prompt="a", stream=True, **long) as chunks:
+            next(iter(chunks))
+    else:
+        with pytest.raises(openai.APITimeoutError):
+            client.completions.create(model="dllm", prompt="a", timeout=0.5, **long)
+    eventually(
+        lambda: metric(triton, "dllm_requests_cancelled_total") == cancelled + 1,
+        "the request is cancelled",
+    )
+    eventually(lambda: metric(triton, "dllm_running_requests") == 0, "its place is free")
+
+
+@pytest.fixture(scope="module")
+def node_client(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which node finds OpenAI's client."""
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("node and npm are not installed")
+    folder = tmp_path_factory.mktemp("node")
+    (folder / "package.json").write_text('{"private": true}')
+    install = ["npm", "install", "--no-audit", "--no-fund", "openai@6"]
+    try:
+        subprocess.run(install, cwd=folder, check=True, capture_output=True, timeout=NPM_SECONDS)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        pytest.skip(f"npm cannot install the client here: {error}")
+    shutil.copy(Path(__file__).with_name("openai_client.mjs"), folder / "client.mjs")
+    return folder
+
+
+def test_node_client(node_client: Path, adapter: AdapterServer, llm: LLM) -> None:
+    """OpenAI's client for Node gets the same answers, streamed too, and typed errors."""
+    run = subprocess.run(
+        ["node", "client.mjs", adapter.url],
+        cwd=node_client,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    seen = json.loads(run.stdout)
+
+    here = expected(llm, **FIELDS, **DIFFUSION)
+    assert seen["text"] == "".join(seen["pieces"]) == here.text
+    assert seen["usage"]["completion_tokens"] == here.usage.completion_tokens
+    assert seen["streamUsage"] == seen["usage"]
+    assert (seen["refusal"]["kind"], seen["refusal"]["param"]) == ("BadRequestError", "n")
+    assert seen["models"] == ["dllm"]
