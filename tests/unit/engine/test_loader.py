@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from dllm_engine import CheckpointError
 from dllm_engine.models import load_model, read_spec
 from dllm_engine.ops import PackedLayout
@@ -21,7 +20,7 @@ def _logits(directory: Path, lengths: list[int], tokens: torch.Tensor) -> torch.
     positions = torch.cat([torch.arange(n) for n in lengths])
     with torch.inference_mode():
         hidden = model(tokens, positions, PackedLayout.of(lengths))
-        return F.linear(model.head_input(hidden), model.head_weight)
+        return model.head.all_logits(model.head_input(hidden))
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,15 @@ import dataclasses
 import pytest
 import torch
 from dllm_engine import LLM, SamplingParams
+from dllm_engine.ops import Head
 from dllm_engine.sampling import RowSampling, SpecialTokens, noise, sample_candidates
 from torch import Tensor
 
 VOCAB = 12
 MASK = 11
 EOS, EOT = 9, 10
+#: The identity: a row's hidden state is its logits.
+HEAD = Head(torch.eye(VOCAB))
 SPECIAL = SpecialTokens(mask=MASK, eos=torch.tensor([EOS]), stop=torch.tensor([EOS, EOT]))
 
 
@@ -39,7 +42,7 @@ def row_sampling(rows: int, **columns: float | bool | Tensor) -> RowSampling:
 
 def draw(logits: Tensor, rows: RowSampling, budget_bytes: int = 2**20) -> tuple[Tensor, Tensor]:
     """Candidates for rows whose logits are given: the head is the identity."""
-    found = sample_candidates(logits, torch.eye(VOCAB), rows, SPECIAL, budget_bytes=budget_bytes)
+    found = sample_candidates(logits, HEAD, rows, SPECIAL, budget_bytes=budget_bytes)
     return found.token, found.confidence
 
 
@@ -172,7 +175,7 @@ def test_statistics_are_those_of_the_distribution_asked_for(logits: Tensor) -> N
     rows = logits.expand(2, -1).clone()
     rows[:, MASK] = -30.0
     sampling = row_sampling(2, temperature=0.5, top_k=4, seed=3, tempered=torch.arange(2) == 1)
-    found = sample_candidates(rows.clone(), torch.eye(VOCAB), sampling, SPECIAL, budget_bytes=2**20)
+    found = sample_candidates(rows.clone(), HEAD, sampling, SPECIAL, budget_bytes=2**20)
     filtered = rows[1].double() / 0.5
     filtered[filtered < filtered.topk(4).values[-1]] = -torch.inf
     for row, distribution in ((0, rows[0].double().softmax(0)), (1, filtered.softmax(0))):

@@ -151,7 +151,7 @@ class Runner:
         hidden = self._masked_hidden(batch)
         candidates = sample_candidates(
             hidden,
-            self._model.head_weight,
+            self._model.head,
             batch.sampling,
             self.table.special,
             budget_bytes=self._budget_bytes,

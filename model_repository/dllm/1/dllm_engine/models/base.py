@@ -14,7 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import LayerPages, PackedLayout, RotaryTable, apply_rotary, packed_attention, rms_norm
+from ..ops import (
+    GatedLinear,
+    Head,
+    LayerPages,
+    Linear,
+    PackedLayout,
+    RotaryTable,
+    apply_rotary,
+    packed_attention,
+    rms_norm,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,11 +69,11 @@ class Layer(nn.Module):
         self.spec = spec
         qkv_size = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
         self.attention_norm = nn.Parameter(torch.empty(spec.hidden_size))
-        self.qkv = nn.Linear(spec.hidden_size, qkv_size, bias=spec.qkv_bias)
-        self.out = nn.Linear(spec.num_heads * spec.head_dim, spec.hidden_size, bias=False)
+        self.qkv = Linear(spec.hidden_size, qkv_size, bias=spec.qkv_bias)
+        self.out = Linear(spec.num_heads * spec.head_dim, spec.hidden_size, bias=False)
         self.mlp_norm = nn.Parameter(torch.empty(spec.hidden_size))
-        self.gate_up = nn.Linear(spec.hidden_size, 2 * spec.intermediate_size, bias=False)
-        self.down = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=False)
+        self.gate_up = GatedLinear(spec.hidden_size, spec.intermediate_size)
+        self.down = Linear(spec.intermediate_size, spec.hidden_size, bias=False)
 
     def forward(
         self,
@@ -78,15 +88,15 @@ class Layer(nn.Module):
         spec = self.spec
         normed = rms_norm(x, self.attention_norm, spec.rms_norm_eps)
         heads = self.qkv(normed).view(x.shape[0], -1, spec.head_dim)
-        q, k, v = heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        mixed = packed_attention(q, k, v, layout, pages)
+        rotated = spec.num_heads + spec.num_kv_heads
+        turned = apply_rotary(heads[:, :rotated], cos, sin)
+        q, k = turned[:, : spec.num_heads], turned[:, spec.num_heads :]
+        mixed = packed_attention(q, k, heads[:, rotated:], layout, pages)
         if wanted is not None:
             x, mixed = x[wanted], mixed[wanted]
-        x = x + self.out(mixed)
+        x = self.out(mixed, x)
         normed = rms_norm(x, self.mlp_norm, spec.rms_norm_eps)
-        gate, up = self.gate_up(normed).chunk(2, dim=-1)
-        out: Tensor = x + self.down(F.silu(gate) * up)
+        out: Tensor = self.down(self.gate_up(normed), x)
         return out
 
 
@@ -100,16 +110,12 @@ class DiffusionModel(nn.Module):
         self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.num_layers))
         self.final_norm = nn.Parameter(torch.empty(spec.hidden_size))
         if not spec.tied_head:
-            self.head = nn.Parameter(torch.empty(spec.vocab_size, spec.hidden_size))
+            self.head_weight = nn.Parameter(torch.empty(spec.vocab_size, spec.hidden_size))
+        self.head: Head
         self._rotary: RotaryTable | None = None
 
-    @property
-    def head_weight(self) -> Tensor:
-        """[vocab_size, hidden_size]: logits are `hidden @ head_weight.T`."""
-        return self.embedding if self.spec.tied_head else self.head
-
     def prepare(self) -> None:
-        """Build what depends on where the weights lie; call once after loading."""
+        """Bring the weights into the form they are used in; call once after loading."""
         spec, weight = self.spec, self.embedding
         self._rotary = RotaryTable(
             spec.head_dim,
@@ -118,6 +124,12 @@ class DiffusionModel(nn.Module):
             device=str(weight.device),
             dtype=weight.dtype,
         )
+        self.head = Head(self.embedding if spec.tied_head else self.head_weight)
+        if not spec.tied_head:
+            del self.head_weight
+        for module in self.modules():
+            if isinstance(module, GatedLinear | Linear):
+                module.pack()
 
     def forward(
         self,

@@ -64,7 +64,7 @@ def tensors(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
         "final_norm": ("model.norm.weight",),
     }
     if not spec.tied_head:
-        table["head"] = ("lm_head.weight",)
+        table["head_weight"] = ("lm_head.weight",)
     for i in range(spec.num_layers):
         source, layer = f"model.layers.{i}", f"layers.{i}"
         table[f"{layer}.attention_norm"] = (f"{source}.input_layernorm.weight",)

@@ -65,7 +65,7 @@ def tensors(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
         "final_norm": (f"{root}.ln_f.weight",),
     }
     if not spec.tied_head:
-        table["head"] = (f"{root}.ff_out.weight",)
+        table["head_weight"] = (f"{root}.ff_out.weight",)
     for i in range(spec.num_layers):
         block, layer = f"{root}.blocks.{i}", f"layers.{i}"
         table[f"{layer}.attention_norm"] = (f"{block}.attn_norm.weight",)

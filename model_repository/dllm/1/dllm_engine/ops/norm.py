@@ -16,5 +16,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         [rows, dim], type of `x`.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * (wide * scale).to(x.dtype)
+    square = (wide * wide).sum(-1, keepdim=True)
+    scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * scale).to(x.dtype).mul_(weight)

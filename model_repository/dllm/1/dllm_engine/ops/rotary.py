@@ -19,12 +19,13 @@ class RotaryTable:
         exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).to(torch.float32) / head_dim
         frequencies = 1.0 / (theta**exponents)
         angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
-        angles = torch.cat([angles, angles], dim=-1)
-        self._cos = angles.cos().to(device=device, dtype=wide)
-        self._sin = angles.sin().to(device=device, dtype=wide)
+        cos, sin = angles.cos(), angles.sin()
+        self._cos = torch.cat([cos, cos], dim=-1).to(device=device, dtype=wide)
+        # The sign that turns one half against the other is part of the table.
+        self._sin = torch.cat([-sin, sin], dim=-1).to(device=device, dtype=wide)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine rows, each [rows, 1, head_dim], for int64 positions [rows]."""
+        """Cosines and signed sines, each [rows, 1, head_dim], for int64 positions [rows]."""
         return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
 
 
@@ -36,6 +37,5 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin: [rows, 1, head_dim], from `RotaryTable.at`.
     """
     wide = x.to(cos.dtype)
-    half = x.shape[-1] // 2
-    rotated = torch.cat([-wide[..., half:], wide[..., :half]], dim=-1)
-    return (wide * cos + rotated * sin).to(x.dtype)
+    swapped = wide.roll(x.shape[-1] // 2, dims=-1)
+    return (wide * cos).addcmul_(swapped, sin).to(x.dtype)

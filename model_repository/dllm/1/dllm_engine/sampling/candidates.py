@@ -12,6 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from ..ops import Head
 from .rows import Candidates, RowSampling, SpecialTokens
 from .tiles import by_tiles
 from .whole_rows import by_whole_rows
@@ -21,7 +22,7 @@ _FIELDS = [field.name for field in dataclasses.fields(Candidates)]
 
 def sample_candidates(
     hidden: Tensor,
-    head_weight: Tensor,
+    head: Head,
     rows: RowSampling,
     special: SpecialTokens,
     *,
@@ -37,7 +38,7 @@ def sample_candidates(
 
     Args:
         hidden: [rows, hidden_size], after the final norm.
-        head_weight: [vocab_size, hidden_size].
+        head: makes logits, a tile of the vocabulary at a time.
         rows: temperature, seed, step, position and filters of each row.
         special: the ids that some rows or all treat apart.
         budget_bytes: what the logits (and their noise) may take at once.
@@ -48,7 +49,7 @@ def sample_candidates(
     # At temperature 0 and without filters Dream's distribution is the clean one.
     whole = (noisy & filters) | (rows.tempered & (noisy | filters))
     if not bool(whole.any()):
-        return by_tiles(hidden, head_weight, rows, special, budget_bytes, with_spread)
+        return by_tiles(hidden, head, rows, special, budget_bytes, with_spread)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     found = Candidates(
         token=torch.empty(len(hidden), dtype=torch.int64, device=hidden.device),
@@ -60,9 +61,7 @@ def sample_candidates(
     ):
         if not len(index):
             continue
-        part = choose(
-            hidden[index], head_weight, rows.take(index), special, budget_bytes, with_spread
-        )
+        part = choose(hidden[index], head, rows.take(index), special, budget_bytes, with_spread)
         for name in _FIELDS:
             getattr(found, name)[index] = getattr(part, name)
     return found

@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops import TILE, Head
 from . import noise
 from .rows import ROW_MULTIPLE, Candidates, RowSampling, SpecialTokens, forbid, pad_rows, widen
 
-#: Vocabulary per tile. The same for every batch: sums are then taken in the same order.
-TILE = 4096
 #: Bytes per logit of a tile: itself and its exponential; float64 and int64 noise beside.
 _CLEAN_BYTES, _NOISY_BYTES = 12, 64
 #: Below every logit, and finite, so that differences from it are numbers.
@@ -43,7 +42,7 @@ class _Running:
 
 def by_tiles(
     hidden: Tensor,
-    head_weight: Tensor,
+    head: Head,
     rows: RowSampling,
     special: SpecialTokens,
     budget_bytes: int,
@@ -51,11 +50,11 @@ def by_tiles(
 ) -> Candidates:
     """Candidates of rows without filters, from the clean distribution (see `sample_candidates`)."""
     noisy = bool((rows.temperature > 0).any())
-    tile_bytes = min(TILE, len(head_weight)) * (_NOISY_BYTES if noisy else _CLEAN_BYTES)
+    tile_bytes = min(TILE, head.vocab_size) * (_NOISY_BYTES if noisy else _CLEAN_BYTES)
     fitting = budget_bytes // tile_bytes
     chunk = max(ROW_MULTIPLE, fitting // ROW_MULTIPLE * ROW_MULTIPLE)
     parts = [
-        _reduce(hidden[part], head_weight, rows.take(part), special, with_spread)
+        _reduce(hidden[part], head, rows.take(part), special, with_spread)
         for part in (slice(i, i + chunk) for i in range(0, max(1, len(hidden)), chunk))
     ]
     names = [field.name for field in dataclasses.fields(Candidates)]
@@ -63,7 +62,7 @@ def by_tiles(
 
 
 def _reduce(
-    hidden: Tensor, head_weight: Tensor, rows: RowSampling, special: SpecialTokens, spread: bool
+    hidden: Tensor, head: Head, rows: RowSampling, special: SpecialTokens, spread: bool
 ) -> Candidates:
     count = len(hidden)
     wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -83,8 +82,8 @@ def _reduce(
     noisy = (rows.temperature > 0).nonzero().squeeze(1)
     late = bool(rows.late_eos.any())
     padded = pad_rows(hidden)
-    for start in range(0, len(head_weight), TILE):
-        tile = widen(F.linear(padded, head_weight[start : start + TILE])[:count])
+    for start in head.tile_starts:
+        tile = widen(head.logits(padded, start)[:count])
         _fold_tile(running, tile, start, rows, special, noisy, late, spread)
     if late:
         is_stop = rows.late_eos & torch.isin(running.token, special.stop)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops import Head
 from . import noise
 from .rows import Candidates, RowSampling, SpecialTokens, forbid, pad_rows, widen
 
@@ -17,7 +17,7 @@ _BYTES = 64
 
 def by_whole_rows(
     hidden: Tensor,
-    head_weight: Tensor,
+    head: Head,
     rows: RowSampling,
     special: SpecialTokens,
     budget_bytes: int,
@@ -27,18 +27,18 @@ def by_whole_rows(
 
     The budget bounds how many rows are worked on at once; one row is always.
     """
-    chunk = max(1, budget_bytes // (len(head_weight) * _BYTES))
+    chunk = max(1, budget_bytes // (head.vocab_size * _BYTES))
     parts = [
-        _choose(_logits(hidden[part], head_weight), rows.take(part), special, with_spread)
+        _choose(_logits(hidden[part], head), rows.take(part), special, with_spread)
         for part in (slice(i, i + chunk) for i in range(0, len(hidden), chunk))
     ]
     names = [field.name for field in dataclasses.fields(Candidates)]
     return Candidates(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})
 
 
-def _logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
+def _logits(hidden: Tensor, head: Head) -> Tensor:
     """At least float32 [rows, vocab_size]."""
-    return widen(F.linear(pad_rows(hidden), head_weight)[: len(hidden)])
+    return widen(head.all_logits(pad_rows(hidden))[: len(hidden)])
 
 
 def _choose(
