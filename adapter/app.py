@@ -1,6 +1,5 @@
 """The application: `uvicorn adapter.app:app`."""
 
-import logging
 import os
 import secrets
 import socket
@@ -23,32 +22,41 @@ from adapter.jobs.store import JobStore
 from adapter.jobs.watch import JobWatcher
 from adapter.keys import Keyring
 from adapter.live import LiveRequests
+from adapter.logs import configure_logging, get_logger
 from adapter.loops import Loop
+from adapter.observe import Observe
 from adapter.pool import EnginePool, Member
 from adapter.rates import RateLimiter
-from adapter.routes import health, jobs, openai, stream
+from adapter.routes import health, jobs, metrics, openai, page, stream
 from adapter.settings import Settings, load_settings
 from adapter.shutdown import before_the_end
+from adapter.tracing import Tracer, make_tracer
 from adapter.triton import TritonEngine
 
-logger = logging.getLogger("adapter")
+log = get_logger()
 
 
 def create_app(
-    settings: Settings | None = None, *, engines: Mapping[str, Engine] | None = None
+    settings: Settings | None = None,
+    *,
+    engines: Mapping[str, Engine] | None = None,
+    tracer: Tracer | None = None,
 ) -> FastAPI:
     """Build the application. Raises `SettingsError`.
 
-    `engines` are the engines by their addresses, where they are not to be tritonservers.
+    `engines` are the engines by their addresses, where they are not to be tritonservers; `tracer`
+    is whoever else than the settings' gets the spans.
     """
     chosen = load_settings() if settings is None else settings
+    tracing = tracer or make_tracer(enabled=chosen.tracing)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        _configure_logging(chosen.log_level)
+        configure_logging(chosen.log_level, chosen.log_format)
         async with AsyncExitStack() as stack:
             found = engines or {url: _triton(chosen, url) for url in chosen.triton_urls}
-            await _open(app, chosen, found, stack)
+            stack.callback(tracing.close)
+            await _open(app, chosen, found, tracing, stack)
             with before_the_end(app.state.jobs.stop):
                 yield
 
@@ -74,16 +82,24 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["Retry-After", "X-Request-ID"],
         )
+    app.add_middleware(Observe, tracer=tracing)
     add_error_handlers(app)
     app.include_router(jobs.router)
     app.include_router(stream.router)
     app.include_router(openai.router)
+    app.include_router(page.router)
+    page.mount_files(app)
     app.include_router(health.router)
+    app.include_router(metrics.router)
     return app
 
 
 async def _open(
-    app: FastAPI, settings: Settings, engines: Mapping[str, Engine], stack: AsyncExitStack
+    app: FastAPI,
+    settings: Settings,
+    engines: Mapping[str, Engine],
+    tracer: Tracer,
+    stack: AsyncExitStack,
 ) -> None:
     """Open what the routes need, each to be closed before what it rests on."""
     worker = _worker_name()
@@ -95,7 +111,7 @@ async def _open(
     store = JobStore(database, max_attempts=settings.job_max_attempts)
     pool = EnginePool(
         [
-            Member(url, engine, _monitor(settings, url, engine, database, worker))
+            Member(url, engine, _monitor(settings, url, engine, database, worker), tracer=tracer)
             for url, engine in engines.items()
         ]
     )
@@ -107,7 +123,7 @@ async def _open(
     app.state.pool = pool
     app.state.live = live
     app.state.jobs = JobService(store, runner, watcher, max_queued=settings.max_queued_jobs)
-    logger.info("worker_started worker=%s engines=%s", worker, ",".join(engines))
+    log.info("worker_started", worker=worker, engines=list(engines))
 
 
 def _triton(settings: Settings, url: str) -> Engine:
@@ -134,15 +150,6 @@ def _monitor(
 def _worker_name() -> str:
     """Another one at every start: a restarted worker must not renew what it has forgotten."""
     return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-
-
-def _configure_logging(level: str) -> None:
-    """Write our log to stderr, unless whoever starts us has arranged for it."""
-    logger.setLevel(level)
-    if not logger.hasHandlers():
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-        logger.addHandler(handler)
 
 
 app = create_app()

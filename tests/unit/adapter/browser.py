@@ -1,0 +1,85 @@
+"""A real browser without a window, spoken to as the W3C's WebDriver protocol has it."""
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+
+from launcher.ports import free_port
+
+DRIVER = shutil.which("chromedriver")
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+ARGUMENTS = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
+
+
+class Page:
+    """The one page of a session."""
+
+    def __init__(self, driver: httpx.AsyncClient, session: str) -> None:
+        self._driver = driver
+        self._session = session
+
+    async def open(self, url: str) -> None:
+        """Go there and wait until it is loaded."""
+        await self._call("url", {"url": url})
+
+    async def run(self, script: str, *arguments: Any) -> Any:
+        """What a function with this body returns."""
+        return await self._call("execute/sync", {"script": script, "args": list(arguments)})
+
+    async def until(self, condition: str, seconds: float = 20) -> None:
+        """Wait until the expression is true; the error shows what the page says instead."""
+        try:
+            async with asyncio.timeout(seconds):
+                while not await self.run(f"return Boolean({condition})"):
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            shown = await self.run("return document.body.innerText")
+            raise AssertionError(f"not true: {condition}\n{shown}") from None
+
+    async def _call(self, command: str, body: Any) -> Any:
+        path = f"/session/{self._session}/{command}"
+        answer = (await self._driver.post(path, json=body)).json()["value"]
+        if isinstance(answer, dict) and "error" in answer:
+            raise AssertionError(answer["message"])
+        return answer
+
+
+@asynccontextmanager
+async def open_browser() -> AsyncIterator[Page]:
+    """A browser of its own, with an empty profile."""
+    assert DRIVER is not None
+    port = free_port()
+    process = await asyncio.create_subprocess_exec(
+        DRIVER,
+        f"--port={port}",
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as driver:
+            await _ready(driver)
+            options = {"binary": BROWSER, "args": ARGUMENTS}
+            wanted = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}}
+            session = (await driver.post("/session", json=wanted)).json()["value"]
+            assert "sessionId" in session, session
+            try:
+                yield Page(driver, session["sessionId"])
+            finally:
+                await driver.delete(f"/session/{session['sessionId']}")
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+async def _ready(driver: httpx.AsyncClient) -> None:
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                if (await driver.get("/status")).json()["value"]["ready"]:
+                    return
+            except httpx.ConnectError:
+                await asyncio.sleep(0.05)
