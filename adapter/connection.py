@@ -15,6 +15,8 @@ from adapter.errors import CallerGone
 
 T = TypeVar("T")
 
+#: Some clients take these for ends of lines, which a string in JSON may hold as they are.
+LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 #: How long a streaming call may wait for its first event before it is answered with a stream all
 #: the same. What goes wrong earlier is told by the status, later by an event.
 SETTLING_SECONDS = 5.0
@@ -44,9 +46,9 @@ class EventStream(StreamingResponse):
 
 
 def sse(data: BaseModel | str, event: str | None = None) -> bytes:
-    """One server-sent event; a model goes out as JSON."""
+    """One server-sent event; a model goes out as JSON, a string must be such or a word."""
     text = data if isinstance(data, str) else data.model_dump_json()
-    return format_sse_event(data_str=text, event=event)
+    return format_sse_event(data_str=text.translate(LINE_ENDS), event=event)
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -4,6 +4,8 @@
 
     with Client("http://localhost:8000") as client:
         print(client.generate("Tell me about AI", gen_length=128))
+        for event in client.stream("Tell me about AI"):  # steps, then the answer
+            print(event)
 
 `AsyncClient` is the same for asyncio. `dllm_client.triton` talks to Triton directly.
 """
@@ -20,17 +22,31 @@ from dllm_client._errors import (
     RateLimitedError,
     ResponseError,
     ServerError,
+    StreamError,
     TimeoutError,
     UnavailableError,
     UnexpectedResponseError,
 )
-from dllm_client._types import Params, Result, Sampling, Status
+from dllm_client._types import (
+    Answer,
+    Block,
+    Committed,
+    Params,
+    Result,
+    Sampling,
+    Status,
+    Step,
+    Usage,
+)
 
 __all__ = [
+    "Answer",
     "AsyncClient",
     "AuthenticationError",
     "BadRequestError",
+    "Block",
     "Client",
+    "Committed",
     "DllmError",
     "JobCancelledError",
     "JobError",
@@ -43,7 +59,10 @@ __all__ = [
     "Sampling",
     "ServerError",
     "Status",
+    "Step",
+    "StreamError",
     "TimeoutError",
     "UnavailableError",
     "UnexpectedResponseError",
+    "Usage",
 ]

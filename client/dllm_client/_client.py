@@ -2,17 +2,18 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import httpx
 
 from dllm_client import _operations as operations
-from dllm_client._errors import DllmError, from_transport
+from dllm_client._errors import DllmError, from_response, from_transport
 from dllm_client._operations import Call, Operation, Pause
 from dllm_client._progress import progress_bar
-from dllm_client._types import Params, Result
+from dllm_client._streaming import StreamReader, open_stream
+from dllm_client._types import Answer, Params, Result, Step
 
 DEFAULT_URL = "http://localhost:8000"
 DEFAULT_TIMEOUT = 30.0
@@ -104,6 +105,27 @@ class Client(_Exchange):
     ) -> str:
         """Submit, wait, and return the text. Raises what `submit` and `wait` raise."""
         return self._run(operations.generate(prompt, params, wait_timeout))
+
+    def stream(self, prompt: str, **params: Unpack[Params]) -> Generator[Step | Answer, None, None]:
+        """Watch the denoising: a Step for each, and in the end the Answer.
+
+        Closing the generator, or leaving it, hangs up, and the server drops the request. Raises
+        StreamError when there will be no answer.
+        """
+        reader = StreamReader()
+        try:
+            with self._http.stream(**self._arguments(open_stream(prompt, params))) as response:
+                if not response.is_success:
+                    response.read()
+                    raise from_response(response)
+                for chunk in response.iter_bytes():
+                    for event in reader.feed(chunk):
+                        yield event
+                        if isinstance(event, Answer):
+                            return
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise from_transport(error, self.base_url) from error
+        raise reader.end()
 
     def generate_batch(
         self,
@@ -207,6 +229,26 @@ class AsyncClient(_Exchange):
     ) -> str:
         """Submit, wait, and return the text."""
         return await self._run(operations.generate(prompt, params, wait_timeout))
+
+    async def stream(
+        self, prompt: str, **params: Unpack[Params]
+    ) -> AsyncGenerator[Step | Answer, None]:
+        """Watch the denoising: a Step for each, and in the end the Answer."""
+        reader = StreamReader()
+        call = self._arguments(open_stream(prompt, params))
+        try:
+            async with self._http.stream(**call) as response:
+                if not response.is_success:
+                    await response.aread()
+                    raise from_response(response)
+                async for chunk in response.aiter_bytes():
+                    for event in reader.feed(chunk):
+                        yield event
+                        if isinstance(event, Answer):
+                            return
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise from_transport(error, self.base_url) from error
+        raise reader.end()
 
     async def generate_batch(
         self,

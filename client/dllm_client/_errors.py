@@ -12,6 +12,7 @@ DllmError
  ├─ JobError                  the job ended without a text; `result` holds it
  │   ├─ JobFailedError
  │   └─ JobCancelledError
+ ├─ StreamError               a stream broke before its answer, for the reason that it names
  └─ UnexpectedResponseError   an answer that this API does not have
 
 Errors of httpx are turned into these in `from_transport`, errors of tritonclient in
@@ -92,6 +93,10 @@ class JobFailedError(JobError):
 
 class JobCancelledError(JobError):
     """Somebody cancelled the job."""
+
+
+class StreamError(DllmError):
+    """The stream ended without an answer; the server said why, if it could."""
 
 
 class UnexpectedResponseError(DllmError):

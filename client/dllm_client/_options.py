@@ -57,6 +57,10 @@ def sampling(
     cache: Annotated[
         str | None, typer.Option(help="none, prefix, dual, sparse or delayed.")
     ] = None,
+    priority: Annotated[int | None, typer.Option(help="1 is served first, 3 last.")] = None,
+    deadline: Annotated[
+        float | None, typer.Option(help="Seconds after which the server gives it up.")
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: the prompt as is.")] = False,
 ) -> Params:
     """The fields of a request; what was not given is left to the server."""
@@ -74,6 +78,8 @@ def sampling(
         "top_k": top_k,
         "stop": stop or None,
         "cache": cache,
+        "priority": priority,
+        "timeout": deadline,
         "raw": raw or None,
     }
     params: Params = {}

@@ -41,6 +41,8 @@ class Sampling(TypedDict, total=False):
 class Params(Sampling, total=False):
     """The optional fields of a REST request."""
 
+    timeout: float  #: seconds after which the server gives it up
+    priority: int  #: 1 is served first, 3 last
     raw: bool  #: do not wrap the prompt in the checkpoint's chat template
 
 
@@ -66,3 +68,53 @@ class Result:
     def done(self) -> bool:
         """Will this job change no more?"""
         return self.status is not Status.RUNNING
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A block of the canvas; `end` is the position behind its last one."""
+
+    index: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """A position that was decoded, for good."""
+
+    position: int
+    token_id: int
+    text: str  #: what it adds to the text
+    confidence: float
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The canvas after a denoising step."""
+
+    step: int  #: steps run so far
+    block: Block  #: the one that the next step decodes
+    canvas: list[str | None]  #: what each position shows now, None where it is masked
+    committed: list[Committed]  #: what is new since the step seen before
+    final_text: str  #: the beginning of the answer; it will not change
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request cost."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    steps: int
+    forward_passes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The last event of a stream."""
+
+    text: str
+    finish_reason: str  #: `stop` or `length`
+    usage: Usage
+    seed: int  #: what repeats it

@@ -13,6 +13,7 @@ from dllm_client._errors import JobError
 from dllm_client._options import command, stderr
 from dllm_client._progress import progress_bar
 from dllm_client._types import Params, Result
+from dllm_client._watch import watch
 
 app = typer.Typer(
     help="Ask a dLLM-Serve server.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -31,8 +32,16 @@ def generate(
     params: Params,
     as_json: Json = False,
     timeout: Timeout = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Watch the denoising; with --json, event by event.")
+    ] = False,
 ) -> None:
     """Generate a text and print it."""
+    if stream:
+        if timeout is not None:
+            raise typer.BadParameter("--timeout is for jobs; with --stream use --deadline")
+        watch(client.stream(_read(prompt), **params), as_json=as_json)
+        return
     request_id = client.submit(_read(prompt), **params)
     _print(client.wait(request_id, timeout), as_json)
 

@@ -32,7 +32,7 @@ from dllm_client._errors import (
     UnavailableError,
     UnexpectedResponseError,
 )
-from dllm_client._types import Sampling
+from dllm_client._types import Sampling, Usage
 
 UNARY_MODEL = "dllm_unary"
 STREAM_MODEL = "dllm"
@@ -93,16 +93,6 @@ _REQUEST_ID = re.compile(r"^\[request id: [^\]]*\] ")
 
 #: A text, which the model sees as it is, or chat messages for the checkpoint's own template.
 Prompt = str | Sequence[Mapping[str, str]]
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What a request cost, so far or in all."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    steps: int
-    forward_passes: int
 
 
 @dataclass(frozen=True, slots=True)

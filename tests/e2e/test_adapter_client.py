@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 from dllm_client import (
+    Answer,
     AsyncClient,
     BadRequestError,
     Client,
     JobCancelledError,
     JobFailedError,
     NotFoundError,
+    Step,
     UnavailableError,
 )
 from dllm_client.triton import TritonClient
@@ -47,6 +49,17 @@ async def test_generate_async(client: Client, adapter: AdapterServer) -> None:
     async with AsyncClient(adapter.url) as other:
         assert await other.health() == "ok"
         assert await other.generate("one", gen_length=16) == client.generate("one", gen_length=16)
+
+
+def test_stream(client: Client, adapter: AdapterServer) -> None:
+    """`stream` yields a step for each denoising step, then the answer that `generate` returns."""
+    *steps, answer = client.stream("one", gen_length=16, ignore_eos=True)
+    assert isinstance(answer, Answer)
+    assert answer.text == client.generate("one", gen_length=16, ignore_eos=True)
+    committed = [one for step in steps if isinstance(step, Step) for one in step.committed]
+    assert sorted(one.position for one in committed) == list(range(16))
+    printed = dllm(adapter, "generate", "one", "--gen-length", "16", "--stream").stdout
+    assert printed == client.generate("one", gen_length=16) + "\n"
 
 
 def test_cancel(client: Client) -> None:

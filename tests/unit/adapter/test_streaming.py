@@ -4,6 +4,7 @@ import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -125,6 +126,17 @@ async def test_given_tokens_are_not_committed(api: RunningApp, engine: ScriptedE
 
     assert committed(steps) == [0, 2]
     assert steps[0][1]["canvas"][1::2] == ["<1>", "<3>"]
+
+
+async def test_no_text_ends_a_line(api: RunningApp, engine: ScriptedEngine) -> None:
+    """Characters that some clients take for ends of lines are escaped, and arrive."""
+    text = "a\u2028b\u2029c\x85d\r\ne"
+    last = denoising(1)[0]
+    engine.scripts = [[replace(last, text=text)]]
+    answer = await api.client.post(STREAM, json={"prompt": "hello"})
+
+    assert len(answer.text.splitlines()) == len(answer.text.split("\n")) - 1
+    assert events_of(answer.text)[-1][1]["text"] == text
 
 
 async def test_limits_and_fields_are_those_of_generate(api: RunningApp) -> None:

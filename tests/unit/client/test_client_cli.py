@@ -6,7 +6,8 @@ from pathlib import Path
 import httpx
 import pytest
 from client_fakes import Script, job, submitted
-from dllm_client import Client, _options
+from dllm_client import Block, Client, Committed, Step, _options
+from dllm_client._watch import canvas
 from dllm_client.cli import app
 from typer.testing import CliRunner, Result
 
@@ -58,6 +59,34 @@ def test_generate_prints_the_text(dllm: Dllm) -> None:
         "cfg_scale": 1.5,
         "stop": ["x", "y"],
     }
+
+
+def test_generate_streams(dllm: Dllm) -> None:
+    """Into a pipe, --stream prints text as it becomes final; with --json, event by event."""
+    block = {"index": 0, "start": 0, "end": 2}
+    usage = {"prompt_tokens": 1, "completion_tokens": 2, "steps": 2, "forward_passes": 2}
+    step = {"step": 1, "block": block, "canvas": ["a", None], "committed": [], "final_text": "a"}
+    done = {"text": "ab", "finish_reason": "stop", "usage": usage, "seed": 7}
+    body = f"event: step\ndata: {json.dumps(step)}\n\nevent: done\ndata: {json.dumps(done)}\n\n"
+    dllm.script.answers = [httpx.Response(200, content=body.encode())]
+
+    outcome = dllm("generate", "hi", "--stream", "--priority", "1", "--deadline", "5")
+    assert (outcome.exit_code, outcome.stdout, outcome.stderr) == (0, "ab\n", "")
+    assert dllm.sent == {"prompt": "hi", "priority": 1, "timeout": 5}
+    printed = dllm("generate", "hi", "--stream", "--json").stdout.splitlines()
+    assert [json.loads(line) for line in printed] == [step, done]
+    assert dllm("generate", "hi", "--stream", "--timeout", "5").exit_code == 2
+
+
+def test_terminal_shows_the_canvas() -> None:
+    """Masks are visible, and what is new stands out."""
+    step = Step(3, Block(0, 0, 3), ["a", None, "b"], [Committed(2, 7, "b", 0.9)], "a")
+    shown = canvas(step)
+    assert shown.plain == "a░b"
+    assert [(span.start, span.end, span.style) for span in shown.spans] == [
+        (1, 2, "dim"),
+        (2, 3, "bold green"),
+    ]
 
 
 def test_prompt_from_standard_input(dllm: Dllm) -> None:
