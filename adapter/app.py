@@ -48,11 +48,11 @@ def create_app(
     is whoever else than the settings' gets the spans.
     """
     chosen = load_settings() if settings is None else settings
+    configure_logging(chosen.log_level, chosen.log_format)
     tracing = tracer or make_tracer(enabled=chosen.tracing)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        configure_logging(chosen.log_level, chosen.log_format)
         async with AsyncExitStack() as stack:
             found = engines or {url: _triton(chosen, url) for url in chosen.triton_urls}
             stack.callback(tracing.close)

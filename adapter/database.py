@@ -11,6 +11,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from adapter.errors import StoreUnavailable
+from adapter.metrics import timed
 from adapter.schema import upgrade_schema
 
 LOCK_WAIT_SECONDS = 15.0
@@ -43,14 +44,14 @@ class Database:
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
         """A transaction that only reads."""
-        with _mapped_errors():
+        with timed("read"), _mapped_errors():
             async with self._engine.begin() as connection:
                 yield connection
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncConnection]:
         """A transaction that writes, committed on leaving; on SQLite the only one of its time."""
-        with _mapped_errors():
+        with timed("write"), _mapped_errors():
             async with self._writer.begin() as connection:
                 yield connection
 

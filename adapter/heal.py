@@ -39,13 +39,13 @@ class HealStore:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._database = database
-        self._engine = engine
+        self.engine = engine
         self._owner = owner
         self._clock = clock
 
     async def read(self) -> EngineRecord:
         """The record, made on first sight."""
-        query = select(engine_heal).where(engine_heal.c.engine == self._engine)
+        query = select(engine_heal).where(engine_heal.c.engine == self.engine)
         async with self._database.read() as connection:
             row = (await connection.execute(query)).one_or_none()
         now = self._clock()
@@ -61,7 +61,7 @@ class HealStore:
 
     async def publish_life(self) -> None:
         """Tell the other workers that the engine has answered just now."""
-        await self._update(engine_heal.c.engine == self._engine, last_life=self._clock())
+        await self._update(engine_heal.c.engine == self.engine, last_life=self._clock())
 
     async def begin(self, *, epoch: int, lease: float) -> bool:
         """Become the one who replaces the engine of `epoch`. False if somebody else is or was."""
@@ -100,12 +100,12 @@ class HealStore:
         return engine_heal.c.healer == self._owner
 
     async def _update(self, *conditions: ColumnElement[bool], **values: object) -> bool:
-        change = update(engine_heal).where(engine_heal.c.engine == self._engine, *conditions)
+        change = update(engine_heal).where(engine_heal.c.engine == self.engine, *conditions)
         async with self._database.write() as connection:
             return (await connection.execute(change.values(**values))).rowcount == 1
 
     async def _create(self, now: float) -> None:
-        row = insert(engine_heal).values(engine=self._engine, epoch=0, last_life=now)
+        row = insert(engine_heal).values(engine=self.engine, epoch=0, last_life=now)
         with suppress(IntegrityError):  # another worker was first
             async with self._database.write() as connection:
                 await connection.execute(row)

@@ -1,13 +1,14 @@
 """Replacing a dead engine, one worker at a time."""
 
 import asyncio
-import logging
 
 from adapter.errors import EngineError, ModelControlRefused
 from adapter.generation import Engine
 from adapter.heal import HealStore
+from adapter.logs import get_logger
+from adapter.metrics import ENGINE_RELOADS
 
-logger = logging.getLogger("adapter")
+log = get_logger()
 
 #: A healer that is silent for longer is taken to have died, and another worker begins anew.
 LEASE_SECONDS = 15.0
@@ -22,6 +23,7 @@ class Healer:
         self._store = store
         self._enabled = enabled
         self._not_before = 0.0
+        ENGINE_RELOADS.labels(store.engine)  # shown before the first
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -52,22 +54,28 @@ class Healer:
         await self._store.abandon()
 
     async def _replace(self, epoch: int) -> None:
-        logger.warning("engine_reload_started epoch=%d", epoch)
+        log.warning("engine_reload_started", engine=self._store.engine, epoch=epoch)
         try:
             await self._engine.reload()
         except ModelControlRefused as error:
             self._enabled = False
-            logger.error("engine_reload_refused hint=--model-control-mode=explicit error=%s", error)
+            log.error(
+                "engine_reload_refused",
+                engine=self._store.engine,
+                hint="--model-control-mode=explicit",
+                error=str(error),
+            )
             await self._store.abort()
         except EngineError as error:
             # The model may be unloaded now: the record stays claimed until its lease runs out.
-            logger.error("engine_reload_failed epoch=%d error=%s", epoch, error)
+            log.error("engine_reload_failed", engine=self._store.engine, error=str(error))
         else:
             await self._store.finish()
-            logger.warning("engine_reload_finished epoch=%d", epoch + 1)
+            ENGINE_RELOADS.labels(self._store.engine).inc()
+            log.warning("engine_reload_finished", engine=self._store.engine, epoch=epoch + 1)
 
     def _collect(self) -> None:
         """Log what the last attempt has raised, such as a database that was away."""
         if self._task is not None and (error := self._task.exception()) is not None:
-            logger.error("engine_reload_broken", exc_info=error)
+            log.error("engine_reload_broken", engine=self._store.engine, exc_info=error)
         self._task = None

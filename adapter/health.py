@@ -1,7 +1,6 @@
 """Is the engine alive? One monitor per worker, agreeing with the others through `HealStore`."""
 
 import asyncio
-import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -12,9 +11,11 @@ from adapter.errors import EngineDead, EngineError, InvalidRequest, Overloaded, 
 from adapter.generation import Engine
 from adapter.heal import EngineRecord, HealStore
 from adapter.healer import Healer
+from adapter.logs import get_logger
 from adapter.loops import Loop
+from adapter.metrics import ENGINE_READY
 
-logger = logging.getLogger("adapter")
+log = get_logger()
 
 MAX_TICK_SECONDS = 1.0
 
@@ -110,6 +111,7 @@ class EngineMonitor:
 
     async def __aenter__(self) -> Self:
         self._last_life = _now()
+        ENGINE_READY.labels(self._store.engine).set(0)
         await self._exit.enter_async_context(self._loop)
         return self
 
@@ -126,7 +128,7 @@ class EngineMonitor:
         try:
             await self._healer.stop()
         except StoreUnavailable as failure:
-            logger.warning("engine_record_kept error=%s", failure)
+            log.warning("engine_record_kept", error=str(failure))
 
     async def _step(self) -> float:
         record = await self._store.read()
@@ -148,7 +150,7 @@ class EngineMonitor:
 
     def _adopt(self, epoch: int) -> None:
         if self._epoch is not None and epoch != self._epoch:
-            logger.warning("engine_replaced epoch=%d", epoch)
+            log.warning("engine_replaced", engine=self._store.engine, epoch=epoch)
             # What was known about its predecessor must not have the new one replaced as well.
             self._state = EngineState(ok=False, reason="the engine was restarted just now")
             self._next_generation()
@@ -229,8 +231,9 @@ class EngineMonitor:
         if state == self._state:
             return
         if state.ok != self._state.ok:
-            logger.warning("engine_state ok=%s reason=%s", state.ok, state.reason or "-")
+            log.warning("engine_state", engine=self._store.engine, ok=state.ok, reason=state.reason)
         self._state = state
+        ENGINE_READY.labels(self._store.engine).set(state.ok)
         self._notify()
 
     def _notify(self) -> None:

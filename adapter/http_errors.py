@@ -1,7 +1,5 @@
 """The one place where errors become HTTP answers."""
 
-import logging
-
 from fastapi import FastAPI, Request, Response
 from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
@@ -9,9 +7,10 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from adapter.errors import AdapterError
+from adapter.logs import get_logger
 from adapter.openai import errors as openai
 
-logger = logging.getLogger("adapter")
+log = get_logger()
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -24,9 +23,7 @@ def add_error_handlers(app: FastAPI) -> None:
 async def _adapter_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, AdapterError)
     if error.status >= 500:
-        logger.warning(
-            "request_failed path=%s status=%d error=%s", request.url.path, error.status, error
-        )
+        log.warning("call_failed", path=request.url.path, status=error.status, error=str(error))
     status, body = error.status, {"detail": str(error)}
     if openai.is_openai(request.url.path):
         status, body = openai.status_and_body(error)

@@ -7,7 +7,6 @@ or a salt. Several keys may have one name, which is how a key is replaced withou
 import argparse
 import hashlib
 import hmac
-import logging
 import re
 import secrets
 import sys
@@ -15,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from adapter.errors import SettingsError
+from adapter.logs import get_logger
 
-logger = logging.getLogger("adapter")
+log = get_logger()
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 HASH = re.compile(r"[0-9a-f]{64}")
@@ -66,10 +66,10 @@ class Keyring:
         try:
             self._read(self._file)
         except SettingsError as error:
-            logger.error("api_keys_not_read error=%s", error)
+            log.error("api_keys_not_read", error=str(error))
         except OSError as error:
             if self._signature is not None:
-                logger.error("api_keys_not_read error=%s", error)
+                log.error("api_keys_not_read", error=str(error))
             self._signature = None
 
     def _read(self, file: Path) -> None:

@@ -1,7 +1,6 @@
 """Requests whose caller stays on the line: no job is kept, and a caller who leaves cancels."""
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from types import TracebackType
@@ -18,9 +17,10 @@ from adapter.errors import (
 )
 from adapter.generation import DEFAULT_PRIORITY, Detail, Event, Inputs
 from adapter.health import EngineMonitor
+from adapter.logs import get_logger
 from adapter.pool import EnginePool
 
-logger = logging.getLogger("adapter")
+log = get_logger()
 
 
 class LiveRequest:
@@ -192,7 +192,7 @@ class LiveRequests:
     def _ended(self, task: asyncio.Task[None]) -> None:
         request = self._running.pop(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("live_request_broken", exc_info=error)
+            log.error("live_request_broken", exc_info=error)
             request.lose("the adapter met an error of its own")
 
     def _engines_changed(self) -> None:

@@ -1,12 +1,13 @@
 """A background loop that outlives whatever one of its steps raises."""
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Self
 
-logger = logging.getLogger("adapter")
+from adapter.logs import get_logger
+
+log = get_logger()
 
 
 class Loop:
@@ -59,7 +60,7 @@ class Loop:
             try:
                 pause = await self._step()
             except Exception as error:  # this frame must not die
-                logger.exception("loop_failed loop=%s", self._name)
+                log.exception("loop_failed", loop=self._name)
                 if self._on_error is not None:
                     self._on_error(error)
                 pause = self._error_pause

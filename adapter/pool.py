@@ -11,9 +11,11 @@ from contextlib import AsyncExitStack, aclosing
 from types import TracebackType
 from typing import Self
 
-from adapter.errors import EngineError, Overloaded, Unavailable
+from adapter.errors import EngineError, InvalidRequest, Overloaded, Unavailable
 from adapter.generation import DEFAULT_PRIORITY, Detail, Engine, Event, Inputs
 from adapter.health import EngineMonitor, EngineState
+from adapter.metrics import INFLIGHT, count_usage
+from adapter.tracing import TRACEPARENT, Tracer
 
 FIRST_PAUSE = 0.25
 LONGEST_PAUSE = 8.0
@@ -22,8 +24,11 @@ LONGEST_PAUSE = 8.0
 class Member:
     """One engine, whoever watches it, and what this worker has running there."""
 
-    def __init__(self, name: str, engine: Engine, monitor: EngineMonitor) -> None:
+    def __init__(
+        self, name: str, engine: Engine, monitor: EngineMonitor, *, tracer: Tracer
+    ) -> None:
         self.name = name
+        self._tracer = tracer
         self.engine = engine
         self.monitor = monitor
         self.inflight = 0
@@ -50,6 +55,9 @@ class Member:
     ) -> AsyncGenerator[Event, None]:
         """As `Engine.generate`, learning from what happens how the engine does."""
         self.inflight += 1
+        INFLIGHT.inc()
+        span = self._tracer.request(request_id)
+        TRACEPARENT.set(span.traceparent)
         try:
             events = self.engine.generate(
                 inputs, request_id=request_id, detail=detail, priority=priority
@@ -57,16 +65,25 @@ class Member:
             async with aclosing(events):
                 async for event in events:
                     self.monitor.saw_life()
+                    span.step(event)
                     if event.finish_reason:
                         self._pause = 0.0
+                        if event.usage is not None:
+                            count_usage(event.usage)
                     yield event
+        except InvalidRequest as error:
+            span.fail(error)
+            raise
         except EngineError as error:
+            span.fail(error)
             self._back_off()
             if not isinstance(error, Overloaded):
                 self.monitor.suspect()
             raise
         finally:
             self.inflight -= 1
+            INFLIGHT.dec()
+            span.end()
 
     def _back_off(self) -> None:
         now = _now()

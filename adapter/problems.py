@@ -19,6 +19,8 @@ class Problem(BaseModel):
     detail: str | list[FieldProblem]
 
 
-def problems(*codes: int | str, model: type[BaseModel] = Problem) -> dict[int | str, dict[str, Any]]:
+def problems(
+    *codes: int | str, model: type[BaseModel] = Problem
+) -> dict[int | str, dict[str, Any]]:
     """What the description of a call says of these status codes."""
     return {code: {"model": model} for code in codes}

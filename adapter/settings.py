@@ -31,6 +31,10 @@ class Settings(BaseSettings):
         default="sqlite+aiosqlite:///./dllm-jobs.db", description="where jobs live"
     )
     log_level: str = Field(default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
+    log_format: str = Field(
+        default="text", pattern="^(text|json)$", description="lines for people, or for machines"
+    )
+    tracing: bool = Field(default=False, description="OpenTelemetry traces; needs the extra `otel`")
 
     api_keys: str = Field(
         default="", description="keys that are admitted, as name:hash, with commas between them"

@@ -30,6 +30,7 @@ from adapter.generation import (
     InputValue,
     Usage,
 )
+from adapter.tracing import TRACEPARENT
 
 #: Data type of every input (`model_repository/dllm/config.pbtxt`).
 INPUT_TYPES: Mapping[str, str] = {
@@ -184,7 +185,9 @@ class TritonEngine:
         }
 
     async def _stream(self, request: dict[str, Any]) -> AsyncGenerator[Event, None]:
-        responses = self._client.stream_infer(_only(request))
+        traceparent = TRACEPARENT.get()
+        headers = {"traceparent": traceparent} if traceparent else None
+        responses = self._client.stream_infer(_only(request), headers=headers)
         try:
             async for result, error in responses:
                 if error is not None:

@@ -41,10 +41,15 @@ class Dropped:
 Outcome = Finished | Failed | Lost | Postponed | Dropped
 
 
-def describe(outcome: Outcome) -> str:
-    """For the log: the kind, and the reason if there is one."""
+def kind_of(outcome: Outcome) -> str:
+    """For log and metrics."""
+    return type(outcome).__name__.lower()
+
+
+def reason_of(outcome: Outcome) -> str | None:
+    """Why there is no result, if that is known."""
     match outcome:
         case Failed(reason) | Lost(reason) | Postponed(reason):
-            return f"{type(outcome).__name__.lower()} reason={reason!r}"
+            return reason
         case _:
-            return type(outcome).__name__.lower()
+            return None

@@ -1,12 +1,13 @@
 """Drives jobs through the engine: claims them, follows their streams, settles what became."""
 
 import asyncio
-import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self, assert_never
+
+import structlog
 
 from adapter.errors import (
     EngineDead,
@@ -24,14 +25,18 @@ from adapter.jobs.outcome import (
     Lost,
     Outcome,
     Postponed,
-    describe,
+    kind_of,
+    reason_of,
 )
 from adapter.jobs.store import JobStore
+from adapter.logs import get_logger
 from adapter.loops import Loop
+from adapter.metrics import JOB_QUEUE_SECONDS, JOB_RUN_SECONDS, JOBS_SETTLED
 from adapter.pool import EnginePool, Member
 from adapter.settings import Settings
+from adapter.tracing import TRACEPARENT
 
-logger = logging.getLogger("adapter")
+log = get_logger()
 
 MAX_TICK_SECONDS = 1.0
 PURGE_BATCH = 500
@@ -181,13 +186,17 @@ class JobRunner:
         if self._drives.get(drive.job.id) is drive:
             del self._drives[drive.job.id]
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("job_broken request_id=%d", drive.job.id, exc_info=error)
+            log.error("job_broken", job=drive.job.id, exc_info=error)
         self._on_done(drive.job.id)
         if self._full:
             self._claiming.wake()
 
     async def _run(self, drive: Drive) -> None:
         drive.started = True
+        job = drive.job
+        structlog.contextvars.bind_contextvars(job=job.id, request_id=job.terms.request_id)
+        TRACEPARENT.set(job.terms.traceparent)
+        JOB_QUEUE_SECONDS.observe(job.waited)
         try:
             outcome = drive.imposed or await self._follow(drive)
         except asyncio.CancelledError:
@@ -197,7 +206,10 @@ class JobRunner:
             task.uncancel()
             outcome = drive.imposed
         drive.settling = True
-        await self._settle(drive.job, outcome)
+        JOBS_SETTLED.labels(kind_of(outcome)).inc()
+        if isinstance(outcome, Finished):
+            JOB_RUN_SECONDS.observe(_now() - drive.opened_at)
+        await self._settle(job, outcome)
 
     async def _follow(self, drive: Drive) -> Outcome:
         """Read the stream to its end, or until the job's deadline."""
@@ -227,11 +239,11 @@ class JobRunner:
             try:
                 ours = await self._write(job, outcome)
             except StoreUnavailable as error:
-                logger.warning("job_not_saved request_id=%d error=%s", job.id, error)
+                log.warning("job_not_saved", error=str(error))
                 await asyncio.sleep(0.1 * 2**attempt)
             else:
-                logger.info(
-                    "job_settled request_id=%d ours=%s outcome=%s", job.id, ours, describe(outcome)
+                log.info(
+                    "job_settled", ours=ours, outcome=kind_of(outcome), reason=reason_of(outcome)
                 )
                 return
 
@@ -259,10 +271,10 @@ class JobRunner:
                 drives[job_id].impose(Dropped())
         self._lose_silent(list(drives.values()))
         if recovered := await self._store.recover():
-            logger.warning("jobs_recovered count=%d", recovered)
+            log.warning("jobs_recovered", count=recovered)
             self._claiming.wake()
         if expired := await self._store.expire():
-            logger.info("jobs_expired count=%d", expired)
+            log.info("jobs_expired", count=expired)
         await self._store.purge(ttl=self._result_ttl, limit=PURGE_BATCH)
         return min(MAX_TICK_SECONDS, self._lease / 3)
 

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 
 from adapter.errors import JobNotFound
 from adapter.generation import Inputs
-from adapter.jobs.job import STANDARD_TERMS, Job, Terms
+from adapter.jobs.job import STANDARD_TERMS, Job, JobState, Terms
 from adapter.jobs.runner import JobRunner
 from adapter.jobs.store import JobStore
 from adapter.jobs.watch import JobWatcher
+from adapter.metrics import JOBS_SUBMITTED
 
 
 class JobService:
@@ -28,6 +29,7 @@ class JobService:
     async def submit(self, requests: Sequence[Inputs], terms: Terms = STANDARD_TERMS) -> list[int]:
         """Queue all or none. Raises `TooManyJobs`."""
         ids = await self._store.add(requests, max_queued=self._max_queued, terms=terms)
+        JOBS_SUBMITTED.inc(len(ids))
         self._runner.wake()
         return ids
 
@@ -50,6 +52,10 @@ class JobService:
             self._runner.cancelled(job_id)
             self._watcher.notify(job_id)
         return await self._get(job_id, api_key)
+
+    async def undone(self) -> dict[JobState, int]:
+        """How many jobs wait, and how many run, at all workers together."""
+        return await self._store.undone()
 
     def stop(self) -> None:
         """This worker is about to end: let go of who waits, and take up no more jobs."""

@@ -75,7 +75,7 @@ async def test_model_left_unloaded_is_loaded_by_the_next_worker(
     database_url: str, database: Database
 ) -> None:
     """A worker that was killed between unload and load leaves work that the next one does."""
-    name = engine_name("127.0.0.1:8011", "dllm")
+    name = engine_name("engine:1", "dllm")
     ghost = HealStore(database, engine=name, owner="ghost")
     await ghost.read()
     await ghost.begin(epoch=0, lease=0.01)

@@ -281,7 +281,8 @@ async def test_unforeseen_error_does_not_keep_the_job(
     engine.scripts = [[KeyError("surprise")], [DONE]]
 
     assert DONE.text == (await api.result(await api.submit()))["text"]
-    assert "job_broken request_id=0" in caplog.text
+    assert "'job': 0, " in caplog.text
+    assert "job_broken" in caplog.text
     assert "surprise" in caplog.text
 
 
@@ -349,5 +350,5 @@ async def test_log_names_the_job_and_not_the_prompt(
     await api.result(await api.submit("a secret"))
     await asyncio.sleep(0.02)
 
-    assert "request_id=0" in caplog.text
+    assert "'job': 0, " in caplog.text
     assert "secret" not in caplog.text

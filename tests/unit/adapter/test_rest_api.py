@@ -393,4 +393,5 @@ async def test_openapi_describes_the_calls(api: RunningApp) -> None:
         "/v1/result/{request_id}",
         "/v1/health",
         "/v1/livez",
+        "/metrics",
     } == set(paths)

@@ -1,0 +1,72 @@
+"""The log: events with fields, as lines for people or as JSON for machines.
+
+Fields never hold what users write or what admits them: no prompt, no text, no key.
+"""
+
+import logging
+import sys
+from typing import cast
+
+import structlog
+from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
+
+NAME = "adapter"
+
+
+def _component(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    event.pop("color_message", None)  # uvicorn's copy of its message, for terminals
+    return event
+
+
+SHARED: list[Processor] = [
+    structlog.contextvars.merge_contextvars,
+    structlog.stdlib.add_log_level,
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+    _component,
+]
+
+structlog.configure(
+    processors=[
+        structlog.stdlib.filter_by_level,
+        *SHARED,
+        structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+    ],
+    logger_factory=structlog.stdlib.LoggerFactory(),
+    wrapper_class=structlog.stdlib.BoundLogger,
+    cache_logger_on_first_use=True,
+)
+
+
+def get_logger() -> FilteringBoundLogger:
+    """The adapter's logger: `log.info("job_settled", job=3)`."""
+    return cast(FilteringBoundLogger, structlog.stdlib.get_logger(NAME))
+
+
+def configure_logging(level: str, kind: str) -> None:
+    """Write our log to stderr, and with `json` uvicorn's too.
+
+    Whoever starts us may have arranged for the log otherwise; then lines stay with them.
+    """
+    ours = logging.getLogger(NAME)
+    ours.setLevel(level)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_formatter(kind))
+    if not ours.hasHandlers():
+        ours.addHandler(handler)
+        # Every call is an event of ours, with more fields.
+        logging.getLogger("uvicorn.access").disabled = True
+    if kind == "json":
+        for name in ("uvicorn", "uvicorn.error"):
+            theirs = logging.getLogger(name)
+            theirs.handlers, theirs.propagate = [handler], False
+
+
+def _formatter(kind: str) -> logging.Formatter:
+    processors: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
+    if kind == "json":
+        processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    else:
+        processors += [structlog.dev.ConsoleRenderer(colors=False, pad_event_to=0)]
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=[*SHARED, structlog.stdlib.ExtraAdder()], processors=processors
+    )

@@ -1,0 +1,265 @@
+"""Watching the adapter: request ids, log, metrics, traces, dashboard."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from adapter_fakes import (
+    DONE,
+    HANG,
+    SIGN_OF_LIFE,
+    RunningApp,
+    ScriptedEngine,
+    fast_settings,
+    running_app,
+    until,
+)
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind
+from prometheus_client.parser import text_string_to_metric_families
+
+from adapter.app import create_app
+from adapter.errors import EngineFailure, InvalidRequest
+from adapter.otel import OtelTracer
+from launcher.ports import free_port
+
+ROOT = Path(__file__).parents[3]
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+@pytest.fixture
+def engine() -> ScriptedEngine:
+    """An engine that answers at once."""
+    return ScriptedEngine()
+
+
+@pytest.fixture
+async def api(database_url: str, engine: ScriptedEngine) -> AsyncIterator[RunningApp]:
+    """A worker."""
+    async with running_app(fast_settings(database_url), engine) as running:
+        await until(lambda: running.monitor.state.ok)
+        yield running
+
+
+async def test_request_id_of_the_caller_reaches_the_engine(
+    api: RunningApp, engine: ScriptedEngine
+) -> None:
+    """A call's id comes back with the answer, and the engine's request carries it with the job."""
+    headers = {"X-Request-ID": "order-7.b"}
+    answer = await api.client.post("/v1/generate", json={"prompt": "a"}, headers=headers)
+    await api.result(0)
+
+    assert answer.headers["x-request-id"] == "order-7.b"
+    assert engine.request_ids == ["0-order-7.b"]
+
+
+@pytest.mark.parametrize("given", [None, "", "a b", "x" * 129, 'a"b', "ü"])
+async def test_calls_without_a_usable_id_get_one(api: RunningApp, given: str | None) -> None:
+    """An id that could disturb a log is not taken over, and every answer has one of its own."""
+    headers = {} if given is None else {"X-Request-ID": given.encode()}
+    answers = [await api.client.get("/v1/result/9", headers=headers) for _ in range(2)]
+
+    ids = [answer.headers["x-request-id"] for answer in answers]
+    assert len(set(ids)) == 2
+    assert all(re.fullmatch("[0-9a-f]{32}", one) for one in ids)
+
+
+async def samples(api: RunningApp) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    answer = await api.client.get("/metrics")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain")
+    return {
+        (sample.name.removeprefix("dllm_adapter_"), frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+
+
+class Growth:
+    """How much each sample has grown since this was made."""
+
+    def __init__(self, before: dict[Any, float]) -> None:
+        self.before = before
+
+    async def now(self, api: RunningApp, name: str, **labels: str) -> float:
+        key = (name, frozenset(labels.items()))
+        return (await samples(api)).get(key, 0.0) - self.before.get(key, 0.0)
+
+
+async def test_metrics_tell_what_happened(api: RunningApp, engine: ScriptedEngine) -> None:
+    """Jobs, tokens, passes and calls are counted, and their times are taken."""
+    engine.scripts = [[DONE], [InvalidRequest("steps: no")], [EngineFailure("x")], [DONE], [HANG]]
+    growth = Growth(await samples(api))
+    for number in range(3):
+        await api.submit()
+        await api.result(number)
+    await api.submit()
+    await until(lambda: len(engine.requests) == 5)
+
+    async def grown(name: str, **labels: str) -> float:
+        return await growth.now(api, name, **labels)
+
+    assert await grown("jobs_submitted_total") == 4
+    settled = [await grown("jobs_settled_total", outcome=o) for o in ("finished", "failed", "lost")]
+    assert settled == [2, 1, 1]
+    assert await grown("tokens_total", kind="prompt") == 6
+    assert await grown("tokens_total", kind="completion") == 64
+    assert await grown("forward_passes_total") == 64
+    assert await grown("denoising_steps_total") == 64
+    assert await grown("job_queue_seconds_count") == 5
+    assert await grown("job_run_seconds_count") == 2
+    assert await grown("inflight_requests") == 1
+    posts = {"method": "POST", "route": "/v1/generate"}
+    assert await grown("http_requests_total", status="200", **posts) == 4
+    assert await grown("http_request_seconds_count", **posts) == 4
+    assert await grown("store_seconds_count", kind="write") > 4
+    now = await samples(api)
+    assert now[("jobs", frozenset({("state", "running")}))] == 1
+    assert now[("jobs", frozenset({("state", "queued")}))] == 0
+    assert any(name == "engine_ready" and value == 1 for (name, _), value in now.items())
+
+
+async def test_unknown_paths_make_one_series(api: RunningApp) -> None:
+    """Whoever asks for nonsense does not fill the metrics, nor do ids of jobs."""
+    growth = Growth(await samples(api))
+    for path in ("/a", "/b", "/v1/result/1", "/v1/result/2"):
+        await api.client.get(path)
+
+    get = {"method": "GET", "status": "404"}
+    assert await growth.now(api, "http_requests_total", route="none", **get) == 2
+    route = "/v1/result/{request_id}"
+    assert await growth.now(api, "http_requests_total", route=route, **get) == 2
+
+
+async def test_dashboard_shows_metrics_that_exist(api: RunningApp) -> None:
+    """Each metric that the Grafana dashboard names is exported, by us or by the engine."""
+    await api.result(await api.submit())
+    page = (await api.client.get("/metrics")).text
+    engine_side = (ROOT / "model_repository/dllm/1/dllm_metrics.py").read_text()
+    dashboard = json.loads((ROOT / "deploy/grafana-dashboard.json").read_text())
+    queries = [t["expr"] for panel in dashboard["panels"] for t in panel.get("targets", [])]
+    named = set(re.findall(r"\b(?:dllm|nv)_\w+", " ".join(queries)))
+    assert len(named) > 15
+    triton = {"nv_inference_queue_duration_us", "nv_inference_pending_request_count"}
+    for name in named - triton:
+        if name.startswith("dllm_adapter_"):
+            assert re.search(rf"^{name}[ {{]", page, re.MULTILINE), name
+        else:
+            assert f'"{name}"' in engine_side, name
+
+
+class Spans:
+    """A tracer whose spans stay here."""
+
+    def __init__(self) -> None:
+        self.exporter = InMemorySpanExporter()
+        provider = TracerProvider()
+        provider.add_span_processor(SimpleSpanProcessor(self.exporter))
+        self.tracer = OtelTracer(provider)
+
+    def of(self, kind: SpanKind) -> list[Any]:
+        return [span for span in self.exporter.get_finished_spans() if span.kind == kind]
+
+
+async def test_trace_leads_from_the_call_to_the_denoising_steps(database_url: str) -> None:
+    """A job's span is a child of the call that submitted it, in its caller's trace."""
+    spans = Spans()
+    engine = ScriptedEngine([[SIGN_OF_LIFE, SIGN_OF_LIFE, DONE]])
+    app = create_app(fast_settings(database_url), engines={"engine:1": engine}, tracer=spans.tracer)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://a") as client,
+    ):
+        await client.post(
+            "/v1/generate", json={"prompt": "a"}, headers={"traceparent": TRACEPARENT}
+        )
+        await client.get("/v1/result/0", params={"wait": 5})
+        await until(lambda: bool(spans.of(SpanKind.CLIENT)))
+        submit = next(s for s in spans.of(SpanKind.SERVER) if "generate" in s.name)
+        (denoise,) = spans.of(SpanKind.CLIENT)
+
+    assert submit.context.trace_id == denoise.context.trace_id == int(TRACEPARENT[3:35], 16)
+    assert submit.parent.span_id == int(TRACEPARENT[36:52], 16)
+    assert denoise.parent.span_id == submit.context.span_id
+    assert submit.attributes["http.route"] == "/v1/generate"
+    assert submit.attributes["http.response.status_code"] == 200
+    assert [event.name for event in denoise.events] == ["denoising"] * 3
+    assert denoise.events[-1].attributes["finish_reason"] == "length"
+    assert denoise.events[-1].attributes["forward_passes"] == 32
+    assert denoise.attributes["triton.request_id"].startswith("0-")
+
+
+async def test_failed_request_fails_its_span(database_url: str) -> None:
+    """What the engine says against a request is the status of its span."""
+    spans = Spans()
+    engine = ScriptedEngine([[InvalidRequest("steps: no")]])
+    app = create_app(fast_settings(database_url), engines={"engine:1": engine}, tracer=spans.tracer)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://a") as client,
+    ):
+        await client.post("/v1/generate", json={"prompt": "a"})
+        await until(lambda: bool(spans.of(SpanKind.CLIENT)))
+    (denoise,) = spans.of(SpanKind.CLIENT)
+    assert denoise.status.description == "InvalidRequest: steps: no"
+
+
+def test_opentelemetry_is_loaded_only_when_asked_for() -> None:
+    """Without tracing the extra may be missing."""
+    code = "import sys, adapter.app; assert 'opentelemetry.sdk' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.fixture
+def log_of(tmp_path: Path, database_url: str):  # type: ignore[no-untyped-def]
+    """Run a real worker with these settings, make some calls, and return what it has written."""
+
+    def run(**settings: str) -> list[str]:
+        port = free_port()
+        environment = {
+            "DLLM_DATABASE_URL": database_url,
+            "DLLM_TRITON_URL": f"127.0.0.1:{free_port()}",
+            **settings,
+        }
+        command = [sys.executable, "-m", "uvicorn", "adapter.app:app", "--port", str(port)]
+        log = tmp_path / "log"
+        with log.open("wb") as file:
+            process = subprocess.Popen(command, env=environment, stderr=file, stdout=file)
+        try:
+            transport = httpx.HTTPTransport(retries=20)
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=transport) as client:
+                headers = {"X-Request-ID": "call-1", "X-API-Key": "sesame"}
+                body = {"prompt": "a secret"}
+                client.post("/v1/generate", json=body, headers=headers)
+        finally:
+            process.terminate()
+            process.wait(30)
+        return log.read_text().splitlines()
+
+    return run
+
+
+def test_json_log_has_one_object_a_line(log_of: Any) -> None:
+    """Every line, uvicorn's too, is JSON with time, level and event; calls have their ids."""
+    lines = [json.loads(line) for line in log_of(DLLM_LOG_FORMAT="json")]
+    assert all({"timestamp", "level", "event"} <= line.keys() for line in lines)
+    (call,) = [line for line in lines if line["event"] == "call"]
+    assert (call["request_id"], call["path"], call["status"]) == ("call-1", "/v1/generate", 200)
+    assert any("Uvicorn running" in line["event"] for line in lines)
+
+
+@pytest.mark.parametrize("kind", ["json", "text"])
+def test_log_keeps_secrets(log_of: Any, kind: str) -> None:
+    """Neither what users write nor what admits them is in the log, at any level."""
+    text = "\n".join(log_of(DLLM_LOG_FORMAT=kind, DLLM_LOG_LEVEL="DEBUG"))
+    assert "call-1" in text
+    assert "secret" not in text
+    assert "sesame" not in text
