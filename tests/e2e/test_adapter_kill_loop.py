@@ -1,0 +1,157 @@
+"""kill -9 of everything, again and again: no accepted job is lost, and none is run twice over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from launcher.tritonserver import TritonServer
+from tests.conftest import StartAdapter
+from tests.support.servers import AdapterServer, eventually, metric, stub_of, triton_server
+
+QUICK = {
+    "DLLM_LEASE_SECONDS": "3",
+    "DLLM_PROBE_INTERVAL": "0.5",
+    "DLLM_STREAM_INTERVAL": "0.5",
+    "DLLM_ENGINE_SILENCE": "20",
+    "DLLM_MAX_INFLIGHT": "8",
+}
+#: Sampled without a seed: a job that ran twice would not have the same text again.
+UNIQUE = {"temperature": 1.0, "gen_length": 64, "ignore_eos": True}
+
+
+@pytest.fixture
+def mortal(checkpoint: Path, tmp_path: Path) -> Iterator[TritonServer]:
+    """A tritonserver that the test may harm."""
+    with triton_server(checkpoint, log_file=tmp_path / "triton.log") as server:
+        yield server
+
+
+def kill_a_worker(adapter: AdapterServer, _: TritonServer) -> None:
+    victim = adapter.worker_processes()[0]
+    victim.kill()
+    victim.wait(30)
+
+
+def kill_all_workers(adapter: AdapterServer, _: TritonServer) -> None:
+    adapter.kill()
+    adapter.start()
+
+
+def kill_the_engine(_: AdapterServer, triton: TritonServer) -> None:
+    stub_of(triton, "dllm").kill()
+
+
+def kill_tritonserver(_: AdapterServer, triton: TritonServer) -> None:
+    psutil.Process(triton.pid).kill()
+    triton.stop()
+    triton.start()
+
+
+class Ledger:
+    """What was accepted, and what was seen of it: a result that was seen once must stay."""
+
+    def __init__(self, adapter: AdapterServer) -> None:
+        self.adapter = adapter
+        self.accepted: list[int] = []
+        self.seen: dict[int, tuple[object, object, object]] = {}
+
+    def submit(self, count: int) -> None:
+        """Submit; a call that dies with its worker has accepted nothing that we know of."""
+        with suppress(requests.ConnectionError):
+            prompts = [f"prompt {n}" for n in range(count)]
+            self.accepted += self.adapter.submit_batch(prompts, **UNIQUE)
+
+    def look(self) -> None:
+        """Poll everything that is not known to be done."""
+        for job in self.accepted:
+            with suppress(requests.ConnectionError):
+                body = self.adapter.result(job)
+                if body["status"] != "running":
+                    now = (body["status"], body["text"], body.get("error"))
+                    assert self.seen.setdefault(job, now) == now, "a result has changed"
+
+    @property
+    def settled(self) -> bool:
+        """Everything that was accepted is done."""
+        self.look()
+        return len(self.seen) == len(self.accepted)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_kills_in_a_loop(
+    start_adapter: StartAdapter,
+    mortal: TritonServer,
+    database: str,
+    request: pytest.FixtureRequest,
+) -> None:
+    """After kills of workers, adapter, engine and server every job is finished or has a reason."""
+    settings = dict(QUICK)
+    if database == "postgresql":
+        settings["DLLM_DATABASE_URL"] = request.getfixturevalue("postgres").fresh_database()
+    adapter = start_adapter(mortal, workers=2, **settings)
+    ledger = Ledger(adapter)
+    for kill in (
+        kill_a_worker,
+        kill_the_engine,
+        kill_all_workers,
+        kill_tritonserver,
+        kill_a_worker,
+        kill_all_workers,
+    ):
+        ledger.submit(24)
+        before = len(ledger.seen)
+        eventually(lambda: ledger.look() or len(ledger.seen) > before, "something is done")  # noqa: B023
+        kill(adapter, mortal)
+        ledger.look()
+    eventually(lambda: adapter.health() == 200, "the engine is back")
+    eventually(lambda: ledger.settled, "all jobs are done", seconds=300)
+
+    assert len(set(ledger.accepted)) == len(ledger.accepted) >= 5 * 24
+    finished = [text for status, text, _ in ledger.seen.values() if status == "finished"]
+    failed = [error for status, _, error in ledger.seen.values() if status == "failed"]
+    assert len(finished) + len(failed) == len(ledger.accepted)
+    assert len(set(finished)) == len(finished)
+    assert all(str(error).startswith("given up after 3 attempts: ") for error in failed)
+    assert len(failed) <= len(finished) / 10, failed
+    fresh = adapter.submit("next", gen_length=8)
+    assert fresh > max(ledger.accepted)
+    assert adapter.finished(fresh) is not None
+
+
+def test_one_of_two_tritonservers_is_killed(
+    checkpoint: Path, tmp_path: Path, start_adapter: StartAdapter
+) -> None:
+    """Both take their share; when one dies the other goes on alone, and its jobs move there."""
+    with ExitStack() as stack:
+        one, two = (
+            stack.enter_context(triton_server(checkpoint, log_file=tmp_path / f"{name}.log"))
+            for name in ("one", "two")
+        )
+        urls = f"{one.grpc_url},{two.grpc_url}"
+        adapter = start_adapter(one, workers=2, **{**QUICK, "DLLM_TRITON_URL": urls})
+        jobs = adapter.submit_batch([f"prompt {n}" for n in range(48)], **UNIQUE)
+        eventually(
+            lambda: "finished" in adapter.statuses(jobs[:12]), "the first of the jobs are done"
+        )
+        both = [metric(server, "dllm_running_requests") for server in (one, two)]
+        assert both[0] + both[1] > 0
+        psutil.Process(two.pid).kill()
+        assert adapter.health() == 200
+        texts = [adapter.finished(job) for job in jobs]
+        assert len(set(texts)) == len(jobs)
+
+        two.stop()
+        two.start()
+        stub_of(one, "dllm").kill()
+        more = adapter.submit_batch([f"prompt {n}" for n in range(24)], **UNIQUE)
+        assert len({adapter.finished(job) for job in more}) == len(more)
+        eventually(
+            lambda: metric(two, "dllm_requests_finished_total") > 0, "the other has done its part"
+        )
