@@ -19,8 +19,6 @@ class Problem(BaseModel):
     detail: str | list[FieldProblem]
 
 
-def problems(
-    *codes: int | str, model: type[BaseModel] = Problem
-) -> dict[int | str, dict[str, Any]]:
-    """What the description of a call says of these status codes."""
-    return {code: {"model": model} for code in codes}
+def problems(model: type[BaseModel] = Problem) -> dict[int | str, dict[str, Any]]:
+    """What the description of a call says of every status that is no success."""
+    return {codes: {"model": model} for codes in ("4XX", "5XX")}

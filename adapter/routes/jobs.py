@@ -6,9 +6,10 @@ from fastapi import APIRouter, Query
 
 from adapter.deps import CallerDep, JobsDep, SettingsDep
 from adapter.limits import check_limits
+from adapter.problems import problems
 from adapter.schemas import BatchRequest, GenerateRequest, Result, Submitted
 
-router = APIRouter(prefix="/v1", tags=["jobs"])
+router = APIRouter(prefix="/v1", tags=["jobs"], responses=problems())
 
 MAX_WAIT_SECONDS = 60
 

@@ -27,7 +27,7 @@ _CHUNKS: dict[int | str, dict[str, Any]] = {
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
     }
 }
-_FAULTS = problems("4XX", "5XX", model=ErrorAnswer)
+_FAULTS = problems(ErrorAnswer)
 
 
 def _runner(request: Request, caller: CallerDep, live: LiveDep, settings: SettingsDep) -> Runner:
@@ -66,13 +66,13 @@ async def chat_completions(
     return shape.whole(await runner.results([request]))
 
 
-@router.get("/models", responses=problems("4XX", model=ErrorAnswer))
+@router.get("/models", responses=_FAULTS)
 async def models(settings: SettingsDep) -> ModelList:
     """The models that may be asked for."""
     return ModelList(data=[Model(id=_name(settings), created=STARTED)])
 
 
-@router.get("/models/{model:path}", responses=problems("4XX", model=ErrorAnswer))
+@router.get("/models/{model:path}", responses=_FAULTS)
 async def one_model(model: str, settings: SettingsDep) -> Model:
     """The model, if it may be asked for."""
     return Model(id=_served(model, settings), created=STARTED)

@@ -4,6 +4,7 @@ import secrets
 from typing import Any
 
 from fastapi import APIRouter, Request
+from fastapi.responses import StreamingResponse
 
 from adapter.connection import SETTLING_SECONDS, EventStream, unless_gone
 from adapter.denoising import CanvasView, denoising_events
@@ -21,7 +22,7 @@ _EVENTS: dict[int | str, dict[str, Any]] = {
         "content": {
             "text/event-stream": {
                 "schema": {"type": "string"},
-                "example": "event: step\ndata: {…}\n\nevent: done\ndata: {…}\n\n",
+                "example": 'event: error\ndata: {"error": "not done within the timeout of 1 s"}\n\n',
             }
         },
     }
@@ -30,9 +31,8 @@ _EVENTS: dict[int | str, dict[str, Any]] = {
 
 @router.post(
     "/generate/stream",
-    status_code=200,
-    response_class=EventStream,
-    responses=_EVENTS | problems(422, 429, 502, 503, 504),
+    response_class=StreamingResponse,
+    responses=_EVENTS | problems(),
 )
 async def generate_stream(
     body: GenerateRequest,
