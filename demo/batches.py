@@ -137,7 +137,10 @@ def mask_rows(rows: Rows, generator: torch.Generator, doubt: torch.Tensor) -> Ma
     behind = (offset - rows.answer[:, None]) / (length - rows.prompt - rows.answer + 1)[:, None]
     noise = torch.where(in_answer | (uniform(count, 1) < 0.5), noise, behind)
     hidden = torch.where(in_answer, noise < answer_share, (noise < tail_share) & in_canvas)
-    doubtful = in_canvas & (doubt < uniform(count, 1) ** 1.5)
+    # Half of these keep all but a few of the answer's tokens: the last steps of decoding.
+    last_steps = uniform(count, 1) * (rows.answer[:, None] + 2) / in_canvas.sum(1, keepdim=True)
+    reach = torch.where(uniform(count, 1) < 0.5, last_steps, uniform(count, 1) ** 1.5)
+    doubtful = in_canvas & (doubt < reach)
     hidden = torch.where(uniform(count, 1) < 0.5, doubtful, hidden)
 
     blocks = (rows.answer[:, None] + BLOCK - 1) // BLOCK

@@ -136,9 +136,10 @@ def build_layout(pages: KVPages, sequences: Sequences) -> PackedLayout:
             fresh.append(FreshGroup(row, count, shape[0], selection))
         first += count
     rows, places = _writes(pages, sequences)
+    layout = PackedLayout(len(sequences.owner), tuple(fresh), tuple(paged))
     if not len(rows):
-        return PackedLayout(tuple(fresh), tuple(paged))
-    return PackedLayout(tuple(fresh), tuple(paged), rows, places)
+        return layout
+    return dataclasses.replace(layout, write_rows=rows, write_places=places)
 
 
 def _writes(pages: KVPages, sequences: Sequences) -> tuple[Tensor, Tensor]:
@@ -173,7 +174,7 @@ def _paged_group(
     kept = (columns < num_rows).flatten().nonzero().squeeze(1)
     return PagedGroup(
         query_rows=starts[members].unsqueeze(1) + torch.minimum(columns, num_rows - 1),
-        kept=kept,
+        kept=None if len(kept) == width * len(members) else kept,
         rows=slice(first_row, first_row + len(kept)),
         pages=pages.table[slots, sequences.twin[members], :num_pages],
         held=held,

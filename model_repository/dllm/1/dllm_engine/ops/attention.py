@@ -24,10 +24,12 @@ def packed_attention(
     Returns:
         [rows, num_heads * head_dim].
     """
-    out = torch.zeros_like(q)
+    out = torch.empty_like(q)
+    out[layout.num_rows :] = 0
     if layout.write_rows is not None and layout.write_places is not None:
         assert pages is not None
-        pages.write(layout.write_places, k[layout.write_rows], v[layout.write_rows])
+        rows = layout.write_rows
+        pages.write(layout.write_places, k.index_select(0, rows), v.index_select(0, rows))
     for group in layout.fresh:
         _attend_fresh(out, q, k, v, group)
         if group.selection is not None:
@@ -52,13 +54,18 @@ def _attend_fresh(out: Tensor, q: Tensor, k: Tensor, v: Tensor, group: FreshGrou
 
 
 def _attend_paged(out: Tensor, q: Tensor, group: PagedGroup, pages: LayerPages) -> None:
-    keys = pages.keys[group.pages].flatten(1, 2)
-    values = pages.values[group.pages].flatten(1, 2)
+    # Whole pages and rows are copied by index_select; plain indexing goes number by number.
     mixed = F.scaled_dot_product_attention(
-        q[group.query_rows].transpose(1, 2),
-        keys.transpose(1, 2),
-        values.transpose(1, 2),
+        _take(q, group.query_rows).transpose(1, 2),
+        _take(pages.keys, group.pages).flatten(1, 2).transpose(1, 2),
+        _take(pages.values, group.pages).flatten(1, 2).transpose(1, 2),
         attn_mask=group.held,
-        enable_gqa=q.shape[1] != keys.shape[2],
+        enable_gqa=q.shape[1] != pages.keys.shape[2],
     )
-    out[group.rows] = mixed.transpose(1, 2).flatten(0, 1)[group.kept]
+    rows = mixed.transpose(1, 2).flatten(0, 1)
+    out[group.rows] = rows if group.kept is None else rows.index_select(0, group.kept)
+
+
+def _take(source: Tensor, index: Tensor) -> Tensor:
+    """source[index], for an index [G, n] into the first dimension."""
+    return source.index_select(0, index.flatten()).unflatten(0, index.shape)  # type: ignore[no-untyped-call,no-any-return]

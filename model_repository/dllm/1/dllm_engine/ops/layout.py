@@ -48,8 +48,8 @@ class PagedGroup:
 
     #: [G, Q] int64; packed rows. Shorter sequences repeat a row.
     query_rows: Tensor
-    #: [n] int64; where among the G × Q the group's n packed rows are, in order.
-    kept: Tensor
+    #: [n] int64; where among the G × Q the group's n packed rows are, in order; None: all are.
+    kept: Tensor | None
     #: Packed rows of the group.
     rows: slice
     #: [G, P] int64.
@@ -62,6 +62,8 @@ class PagedGroup:
 class PackedLayout:
     """The sequences of a step. Rows behind the last one are padding."""
 
+    #: Rows of all sequences together.
+    num_rows: int
     fresh: tuple[FreshGroup, ...]
     paged: tuple[PagedGroup, ...] = ()
     #: [n] int64: packed rows that are stored, and their places in the pool.
@@ -73,7 +75,7 @@ class PackedLayout:
         """Sequences of these lengths, none of which reads or writes stored keys and values."""
         starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
         groups = (FreshGroup(start, 1, n) for start, n in zip(starts, lengths, strict=False))
-        return cls(tuple(groups))
+        return cls(sum(lengths), tuple(groups))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,5 +88,5 @@ class LayerPages:
 
     def write(self, places: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store [n, num_kv_heads, head_dim] at int64 [n] places."""
-        self.keys.flatten(0, 1)[places] = keys
-        self.values.flatten(0, 1)[places] = values
+        self.keys.flatten(0, 1).index_copy_(0, places, keys)
+        self.values.flatten(0, 1).index_copy_(0, places, values)

@@ -1,0 +1,135 @@
+"""What people run today, written plainly from its definitions, to measure beside the engine.
+
+- `reference`: LLaDA's `generate`: one request after another, the whole sequence and its logits
+  at every step.
+- `fast_dllm`: Fast-dLLM's dual cache: at a block's start the whole sequence, with all its logits,
+  then the block alone; one request after another.
+- the same over a batch of equal lengths that runs to its end: static batching.
+
+All decode greedily, one token per step in order of confidence, in float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.support.oracle import PlainConfig, checkpoint_config, checkpoint_tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The same for every system."""
+
+    gen_length: int
+    block_length: int
+    mask_id: int
+
+
+class PlainLlama:
+    """A LLaDA in torch's own operations: linear, RMSNorm, attention; batches of equal lengths."""
+
+    def __init__(self, directory: Path) -> None:
+        self.config: PlainConfig = checkpoint_config(directory)
+        self.tensors = {name: t.float() for name, t in checkpoint_tensors(directory).items()}
+        half = self.config.hidden_size // self.config.num_heads // 2
+        frequencies = 1.0 / self.config.rope_theta ** (torch.arange(half) / half)
+        angles = torch.outer(torch.arange(4096), frequencies).repeat(1, 2)
+        self.cos, self.sin = angles.cos(), angles.sin()
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        """RMSNorm."""
+        weight = self.tensors[name]
+        return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotary embedding of [batch, heads, rows, head_dim]."""
+        half = x.shape[-1] // 2
+        turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+        return x * self.cos[positions] + turned * self.sin[positions]
+
+    def forward(
+        self, ids: Tensor, positions: Tensor, stored: list[tuple[Tensor, Tensor]] | None = None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Logits [batch, rows, vocabulary], and keys and values of each layer.
+
+        With `stored`, fresh keys and values replace the stored ones at `positions`.
+        """
+        config = self.config
+        x = self.tensors["model.embed_tokens.weight"][ids]
+        batch, rows = ids.shape
+        kept = []
+        for i in range(config.num_layers):
+            name = f"model.layers.{i}"
+            normed = self.norm(x, f"{name}.input_layernorm.weight")
+            q, k, v = (
+                F.linear(normed, self.tensors[f"{name}.self_attn.{part}_proj.weight"])
+                .view(batch, rows, -1, config.hidden_size // config.num_heads)
+                .transpose(1, 2)
+                for part in "qkv"
+            )
+            q, k = self.rotate(q, positions), self.rotate(k, positions)
+            if stored is not None:
+                keys, values = stored[i]
+                keys[:, :, positions], values[:, :, positions] = k, v
+                k, v = keys, values
+            kept.append((k, v))
+            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            x = x + F.linear(mixed, self.tensors[f"{name}.self_attn.o_proj.weight"])
+            normed = self.norm(x, f"{name}.post_attention_layernorm.weight")
+            gate = F.silu(F.linear(normed, self.tensors[f"{name}.mlp.gate_proj.weight"]))
+            up = F.linear(normed, self.tensors[f"{name}.mlp.up_proj.weight"])
+            x = x + F.linear(gate * up, self.tensors[f"{name}.mlp.down_proj.weight"])
+        x = self.norm(x, "model.norm.weight")
+        return F.linear(x, self.tensors["lm_head.weight"]), kept
+
+
+@torch.inference_mode()
+def reference(model: PlainLlama, prompts: Tensor, work: Work) -> Tensor:
+    """LLaDA's loop over prompts [batch, length]: the whole canvas at every step."""
+    x, start = _canvas(prompts, work)
+    positions = torch.arange(x.shape[1])
+    for begin in range(start, x.shape[1], work.block_length):
+        block = slice(begin, begin + work.block_length)
+        for _ in range(work.block_length):
+            logits, _ = model.forward(x, positions)
+            _commit(x, logits, positions, block, work)
+    return x[:, start:]
+
+
+@torch.inference_mode()
+def fast_dllm(model: PlainLlama, prompts: Tensor, work: Work) -> Tensor:
+    """Fast-dLLM's dual cache over prompts [batch, length]."""
+    x, start = _canvas(prompts, work)
+    everything = torch.arange(x.shape[1])
+    for begin in range(start, x.shape[1], work.block_length):
+        block = slice(begin, begin + work.block_length)
+        logits, stored = model.forward(x, everything)
+        _commit(x, logits, everything, block, work)
+        stored = [(keys.clone(), values.clone()) for keys, values in stored]
+        inside = everything[block]
+        for _ in range(work.block_length - 1):
+            logits, _ = model.forward(x[:, block], inside, stored)
+            _commit(x, logits, inside, block, work)
+    return x[:, start:]
+
+
+def _canvas(prompts: Tensor, work: Work) -> tuple[Tensor, int]:
+    masks = torch.full((len(prompts), work.gen_length), work.mask_id)
+    return torch.cat([prompts, masks], dim=1), prompts.shape[1]
+
+
+def _commit(x: Tensor, logits: Tensor, positions: Tensor, block: slice, work: Work) -> None:
+    """Commit the most confident masked position of the block in each row."""
+    probability = F.softmax(logits, dim=-1)
+    choice = logits.argmax(dim=-1)
+    confidence = probability.gather(2, choice.unsqueeze(2)).squeeze(2)
+    here = x[:, positions]
+    inside = (positions >= block.start) & (positions < block.stop)
+    open_here = (here == work.mask_id) & inside
+    best = confidence.masked_fill(~open_here, -torch.inf).argmax(dim=1, keepdim=True)
+    x.scatter_(1, positions[best], choice.gather(1, best))

@@ -1,0 +1,157 @@
+"""Tokens per second against what people run today: `python -m benchmarks.throughput`.
+
+Baselines and the engine do the same work in one process, in turns, so that a noisy machine is
+equally unkind to all; ratios are of medians. Every system decodes one token per step and request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from dllm_engine import LLM, SamplingParams
+
+from benchmarks.baselines import PlainLlama, Work, fast_dllm, reference
+from benchmarks.checkpoints import llada_60m
+from benchmarks.common import DEMO_CHECKPOINT, RESULTS, write_json
+
+POLICIES: dict[str, dict[str, Any]] = {
+    "none": {"cache": "none"},
+    "prefix": {"cache": "prefix"},
+    "dual": {"cache": "dual"},
+    "sparse": {"cache": "sparse", "retention_ratio": 0.5},
+    "delayed": {"cache": "delayed"},
+}
+PROMPT_LENGTH = 128
+BLOCK_LENGTH = 32
+STATIC_BATCH = 16
+
+
+class Bench:
+    """One checkpoint, ready to be driven by the engine and by the baselines."""
+
+    def __init__(self, name: str, checkpoint: Path, gen_length: int, vocabulary: int) -> None:
+        self.name = name
+        self.plain = PlainLlama(checkpoint)
+        self.llm = LLM(checkpoint)
+        self.work = Work(gen_length, BLOCK_LENGTH, self.llm.engine.spec.mask_token_id)
+        generator = torch.Generator().manual_seed(1)
+        # Ids below the special tokens.
+        self.prompts = torch.randint(0, vocabulary, (64, PROMPT_LENGTH), generator=generator)
+
+    def baseline(self, generate: Callable[..., Any], requests: int) -> float:
+        """Tokens per second of a batch of equal requests."""
+        began = time.perf_counter()
+        generate(self.plain, self.prompts[:requests], self.work)
+        return requests * self.work.gen_length / (time.perf_counter() - began)
+
+    def engine(self, policy: str, requests: int) -> float:
+        """Tokens per second of as many requests at once."""
+        params = SamplingParams(
+            gen_length=self.work.gen_length,
+            block_length=BLOCK_LENGTH,
+            ignore_eos=True,
+            **POLICIES[policy],
+        )
+        began = time.perf_counter()
+        self.llm.generate(self.prompts[:requests].tolist(), params, progress=False)
+        return requests * self.work.gen_length / (time.perf_counter() - began)
+
+
+def measure(bench: Bench, concurrency: list[int], rounds: int, most: int) -> dict[str, Any]:
+    """Medians of several rounds; in each round every system has one turn."""
+    systems: dict[str, Callable[[], float]] = {
+        "reference, one by one": lambda: bench.baseline(reference, 1),
+        "Fast-dLLM dual cache, one by one": lambda: bench.baseline(fast_dllm, 1),
+        f"Fast-dLLM dual cache, static batch of {STATIC_BATCH}": lambda: bench.baseline(
+            fast_dllm, STATIC_BATCH
+        ),
+    }
+    for policy in POLICIES:
+        # Without a cache a step costs the same for any number of requests; one size says it.
+        for requests in concurrency if policy != "none" else [most]:
+            systems[f"{policy}, {requests} requests"] = lambda p=policy, n=requests: bench.engine(
+                p, n
+            )  # type: ignore[misc]
+    samples: dict[str, list[float]] = {name: [] for name in systems}
+    for round_number in range(rounds):
+        for name, run in systems.items():
+            samples[name].append(run())
+            print(f"{bench.name} round={round_number} {name}: {samples[name][-1]:.1f} tok/s")
+    medians = {name: statistics.median(values) for name, values in samples.items()}
+    slow, cached = (medians[name] for name in list(systems)[:2])
+    return {
+        "model": bench.name,
+        "prompt_length": PROMPT_LENGTH,
+        "gen_length": bench.work.gen_length,
+        "block_length": BLOCK_LENGTH,
+        "rounds": rounds,
+        "tokens_per_second": medians,
+        "over_reference": {name: value / slow for name, value in medians.items()},
+        "over_fast_dllm": {name: value / cached for name, value in medians.items()},
+    }
+
+
+def plot(results: list[dict[str, Any]]) -> Path:
+    """Speed-up over the reference, one panel per checkpoint."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(results), figsize=(6.5 * len(results), 4.5), squeeze=False)
+    for axis, result in zip(axes[0], results, strict=True):
+        ratios: dict[str, float] = result["over_reference"]
+        for policy in POLICIES:
+            points = [
+                (int(name.split(", ")[1].split()[0]), ratio)
+                for name, ratio in ratios.items()
+                if name.startswith(f"{policy}, ")
+            ]
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=policy)
+        for name, style in zip(list(ratios)[1:3], ("--", ":"), strict=True):
+            axis.axhline(ratios[name], color="gray", linestyle=style, label=name)
+        axis.set_xscale("log", base=2)
+        axis.set_title(result["model"])
+        axis.set_xlabel("requests at once")
+        axis.set_ylabel("throughput over the reference, one by one")
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    path = RESULTS / "throughput.png"
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def main() -> None:
+    """Measure, print, write JSON and plot."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, nargs="+", default=[1, 4, 16, 32, 64])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--large-requests", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--large-rounds", type=int, default=1)
+    parser.add_argument("--threads", type=int, help="default: all cores")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        demo = Bench("demo checkpoint, 1M parameters", DEMO_CHECKPOINT, 128, 1000)
+        results = [measure(demo, options.requests, options.rounds, 32)]
+        large = Bench("random LLaDA, 59M parameters", llada_60m(Path(folder)), 128, 32000)
+        results.append(measure(large, options.large_requests, options.large_rounds, 32))
+    for result in results:
+        print(f"\n{result['model']}")
+        for name, speed in result["tokens_per_second"].items():
+            ratio, cached = result["over_reference"][name], result["over_fast_dllm"][name]
+            print(f"  {name:<48}{speed:9.1f} tok/s{ratio:8.1f}×{cached:8.1f}×")
+    threads = torch.get_num_threads()
+    print(write_json("throughput", {"threads": threads, "models": results}), plot(results))
+
+
+if __name__ == "__main__":
+    main()
