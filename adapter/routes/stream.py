@@ -22,7 +22,7 @@ _EVENTS: dict[int | str, dict[str, Any]] = {
         "content": {
             "text/event-stream": {
                 "schema": {"type": "string"},
-                "example": 'event: error\ndata: {"error": "not done within the timeout of 1 s"}\n\n',
+                "example": 'event: error\ndata: {"error": "it broke"}\n\n',
             }
         },
     }
