@@ -78,7 +78,8 @@ class PlainLlama:
                 keys[:, :, positions], values[:, :, positions] = k, v
                 k, v = keys, values
             kept.append((k, v))
-            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            mixed = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+            mixed = mixed.transpose(1, 2).flatten(2)
             x = x + F.linear(mixed, self.tensors[f"{name}.self_attn.o_proj.weight"])
             normed = self.norm(x, f"{name}.post_attention_layernorm.weight")
             gate = F.silu(F.linear(normed, self.tensors[f"{name}.mlp.gate_proj.weight"]))
