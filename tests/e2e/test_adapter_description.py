@@ -27,7 +27,7 @@ def test_no_answer_leaves_the_description(start_adapter: StartAdapter) -> None:
         [
             *(sys.executable, "-m", "schemathesis.cli", "run", f"{adapter.url}/openapi.json"),
             *("--checks", ",".join(CHECKS), "--phases", "coverage,fuzzing"),
-            *("--max-examples", "8", "--request-timeout", "60", "--seed", "1", "--no-color"),
+            *("--max-examples", "20", "--request-timeout", "60", "--seed", "1", "--no-color"),
         ],
         cwd=CHECKOUT,
         env={**os.environ, "SCHEMATHESIS_HOOKS": "tests.e2e.described_calls"},
