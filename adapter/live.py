@@ -167,7 +167,8 @@ class LiveRequests:
         if len(self._running) >= self._limit:
             msg = f"{self._limit} calls wait for their answers, as many as may (DLLM_MAX_LIVE)"
             raise TooManyCalls(msg)
-        member = self._pool.pick()
+        # One request's failure must not turn away the next caller, who would not wait.
+        member = self._pool.pick() or self._pool.pick(resting=True)
         if member is None:
             raise Unavailable(self._pool.why_none)
         events = member.generate(inputs, request_id=request_id, detail=detail, priority=priority)

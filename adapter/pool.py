@@ -122,15 +122,20 @@ class EnginePool:
         """Why `pick` has none."""
         return self.state.reason or "the engine has turned requests away just now"
 
-    def pick(self) -> Member | None:
+    def pick(self, *, resting: bool = False) -> Member | None:
         """The one with the least to do for this worker, or None while none is available.
 
+        `resting` ones, which are to be left alone for a while, are for those who cannot wait.
         Of equals it is another one each time, since what is begun at once is not counted yet.
         """
         self._turn += 1
         count = len(self.members)
         in_turn = (self.members[(self._turn + step) % count] for step in range(count))
-        available = [member for member in in_turn if member.available]
+        available = [
+            member
+            for member in in_turn
+            if member.available or (resting and member.monitor.state.ok)
+        ]
         return min(available, key=lambda member: member.inflight, default=None)
 
     async def generate(

@@ -168,6 +168,14 @@ async def test_what_fails_at_once_has_a_status(
     assert ("retry-after" in answer.headers) == (status in (429, 503))
 
 
+async def test_one_failure_turns_nobody_else_away(api: RunningApp, engine: ScriptedEngine) -> None:
+    """A request that the engine fails on does not keep the next one out."""
+    engine.scripts = [[EngineFailure("it broke")], list(denoising(2))]
+    assert (await api.client.post(STREAM, json={"prompt": "a"})).status_code == 502
+
+    assert committed(await watch(api)) == [0, 1]
+
+
 async def test_what_fails_later_is_an_event(api: RunningApp, engine: ScriptedEngine) -> None:
     """A stream that has begun ends with the reason; what was committed before is not lost."""
     engine.scripts = [[*denoising(4)[:2], EngineFailure("it broke")]]
