@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve test test-unit test-e2e lint format clean
+.PHONY: help venv demo serve test test-unit test-e2e soak lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -25,6 +25,9 @@ test-unit: $(STAMP) ## tests of the parts
 
 test-e2e: $(STAMP) ## tests of the whole service, with a real tritonserver
 	$(BIN)/pytest tests/e2e
+
+soak: $(STAMP) ## 10,000 jobs while workers are killed and clients vanish
+	$(BIN)/python -m benchmarks.soak
 
 lint: $(STAMP) ## style and types
 	$(BIN)/ruff check .

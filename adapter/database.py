@@ -20,11 +20,14 @@ SCHEMA_LOCK = 0x644C4C4D  # any number, as long as all workers use the same
 
 
 class Database:
-    """Reads and writes as transactions. Both raise `StoreUnavailable` when it does not answer."""
+    """Reads and writes as transactions. Both raise `StoreUnavailable` when it does not answer.
 
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
-        self._writer = engine.execution_options(begin="BEGIN IMMEDIATE")
+    They have connections of their own: a poll does not wait behind writers that wait for a lock.
+    """
+
+    def __init__(self, reader: AsyncEngine, writer: AsyncEngine) -> None:
+        self._reader = reader
+        self._writer = writer
 
     @classmethod
     @asynccontextmanager
@@ -33,19 +36,20 @@ class Database:
 
         Raises `SettingsError` if a later release has changed it.
         """
-        engine = _create_engine(url)
+        reader, writer = _create_engine(url), _create_engine(url, writes=True)
         try:
-            database = cls(engine)
+            database = cls(reader, writer)
             await database._prepare()
             yield database
         finally:
-            await engine.dispose()
+            await reader.dispose()
+            await writer.dispose()
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
         """A transaction that only reads."""
         with timed("read"), _mapped_errors():
-            async with self._engine.begin() as connection:
+            async with self._reader.begin() as connection:
                 yield connection
 
     @asynccontextmanager
@@ -60,7 +64,7 @@ class Database:
         for attempt in range(1, OPEN_ATTEMPTS + 1):
             try:
                 async with self.write() as connection:
-                    if self._engine.dialect.name == "postgresql":
+                    if self._writer.dialect.name == "postgresql":
                         await connection.execute(
                             text(f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK})")
                         )
@@ -89,12 +93,16 @@ def _mapped_errors() -> Iterator[None]:
         raise StoreUnavailable(msg) from error
 
 
-def _create_engine(url: str) -> AsyncEngine:
+def _create_engine(url: str, *, writes: bool = False) -> AsyncEngine:
     if not url.startswith("sqlite"):
         return create_async_engine(url, pool_pre_ping=True)
-    engine = create_async_engine(url, connect_args={"timeout": LOCK_WAIT_SECONDS})
+    # Writers of one process line up for one connection, in the order of their coming: SQLite lets
+    # one write at a time, and has the others ask again after pauses that grow.
+    size = {"pool_size": 1, "max_overflow": 0} if writes else {}
+    engine = create_async_engine(url, connect_args={"timeout": LOCK_WAIT_SECONDS}, **size)
     event.listen(engine.sync_engine, "connect", _prepare_sqlite_connection)
-    event.listen(engine.sync_engine, "begin", _begin_sqlite_transaction)
+    begin = _begin_writing if writes else _begin_reading
+    event.listen(engine.sync_engine, "begin", begin)
     return engine
 
 
@@ -108,5 +116,9 @@ def _prepare_sqlite_connection(connection: Any, _record: object) -> None:
     cursor.close()
 
 
-def _begin_sqlite_transaction(connection: Connection) -> None:
-    connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN"))
+def _begin_reading(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN")
+
+
+def _begin_writing(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")

@@ -1,11 +1,13 @@
 """Every setting of the adapter. Each is an environment variable: `DLLM_` and the field's name."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Self
 
 from limits import parse_many
 from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from adapter.errors import SettingsError
@@ -124,6 +126,17 @@ class Settings(BaseSettings):
             raise ValueError(msg)
         return value
 
+    @field_validator("database_url")
+    @classmethod
+    def _database_lasts(cls, value: str) -> str:
+        if not re.fullmatch(r"sqlite\+aiosqlite:///(?!:memory:).+|postgresql\+asyncpg://.+", value):
+            # Not repeated: it may hold a password.
+            msg = (
+                "should be sqlite+aiosqlite:///FILE or postgresql+asyncpg://USER:PASSWORD@HOST/NAME"
+            )
+            raise PydanticCustomError("database_url", msg)
+        return value
+
     @field_validator("rate_limit")
     @classmethod
     def _rate_is_one(cls, value: str) -> str:
@@ -156,4 +169,7 @@ def _problem(error: Mapping[str, object]) -> str:
     location = error["loc"]
     if not isinstance(location, tuple) or not location:
         return str(error["msg"])
-    return f"DLLM_{str(location[0]).upper()}={error['input']!r}: {error['msg']}"
+    name = f"DLLM_{str(location[0]).upper()}"
+    # An address of a database may hold a password.
+    given = "" if error["type"] == "database_url" else f"={error['input']!r}"
+    return f"{name}{given}: {error['msg']}"

@@ -151,17 +151,18 @@ class Soak:
         """kill -9 of a worker, again and again; uvicorn starts another."""
         dice = random.Random(seed)
         while not self.over.wait(interval):
-            if workers := self.adapter.worker_processes():
-                with suppress(psutil.NoSuchProcess):
-                    dice.choice(workers).kill()
-                    self.record.kills.append(self.now)
+            with suppress(psutil.NoSuchProcess, IndexError):
+                dice.choice(self.adapter.worker_processes()).kill()
+                self.record.kills.append(self.now)
 
     def watch(self) -> None:
         """Memory, queue and database, once a second."""
         while not self.over.wait(1.0):
             states = self.states()
-            workers = [memory(p) for p in self.adapter.worker_processes()]
-            engine = memory(self.triton) + sum(memory(p) for p in self.triton.children(True))
+            workers, engine = [0], 0
+            with suppress(psutil.NoSuchProcess):  # one may be killed while we look
+                workers = [memory(process) for process in self.adapter.worker_processes()]
+                engine = sum(map(memory, (self.triton, *self.triton.children(recursive=True))))
             self.record.samples.append(
                 {
                     "seconds": round(self.now, 1),
@@ -170,6 +171,7 @@ class Soak:
                     "finished": states["finished"],
                     "largest_worker_mib": round(max(workers, default=0) / MIB, 1),
                     "triton_mib": round(engine / MIB, 1),
+                    "load": psutil.getloadavg()[0],
                     "database_mib": round(self.database.stat().st_size / MIB, 2),
                 }
             )
@@ -201,6 +203,7 @@ class Soak:
             "cancelled_by_nobody": sum(row[0] == "cancelled" for row in uncancelled),
             "stored_but_never_acknowledged": len(rows.keys() - accepted),
             "jobs_that_lost_a_worker": sum(row[4] > 0 for row in rows.values()),
+            "jobs_that_lost_an_engine": sum(row[5] > 0 for row in rows.values()),
             "most_workers_lost_by_a_job": max(row[4] for row in rows.values()),
             "same_question_with_two_answers": sum(len(texts) > 1 for texts in answers.values()),
         }

@@ -40,6 +40,8 @@ log = get_logger()
 
 MAX_TICK_SECONDS = 1.0
 PURGE_BATCH = 500
+#: Opening a stream takes a millisecond or so, in which nobody else is served.
+CLAIM_BATCH = 16
 SAVE_ATTEMPTS = 6
 
 
@@ -165,11 +167,12 @@ class JobRunner:
         self._full = room <= 0
         if self._full:
             return self._poll_interval
-        claimed = await self._store.claim(self._owner, limit=room, lease=self._lease)
+        limit = min(room, CLAIM_BATCH)
+        claimed = await self._store.claim(self._owner, limit=limit, lease=self._lease)
         for job in claimed:
             self._start(job)
         self._full = len(claimed) == room
-        return self._poll_interval
+        return self._poll_interval if len(claimed) < limit or self._full else 0.0
 
     def _start(self, job: ClaimedJob) -> None:
         if (stale := self._drives.get(job.id)) is not None:

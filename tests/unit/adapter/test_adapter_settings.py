@@ -42,6 +42,26 @@ def test_bad_value_names_the_variable(
         load_settings()
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite+aiosqlite://",
+        "sqlite+aiosqlite:///:memory:",
+        "postgresql://me:hush@db/dllm",
+        "mysql+aiomysql://me:hush@db/dllm",
+    ],
+)
+def test_database_that_cannot_serve_stops_the_start(
+    monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    """Only databases that last and are known are taken; the password is not shown."""
+    monkeypatch.setenv("DLLM_DATABASE_URL", url)
+
+    with pytest.raises(SettingsError, match="DLLM_DATABASE_URL: should be") as caught:
+        load_settings()
+    assert "hush" not in str(caught.value)
+
+
 def test_silence_must_outlast_the_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bound shorter than the rhythm of events would find every engine dead."""
     monkeypatch.setenv("DLLM_ENGINE_SILENCE", "1.5")
