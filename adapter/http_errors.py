@@ -18,6 +18,7 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(AdapterError, _adapter_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _own_error)
 
 
 async def _adapter_error(request: Request, error: Exception) -> JSONResponse:
@@ -37,6 +38,14 @@ async def _http_error(request: Request, error: Exception) -> Response:
         return await http_exception_handler(request, error)
     body = openai.body(error.status_code, str(error.detail))
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+async def _own_error(request: Request, _error: Exception) -> JSONResponse:
+    """A defect of ours; the server writes what it is into the log, which is where it belongs."""
+    message = "the adapter met an error of its own"
+    is_openai = openai.is_openai(request.url.path)
+    body = openai.body(500, message) if is_openai else {"detail": message}
+    return JSONResponse(body, status_code=500)
 
 
 async def _validation_error(request: Request, error: Exception) -> JSONResponse:

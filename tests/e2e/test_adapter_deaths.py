@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 
 from launcher.tritonserver import TritonServer
 from tests.conftest import StartAdapter
@@ -80,11 +81,21 @@ def test_killed_adapter(start_adapter: StartAdapter) -> None:
 
 
 def test_killed_engine(start_adapter: StartAdapter, mortal: TritonServer) -> None:
-    """kill -9 of the model's process: health says 503, then ok again by itself; no job is lost."""
+    """kill -9 of the model's process: health says 503, then ok again by itself; no job is lost.
+
+    Whoever watches a stream is told that it has ended.
+    """
     adapter = start_adapter(mortal, DLLM_MAX_INFLIGHT="4", **QUICK)
     jobs = adapter.submit_batch([f"prompt {i}" for i in range(16)], **UNIQUE)
     some_finished(adapter, jobs)
-    stub_of(mortal, "dllm").kill()
+    long = {"prompt": "a", "gen_length": 512, "ignore_eos": True}
+    with requests.post(
+        f"{adapter.url}/v1/generate/stream", json=long, stream=True, timeout=60
+    ) as stream:
+        lines = stream.iter_lines()
+        assert next(lines) == b"event: step"
+        stub_of(mortal, "dllm").kill()
+        assert [line for line in lines if line.startswith(b"event: ")][-1] == b"event: error"
     eventually(lambda: adapter.health() == 503, "the death is noticed")
     eventually(lambda: adapter.health() == 200, "the engine is replaced")
     assert len({adapter.finished(job) for job in jobs}) == len(jobs)

@@ -1,5 +1,7 @@
 """The OpenAI calls, through OpenAI's own client and beneath it."""
 
+import asyncio
+import hashlib
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -26,10 +28,16 @@ def engine() -> ScriptedEngine:
 async def url(database_url: str, engine: ScriptedEngine) -> AsyncIterator[str]:
     """A worker that is ready, behind a real socket."""
     settings = fast_settings(database_url, heartbeat_interval=0.02, engine_silence=10)
-    async with served_app(settings, engine) as address, httpx.AsyncClient() as http:
-        while (await http.get(f"{address}/v1/health")).status_code != 200:
-            pass
+    async with served_app(settings, engine) as address:
+        await until_healthy(address)
         yield address
+
+
+async def until_healthy(url: str) -> None:
+    """Wait for the worker's first look at the engine."""
+    async with httpx.AsyncClient() as http, asyncio.timeout(10):
+        while (await http.get(f"{url}/v1/health")).status_code != 200:
+            await asyncio.sleep(0.005)
 
 
 @pytest.fixture
@@ -387,6 +395,38 @@ async def test_every_error_of_these_calls_has_openais_shape(
     assert ours.json() == {"detail": "Method Not Allowed"}
 
 
+async def test_defects_of_ours_have_openais_shape(
+    client: AsyncOpenAI, engine: ScriptedEngine
+) -> None:
+    """An error that nobody foresaw is a 500 in the shape of the call, without its details."""
+    engine.scripts = [[RuntimeError("secret")]]
+    with pytest.raises(openai.InternalServerError, match="error of its own") as caught:
+        await client.completions.create(model="dllm", prompt="a")
+    assert "secret" not in str(caught.value)
+
+
+async def test_keys_and_rates_hold_for_these_calls(
+    database_url: str, engine: ScriptedEngine
+) -> None:
+    """A key is asked for as OpenAI's clients send it, and refusals are errors that they know."""
+    digest = hashlib.sha256(b"the key").hexdigest()
+    settings = fast_settings(database_url, api_keys=f"me:{digest}", rate_limit="1/hour")
+    async with served_app(settings, engine) as address:
+        await until_healthy(address)
+        base = f"{address}/v1"
+        async with AsyncOpenAI(base_url=base, api_key="another", max_retries=0) as stranger:
+            with pytest.raises(openai.AuthenticationError) as refused:
+                await stranger.models.list()
+            assert refused.value.code == "invalid_api_key"
+        async with AsyncOpenAI(base_url=base, api_key="the key", max_retries=0) as friend:
+            answer = await friend.completions.create(model="dllm", prompt="a")
+            assert answer.choices[0].text == "<0><1><2><3>"
+            assert answer._request_id
+            with pytest.raises(openai.RateLimitError) as limited:
+                await friend.completions.create(model="dllm", prompt="a")
+            assert limited.value.code == "rate_limit_exceeded"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_hanging_up_cancels(
     client: AsyncOpenAI, engine: ScriptedEngine, stream: bool
@@ -405,9 +445,7 @@ async def test_prompts_begin_together_or_not_at_all(
     """A call whose prompts do not all find a place is told to come back, and has begun none."""
     engine.scripts = [[HANG]]
     async with served_app(fast_settings(database_url, max_live=1), engine) as address:
-        async with httpx.AsyncClient() as http:
-            while (await http.get(f"{address}/v1/health")).status_code != 200:
-                pass
+        await until_healthy(address)
         answer = await post(address, TEXT, {"model": "dllm", "prompt": ["a", "b"]})
         assert answer.status_code == 429
         assert answer.headers["retry-after"] == "1"
