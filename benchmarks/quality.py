@@ -46,6 +46,24 @@ RULES: list[tuple[str, str, dict[str, Any]]] = [
         {"anchor_threshold": 0.9, "neighbor_threshold": 0.75},
     ),
     *(("Dream", alg, {"alg": alg}) for alg in ("maskgit_plus", "topk_margin", "entropy")),
+    *(("cache", policy, {"cache": policy}) for policy in ("prefix", "dual", "delayed")),
+    *(
+        ("cache", f"sparse, ρ = {ratio}", {"cache": "sparse", "retention_ratio": ratio})
+        for ratio in (1.0, 0.75, 0.5, 0.25, 0.1)
+    ),
+    (
+        "cache",
+        "sparse, ρ = 0.5, delay 1",
+        {"cache": "sparse", "retention_ratio": 0.5, "delay_steps": 1},
+    ),
+    *(
+        (
+            "cache and threshold",
+            f"{policy}, τ = 0.9",
+            {"cache": policy, "confidence_threshold": 0.9},
+        )
+        for policy in ("prefix", "dual", "sparse", "delayed")
+    ),
 ]
 
 

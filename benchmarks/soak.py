@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import random
 import socket
 import sqlite3
@@ -40,6 +41,7 @@ from tests.support.servers import AdapterServer, triton_server
 SETTINGS = {
     "DLLM_LEASE_SECONDS": "5",
     "DLLM_MAX_QUEUED_JOBS": "100000",
+    "DLLM_MAX_INFLIGHT": "64",
     "DLLM_PROBE_INTERVAL": "2",
     "DLLM_LOG_LEVEL": "WARNING",
 }
@@ -59,6 +61,7 @@ class Record:
     cancelled: set[int] = field(default_factory=set)
     polls: list[tuple[float, float]] = field(default_factory=list)
     broken_polls: int = 0
+    delays: list[float] = field(default_factory=list)
     broken_submissions: int = 0
     vanished: int = 0
     kills: list[float] = field(default_factory=list)
@@ -75,6 +78,7 @@ class Soak:
         self.triton = psutil.Process(triton_pid)
         self.record = Record()
         self.begun = time.monotonic()
+        self.newest = multiprocessing.Value("q", -1)
         self.over = threading.Event()
 
     @property
@@ -103,24 +107,9 @@ class Soak:
                 done += size
                 with self.record.lock:
                     self.record.accepted += answer.json()["request_ids"]
+                    self.newest.value = self.record.accepted[-1]
             else:
                 time.sleep(float(answer.headers.get("Retry-After", 1)))
-
-    def poll(self, seed: int) -> None:
-        """Poll jobs at random, and take the time of every answer."""
-        dice, session = random.Random(seed), requests.Session()
-        while not self.over.wait(POLL_PAUSE):
-            if not self.record.accepted:
-                continue
-            job = dice.choice(self.record.accepted)
-            began = time.perf_counter()
-            try:
-                answer = session.get(f"{self.adapter.url}/v1/result/{job}", timeout=60)
-                assert answer.status_code == 200, answer.text
-            except requests.RequestException:
-                self.record.broken_polls += 1
-            else:
-                self.record.polls.append((self.now, time.perf_counter() - began))
 
     def vanish(self, seed: int) -> None:
         """Cancel some jobs, and break off held polls and streams in the middle."""
@@ -159,17 +148,17 @@ class Soak:
         """Memory, queue and database, once a second."""
         while not self.over.wait(1.0):
             states = self.states()
-            workers, engine = [0], 0
+            engine = sum(map(memory, (self.triton, *self.triton.children(recursive=True))))
+            workers: list[int] = []
             with suppress(psutil.NoSuchProcess):  # one may be killed while we look
                 workers = [memory(process) for process in self.adapter.worker_processes()]
-                engine = sum(map(memory, (self.triton, *self.triton.children(recursive=True))))
             self.record.samples.append(
                 {
                     "seconds": round(self.now, 1),
                     "queued": states["queued"],
                     "running": states["running"],
                     "finished": states["finished"],
-                    "largest_worker_mib": round(max(workers, default=0) / MIB, 1),
+                    "largest_worker_mib": round(max(workers) / MIB, 1) if workers else None,
                     "triton_mib": round(engine / MIB, 1),
                     "load": psutil.getloadavg()[0],
                     "database_mib": round(self.database.stat().st_size / MIB, 2),
@@ -209,6 +198,43 @@ class Soak:
         }
 
 
+def poll(url: str, newest: Any, ended: Any, begun: float, out: Any) -> None:
+    """Poll jobs at random from four clients, and take the time of every answer."""
+    times: list[tuple[float, float]] = []
+    broken: list[int] = []
+
+    def client(seed: int) -> None:
+        dice, session = random.Random(seed), requests.Session()
+        while not ended.wait(POLL_PAUSE):
+            if newest.value < 0:
+                continue
+            job = dice.randint(0, newest.value)
+            began = time.perf_counter()
+            try:
+                answer = session.get(f"{url}/v1/result/{job}", timeout=60)
+                assert answer.status_code == 200, answer.text
+            except requests.RequestException:
+                broken.append(job)
+            else:
+                times.append((time.monotonic() - begun, time.perf_counter() - began))
+
+    delays: list[float] = []
+
+    def idle() -> None:
+        """How late the machine wakes somebody who only sleeps: no poll can be faster."""
+        while not ended.is_set():
+            began = time.perf_counter()
+            time.sleep(0.05)
+            delays.append(time.perf_counter() - began - 0.05)
+
+    sleeper = threading.Thread(target=idle)
+    sleeper.start()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(client, range(4)))
+    sleeper.join()
+    out.put((times, len(broken), delays))
+
+
 def memory(process: psutil.Process) -> int:
     """Resident bytes; none of a process that has just gone."""
     with suppress(psutil.NoSuchProcess):
@@ -226,12 +252,17 @@ def run(soak: Soak, jobs: int, kill_interval: float, patience: float) -> tuple[f
     backgrounds: list[Callable[[], None]] = [
         soak.watch,
         lambda: soak.kill(kill_interval, 1),
-        *(lambda seed=seed: soak.poll(seed) for seed in range(4)),  # type: ignore[misc]
         *(lambda seed=seed: soak.vanish(seed) for seed in range(10, 12)),  # type: ignore[misc]
     ]
     threads = [threading.Thread(target=target, daemon=True) for target in backgrounds]
     for thread in threads:
         thread.start()
+    # Another process, so that the times are not those of our own threads.
+    polled: Any = multiprocessing.Queue()
+    ended = multiprocessing.Event()
+    arguments = (soak.adapter.url, soak.newest, ended, soak.begun, polled)
+    poller = multiprocessing.Process(target=poll, args=arguments, daemon=True)
+    poller.start()
     try:
         with ThreadPoolExecutor(4) as pool:
             shares = [jobs // 4] * 3 + [jobs - 3 * (jobs // 4)]
@@ -246,6 +277,8 @@ def run(soak: Soak, jobs: int, kill_interval: float, patience: float) -> tuple[f
         return accepted, soak.now
     finally:
         soak.over.set()
+        ended.set()
+        soak.record.polls, soak.record.broken_polls, soak.record.delays = polled.get(timeout=120)
         for thread in threads:
             thread.join(90)
 
@@ -279,7 +312,7 @@ def plot(record: Record, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--jobs", type=int, default=10_000)
-    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--kill-interval", type=float, default=5.0, help="seconds")
     parser.add_argument("--patience", type=float, default=1800.0, help="seconds for everything")
     options = parser.parse_args()
@@ -293,7 +326,8 @@ def main() -> None:
                 verdict = soak.verdict()
     record = soak.record
     times = [1000 * took for _, took in record.polls]
-    settled = [s for s in record.samples if s["finished"] > options.jobs // 10]
+    whole = [sample for sample in record.samples if sample["largest_worker_mib"] is not None]
+    half = next(sample for sample in whole if sample["finished"] >= options.jobs // 2)
     result = {
         "command": "make soak",
         "jobs": options.jobs,
@@ -301,7 +335,10 @@ def main() -> None:
         "database": "SQLite",
         "kill_interval_s": options.kill_interval,
         "workers_killed": len(record.kills),
-        "load_average": psutil.getloadavg(),
+        "load_average": {
+            "median": round(statistics.median(sample["load"] for sample in record.samples), 1),
+            "max": round(max(sample["load"] for sample in record.samples), 1),
+        },
         "accepted_after_s": round(accepted, 1),
         "done_after_s": round(done, 1),
         "jobs_per_s": round(options.jobs / done, 1),
@@ -311,6 +348,7 @@ def main() -> None:
             "p99_ms": round(percentile(times, 0.99), 1),
             "max_ms": round(max(times), 1),
             "broken_by_a_kill": record.broken_polls,
+            "p99_ms_of_waking_a_sleeping_thread": round(1000 * percentile(record.delays, 0.99), 1),
         },
         "submissions_broken_by_a_kill": record.broken_submissions,
         "clients_that_vanished": record.vanished,

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from dllm_engine import LLM, SamplingParams
-from dllm_engine.ops import Head
+from dllm_engine.ops import TILE, Head
 from dllm_engine.sampling import RowSampling, SpecialTokens, noise, sample_candidates
 from torch import Tensor
 
@@ -195,6 +195,50 @@ def test_chunking_changes_nothing(logits: Tensor) -> None:
     parts = draw(rows, sampling, budget_bytes=1)
     assert whole[0].tolist() == parts[0].tolist()
     assert torch.equal(whole[1], parts[1])
+
+
+@pytest.mark.parametrize("vocabulary", [TILE - 7, TILE, TILE + 1, 2 * TILE + 100])
+def test_tiles_of_the_vocabulary_change_nothing(vocabulary: int) -> None:
+    """Over one tile or several, whole or cut: what softmax over the whole row says.
+
+    Ends, masks and favourites lie on the borders of tiles; every third row forbids ends, every
+    fourth puts them last, every fifth is noisy.
+    """
+    generator = torch.Generator().manual_seed(vocabulary)
+    hidden = torch.randn(60, 8, generator=generator)
+    weight = torch.randn(vocabulary, 8, generator=generator)
+    mask, eos, eot = TILE - 8, vocabulary - 1, 0
+    special = SpecialTokens(mask, torch.tensor([eos]), torch.tensor([eot, eos]))
+    weight[[mask, eos, eot]] *= 2
+    place = torch.arange(60)
+    columns = {"no_eos": place % 3 == 0, "late_eos": place % 4 == 0, "temperature": place % 5 // 4}
+    sampling = row_sampling(60, **columns)
+    found = sample_candidates(hidden, Head(weight), sampling, special, budget_bytes=1)
+    for i in range(60):
+        logits = weight.double() @ hidden[i].double()
+        if sampling.no_eos[i]:
+            logits[eos] = -torch.inf
+        allowed = logits.clone()
+        allowed[mask] = -torch.inf
+        if sampling.temperature[i] == 0:
+            assert found.token[i] == allowed.argmax()
+        token = int(found.token[i])
+        assert allowed[token] > -torch.inf
+        if sampling.late_eos[i]:
+            logits[[eot, eos]] = -torch.inf
+        distribution = logits.softmax(0)
+        best = distribution.topk(2).values
+        entropy = -torch.special.xlogy(distribution, distribution).sum()
+        assert found.confidence[i].item() == pytest.approx(distribution[token].item(), rel=1e-3)
+        assert found.entropy[i].item() == pytest.approx(entropy.item(), rel=1e-3, abs=1e-4)
+        assert found.margin[i].item() == pytest.approx((best[0] - best[1]).item(), abs=1e-4)
+
+
+def test_noise_is_the_same_whatever_the_tiles() -> None:
+    """Token t of a row gets the t-th number of its stream, wherever a tile begins."""
+    keys = noise.row_keys(*(torch.tensor([n]) for n in (3, 1, 4)), noise.STREAM_TOKEN)
+    whole = noise.gumbel(keys, 10)
+    assert torch.equal(noise.gumbel(keys, 4, first=6), whole[:, 6:])
 
 
 def test_the_seed_decides_the_text(llm: LLM) -> None:

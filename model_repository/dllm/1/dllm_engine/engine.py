@@ -61,8 +61,10 @@ class Engine:
         self.spec = spec = dataclasses.replace(spec, max_model_len=self.max_model_len)
         self.stats = EngineStats()
         self._runner = Runner(config, spec, self.stop_token_ids)
-        self._allocator = PageAllocator(self._runner.plan.num_pages, config.kv_page_size)
-        self._scheduler = Scheduler(config.max_num_seqs, self._runner.token_budget, self._allocator)
+        #: Rows that one step may push through the model.
+        self.token_budget = self._runner.token_budget
+        self.allocator = PageAllocator(self._runner.plan.num_pages, config.kv_page_size)
+        self.scheduler = Scheduler(config.max_num_seqs, self.token_budget, self.allocator)
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count()
         self._ready_at_death: list[CanvasUpdate] = []
@@ -75,12 +77,12 @@ class Engine:
     @property
     def num_running(self) -> int:
         """Requests that take steps."""
-        return self._scheduler.num_running
+        return self.scheduler.num_running
 
     @property
     def num_used_pages(self) -> int:
         """Pages of keys and values that running requests hold."""
-        return self._allocator.num_pages - self._allocator.num_free
+        return self.allocator.num_pages - self.allocator.num_free
 
     @property
     def memory_plan(self) -> MemoryPlan:
@@ -131,12 +133,12 @@ class Engine:
             params.block_length + self.spec.shifted,
             params.retention_ratio,
         )
-        count = self._allocator.pages_for(rows) * request.forwards_per_step
-        if count > self._allocator.num_pages:
+        count = self.allocator.pages_for(rows) * request.forwards_per_step
+        if count > self.allocator.num_pages:
             raise InvalidRequest(
                 "cache",
                 f"{params.cache} needs {count} pages of keys and values for a sequence of "
-                f"{request.length} tokens; the server has {self._allocator.num_pages}",
+                f"{request.length} tokens; the server has {self.allocator.num_pages}",
             )
         return count
 
@@ -176,7 +178,7 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request from `make_request`."""
         self._requests[request.request_id] = request
-        self._scheduler.add(request)
+        self.scheduler.add(request)
 
     def cancel(self, request_id: int) -> CanvasUpdate | None:
         """End a request now; None if it has finished already."""
@@ -205,11 +207,11 @@ class Engine:
         Raises:
             EngineDead: the device is lost; no request can go on.
         """
-        for request in self._scheduler.admit():
+        for request in self.scheduler.admit():
             assert request.slot is not None
             self._runner.start(request.slot, request.prompt, request.params, request.pages)
             request.last_update = time.monotonic()
-        chosen = self._scheduler.schedule()
+        chosen = self.scheduler.schedule()
         return self._run(chosen) if chosen else []
 
     def _run(self, chosen: list[Request]) -> list[CanvasUpdate]:
@@ -286,7 +288,7 @@ class Engine:
     ) -> CanvasUpdate:
         update = self._update(request, reason, error)
         del self._requests[request.request_id]
-        self._scheduler.remove(request)
+        self.scheduler.remove(request)
         self.stats.requests_finished += reason in (FinishReason.STOP, FinishReason.LENGTH)
         self.stats.completion_tokens += update.usage.completion_tokens
         return update

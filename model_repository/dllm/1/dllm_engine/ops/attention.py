@@ -9,6 +9,9 @@ from torch import Tensor
 from .layout import FreshGroup, LayerPages, PackedLayout, PagedGroup
 from .selection import store_selection
 
+#: Keys and values that are gathered at once on a CPU.
+_GATHER_BYTES = 2**21
+
 
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, pages: LayerPages | None = None
@@ -54,15 +57,23 @@ def _attend_fresh(out: Tensor, q: Tensor, k: Tensor, v: Tensor, group: FreshGrou
 
 
 def _attend_paged(out: Tensor, q: Tensor, group: PagedGroup, pages: LayerPages) -> None:
-    # Whole pages and rows are copied by index_select; plain indexing goes number by number.
-    mixed = F.scaled_dot_product_attention(
-        _take(q, group.query_rows).transpose(1, 2),
-        _take(pages.keys, group.pages).flatten(1, 2).transpose(1, 2),
-        _take(pages.values, group.pages).flatten(1, 2).transpose(1, 2),
-        attn_mask=group.held,
-        enable_gqa=q.shape[1] != pages.keys.shape[2],
-    )
-    rows = mixed.transpose(1, 2).flatten(0, 1)
+    count, num_pages = group.pages.shape
+    sequence_bytes = 2 * num_pages * pages.keys[0].nbytes
+    # On a CPU a few sequences at a time: what is gathered is still in cache when it is read.
+    chunk = max(1, _GATHER_BYTES // sequence_bytes) if q.device.type == "cpu" else count
+    parts = []
+    for first in range(0, count, chunk):
+        some = slice(first, first + chunk)
+        # Whole pages and rows are copied by index_select; plain indexing goes number by number.
+        mixed = F.scaled_dot_product_attention(
+            _take(q, group.query_rows[some]).transpose(1, 2),
+            _take(pages.keys, group.pages[some]).flatten(1, 2).transpose(1, 2),
+            _take(pages.values, group.pages[some]).flatten(1, 2).transpose(1, 2),
+            attn_mask=None if group.held is None else group.held[some],
+            enable_gqa=q.shape[1] != pages.keys.shape[2],
+        )
+        parts.append(mixed.transpose(1, 2).flatten(0, 1))
+    rows = torch.cat(parts)
     out[group.rows] = rows if group.kept is None else rows.index_select(0, group.kept)
 
 

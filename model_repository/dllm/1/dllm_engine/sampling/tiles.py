@@ -17,8 +17,9 @@ from ..ops import TILE, Head
 from . import noise
 from .rows import ROW_MULTIPLE, Candidates, RowSampling, SpecialTokens, forbid, pad_rows, widen
 
-#: Bytes per logit of a tile: itself and its exponential; float64 and int64 noise beside.
-_CLEAN_BYTES, _NOISY_BYTES = 12, 64
+#: Bytes per logit of a tile, with all that is made of it: for the best token and Σ exp alone, for
+#: entropy and runner-up besides, and with the noise, which is made in float64 and int64.
+_CLEAN_BYTES, _SPREAD_BYTES, _NOISY_BYTES = 16, 32, 64
 #: Below every logit, and finite, so that differences from it are numbers.
 _LOWEST = -1e30
 _LANES = 64
@@ -50,7 +51,8 @@ def by_tiles(
 ) -> Candidates:
     """Candidates of rows without filters, from the clean distribution (see `sample_candidates`)."""
     noisy = bool((rows.temperature > 0).any())
-    tile_bytes = min(TILE, head.vocab_size) * (_NOISY_BYTES if noisy else _CLEAN_BYTES)
+    plain = _SPREAD_BYTES if with_spread else _CLEAN_BYTES
+    tile_bytes = min(TILE, head.vocab_size) * (_NOISY_BYTES if noisy else plain)
     fitting = budget_bytes // tile_bytes
     chunk = max(ROW_MULTIPLE, fitting // ROW_MULTIPLE * ROW_MULTIPLE)
     parts = [

@@ -1,0 +1,172 @@
+"""A discrete-event simulator of the engine: the real scheduler, a cost model instead of a model.
+
+It answers what no machine at hand can hold: thousands of requests, other budgets, other devices.
+A step costs `base + per_row · rows` seconds; `CostModel.fit` reads both from real steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from dllm_engine.cache import PageAllocator
+from dllm_engine.request import Prompt, SamplingParams
+from dllm_engine.scheduler import Request, Scheduler
+
+
+@dataclasses.dataclass(frozen=True)
+class CostModel:
+    """Seconds of a step with a given number of rows."""
+
+    base: float
+    per_row: float
+
+    def seconds(self, rows: int) -> float:
+        """One step."""
+        return self.base + self.per_row * rows
+
+    @classmethod
+    def fit(cls, steps: Sequence[tuple[int, float]]) -> CostModel:
+        """Least squares over (rows, seconds) of real steps, in which late ones weigh less.
+
+        The slowest tenth is left out: on a shared machine those are other people's doing.
+        """
+        per_row = [seconds / max(1, rows) for rows, seconds in steps]
+        limit = np.quantile(per_row, 0.9)
+        kept = [step for step, cost in zip(steps, per_row, strict=True) if cost <= limit]
+        rows = np.array([r for r, _ in kept], dtype=float)
+        seconds = np.array([s for _, s in kept])
+        slope, base = np.polyfit(rows, seconds, 1)
+        return cls(max(0.0, float(base)), max(1e-9, float(slope)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrival:
+    """A request that comes at a time; it takes one step per token."""
+
+    seconds: float
+    prompt_length: int
+    gen_length: int
+    block_length: int = 32
+    cache: str = "dual"
+
+    def params(self) -> SamplingParams:
+        """What it asks of the engine."""
+        return SamplingParams(
+            gen_length=self.gen_length,
+            block_length=min(self.block_length, self.gen_length),
+            steps=self.gen_length,
+            cache=self.cache,
+            ignore_eos=True,
+        )
+
+
+class SimulatedRequest:
+    """One request's way through its phases, as the engine would report them."""
+
+    def __init__(self, number: int, arrival: Arrival) -> None:
+        self.arrival = arrival
+        prompt = Prompt([0] * arrival.prompt_length)
+        params = dataclasses.replace(arrival.params(), delay_steps=0, refresh_interval=0)
+        self.request = Request(number, prompt, params)
+        self._step = 0
+
+    def take_step(self) -> bool:
+        """Account for one step; whether the request is finished."""
+        request, arrival = self.request, self.arrival
+        request.rows_run += request.step_cost
+        request.steps_run += 1
+        self._step += 1
+        block = min(arrival.block_length, arrival.gen_length)
+        age = self._step % block
+        begin = arrival.prompt_length + self._step - age
+        width = min(block, request.length - begin)
+        request.next_refresh = arrival.cache == "none" or age == 0
+        reuse = {
+            "none": request.length,
+            "prefix": request.length - begin,
+            "dual": width,
+            "sparse": width,
+            # Masked ones, and the one that was committed last.
+            "delayed": min(width, width - age + 1),
+        }[arrival.cache]
+        request.next_rows = request.length if request.next_refresh else reuse
+        return self._step == arrival.gen_length
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Latency of each request in seconds, in the order of the arrivals, and rows of each step."""
+
+    latencies: list[float]
+    rows: list[int]
+
+
+def simulate(
+    scheduler: Scheduler,
+    arrivals: Iterable[Arrival],
+    cost: CostModel,
+    *,
+    run_to_completion: int | None = None,
+) -> Outcome:
+    """Run `scheduler` over `arrivals`.
+
+    Args:
+        run_to_completion: instead of letting requests join at every step, take up to this many
+            when nothing runs, and nobody else before all of them are done.
+    """
+    waiting = [(a.seconds, i, SimulatedRequest(i, a)) for i, a in enumerate(arrivals)]
+    heapq.heapify(waiting)
+    arrived: list[SimulatedRequest] = []
+    running: dict[int, SimulatedRequest] = {}
+    latencies = [0.0] * len(waiting)
+    rows: list[int] = []
+    now = 0.0
+    while waiting or arrived or running:
+        while waiting and waiting[0][0] <= now:
+            arrived.append(heapq.heappop(waiting)[2])
+        if run_to_completion is None or not running:
+            for one in arrived[:run_to_completion]:
+                scheduler.add(one.request)
+                running[one.request.request_id] = one
+            del arrived[:run_to_completion]
+        scheduler.admit()
+        chosen = scheduler.schedule()
+        if not chosen:
+            now = waiting[0][0]
+            continue
+        rows.append(sum(request.step_cost for request in chosen))
+        now += cost.seconds(rows[-1])
+        for request in chosen:
+            one = running[request.request_id]
+            if one.take_step():
+                scheduler.remove(request)
+                del running[request.request_id]
+                latencies[request.request_id] = now - one.arrival.seconds
+    return Outcome(latencies, rows)
+
+
+class FcfsScheduler(Scheduler):
+    """First come, first served: the oldest requests that fit the budget, whatever their phase.
+
+    What the phase-multiplexed scheduler is measured against: nothing spreads Refreshes, and
+    requests keep the order of their arrival (the original dLLM-Serve's policy).
+    """
+
+    def schedule(self) -> list[Request]:
+        """Requests in order of arrival, up to the first that does not fit."""
+        chosen: list[Request] = []
+        used = 0
+        for request in sorted(self._running, key=lambda r: r.request_id):
+            if chosen and used + request.step_cost > self._token_budget:
+                break
+            chosen.append(request)
+            used += request.step_cost
+        return chosen
+
+
+def without_pages() -> PageAllocator:
+    """For simulations in which memory is no matter."""
+    return PageAllocator(0, 1)

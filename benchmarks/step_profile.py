@@ -1,0 +1,79 @@
+"""Where a step's time goes: `python -m benchmarks.step_profile`.
+
+32 requests on the 59M-parameter model with `dual`, profiled operation by operation. What is not
+inside a tensor operation is the engine's own: scheduling, laying out rows, bookkeeping.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from dllm_engine import LLM, Prompt, SamplingParams
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.checkpoints import llada_60m
+from benchmarks.common import write_json
+
+#: Operations by the beginning of their names.
+KINDS = {
+    "linear": ("mkldnn::", "aten::mm", "aten::addmm", "aten::linear"),
+    "attention": ("aten::_scaled_dot_product", "aten::scaled_dot"),
+    "moving rows": ("aten::index", "aten::copy_", "aten::cat", "aten::gather", "aten::_index"),
+}
+
+
+def kind_of(name: str) -> str:
+    """What an operation is counted as."""
+    found = [kind for kind, starts in KINDS.items() if name.startswith(starts)]
+    return found[0] if found else "other operations"
+
+
+def main() -> None:
+    """Measure, print, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--cache", default="dual")
+    parser.add_argument("--threads", type=int, help="default: all cores")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        engine = LLM(llada_60m(Path(folder))).engine
+    params = SamplingParams(gen_length=128, block_length=32, ignore_eos=True, cache=options.cache)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(options.requests):
+        ids = torch.randint(0, 32000, (128,), generator=generator).tolist()
+        engine.add(engine.make_request(Prompt(ids), params))
+    for _ in range(12):  # past the first block's Refreshes
+        engine.step()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        began = time.perf_counter()
+        for _ in range(options.steps):
+            engine.step()
+        wall = time.perf_counter() - began
+    seconds: Counter[str] = Counter()
+    for event in profiler.key_averages():
+        seconds[kind_of(event.key)] += event.self_cpu_time_total / 1e6
+    seconds["outside operations"] = wall - sum(seconds.values())
+    shares = {kind: value / wall for kind, value in seconds.most_common()}
+    print(f"{wall / options.steps * 1e3:.0f} ms per step")
+    for kind, share in shares.items():
+        print(f"{kind:<20}{share:6.1%}")
+    result = {
+        "requests": options.requests,
+        "cache": options.cache,
+        "threads": torch.get_num_threads(),
+        "seconds_per_step": wall / options.steps,
+        "shares": shares,
+    }
+    print(write_json("step_profile", result))
+
+
+if __name__ == "__main__":
+    main()
