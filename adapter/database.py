@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from adapter.errors import StoreUnavailable
 from adapter.metrics import timed
-from adapter.schema import upgrade_schema
+from adapter.schema import is_current, upgrade_schema
 
 LOCK_WAIT_SECONDS = 15.0
 OPEN_ATTEMPTS = 100
@@ -23,6 +23,7 @@ class Database:
     """Reads and writes as transactions. Both raise `StoreUnavailable` when it does not answer.
 
     They have connections of their own: a poll does not wait behind writers that wait for a lock.
+    A read is one statement, which is a transaction by itself.
     """
 
     def __init__(self, reader: AsyncEngine, writer: AsyncEngine) -> None:
@@ -47,9 +48,9 @@ class Database:
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction that only reads."""
+        """A connection for one statement that reads."""
         with timed("read"), _mapped_errors():
-            async with self._reader.begin() as connection:
+            async with self._reader.connect() as connection:
                 yield connection
 
     @asynccontextmanager
@@ -60,9 +61,15 @@ class Database:
                 yield connection
 
     async def _prepare(self) -> None:
-        """Upgrade the schema under a lock. SQLite does not wait for the lock that turns WAL on."""
+        """Upgrade the schema under a lock, if there is need.
+
+        SQLite does not wait for the lock that turns WAL on.
+        """
         for attempt in range(1, OPEN_ATTEMPTS + 1):
             try:
+                async with self.read() as connection:
+                    if await connection.run_sync(is_current):
+                        return
                 async with self.write() as connection:
                     if self._writer.dialect.name == "postgresql":
                         await connection.execute(
@@ -94,15 +101,20 @@ def _mapped_errors() -> Iterator[None]:
 
 
 def _create_engine(url: str, *, writes: bool = False) -> AsyncEngine:
+    # Readers begin no transactions, and so have none to end: each would be a trip to the database.
+    options: dict[str, Any] = (
+        {} if writes else {"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None}
+    )
     if not url.startswith("sqlite"):
-        return create_async_engine(url, pool_pre_ping=True)
+        return create_async_engine(url, pool_pre_ping=True, **options)
     # Writers of one process line up for one connection, in the order of their coming: SQLite lets
     # one write at a time, and has the others ask again after pauses that grow.
-    size = {"pool_size": 1, "max_overflow": 0} if writes else {}
-    engine = create_async_engine(url, connect_args={"timeout": LOCK_WAIT_SECONDS}, **size)
+    if writes:
+        options |= {"pool_size": 1, "max_overflow": 0}
+    engine = create_async_engine(url, connect_args={"timeout": LOCK_WAIT_SECONDS}, **options)
     event.listen(engine.sync_engine, "connect", _prepare_sqlite_connection)
-    begin = _begin_writing if writes else _begin_reading
-    event.listen(engine.sync_engine, "begin", begin)
+    if writes:
+        event.listen(engine.sync_engine, "begin", _begin_writing)
     return engine
 
 
@@ -114,10 +126,6 @@ def _prepare_sqlite_connection(connection: Any, _record: object) -> None:
     # In WAL mode a crash of this process loses nothing; a power cut may lose the last moment.
     cursor.execute("PRAGMA synchronous=NORMAL")
     cursor.close()
-
-
-def _begin_reading(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN")
 
 
 def _begin_writing(connection: Connection) -> None:

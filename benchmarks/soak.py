@@ -354,8 +354,9 @@ def main() -> None:
         "clients_that_vanished": record.vanished,
         "memory_mib": {
             name: {
-                "at_a_tenth": settled[0][f"{name}_mib"],
-                "at_the_end": settled[-1][f"{name}_mib"],
+                "at_the_start": whole[0][f"{name}_mib"],
+                "after_half_of_the_jobs": half[f"{name}_mib"],
+                "at_the_end": whole[-1][f"{name}_mib"],
             }
             for name in ("largest_worker", "triton", "database")
         },

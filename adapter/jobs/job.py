@@ -81,4 +81,5 @@ class ClaimedJob:
 
 def late(timeout: float) -> str:
     """The error of a job that was not done by its deadline."""
-    return f"timeout: the job was not done within {timeout:g} s"
+    # Differences of points in time are as exact as these: some tenths of a microsecond.
+    return f"timeout: the job was not done within {round(timeout, 4):g} s"

@@ -216,6 +216,37 @@ async def test_stream_without_any_event_may_wait(api: RunningApp, engine: Script
     assert (len(engine.requests), engine.closed) == (1, 0)
 
 
+async def test_deadline_closes_the_stream_and_fails_the_job(
+    api: RunningApp, engine: ScriptedEngine
+) -> None:
+    """A job that is not done in time fails with the time, and the engine is let go."""
+    engine.scripts = [[SIGN_OF_LIFE, HANG]]
+    result = await api.result(await api.submit(timeout=0.15))
+
+    assert result["error"] == "timeout: the job was not done within 0.15 s"
+    assert (len(engine.requests), engine.closed) == (1, 1)
+
+
+async def test_deadline_holds_in_the_queue(database_url: str, engine: ScriptedEngine) -> None:
+    """A job that no engine takes in time fails as well; the others go on waiting."""
+    engine.alive = False
+    async with running_app(fast_settings(database_url, heal=False), engine) as api:
+        late, patient = await api.submit(timeout=0.1), await api.submit()
+        error = (await api.result(late))["error"]
+        assert error == "timeout: the job was not done within 0.1 s"
+        assert (await api.result(patient, wait=0))["status"] == "running"
+
+
+async def test_priority_reaches_the_engine(api: RunningApp, engine: ScriptedEngine) -> None:
+    """The engine's queue is told how urgent a job is."""
+    await api.submit(priority=1)
+    await api.result(0)
+    await api.client.post("/v1/generate_batch", json={"prompts": ["a"], "priority": 3})
+    await api.result(1)
+
+    assert engine.priorities == [1, 3]
+
+
 async def test_cancel_from_another_worker_closes_the_stream(
     database_url: str, engine: ScriptedEngine
 ) -> None:
