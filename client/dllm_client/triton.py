@@ -32,7 +32,7 @@ from dllm_client._errors import (
     UnavailableError,
     UnexpectedResponseError,
 )
-from dllm_client._types import Sampling, Usage
+from dllm_client._types import Block, Sampling, Usage
 
 UNARY_MODEL = "dllm_unary"
 STREAM_MODEL = "dllm"
@@ -105,6 +105,8 @@ class Event:
     finish_reason: str  #: empty while the request runs
     usage: Usage
     seed: int
+    token_texts: list[str] | None = None  #: what each position shows; in a stream
+    block: Block | None = None  #: the one that the next step decodes; in a stream
 
     @property
     def done(self) -> bool:
@@ -242,7 +244,19 @@ def _event(result: Any) -> Event:
         finish_reason=output("finish_reason")[0].decode(),
         usage=Usage(*output("usage").tolist()),
         seed=int(output("seed")[0]),
+        **_canvas(result),
     )
+
+
+def _canvas(result: Any) -> dict[str, Any]:
+    """What only the model that streams tells."""
+    texts, block = result.as_numpy("token_texts"), result.as_numpy("block")
+    if texts is None or block is None:
+        return {}
+    return {
+        "token_texts": [text.decode() for text in texts.reshape(-1)],
+        "block": Block(*block.reshape(-1).tolist()),
+    }
 
 
 @contextmanager

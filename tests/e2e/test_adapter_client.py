@@ -12,6 +12,7 @@ from dllm_client import (
     Answer,
     AsyncClient,
     BadRequestError,
+    Block,
     Client,
     JobCancelledError,
     JobFailedError,
@@ -92,6 +93,8 @@ def test_triton_client(triton: TritonServer) -> None:
         steps = list(direct.stream("hello", gen_length=12))
     assert [step.done for step in steps] == [False] * 11 + [True]
     assert steps[-1].token_ids.tolist() == expected.token_ids
+    assert [len(step.token_texts or ()) for step in steps] == [12] * 12
+    assert {step.block for step in steps} == {Block(0, 0, 12)}
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
