@@ -2,7 +2,7 @@
 
 For float32 on a CPU the weights are packed once for oneDNN, which also applies the addition or
 activation that follows while a result is still in cache: on AVX2 machines 1.1 to 1.8 times as fast
-as torch's own call (docs/decisions/009). Results of a row do not depend on the number of rows.
+as torch's own call (docs/decisions/014). Results of a row do not depend on the number of rows.
 """
 
 from __future__ import annotations
