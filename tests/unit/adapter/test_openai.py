@@ -15,6 +15,8 @@ from openai import AsyncOpenAI
 from adapter.errors import EngineFailure, InvalidRequest, Overloaded
 from adapter.generation import Detail, Event, Usage
 
+CHAT = "/chat/completions"
+TEXT = "/completions"
 QUESTION: Any = [{"role": "user", "content": "What is AI?"}]
 
 
@@ -172,6 +174,21 @@ async def test_only_what_is_final_is_streamed(url: str, engine: ScriptedEngine) 
     assert [line for line in lines if line][-1] == "data: [DONE]"
 
 
+async def test_silence_of_a_stream_is_filled_with_comments(
+    url: str, engine: ScriptedEngine
+) -> None:
+    """While the engine says nothing the stream stays alive; a timeout ends it with its reason."""
+    engine.scripts = [[Event("a", usage=Usage(1, 1, 1, 1), seed=1), HANG]]
+    body = {"model": "dllm", "prompt": ["a", "b"], "stream": True, "timeout": 0.3}
+    text = (await post(url, TEXT, body)).text
+
+    assert text.count(": ping\n\n") >= 2
+    last = text.strip().split("\n\n")[-1]
+    assert "timeout of 0.3 s" in json.loads(last.removeprefix("data: "))["error"]["message"]
+    assert "[DONE]" not in text
+    await until(lambda: engine.closed == 2)
+
+
 @pytest.mark.parametrize(
     ("prompt", "inputs"),
     [
@@ -252,8 +269,6 @@ async def test_model_has_the_name_it_is_served_under(
         assert (await client.models.retrieve("llada/8b")).id == "llada/8b"
 
 
-CHAT = "/chat/completions"
-TEXT = "/completions"
 REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"n": 2}, "n", "not supported"),
     (CHAT, {"logprobs": True}, "logprobs", "not supported"),
