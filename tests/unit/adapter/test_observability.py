@@ -1,10 +1,13 @@
 """Watching the adapter: request ids, log, metrics, traces, dashboard."""
 
+import gzip
 import json
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +29,11 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind
 from prometheus_client.parser import text_string_to_metric_families
 
+from adapter import tracing
 from adapter.app import create_app
 from adapter.errors import EngineFailure, InvalidRequest
 from adapter.otel import OtelTracer
+from adapter.tracing import make_tracer
 from launcher.ports import free_port
 
 ROOT = Path(__file__).parents[3]
@@ -210,6 +215,59 @@ async def test_failed_request_fails_its_span(database_url: str) -> None:
         await until(lambda: bool(spans.of(SpanKind.CLIENT)))
     (denoise,) = spans.of(SpanKind.CLIENT)
     assert denoise.status.description == "InvalidRequest: steps: no"
+
+
+def test_spans_go_to_the_collector_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tracing on, spans are sent over OTLP to where OpenTelemetry's own variable says."""
+    received: list[tuple[str, bytes]] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            length = int(self.headers["content-length"])
+            received.append((self.path, self.rfile.read(length)))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Not on stderr."""
+
+    with HTTPServer(("127.0.0.1", 0), Collector) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
+        tracer = make_tracer(enabled=True)
+        span = tracer.call("GET /v1/health", {})
+        assert re.fullmatch("00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", span.traceparent or "")
+        span.end()
+        tracer.close()
+        server.shutdown()
+    ((path, body),) = received
+    assert path == "/v1/traces"
+    assert b"dllm-adapter" in (gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body)
+
+
+async def test_trace_context_passes_through_untraced(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without tracing a caller's trace context reaches the engine as it is, if it is one."""
+    seen: list[str | None] = []
+    monkeypatch.setattr(ScriptedEngine, "generate", _noting(seen, ScriptedEngine.generate))
+    async with running_app(fast_settings(database_url), ScriptedEngine()) as api:
+        for number, given in enumerate((TRACEPARENT, "nonsense")):
+            await api.client.post(
+                "/v1/generate", json={"prompt": "a"}, headers={"traceparent": given}
+            )
+            await api.result(number)
+    assert seen == [TRACEPARENT, None]
+
+
+def _noting(seen: list[str | None], generate: Any) -> Any:
+    async def noting(*arguments: Any, **options: Any) -> AsyncIterator[Any]:
+        seen.append(tracing.TRACEPARENT.get())
+        async for event in generate(*arguments, **options):
+            yield event
+
+    return noting
 
 
 def test_opentelemetry_is_loaded_only_when_asked_for() -> None:
