@@ -9,8 +9,6 @@ from typing import Self
 from adapter.errors import (
     AdapterError,
     DeadlineExceeded,
-    EngineError,
-    Overloaded,
     StreamLost,
     TooManyCalls,
     Unavailable,
@@ -107,7 +105,7 @@ class LiveRequest:
                 raise
             self._fail(DeadlineExceeded(f"not done within the timeout of {timeout:g} s"))
         except AdapterError as error:
-            if isinstance(error, EngineError) and not isinstance(error, Overloaded):
+            if isinstance(error, StreamLost):
                 self._monitor.suspect()
             self._fail(error)
 
@@ -124,7 +122,6 @@ class LiveRequest:
                 if event is None:
                     msg = "the engine ended the stream without a result"
                     raise StreamLost(msg)
-                self._monitor.saw_life()
                 if event.finish_reason == "cancelled":
                     msg = "the engine cancelled the request"
                     raise StreamLost(msg)

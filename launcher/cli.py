@@ -82,6 +82,7 @@ def demo(port: Port = None, verbose: Verbose = False) -> None:
 def _announce(settings: Settings) -> None:
     _print_addresses(
         ("REST API", f"{settings.url}/v1   described at {settings.url}/docs"),
+        ("page", f"{settings.url}/   shows a text being denoised"),
         ("Triton", f"http://127.0.0.1:{settings.triton_http_port}"),
         ("gRPC", f"127.0.0.1:{settings.triton_grpc_port}"),
         ("metrics", f"http://127.0.0.1:{settings.triton_metrics_port}/metrics"),
