@@ -65,6 +65,7 @@ INPUT_TYPES: Mapping[str, str] = {
     "pool_kernel": "INT32",
     "delay_steps": "INT32",
     "refresh_interval": "INT32",
+    "priority": "INT32",
     "stream": "BOOL",
     "stream_interval": "FP32",
 }
@@ -137,7 +138,8 @@ class TritonEngine:
     ) -> AsyncGenerator[Event, None]:
         """Stream the events of one request; see `generation.Engine.generate`."""
         interval = self._stream_interval if detail is Detail.RESULT else 0.0
-        streaming: Inputs = {"stream": True, "stream_interval": interval}
+        # Triton's own priority orders its queue, the input of that name the engine's steps.
+        streaming: Inputs = {"stream": True, "stream_interval": interval, "priority": priority}
         outputs = OUTPUTS + CANVAS_OUTPUTS if detail is Detail.CANVAS else OUTPUTS
         request = self._request(
             {**inputs, **streaming}, request_id=request_id, priority=priority, outputs=outputs

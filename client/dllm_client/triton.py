@@ -70,6 +70,7 @@ INPUT_TYPES: Mapping[str, str] = {
     "pool_kernel": "INT32",
     "delay_steps": "INT32",
     "refresh_interval": "INT32",
+    "priority": "INT32",
     "stream": "BOOL",
     "stream_interval": "FP32",
 }

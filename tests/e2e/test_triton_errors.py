@@ -56,6 +56,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         HELLO | {"cache": "dual", "retention_ratio": 0.5},
         "sparse; got cache dual",
     ),
+    ("priority", HELLO | {"priority": 4}, "1 to 3"),
     ("pool_kernel", HELLO | {"cache": "sparse", "pool_kernel": 2}, "odd"),
     ("delay_steps", HELLO | {"cache": "dual", "delay_steps": -1}, "0 or more"),
     ("refresh_interval", HELLO | {"refresh_interval": 2}, "got cache none"),
@@ -92,7 +93,7 @@ def refusal(server: TritonServer, inputs: list[Any]) -> tuple[str, str]:
     return error.value.status(), error.value.message()
 
 
-@pytest.mark.parametrize("name", ["gen_len", "max_tokens", "priority", "timeout"])
+@pytest.mark.parametrize("name", ["gen_len", "max_tokens", "timeout"])
 @pytest.mark.parametrize("model", ["dllm", "dllm_unary"])
 def test_unknown_name_is_refused(triton: TritonServer, model: str, name: str) -> None:
     """The generate endpoint refuses every name that it would not honour."""

@@ -14,6 +14,8 @@ from dllm_engine import CanvasUpdate, Engine, InvalidRequest, Prompt, SamplingPa
 from dllm_engine.scheduler import Request
 
 PROMPT_INPUTS = ("text_input", "messages", "input_ids")
+#: Levels as config.pbtxt has them for the queue; 1 goes first.
+DEFAULT_PRIORITY, LOWEST_PRIORITY = 2, 3
 #: Inputs that are sampling parameters of the same name.
 PARAM_INPUTS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
@@ -33,7 +35,12 @@ def parse_request(engine: Engine, request: Any) -> Request:
     if prompt.canvas_ids:
         values.setdefault("gen_length", len(prompt.canvas_ids))
     params = SamplingParams(**values)
-    return engine.make_request(prompt, params, stream_interval=interval if stream else None)
+    return engine.make_request(
+        prompt,
+        params,
+        stream_interval=interval if stream else None,
+        priority=_priority(inputs),
+    )
 
 
 def _reject_unknown(request: Any) -> None:
@@ -83,6 +90,15 @@ def _param(inputs: dict[str, Any], name: str) -> Any:
     if name == "stop":
         return tuple(_text(name, value) for value in _values(inputs, name))
     return _scalar(inputs, name)
+
+
+def _priority(inputs: dict[str, Any]) -> int:
+    if "priority" not in inputs:
+        return DEFAULT_PRIORITY
+    level = int(_scalar(inputs, "priority"))
+    if not 1 <= level <= LOWEST_PRIORITY:
+        raise InvalidRequest("priority", f"must be 1 to {LOWEST_PRIORITY}; got {level}")
+    return level
 
 
 def _stream_interval(inputs: dict[str, Any]) -> float:

@@ -385,3 +385,17 @@ def test_settings_come_from_strings_and_are_checked(checkpoint: Path) -> None:
         make_engine(checkpoint, device="cuda")
     with pytest.raises(CheckpointError, match="no such directory"):
         make_engine(checkpoint / "none")
+
+
+def test_priority_decides_who_steps_when_the_budget_is_short(checkpoint: Path) -> None:
+    """With room for one sequence per step, a request of level 1 is done before one of level 3."""
+    engine = make_engine(checkpoint, max_num_batched_tokens=12)
+    params = SamplingParams(gen_length=8, ignore_eos=True)
+    late, early = (engine.make_request(Prompt(PROMPT), params, priority=level) for level in (3, 1))
+    engine.add(late)
+    engine.add(early)
+    order = []
+    while engine.has_work:
+        order += [update.request_id for update in engine.step()]
+    assert order == [early.request_id, late.request_id]
+    assert late.steps_run == early.steps_run == 8
