@@ -1,0 +1,49 @@
+"""The simulator's requests cost what the engine's cost, and time passes as the model says."""
+
+import pytest
+from dllm_engine import LLM, Prompt
+from dllm_engine.request import CACHE_POLICIES
+from dllm_engine.scheduler import Scheduler
+
+from benchmarks.simulator import Arrival, CostModel, FcfsScheduler, simulate, without_pages
+
+
+@pytest.mark.parametrize("policy", CACHE_POLICIES)
+def test_rows_are_those_of_the_engine(llm: LLM, policy: str) -> None:
+    """Five requests of mixed lengths push as many rows through the simulator as the engine."""
+    load = [Arrival(0.0, 10 + 7 * i, 9 + 4 * i, 8, policy) for i in range(5)]
+    before = llm.engine.stats.batched_tokens
+    prompts = [Prompt([1] * one.prompt_length) for one in load]
+    llm.generate(prompts, [one.params() for one in load], progress=False)
+    rows = llm.engine.stats.batched_tokens - before
+    outcome = simulate(Scheduler(8, 512, without_pages()), load, CostModel(0.01, 0.001))
+    assert sum(outcome.rows) == rows
+
+
+@pytest.mark.parametrize("kind", [Scheduler, FcfsScheduler])
+def test_latency_of_one_request_is_the_cost_of_its_steps(kind: type[Scheduler]) -> None:
+    """Alone: one Refresh of 24 rows and seven Reuses of 8."""
+    outcome = simulate(kind(4, 512, without_pages()), [Arrival(5.0, 16, 8)], CostModel(1.0, 0.5))
+    assert outcome.latencies == [pytest.approx(8 * 1.0 + 0.5 * (24 + 7 * 8))]
+
+
+def test_batches_that_run_to_completion_keep_others_waiting() -> None:
+    """A short request behind a long one waits for its end; with the engine it does not."""
+    load = [Arrival(0.0, 16, 256), Arrival(0.1, 16, 8)]
+    cost = CostModel(0.001, 0.0001)
+
+    def short(run_to_completion: int | None) -> float:
+        scheduler = Scheduler(4, 512, without_pages())
+        outcome = simulate(scheduler, load, cost, run_to_completion=run_to_completion)
+        return outcome.latencies[1]
+
+    assert short(16) > 10 * short(None)
+
+
+def test_the_cost_model_is_fitted() -> None:
+    """From steps that follow it, a few of which were disturbed."""
+    steps = [(rows, 0.004 + 3e-5 * rows) for rows in range(100, 2000, 50)]
+    disturbed = [(500, 4.0), (900, 2.0)]
+    cost = CostModel.fit(steps + disturbed)
+    assert cost.base == pytest.approx(0.004, rel=0.1)
+    assert cost.per_row == pytest.approx(3e-5, rel=0.1)
