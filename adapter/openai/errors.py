@@ -51,7 +51,8 @@ def status_and_body(error: AdapterError) -> tuple[int, Body]:
     message = str(error)
     if isinstance(error, InvalidRequest):
         message = _renamed(message)
-        return 400, body(400, message, param=message.partition(":")[0])
+        field, colon, _ = message.partition(":")
+        return 400, body(400, message, param=field if colon and field.isidentifier() else None)
     param = "model" if isinstance(error, ModelNotFound) else None
     return error.status, body(error.status, message, param=param)
 

@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Discriminator,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     Tag,
-    WithJsonSchema,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core.core_schema import no_info_after_validator_function
 
 from adapter.schemas import (
     Body,
@@ -33,22 +35,32 @@ from adapter.schemas import (
 COMPLETION_MAX_TOKENS = 16
 
 
-def _off(*values: object) -> Any:
-    """Type of a parameter that is not honoured: null, or a value that asks for nothing."""
+class Off:
+    """Marks a parameter that is not honoured: null, or one of the values that ask for nothing."""
 
-    def check(value: object) -> object:
-        for off in values:
+    def __init__(self, *values: object) -> None:
+        self._values = (None, *values)
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """Check the value as it comes."""
+        return no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, _core: CoreSchema, _handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Describe the parameter by what it may be."""
+        return {"enum": list(self._values)}
+
+    def _check(self, value: object) -> None:
+        for off in self._values:
             if value == off and isinstance(value, bool) == isinstance(off, bool):
-                return None
-        if value is None:
-            return None
+                return
+        shown = " or ".join("null" if off is None else repr(off) for off in self._values)
         raise PydanticCustomError(
-            "not_supported", "This is not supported; leave it out or send {off}", {"off": _shown}
+            "not_supported", "This is not supported; leave it out or send {off}", {"off": shown}
         )
-
-    _shown = " or ".join("null" if off is None else repr(off) for off in (None, *values))
-    schema = WithJsonSchema({"enum": [None, *values]})
-    return Annotated[Any, AfterValidator(check), schema]
 
 
 def _as_parts(value: object) -> object:
@@ -84,7 +96,7 @@ class StreamOptions(Body):
     """What a stream tells besides the text."""
 
     include_usage: bool | None = Field(None, description="a last chunk with the usage")
-    include_obfuscation: _off(False) = None  # type: ignore[valid-type]
+    include_obfuscation: Annotated[Any, Off(False)] = None
 
 
 class Call(Denoising, Queueing):
@@ -99,10 +111,10 @@ class Call(Denoising, Queueing):
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="with stream only")
     user: Label | None = Field(None, description="has no effect")
-    n: _off(1) = None  # type: ignore[valid-type]
-    frequency_penalty: _off(0) = None  # type: ignore[valid-type]
-    presence_penalty: _off(0) = None  # type: ignore[valid-type]
-    logit_bias: _off({}) = None  # type: ignore[valid-type]
+    n: Annotated[Any, Off(1)] = None
+    frequency_penalty: Annotated[Any, Off(0)] = None
+    presence_penalty: Annotated[Any, Off(0)] = None
+    logit_bias: Annotated[Any, Off({})] = None
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> Self:
@@ -133,9 +145,9 @@ class CompletionCall(Call):
     max_tokens: Count | None = Field(
         None, description=f"the canvas; default {COMPLETION_MAX_TOKENS}"
     )
-    best_of: _off(1) = None  # type: ignore[valid-type]
-    echo: _off(False) = None  # type: ignore[valid-type]
-    logprobs: _off() = None  # type: ignore[valid-type]
+    best_of: Annotated[Any, Off(1)] = None
+    echo: Annotated[Any, Off(False)] = None
+    logprobs: Annotated[Any, Off()] = None
 
     def requests(self) -> list[GenerateRequest]:
         """One request of ours for each prompt."""
@@ -168,12 +180,12 @@ class ChatMessage(Body):
         Field(min_length=1),
         BeforeValidator(_as_parts, json_schema_input_type=PlainText | list[TextPart]),
     ]
-    name: _off() = None  # type: ignore[valid-type]
-    refusal: _off() = None  # type: ignore[valid-type]
-    audio: _off() = None  # type: ignore[valid-type]
-    annotations: _off([]) = None  # type: ignore[valid-type]
-    function_call: _off() = None  # type: ignore[valid-type]
-    tool_calls: _off([]) = None  # type: ignore[valid-type]
+    name: Annotated[Any, Off()] = None
+    refusal: Annotated[Any, Off()] = None
+    audio: Annotated[Any, Off()] = None
+    annotations: Annotated[Any, Off([])] = None
+    function_call: Annotated[Any, Off()] = None
+    tool_calls: Annotated[Any, Off([])] = None
 
     def message(self) -> Message:
         """The message for the checkpoint's chat template, which knows no developers."""
@@ -191,23 +203,23 @@ class ChatCall(Call):
     )
     safety_identifier: Label | None = Field(None, description="has no effect")
     prompt_cache_key: Label | None = Field(None, description="has no effect")
-    logprobs: _off(False) = None  # type: ignore[valid-type]
-    top_logprobs: _off(0) = None  # type: ignore[valid-type]
-    tools: _off([]) = None  # type: ignore[valid-type]
-    tool_choice: _off("none", "auto") = None  # type: ignore[valid-type]
-    parallel_tool_calls: _off(True, False) = None  # type: ignore[valid-type]
-    functions: _off([]) = None  # type: ignore[valid-type]
-    function_call: _off("none", "auto") = None  # type: ignore[valid-type]
-    response_format: _off({"type": "text"}) = None  # type: ignore[valid-type]
-    modalities: _off(["text"]) = None  # type: ignore[valid-type]
-    audio: _off() = None  # type: ignore[valid-type]
-    prediction: _off() = None  # type: ignore[valid-type]
-    web_search_options: _off() = None  # type: ignore[valid-type]
-    reasoning_effort: _off("none") = None  # type: ignore[valid-type]
-    verbosity: _off() = None  # type: ignore[valid-type]
-    store: _off(False) = None  # type: ignore[valid-type]
-    metadata: _off({}) = None  # type: ignore[valid-type]
-    service_tier: _off("auto", "default") = None  # type: ignore[valid-type]
+    logprobs: Annotated[Any, Off(False)] = None
+    top_logprobs: Annotated[Any, Off(0)] = None
+    tools: Annotated[Any, Off([])] = None
+    tool_choice: Annotated[Any, Off("none", "auto")] = None
+    parallel_tool_calls: Annotated[Any, Off(True, False)] = None
+    functions: Annotated[Any, Off([])] = None
+    function_call: Annotated[Any, Off("none", "auto")] = None
+    response_format: Annotated[Any, Off({"type": "text"})] = None
+    modalities: Annotated[Any, Off(["text"])] = None
+    audio: Annotated[Any, Off()] = None
+    prediction: Annotated[Any, Off()] = None
+    web_search_options: Annotated[Any, Off()] = None
+    reasoning_effort: Annotated[Any, Off("none")] = None
+    verbosity: Annotated[Any, Off()] = None
+    store: Annotated[Any, Off(False)] = None
+    metadata: Annotated[Any, Off({})] = None
+    service_tier: Annotated[Any, Off("auto", "default")] = None
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
