@@ -112,6 +112,11 @@ class Settings(BaseSettings):
         """The addresses of all tritonservers."""
         return [url.strip() for url in self.triton_url.split(",")]
 
+    @property
+    def openai_model(self) -> str:
+        """The name that OpenAI calls ask for."""
+        return self.served_model_name or self.model_name
+
     @field_validator("triton_url")
     @classmethod
     def _addresses(cls, value: str) -> str:

@@ -69,7 +69,7 @@ async def chat_completions(
 @router.get("/models", responses=_FAULTS)
 async def models(settings: SettingsDep) -> ModelList:
     """The models that may be asked for."""
-    return ModelList(data=[Model(id=_name(settings), created=STARTED)])
+    return ModelList(data=[Model(id=settings.openai_model, created=STARTED)])
 
 
 @router.get("/models/{model:path}", responses=_FAULTS)
@@ -78,13 +78,9 @@ async def one_model(model: str, settings: SettingsDep) -> Model:
     return Model(id=_served(model, settings), created=STARTED)
 
 
-def _name(settings: Settings) -> str:
-    return settings.served_model_name or settings.model_name
-
-
 def _served(model: str, settings: Settings) -> str:
     """The model's name. Raises `ModelNotFound` if it is another."""
-    if model != _name(settings):
-        msg = f"the model {model!r} does not exist here; {_name(settings)!r} does"
+    if model != settings.openai_model:
+        msg = f"the model {model!r} does not exist here; {settings.openai_model!r} does"
         raise ModelNotFound(msg)
     return model

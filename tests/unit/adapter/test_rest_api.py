@@ -399,3 +399,20 @@ async def test_openapi_describes_the_calls(api: RunningApp) -> None:
         "/v1/livez",
         "/metrics",
     } == set(paths)
+
+
+async def test_description_names_the_limits_of_this_server(database_url: str) -> None:
+    """What the settings limit is published with its number, for every name that a field has."""
+    settings = fast_settings(
+        database_url, max_gen_length=77, max_temperature=1.5, max_prompt_chars=99
+    )
+    async with running_app(settings, ScriptedEngine()) as api:
+        for _ in range(2):  # the description is made once
+            schemas = (await api.client.get("/openapi.json")).json()["components"]["schemas"]
+
+    bodies = {name: schemas[name]["properties"] for name in ("GenerateRequest", "ChatCall")}
+    assert bodies["GenerateRequest"]["gen_length"]["maximum"] == 77
+    assert bodies["GenerateRequest"]["temperature"]["maximum"] == 1.5
+    assert bodies["GenerateRequest"]["prompt"]["anyOf"][0]["maxLength"] == 99
+    assert bodies["ChatCall"]["max_completion_tokens"]["anyOf"][0]["maximum"] == 77
+    assert bodies["ChatCall"]["model"]["const"] == "dllm"
