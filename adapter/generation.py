@@ -81,6 +81,10 @@ class Engine(Protocol):
         """Run the smallest real request. Raises `InvalidRequest` or an `EngineError`."""
         ...
 
+    async def loading(self) -> bool:
+        """Whether the engine is being started or stopped now. Raises an `EngineError`."""
+        ...
+
     async def reload(self) -> None:
         """Replace the engine's process. Raises an `EngineError` when that fails."""
         ...

@@ -13,6 +13,9 @@ log = get_logger()
 #: A healer that is silent for longer is taken to have died, and another worker begins anew.
 LEASE_SECONDS = 15.0
 RETRY_SECONDS = 10.0
+LOOK_SECONDS = 0.5
+#: A new engine is idle, and so answers at once.
+PROBE_SECONDS = 15.0
 
 
 class Healer:
@@ -31,15 +34,21 @@ class Healer:
         """This worker is replacing the engine now."""
         return self._task is not None and not self._task.done()
 
-    async def attempt(self, epoch: int) -> None:
-        """Begin to replace the engine of `epoch`, unless that is futile or another's work."""
+    async def attempt(self, epoch: int, *, taken_over: bool) -> None:
+        """Begin to replace the engine of `epoch`, unless that is futile or another's work.
+
+        `taken_over`: another worker began it and has died. Triton goes on with what it was told,
+        so the new engine may be there already, or will be soon.
+        """
         now = asyncio.get_running_loop().time()
         if self.busy or not self._enabled or now < self._not_before:
             return
         self._collect()
         if await self._store.begin(epoch=epoch, lease=LEASE_SECONDS):
             self._not_before = now + RETRY_SECONDS
-            self._task = asyncio.create_task(self._replace(epoch), name="engine-reload")
+            self._task = asyncio.create_task(
+                self._replace(epoch, taken_over=taken_over), name="engine-reload"
+            )
 
     async def renew(self) -> None:
         """Tell the others that it is still being done."""
@@ -53,10 +62,13 @@ class Healer:
         await asyncio.wait([self._task])
         await self._store.abandon()
 
-    async def _replace(self, epoch: int) -> None:
-        log.warning("engine_reload_started", engine=self._store.engine, epoch=epoch)
+    async def _replace(self, epoch: int, *, taken_over: bool) -> None:
+        log.warning(
+            "engine_reload_started", engine=self._store.engine, epoch=epoch, taken_over=taken_over
+        )
         try:
-            await self._engine.reload()
+            if not (taken_over and await self._answers_in_the_end()):
+                await self._engine.reload()
         except ModelControlRefused as error:
             self._enabled = False
             log.error(
@@ -73,6 +85,16 @@ class Healer:
             await self._store.finish()
             ENGINE_RELOADS.labels(self._store.engine).inc()
             log.warning("engine_reload_finished", engine=self._store.engine, epoch=epoch + 1)
+
+    async def _answers_in_the_end(self) -> bool:
+        while await self._engine.loading():
+            await asyncio.sleep(LOOK_SECONDS)
+        try:
+            async with asyncio.timeout(PROBE_SECONDS):
+                await self._engine.probe()
+        except (TimeoutError, EngineError):
+            return False
+        return True
 
     def _collect(self) -> None:
         """Log what the last attempt has raised, such as a database that was away."""

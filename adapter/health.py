@@ -143,7 +143,7 @@ class EngineMonitor:
             probe, self._probe = self._probe, None  # gone even if its result is an error
             self._judge(probe.result(), record)
         if self._state.dead or record.abandoned:
-            await self._healer.attempt(record.epoch)
+            await self._healer.attempt(record.epoch, taken_over=record.abandoned)
         if self._probe is None and not self._healer.busy and self._probe_due() <= _now():
             self._start_probe(record.epoch)
         return self._pause()

@@ -91,6 +91,7 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
 PROBE: Inputs = {"input_ids": [0], "gen_length": 1, "steps": 1}
 PROBE_PRIORITY = 1  # before everything that waits
 END_OF_STREAM_SECONDS = 1.0
+INDEX_SECONDS = 10.0
 
 #: What Triton says in a message; looked at first. On a stream an error has no code: the header
 #: `triton_grpc_error` would keep it, but with it a few refused requests in a row crash the server
@@ -157,6 +158,15 @@ class TritonEngine:
                 return
         msg = "the stream of a probe ended without a result"
         raise StreamLost(msg)
+
+    async def loading(self) -> bool:
+        """Whether Triton loads or unloads the model now: it goes on when who asked for it dies."""
+        try:
+            index = await self._client.get_model_repository_index(client_timeout=INDEX_SECONDS)
+        except InferenceServerException as error:
+            raise map_error(error.status(), error.message()) from error
+        states = {model.state for model in index.models if model.name == self._model_name}
+        return bool(states & {"LOADING", "UNLOADING"})
 
     async def reload(self) -> None:
         """Unload and load the model: loading alone does nothing while its files are the same."""

@@ -13,6 +13,7 @@ import argparse
 import json
 import multiprocessing
 import random
+import shutil
 import socket
 import sqlite3
 import statistics
@@ -314,6 +315,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--kill-interval", type=float, default=5.0, help="seconds")
+    parser.add_argument("--logs", type=Path, help="folder to keep the servers' logs in")
     parser.add_argument("--patience", type=float, default=1800.0, help="seconds for everything")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="dllm-soak-") as folder:
@@ -322,7 +324,15 @@ def main() -> None:
             adapter = AdapterServer(triton, database, workers=options.workers, settings=SETTINGS)
             with adapter:
                 soak = Soak(adapter, database, triton.pid)
-                accepted, done = run(soak, options.jobs, options.kill_interval, options.patience)
+                try:
+                    accepted, done = run(
+                        soak, options.jobs, options.kill_interval, options.patience
+                    )
+                finally:
+                    if options.logs is not None:
+                        options.logs.mkdir(exist_ok=True)
+                        for log in Path(folder).glob("*.log"):
+                            shutil.copy(log, options.logs)
                 verdict = soak.verdict()
     record = soak.record
     times = [1000 * took for _, took in record.polls]

@@ -155,3 +155,20 @@ def test_one_of_two_tritonservers_is_killed(
         eventually(
             lambda: metric(two, "dllm_requests_finished_total") > 0, "the other has done its part"
         )
+
+
+def test_workers_that_heal_are_killed(start_adapter: StartAdapter, mortal: TritonServer) -> None:
+    """However often the one who replaces the engine is killed meanwhile, it is replaced."""
+    adapter = start_adapter(mortal, workers=2, **QUICK)
+    jobs = adapter.submit_batch(["a", "b"], **UNIQUE)
+    stub_of(mortal, "dllm").kill()
+    for starts in (1, 2):
+        eventually(
+            lambda: adapter.log.count("engine_reload_started") >= starts,  # noqa: B023
+            "somebody begins to replace it",
+        )
+        for worker in adapter.worker_processes():
+            with suppress(psutil.NoSuchProcess):
+                worker.kill()
+    eventually(lambda: adapter.health() == 200, "the engine is back")
+    assert len({adapter.finished(job) for job in jobs}) == 2

@@ -78,6 +78,7 @@ class ScriptedEngine:
     priorities: list[int] = field(default_factory=list)
     details: list[Detail] = field(default_factory=list)
     closed: int = 0
+    loadings: int = 0
     reloads: int = 0
 
     async def generate(
@@ -116,6 +117,11 @@ class ScriptedEngine:
             await asyncio.Event().wait()
         if self.probe_error is not None:
             raise self.probe_error
+
+    async def loading(self) -> bool:
+        """Say so a few times, if told to."""
+        self.loadings -= 1
+        return self.loadings >= 0
 
     async def reload(self) -> None:
         """Bring it back to life, unless told otherwise."""

@@ -79,11 +79,26 @@ async def test_model_left_unloaded_is_loaded_by_the_next_worker(
     ghost = HealStore(database, engine=name, owner="ghost")
     await ghost.read()
     await ghost.begin(epoch=0, lease=0.01)
-    engine = ScriptedEngine()
+    engine = ScriptedEngine(alive=False)
     async with running_app(fast_settings(database_url), engine) as api:
         assert (await api.result(await api.submit()))["status"] == "finished"
 
     assert engine.reloads == 1
+
+
+async def test_engine_that_was_begun_by_a_dead_worker_is_not_begun_again(
+    database_url: str, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A load goes on when its worker dies: the next one waits for it and looks at the engine."""
+    monkeypatch.setattr("adapter.healer.LOOK_SECONDS", 0.01)
+    ghost = HealStore(database, engine=engine_name("engine:1", "dllm"), owner="ghost")
+    await ghost.read()
+    await ghost.begin(epoch=0, lease=0.01)
+    engine = ScriptedEngine(loadings=5)
+    async with running_app(fast_settings(database_url), engine) as api:
+        assert (await api.result(await api.submit()))["status"] == "finished"
+        assert (await ghost.read()).epoch == 1
+    assert (engine.reloads, engine.loadings < 0) == (0, True)
 
 
 @pytest.mark.parametrize(
