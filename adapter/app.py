@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from adapter.database import Database
-from adapter.description import describe_limits
+from adapter.description import complete_description
 from adapter.gate import Gate
 from adapter.generation import Engine
 from adapter.heal import HealStore, engine_name
@@ -92,7 +92,7 @@ def create_app(
     page.mount_files(app)
     app.include_router(health.router)
     app.include_router(metrics.router)
-    describe_limits(app, chosen)
+    complete_description(app, chosen)
     return app
 
 

@@ -98,7 +98,7 @@ class TooManyCalls(AdapterError):
 class DeadlineExceeded(AdapterError):
     """The time that the request gave itself is over."""
 
-    status = 504
+    status = 408
 
 
 class CallerGone(AdapterError):

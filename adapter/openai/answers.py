@@ -10,7 +10,7 @@ from pydantic import BaseModel, model_serializer
 from adapter.generation import Event
 
 
-class Usage(BaseModel):
+class TokenUsage(BaseModel):
     """Tokens read and written, over all prompts of a call."""
 
     prompt_tokens: int
@@ -36,7 +36,7 @@ class TextChoice(BaseModel):
     seed: int | None = None
 
 
-class ChatMessage(BaseModel):
+class AssistantMessage(BaseModel):
     """What the assistant says."""
 
     role: Literal["assistant"] = "assistant"
@@ -48,7 +48,7 @@ class ChatChoice(BaseModel):
     """The answer. `seed`: what repeats it."""
 
     index: int
-    message: ChatMessage
+    message: AssistantMessage
     logprobs: None = None
     finish_reason: str
     seed: int | None
@@ -94,7 +94,7 @@ class Completion(Head):
 
     object: Literal["text_completion"] = "text_completion"
     choices: list[TextChoice]
-    usage: Usage | None = None
+    usage: TokenUsage | None = None
 
 
 class ChatCompletion(Head):
@@ -102,7 +102,7 @@ class ChatCompletion(Head):
 
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
-    usage: Usage
+    usage: TokenUsage
 
 
 class ChatChunk(Head):
@@ -110,7 +110,7 @@ class ChatChunk(Head):
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChatChunkChoice]
-    usage: Usage | None = None
+    usage: TokenUsage | None = None
 
 
 class Model(BaseModel):

@@ -20,6 +20,7 @@ KINDS: Mapping[int, tuple[str, str | None]] = {
     401: (INVALID, "invalid_api_key"),
     404: (INVALID, "model_not_found"),
     405: (INVALID, None),
+    408: ("timeout_error", "timeout"),
     413: (INVALID, "request_too_large"),
     429: ("rate_limit_error", "rate_limit_exceeded"),
 }

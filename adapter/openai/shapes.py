@@ -7,16 +7,16 @@ from pydantic import BaseModel
 
 from adapter.generation import Event
 from adapter.openai.answers import (
+    AssistantMessage,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
-    ChatMessage,
     Completion,
     Delta,
     Head,
     TextChoice,
-    Usage,
+    TokenUsage,
 )
 
 
@@ -57,7 +57,7 @@ class CompletionShape:
             )
             for index, result in enumerate(results)
         ]
-        return self._completion(choices, Usage.of(results))
+        return self._completion(choices, TokenUsage.of(results))
 
     def opening(self, index: int) -> None:
         """Nothing."""
@@ -74,9 +74,9 @@ class CompletionShape:
 
     def usage(self, results: Sequence[Event]) -> Completion:
         """No choices."""
-        return self._completion([], Usage.of(results))
+        return self._completion([], TokenUsage.of(results))
 
-    def _completion(self, choices: list[TextChoice], usage: Usage | None = None) -> Completion:
+    def _completion(self, choices: list[TextChoice], usage: TokenUsage | None = None) -> Completion:
         return Completion(**self.head.model_dump(), choices=choices, usage=usage)
 
 
@@ -91,13 +91,15 @@ class ChatShape:
         choices = [
             ChatChoice(
                 index=index,
-                message=ChatMessage(content=result.text),
+                message=AssistantMessage(content=result.text),
                 finish_reason=result.finish_reason,
                 seed=result.seed,
             )
             for index, result in enumerate(results)
         ]
-        return ChatCompletion(**self.head.model_dump(), choices=choices, usage=Usage.of(results))
+        return ChatCompletion(
+            **self.head.model_dump(), choices=choices, usage=TokenUsage.of(results)
+        )
 
     def opening(self, index: int) -> ChatChunk:
         """Who speaks."""
@@ -113,7 +115,7 @@ class ChatShape:
 
     def usage(self, results: Sequence[Event]) -> ChatChunk:
         """No choices."""
-        return ChatChunk(**self.head.model_dump(), choices=[], usage=Usage.of(results))
+        return ChatChunk(**self.head.model_dump(), choices=[], usage=TokenUsage.of(results))
 
     def _chunk(
         self, index: int, delta: Delta, reason: str | None = None, seed: int | None = None

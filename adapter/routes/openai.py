@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, Request
 
 from adapter.connection import EventStream
 from adapter.deps import CallerDep, LiveDep, SettingsDep
+from adapter.description import stream_of
 from adapter.limits import check_batch_size, check_limits
 from adapter.openai.answers import ChatCompletion, Completion, ErrorAnswer, Model, ModelList
 from adapter.openai.calls import Runner
@@ -21,12 +22,17 @@ router = APIRouter(prefix="/v1", tags=["openai"])
 
 STARTED = int(time.time())
 
-_CHUNKS: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The answer; with `stream`, chunks of it as server-sent events.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+
+def _chunks(model: str) -> dict[int | str, dict[str, Any]]:
+    """What the description of a call says of a success."""
+    return {
+        200: {
+            "description": "The answer; with `stream`, chunks of it as server-sent events.",
+            "content": stream_of(model, "ErrorAnswer", other=("[DONE]",)),
+        }
     }
-}
+
+
 _FAULTS = problems(ErrorAnswer)
 
 
@@ -38,7 +44,7 @@ def _runner(request: Request, caller: CallerDep, live: LiveDep, settings: Settin
 RunnerDep = Annotated[Runner, Depends(_runner)]
 
 
-@router.post("/completions", response_model=Completion, responses=_CHUNKS | _FAULTS)
+@router.post("/completions", response_model=Completion, responses=_chunks("Completion") | _FAULTS)
 async def completions(
     body: CompletionCall, runner: RunnerDep, settings: SettingsDep
 ) -> Completion | EventStream:
@@ -53,7 +59,9 @@ async def completions(
     return shape.whole(await runner.results(requests))
 
 
-@router.post("/chat/completions", response_model=ChatCompletion, responses=_CHUNKS | _FAULTS)
+@router.post(
+    "/chat/completions", response_model=ChatCompletion, responses=_chunks("ChatChunk") | _FAULTS
+)
 async def chat_completions(
     body: ChatCall, runner: RunnerDep, settings: SettingsDep
 ) -> ChatCompletion | EventStream:

@@ -9,6 +9,7 @@ from fastapi.responses import StreamingResponse
 from adapter.connection import SETTLING_SECONDS, EventStream, unless_gone
 from adapter.denoising import CanvasView, denoising_events
 from adapter.deps import CallerDep, LiveDep, SettingsDep
+from adapter.description import stream_of
 from adapter.generation import Detail
 from adapter.limits import check_limits
 from adapter.problems import problems
@@ -19,12 +20,7 @@ router = APIRouter(prefix="/v1", tags=["stream"])
 _EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "Events `step`, then one `done` or one `error`; docs/streaming.md has them.",
-        "content": {
-            "text/event-stream": {
-                "schema": {"type": "string"},
-                "example": 'event: error\ndata: {"error": "it broke"}\n\n',
-            }
-        },
+        "content": stream_of("Step", "Done", "Failed", events=("step", "done", "error")),
     }
 }
 

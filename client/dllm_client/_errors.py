@@ -116,6 +116,8 @@ def from_response(response: httpx.Response) -> DllmError:
     status = response.status_code
     field, reason = _reason(response)
     message = f"{field}: {reason}" if field else reason
+    if status == 408:
+        return TimeoutError(message)
     if status in UNAVAILABLE:
         return UnavailableError(message)
     if status in (401, 403):

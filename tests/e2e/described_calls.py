@@ -15,7 +15,7 @@ THINNING = 6
 
 @schemathesis.hook
 def map_body(_context: Any, body: Any) -> Any:
-    """Ask the model that is there, in one way, for little, with a few of the options."""
+    """Ask in one way, with a few of the options."""
     if not isinstance(body, dict):
         return body
     salt = repr(sorted(body.items(), key=lambda item: item[0]))
@@ -25,11 +25,6 @@ def map_body(_context: Any, body: Any) -> Any:
         if name in (*PROMPTS, "prompts", "model")
         or zlib.crc32(f"{name}{salt}".encode(errors="replace")) % THINNING == 0
     }
-    if isinstance(thin.get("model"), str):
-        thin["model"] = "dllm"
-    for name in ("gen_length", "max_tokens", "max_completion_tokens"):
-        if isinstance(thin.get(name), int):
-            thin[name] = min(thin[name], 8)
     given = [name for name in PROMPTS if thin.get(name) is not None]
     for name in given[1:]:
         del thin[name]

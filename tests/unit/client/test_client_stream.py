@@ -137,3 +137,6 @@ async def test_refusals_are_those_of_every_call(client: Client, script: Script) 
     async with AsyncClient("http://server", transport=httpx.MockTransport(script)) as other:
         with pytest.raises(BadRequestError, match="too long"):
             await anext(other.stream("hi"))
+    script.answers = [httpx.Response(408, json={"detail": "not done within 5 s"})]
+    with pytest.raises(TimeoutError, match="not done within 5 s"):
+        next(client.stream("hi", timeout=5))
