@@ -160,7 +160,7 @@ SPELL = (
 DAY = (
     "What day is {n} after {x}?",
     "Which day comes {n} after {x}?",
-    "{n} after {x} is which day?",
+    "Name the day {n} after {x}.",
     "It is {x}. What day is it in {n}?",
 )
 MONTH = (

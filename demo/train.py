@@ -189,7 +189,7 @@ def step_batches(run: Run) -> list[Rows]:
         (batches.WIDE_LENGTHS, wide, (1 - share) * SHORT_TOKENS),
     ]
     prose = missing(run, LONG_TASKS)
-    if run.rng.random() < 0.2 + 0.8 * sum(prose.values()):
+    if run.rng.random() < 0.4 + 0.8 * sum(prose.values()):
         plan.append((batches.LONG_LENGTHS, prose, LONG_TOKENS))
     made = []
     for lengths, weights, tokens in plan:
