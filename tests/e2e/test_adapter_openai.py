@@ -139,7 +139,7 @@ def node_client(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("node and npm are not installed")
     folder = tmp_path_factory.mktemp("node")
     (folder / "package.json").write_text('{"private": true}')
-    install = ["npm", "install", "--no-audit", "--no-fund", "openai@6"]
+    install = ["npm", "install", "--no-audit", "--no-fund", "--fetch-retries=0", "openai@6"]
     try:
         subprocess.run(install, cwd=folder, check=True, capture_output=True, timeout=NPM_SECONDS)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
