@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -172,3 +174,31 @@ def test_workers_that_heal_are_killed(start_adapter: StartAdapter, mortal: Trito
                 worker.kill()
     eventually(lambda: adapter.health() == 200, "the engine is back")
     assert len({adapter.finished(job) for job in jobs}) == 2
+
+
+def test_job_that_kills_the_engine_fails_by_itself(
+    start_adapter: StartAdapter, mortal: TritonServer, tmp_path: Path
+) -> None:
+    """Each time one certain job runs, the engine dies: that job fails, and all others finish."""
+    adapter = start_adapter(mortal, workers=2, **{**QUICK, "DLLM_MAX_INFLIGHT": "16"})
+    others = adapter.submit_batch([f"prompt {n}" for n in range(5)], **UNIQUE)
+    poison = adapter.submit("poison", **{**UNIQUE, "gen_length": 512})
+    others += adapter.submit_batch([f"prompt {n}" for n in range(18)], **UNIQUE)
+
+    def state() -> tuple[str, int]:
+        with sqlite3.connect(f"file:{tmp_path}/jobs.db?mode=ro", uri=True) as connection:
+            query = "SELECT state, attempts FROM jobs WHERE id = ?"
+            return tuple(connection.execute(query, (poison,)).fetchone())
+
+    deaths = 0
+    while state()[0] in ("queued", "running"):
+        eventually(lambda: state()[0] != "queued", "the job runs, or is given up")
+        time.sleep(1)  # until it has reached the engine
+        if state() == ("running", deaths):
+            stub_of(mortal, "dllm").kill()
+            deaths += 1
+            eventually(lambda: state()[1] == deaths, "its loss is noticed")  # noqa: B023
+    assert (state(), deaths) == (("failed", 3), 3)
+    body = adapter.result(poison)
+    assert str(body["error"]).startswith("given up after 3 attempts: ")
+    assert len({adapter.finished(job) for job in others}) == len(others)

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -90,8 +91,9 @@ def settled_counters(server: TritonServer) -> dict[str, float]:
 def stub_of(server: TritonServer, model: str) -> psutil.Process:
     """The process in which the server runs the Python of a model."""
     for process in psutil.Process(server.pid).children(recursive=True):
-        if f"{model}_0_0" in process.cmdline():
-            return process
+        with suppress(psutil.NoSuchProcess):  # one that has just been killed
+            if f"{model}_0_0" in process.cmdline():
+                return process
     raise AssertionError(f"the server runs no process for {model}")
 
 
