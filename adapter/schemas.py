@@ -65,6 +65,7 @@ class Denoising(Body):
     factor: float | None = Field(None, ge=0, le=MAX_RULE_PARAMETER)
     entropy_bound: float | None = Field(None, ge=0, le=MAX_RULE_PARAMETER)
     low_threshold: float | None = Field(None, gt=0, le=1)
+    credit: bool | None = None
     anchor_threshold: float | None = Field(None, gt=0, le=1)
     neighbor_threshold: float | None = Field(None, gt=0, le=1)
     alg: Name | None = None

@@ -49,6 +49,7 @@ INPUT_TYPES: Mapping[str, str] = {
     "factor": "FP32",
     "entropy_bound": "FP32",
     "low_threshold": "FP32",
+    "credit": "BOOL",
     "anchor_threshold": "FP32",
     "neighbor_threshold": "FP32",
     "alg": "BYTES",

@@ -40,6 +40,7 @@ RULES: list[tuple[str, str, dict[str, Any]]] = [
         ("hierarchical", f"τ_low = {low}", {"confidence_threshold": 0.9, "low_threshold": low})
         for low in (0.4, 0.6)
     ),
+    ("credit", "τ = 0.9", {"confidence_threshold": 0.9, "credit": True}),
     (
         "LocalLeap",
         "κ = 0.9, τ = 0.75",

@@ -20,6 +20,7 @@ class Sampling(TypedDict, total=False):
     factor: float
     entropy_bound: float
     low_threshold: float
+    credit: bool
     anchor_threshold: float
     neighbor_threshold: float
     alg: str

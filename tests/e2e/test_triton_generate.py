@@ -119,6 +119,7 @@ def test_seed_is_reported(triton: TritonServer) -> None:
         {"gen_length": 40, "block_length": 8, "steps": 20},
         {"gen_length": 24, "cfg_scale": 1.5},
         {"gen_length": 32, "confidence_threshold": 0.3},
+        {"gen_length": 32, "confidence_threshold": 0.05, "credit": True},
         {"gen_length": 24, "temperature": 0.7, "seed": 11, "remasking": "random"},
         {"gen_length": 24, "temperature": 1.0, "seed": 12, "top_k": 5, "top_p": 0.9},
         {"gen_length": 40, "block_length": 8, "cache": "prefix", "delay_steps": 1},

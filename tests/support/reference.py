@@ -133,3 +133,44 @@ def generate_dream(
             kept[position - start] = probability[position, x[position]]
             open_positions.remove(position)
     return ReferenceResult(x[start:].tolist(), kept.tolist(), passes)
+
+
+def generate_credit(
+    forward: Forward,
+    prompt: list[int],
+    *,
+    mask_id: int,
+    gen_length: int,
+    block_length: int,
+    threshold: float,
+) -> ReferenceResult:
+    """dInfer's credit decoding at temperature 0, with the credit matrix written out in full."""
+    beta, gamma, alpha = 0.8, 0.2, 0.7
+    x = torch.tensor(prompt + [mask_id] * gen_length)
+    first = len(prompt)
+    kept = torch.full((gen_length,), -1.0, dtype=torch.float64)
+    open_positions = set(range(first, first + gen_length))
+    passes = 0
+    for start in range(first, first + gen_length, block_length):
+        block = range(start, min(start + block_length, first + gen_length))
+        credit: Tensor | None = None
+        while inside := sorted(open_positions & set(block)):
+            logits = forward(x).double()
+            passes += 1
+            credit = torch.zeros_like(logits) if credit is None else beta * credit
+            found = {}
+            for p in inside:
+                allowed = logits[p].clone()
+                allowed[mask_id] = -torch.inf
+                best = int(allowed.argmax())
+                credit[p, best] += logits[p].softmax(-1)[best] ** gamma
+                fused = logits[p] + alpha * credit[p].log1p()
+                probability = fused.softmax(-1)
+                fused[mask_id] = -torch.inf
+                token = int(fused.argmax())
+                found[p] = (float(probability[token]), token)
+            ranked = sorted(found, key=lambda p: (-found[p][0], p))
+            for p in ranked[:1] + [p for p in ranked[1:] if found[p][0] >= threshold]:
+                kept[p - first], x[p] = found[p]
+                open_positions.remove(p)
+    return ReferenceResult(x[first:].tolist(), kept.tolist(), passes)

@@ -250,6 +250,7 @@ def test_nothing_finished_is_lost_when_the_device_goes(
         ("retention_ratio", 0.5, "sparse; got cache none"),
         ("retention_ratio", 0.0, "above 0 and at most 1"),
         ("pool_kernel", 2, "odd"),
+        ("credit", True, "needs confidence_threshold"),
         ("delay_steps", -1, "0 or more"),
         ("refresh_interval", 4, "prefix, dual, sparse, delayed; got cache none"),
     ],

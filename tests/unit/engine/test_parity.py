@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 
 from tests.support.checkpoints import DREAM_MASK, MASK, write_dream
 from tests.support.oracle import dream_oracle, llada_oracle
-from tests.support.reference import Forward, ReferenceResult, generate, generate_dream
+from tests.support.reference import (
+    Forward,
+    ReferenceResult,
+    generate,
+    generate_credit,
+    generate_dream,
+)
 
 #: Batches of requests shrink slowly and gain little from it.
 NO_SHRINK = (Phase.explicit, Phase.reuse, Phase.generate)
@@ -137,6 +143,51 @@ def test_dreams_algorithms_equal_the_reference(tmp_path: Path, alg: str) -> None
         assert answer.token_ids.tolist() == reference.tokens
         assert answer.confidence.tolist() == pytest.approx(reference.confidence, abs=1e-6)
         assert answer.usage.forward_passes == reference.forward_passes
+
+
+def test_credit_equals_its_definition_and_touches_no_neighbour(
+    llm64: LLM, oracle64: Forward
+) -> None:
+    """Requests with credit, of several blocks and thresholds, among others with filters, noise and
+    entropies: the tokens of a full credit matrix; the others what they are without them."""
+    generator = torch.Generator().manual_seed(13)
+    prompts = [torch.randint(0, 512, (4 + 5 * i,), generator=generator).tolist() for i in range(8)]
+    base = SamplingParams(gen_length=28, block_length=14, ignore_eos=True)
+    others = [
+        {"temperature": 0.8, "seed": 3, "top_k": 9},
+        {"temperature": 0.8, "seed": 3},
+        {"remasking": "entropy"},
+        {},
+    ]
+    params = [
+        dataclasses.replace(base, credit=True, confidence_threshold=0.02 * (1 + i))
+        if i % 2
+        else dataclasses.replace(base, **others[i // 2])
+        for i in range(8)
+    ]
+    together = llm64.generate(prompts, params, progress=False)
+    differs = False
+    for prompt, p, answer in zip(prompts, params, together, strict=True):
+        if not p.credit:
+            alone = llm64.generate([prompt], p, progress=False)[0]
+            assert answer.token_ids.tolist() == alone.token_ids.tolist()
+            continue
+        assert p.confidence_threshold is not None
+        reference = generate_credit(
+            oracle64,
+            prompt,
+            mask_id=MASK,
+            gen_length=28,
+            block_length=14,
+            threshold=p.confidence_threshold,
+        )
+        assert answer.token_ids.tolist() == reference.tokens
+        assert answer.confidence.tolist() == pytest.approx(reference.confidence, abs=1e-5)
+        assert answer.usage.forward_passes == reference.forward_passes
+        plain = dataclasses.replace(p, credit=False)
+        without = llm64.generate([prompt], plain, progress=False)[0]
+        differs |= without.confidence.tobytes() != answer.confidence.tobytes()
+    assert differs
 
 
 def test_float32_tokens_equal_the_reference(llm: LLM, checkpoint: Any) -> None:

@@ -12,7 +12,7 @@ from .cache import KVPages
 from .canvas import CanvasTable
 from .layout import Sequences, build_layout
 from .ops import PackedLayout
-from .sampling import CommitPlan, RowSampling
+from .sampling import CommitPlan, Credits, RowSampling
 from .sampling.rows import ROW_MULTIPLE
 
 
@@ -39,6 +39,8 @@ class StepBatch:
     plan: CommitPlan
     #: Whether any request needs entropies or margins.
     needs_spread: bool
+    #: Credit of the M positions, or None where no request uses it.
+    credits: Credits | None
 
 
 def build_batch(table: CanvasTable, pages: KVPages, chosen: list[int]) -> StepBatch:
@@ -81,6 +83,7 @@ def build_batch(table: CanvasTable, pages: KVPages, chosen: list[int]) -> StepBa
         ),
         plan=_plan(table, chosen, slots, block_masked),
         needs_spread=table.needs_spread(chosen),
+        credits=table.credits(chosen, request_slots, position),
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .cache.policy import ActiveState, CachePolicy, Phases
 from .request import Prompt, SamplingParams
-from .sampling import SpecialTokens
+from .sampling import LISTED, Credits, SpecialTokens
 from .sampling.commit import (
     ALG,
     REMASKING,
@@ -92,9 +92,13 @@ class CanvasTable:
         self.block_age = column()
         #: [slots, max_len] bool; positions that the step before committed.
         self.recent = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)
+        #: [slots, max_len, listed] each; made when the first request asks for credit.
+        self._credit_tokens: Tensor | None = None
+        self._credit_values: Tensor | None = None
         # What the host must know of each slot to plan a step without asking the device.
         self._rules = [Rule.COUNT] * num_slots
         self._needs_spread = [False] * num_slots
+        self._uses_credit = [False] * num_slots
 
     def fill(self, slot: int, prompt: Prompt, params: SamplingParams) -> None:
         """Lay out a new request in `slot`; `params` must be resolved."""
@@ -124,6 +128,7 @@ class CanvasTable:
         self.late_eos[slot] = params.confidence_eos_eot_inf
         self._fill_rule(slot, params)
         self._fill_cache(slot, params)
+        self._fill_credit(slot, params)
         self.block_start[slot] = self.block_end[slot] = start
         opened = torch.tensor([slot], device=self.device)
         self._open_next_block(opened)
@@ -153,6 +158,36 @@ class CanvasTable:
         self.delay_steps[slot] = params.delay_steps
         self.refresh_interval[slot] = params.refresh_interval
         self.recent[slot] = False
+
+    def _fill_credit(self, slot: int, params: SamplingParams) -> None:
+        self._uses_credit[slot] = params.credit
+        if not params.credit:
+            return
+        if self._credit_tokens is None or self._credit_values is None:
+            shape = (*self.tokens.shape, LISTED)
+            self._credit_tokens = torch.full(shape, -1, dtype=torch.int64, device=self.device)
+            self._credit_values = torch.zeros(shape, device=self.device)
+        self._credit_tokens[slot], self._credit_values[slot] = -1, 0.0
+
+    def credits(self, chosen: list[int], slots: Tensor, positions: Tensor) -> Credits | None:
+        """Credit of the positions [n] of `slots` [n]; None where none of `chosen` uses any."""
+        if not any(self._uses_credit[slot] for slot in chosen):
+            return None
+        assert self._credit_tokens is not None
+        assert self._credit_values is not None
+        uses = torch.tensor(self._uses_credit, device=self.device)
+        return Credits(
+            uses[slots],
+            self._credit_tokens[slots, positions],
+            self._credit_values[slots, positions],
+        )
+
+    def keep_credits(self, slots: Tensor, positions: Tensor, credits: Credits) -> None:
+        """Write what `credits` has become; of slots that use none it means nothing."""
+        assert self._credit_tokens is not None
+        assert self._credit_values is not None
+        self._credit_tokens[slots, positions] = credits.tokens
+        self._credit_values[slots, positions] = credits.values
 
     def phases(self, slots: Tensor) -> Phases:
         """What the next step of `slots` is."""

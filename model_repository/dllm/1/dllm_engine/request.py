@@ -72,6 +72,8 @@ class SamplingParams:
     #: dInfer's hierarchical decoding: with `confidence_threshold`, besides the best position of
     #: each run of masks if above this.
     low_threshold: float | None = None
+    #: dInfer's credit decoding: with `confidence_threshold`, trust tokens that stay ahead.
+    credit: bool = False
     #: LocalLeap: around positions at least this confident, commit neighbours too …
     anchor_threshold: float | None = None
     #: … that are at least this confident.
@@ -191,6 +193,12 @@ def _check_combination(p: SamplingParams) -> None:
     ):
         if getattr(p, name) is not None and getattr(p, needed) is None:
             raise InvalidRequest(name, f"needs {needed}")
+    if p.credit:
+        if p.confidence_threshold is None:
+            raise InvalidRequest("credit", "needs confidence_threshold")
+        if p.temperature > 0 or p.alg:
+            other = "alg" if p.alg else "temperature above 0"
+            raise InvalidRequest("credit", f"cannot be combined with {other}")
     if p.alg is None:
         _require("alg_temp", p.alg_temp == 0, "0 without alg", p.alg_temp)
         return

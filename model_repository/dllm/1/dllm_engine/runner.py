@@ -156,6 +156,7 @@ class Runner:
             self.table.special,
             budget_bytes=self._budget_bytes,
             with_spread=batch.needs_spread,
+            credits=batch.credits,
         )
         self._commit(batch, candidates)
         return batch.slots.tolist(), self.table.advance(batch.slots)
@@ -199,6 +200,11 @@ class Runner:
             committed=self.table.confidence[batch.slots.unsqueeze(1), batch.block_positions],
         )
         picked = select_commits(block, batch.plan)[masked]  # of the M, in row-major order
+        if candidates.credits is not None:
+            request = masked.nonzero(as_tuple=True)[0]
+            self.table.keep_credits(
+                batch.slots[request], batch.block_positions[masked], candidates.credits
+            )
         self.table.commit(
             batch.slots,
             batch.slots[masked.nonzero(as_tuple=True)[0][picked]],

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from ..ops import Head
-from .rows import Candidates, RowSampling, SpecialTokens
+from .credit import Credits
+from .rows import Candidates, RowSampling, SpecialTokens, joined
 from .tiles import by_tiles
 from .whole_rows import by_whole_rows
-
-_FIELDS = [field.name for field in dataclasses.fields(Candidates)]
 
 
 def sample_candidates(
@@ -28,6 +27,7 @@ def sample_candidates(
     *,
     budget_bytes: int,
     with_spread: bool = True,
+    credits: Credits | None = None,
 ) -> Candidates:
     """Choose a token for each row.
 
@@ -43,25 +43,33 @@ def sample_candidates(
         special: the ids that some rows or all treat apart.
         budget_bytes: what the logits (and their noise) may take at once.
         with_spread: compute entropy and margin; zeros otherwise.
+        credits: where any row is decided with credit; only greedy rows without filters may be.
     """
     filters = (rows.top_p < 1) | (rows.top_k > 0)
     noisy = rows.temperature > 0
     # At temperature 0 and without filters Dream's distribution is the clean one.
     whole = (noisy & filters) | (rows.tempered & (noisy | filters))
     if not bool(whole.any()):
-        return by_tiles(hidden, head, rows, special, budget_bytes, with_spread)
-    wide = torch.promote_types(hidden.dtype, torch.float32)
+        return by_tiles(hidden, head, rows, special, budget_bytes, with_spread, credits)
+    tiled, filtered = (~whole).nonzero().squeeze(1), whole.nonzero().squeeze(1)
+    parts = [
+        by_whole_rows(
+            hidden[filtered], head, rows.take(filtered), special, budget_bytes, with_spread
+        )
+    ]
+    if len(tiled):
+        mine = None if credits is None else credits.take(tiled)
+        arguments = (hidden[tiled], head, rows.take(tiled), special, budget_bytes, with_spread)
+        parts.insert(0, by_tiles(*arguments, mine))
+    found = joined(parts)
+    # Back into the order of the rows.
+    order = torch.cat([tiled, filtered]).argsort()
     found = Candidates(
-        token=torch.empty(len(hidden), dtype=torch.int64, device=hidden.device),
-        **{name: hidden.new_empty(len(hidden), dtype=wide) for name in _FIELDS[1:]},
+        found.token[order], found.confidence[order], found.entropy[order], found.margin[order]
     )
-    for choose, index in (
-        (by_tiles, (~whole).nonzero().squeeze(1)),
-        (by_whole_rows, whole.nonzero().squeeze(1)),
-    ):
-        if not len(index):
-            continue
-        part = choose(hidden[index], head, rows.take(index), special, budget_bytes, with_spread)
-        for name in _FIELDS:
-            getattr(found, name)[index] = getattr(part, name)
-    return found
+    if credits is None:
+        return found
+    after = Credits(credits.used, credits.tokens.clone(), credits.values.clone())
+    if len(tiled) and parts[0].credits is not None:
+        after.tokens[tiled], after.values[tiled] = parts[0].credits.tokens, parts[0].credits.values
+    return dataclasses.replace(found, credits=after)

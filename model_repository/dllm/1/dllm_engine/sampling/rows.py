@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .credit import Credits
 
 #: Row counts are padded up to this. Matrix kernels choose their inner loops by row count for
 #: very few rows; from 8 rows on, a row's result was seen not to depend on its neighbours.
@@ -69,6 +72,18 @@ class Candidates:
     entropy: Tensor
     #: Difference of the two largest probabilities.
     margin: Tensor
+    #: Credit after the step, where the step had any.
+    credits: Credits | None = None
+
+
+def joined(parts: Sequence[Candidates]) -> Candidates:
+    """Those of some rows after those of others; credit is left to the caller."""
+    return Candidates(
+        token=torch.cat([part.token for part in parts]),
+        confidence=torch.cat([part.confidence for part in parts]),
+        entropy=torch.cat([part.entropy for part in parts]),
+        margin=torch.cat([part.margin for part in parts]),
+    )
 
 
 def pad_rows(hidden: Tensor) -> Tensor:

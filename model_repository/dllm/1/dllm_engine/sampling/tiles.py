@@ -15,7 +15,17 @@ from torch import Tensor
 
 from ..ops import TILE, Head
 from . import noise
-from .rows import ROW_MULTIPLE, Candidates, RowSampling, SpecialTokens, forbid, pad_rows, widen
+from .credit import LISTED, Credits, decide
+from .rows import (
+    ROW_MULTIPLE,
+    Candidates,
+    RowSampling,
+    SpecialTokens,
+    forbid,
+    joined,
+    pad_rows,
+    widen,
+)
 
 #: Bytes per logit of a tile, with all that is made of it: for the best token and Σ exp alone, for
 #: entropy and runner-up besides, and with the noise, which is made in float64 and int64.
@@ -39,6 +49,8 @@ class _Running:
     #: Σ exp(l − peak), and the same weighted with l − peak.
     total: Tensor
     weighted: Tensor
+    #: [rows, K]; logits of tokens with credit.
+    listed: Tensor | None = None
 
 
 def by_tiles(
@@ -48,6 +60,7 @@ def by_tiles(
     special: SpecialTokens,
     budget_bytes: int,
     with_spread: bool,
+    credits: Credits | None = None,
 ) -> Candidates:
     """Candidates of rows without filters, from the clean distribution (see `sample_candidates`)."""
     noisy = bool((rows.temperature > 0).any())
@@ -55,16 +68,37 @@ def by_tiles(
     tile_bytes = min(TILE, head.vocab_size) * (_NOISY_BYTES if noisy else plain)
     fitting = budget_bytes // tile_bytes
     chunk = max(ROW_MULTIPLE, fitting // ROW_MULTIPLE * ROW_MULTIPLE)
+    slices = [slice(i, i + chunk) for i in range(0, max(1, len(hidden)), chunk)]
     parts = [
-        _reduce(hidden[part], head, rows.take(part), special, with_spread)
-        for part in (slice(i, i + chunk) for i in range(0, max(1, len(hidden)), chunk))
+        _reduce(
+            hidden[part],
+            head,
+            rows.take(part),
+            special,
+            with_spread,
+            None if credits is None else credits.take(part),
+        )
+        for part in slices
     ]
-    names = [field.name for field in dataclasses.fields(Candidates)]
-    return Candidates(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})
+    found = joined(parts)
+    if credits is None:
+        return found
+    lists = [part.credits for part in parts if part.credits is not None]
+    after = Credits(
+        credits.used,
+        torch.cat([part.tokens for part in lists]),
+        torch.cat([part.values for part in lists]),
+    )
+    return dataclasses.replace(found, credits=after)
 
 
 def _reduce(
-    hidden: Tensor, head: Head, rows: RowSampling, special: SpecialTokens, spread: bool
+    hidden: Tensor,
+    head: Head,
+    rows: RowSampling,
+    special: SpecialTokens,
+    spread: bool,
+    credits: Credits | None,
 ) -> Candidates:
     count = len(hidden)
     wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -80,23 +114,31 @@ def _reduce(
         second=column(_LOWEST),
         total=column(0.0),
         weighted=column(0.0),
+        listed=None if credits is None else column(-torch.inf)[:, None].repeat(1, LISTED),
     )
     noisy = (rows.temperature > 0).nonzero().squeeze(1)
     late = bool(rows.late_eos.any())
     padded = pad_rows(hidden)
     for start in head.tile_starts:
         tile = widen(head.logits(padded, start)[:count])
-        _fold_tile(running, tile, start, rows, special, noisy, late, spread)
+        _fold_tile(running, tile, start, rows, special, noisy, late, spread, credits)
     if late:
         is_stop = rows.late_eos & torch.isin(running.token, special.stop)
         running.logit.masked_fill_(is_stop, -torch.inf)
+    token = running.token
     confidence = (running.logit - running.peak).exp() / running.total
+    after = None
+    if credits is not None and running.listed is not None:
+        fused = decide(credits, running.listed, token, running.logit, running.peak, running.total)
+        token = torch.where(credits.used, fused.token, token)
+        confidence = torch.where(credits.used, fused.confidence, confidence)
+        after = fused.credits
     if not spread:
         nothing = torch.zeros_like(confidence)
-        return Candidates(running.token, confidence, nothing, nothing)
+        return Candidates(token, confidence, nothing, nothing, after)
     entropy = running.total.log() - running.weighted / running.total
     margin = (1 - (running.second - running.peak).exp()) / running.total
-    return Candidates(running.token, confidence, entropy, margin)
+    return Candidates(token, confidence, entropy, margin, after)
 
 
 def _fold_tile(
@@ -108,6 +150,7 @@ def _fold_tile(
     noisy: Tensor,
     late: bool,
     spread: bool,
+    credits: Credits | None,
 ) -> None:
     """Fold the logits [rows, width] of tokens `start` and up into `running`; overwrites them."""
     forbid_here(tile, rows.no_eos, special.eos, start)
@@ -124,6 +167,8 @@ def _fold_tile(
     if late:
         forbid_here(tile, rows.late_eos, special.stop, start)
         largest = tile.amax(dim=1)
+    if credits is not None:
+        _fold_listed(running, tile, start, credits)
     if spread:
         _fold_second(running, tile, largest)
     peak = torch.maximum(running.peak, largest)
@@ -164,6 +209,15 @@ def _fold_choice(
     running.token = torch.where(better, place + start, running.token)
     running.logit = torch.where(better, logit, running.logit)
     running.score = torch.where(better, score, running.score)
+
+
+def _fold_listed(running: _Running, tile: Tensor, start: int, credits: Credits) -> None:
+    """Logits of the listed tokens that lie in the tile."""
+    assert running.listed is not None
+    place = credits.tokens - start
+    here = (place >= 0) & (place < tile.shape[1])
+    logits = tile.gather(1, place.clamp(0, tile.shape[1] - 1))
+    running.listed = torch.where(here & (credits.tokens >= 0), logits, running.listed)
 
 
 def _fold_second(running: _Running, tile: Tensor, largest: Tensor) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
 from ..ops import Head
 from . import noise
-from .rows import Candidates, RowSampling, SpecialTokens, forbid, pad_rows, widen
+from .rows import Candidates, RowSampling, SpecialTokens, forbid, joined, pad_rows, widen
 
 #: Bytes per logit: itself, its float64 copies, their order and the noise.
 _BYTES = 64
@@ -32,8 +30,7 @@ def by_whole_rows(
         _choose(_logits(hidden[part], head), rows.take(part), special, with_spread)
         for part in (slice(i, i + chunk) for i in range(0, len(hidden), chunk))
     ]
-    names = [field.name for field in dataclasses.fields(Candidates)]
-    return Candidates(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})
+    return joined(parts)
 
 
 def _logits(hidden: Tensor, head: Head) -> Tensor:
