@@ -31,7 +31,7 @@ class CacheRules:
     delay_steps: int = 0
     refresh_interval: int = 0
     retention_ratio: float = 1.0
-    pool_kernel: int = 3
+    pool_kernel: int = 1
 
 
 class PlainModel:
@@ -130,8 +130,9 @@ class PlainModel:
                 for p in outside:
                     shared = range(head * group, (head + 1) * group)
                     key = fresh[layer][head][p][0]
-                    means = [sum(queries[layer][b][j] for b in block) / len(block) for j in shared]
-                    scores.append(max(float(mean @ key) for mean in means))
+                    scores.append(
+                        max(float(queries[layer][b][j] @ key) for b in block for j in shared)
+                    )
                 reach = rules.pool_kernel // 2
                 pooled = [
                     max(scores[max(0, i - reach) : i + reach + 1]) for i in range(len(scores))

@@ -76,7 +76,7 @@ def expected(model: PlainModel, prompt: list[int], params: SamplingParams) -> Re
             full.delay_steps or 0,
             full.refresh_interval or 0,
             full.retention_ratio or 1.0,
-            full.pool_kernel or 3,
+            full.pool_kernel or 1,
         ),
         mask_id=DREAM_MASK if model.shifted else MASK,
         gen_length=full.gen_length,

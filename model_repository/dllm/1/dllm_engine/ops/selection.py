@@ -12,9 +12,10 @@ from .layout import LayerPages, Selection
 def select_positions(queries: Tensor, keys: Tensor, keep: int, pool_kernel: int) -> Tensor:
     """The `keep` candidates that each KV head keeps (dLLM-Serve; Sparse-dLLM, 3.2).
 
-    A candidate's score is q̄·k / √head_dim, q̄ the mean over the block's queries; the best over
-    the query heads that share the KV head; then the maximum over `pool_kernel` neighbours. Of
-    equal scores the leftmost is kept.
+    A candidate's score is the largest q·k over the block's queries and the query heads that share
+    the KV head; then the maximum over `pool_kernel` neighbours. Of equal scores the leftmost is
+    kept. The papers score the mean of the queries, which forgets what one position alone needs
+    (docs/decisions/012).
 
     Args:
         queries: [G, B, num_heads, head_dim]; the active block's.
@@ -25,13 +26,21 @@ def select_positions(queries: Tensor, keys: Tensor, keep: int, pool_kernel: int)
     Returns:
         [G, keep, num_kv_heads] int64 in 0..C−1, ascending.
     """
-    count, _, num_kv_heads, head_dim = keys.shape
-    mean = queries.mean(dim=1) / head_dim**0.5
-    grouped = mean.view(count, num_kv_heads, -1, head_dim)
-    scores = torch.einsum("ghqd,gchd->ghqc", grouped, keys).amax(dim=2)
+    scores = torch.stack([_best_scores(q, k) for q, k in zip(queries, keys, strict=True)])
     pooled = F.max_pool1d(scores, pool_kernel, stride=1, padding=pool_kernel // 2)
     best = pooled.sort(dim=2, descending=True, stable=True).indices[:, :, :keep]
     return best.sort(dim=2).values.transpose(1, 2)
+
+
+def _best_scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """Largest q·k of each KV head and candidate: [num_kv_heads, C]; of one sequence at a time.
+
+    All products of all sequences together would take far more memory than the step itself.
+    """
+    num_kv_heads = keys.shape[1]
+    shared = queries.unflatten(1, (num_kv_heads, -1)).transpose(0, 1).flatten(1, 2)  # type: ignore[no-untyped-call]
+    products: Tensor = shared @ keys.permute(1, 2, 0)
+    return products.amax(dim=1)
 
 
 def store_selection(
