@@ -129,10 +129,9 @@ class PlainModel:
                 scores = []
                 for p in outside:
                     shared = range(head * group, (head + 1) * group)
-                    key = fresh[layer][head][p][0]
-                    scores.append(
-                        max(float(queries[layer][b][j] @ key) for b in block for j in shared)
-                    )
+                    key = fresh[layer][head][p][0] / self.head_dim**0.5
+                    sums = [sum((queries[layer][b][j] @ key).exp() for b in block) for j in shared]
+                    scores.append(max(float(torch.as_tensor(total).log()) for total in sums))
                 reach = rules.pool_kernel // 2
                 pooled = [
                     max(scores[max(0, i - reach) : i + reach + 1]) for i in range(len(scores))
