@@ -387,6 +387,46 @@ def load(path: Path) -> tuple[Family, torch.nn.Module, Mapping[str, Any]]:
     return family, model.eval(), config
 
 
+def _head_means(weight: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
+    """Key or value heads merged into fewer by their mean (Ainslie et al. 2023, GQA, 2.1)."""
+    split = weight.unflatten(0, (kv_heads, heads // kv_heads, -1))  # type: ignore[no-untyped-call]
+    merged: torch.Tensor = split.mean(1).flatten(0, 1)
+    return merged
+
+
+# What a token of one family is called in the other.
+_SAME_TOKEN = {
+    "<|im_start|>": "<|start_header_id|>",
+    "<|im_end|>": "<|eot_id|>",
+    "<|beginoftext|>": "<|startoftext|>",
+    "<|mask|>": "<|mdm_mask|>",
+}
+
+
+def transplant(source: Path, model: torch.nn.Module, tokenizer: Tokenizer, shape: Shape) -> None:
+    """Copy into `model` what it shares with the LLaDA checkpoint in `source`.
+
+    Tokens are matched by their text; rows of tokens that the source lacks stay as they are.
+    """
+    _, donor, config = load(source)
+    given = donor.state_dict()
+    known: dict[str, int] = Tokenizer.from_file(str(source / "tokenizer.json")).get_vocab()
+    pairs = [
+        (place, known[_SAME_TOKEN.get(token, token)])
+        for token, place in tokenizer.get_vocab().items()
+        if _SAME_TOKEN.get(token, token) in known
+    ]
+    to, origin = (torch.tensor(column) for column in zip(*pairs, strict=True))
+    state = model.state_dict()
+    for name, weight in given.items():
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            state[name][to] = weight[origin]
+        elif ".k_proj." in name or ".v_proj." in name:
+            state[name].copy_(_head_means(weight, int(config["n_heads"]), shape.kv_heads))
+        else:
+            state[name].copy_(weight)
+
+
 def shape_fields(shape: Shape) -> dict[str, Any]:
     """The shape as plain data, for a training state."""
     return asdict(shape)

@@ -29,6 +29,7 @@ from demo.model_format import (
     build_tokenizer,
     export,
     shape_fields,
+    transplant,
 )
 
 VOCABULARY = 1024
@@ -303,6 +304,9 @@ def work(rank: int, meeting: str, options: argparse.Namespace) -> None:
         run = resume(options.resume, rank, options.workers)
     else:
         run = start(options.family, shape, options.seed, rank, options.workers)
+        if options.start_from:
+            transplant(options.start_from, run.model, run.maker.tokenizer, shape)
+            run.average.load_state_dict(run.model.state_dict())
     state = options.state or options.out.with_name(options.out.name + ".state.pt")
     train(run, options.steps, options.every, options.out, state)
     if options.workers > 1:
@@ -318,6 +322,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=400, help="steps between scores and saves")
     parser.add_argument("--state", type=Path, help="training state (default: OUT.state.pt)")
+    parser.add_argument("--start-from", type=Path, help="LLaDA demo checkpoint to begin with")
     parser.add_argument("--resume", type=Path, help="training state to go on from")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
