@@ -1,7 +1,8 @@
 """What people run today, written plainly from its definitions, to measure beside the engine.
 
 - `reference`: LLaDA's `generate`: one request after another, the whole sequence and its logits
-  at every step.
+  at every step. On `PlainLlama`, without a framework around it, or on `LibraryLlama`, the class of
+  transformers that a notebook would use.
 - `fast_dllm`: Fast-dLLM's dual cache: at a block's start the whole sequence, with all its logits,
   then the block alone; one request after another.
 - the same over a batch of equal lengths that runs to its end: static batching.
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from demo.model_format import load
 from tests.support.oracle import PlainConfig, checkpoint_config, checkpoint_tensors
 
 
@@ -89,8 +91,20 @@ class PlainLlama:
         return F.linear(x, self.tensors["lm_head.weight"]), kept
 
 
+class LibraryLlama:
+    """The same LLaDA as `LlamaForCausalLM` of transformers with attention in both directions."""
+
+    def __init__(self, directory: Path) -> None:
+        _, model, _ = load(directory)
+        self.model = model.float().eval()
+
+    def forward(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, None]:
+        """Logits [batch, rows, vocabulary]."""
+        return self.model(input_ids=ids, position_ids=positions.unsqueeze(0)).logits, None
+
+
 @torch.inference_mode()
-def reference(model: PlainLlama, prompts: Tensor, work: Work) -> Tensor:
+def reference(model: PlainLlama | LibraryLlama, prompts: Tensor, work: Work) -> Tensor:
     """LLaDA's loop over prompts [batch, length]: the whole canvas at every step."""
     x, start = _canvas(prompts, work)
     positions = torch.arange(x.shape[1])

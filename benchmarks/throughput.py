@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from dllm_engine import LLM, SamplingParams
 
-from benchmarks.baselines import PlainLlama, Work, fast_dllm, reference
+from benchmarks.baselines import LibraryLlama, PlainLlama, Work, fast_dllm, reference
 from benchmarks.checkpoints import llada_60m
 from benchmarks.common import DEMO_CHECKPOINT, RESULTS, write_json
 
@@ -39,17 +39,17 @@ class Bench:
 
     def __init__(self, name: str, checkpoint: Path, gen_length: int, vocabulary: int) -> None:
         self.name = name
-        self.plain = PlainLlama(checkpoint)
+        self.plain, self.library = PlainLlama(checkpoint), LibraryLlama(checkpoint)
         self.llm = LLM(checkpoint)
         self.work = Work(gen_length, BLOCK_LENGTH, self.llm.engine.spec.mask_token_id)
         generator = torch.Generator().manual_seed(1)
         # Ids below the special tokens.
         self.prompts = torch.randint(0, vocabulary, (64, PROMPT_LENGTH), generator=generator)
 
-    def baseline(self, generate: Callable[..., Any], requests: int) -> float:
+    def baseline(self, generate: Callable[..., Any], model: Any, requests: int) -> float:
         """Tokens per second of a batch of equal requests."""
         began = time.perf_counter()
-        generate(self.plain, self.prompts[:requests], self.work)
+        generate(model, self.prompts[:requests], self.work)
         return requests * self.work.gen_length / (time.perf_counter() - began)
 
     def engine(self, policy: str, requests: int) -> float:
@@ -79,10 +79,13 @@ LARGE_PLAN = {"none": [1], "prefix": [1], "dual": [1, 32], "sparse": [32], "dela
 def measure(bench: Bench, plan: dict[str, list[int]], rounds: int) -> dict[str, Any]:
     """Medians of several rounds; in each round every system has one turn."""
     systems: dict[str, Callable[[], float]] = {
-        "reference, one by one": lambda: bench.baseline(reference, 1),
-        "Fast-dLLM dual cache, one by one": lambda: bench.baseline(fast_dllm, 1),
+        "reference, one by one": lambda: bench.baseline(reference, bench.plain, 1),
+        "Fast-dLLM dual cache, one by one": lambda: bench.baseline(fast_dllm, bench.plain, 1),
         f"Fast-dLLM dual cache, static batch of {STATIC_BATCH}": lambda: bench.baseline(
-            fast_dllm, STATIC_BATCH
+            fast_dllm, bench.plain, STATIC_BATCH
+        ),
+        "reference on transformers, one by one": lambda: bench.baseline(
+            reference, bench.library, 1
         ),
     }
     for policy, concurrency in plan.items():

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from dllm_engine import LLM, SamplingParams
 
-from benchmarks.baselines import PlainLlama, Work, fast_dllm, reference
+from benchmarks.baselines import LibraryLlama, PlainLlama, Work, fast_dllm, reference
 from tests.support.checkpoints import MASK
 
 
@@ -19,3 +19,6 @@ def test_baselines_decode_what_the_engine_decodes(checkpoint: Path, llm: LLM) ->
         expected = [answer.token_ids.tolist() for answer in answers]
         assert generate(plain, prompts, work).tolist() == expected
         assert generate(plain, prompts[:1], work).tolist() == expected[:1]
+        if policy == "none":
+            library = LibraryLlama(checkpoint)
+            assert reference(library, prompts, work).tolist() == expected
