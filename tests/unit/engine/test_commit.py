@@ -41,6 +41,8 @@ def plan(rows: int = 1, **columns: float) -> CommitPlan:
     real = {"chance", "bound", "second_bound", "alg_temp"}
     return CommitPlan(
         rules_in_use=frozenset({Rule(int(values["rule"]))}),
+        scores_in_use=frozenset({Score(int(values["score"]))}),
+        draws=values["alg_temp"] > 0,
         **{
             name: torch.full((rows,), value, dtype=torch.float64 if name in real else torch.int64)
             for name, value in values.items()
@@ -134,6 +136,30 @@ def test_rows_with_different_rules_do_not_mix() -> None:
     )
     found = [set(r.nonzero().flatten().tolist()) for r in select_commits(rows, mixed)]
     assert found == [{1, 2}, {1, 2}, {1, 2}, {1}, {0, 1, 2}]
+
+
+def test_rows_with_different_scores_do_not_mix() -> None:
+    """Each row of a batch is ranked by its own score, drawn or not, as it would be alone."""
+    row = block([0.3, 0.9, 0.6], [0.5, 0.6, 0.2], [0.7, 0.1, 0.2])
+    scores = [*Score, Score.CONFIDENCE]
+    temperatures = [0.0] * len(Score) + [0.5]
+    rows = BlockStatistics(**{name: v.expand(len(scores), -1) for name, v in vars(row).items()})
+    mixed = CommitPlan(
+        **vars(plan(len(scores)))
+        | {
+            "score": torch.tensor([int(score) for score in scores]),
+            "scores_in_use": frozenset(scores),
+            "alg_temp": torch.tensor(temperatures, dtype=torch.float64),
+            "draws": True,
+        }
+    )
+    alone = [
+        chosen(row, score=int(score), alg_temp=temperature)
+        for score, temperature in zip(scores, temperatures, strict=True)
+    ]
+    assert [r.nonzero().flatten().tolist() for r in select_commits(rows, mixed)] == alone
+    assert alone[0] == [1]  # most confident
+    assert alone[2:4] == [[2], [0]]  # least entropy, largest margin
 
 
 ALL_RULES = [

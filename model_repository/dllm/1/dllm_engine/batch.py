@@ -93,6 +93,8 @@ def _plan(table: CanvasTable, chosen: list[int], slots: Tensor, block_masked: Te
         score=table.score[slots],
         rule=table.rule[slots],
         rules_in_use=table.rules_in_use(chosen),
+        scores_in_use=table.scores_in_use(chosen),
+        draws=table.draws(chosen),
         count=count,
         chance=chance,
         bound=table.bound[slots],

@@ -19,6 +19,7 @@ from .sampling.commit import (
     REMASKING,
     SPREAD_SCORES,
     Rule,
+    Score,
     dream_chances,
     dream_count,
     linear_count,
@@ -97,6 +98,8 @@ class CanvasTable:
         self._credit_values: Tensor | None = None
         # What the host must know of each slot to plan a step without asking the device.
         self._rules = [Rule.COUNT] * num_slots
+        self._scores = [Score.CONFIDENCE] * num_slots
+        self._draws = [False] * num_slots
         self._needs_spread = [False] * num_slots
         self._uses_credit = [False] * num_slots
 
@@ -139,7 +142,8 @@ class CanvasTable:
         self.rule[slot], self.bound[slot], self.second_bound[slot] = int(rule), bound, second
         score = ALG[params.alg] if params.alg else REMASKING[params.remasking]
         self.score[slot] = int(score)
-        self._rules[slot] = rule
+        self._rules[slot], self._scores[slot] = rule, score
+        self._draws[slot] = params.alg_temp > 0
         self._needs_spread[slot] = score in SPREAD_SCORES or rule is Rule.ENTROPY_BOUND
         self.tempered[slot], self.alg_temp[slot] = params.alg is not None, params.alg_temp
         if params.alg:
@@ -221,6 +225,14 @@ class CanvasTable:
     def rules_in_use(self, slots: list[int]) -> frozenset[Rule]:
         """The rules of these requests."""
         return frozenset(self._rules[slot] for slot in slots)
+
+    def scores_in_use(self, slots: list[int]) -> frozenset[Score]:
+        """The scores of these requests."""
+        return frozenset(self._scores[slot] for slot in slots)
+
+    def draws(self, slots: list[int]) -> bool:
+        """Whether any of these requests draws positions at random by their scores."""
+        return any(self._draws[slot] for slot in slots)
 
     def needs_spread(self, slots: list[int]) -> bool:
         """Whether any of these requests needs entropies or margins."""
@@ -310,9 +322,11 @@ class CanvasTable:
 
         Blocks and their shares of the steps are those of `blocks_of`.
         """
-        while slots.numel():
+        while True:
             done = ~self.block_positions(slots)[1].any(dim=1)
             slots = slots[done & (self.block_end[slots] < self.canvas_end[slots])]
+            if not slots.numel():
+                return
             start = self.block_end[slots]
             end = torch.minimum(start + self.block_length[slots], self.canvas_end[slots])
             self.block_start[slots], self.block_end[slots] = start, end
@@ -322,8 +336,7 @@ class CanvasTable:
             self.block_steps[slots], self.block_step[slots] = after - before, 0
             self.block_age[slots] = 0
             self.block_first_step[slots] = before
-            if slots.numel():
-                self.block_masks[slots] = self.block_positions(slots)[1].sum(dim=1)
+            self.block_masks[slots] = self.block_positions(slots)[1].sum(dim=1)
 
     def commit_counts(self, slots: Tensor, block_masked: Tensor) -> tuple[Tensor, Tensor]:
         """What the schedules say for the step at hand: counts int64 and Dream's chances, [R]."""

@@ -74,8 +74,11 @@ class CommitPlan:
     #: int64, a `Score` and a `Rule`.
     score: Tensor
     rule: Tensor
-    #: Rules that occur among the rows; known to the host, so that it need not ask the device.
+    #: Rules and scores that occur among the rows, and whether any row has an `alg_temp` above 0;
+    #: known to the host, so that it need not ask the device.
     rules_in_use: frozenset[Rule]
+    scores_in_use: frozenset[Score]
+    draws: bool
     #: int64; how many positions the schedule commits.
     count: Tensor
     #: float32; chance of each masked position (Dream's `origin`).
@@ -153,22 +156,30 @@ def _apply(rule: Rule, block: BlockStatistics, plan: CommitPlan, counted: Tensor
 
 def _scores(block: BlockStatistics, plan: CommitPlan) -> Tensor:
     """float64 [R, block]; larger is committed first."""
-    uniform = _uniform(block.masked.shape[1], plan)
-    by_kind = torch.stack(
-        [
-            block.confidence.to(torch.float64),
-            uniform,
-            -block.entropy.to(torch.float64),
-            block.margin.to(torch.float64),
-        ]
-    )
-    score = by_kind[plan.score, torch.arange(len(plan.score), device=plan.score.device)]
+    score = block.confidence.to(torch.float64)
+    for kind in plan.scores_in_use - {Score.CONFIDENCE}:
+        here = (plan.score == kind).unsqueeze(1)
+        score = torch.where(here, _score_of(kind, block, plan), score)
+    if not plan.draws:
+        return score
     drawn = (plan.alg_temp > 0).unsqueeze(1)
     # The n largest of score / T + Gumbel noise are n draws without replacement from
     # softmax(score / T) (Kool et al. 2019): torch.multinomial's distribution, by our noise.
     temperature = torch.where(plan.alg_temp > 0, plan.alg_temp, 1.0).unsqueeze(1)
-    gumbel = -(-uniform.log()).log()
+    gumbel = -(-_uniform(block.masked.shape[1], plan).log()).log()
     return torch.where(drawn, score / temperature + gumbel, score)
+
+
+def _score_of(kind: Score, block: BlockStatistics, plan: CommitPlan) -> Tensor:
+    match kind:
+        case Score.CONFIDENCE:
+            return block.confidence.to(torch.float64)
+        case Score.RANDOM:
+            return _uniform(block.masked.shape[1], plan)
+        case Score.ENTROPY:
+            return -block.entropy.to(torch.float64)
+        case Score.MARGIN:
+            return block.margin.to(torch.float64)
 
 
 def _uniform(width: int, plan: CommitPlan) -> Tensor:
