@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 #: Row count that the packed layout is chosen for; others work too.
 _ROWS_HINT = 256
+#: Of smaller weights a call of oneDNN costs more than it gains.
+_SMALLEST = 2**17
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether a weight of this type and place can be packed."""
+    """Whether a weight of this type, place and size is worth packing."""
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return on_cpu and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    large = weight.numel() >= _SMALLEST
+    return on_cpu and large and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def pack(weight: Tensor) -> Tensor:
