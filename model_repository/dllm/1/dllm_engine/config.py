@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -45,17 +46,23 @@ class EngineConfig:
     memory_limit: str = "0.9"
     #: Rows of keys and values per page.
     kv_page_size: int = 32
+    #: Ranks that share the model, each with a process of its own and a GPU, or a share of the CPU.
+    tensor_parallel_size: int = 1
+    #: Seconds that a rank waits for the others within a step before it is given up.
+    tensor_parallel_timeout: float = 30.0
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InvalidConfig(f"DLLM_DTYPE: must be one of {', '.join(DTYPES)}, got {self.dtype}")
-        for name in ("max_num_seqs", "logits_budget_mb", "kv_page_size"):
+        for name in ("max_num_seqs", "logits_budget_mb", "kv_page_size", "tensor_parallel_size"):
             if getattr(self, name) < 1:
                 raise InvalidConfig(f"{_setting(name)}: must be at least 1")
         for name in ("max_num_batched_tokens", "max_model_len", "max_gen_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidConfig(f"{_setting(name)}: must be at least 1, or empty")
+        if not 0 < self.tensor_parallel_timeout < math.inf:
+            raise InvalidConfig("DLLM_TENSOR_PARALLEL_TIMEOUT: must be above 0")
 
         try:
             SamplingParams().with_cache_defaults(self.cache_defaults)

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import logging
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -58,7 +59,8 @@ class Engine:
         self.stop_token_ids = tuple(sorted(stop_ids))
         self.config = config
         self.max_model_len = _max_model_len(config, spec)
-        self.spec = spec = dataclasses.replace(spec, max_model_len=self.max_model_len)
+        spec = dataclasses.replace(spec, max_model_len=self.max_model_len)
+        self.spec = spec = spec.split(config.tensor_parallel_size)
         self.stats = EngineStats()
         self._runner = Runner(config, spec, self.stop_token_ids)
         #: Rows that one step may push through the model.
@@ -73,6 +75,18 @@ class Engine:
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
         return bool(self._requests)
+
+    def check(self) -> None:
+        """Raise EngineDead if a rank of the model has failed since the last step."""
+        self._runner.check()
+
+    def on_failure(self, listener: Callable[[], None]) -> None:
+        """Call `listener`, on any thread, when `check` begins to raise."""
+        self._runner.on_failure(listener)
+
+    def close(self) -> None:
+        """End the processes of other ranks; needed with tensor parallelism only."""
+        self._runner.close()
 
     @property
     def num_running(self) -> int:

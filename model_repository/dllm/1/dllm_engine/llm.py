@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tqdm.auto import tqdm
 
@@ -66,6 +66,16 @@ class LLM:
                     finished[update.request_id] = update
                     bar.update()
         return [self._completion(finished[r.request_id], r.params.stop) for r in requests]
+
+    def close(self) -> None:
+        """End the processes of other ranks (`tensor_parallel_size`); `with` does it too."""
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _encode(self, prompt: str | Sequence[int] | Prompt, chat: bool) -> Prompt:
         if isinstance(prompt, Prompt):

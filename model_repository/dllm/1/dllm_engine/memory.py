@@ -57,7 +57,7 @@ def plan_memory(
     *,
     device: str,
     available: int,
-    memory_limit: str,
+    limit: int,
     weights: int,
     activations: int,
     logits: int,
@@ -69,15 +69,13 @@ def plan_memory(
     """Share the limit out; what weights and a step leave becomes pages, up to what can be used.
 
     Args:
-        memory_limit: bytes ("6GiB", "6000000000") or a fraction of `available` ("0.9").
-        weights, activations, logits: bytes.
+        available, limit, weights, activations, logits: bytes.
         element_size: bytes of one number of a key or value.
         needs_pages: whether the server's default cache policy stores anything.
 
     Raises:
         InvalidConfig: the model does not fit; names what to change.
     """
-    limit = parse_limit(memory_limit, available)
     page = page_bytes(spec, page_size, element_size)
     left = limit - weights - activations - logits
     sequence = -(-spec.max_model_len // page_size)
@@ -114,8 +112,9 @@ def check_weights(spec: ModelSpec, *, limit: int, element_size: int) -> int:
 
 
 def page_bytes(spec: ModelSpec, page_size: int, element_size: int) -> int:
-    """Bytes of one page of keys and values over all layers."""
-    per_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * element_size
+    """Bytes of one page of keys and values over all layers; of one rank."""
+    num_kv_heads = spec.num_kv_heads // spec.num_ranks
+    per_token = 2 * spec.num_layers * num_kv_heads * spec.head_dim * element_size
     return page_size * per_token
 
 

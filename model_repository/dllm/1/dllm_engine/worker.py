@@ -35,6 +35,7 @@ class EngineWorker:
         self._callbacks: dict[int, OnUpdate] = {}
         self._death: EngineDead | None = None
         self._closing = False
+        engine.on_failure(lambda: self._inbox.put(engine.check))
         self._thread = threading.Thread(target=self._loop, name="dllm-engine", daemon=True)
         self._thread.start()
 
@@ -77,6 +78,8 @@ class EngineWorker:
         except Exception as error:
             logger.exception("engine loop failed")
             self._die(EngineDead(f"{type(error).__name__}: {error}"))
+        finally:
+            self.engine.close()
 
     def _take_commands(self) -> bool:
         """Run what other threads asked for; waits when there is nothing else to do."""
@@ -112,5 +115,6 @@ class EngineWorker:
         self._death = death
         for update in self.engine.abandon(death):
             self._deliver(update)
+        self.engine.close()  # the owner may end the process at once
         if self._on_death:
             self._on_death(death)

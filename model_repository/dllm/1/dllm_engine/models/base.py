@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import InvalidConfig
 from ..ops import (
     GatedLinear,
     Head,
@@ -25,6 +26,11 @@ from ..ops import (
     packed_attention,
     rms_norm,
 )
+from ..parallel import Group, SlicedHead
+
+#: Our matrices that are split over ranks, and the dimension: outputs (0) of what a layer or the
+#: head begins with, inputs (1) of what puts a residual together again.
+_SPLIT = {"qkv": 0, "gate_up": 0, "head_weight": 0, "out": 1, "down": 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +54,28 @@ class ModelSpec:
     tied_head: bool
     #: Whether the hidden state at position i predicts the token at i + 1 (Dream).
     shifted: bool
+    #: Ranks that share the model (see `split`).
+    num_ranks: int = 1
+
+    def split(self, num_ranks: int) -> ModelSpec:
+        """The same model, split over ranks: heads, the MLP's inner size, the head's vocabulary.
+
+        Raises:
+            InvalidConfig: one of these does not divide; names all that do not.
+        """
+        sizes = {
+            "attention heads": self.num_heads,
+            "key/value heads": self.num_kv_heads,
+            "intermediate size": self.intermediate_size,
+            "vocabulary": self.vocab_size,
+        }
+        uneven = [f"{name} ({size})" for name, size in sizes.items() if size % num_ranks]
+        if uneven:
+            raise InvalidConfig(
+                f"DLLM_TENSOR_PARALLEL_SIZE: must divide the checkpoint's {', '.join(uneven)}; "
+                f"got {num_ranks}"
+            )
+        return dataclasses.replace(self, num_ranks=num_ranks)
 
     @property
     def head_dim(self) -> int:
@@ -56,24 +84,37 @@ class ModelSpec:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in the weights."""
+        """Numbers in the weights of one rank."""
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in DiffusionModel(self).parameters())
 
 
-class Layer(nn.Module):
-    """One pre-norm block: attention, then a SwiGLU MLP. Projections that share input are fused."""
+def split_dim(parameter: str) -> int | None:
+    """The dimension along which a parameter is split over ranks; None: each has all of it."""
+    return next((_SPLIT[part] for part in parameter.split(".") if part in _SPLIT), None)
 
-    def __init__(self, spec: ModelSpec) -> None:
+
+class Layer(nn.Module):
+    """One pre-norm block: attention, then a SwiGLU MLP. Projections that share input are fused.
+
+    Of several ranks each has some of the heads and of the MLP's inner units; what these add to
+    the residual is summed over the ranks.
+    """
+
+    def __init__(self, spec: ModelSpec, group: Group | None) -> None:
         super().__init__()
         self.spec = spec
-        qkv_size = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+        self._group = group
+        self._num_heads = spec.num_heads // spec.num_ranks
+        self._num_kv_heads = spec.num_kv_heads // spec.num_ranks
+        inner = spec.intermediate_size // spec.num_ranks
+        qkv_size = (self._num_heads + 2 * self._num_kv_heads) * spec.head_dim
         self.attention_norm = nn.Parameter(torch.empty(spec.hidden_size))
         self.qkv = Linear(spec.hidden_size, qkv_size, bias=spec.qkv_bias)
-        self.out = Linear(spec.num_heads * spec.head_dim, spec.hidden_size, bias=False)
+        self.out = Linear(self._num_heads * spec.head_dim, spec.hidden_size, bias=False)
         self.mlp_norm = nn.Parameter(torch.empty(spec.hidden_size))
-        self.gate_up = GatedLinear(spec.hidden_size, spec.intermediate_size)
-        self.down = Linear(spec.intermediate_size, spec.hidden_size, bias=False)
+        self.gate_up = GatedLinear(spec.hidden_size, inner)
+        self.down = Linear(inner, spec.hidden_size, bias=False)
 
     def forward(
         self,
@@ -88,29 +129,42 @@ class Layer(nn.Module):
         spec = self.spec
         normed = rms_norm(x, self.attention_norm, spec.rms_norm_eps)
         heads = self.qkv(normed).view(x.shape[0], -1, spec.head_dim)
-        rotated = spec.num_heads + spec.num_kv_heads
+        rotated = self._num_heads + self._num_kv_heads
         turned = apply_rotary(heads[:, :rotated], cos, sin)
-        q, k = turned[:, : spec.num_heads], turned[:, spec.num_heads :]
+        q, k = turned[:, : self._num_heads], turned[:, self._num_heads :]
         mixed = packed_attention(q, k, heads[:, rotated:], layout, pages)
         if wanted is not None:
             x, mixed = x[wanted], mixed[wanted]
-        x = self.out(mixed, x)
+        x = self._add(x, self.out, mixed)
         normed = rms_norm(x, self.mlp_norm, spec.rms_norm_eps)
-        out: Tensor = self.down(self.gate_up(normed), x)
-        return out
+        return self._add(x, self.down, self.gate_up(normed))
+
+    def _add(self, residual: Tensor, projection: Linear, inner: Tensor) -> Tensor:
+        """residual + projection(inner), of which each rank has a part."""
+        if self._group is None:
+            out: Tensor = projection(inner, residual)
+            return out
+        return self._group.sum(projection(inner)).add_(residual)
 
 
 class DiffusionModel(nn.Module):
-    """Embedding, layers, final norm and head of a masked diffusion language model."""
+    """Embedding, layers, final norm and head of a masked diffusion language model.
 
-    def __init__(self, spec: ModelSpec) -> None:
+    Args:
+        spec: sizes; with several ranks this is the part of one of them.
+        group: these ranks; None: there is one, or the model is not run.
+    """
+
+    def __init__(self, spec: ModelSpec, group: Group | None = None) -> None:
         super().__init__()
         self.spec = spec
+        self._group = group
         self.embedding = nn.Parameter(torch.empty(spec.vocab_size, spec.hidden_size))
-        self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.num_layers))
+        self.layers = nn.ModuleList(Layer(spec, group) for _ in range(spec.num_layers))
         self.final_norm = nn.Parameter(torch.empty(spec.hidden_size))
         if not spec.tied_head:
-            self.head_weight = nn.Parameter(torch.empty(spec.vocab_size, spec.hidden_size))
+            mine = spec.vocab_size // spec.num_ranks
+            self.head_weight = nn.Parameter(torch.empty(mine, spec.hidden_size))
         self.head: Head
         self._rotary: RotaryTable | None = None
 
@@ -124,12 +178,20 @@ class DiffusionModel(nn.Module):
             device=str(weight.device),
             dtype=weight.dtype,
         )
-        self.head = Head(self.embedding if spec.tied_head else self.head_weight)
+        self.head = self._make_head()
         if not spec.tied_head:
             del self.head_weight
         for module in self.modules():
             if isinstance(module, GatedLinear | Linear):
                 module.pack()
+
+    def _make_head(self) -> Head:
+        weight: Tensor = self.embedding if self.spec.tied_head else self.head_weight
+        if self._group is None:
+            return Head(weight)
+        if self.spec.tied_head:  # of the embedding each rank has all
+            weight = weight.chunk(self._group.size)[self._group.rank]
+        return SlicedHead(weight, self._group)
 
     def forward(
         self,

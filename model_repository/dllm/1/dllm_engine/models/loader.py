@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..parallel import Group
 from . import dream, llada
-from .base import DiffusionModel, ModelSpec
+from .base import DiffusionModel, ModelSpec, split_dim
 
 _FAMILIES: dict[str, ModuleType] = {
     **dict.fromkeys(llada.ARCHITECTURES, llada),
@@ -81,24 +82,26 @@ def load_model(
     device: str,
     dtype: torch.dtype,
     progress: Progress | None = None,
+    group: Group | None = None,
 ) -> DiffusionModel:
-    """Load the weights into a model on `device`.
+    """Load the weights into a model on `device`; of a split one, this rank's part of them.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or of the wrong shape; names all of them.
     """
     with torch.device("meta"):
-        model = DiffusionModel(spec)
+        model = DiffusionModel(spec, group)
+        whole = DiffusionModel(dataclasses.replace(spec, num_ranks=1))
     table: dict[str, tuple[str, ...]] = _FAMILIES[spec.architecture].tensors(spec)
     wanted = dict(model.named_parameters())
     with _Checkpoint(directory) as checkpoint:
         _check_names(table, checkpoint)
-        _check_shapes(table, wanted, checkpoint)
+        _check_shapes(table, dict(whole.named_parameters()), checkpoint)
         for done, (name, parameter) in enumerate(wanted.items(), start=1):
             filled = torch.empty(parameter.shape, device=device, dtype=dtype)
             row = 0
             for source in table[name]:
-                part = checkpoint.tensor(source)
+                part = checkpoint.part(source, split_dim(name), group)
                 filled[row : row + part.shape[0]].copy_(part)
                 row += part.shape[0]
             _replace_parameter(model, name, filled)
@@ -187,6 +190,14 @@ class _Checkpoint:
     def shape(self, name: str) -> torch.Size:
         return torch.Size(self._files[name].get_slice(name).get_shape())
 
-    def tensor(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[name].get_tensor(name)
+    def part(self, name: str, dim: int | None, group: Group | None) -> Tensor:
+        """What this rank has of a tensor that is split along `dim`; nothing else is read."""
+        tensor: Tensor
+        if group is None or dim is None:
+            tensor = self._files[name].get_tensor(name)
+            return tensor
+        size = self.shape(name)[dim] // group.size
+        mine = slice(group.rank * size, (group.rank + 1) * size)
+        view = self._files[name].get_slice(name)
+        tensor = view[mine] if dim == 0 else view[:, mine]
         return tensor

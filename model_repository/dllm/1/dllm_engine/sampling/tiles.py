@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import TILE, Head
+from ..parallel import SlicedHead
 from . import noise
 from .credit import LISTED, Credits, decide
+from .merge import merge_over_ranks
 from .rows import (
     ROW_MULTIPLE,
     Candidates,
@@ -122,6 +124,8 @@ def _reduce(
     for start in head.tile_starts:
         tile = widen(head.logits(padded, start)[:count])
         _fold_tile(running, tile, start, rows, special, noisy, late, spread, credits)
+    if isinstance(head, SlicedHead):
+        running = merge_over_ranks(running, head.group)
     if late:
         is_stop = rows.late_eos & torch.isin(running.token, special.stop)
         running.logit.masked_fill_(is_stop, -torch.inf)

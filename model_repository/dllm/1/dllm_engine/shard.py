@@ -1,0 +1,225 @@
+"""What one rank has of the model, and its part of a step: from input tokens to candidates.
+
+Without tensor parallelism there is one rank, and it has everything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .batch import StepBatch
+from .cache import KVPages
+from .config import EngineConfig
+from .errors import InvalidConfig
+from .memory import PeakMeter, available_bytes, check_weights, parse_limit, plan_memory
+from .models import DiffusionModel, ModelSpec, load_model
+from .ops import LayerPages, PackedLayout
+from .parallel import Group
+from .sampling import Candidates, Credits, RowSampling, SpecialTokens, sample_candidates
+from .sampling.rows import ROW_MULTIPLE
+
+logger = logging.getLogger("dllm_engine")
+
+#: Token budgets where none is set: enough rows to keep the device busy, few enough that a step is
+#: short.
+CPU_TOKEN_BUDGET = 2048
+GPU_TOKEN_BUDGET = 16384
+
+
+@dataclasses.dataclass(frozen=True)
+class StepInputs:
+    """What every rank must know of a step; see `StepBatch`."""
+
+    input_ids: Tensor
+    positions: Tensor
+    layout: PackedLayout
+    rows: Tensor
+    uncond_rows: Tensor
+    cfg_scale: Tensor | None
+    sampling: RowSampling
+    needs_spread: bool
+    credits: Credits | None
+
+    @classmethod
+    def of(cls, batch: StepBatch) -> StepInputs:
+        """Of a batch everything that does not concern canvases."""
+        return cls(**{f.name: getattr(batch, f.name) for f in dataclasses.fields(cls)})
+
+
+class ModelShard:
+    """A loaded model, or a rank's part of one, with its keys and values.
+
+    Every method is a collective call of all ranks in `group`.
+
+    Raises:
+        CheckpointError: the weights do not fit the config.
+        InvalidConfig: the device does not exist, or the model does not fit into its memory.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        spec: ModelSpec,
+        stop_token_ids: tuple[int, ...],
+        group: Group | None = None,
+    ) -> None:
+        self._config, self._spec = config, spec
+        device, self._dtype = resolve_device(config)
+        self.device = device if group is None else group.device
+        self._budget_bytes = config.logits_budget_mb * 2**20
+        on_cpu = self.device == "cpu"
+        #: Rows that one step may push through the model.
+        self.token_budget = config.max_num_batched_tokens or (
+            CPU_TOKEN_BUDGET if on_cpu else GPU_TOKEN_BUDGET
+        )
+        available = available_bytes(self.device)
+        limit = parse_limit(config.memory_limit, available)
+        if on_cpu:  # which the ranks have in common, while each has a GPU of its own
+            available, limit = available // spec.num_ranks, limit // spec.num_ranks
+        weights = check_weights(spec, limit=limit, element_size=self._dtype.itemsize)
+        self.model: DiffusionModel = load_model(
+            config.model_path,
+            spec,
+            device=self.device,
+            dtype=self._dtype,
+            progress=_log_progress,
+            group=group,
+        )
+        #: How this rank's memory is shared out.
+        self.plan = plan_memory(
+            spec,
+            device=self.device,
+            available=available,
+            limit=limit,
+            weights=weights,
+            activations=self._peak_activations(),
+            logits=self._budget_bytes,
+            page_size=config.kv_page_size,
+            element_size=self._dtype.itemsize,
+            max_num_seqs=config.max_num_seqs,
+            needs_pages=config.cache != "none",
+        )
+        self.special = SpecialTokens(
+            mask=spec.mask_token_id,
+            eos=torch.tensor(spec.eos_token_ids, dtype=torch.int64, device=self.device),
+            stop=torch.tensor(stop_token_ids, dtype=torch.int64, device=self.device),
+        )
+        self.pages: KVPages
+        self._layer_pages: list[LayerPages] = []
+
+    def allocate(self, num_pages: int) -> None:
+        """Make the pool of keys and values; no more pages than planned."""
+        spec = self._spec
+        self.plan = dataclasses.replace(self.plan, num_pages=num_pages)
+        self.pages = KVPages.allocate(
+            num_layers=spec.num_layers,
+            num_pages=num_pages,
+            page_size=self._config.kv_page_size,
+            num_kv_heads=spec.num_kv_heads // spec.num_ranks,
+            head_dim=spec.head_dim,
+            num_slots=self._config.max_num_seqs,
+            max_rows=spec.max_model_len,
+            device=self.device,
+            dtype=self._dtype,
+        )
+        self._layer_pages = [
+            LayerPages(keys, values)
+            for keys, values in zip(self.pages.keys, self.pages.values, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def candidates(self, inputs: StepInputs) -> Candidates:
+        """A token for each masked position of the step, and how sure the model is of it."""
+        return sample_candidates(
+            self._masked_hidden(inputs),
+            self.model.head,
+            inputs.sampling,
+            self.special,
+            budget_bytes=self._budget_bytes,
+            with_spread=inputs.needs_spread,
+            credits=inputs.credits,
+        )
+
+    def _masked_hidden(self, inputs: StepInputs) -> Tensor:
+        """Head inputs of the masked positions, [M, hidden_size], guidance applied.
+
+        The head is linear, so guiding its inputs, `u + (s + 1)(c − u)`, equals guiding the logits
+        (LLaDA, generate.py) at half the cost.
+        """
+        wanted = inputs.rows
+        if inputs.cfg_scale is not None:
+            wanted = torch.cat([inputs.rows, inputs.uncond_rows])
+        hidden = self.model(
+            inputs.input_ids,
+            inputs.positions,
+            inputs.layout,
+            pages=self._layer_pages,
+            wanted=F.pad(wanted, (0, -len(wanted) % ROW_MULTIPLE)),
+        )
+        hidden = self.model.head_input(hidden)[: len(wanted)]
+        if inputs.cfg_scale is None:
+            return hidden
+        conditional, unconditional = hidden.chunk(2)
+        scale = (inputs.cfg_scale + 1).to(hidden.dtype).unsqueeze(1)
+        guided = unconditional + scale * (conditional - unconditional)
+        return torch.where((inputs.cfg_scale > 0).unsqueeze(1), guided, conditional)
+
+    @torch.inference_mode()
+    def _peak_activations(self) -> int:
+        """Bytes that the largest step takes besides logits: one layer is run on that many rows.
+
+        Layers run one after another in the same memory, so one shows the peak of all.
+        """
+        longest = self._spec.max_model_len
+        lengths = [longest] * max(2, self.token_budget // longest)  # a request and its twin
+        positions = torch.arange(longest, device=self.device).repeat(len(lengths))
+        with PeakMeter(self.device) as meter:
+            layout = PackedLayout.of(lengths)
+            self.model(torch.zeros_like(positions), positions, layout, depth=1)
+        return meter.peak
+
+
+def resolve_device(config: EngineConfig) -> tuple[str, torch.dtype]:
+    """Device (of the first rank) and number type that `config` means on this machine.
+
+    Raises:
+        InvalidConfig: the device does not exist here.
+    """
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InvalidConfig(f"DLLM_DEVICE: {device} asked for, but no CUDA device is visible")
+    name = config.dtype
+    if name == "auto":
+        name = "float32" if device == "cpu" else "bfloat16"
+    return device, getattr(torch, name)
+
+
+def rank_device(config: EngineConfig, rank: int) -> str:
+    """The device of one of several ranks: GPUs in a row from the first on, or the CPU.
+
+    Raises:
+        InvalidConfig: there are not that many.
+    """
+    device, _ = resolve_device(config)
+    if not device.startswith("cuda"):
+        return device
+    first, size = torch.device(device).index or 0, config.tensor_parallel_size
+    if first + size > torch.cuda.device_count():
+        raise InvalidConfig(
+            f"DLLM_TENSOR_PARALLEL_SIZE: {size} ranks from cuda:{first} on need a GPU each; this "
+            f"machine has {torch.cuda.device_count()}"
+        )
+    return f"cuda:{first + rank}"
+
+
+def _log_progress(done: int, total: int) -> None:
+    # Ten lines for a model of any size.
+    if done == total or done * 10 // total != (done - 1) * 10 // total:
+        logger.info("loading weights %d%%", 100 * done // total)
