@@ -49,11 +49,11 @@ class ModelTeam:
             self._shard = ModelShard(config, spec, stop_token_ids, self._group)
             self._allocate()
         except DllmError:
-            self.close()
+            self.close(at_once=True)
             raise
         except (RuntimeError, OSError) as error:
             why = self._ranks.explain(error)
-            self.close()
+            self.close(at_once=True)
             raise why from error
 
     def _allocate(self) -> None:
@@ -116,7 +116,7 @@ class ModelTeam:
         """Call `listener`, on any thread, when a rank fails."""
         self._ranks.on_failure(listener)
 
-    def close(self) -> None:
+    def close(self, *, at_once: bool = False) -> None:
         """End the other ranks."""
-        self._ranks.close()
+        self._ranks.close(at_once=at_once)
         torch.set_num_threads(self._threads)

@@ -140,14 +140,14 @@ class Ranks:
         assert self.failure is not None
         return self.failure
 
-    def close(self) -> None:
+    def close(self, *, at_once: bool = False) -> None:
         """End the others; ones that have not stopped within some seconds are killed."""
         with self._lock:
             if self._closing:
                 return
             self._closing = True
         # After a failure they may wait for each other, and would not hear us.
-        patience = _STOP_SECONDS if self.failure is None else 0.0
+        patience = 0.0 if at_once or self.failure is not None else _STOP_SECONDS
         for rank in self._others:
             try:
                 rank.connection.send(None)

@@ -1,0 +1,256 @@
+"""A model split over several processes answers as one does, and dies as one does."""
+
+import dataclasses
+import os
+import queue
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from dllm_engine import (
+    LLM,
+    CanvasUpdate,
+    CheckpointError,
+    Engine,
+    EngineConfig,
+    EngineDead,
+    EngineWorker,
+    InvalidConfig,
+    Prompt,
+    SamplingParams,
+)
+from dllm_engine.models import load_model, read_spec
+from dllm_engine.parallel import Group, Ranks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.checkpoints import write_dream, write_llada
+from tests.support.servers import eventually
+from tests.unit.engine.test_cache_parity import cached_cases
+from tests.unit.engine.test_parity import NO_SHRINK, Case, run_with_arrivals
+
+
+def ranks_of(pid: int) -> list[psutil.Process]:
+    """The rank processes that a process has started."""
+    children = psutil.Process(pid).children()
+    return [p for p in children if any("dllm_engine.rank" in part for part in p.cmdline())]
+
+
+@pytest.fixture(scope="module", params=["llada", "dream"])
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[LLM, LLM]]:
+    """The same checkpoint in one process and in two; in float64, with small pages.
+
+    Split sums are added up in another order, which in float32 moves the last bits, and two
+    positions or tokens that are equal but for these then change places. In float64 that would
+    take a coincidence of 1 in 10^12.
+    """
+    write = write_llada if request.param == "llada" else write_dream
+    folder = write(tmp_path_factory.mktemp(request.param))
+    common = {"dtype": "float64", "max_num_batched_tokens": 150, "max_num_seqs": 6}
+    one = LLM(folder, kv_page_size=8, **common)
+    with LLM(folder, kv_page_size=8, tensor_parallel_size=2, **common) as two:
+        yield one, two
+
+
+@st.composite
+def sampled_cases(draw: st.DrawFn) -> Case:
+    """Requests of every cache policy, some of them sampled, filtered or scored otherwise."""
+    arrival, prompt, params = draw(cached_cases())
+    how = draw(
+        st.sampled_from(
+            [
+                {},
+                {},
+                {"temperature": 0.8},
+                {"temperature": 1.0, "top_p": 0.9},
+                {"temperature": 0.7, "top_k": 20},
+                {"remasking": "entropy"},
+                {"remasking": "margin"},
+                {"remasking": "random"},
+                {"confidence_threshold": 0.05, "credit": True},
+                {"logits_eos_inf": True, "confidence_eos_eot_inf": True},
+            ]
+        )
+    )
+    return arrival, prompt, dataclasses.replace(params, seed=draw(st.integers(0, 2**31)), **how)
+
+
+@settings(max_examples=12, deadline=None, phases=NO_SHRINK)
+@given(batch=st.lists(sampled_cases(), min_size=1, max_size=8))
+def test_two_ranks_decode_what_one_does(pair: tuple[LLM, LLM], batch: list[Case]) -> None:
+    """Any mix of policies, guidance, thresholds, sampling, scores and arrivals: the same tokens."""
+    one, two = (run_with_arrivals(llm, batch) for llm in pair)
+    for i in range(len(batch)):
+        assert two[i].token_ids.tolist() == one[i].token_ids.tolist()
+        assert two[i].confidence.tolist() == pytest.approx(one[i].confidence.tolist(), abs=1e-6)
+        assert two[i].usage == one[i].usage
+
+
+def test_float32_over_three_ranks_and_several_tiles(tmp_path: Path) -> None:
+    """In float32, with a head tied to the embedding and slices of more than a tile each."""
+    sizes = {"d_model": 96, "n_heads": 6, "n_kv_heads": 3, "mlp_hidden_size": 192}
+    folder = write_llada(
+        tmp_path, embedding_size=12_600, vocab_size=12_600, weight_tying=True, **sizes
+    )
+    generator = torch.Generator().manual_seed(4)
+    prompts = [torch.randint(0, 12_600, (3 + i,), generator=generator).tolist() for i in range(6)]
+    kinds = [
+        {},
+        {"cache": "sparse", "cfg_scale": 1.0},
+        {"temperature": 0.9, "seed": 1},
+        {"cache": "dual", "remasking": "margin"},
+        {"cache": "delayed", "remasking": "entropy"},
+        {"confidence_threshold": 0.05, "credit": True},
+    ]
+    params = [SamplingParams(gen_length=12, ignore_eos=True, **kind) for kind in kinds]  # type: ignore[arg-type]
+    alone = LLM(folder).generate(prompts, params, progress=False)
+    with LLM(folder, tensor_parallel_size=3) as llm:
+        split = llm.generate(prompts, params, progress=False)
+    for one, three in zip(alone, split, strict=True):
+        assert three.token_ids.tolist() == one.token_ids.tolist()
+        assert three.confidence.tolist() == pytest.approx(one.confidence.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("write", [write_llada, write_dream])
+def test_every_rank_reads_its_part_of_the_weights(tmp_path: Path, write: object) -> None:
+    """The parts of two ranks, put together, are the whole; what is not split each has itself."""
+    folder = write(tmp_path)  # type: ignore[operator]
+    spec = read_spec(folder)
+    options = {"device": "cpu", "dtype": torch.float64}  # as they were read: nothing is packed
+    whole = dict(load_model(folder, spec, **options).named_parameters())
+    half = spec.split(2)
+    parts = [
+        dict(load_model(folder, half, **options, group=Group(r, 2, "cpu", None)).named_parameters())
+        for r in range(2)
+    ]
+    heads = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
+    sections = {"qkv": [n * spec.head_dim for n in heads], "gate_up": [spec.intermediate_size] * 2}
+    for name, full in whole.items():
+        mine = [part[name] for part in parts]
+        kind = name.split(".")[-2] if "." in name else name
+        if kind in sections:
+            pieces = [p.split([n // 2 for n in sections[kind]]) for p in mine]
+            joined = torch.cat([half for pair in zip(*pieces, strict=True) for half in pair])
+        elif kind in ("out", "down"):
+            joined = torch.cat(mine, dim=1)
+        else:
+            assert torch.equal(mine[0], mine[1])
+            joined = mine[0]
+        assert torch.equal(joined, full), name
+    assert half.num_parameters < 0.65 * spec.num_parameters
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (0, "DLLM_TENSOR_PARALLEL_SIZE: must be at least 1"),
+        (4, r"DLLM_TENSOR_PARALLEL_SIZE: .*key/value heads \(2\); got 4"),
+        (3, r"heads \(4\), key/value heads \(2\), vocabulary \(512\); got 3"),
+    ],
+)
+def test_a_size_that_does_not_divide_is_refused(checkpoint: Path, size: int, message: str) -> None:
+    """The message names the setting and everything that does not divide."""
+    with pytest.raises(InvalidConfig, match=message):
+        LLM(checkpoint, tensor_parallel_size=size)
+
+
+def test_memory_is_planned_per_rank(checkpoint: Path) -> None:
+    """Ranks share a CPU's memory: each takes half, and a page holds half of the heads."""
+    common = {"memory_limit": "60MiB", "logits_budget_mb": 4, "cache": "dual"}
+    one = LLM(checkpoint, **common).engine.memory_plan
+    with LLM(checkpoint, tensor_parallel_size=2, **common) as llm:
+        two = llm.engine.memory_plan
+        assert llm.engine.allocator.num_pages == two.num_pages
+    assert (two.limit, two.page) == (one.limit // 2, one.page // 2)
+    assert two.weights < one.weights
+    assert two.weights + two.activations + two.logits + two.pages <= two.limit
+
+
+@pytest.mark.parametrize(
+    ("number", "running", "why"),
+    [
+        (signal.SIGKILL, True, "was killed by signal 9"),
+        (signal.SIGKILL, False, "was killed by signal 9"),
+        (signal.SIGSTOP, True, "did not answer within 1 s"),
+    ],
+    ids=["killed", "killed while idle", "hung"],
+)
+def test_a_lost_rank_ends_the_engine(
+    checkpoint: Path, number: int, running: bool, why: str
+) -> None:
+    """Whether it is dead or hangs, at work or idle: running requests fail with a reason that names
+    the rank, the owner hears of it, new requests are refused, and no process is left."""
+    config = EngineConfig(
+        model_path=checkpoint, tensor_parallel_size=2, tensor_parallel_timeout=1.0
+    )
+    before = {p.pid for p in ranks_of(os.getpid())}
+    deaths: queue.Queue[EngineDead] = queue.Queue()
+    worker = EngineWorker(Engine(config), on_death=deaths.put)
+    (rank,) = [p for p in ranks_of(os.getpid()) if p.pid not in before]
+    updates: queue.Queue[CanvasUpdate] = queue.Queue()
+
+    def ask() -> None:
+        params = SamplingParams(gen_length=200, ignore_eos=True)
+        request = worker.engine.make_request(Prompt([1]), params, stream_interval=0)
+        worker.submit(request, updates.put)
+
+    if running:
+        ask()
+        assert updates.get(timeout=60).error is None
+    rank.send_signal(number)
+    reason = str(deaths.get(timeout=60))
+    assert reason.startswith(f"rank 1 of 2 (process {rank.pid})")
+    assert why in reason
+    if running:
+        last = next(u for u in iter(updates.get, None) if u.finished)
+        assert isinstance(last.error, EngineDead)
+        assert str(last.error) == reason
+    with pytest.raises(EngineDead, match="rank 1 of 2"):
+        ask()
+    assert not rank.is_running()
+
+
+def test_what_a_rank_cannot_do_is_told(checkpoint: Path) -> None:
+    """A rank that meets an error at its start says so, with its number, before it ends."""
+    ranks = Ranks(2, threads=1, timeout=5, task="no task")
+    try:
+        with pytest.raises(EngineDead, match=r"rank 1 of 2 \(process \d+\): AssertionError"):
+            ranks.collect()
+    finally:
+        ranks.close()
+    damaged = checkpoint.parent / "damaged"
+    write_llada(damaged)
+    (damaged / "model.safetensors").write_bytes(b"nothing")
+    before = len(ranks_of(os.getpid()))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        LLM(damaged, tensor_parallel_size=2)
+    assert len(ranks_of(os.getpid())) == before
+
+
+def test_ranks_leave_with_the_engine(checkpoint: Path, tmp_path: Path) -> None:
+    """After kill -9 of the engine's process its ranks end, and no file of theirs stays."""
+    program = (
+        "import sys, time; from dllm_engine import LLM\n"
+        "llm = LLM(sys.argv[1], tensor_parallel_size=2); print('ready', flush=True)\n"
+        "time.sleep(600)"
+    )
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)}
+    engine = subprocess.Popen(
+        [sys.executable, "-c", program, str(checkpoint)],
+        stdout=subprocess.PIPE,
+        env=os.environ | paths,
+    )
+    assert engine.stdout is not None
+    with engine, engine.stdout:
+        assert engine.stdout.readline() == b"ready\n"
+        (rank,) = ranks_of(engine.pid)
+        engine.kill()
+    eventually(lambda: not rank.is_running(), "the rank has ended")
+    eventually(lambda: not list(tmp_path.iterdir()), "its files are gone")
