@@ -69,11 +69,11 @@ def triton_server(
     )
 
 
-def metric(server: TritonServer, name: str, model: str = "dllm", use: str = "") -> float:
-    """The present value of a metric of a model; of a metric by use, that one's."""
+def metric(server: TritonServer, name: str, model: str = "dllm", **labels: str) -> float:
+    """The present value of a metric of a model, with these labels besides."""
     page = requests.get(server.metrics_url, timeout=30).text
-    label = f'use="{use}"' if use else ""
-    pattern = rf'^{name}\{{(?=[^}}]*model="{model}")(?=[^}}]*{label})[^}}]*\}} (\S+)$'
+    wanted = "".join(rf'(?=[^}}]*{key}="{value}")' for key, value in labels.items())
+    pattern = rf'^{name}\{{(?=[^}}]*model="{model}"){wanted}[^}}]*\}} (\S+)$'
     found = re.search(pattern, page, re.MULTILINE)
     assert found is not None, f"no metric {name} of {model}"
     return float(found.group(1))

@@ -56,13 +56,13 @@ class Caller:
 class Exchange:
     """Sends the engine's updates to their callers and tells the engine who has gone away."""
 
-    def __init__(self, worker: EngineWorker) -> None:
+    def __init__(self, worker: EngineWorker, instance: str) -> None:
         self._worker = worker
         self._callers: dict[int, Caller] = {}
         self._outbox: deque[tuple[Caller, CanvasUpdate]] = deque()
         self._changed = threading.Condition()
         self._stopping = threading.Event()
-        self._metrics = Metrics()
+        self._metrics = Metrics(instance)
         self._threads = [
             threading.Thread(target=self._send_loop, name="dllm-send", daemon=True),
             threading.Thread(target=self._watch_loop, name="dllm-watch", daemon=True),

@@ -13,7 +13,7 @@ MEMORY_USES = ("limit", "weights", "activations", "logits", "pages")
 
 
 class Metrics:
-    """The engine's figures as Triton custom metrics."""
+    """The engine's figures as Triton custom metrics, each instance's under its own name."""
 
     _TOTALS = (
         ("dllm_steps_total", "Denoising steps run", "steps"),
@@ -27,11 +27,13 @@ class Metrics:
         ("dllm_requests_failed_total", "Requests failed", "requests_failed"),
     )
 
-    def __init__(self) -> None:
+    def __init__(self, instance: str) -> None:
+        labels = {"model": "dllm", "instance": instance}
+
         def metric(name: str, description: str, kind: int) -> Any:
             family = pb_utils.MetricFamily(name=name, description=description, kind=kind)
             self._families.append(family)  # a family must outlive its metrics
-            return family.Metric(labels={"model": "dllm"})
+            return family.Metric(labels=labels)
 
         self._families: list[Any] = []
         counter, gauge = pb_utils.MetricFamily.COUNTER, pb_utils.MetricFamily.GAUGE
@@ -44,9 +46,7 @@ class Metrics:
             name="dllm_memory_bytes", description="The memory plan, by use", kind=gauge
         )
         self._families.append(memory)
-        self._memory = {
-            use: memory.Metric(labels={"model": "dllm", "use": use}) for use in MEMORY_USES
-        }
+        self._memory = {use: memory.Metric(labels={**labels, "use": use}) for use in MEMORY_USES}
         self._last = EngineStats()
 
     def publish(self, worker: EngineWorker) -> None:

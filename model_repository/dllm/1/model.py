@@ -36,7 +36,7 @@ class TritonPythonModel:
         config = EngineConfig.from_mapping(_settings(args))
         logger.info("loading checkpoint path=%s", config.model_path)
         self._worker = EngineWorker(Engine(config), on_death=self._die)
-        self._exchange = Exchange(self._worker)
+        self._exchange = Exchange(self._worker, args["model_instance_name"])
 
     def execute(self, requests: list[Any]) -> None:
         """Queue a batch with the engine; responses follow from the exchange's thread."""

@@ -1,0 +1,135 @@
+"""One model over several processes, and several instances of it, in a real tritonserver."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+from tritonclient.utils import InferenceServerException
+
+from launcher.tritonserver import TritonServer
+from tests.conftest import StartAdapter
+from tests.e2e.triton_calls import GrpcStream, generate, post
+from tests.support.servers import REPOSITORY, eventually, metric, stub_of, triton_server
+
+if TYPE_CHECKING:
+    from dllm_engine import LLM
+
+DEMO = REPOSITORY / "dllm/1/demo_checkpoint"
+QUESTIONS = ["What is AI?", "What is 17 + 25?", "Sort these numbers: 5 3 9.", "Name a colour."]
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> Iterator[TritonServer]:
+    """The demo checkpoint over two ranks."""
+    settings = {"DLLM_TENSOR_PARALLEL_SIZE": "2"}
+    with triton_server(DEMO, settings=settings, log_file=tmp_path / "triton.log") as server:
+        yield server
+
+
+def rank_of(server: TritonServer) -> psutil.Process:
+    """The process of the only rank besides the engine's own."""
+    (rank,) = stub_of(server, "dllm").children()
+    assert any("dllm_engine.rank" in part for part in rank.cmdline())
+    return rank
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Whether it is gone, or waits for its parent to take note."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def asked_of(server: TritonServer) -> list[str]:
+    """Answers to the questions with different caches, all asked at once."""
+
+    def ask(number: int) -> str:
+        cache = ("none", "dual", "sparse", "delayed")[number]
+        fields = {"cache": cache, "cfg_scale": 0.5 * (number % 2)}
+        messages = json.dumps([{"role": "user", "content": QUESTIONS[number]}])
+        return generate(server, messages=messages, **fields).text
+
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(ask, range(4)))
+
+
+def test_two_ranks_answer_as_one_and_die_together(
+    split: TritonServer, start_adapter: StartAdapter
+) -> None:
+    """The demo checkpoint's answers do not change. After kill -9 of a rank the running request
+    fails with a reason that names it, the model serves no more, and the adapter replaces it."""
+    from dllm_engine import LLM, SamplingParams
+
+    params = [
+        SamplingParams(cache=cache, cfg_scale=0.5 * (i % 2))
+        for i, cache in enumerate(("none", "dual", "sparse", "delayed"))
+    ]
+    whole = LLM(DEMO, device="cpu").generate(QUESTIONS, params, chat=True, progress=False)
+    assert all(answer.text for answer in whole)
+    assert asked_of(split) == [answer.text for answer in whole]
+
+    rank = rank_of(split)
+    long = {"text_input": "a", "gen_length": 500, "ignore_eos": True, "stream": True}
+    with GrpcStream(split, long) as stream:
+        answers = iter(stream)
+        assert not next(answers).finish_reason
+        rank.kill()
+        with pytest.raises(InferenceServerException) as caught:
+            list(answers)
+    reason = f"rank 1 of 2 (process {rank.pid}) was killed by signal 9"
+    assert reason in str(caught.value)
+    refused = post(split, {"text_input": "hi"})
+    assert refused.status_code != 200
+    assert "rank 1 of 2" in refused.text or "not healthy" in refused.text
+
+    adapter = start_adapter(split, DLLM_PROBE_INTERVAL="0.5", DLLM_ENGINE_SILENCE="20")
+    job = adapter.submit(QUESTIONS[0])
+    assert adapter.finished(job) == whole[0].text
+    second = rank_of(split)
+    stub_of(split, "dllm").kill()
+    eventually(lambda: has_ended(second), "no rank outlives its engine")
+
+
+def test_two_instances_answer_as_one(llm: LLM, checkpoint: Path, tmp_path: Path) -> None:
+    """With an instance group of two, both take their share and each answer is what one gives."""
+    from dllm_engine import SamplingParams
+
+    repository = tmp_path / "repository"
+    shutil.copytree(REPOSITORY, repository, ignore=shutil.ignore_patterns("__pycache__"))
+    config = repository / "dllm/config.pbtxt"
+    one = "instance_group [ { count: 1 kind: KIND_AUTO } ]"
+    assert one in config.read_text()
+    config.write_text(
+        config.read_text().replace(one, "instance_group [ { count: 2 kind: KIND_CPU } ]")
+    )
+    prompts = [f"prompt {n}" for n in range(24)]
+    params = SamplingParams(gen_length=32, ignore_eos=True)
+    expected = [answer.token_ids.tolist() for answer in llm.generate(prompts, params)]
+    settings = {"OMP_NUM_THREADS": "1", "DLLM_MAX_NUM_SEQS": "4"}
+    with (
+        triton_server(checkpoint, repository=repository, settings=settings) as server,
+        ThreadPoolExecutor(24) as pool,
+    ):
+
+        def ask(prompt: str) -> list[int]:
+            return generate(server, text_input=prompt, gen_length=32, ignore_eos=True).token_ids
+
+        assert list(pool.map(ask, prompts)) == expected
+        shares = [f"dllm_0_{n}" for n in range(2)]
+        eventually(
+            lambda: sum(finished(server, share) for share in shares) == 24, "all are counted"
+        )
+        assert min(finished(server, share) for share in shares) > 0
+
+
+def finished(server: TritonServer, instance: str) -> float:
+    """Requests that an instance has answered."""
+    return metric(server, "dllm_requests_finished_total", instance=instance)
