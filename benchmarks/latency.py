@@ -2,13 +2,16 @@
 
 Requests of mixed lengths arrive as a Poisson process and in bursts, at a share of what the engine
 can take. The engine (phase-multiplexed, requests join at every step) is compared with the same
-engine under first come, first served, and with batches that run to completion. All run in real
-time, one after another, on the same arrivals; the simulator runs them too.
+engine under first come, first served, with batches that run to completion, and with static batches:
+these run to completion too, and all of a batch have its longest canvas, as one call of a reference
+`generate` would give them. All run in real time, one after another, on the same arrivals; the
+simulator runs them too.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,7 @@ PROMPT_LENGTHS = (16, 48, 96, 160)
 GEN_LENGTHS = (32, 64, 128, 256)
 #: Shares of the canvas lengths: most answers are short.
 GEN_SHARES = (0.4, 0.3, 0.2, 0.1)
-SYSTEMS = ("phase-multiplexed", "first come, first served", "run to completion")
+SYSTEMS = ("phase-multiplexed", "first come, first served", "run to completion", "static batches")
 
 
 def arrivals(rate: float, count: int, *, burst: int, seed: int) -> list[Arrival]:
@@ -57,32 +60,31 @@ class Driver:
         self.steps: list[tuple[int, float]] = []
         config = self.engine.config
         self._schedulers = {
-            name: kind(config.max_num_seqs, self.engine.token_budget, self.engine.allocator)
-            for name, kind in (
-                (SYSTEMS[0], Scheduler),
-                (SYSTEMS[1], FcfsScheduler),
-                (SYSTEMS[2], Scheduler),
-            )
+            name: _kind(name)(config.max_num_seqs, self.engine.token_budget, self.engine.allocator)
+            for name in SYSTEMS
         }
 
     def run(self, system: str, load: list[Arrival]) -> list[float]:
         """Latencies in seconds, in the order of the arrivals."""
         engine = self.engine
         engine.scheduler = self._schedulers[system]
-        waves = STATIC_BATCH if system == SYSTEMS[2] else None
-        requests = [engine.make_request(Prompt([1] * a.prompt_length), a.params()) for a in load]
-        place = {request.request_id: i for i, request in enumerate(requests)}
+        wave = _wave(system)
+        place: dict[int, int] = {}
         latencies = [0.0] * len(load)
         began = time.perf_counter()
         added = 0
         while added < len(load) or engine.has_work:
             now = time.perf_counter() - began
-            if waves is None or not engine.has_work:
-                taken = 0
-                while added < len(load) and load[added].seconds <= now and taken != waves:
-                    engine.add(requests[added])
+            if wave is None or not engine.has_work:
+                batch = [a for a in load[added:][:wave] if a.seconds <= now]
+                longest = max((a.gen_length for a in batch), default=0)
+                for arrival in batch:
+                    length = longest if system == SYSTEMS[3] else arrival.gen_length
+                    params = dataclasses.replace(arrival, gen_length=length).params()
+                    request = engine.make_request(Prompt([1] * arrival.prompt_length), params)
+                    engine.add(request)
+                    place[request.request_id] = added
                     added += 1
-                    taken += 1
             if not engine.has_work:
                 time.sleep(max(0.0, load[added].seconds - now))
                 continue
@@ -96,12 +98,21 @@ class Driver:
         return latencies
 
 
+def _kind(system: str) -> type[Scheduler]:
+    return FcfsScheduler if system == SYSTEMS[1] else Scheduler
+
+
+def _wave(system: str) -> int | None:
+    """How many requests run to completion together; None: they join at every step."""
+    return STATIC_BATCH if system in SYSTEMS[2:] else None
+
+
 def simulated(system: str, load: list[Arrival], cost: CostModel, driver: Driver) -> Outcome:
     """The same in the simulator."""
-    kind = FcfsScheduler if system == SYSTEMS[1] else Scheduler
-    scheduler = kind(driver.engine.config.max_num_seqs, driver.engine.token_budget, without_pages())
-    waves = STATIC_BATCH if system == SYSTEMS[2] else None
-    return simulate(scheduler, load, cost, run_to_completion=waves)
+    config = driver.engine.config
+    scheduler = _kind(system)(config.max_num_seqs, driver.engine.token_budget, without_pages())
+    padded = system == SYSTEMS[3]
+    return simulate(scheduler, load, cost, run_to_completion=_wave(system), padded=padded)
 
 
 def percentiles(latencies: list[float]) -> dict[str, float]:

@@ -110,28 +110,34 @@ def simulate(
     cost: CostModel,
     *,
     run_to_completion: int | None = None,
+    padded: bool = False,
 ) -> Outcome:
     """Run `scheduler` over `arrivals`.
 
     Args:
         run_to_completion: instead of letting requests join at every step, take up to this many
             when nothing runs, and nobody else before all of them are done.
+        padded: these then all have the longest canvas among them, as a static batch has.
     """
-    waiting = [(a.seconds, i, SimulatedRequest(i, a)) for i, a in enumerate(arrivals)]
+    waiting = [(a.seconds, i, a) for i, a in enumerate(arrivals)]
     heapq.heapify(waiting)
-    arrived: list[SimulatedRequest] = []
+    arrived: list[tuple[float, int, Arrival]] = []
     running: dict[int, SimulatedRequest] = {}
     latencies = [0.0] * len(waiting)
     rows: list[int] = []
     now = 0.0
     while waiting or arrived or running:
         while waiting and waiting[0][0] <= now:
-            arrived.append(heapq.heappop(waiting)[2])
+            arrived.append(heapq.heappop(waiting))
         if run_to_completion is None or not running:
-            for one in arrived[:run_to_completion]:
-                scheduler.add(one.request)
-                running[one.request.request_id] = one
+            batch = arrived[:run_to_completion]
             del arrived[:run_to_completion]
+            longest = max((a.gen_length for _, _, a in batch), default=0) if padded else 0
+            for _, number, arrival in batch:
+                length = max(longest, arrival.gen_length)
+                one = SimulatedRequest(number, dataclasses.replace(arrival, gen_length=length))
+                scheduler.add(one.request)
+                running[number] = one
         scheduler.admit()
         chosen = scheduler.schedule()
         if not chosen:

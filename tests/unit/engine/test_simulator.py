@@ -47,3 +47,16 @@ def test_the_cost_model_is_fitted() -> None:
     cost = CostModel.fit(steps + disturbed)
     assert cost.base == pytest.approx(0.004, rel=0.1)
     assert cost.per_row == pytest.approx(3e-5, rel=0.1)
+
+
+def test_static_batches_have_their_longest_canvas() -> None:
+    """A short request that shares a static batch with a long one takes as many steps."""
+    load = [Arrival(0.0, 16, 256), Arrival(0.0, 16, 8)]
+    cost = CostModel(1.0, 0.0)
+
+    def latencies(padded: bool) -> list[float]:
+        scheduler = Scheduler(4, 2048, without_pages())
+        return simulate(scheduler, load, cost, run_to_completion=16, padded=padded).latencies
+
+    assert latencies(padded=False)[1] < 16
+    assert min(latencies(padded=True)) >= 256
