@@ -16,7 +16,14 @@ from tritonclient.utils import InferenceServerException
 from launcher.tritonserver import TritonServer
 from tests.conftest import StartAdapter
 from tests.e2e.triton_calls import GrpcStream, generate, post
-from tests.support.servers import REPOSITORY, eventually, metric, stub_of, triton_server
+from tests.support.servers import (
+    REPOSITORY,
+    eventually,
+    has_ended,
+    metric,
+    stub_of,
+    triton_server,
+)
 
 if TYPE_CHECKING:
     from dllm_engine import LLM
@@ -38,14 +45,6 @@ def rank_of(server: TritonServer) -> psutil.Process:
     (rank,) = stub_of(server, "dllm").children()
     assert any("dllm_engine.rank" in part for part in rank.cmdline())
     return rank
-
-
-def has_ended(process: psutil.Process) -> bool:
-    """Whether it is gone, or waits for its parent to take note."""
-    try:
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def asked_of(server: TritonServer) -> list[str]:

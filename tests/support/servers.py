@@ -97,6 +97,14 @@ def stub_of(server: TritonServer, model: str) -> psutil.Process:
     raise AssertionError(f"the server runs no process for {model}")
 
 
+def has_ended(process: psutil.Process) -> bool:
+    """Whether it is gone, or waits for its parent to take note."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 class AdapterServer:
     """`uvicorn adapter.app:app` on a free port, with its jobs in a SQLite file.
 

@@ -30,7 +30,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.checkpoints import write_dream, write_llada
-from tests.support.servers import eventually
+from tests.support.servers import eventually, has_ended
 from tests.unit.engine.test_cache_parity import cached_cases
 from tests.unit.engine.test_parity import NO_SHRINK, Case, run_with_arrivals
 
@@ -214,7 +214,7 @@ def test_a_lost_rank_ends_the_engine(
         assert str(last.error) == reason
     with pytest.raises(EngineDead, match="rank 1 of 2"):
         ask()
-    assert not rank.is_running()
+    assert has_ended(rank)
 
 
 def test_what_a_rank_cannot_do_is_told(checkpoint: Path) -> None:
@@ -235,22 +235,27 @@ def test_what_a_rank_cannot_do_is_told(checkpoint: Path) -> None:
 
 
 def test_ranks_leave_with_the_engine(checkpoint: Path, tmp_path: Path) -> None:
-    """After kill -9 of the engine's process its ranks end, and no file of theirs stays."""
+    """They share its threads; after kill -9 of it they end, and no file of theirs stays."""
     program = (
-        "import sys, time; from dllm_engine import LLM\n"
-        "llm = LLM(sys.argv[1], tensor_parallel_size=2); print('ready', flush=True)\n"
+        "import sys, time, torch; from dllm_engine import LLM\n"
+        "torch.set_num_threads(6)\n"
+        "llm = LLM(sys.argv[1], tensor_parallel_size=2)\n"
+        "print(torch.get_num_threads(), flush=True)\n"
         "time.sleep(600)"
     )
-    paths = {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)}
+    settings = {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)}
     engine = subprocess.Popen(
         [sys.executable, "-c", program, str(checkpoint)],
         stdout=subprocess.PIPE,
-        env=os.environ | paths,
+        env=os.environ | settings,
     )
     assert engine.stdout is not None
-    with engine, engine.stdout:
-        assert engine.stdout.readline() == b"ready\n"
-        (rank,) = ranks_of(engine.pid)
-        engine.kill()
-    eventually(lambda: not rank.is_running(), "the rank has ended")
+    with engine:
+        try:
+            assert engine.stdout.readline() == b"3\n"
+            (rank,) = ranks_of(engine.pid)
+            assert rank.environ()["OMP_NUM_THREADS"] == "3"
+        finally:
+            engine.kill()
+    eventually(lambda: has_ended(rank), "the rank has ended")
     eventually(lambda: not list(tmp_path.iterdir()), "its files are gone")

@@ -8,7 +8,6 @@ import torch
 
 from .cache import KVPages
 from .config import EngineConfig
-from .errors import DllmError
 from .memory import MemoryPlan
 from .models import DiffusionModel, ModelSpec
 from .parallel import Group, Ranks, take_apart, thread_share
@@ -48,13 +47,13 @@ class ModelTeam:
             self._ranks.on_failure(self._group.abort)
             self._shard = ModelShard(config, spec, stop_token_ids, self._group)
             self._allocate()
-        except DllmError:
-            self.close(at_once=True)
-            raise
         except (RuntimeError, OSError) as error:
             why = self._ranks.explain(error)
             self.close(at_once=True)
             raise why from error
+        except BaseException:
+            self.close(at_once=True)
+            raise
 
     def _allocate(self) -> None:
         """As many pages as the rank with the least memory has room for."""

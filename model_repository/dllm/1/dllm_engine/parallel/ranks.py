@@ -94,13 +94,13 @@ class Ranks:
         self._listeners: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._others: list[_Rank] = []
+        self._watcher = threading.Thread(target=self._watch, name="dllm-ranks", daemon=True)
         try:
             for rank in range(1, size):
                 self._others.append(_start(dataclasses.replace(self.seat, rank=rank), task))
         except OSError:
-            self.close()
+            self.close(at_once=True)
             raise
-        self._watcher = threading.Thread(target=self._watch, name="dllm-ranks", daemon=True)
         self._watcher.start()
 
     def on_failure(self, listener: Callable[[], None]) -> None:
@@ -159,7 +159,7 @@ class Ranks:
             except subprocess.TimeoutExpired:
                 rank.process.kill()
                 rank.process.wait()
-        if hasattr(self, "_watcher") and threading.current_thread() is not self._watcher:
+        if self._watcher.is_alive():
             self._watcher.join()
         for rank in self._others:
             rank.connection.close()
