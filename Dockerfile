@@ -27,11 +27,11 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev libpython3-dev \
     && rm -rf /var/lib/apt/lists/*
 # constraints.txt names the versions that were tested with the server of the wheel. NumPy is left
-# to the image, whose other packages were built against its own.
+# to the image, whose other packages were built against its own, and the kernels' compiler to torch.
 RUN --mount=type=bind,from=requirements,source=/requirements/engine.txt,target=/tmp/engine.txt \
     --mount=type=bind,source=constraints.txt,target=/tmp/constraints.txt \
     --mount=type=cache,target=/root/.cache/pip \
-    grep -v '^numpy==' /tmp/constraints.txt > /tmp/versions.txt \
+    grep -v -e '^numpy==' -e '^triton==' /tmp/constraints.txt > /tmp/versions.txt \
     && PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -c /tmp/versions.txt -r /tmp/engine.txt \
     && rm /tmp/versions.txt
 COPY model_repository /opt/dllm-serve/model_repository

@@ -1,8 +1,9 @@
 """How the sequences of one step lie among its packed rows, and what they read and write.
 
-Sequences of equal shape stand together, so that one batched kernel call takes all of a group.
-Which group a sequence falls into depends on itself alone: its numbers never depend on the rest
-of the batch.
+Two forms of the same. In a `PackedLayout` sequences of equal shape stand together, so that one
+batched call of torch takes all of a group; which group a sequence falls into depends on itself
+alone, so its numbers never depend on the rest of the batch. A `FlatLayout` holds only tensors of
+one entry per sequence or tile, for kernels that take sequences of any shapes in one launch.
 """
 
 from __future__ import annotations
@@ -76,6 +77,82 @@ class PackedLayout:
         starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
         groups = (FreshGroup(start, 1, n) for start, n in zip(starts, lengths, strict=False))
         return cls(sum(lengths), tuple(groups))
+
+
+@dataclasses.dataclass(frozen=True)
+class FlatSelection:
+    """Which sequences store a selection of their keys and values (`sparse`), and which.
+
+    All [S] int64; of sequences whose `keep` is 0 the others mean nothing.
+    """
+
+    #: Positions outside the window that each head keeps.
+    keep: Tensor
+    #: Positions: the active block begins, its window begins and both end.
+    block_start: Tensor
+    window_start: Tensor
+    window_end: Tensor
+    pool_kernel: Tensor
+    #: No sequence has more candidates.
+    max_candidates: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FlatLayout:
+    """The sequences of a step; S sequences, T tiles of up to `tile_rows` rows; all int64.
+
+    Rows behind the last sequence are padding.
+    """
+
+    #: Rows of all sequences together.
+    num_rows: int
+    tile_rows: int
+    #: [S]; first packed row and number of rows.
+    row_starts: Tensor
+    row_counts: Tensor
+    #: [S]; rows in its pages that a sequence attends to, its fresh ones among them; 0: it attends
+    #: to its fresh rows.
+    held: Tensor
+    #: [S, pages of the longest sequence].
+    tables: Tensor
+    #: [T]; sequence of each tile, S behind the last one, and its first row in the sequence.
+    tile_sequence: Tensor
+    tile_row: Tensor
+    #: [num_rows]; place in the pool where a row is stored, −1 where it is not.
+    write_places: Tensor | None = None
+    selection: FlatSelection | None = None
+
+    @classmethod
+    def of(cls, lengths: list[int], tile_rows: int, device: str) -> FlatLayout:
+        """Sequences of these lengths, none of which reads or writes stored keys and values."""
+        counts = torch.tensor(lengths, device=device)
+        tile_sequence, tile_row = tiles_of(counts, sum(lengths), tile_rows)
+        return cls(
+            num_rows=sum(lengths),
+            tile_rows=tile_rows,
+            row_starts=counts.cumsum(0) - counts,
+            row_counts=counts,
+            held=torch.zeros_like(counts),
+            tables=counts.new_zeros(len(lengths), 1),
+            tile_sequence=tile_sequence,
+            tile_row=tile_row,
+        )
+
+
+def tiles_of(row_counts: Tensor, num_rows: int, tile_rows: int) -> tuple[Tensor, Tensor]:
+    """Tiles that cover sequences of [S] `row_counts`, which sum to `num_rows`, without overlap.
+
+    As many as there may be at most, so that nobody has to ask the device how many there are.
+
+    Returns:
+        [T] sequence of each tile, S for those that are too many; [T] first row in the sequence.
+    """
+    counts = -(-row_counts // tile_rows)
+    ends = counts.cumsum(0)
+    tiles = torch.arange(num_rows // tile_rows + len(row_counts), device=row_counts.device)
+    sequence = torch.searchsorted(ends, tiles, right=True)
+    before = (ends - counts)[sequence.clamp(max=len(row_counts) - 1)]
+    return sequence, (tiles - before) * tile_rows
 
 
 @dataclasses.dataclass(frozen=True)

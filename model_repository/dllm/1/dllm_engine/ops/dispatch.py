@@ -1,0 +1,103 @@
+"""Which implementation of the operations runs: torch's, or kernels in the Triton language."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidConfig
+from . import attention, norm, rotary
+from .layout import FlatLayout, LayerPages, PackedLayout
+
+Layout = PackedLayout | FlatLayout
+
+#: Values of `DLLM_KERNELS`.
+KERNELS = ("auto", "torch", "triton")
+#: Rows, times the query heads that share a KV head, that one program of the attention kernel has.
+_TILE = 64
+
+
+class RmsNorm(Protocol):
+    """See `norm.rms_norm`."""
+
+    def __call__(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+
+class ApplyRotary(Protocol):
+    """See `rotary.apply_rotary`; may rotate `x` where it lies."""
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor: ...
+
+
+class PackedAttention(Protocol):
+    """See `attention.packed_attention`; takes the form of layout that goes with it."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, pages: LayerPages | None = None
+    ) -> Tensor: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Operations:
+    """One implementation of what a layer is made of."""
+
+    packed_attention: PackedAttention
+    rms_norm: RmsNorm
+    apply_rotary: ApplyRotary
+    #: Whether layouts are flat, and the head's statistics are made by its kernel.
+    kernels: bool
+
+    def tile_rows(self, num_heads: int, num_kv_heads: int) -> int | None:
+        """Rows per tile of a flat layout; None where layouts are grouped."""
+        shared = 1 << (num_heads // num_kv_heads - 1).bit_length()
+        return max(1, _TILE // shared) if self.kernels else None
+
+
+TORCH = Operations(
+    attention.packed_attention,  # type: ignore[arg-type]
+    norm.rms_norm,
+    rotary.apply_rotary,
+    kernels=False,
+)
+
+
+def choose_operations(choice: str, device: str, dtype: torch.dtype) -> Operations:
+    """The implementation that `choice`, one of `KERNELS`, means on this device.
+
+    Raises:
+        InvalidConfig: kernels are asked for and cannot run.
+    """
+    installed = importlib.util.find_spec("triton") is not None
+    on_gpu = device.startswith("cuda")
+    if choice == "torch" or (choice == "auto" and not (on_gpu and installed)):
+        return TORCH
+    problem = None
+    if not installed:
+        problem = "needs the package triton, which is not installed"
+    elif dtype == torch.float64:
+        problem = "has no kernels for float64 (DLLM_DTYPE)"
+    elif not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        problem = f"needs a GPU; the device is {device} (TRITON_INTERPRET=1 runs them slowly)"
+    if problem is None:
+        return _triton_operations()
+    if choice == "auto":
+        return TORCH
+    raise InvalidConfig(f"DLLM_KERNELS: {choice} {problem}")
+
+
+def _triton_operations() -> Operations:
+    # Not at the top: the package is optional.
+    from .kernels import attention as attention_kernels
+    from .kernels import norm as norm_kernels
+
+    return Operations(
+        attention_kernels.packed_attention,  # type: ignore[arg-type]
+        norm_kernels.rms_norm,
+        norm_kernels.apply_rotary,
+        kernels=True,
+    )

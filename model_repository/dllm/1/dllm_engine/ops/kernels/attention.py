@@ -1,0 +1,199 @@
+"""Attention over packed sequences, fresh and stored ones of any lengths in one launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..layout import FlatLayout, LayerPages
+from .operands import operand_type, precision
+from .selection import store_selection
+
+_BLOCK_KEYS = 64
+
+
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: FlatLayout, pages: LayerPages | None = None
+) -> Tensor:
+    """See `ops.attention.packed_attention`."""
+    rows, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    out = torch.empty(rows, num_heads, head_dim, dtype=q.dtype, device=q.device)
+    out[layout.num_rows :] = 0
+    if pages is not None and layout.write_places is not None and layout.num_rows:
+        _store_rows(k, v, layout, pages)
+    # Without pages nothing is stored, and these pointers are never followed.
+    keys, values = (k, v) if pages is None else (pages.keys, pages.values)
+    group = num_heads // num_kv_heads
+    padded = triton.next_power_of_2(group)
+    if layout.num_rows:
+        _attend[(len(layout.tile_sequence), num_kv_heads)](
+            q,
+            k,
+            v,
+            out,
+            keys,
+            values,
+            layout.tile_sequence,
+            layout.tile_row,
+            layout.row_starts,
+            layout.row_counts,
+            layout.held,
+            layout.tables,
+            len(layout.row_starts),
+            layout.tables.shape[1],
+            q.stride(0),
+            k.stride(0),
+            v.stride(0),
+            head_dim**-0.5,
+            num_kv_heads,
+            group,
+            padded,
+            head_dim,
+            max(16, triton.next_power_of_2(head_dim)),
+            # A tile of the tensor cores has at least 16 rows.
+            max(layout.tile_rows, 16 // padded),
+            layout.tile_rows,
+            _BLOCK_KEYS,
+            1 if pages is None else pages.keys.shape[1],
+            operand_type(q.dtype),
+            precision(q.dtype),
+        )
+    if layout.selection is not None:
+        assert pages is not None
+        store_selection(q, k, v, layout, pages)
+    return out.flatten(1)
+
+
+@triton.jit
+def _attend(
+    q,
+    k,
+    v,
+    out,
+    page_keys,
+    page_values,
+    tile_sequence,
+    tile_row,
+    row_starts,
+    row_counts,
+    held,
+    tables,
+    num_sequences,
+    table_stride,
+    q_stride,
+    k_stride,
+    v_stride,
+    scale,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # A program has some rows of one sequence, with all query heads that share a KV head, so that
+    # keys and values are loaded once for these; online softmax (Milakov & Gimelshein 2018) over
+    # blocks of keys, as in FlashAttention (Dao et al. 2022).
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    sequence = tl.load(tile_sequence + tile)
+    if sequence < num_sequences:
+        start = tl.load(row_starts + sequence)
+        count = tl.load(row_counts + sequence)
+        stored = tl.load(held + sequence)
+        lane = tl.arange(0, ROW_BLOCK * GROUP_BLOCK)
+        step = lane // GROUP_BLOCK
+        row = tl.load(tile_row + tile) + step
+        head = lane % GROUP_BLOCK
+        live = (step < TILE_ROWS) & (row < count) & (head < GROUP)
+        d = tl.arange(0, DIM_BLOCK)
+        inside = d < HEAD_DIM
+        query_place = (kv_head * GROUP + head) * HEAD_DIM
+        query = tl.load(
+            q + ((start + row) * q_stride + query_place)[:, None] + d[None, :],
+            mask=live[:, None] & inside[None, :],
+            other=0.0,
+        ).to(OPERAND)
+        peak = tl.full([ROW_BLOCK * GROUP_BLOCK], float("-inf"), tl.float32)
+        total = tl.zeros([ROW_BLOCK * GROUP_BLOCK], tl.float32)
+        mixed = tl.zeros([ROW_BLOCK * GROUP_BLOCK, DIM_BLOCK], tl.float32)
+        num_keys = tl.where(stored > 0, stored, count)
+        for first in range(0, num_keys, KEY_BLOCK):
+            n = first + tl.arange(0, KEY_BLOCK)
+            there = n < num_keys
+            both = there[:, None] & inside[None, :]
+            if stored > 0:
+                page = tl.load(
+                    tables + sequence * table_stride + n // PAGE_SIZE, mask=there, other=0
+                )
+                place = ((page * PAGE_SIZE + n % PAGE_SIZE) * KV_HEADS + kv_head) * HEAD_DIM
+                keys = tl.load(page_keys + place[:, None] + d[None, :], mask=both, other=0.0)
+                values = tl.load(page_values + place[:, None] + d[None, :], mask=both, other=0.0)
+            else:
+                key_place = (start + n) * k_stride + kv_head * HEAD_DIM
+                value_place = (start + n) * v_stride + kv_head * HEAD_DIM
+                keys = tl.load(k + key_place[:, None] + d[None, :], mask=both, other=0.0)
+                values = tl.load(v + value_place[:, None] + d[None, :], mask=both, other=0.0)
+            product = tl.dot(query, tl.trans(keys.to(OPERAND)), input_precision=PRECISION)
+            scores = product * scale
+            scores = tl.where(there[None, :], scores, float("-inf"))
+            highest = tl.maximum(peak, tl.max(scores, axis=1))
+            weight = tl.exp(scores - highest[:, None])
+            rescale = tl.exp(peak - highest)
+            total = total * rescale + tl.sum(weight, axis=1)
+            mixed = mixed * rescale[:, None] + tl.dot(
+                weight.to(values.dtype).to(OPERAND), values.to(OPERAND), input_precision=PRECISION
+            )
+            peak = highest
+        out_place = (start + row) * (KV_HEADS * GROUP * HEAD_DIM) + query_place
+        tl.store(
+            out + out_place[:, None] + d[None, :],
+            (mixed / total[:, None]).to(out.dtype.element_ty),
+            mask=live[:, None] & inside[None, :],
+        )
+
+
+@triton.jit
+def _store(
+    k,
+    v,
+    page_keys,
+    page_values,
+    places,
+    k_stride,
+    v_stride,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.load(places + row)
+    if place >= 0:
+        column = tl.arange(0, BLOCK)
+        there = column < WIDTH
+        key = tl.load(k + row * k_stride + column, mask=there)
+        value = tl.load(v + row * v_stride + column, mask=there)
+        tl.store(page_keys + place * WIDTH + column, key, mask=there)
+        tl.store(page_values + place * WIDTH + column, value, mask=there)
+
+
+def _store_rows(k: Tensor, v: Tensor, layout: FlatLayout, pages: LayerPages) -> None:
+    width = k.shape[1] * k.shape[2]
+    _store[(layout.num_rows,)](
+        k,
+        v,
+        pages.keys,
+        pages.values,
+        layout.write_places,
+        k.stride(0),
+        v.stride(0),
+        width,
+        triton.next_power_of_2(width),
+    )

@@ -1,0 +1,105 @@
+"""Random steps for the kernels, and what is near enough."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from dllm_engine.ops import FlatLayout, LayerPages
+from dllm_engine.ops.layout import FlatSelection, tiles_of
+from hypothesis import strategies as st
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+#: Of the rounding of one number; sums of many are allowed some of them.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """Attention's sizes."""
+
+    num_kv_heads: int
+    group: int
+    head_dim: int
+    page_size: int
+    dtype: torch.dtype
+
+
+HEADS = st.builds(
+    Heads,
+    num_kv_heads=st.integers(1, 3),
+    group=st.integers(1, 7),
+    head_dim=st.sampled_from([8, 16, 24, 32]),
+    page_size=st.sampled_from([1, 4, 8, 32]),
+    dtype=st.sampled_from(DTYPES),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequence:
+    """`rows` packed rows; `held` rows in its pages, which it attends to where above 0."""
+
+    rows: int
+    held: int = 0
+
+
+def near(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    """Assert that both are equal within the type's tolerance."""
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(
+        found.float().cpu(), wanted.float().cpu(), rtol=tolerance, atol=tolerance
+    )
+
+
+class Step:
+    """Queries, keys, values and pages of some sequences, with padding behind the rows."""
+
+    def __init__(self, heads: Heads, sequences: list[Sequence], seed: int) -> None:
+        self.heads, self.sequences = heads, sequences
+        generator = torch.Generator().manual_seed(seed)
+
+        def numbers(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(DEVICE, heads.dtype)
+
+        self.num_rows = sum(sequence.rows for sequence in sequences)
+        # Slices of one product, as a layer has them.
+        num_heads = heads.num_kv_heads * heads.group
+        qkv = numbers(self.num_rows + 3, num_heads + 2 * heads.num_kv_heads, heads.head_dim)
+        self.q, self.k, self.v = qkv.split([num_heads, heads.num_kv_heads, heads.num_kv_heads], 1)
+        widest = max(1, *(-(-max(s.held, s.rows) // heads.page_size) for s in sequences))
+        num_pages = widest * len(sequences)
+        shape = (num_pages + 1, heads.page_size, heads.num_kv_heads, heads.head_dim)
+        self.pages = LayerPages(numbers(*shape), numbers(*shape))
+        order = torch.randperm(num_pages, generator=generator)
+        self.tables = order.view(len(sequences), widest).to(DEVICE)
+
+    def layout(
+        self, places: Tensor | None = None, selection: FlatSelection | None = None
+    ) -> FlatLayout:
+        """The step's layout; `places` and `selection` say what is stored."""
+        counts = torch.tensor([s.rows for s in self.sequences], device=DEVICE)
+        tile_rows = max(1, 64 // (1 << (self.heads.group - 1).bit_length()))
+        tile_sequence, tile_row = tiles_of(counts, self.num_rows, tile_rows)
+        return FlatLayout(
+            num_rows=self.num_rows,
+            tile_rows=tile_rows,
+            row_starts=counts.cumsum(0) - counts,
+            row_counts=counts,
+            held=torch.tensor([s.held for s in self.sequences], device=DEVICE),
+            tables=self.tables,
+            tile_sequence=tile_sequence,
+            tile_row=tile_row,
+            write_places=places,
+            selection=selection,
+        )
+
+    def stored(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values in a sequence's pages: [held, num_kv_heads, head_dim]."""
+        held = self.sequences[index].held
+        pages = self.tables[index]
+        return (
+            self.pages.keys[pages].flatten(0, 1)[:held],
+            self.pages.values[pages].flatten(0, 1)[:held],
+        )

@@ -1,0 +1,72 @@
+"""The attention kernel against softmax attention sequence by sequence, in float64."""
+
+import torch
+from dllm_engine.ops.kernels.attention import packed_attention
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.unit.kernels.cases import DEVICE, HEADS, Heads, Sequence, Step, near
+
+SEQUENCES = st.lists(
+    st.builds(Sequence, rows=st.integers(1, 40), held=st.just(0) | st.integers(1, 90)),
+    min_size=1,
+    max_size=4,
+)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of [rows, heads, head_dim] to [keys, num_kv_heads, head_dim], plainly."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1).double() for x in (k, v))
+    scores = torch.einsum("rhd,khd->hrk", q.double(), k) / q.shape[2] ** 0.5
+    return torch.einsum("hrk,khd->rhd", scores.softmax(dim=-1), v)
+
+
+@given(HEADS, SEQUENCES, st.integers(0, 2**31))
+@settings(max_examples=25, deadline=None)
+def test_every_sequence_attends_to_its_own(
+    heads: Heads, sequences: list[Sequence], seed: int
+) -> None:
+    """Fresh and stored ones of any lengths in one launch; padding rows come back as zeros."""
+    step = Step(heads, sequences, seed)
+    found = packed_attention(step.q, step.k, step.v, step.layout(), step.pages)
+    wanted, start = [], 0
+    for index, sequence in enumerate(sequences):
+        rows = slice(start, start + sequence.rows)
+        keys, values = step.stored(index) if sequence.held else (step.k[rows], step.v[rows])
+        wanted.append(attend(step.q[rows], keys, values))
+        start += sequence.rows
+    wanted.append(torch.zeros(3, *step.q.shape[1:], device=DEVICE))
+    near(found, torch.cat([part.double() for part in wanted]).flatten(1), heads.dtype)
+
+
+@given(HEADS, st.integers(1, 20), st.integers(0, 2**31))
+@settings(max_examples=10, deadline=None)
+def test_rows_are_stored_before_they_are_read(heads: Heads, rows: int, seed: int) -> None:
+    """A Reuse attends to its fresh rows in its pages; rows without a place are not stored."""
+    step = Step(heads, [Sequence(rows, held=rows), Sequence(5)], seed)
+    page = step.tables[0][torch.arange(rows, device=DEVICE) // heads.page_size]
+    places = page * heads.page_size + torch.arange(rows, device=DEVICE) % heads.page_size
+    places = torch.cat([places, torch.full((5,), -1, device=DEVICE)])
+    before = step.pages.keys.clone(), step.pages.values.clone()
+    found = packed_attention(step.q, step.k, step.v, step.layout(places), step.pages)
+    mine = slice(0, rows)
+    near(found[mine], attend(step.q[mine], step.k[mine], step.v[mine]).flatten(1), heads.dtype)
+    for pool, old, fresh in zip(
+        (step.pages.keys, step.pages.values), before, (step.k, step.v), strict=True
+    ):
+        expected = old.flatten(0, 1).index_copy(0, places[mine], fresh[mine])
+        assert torch.equal(pool.flatten(0, 1), expected)
+
+
+def test_a_sequence_has_the_same_result_in_any_company() -> None:
+    """Bit by bit."""
+    heads = Heads(num_kv_heads=2, group=2, head_dim=16, page_size=8, dtype=torch.float32)
+    alone = Step(heads, [Sequence(33)], seed=1)
+    company = Step(heads, [Sequence(7, held=50), Sequence(33), Sequence(70)], seed=2)
+    rows = slice(7, 40)
+    for mine, theirs in ((alone.q, company.q), (alone.k, company.k), (alone.v, company.v)):
+        theirs[rows] = mine[:33]
+    first = packed_attention(alone.q, alone.k, alone.v, alone.layout(), alone.pages)
+    second = packed_attention(company.q, company.k, company.v, company.layout(), company.pages)
+    assert torch.equal(first[:33], second[rows])

@@ -1,0 +1,41 @@
+"""RMSNorm and rotary kernels against torch's own operations."""
+
+import torch
+from dllm_engine.ops import RotaryTable
+from dllm_engine.ops.kernels import norm as kernels
+from dllm_engine.ops.norm import rms_norm
+from dllm_engine.ops.rotary import apply_rotary
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.kernels.cases import DEVICE, DTYPES, near
+
+
+@given(st.integers(0, 9), st.integers(1, 100), st.sampled_from(DTYPES), st.integers(0, 2**31))
+@settings(max_examples=25, deadline=None)
+def test_rms_norm(rows: int, dim: int, dtype: torch.dtype, seed: int) -> None:
+    """Any number of rows, any width."""
+    torch.manual_seed(seed)
+    x, weight = torch.randn(rows, dim), torch.randn(dim)
+    x, weight = x.to(DEVICE, dtype), weight.to(DEVICE, dtype)
+    near(kernels.rms_norm(x, weight, 1e-5), rms_norm(x, weight, 1e-5), dtype)
+
+
+@given(
+    st.integers(0, 9),
+    st.integers(1, 5),
+    st.sampled_from([2, 8, 24, 64]),
+    st.sampled_from(DTYPES),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=25, deadline=None)
+def test_rotary(rows: int, heads: int, head_dim: int, dtype: torch.dtype, seed: int) -> None:
+    """The first of some heads are rotated where they lie, the others left alone."""
+    torch.manual_seed(seed)
+    table = RotaryTable(head_dim, 64, 10000.0, device=DEVICE, dtype=dtype)
+    cos, sin = table.at(torch.randint(0, 64, (rows,), device=DEVICE))
+    x = torch.randn(rows, heads + 2, head_dim).to(DEVICE, dtype)
+    before = x.clone()
+    found = kernels.apply_rotary(x[:, :heads], cos, sin)
+    near(found, apply_rotary(before[:, :heads], cos, sin), dtype)
+    assert torch.equal(x[:, heads:], before[:, heads:])
