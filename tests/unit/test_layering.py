@@ -22,6 +22,7 @@ LAYERS = [
     {"batch"},
     {"layout"},
     {"canvas", "text"},
+    {"slot_facts"},
     {"memory"},
     {"cache", "sampling", "models"},
     {"parallel"},

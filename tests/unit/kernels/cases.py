@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import torch
+import torch.nn.functional as F
 from dllm_engine.ops import FlatLayout, LayerPages
 from dllm_engine.ops.layout import FlatSelection, tiles_of
 from hypothesis import strategies as st
 from torch import Tensor
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 #: Of the rounding of one number; sums of many are allowed some of them.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -82,8 +84,9 @@ class Step:
         counts = torch.tensor([s.rows for s in self.sequences], device=DEVICE)
         tile_rows = max(1, 64 // (1 << (self.heads.group - 1).bit_length()))
         tile_sequence, tile_row = tiles_of(counts, self.num_rows, tile_rows)
+        if places is not None:
+            places = F.pad(places, (0, len(self.k) - len(places)), value=-1)
         return FlatLayout(
-            num_rows=self.num_rows,
             tile_rows=tile_rows,
             row_starts=counts.cumsum(0) - counts,
             row_counts=counts,

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .cache import KVPages
 from .canvas import CanvasTable
-from .layout import Sequences, build_layout
-from .ops import PackedLayout
+from .layout import Sequences, StepSize, flat_layout, grouped_layout
+from .ops import Layout
 from .sampling import CommitPlan, Credits, RowSampling
 from .sampling.rows import ROW_MULTIPLE
+from .slot_facts import SlotFacts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +26,13 @@ class StepBatch:
     #: [rows] int64; inputs of the model, padded to a multiple of `ROW_MULTIPLE`.
     input_ids: Tensor
     positions: Tensor
-    layout: PackedLayout
+    layout: Layout
     #: [R, block] int64 and bool: positions of the active blocks, and which are masked.
     block_positions: Tensor
     block_masked: Tensor
+    #: [M] int64: where each masked position stands in these, in row-major order.
+    request: Tensor
+    column: Tensor
     #: [M] int64: packed row whose hidden state predicts each masked position.
     rows: Tensor
     #: [M] int64: packed row of its unconditional twin; equal to `rows` without guidance.
@@ -43,33 +47,50 @@ class StepBatch:
     credits: Credits | None
 
 
-def build_batch(table: CanvasTable, pages: KVPages, chosen: list[int]) -> StepBatch:
+def build_batch(
+    table: CanvasTable, pages: KVPages, chosen: list[int], tile_rows: int | None = None
+) -> StepBatch:
     """Lay out one step of the requests in these slots.
 
     A request with guidance contributes its sequence twice, the second time with everything it
     came with replaced by masks (LLaDA, generate.py: `un_x`). Where the model is shifted, a
     position is predicted from the one before it, the first from itself (Dream).
-    """
-    sequences = Sequences.of(table, pages, torch.tensor(chosen, device=table.device))
-    slots = sequences.request_slots
-    guided = table.cfg_scale[slots] > 0
 
-    block_positions, block_masked = table.block_positions(slots)
-    request, column = block_masked.nonzero(as_tuple=True)
+    Args:
+        tile_rows: rows per tile of a flat layout; None: sequences are grouped by shape. A flat
+            layout is made without waiting for the device.
+    """
+    facts = table.facts(chosen)
+    size = StepSize.of(facts)
+    slots = torch.tensor(chosen, device=table.device)
+    sequences = Sequences.of(table, pages, slots, size, grouped=tile_rows is None)
+    slots = sequences.request_slots
+    if tile_rows is None:
+        layout: Layout = grouped_layout(pages, sequences)
+    else:
+        layout = flat_layout(table, pages, sequences, size, tile_rows)
+
+    block_positions, block_masked = table.block_positions(slots, size.block)
+    num_masked = sum(fact.masked for fact in facts)
+    request, column = torch.nonzero_static(block_masked, size=num_masked).unbind(1)
     position = block_positions[request, column]
     predictor = (position - 1).clamp(min=0) if table.shifted else position
     first = sequences.first_copy[request]
     request_slots = slots[request]
+    cfg_scale = table.cfg_scale[request_slots]
+    twin = first + (cfg_scale > 0).to(torch.int64)
     return StepBatch(
         slots=slots,
         input_ids=_pad(_input_ids(table, sequences)),
         positions=_pad(sequences.positions),
-        layout=build_layout(pages, sequences),
+        layout=layout,
         block_positions=block_positions,
         block_masked=block_masked,
+        request=request,
+        column=column,
         rows=sequences.row_of[first, predictor],
-        uncond_rows=sequences.row_of[first + guided[request].to(torch.int64), predictor],
-        cfg_scale=table.cfg_scale[request_slots] if bool(guided.any()) else None,
+        uncond_rows=sequences.row_of[twin, predictor],
+        cfg_scale=cfg_scale if any(fact.guided for fact in facts) else None,
         sampling=RowSampling(
             temperature=table.temperature[request_slots],
             seed=table.seed[request_slots],
@@ -81,20 +102,22 @@ def build_batch(table: CanvasTable, pages: KVPages, chosen: list[int]) -> StepBa
             no_eos=table.no_eos[request_slots],
             late_eos=table.late_eos[request_slots],
         ),
-        plan=_plan(table, chosen, slots, block_masked),
-        needs_spread=table.needs_spread(chosen),
+        plan=_plan(table, facts, slots, block_masked),
+        needs_spread=any(fact.needs_spread for fact in facts),
         credits=table.credits(chosen, request_slots, position),
     )
 
 
-def _plan(table: CanvasTable, chosen: list[int], slots: Tensor, block_masked: Tensor) -> CommitPlan:
+def _plan(
+    table: CanvasTable, facts: list[SlotFacts], slots: Tensor, block_masked: Tensor
+) -> CommitPlan:
     count, chance = table.commit_counts(slots, block_masked)
     return CommitPlan(
         score=table.score[slots],
         rule=table.rule[slots],
-        rules_in_use=table.rules_in_use(chosen),
-        scores_in_use=table.scores_in_use(chosen),
-        draws=table.draws(chosen),
+        rules_in_use=frozenset(fact.rule for fact in facts),
+        scores_in_use=frozenset(fact.score for fact in facts),
+        draws=any(fact.draws for fact in facts),
         count=count,
         chance=chance,
         bound=table.bound[slots],

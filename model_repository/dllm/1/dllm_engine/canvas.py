@@ -14,22 +14,15 @@ from torch import Tensor
 from .cache.policy import ActiveState, CachePolicy, Phases
 from .request import Prompt, SamplingParams
 from .sampling import LISTED, Credits, SpecialTokens
-from .sampling.commit import (
-    ALG,
-    REMASKING,
-    SPREAD_SCORES,
-    Rule,
-    Score,
-    dream_chances,
-    dream_count,
-    linear_count,
-)
+from .sampling.commit import Rule, dream_chances, dream_count, linear_count
+from .slot_facts import SlotFacts
 
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
     """What the host must know of each stepped request after a step."""
 
+    slots: list[int]
     #: Whether no mask is left in the canvas.
     complete: list[bool]
     #: Tokens from the left that are final, short of an end-of-text token.
@@ -96,12 +89,11 @@ class CanvasTable:
         #: [slots, max_len, listed] each; made when the first request asks for credit.
         self._credit_tokens: Tensor | None = None
         self._credit_values: Tensor | None = None
-        # What the host must know of each slot to plan a step without asking the device.
-        self._rules = [Rule.COUNT] * num_slots
-        self._scores = [Score.CONFIDENCE] * num_slots
-        self._draws = [False] * num_slots
-        self._needs_spread = [False] * num_slots
-        self._uses_credit = [False] * num_slots
+        self._facts: dict[int, SlotFacts] = {}
+
+    def facts(self, slots: list[int]) -> list[SlotFacts]:
+        """What the host knows of the requests in `slots`."""
+        return [self._facts[slot] for slot in slots]
 
     def fill(self, slot: int, prompt: Prompt, params: SamplingParams) -> None:
         """Lay out a new request in `slot`; `params` must be resolved."""
@@ -129,22 +121,16 @@ class CanvasTable:
         self.honours_eos[slot] = not (params.ignore_eos or is_gap)
         self.no_eos[slot] = params.logits_eos_inf
         self.late_eos[slot] = params.confidence_eos_eot_inf
-        self._fill_rule(slot, params)
+        facts = self._facts[slot] = SlotFacts.of(prompt, params, self.special.mask)
+        self._fill_rule(slot, params, facts)
         self._fill_cache(slot, params)
         self._fill_credit(slot, params)
         self.block_start[slot] = self.block_end[slot] = start
-        opened = torch.tensor([slot], device=self.device)
-        self._open_next_block(opened)
-        self._skip_empty_steps(opened)
+        self._enter_block(torch.tensor([slot], device=self.device), [slot])
 
-    def _fill_rule(self, slot: int, params: SamplingParams) -> None:
-        rule, bound, second = _rule_of(params)
-        self.rule[slot], self.bound[slot], self.second_bound[slot] = int(rule), bound, second
-        score = ALG[params.alg] if params.alg else REMASKING[params.remasking]
-        self.score[slot] = int(score)
-        self._rules[slot], self._scores[slot] = rule, score
-        self._draws[slot] = params.alg_temp > 0
-        self._needs_spread[slot] = score in SPREAD_SCORES or rule is Rule.ENTROPY_BOUND
+    def _fill_rule(self, slot: int, params: SamplingParams, facts: SlotFacts) -> None:
+        self.rule[slot], self.score[slot] = int(facts.rule), int(facts.score)
+        self.bound[slot], self.second_bound[slot] = facts.bounds
         self.tempered[slot], self.alg_temp[slot] = params.alg is not None, params.alg_temp
         if params.alg:
             chances = [dream_chances(steps) for _, _, steps in blocks_of(params)]
@@ -164,7 +150,6 @@ class CanvasTable:
         self.recent[slot] = False
 
     def _fill_credit(self, slot: int, params: SamplingParams) -> None:
-        self._uses_credit[slot] = params.credit
         if not params.credit:
             return
         if self._credit_tokens is None or self._credit_values is None:
@@ -175,13 +160,15 @@ class CanvasTable:
 
     def credits(self, chosen: list[int], slots: Tensor, positions: Tensor) -> Credits | None:
         """Credit of the positions [n] of `slots` [n]; None where none of `chosen` uses any."""
-        if not any(self._uses_credit[slot] for slot in chosen):
+        used = [slot for slot in chosen if self._facts[slot].uses_credit]
+        if not used:
             return None
         assert self._credit_tokens is not None
         assert self._credit_values is not None
-        uses = torch.tensor(self._uses_credit, device=self.device)
+        uses = torch.zeros(len(self.length), dtype=torch.bool)
+        uses[used] = True
         return Credits(
-            uses[slots],
+            uses.to(self.device)[slots],
             self._credit_tokens[slots, positions],
             self._credit_values[slots, positions],
         )
@@ -207,9 +194,8 @@ class CanvasTable:
         start = self.block_start[slots]
         return (start - 1).clamp(min=0) if self.shifted else start, self.block_end[slots]
 
-    def active(self, slots: Tensor, phases: Phases) -> Tensor:
-        """Positions that go through the model in the next step: bool [R, longest]."""
-        width = int(self.length[slots].max())
+    def active(self, slots: Tensor, phases: Phases, width: int) -> Tensor:
+        """Positions below `width` that go through the model in the next step: bool [R, width]."""
         start, end = self.window(slots)
         return phases.active(
             ActiveState(
@@ -222,31 +208,14 @@ class CanvasTable:
             )
         )
 
-    def rules_in_use(self, slots: list[int]) -> frozenset[Rule]:
-        """The rules of these requests."""
-        return frozenset(self._rules[slot] for slot in slots)
-
-    def scores_in_use(self, slots: list[int]) -> frozenset[Score]:
-        """The scores of these requests."""
-        return frozenset(self._scores[slot] for slot in slots)
-
-    def draws(self, slots: list[int]) -> bool:
-        """Whether any of these requests draws positions at random by their scores."""
-        return any(self._draws[slot] for slot in slots)
-
-    def needs_spread(self, slots: list[int]) -> bool:
-        """Whether any of these requests needs entropies or margins."""
-        return any(self._needs_spread[slot] for slot in slots)
-
-    def block_positions(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions of the active blocks of `slots` and which of them are masked.
+    def block_positions(self, slots: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Positions of the active blocks of `slots`, none longer than `width`; which are masked.
 
         Returns:
-            int64 and bool, both [len(slots), longest active block]. Columns past the end of a
-            shorter block repeat a valid position and are not masked.
+            int64 and bool, both [len(slots), width]. Columns past the end of a shorter block
+            repeat a valid position and are not masked.
         """
         start, end = self.block_start[slots], self.block_end[slots]
-        width = int((end - start).max())
         positions = start.unsqueeze(1) + torch.arange(width, device=self.device)
         inside = positions < end.unsqueeze(1)
         positions = torch.where(inside, positions, start.unsqueeze(1))
@@ -257,6 +226,7 @@ class CanvasTable:
         stepped: Tensor,
         slots: Tensor,
         positions: Tensor,
+        picked: Tensor,
         tokens: Tensor,
         confidence: Tensor,
     ) -> None:
@@ -264,52 +234,67 @@ class CanvasTable:
 
         Args:
             stepped: [R]; all that took part.
-            slots, positions, tokens, confidence: [n]; one entry per decoded position.
+            slots, positions: [M]; one entry per position that was masked.
+            picked: bool [M]; whether it is decoded now, …
+            tokens, confidence: [M]; … and with what.
         """
         self.recent[stepped] = False
-        self.recent[slots, positions] = True
-        self.tokens[slots, positions] = tokens
-        self.confidence[slots, positions] = confidence.to(self.confidence.dtype)
-        self.masked[slots, positions] = False
+        self.recent[slots, positions] = picked
+        self.masked[slots, positions] = ~picked
+        self.tokens[slots, positions] = torch.where(picked, tokens, self.special.mask)
+        known = confidence.to(self.confidence.dtype)
+        self.confidence[slots, positions] = torch.where(picked, known, -1.0)
 
-    def advance(self, slots: Tensor) -> StepResult:
-        """Count the step, open the next block where one is done, and report what is finished."""
+    def advance(self, slots: Tensor, stepped: list[int]) -> StepResult:
+        """Count the step, open the next block where one is done, and report what is finished.
+
+        Args:
+            slots: [R]; those of `stepped`, in any order.
+        """
         self.step[slots] += 1
         self.block_step[slots] += 1
         self.block_age[slots] += 1
-        self._open_next_block(slots)
-        self._skip_empty_steps(slots)
+        first_masked, num_masked = self._enter_block(slots, stepped)
         phases = self.phases(slots)
-        next_rows = self.active(slots, phases).sum(dim=1)
-        width = int(self.length[slots].max())
-        columns = torch.arange(width, device=self.device)
-        tokens, masked = self.tokens[slots, :width], self.masked[slots, :width]
-        in_canvas = columns >= self.prompt_len[slots].unsqueeze(1)
-        end = self.canvas_end[slots].unsqueeze(1)
-        first_masked = torch.where(masked, columns, end).amin(dim=1)
-        is_eos = (
-            torch.isin(tokens, self.special.stop) & in_canvas & self.honours_eos[slots].unsqueeze(1)
-        )
-        is_eos &= ~masked & (columns < end)
-        first_eos = torch.where(is_eos, columns, end).amin(dim=1)
+        width = self._longest(stepped)
+        next_rows = self.active(slots, phases, width).sum(dim=1)
+        first_eos = self._first_eos(slots, width)
         ready = torch.minimum(first_masked, first_eos) - self.prompt_len[slots]
         report = torch.stack(
             [
-                first_masked == end.squeeze(1),
+                slots,
+                first_masked == self.canvas_end[slots],
                 ready,
                 first_eos < first_masked,
                 next_rows,
                 phases.refresh,
+                num_masked,
             ]
         ).tolist()  # the step's one wait for the device
-        complete, num_ready, ended, next_rows, next_refresh = report
+        order, complete, num_ready, ended, rows, refresh, masked = report
+        for slot, *size in zip(order, rows, refresh, masked, strict=True):
+            facts = self._facts[slot]
+            facts.rows, facts.refresh, facts.masked = size[0], bool(size[1]), size[2]
         return StepResult(
+            order,
             list(map(bool, complete)),
             num_ready,
             list(map(bool, ended)),
-            next_rows,
-            list(map(bool, next_refresh)),
+            rows,
+            list(map(bool, refresh)),
         )
+
+    def _first_eos(self, slots: Tensor, width: int) -> Tensor:
+        """Place of the first committed end-of-text token, the canvas's end where none is: [R]."""
+        columns = torch.arange(width, device=self.device)
+        end = self.canvas_end[slots].unsqueeze(1)
+        in_canvas = (columns >= self.prompt_len[slots].unsqueeze(1)) & (columns < end)
+        ends = torch.isin(self.tokens[slots, :width], self.special.stop) & in_canvas
+        ends &= ~self.masked[slots, :width] & self.honours_eos[slots].unsqueeze(1)
+        return torch.where(ends, columns, end).amin(dim=1)
+
+    def _longest(self, slots: list[int]) -> int:
+        return max(self._facts[slot].length for slot in slots)
 
     def canvas(self, slot: int) -> tuple[Tensor, Tensor]:
         """Copies of a request's canvas: tokens int32 and confidences float32, on the CPU."""
@@ -317,26 +302,42 @@ class CanvasTable:
         tokens = self.tokens[slot, region].to("cpu", torch.int32, copy=True)
         return tokens, self.confidence[slot, region].to("cpu", torch.float32, copy=True)
 
-    def _open_next_block(self, slots: Tensor) -> None:
+    def _enter_block(self, slots: Tensor, stepped: list[int]) -> tuple[Tensor, Tensor]:
         """Move each request whose block holds no mask to its next block that holds one.
 
         Blocks and their shares of the steps are those of `blocks_of`.
+
+        Returns:
+            int64 [R]: position of the first mask, the canvas's end where there is none; and masks
+            in the block that is active now.
         """
-        while True:
-            done = ~self.block_positions(slots)[1].any(dim=1)
-            slots = slots[done & (self.block_end[slots] < self.canvas_end[slots])]
-            if not slots.numel():
-                return
-            start = self.block_end[slots]
-            end = torch.minimum(start + self.block_length[slots], self.canvas_end[slots])
-            self.block_start[slots], self.block_end[slots] = start, end
-            gen_length = self.canvas_end[slots] - self.prompt_len[slots]
-            before = (start - self.prompt_len[slots]) * self.steps[slots] // gen_length
-            after = (end - self.prompt_len[slots]) * self.steps[slots] // gen_length
-            self.block_steps[slots], self.block_step[slots] = after - before, 0
-            self.block_age[slots] = 0
-            self.block_first_step[slots] = before
-            self.block_masks[slots] = self.block_positions(slots)[1].sum(dim=1)
+        columns = torch.arange(self._longest(stepped), device=self.device)
+        masked = self.masked[slots, : len(columns)]
+        first, canvas_end = self.prompt_len[slots], self.canvas_end[slots]
+        first_masked = torch.where(masked, columns, canvas_end.unsqueeze(1)).amin(dim=1)
+        opens = (first_masked >= self.block_end[slots]) & (first_masked < canvas_end)
+        block_length = self.block_length[slots]
+        start = first + (first_masked - first) // block_length * block_length
+        start = torch.where(opens, start, self.block_start[slots])
+        end = torch.minimum(start + block_length, canvas_end)
+        inside = (columns >= start.unsqueeze(1)) & (columns < end.unsqueeze(1))
+        num_masked = (masked & inside).sum(dim=1)
+        before = (start - first) * self.steps[slots] // (canvas_end - first)
+        after = (end - first) * self.steps[slots] // (canvas_end - first)
+
+        def renew(column: Tensor, value: Tensor | int) -> None:
+            column[slots] = torch.where(opens, value, column[slots])
+
+        self.block_start[slots] = start
+        renew(self.block_end, end)
+        renew(self.block_steps, after - before)
+        renew(self.block_step, 0)
+        renew(self.block_age, 0)
+        renew(self.block_first_step, before)
+        renew(self.block_masks, num_masked)
+        if any(self._facts[slot].skips for slot in stepped):
+            self._skip_empty_steps(slots, num_masked)
+        return first_masked, num_masked
 
     def commit_counts(self, slots: Tensor, block_masked: Tensor) -> tuple[Tensor, Tensor]:
         """What the schedules say for the step at hand: counts int64 and Dream's chances, [R]."""
@@ -349,15 +350,21 @@ class CanvasTable:
         dream = dream_count(block_masked.sum(dim=1), chance)
         return torch.where(self.tempered[slots], dream, linear), chance
 
-    def _skip_empty_steps(self, slots: Tensor) -> None:
-        """Pass over steps in which Dream's schedule commits nothing: no forward pass is needed."""
-        slots = slots[self.tempered[slots] & (self.rule[slots] == int(Rule.COUNT))]
-        while slots.numel():
-            masked = self.block_positions(slots)[1]
-            counts, _ = self.commit_counts(slots, masked)
-            slots = slots[(counts == 0) & masked.any(dim=1)]
-            self.block_step[slots] += 1
-            self.step[slots] += 1
+    def _skip_empty_steps(self, slots: Tensor, num_masked: Tensor) -> None:
+        """Pass over steps in which Dream's schedule commits nothing: no forward pass is needed.
+
+        A block's last step commits all that is left, so one is always found.
+        """
+        chance = self.chance[slots]
+        places = torch.arange(chance.shape[1], device=self.device)
+        place = self.block_first_step[slots] + self.block_step[slots]
+        commits = dream_count(num_masked.unsqueeze(1), chance) > 0
+        later = places >= place.unsqueeze(1)
+        found = torch.where(commits & later, places, chance.shape[1]).amin(dim=1)
+        skips = self.tempered[slots] & (self.rule[slots] == int(Rule.COUNT)) & (num_masked > 0)
+        skipped = torch.where(skips, found - place, 0)
+        self.block_step[slots] += skipped
+        self.step[slots] += skipped
 
 
 def blocks_of(params: SamplingParams) -> list[tuple[int, int, int]]:
@@ -375,19 +382,3 @@ def blocks_of(params: SamplingParams) -> list[tuple[int, int, int]]:
         end = min(start + block_length, length)
         found.append((start, end, end * steps // length - start * steps // length))
     return found
-
-
-def _rule_of(params: SamplingParams) -> tuple[Rule, float, float]:
-    """The rule that decides how many positions are committed, and its two parameters."""
-    if params.confidence_threshold is not None:
-        if params.low_threshold is not None:
-            return Rule.HIERARCHICAL, params.confidence_threshold, params.low_threshold
-        return Rule.THRESHOLD, params.confidence_threshold, 0.0
-    if params.factor is not None:
-        return Rule.FACTOR, params.factor, 0.0
-    if params.entropy_bound is not None:
-        return Rule.ENTROPY_BOUND, params.entropy_bound, 0.0
-    if params.anchor_threshold is not None:
-        fair = 0.75 if params.neighbor_threshold is None else params.neighbor_threshold
-        return Rule.LOCAL_LEAP, params.anchor_threshold, fair
-    return (Rule.ORIGIN if params.alg == "origin" else Rule.COUNT), 0.0, 0.0

@@ -11,6 +11,7 @@ from .errors import InvalidConfig, InvalidRequest
 from .request import CACHE_FIELDS, SamplingParams
 
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+KERNELS = ("auto", "torch", "triton")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,9 @@ class EngineConfig:
     device: str = "auto"
     #: "auto" is float32 on a CPU and the checkpoint's own type (bfloat16) on a GPU.
     dtype: str = "auto"
+    #: What layers run on: torch's operations, or kernels in the Triton language; "auto" takes the
+    #: kernels on a GPU.
+    kernels: str = "auto"
     #: Requests that run at once; more wait in front of the engine.
     max_num_seqs: int = 64
     #: Token budget: rows that one denoising step may push through the model; None: by device.
@@ -54,6 +58,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InvalidConfig(f"DLLM_DTYPE: must be one of {', '.join(DTYPES)}, got {self.dtype}")
+        if self.kernels not in KERNELS:
+            known = ", ".join(KERNELS)
+            raise InvalidConfig(f"DLLM_KERNELS: must be one of {known}, got {self.kernels}")
         for name in ("max_num_seqs", "logits_budget_mb", "kv_page_size", "tensor_parallel_size"):
             if getattr(self, name) < 1:
                 raise InvalidConfig(f"{_setting(name)}: must be at least 1")

@@ -232,18 +232,18 @@ class Engine:
         by_slot = {r.slot: r for r in chosen if r.slot is not None}
         began = time.perf_counter()
         try:
-            slots, result = self._runner.run(list(by_slot))
+            result = self._runner.run(list(by_slot))
         except torch.AcceleratorError as error:
             raise EngineDead(f"device error: {error}") from error
         except (RuntimeError, ValueError, MemoryError) as error:
             return self._isolate(chosen, error)
         self._count(chosen, time.perf_counter() - began)
-        for i, slot in enumerate(slots):
+        for i, slot in enumerate(result.slots):
             by_slot[slot].next_rows = result.next_rows[i]
             by_slot[slot].next_refresh = result.next_refresh[i]
         updates = [
             self._outcome(by_slot[slot], result.complete[i], result.num_ready[i], result.ended[i])
-            for i, slot in enumerate(slots)
+            for i, slot in enumerate(result.slots)
         ]
         return [update for update in updates if update is not None]
 

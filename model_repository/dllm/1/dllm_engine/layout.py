@@ -5,14 +5,43 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import CachePolicy, KVPages, Phases
 from .canvas import CanvasTable
-from .ops import FreshGroup, PackedLayout, PagedGroup, Selection
+from .ops import FlatLayout, FlatSelection, FreshGroup, PackedLayout, PagedGroup, Selection
+from .ops.layout import tiles_of
+from .sampling.rows import ROW_MULTIPLE
+from .slot_facts import SlotFacts
 
 #: Rows of Reuses are grouped by their number rounded up to a multiple of this.
 _QUERY_MULTIPLE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSize:
+    """How large a step is, as the host knows it."""
+
+    sequences: int
+    #: Packed rows of all sequences.
+    rows: int
+    #: Tokens of the longest sequence, and of the longest block.
+    longest: int
+    block: int
+    #: Whether any sequence may store a selection of its keys and values.
+    selects: bool
+
+    @classmethod
+    def of(cls, facts: list[SlotFacts]) -> StepSize:
+        """Of a step of these requests."""
+        return cls(
+            sequences=sum(fact.sequences for fact in facts),
+            rows=sum(fact.rows * fact.sequences for fact in facts),
+            longest=max(fact.length for fact in facts),
+            block=max(fact.block_length for fact in facts),
+            selects=any(fact.sparse and fact.refresh for fact in facts),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +66,8 @@ class Sequences:
     #: [S]; stored rows: what `sparse` keeps outside the window, and all that a Reuse attends to.
     keep: Tensor
     held: Tensor
-    #: [S, 6]; sequences with equal keys form a group.
-    shape: Tensor
+    #: [S, 6]; sequences with equal keys form a group; None: they are not grouped.
+    shape: Tensor | None
     #: [N]; sequence and position of each row.
     owner: Tensor
     positions: Tensor
@@ -46,22 +75,30 @@ class Sequences:
     row_of: Tensor
 
     @classmethod
-    def of(cls, table: CanvasTable, pages: KVPages, slots: Tensor) -> Sequences:
-        """The sequences of the requests in `slots`, ordered by shape."""
+    def of(
+        cls, table: CanvasTable, pages: KVPages, slots: Tensor, size: StepSize, *, grouped: bool
+    ) -> Sequences:
+        """The sequences of the requests in `slots`, ordered by shape where they are grouped."""
         phases = table.phases(slots)
         start, end = table.window(slots)
-        active = table.active(slots, phases)
+        active = table.active(slots, phases, size.longest)
         num_rows = active.sum(dim=1)
         keep, held = _stored_rows(table, slots, end - start)
-        shape = _shape(table, pages, slots, phases, num_rows, keep, held)
-        order = torch.unique(shape, dim=0, return_inverse=True)[1].argsort(stable=True)
+        order = torch.arange(len(slots), device=slots.device)
+        shape = None
+        if grouped:
+            shape = _shape(table, pages, slots, phases, num_rows, keep, held)
+            order = torch.unique(shape, dim=0, return_inverse=True)[1].argsort(stable=True)
         # Twins stand right behind their sequence, so that equal shapes stay together.
         copies = 1 + (table.cfg_scale[slots[order]] > 0).to(torch.int64)
-        of_request = order.repeat_interleave(copies)
         first_copy = copies.cumsum(0) - copies
-        first = first_copy.repeat_interleave(copies)
+
+        def copied(values: Tensor) -> Tensor:
+            return values.repeat_interleave(copies, output_size=size.sequences)
+
+        of_request, first = copied(order), copied(first_copy)
         active = active[of_request]
-        owner, positions = active.nonzero(as_tuple=True)
+        owner, positions = torch.nonzero_static(active, size=size.rows).unbind(1)
         return cls(
             request_slots=slots[order],
             first_copy=first_copy,
@@ -73,11 +110,29 @@ class Sequences:
             num_rows=num_rows[of_request],
             keep=keep[of_request],
             held=held[of_request],
-            shape=shape[of_request],
+            shape=None if shape is None else shape[of_request],
             owner=owner,
             positions=positions,
             row_of=(active.flatten().cumsum(0) - 1).view(active.shape),
         )
+
+    @property
+    def row_starts(self) -> Tensor:
+        """[S]; first packed row."""
+        return self.num_rows.cumsum(0) - self.num_rows
+
+    def stores(self) -> Tensor:
+        """[S] bool; whether the rows that go through the model are stored as they are."""
+        return ~self.phases.refresh | (self.phases.store & ~self.phases.selects)
+
+    def stored_row(self, owner: Tensor, position: Tensor) -> Tensor:
+        """Which of a sequence's stored rows takes the one at `position`, where any does; [n].
+
+        Of a sparse request the window stands behind what is kept, of others all in its place.
+        """
+        sparse = self.phases.policy[owner] == int(CachePolicy.SPARSE)
+        behind = self.keep[owner] + position - self.window_start[owner]
+        return torch.where(sparse, behind, position)
 
 
 def _stored_rows(table: CanvasTable, slots: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,9 +174,43 @@ def _shape(
     return torch.cat([(~phases.refresh).to(torch.int64).unsqueeze(0), merged]).T
 
 
-def build_layout(pages: KVPages, sequences: Sequences) -> PackedLayout:
+def flat_layout(
+    table: CanvasTable, pages: KVPages, sequences: Sequences, size: StepSize, tile_rows: int
+) -> FlatLayout:
+    """One entry per sequence and tile; nothing of it needs an answer from the device."""
+    refresh, owner = sequences.phases.refresh, sequences.owner
+    num_pages = -(-size.longest // pages.page_size)
+    row = sequences.stored_row(owner, sequences.positions).clamp(min=0)
+    places = pages.places(sequences.slots[owner], sequences.twin[owner], row)
+    places = torch.where(sequences.stores()[owner], places, -1)
+    tile_sequence, tile_row = tiles_of(sequences.num_rows, size.rows, tile_rows)
+    selection = None
+    if size.selects:
+        selection = FlatSelection(
+            keep=torch.where(sequences.phases.selects, sequences.keep, 0),
+            block_start=table.block_start[sequences.slots],
+            window_start=sequences.window_start,
+            window_end=sequences.window_end,
+            pool_kernel=table.pool_kernel[sequences.slots],
+            max_candidates=size.longest,
+        )
+    return FlatLayout(
+        tile_rows=tile_rows,
+        row_starts=sequences.row_starts,
+        row_counts=sequences.num_rows,
+        held=torch.where(refresh, 0, sequences.held),
+        tables=pages.table[sequences.slots, sequences.twin, :num_pages],
+        tile_sequence=tile_sequence,
+        tile_row=tile_row,
+        write_places=F.pad(places, (0, -size.rows % ROW_MULTIPLE), value=-1),
+        selection=selection,
+    )
+
+
+def grouped_layout(pages: KVPages, sequences: Sequences) -> PackedLayout:
     """Group the sequences by shape and say where each row is stored."""
-    starts = sequences.num_rows.cumsum(0) - sequences.num_rows
+    assert sequences.shape is not None
+    starts = sequences.row_starts
     shapes, counts = torch.unique_consecutive(sequences.shape, dim=0, return_counts=True)
     sizes = torch.stack([counts, starts[counts.cumsum(0) - counts]], dim=1)
     fresh, paged = [], []
@@ -144,14 +233,9 @@ def build_layout(pages: KVPages, sequences: Sequences) -> PackedLayout:
 
 def _writes(pages: KVPages, sequences: Sequences) -> tuple[Tensor, Tensor]:
     """Packed rows that are stored as they are, and their places in the pool; both [n]."""
-    phases, owner = sequences.phases, sequences.owner
-    stores = ~phases.refresh | (phases.store & ~phases.selects)
-    rows = stores[owner].nonzero().squeeze(1)
-    owner, position = owner[rows], sequences.positions[rows]
-    # Of a sparse request the window stands behind what is kept, of others all in its place.
-    sparse = phases.policy[owner] == int(CachePolicy.SPARSE)
-    behind = sequences.keep[owner] + position - sequences.window_start[owner]
-    row = torch.where(sparse, behind, position)
+    rows = sequences.stores()[sequences.owner].nonzero().squeeze(1)
+    owner = sequences.owner[rows]
+    row = sequences.stored_row(owner, sequences.positions[rows])
     return rows, pages.places(sequences.slots[owner], sequences.twin[owner], row)
 
 

@@ -58,22 +58,19 @@ class Runner:
         self._pages.assign(slot, pages, 2 if params.cfg_scale > 0 else 1)
 
     @torch.inference_mode()
-    def run(self, slots: list[int]) -> tuple[list[int], StepResult]:
+    def run(self, slots: list[int]) -> StepResult:
         """One denoising step for the requests in `slots`.
 
         No canvas changes before the whole forward pass has succeeded, and the keys and values
         that it stores are read only together with these canvases: a step that raised can be
         tried again.
-
-        Returns:
-            The slots in the order of the result, and the result.
         """
-        batch = build_batch(self.table, self._pages, slots)
+        batch = build_batch(self.table, self._pages, slots, self._shard.tile_rows)
         candidates = self._shard.candidates(StepInputs.of(batch))
         self._commit(batch, candidates)
-        result = self.table.advance(batch.slots)
+        result = self.table.advance(batch.slots, slots)
         self.check()
-        return batch.slots.tolist(), result
+        return result
 
     def check(self) -> None:
         """Raise EngineDead if a rank has failed: what was computed without it means nothing."""
@@ -91,7 +88,8 @@ class Runner:
             self._shard.close()
 
     def _commit(self, batch: StepBatch, candidates: Candidates) -> None:
-        masked = batch.block_masked
+        masked, request, column = batch.block_masked, batch.request, batch.column
+        slots, positions = batch.slots[request], batch.block_positions[request, column]
 
         def spread(values: Tensor) -> Tensor:
             """[M] values at their places in the [R, block] matrix."""
@@ -104,16 +102,9 @@ class Runner:
             margin=spread(candidates.margin),
             committed=self.table.confidence[batch.slots.unsqueeze(1), batch.block_positions],
         )
-        picked = select_commits(block, batch.plan)[masked]  # of the M, in row-major order
+        picked = select_commits(block, batch.plan)[request, column]
         if candidates.credits is not None:
-            request = masked.nonzero(as_tuple=True)[0]
-            self.table.keep_credits(
-                batch.slots[request], batch.block_positions[masked], candidates.credits
-            )
+            self.table.keep_credits(slots, positions, candidates.credits)
         self.table.commit(
-            batch.slots,
-            batch.slots[masked.nonzero(as_tuple=True)[0][picked]],
-            batch.block_positions[masked][picked],
-            candidates.token[picked],
-            candidates.confidence[picked],
+            batch.slots, slots, positions, picked, candidates.token, candidates.confidence
         )

@@ -18,7 +18,7 @@ from .config import EngineConfig
 from .errors import InvalidConfig
 from .memory import PeakMeter, available_bytes, check_weights, parse_limit, plan_memory
 from .models import DiffusionModel, ModelSpec, load_model
-from .ops import LayerPages, PackedLayout
+from .ops import FlatLayout, LayerPages, Layout, PackedLayout, choose_operations
 from .parallel import Group
 from .sampling import Candidates, Credits, RowSampling, SpecialTokens, sample_candidates
 from .sampling.rows import ROW_MULTIPLE
@@ -37,7 +37,7 @@ class StepInputs:
 
     input_ids: Tensor
     positions: Tensor
-    layout: PackedLayout
+    layout: Layout
     rows: Tensor
     uncond_rows: Tensor
     cfg_scale: Tensor | None
@@ -81,6 +81,9 @@ class ModelShard:
         limit = parse_limit(config.memory_limit, available)
         if on_cpu:  # which the ranks have in common, while each has a GPU of its own
             available, limit = available // spec.num_ranks, limit // spec.num_ranks
+        operations = choose_operations(config.kernels, self.device, self._dtype)
+        #: Rows per tile of the flat layouts that kernels take; None: layouts are grouped.
+        self.tile_rows = operations.tile_rows(spec.num_heads, spec.num_kv_heads)
         weights = check_weights(spec, limit=limit, element_size=self._dtype.itemsize)
         self.model: DiffusionModel = load_model(
             config.model_path,
@@ -89,6 +92,7 @@ class ModelShard:
             dtype=self._dtype,
             progress=_log_progress,
             group=group,
+            operations=operations,
         )
         #: How this rank's memory is shared out.
         self.plan = plan_memory(
@@ -179,7 +183,9 @@ class ModelShard:
         lengths = [longest] * max(2, self.token_budget // longest)  # a request and its twin
         positions = torch.arange(longest, device=self.device).repeat(len(lengths))
         with PeakMeter(self.device) as meter:
-            layout = PackedLayout.of(lengths)
+            layout: Layout = PackedLayout.of(lengths)
+            if self.tile_rows is not None:
+                layout = FlatLayout.of(lengths, self.tile_rows, self.device)
             self.model(torch.zeros_like(positions), positions, layout, depth=1)
         return meter.peak
 

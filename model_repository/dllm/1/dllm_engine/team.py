@@ -74,6 +74,11 @@ class ModelTeam:
         return self._shard.token_budget
 
     @property
+    def tile_rows(self) -> int | None:
+        """See `ModelShard.tile_rows`; the same on all."""
+        return self._shard.tile_rows
+
+    @property
     def plan(self) -> MemoryPlan:
         """Rank 0's, with as many pages as every rank has."""
         return self._shard.plan

@@ -15,17 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InvalidConfig
-from ..ops import (
-    GatedLinear,
-    Head,
-    LayerPages,
-    Linear,
-    PackedLayout,
-    RotaryTable,
-    apply_rotary,
-    packed_attention,
-    rms_norm,
-)
+from ..ops import TORCH, GatedLinear, Head, LayerPages, Layout, Linear, Operations, RotaryTable
 from ..parallel import Group, SlicedHead
 
 #: Our matrices that are split over ranks, and the dimension: outputs (0) of what a layer or the
@@ -101,10 +91,11 @@ class Layer(nn.Module):
     the residual is summed over the ranks.
     """
 
-    def __init__(self, spec: ModelSpec, group: Group | None) -> None:
+    def __init__(self, spec: ModelSpec, group: Group | None, operations: Operations) -> None:
         super().__init__()
         self.spec = spec
         self._group = group
+        self._operations = operations
         self._num_heads = spec.num_heads // spec.num_ranks
         self._num_kv_heads = spec.num_kv_heads // spec.num_ranks
         inner = spec.intermediate_size // spec.num_ranks
@@ -121,22 +112,22 @@ class Layer(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        layout: PackedLayout,
+        layout: Layout,
         pages: LayerPages | None,
         wanted: Tensor | None = None,
     ) -> Tensor:
         """[rows, hidden_size] to the same, or to [n, hidden_size] of the `wanted` rows."""
-        spec = self.spec
-        normed = rms_norm(x, self.attention_norm, spec.rms_norm_eps)
+        spec, do = self.spec, self._operations
+        normed = do.rms_norm(x, self.attention_norm, spec.rms_norm_eps)
         heads = self.qkv(normed).view(x.shape[0], -1, spec.head_dim)
         rotated = self._num_heads + self._num_kv_heads
-        turned = apply_rotary(heads[:, :rotated], cos, sin)
+        turned = do.apply_rotary(heads[:, :rotated], cos, sin)
         q, k = turned[:, : self._num_heads], turned[:, self._num_heads :]
-        mixed = packed_attention(q, k, heads[:, rotated:], layout, pages)
+        mixed = do.packed_attention(q, k, heads[:, rotated:], layout, pages)
         if wanted is not None:
             x, mixed = x[wanted], mixed[wanted]
         x = self._add(x, self.out, mixed)
-        normed = rms_norm(x, self.mlp_norm, spec.rms_norm_eps)
+        normed = do.rms_norm(x, self.mlp_norm, spec.rms_norm_eps)
         return self._add(x, self.down, self.gate_up(normed))
 
     def _add(self, residual: Tensor, projection: Linear, inner: Tensor) -> Tensor:
@@ -153,14 +144,18 @@ class DiffusionModel(nn.Module):
     Args:
         spec: sizes; with several ranks this is the part of one of them.
         group: these ranks; None: there is one, or the model is not run.
+        operations: what layers are made of; takes layouts of its own form.
     """
 
-    def __init__(self, spec: ModelSpec, group: Group | None = None) -> None:
+    def __init__(
+        self, spec: ModelSpec, group: Group | None = None, operations: Operations = TORCH
+    ) -> None:
         super().__init__()
         self.spec = spec
         self._group = group
+        self._operations = operations
         self.embedding = nn.Parameter(torch.empty(spec.vocab_size, spec.hidden_size))
-        self.layers = nn.ModuleList(Layer(spec, group) for _ in range(spec.num_layers))
+        self.layers = nn.ModuleList(Layer(spec, group, operations) for _ in range(spec.num_layers))
         self.final_norm = nn.Parameter(torch.empty(spec.hidden_size))
         if not spec.tied_head:
             mine = spec.vocab_size // spec.num_ranks
@@ -197,7 +192,7 @@ class DiffusionModel(nn.Module):
         self,
         input_ids: Tensor,
         positions: Tensor,
-        layout: PackedLayout,
+        layout: Layout,
         *,
         pages: Sequence[LayerPages] | None = None,
         wanted: Tensor | None = None,
@@ -228,4 +223,4 @@ class DiffusionModel(nn.Module):
 
     def head_input(self, hidden: Tensor) -> Tensor:
         """Final norm, for the rows that need logits: [rows, hidden_size] to the same."""
-        return rms_norm(hidden, self.final_norm, self.spec.rms_norm_eps)
+        return self._operations.rms_norm(hidden, self.final_norm, self.spec.rms_norm_eps)

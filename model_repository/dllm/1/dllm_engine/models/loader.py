@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..ops import TORCH, Operations
 from ..parallel import Group
 from . import dream, llada
 from .base import DiffusionModel, ModelSpec, split_dim
@@ -83,14 +84,17 @@ def load_model(
     dtype: torch.dtype,
     progress: Progress | None = None,
     group: Group | None = None,
+    operations: Operations = TORCH,
 ) -> DiffusionModel:
     """Load the weights into a model on `device`; of a split one, this rank's part of them.
+
+    See `DiffusionModel` for `group` and `operations`.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or of the wrong shape; names all of them.
     """
     with torch.device("meta"):
-        model = DiffusionModel(spec, group)
+        model = DiffusionModel(spec, group, operations)
         whole = DiffusionModel(dataclasses.replace(spec, num_ranks=1))
     table: dict[str, tuple[str, ...]] = _FAMILIES[spec.architecture].tensors(spec)
     wanted = dict(model.named_parameters())

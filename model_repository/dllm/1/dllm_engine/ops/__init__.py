@@ -1,13 +1,14 @@
 """Numerical building blocks; they know tensors and nothing of requests."""
 
 from .attention import packed_attention
-from .dispatch import KERNELS, TORCH, Layout, Operations, choose_operations
+from .dispatch import TORCH, Operations, choose_operations
 from .head import TILE, Head
 from .layout import (
     FlatLayout,
     FlatSelection,
     FreshGroup,
     LayerPages,
+    Layout,
     PackedLayout,
     PagedGroup,
     Selection,
@@ -18,7 +19,6 @@ from .rotary import RotaryTable, apply_rotary
 from .selection import select_positions
 
 __all__ = [
-    "KERNELS",
     "TILE",
     "TORCH",
     "FlatLayout",

@@ -12,12 +12,8 @@ from torch import Tensor
 
 from ..errors import InvalidConfig
 from . import attention, norm, rotary
-from .layout import FlatLayout, LayerPages, PackedLayout
+from .layout import LayerPages, Layout
 
-Layout = PackedLayout | FlatLayout
-
-#: Values of `DLLM_KERNELS`.
-KERNELS = ("auto", "torch", "triton")
 #: Rows, times the query heads that share a KV head, that one program of the attention kernel has.
 _TILE = 64
 
@@ -67,7 +63,7 @@ TORCH = Operations(
 
 
 def choose_operations(choice: str, device: str, dtype: torch.dtype) -> Operations:
-    """The implementation that `choice`, one of `KERNELS`, means on this device.
+    """The implementation that `choice`, one of `config.KERNELS`, means on this device.
 
     Raises:
         InvalidConfig: kernels are asked for and cannot run.

@@ -101,11 +101,9 @@ class FlatSelection:
 class FlatLayout:
     """The sequences of a step; S sequences, T tiles of up to `tile_rows` rows; all int64.
 
-    Rows behind the last sequence are padding.
+    Rows behind the last sequence are padding. A sequence of no rows takes no part.
     """
 
-    #: Rows of all sequences together.
-    num_rows: int
     tile_rows: int
     #: [S]; first packed row and number of rows.
     row_starts: Tensor
@@ -118,7 +116,7 @@ class FlatLayout:
     #: [T]; sequence of each tile, S behind the last one, and its first row in the sequence.
     tile_sequence: Tensor
     tile_row: Tensor
-    #: [num_rows]; place in the pool where a row is stored, −1 where it is not.
+    #: [rows]; place in the pool where a packed row is stored, −1 where it is not; None: nowhere.
     write_places: Tensor | None = None
     selection: FlatSelection | None = None
 
@@ -128,7 +126,6 @@ class FlatLayout:
         counts = torch.tensor(lengths, device=device)
         tile_sequence, tile_row = tiles_of(counts, sum(lengths), tile_rows)
         return cls(
-            num_rows=sum(lengths),
             tile_rows=tile_rows,
             row_starts=counts.cumsum(0) - counts,
             row_counts=counts,
@@ -139,8 +136,11 @@ class FlatLayout:
         )
 
 
+Layout = PackedLayout | FlatLayout
+
+
 def tiles_of(row_counts: Tensor, num_rows: int, tile_rows: int) -> tuple[Tensor, Tensor]:
-    """Tiles that cover sequences of [S] `row_counts`, which sum to `num_rows`, without overlap.
+    """Tiles that cover sequences of [S] `row_counts`, `num_rows` at most, without overlap.
 
     As many as there may be at most, so that nobody has to ask the device how many there are.
 

@@ -20,47 +20,45 @@ def packed_attention(
     """See `ops.attention.packed_attention`."""
     rows, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
-    out = torch.empty(rows, num_heads, head_dim, dtype=q.dtype, device=q.device)
-    out[layout.num_rows :] = 0
-    if pages is not None and layout.write_places is not None and layout.num_rows:
+    out = torch.zeros(rows, num_heads, head_dim, dtype=q.dtype, device=q.device)
+    if pages is not None and layout.write_places is not None:
         _store_rows(k, v, layout, pages)
     # Without pages nothing is stored, and these pointers are never followed.
     keys, values = (k, v) if pages is None else (pages.keys, pages.values)
     group = num_heads // num_kv_heads
     padded = triton.next_power_of_2(group)
-    if layout.num_rows:
-        _attend[(len(layout.tile_sequence), num_kv_heads)](
-            q,
-            k,
-            v,
-            out,
-            keys,
-            values,
-            layout.tile_sequence,
-            layout.tile_row,
-            layout.row_starts,
-            layout.row_counts,
-            layout.held,
-            layout.tables,
-            len(layout.row_starts),
-            layout.tables.shape[1],
-            q.stride(0),
-            k.stride(0),
-            v.stride(0),
-            head_dim**-0.5,
-            num_kv_heads,
-            group,
-            padded,
-            head_dim,
-            max(16, triton.next_power_of_2(head_dim)),
-            # A tile of the tensor cores has at least 16 rows.
-            max(layout.tile_rows, 16 // padded),
-            layout.tile_rows,
-            _BLOCK_KEYS,
-            1 if pages is None else pages.keys.shape[1],
-            operand_type(q.dtype),
-            precision(q.dtype),
-        )
+    _attend[(len(layout.tile_sequence), num_kv_heads)](
+        q,
+        k,
+        v,
+        out,
+        keys,
+        values,
+        layout.tile_sequence,
+        layout.tile_row,
+        layout.row_starts,
+        layout.row_counts,
+        layout.held,
+        layout.tables,
+        len(layout.row_starts),
+        layout.tables.shape[1],
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        head_dim**-0.5,
+        num_kv_heads,
+        group,
+        padded,
+        head_dim,
+        max(16, triton.next_power_of_2(head_dim)),
+        # A tile of the tensor cores has at least 16 rows.
+        max(layout.tile_rows, 16 // padded),
+        layout.tile_rows,
+        _BLOCK_KEYS,
+        1 if pages is None else pages.keys.shape[1],
+        operand_type(q.dtype),
+        precision(q.dtype),
+    )
     if layout.selection is not None:
         assert pages is not None
         store_selection(q, k, v, layout, pages)
@@ -186,7 +184,7 @@ def _store(
 
 def _store_rows(k: Tensor, v: Tensor, layout: FlatLayout, pages: LayerPages) -> None:
     width = k.shape[1] * k.shape[2]
-    _store[(layout.num_rows,)](
+    _store[(len(k),)](
         k,
         v,
         pages.keys,

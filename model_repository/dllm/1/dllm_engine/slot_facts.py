@@ -1,0 +1,89 @@
+"""What the host knows of each running request: enough to plan a step without a device wait."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from .request import Prompt, SamplingParams
+from .sampling.commit import ALG, REMASKING, SPREAD_SCORES, Rule, Score
+
+
+@dataclasses.dataclass
+class SlotFacts:
+    """One request: what it asked for, and how large its next step is."""
+
+    rule: Rule
+    score: Score
+    #: The rule's two parameters.
+    bounds: tuple[float, float]
+    #: Positions are drawn at random by their scores.
+    draws: bool
+    #: Its rule looks at entropies or margins.
+    needs_spread: bool
+    uses_credit: bool
+    #: Some of its schedule's steps commit nothing.
+    skips: bool
+    guided: bool
+    sparse: bool
+    length: int
+    block_length: int
+    #: Of its next step: rows of one sequence, masked positions of the active block, and whether
+    #: it is a Refresh.
+    rows: int
+    masked: int
+    refresh: bool = True
+
+    @classmethod
+    def of(cls, prompt: Prompt, params: SamplingParams, mask: int) -> SlotFacts:
+        """Of a request that has just been laid out; `params` must be resolved."""
+        assert params.block_length is not None
+        rule, *bounds = _rule_of(params)
+        score = ALG[params.alg] if params.alg else REMASKING[params.remasking]
+        length = len(prompt.ids) + params.gen_length + len(prompt.suffix_ids)
+        return cls(
+            rule=rule,
+            score=score,
+            bounds=(bounds[0], bounds[1]),
+            draws=params.alg_temp > 0,
+            needs_spread=score in SPREAD_SCORES or rule is Rule.ENTROPY_BOUND,
+            uses_credit=params.credit,
+            skips=params.alg is not None and rule is Rule.COUNT,
+            guided=params.cfg_scale > 0,
+            sparse=params.cache == "sparse",
+            length=length,
+            block_length=params.block_length,
+            rows=length,
+            masked=_first_masks(prompt.canvas_ids, params, mask),
+        )
+
+    @property
+    def sequences(self) -> int:
+        """Sequences per step: guidance needs an unconditional twin."""
+        return 2 if self.guided else 1
+
+
+def _first_masks(canvas: Sequence[int] | None, params: SamplingParams, mask: int) -> int:
+    """Masks in the first block that has any."""
+    assert params.block_length is not None
+    if not canvas:
+        return min(params.block_length, params.gen_length)
+    starts = range(0, len(canvas), params.block_length)
+    counts = (list(canvas[start : start + params.block_length]).count(mask) for start in starts)
+    return next(filter(None, counts), 0)
+
+
+def _rule_of(params: SamplingParams) -> tuple[Rule, float, float]:
+    """The rule that decides how many positions are committed, and its two parameters."""
+    if params.confidence_threshold is not None:
+        if params.low_threshold is not None:
+            return Rule.HIERARCHICAL, params.confidence_threshold, params.low_threshold
+        return Rule.THRESHOLD, params.confidence_threshold, 0.0
+    if params.factor is not None:
+        return Rule.FACTOR, params.factor, 0.0
+    if params.entropy_bound is not None:
+        return Rule.ENTROPY_BOUND, params.entropy_bound, 0.0
+    if params.anchor_threshold is not None:
+        fair = 0.75 if params.neighbor_threshold is None else params.neighbor_threshold
+        return Rule.LOCAL_LEAP, params.anchor_threshold, fair
+    return (Rule.ORIGIN if params.alg == "origin" else Rule.COUNT), 0.0, 0.0
