@@ -19,6 +19,7 @@ LAYERS = [
     {"team"},
     {"rank"},
     {"shard"},
+    {"graphs"},
     {"batch"},
     {"layout"},
     {"canvas", "text"},

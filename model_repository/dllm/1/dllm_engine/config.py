@@ -30,6 +30,9 @@ class EngineConfig:
     #: What layers run on: torch's operations, or kernels in the Triton language; "auto" takes the
     #: kernels on a GPU.
     kernels: str = "auto"
+    #: Rows of the largest step that is replayed from a CUDA graph; 0: none is; None: 512 where
+    #: kernels run on a GPU.
+    cuda_graph_rows: int | None = None
     #: Requests that run at once; more wait in front of the engine.
     max_num_seqs: int = 64
     #: Token budget: rows that one denoising step may push through the model; None: by device.
@@ -68,6 +71,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidConfig(f"{_setting(name)}: must be at least 1, or empty")
+        if self.cuda_graph_rows is not None and self.cuda_graph_rows < 0:
+            raise InvalidConfig("DLLM_CUDA_GRAPH_ROWS: must be at least 0, or empty")
         if not 0 < self.tensor_parallel_timeout < math.inf:
             raise InvalidConfig("DLLM_TENSOR_PARALLEL_TIMEOUT: must be above 0")
 

@@ -30,6 +30,8 @@ class MemoryPlan:
     #: Peak of a step at the full token budget, without logits.
     activations: int
     logits: int
+    #: Recorded forward passes (CUDA graphs).
+    graphs: int
     page: int
     num_pages: int
     page_size: int
@@ -45,10 +47,13 @@ class MemoryPlan:
             ("weights", self.weights, ""),
             ("activations", self.activations, "peak of a step at the full token budget"),
             ("logits", self.logits, "DLLM_LOGITS_BUDGET_MB"),
+            ("graphs", self.graphs, "DLLM_CUDA_GRAPH_ROWS"),
             ("keys and values", self.pages, f"{self.num_pages} pages of {self.page_size} tokens"),
         ]
         return "\n".join(
-            f"{name:<16}{_gib(size):>12}  {note}".rstrip() for name, size, note in rows
+            f"{name:<16}{_gib(size):>12}  {note}".rstrip()
+            for name, size, note in rows
+            if size or name != "graphs"
         )
 
 
@@ -61,6 +66,7 @@ def plan_memory(
     weights: int,
     activations: int,
     logits: int,
+    graphs: int = 0,
     page_size: int,
     element_size: int,
     max_num_seqs: int,
@@ -69,7 +75,7 @@ def plan_memory(
     """Share the limit out; what weights and a step leave becomes pages, up to what can be used.
 
     Args:
-        available, limit, weights, activations, logits: bytes.
+        available, limit, weights, activations, logits, graphs: bytes.
         element_size: bytes of one number of a key or value.
         needs_pages: whether the server's default cache policy stores anything.
 
@@ -77,22 +83,23 @@ def plan_memory(
         InvalidConfig: the model does not fit; names what to change.
     """
     page = page_bytes(spec, page_size, element_size)
-    left = limit - weights - activations - logits
+    left = limit - weights - activations - logits - graphs
     sequence = -(-spec.max_model_len // page_size)
     useful = max_num_seqs * 2 * sequence  # guidance doubles a request
     num_pages = max(0, min(useful, left // page))
     least = sequence if needs_pages else 0
     if left < 0 or num_pages < least:
-        missing = weights + activations + logits + least * page - limit
+        missing = least * page - left
         raise InvalidConfig(
             f"DLLM_MEMORY_LIMIT: the model does not fit into {_gib(limit)} of {device}: weights "
-            f"{_gib(weights)}, activations {_gib(activations)}, logits {_gib(logits)}, keys and "
-            f"values of one sequence {_gib(least * page)}; {_gib(missing)} too much. Raise "
-            "DLLM_MEMORY_LIMIT, or lower DLLM_MAX_NUM_BATCHED_TOKENS (activations), "
-            "DLLM_LOGITS_BUDGET_MB or DLLM_MAX_MODEL_LEN"
+            f"{_gib(weights)}, activations {_gib(activations)}, logits {_gib(logits)}, graphs "
+            f"{_gib(graphs)}, keys and values of one sequence {_gib(least * page)}; "
+            f"{_gib(missing)} too much. Raise DLLM_MEMORY_LIMIT, or lower "
+            "DLLM_MAX_NUM_BATCHED_TOKENS (activations), DLLM_LOGITS_BUDGET_MB, "
+            "DLLM_CUDA_GRAPH_ROWS or DLLM_MAX_MODEL_LEN"
         )
     return MemoryPlan(
-        device, available, limit, weights, activations, logits, page, num_pages, page_size
+        device, available, limit, weights, activations, logits, graphs, page, num_pages, page_size
     )
 
 

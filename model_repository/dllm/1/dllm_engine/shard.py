@@ -16,9 +16,10 @@ from .batch import StepBatch
 from .cache import KVPages
 from .config import EngineConfig
 from .errors import InvalidConfig
+from .graphs import GRAPH_BYTES, LARGEST_ROWS, ForwardGraphs, cuda_recorder, graph_sizes
 from .memory import PeakMeter, available_bytes, check_weights, parse_limit, plan_memory
 from .models import DiffusionModel, ModelSpec, load_model
-from .ops import FlatLayout, LayerPages, Layout, PackedLayout, choose_operations
+from .ops import FlatLayout, LayerPages, Layout, Operations, PackedLayout, choose_operations
 from .parallel import Group
 from .sampling import Candidates, Credits, RowSampling, SpecialTokens, sample_candidates
 from .sampling.rows import ROW_MULTIPLE
@@ -94,6 +95,10 @@ class ModelShard:
             group=group,
             operations=operations,
         )
+        activations, rows = self._peak_activations()
+        self._graph_sizes = graph_sizes(_largest_graph(config, operations, self.device, group))
+        graphs = len(self._graph_sizes) * GRAPH_BYTES
+        graphs += activations * max(self._graph_sizes, default=0) // rows
         #: How this rank's memory is shared out.
         self.plan = plan_memory(
             spec,
@@ -101,8 +106,9 @@ class ModelShard:
             available=available,
             limit=limit,
             weights=weights,
-            activations=self._peak_activations(),
+            activations=activations,
             logits=self._budget_bytes,
+            graphs=graphs,
             page_size=config.kv_page_size,
             element_size=self._dtype.itemsize,
             max_num_seqs=config.max_num_seqs,
@@ -115,6 +121,7 @@ class ModelShard:
         )
         self.pages: KVPages
         self._layer_pages: list[LayerPages] = []
+        self._graphs: ForwardGraphs | None = None
 
     def allocate(self, num_pages: int) -> None:
         """Make the pool of keys and values; no more pages than planned."""
@@ -135,6 +142,17 @@ class ModelShard:
             LayerPages(keys, values)
             for keys, values in zip(self.pages.keys, self.pages.values, strict=True)
         ]
+        if self._graph_sizes and self.tile_rows:
+            with torch.inference_mode():
+                self._graphs = ForwardGraphs(
+                    self.model,
+                    self._layer_pages,
+                    sizes=self._graph_sizes,
+                    tile_rows=self.tile_rows,
+                    max_sequences=2 * self._config.max_num_seqs,
+                    max_pages=self.pages.table.shape[2],
+                    record=cuda_recorder(),
+                )
 
     @torch.inference_mode()
     def candidates(self, inputs: StepInputs) -> Candidates:
@@ -158,14 +176,7 @@ class ModelShard:
         wanted = inputs.rows
         if inputs.cfg_scale is not None:
             wanted = torch.cat([inputs.rows, inputs.uncond_rows])
-        hidden = self.model(
-            inputs.input_ids,
-            inputs.positions,
-            inputs.layout,
-            pages=self._layer_pages,
-            wanted=F.pad(wanted, (0, -len(wanted) % ROW_MULTIPLE)),
-        )
-        hidden = self.model.head_input(hidden)[: len(wanted)]
+        hidden = self._hidden(inputs, wanted)
         if inputs.cfg_scale is None:
             return hidden
         conditional, unconditional = hidden.chunk(2)
@@ -173,11 +184,27 @@ class ModelShard:
         guided = unconditional + scale * (conditional - unconditional)
         return torch.where((inputs.cfg_scale > 0).unsqueeze(1), guided, conditional)
 
-    @torch.inference_mode()
-    def _peak_activations(self) -> int:
-        """Bytes that the largest step takes besides logits: one layer is run on that many rows.
+    def _hidden(self, inputs: StepInputs, wanted: Tensor) -> Tensor:
+        """Head inputs of the `wanted` rows."""
+        if self._graphs is not None and isinstance(inputs.layout, FlatLayout):
+            hidden = self._graphs.run(inputs.input_ids, inputs.positions, inputs.layout)
+            if hidden is not None:
+                return hidden[wanted]
+        hidden = self.model(
+            inputs.input_ids,
+            inputs.positions,
+            inputs.layout,
+            pages=self._layer_pages,
+            wanted=F.pad(wanted, (0, -len(wanted) % ROW_MULTIPLE)),
+        )
+        return self.model.head_input(hidden)[: len(wanted)]
 
-        Layers run one after another in the same memory, so one shows the peak of all.
+    @torch.inference_mode()
+    def _peak_activations(self) -> tuple[int, int]:
+        """Bytes that the largest step takes besides logits, and its rows.
+
+        One layer is run on that many rows: layers run one after another in the same memory, so
+        one shows the peak of all.
         """
         longest = self._spec.max_model_len
         lengths = [longest] * max(2, self.token_budget // longest)  # a request and its twin
@@ -187,7 +214,26 @@ class ModelShard:
             if self.tile_rows is not None:
                 layout = FlatLayout.of(lengths, self.tile_rows, self.device)
             self.model(torch.zeros_like(positions), positions, layout, depth=1)
-        return meter.peak
+        return meter.peak, len(positions)
+
+
+def _largest_graph(
+    config: EngineConfig, operations: Operations, device: str, group: Group | None
+) -> int:
+    """Rows of the largest step that is replayed; 0: none is.
+
+    Raises:
+        InvalidConfig: graphs are asked for and cannot be had.
+    """
+    possible = operations.kernels and device.startswith("cuda") and group is None
+    if config.cuda_graph_rows is None:
+        return LARGEST_ROWS if possible else 0
+    if config.cuda_graph_rows and not possible:
+        raise InvalidConfig(
+            "DLLM_CUDA_GRAPH_ROWS: graphs need kernels (DLLM_KERNELS) on a GPU, and a model that "
+            f"is not split over ranks; set 0, or nothing, on {device}"
+        )
+    return config.cuda_graph_rows
 
 
 def resolve_device(config: EngineConfig) -> tuple[str, torch.dtype]:

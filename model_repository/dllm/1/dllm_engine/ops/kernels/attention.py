@@ -41,7 +41,7 @@ def packed_attention(
         layout.held,
         layout.tables,
         len(layout.row_starts),
-        layout.tables.shape[1],
+        layout.tables.stride(0),
         q.stride(0),
         k.stride(0),
         v.stride(0),

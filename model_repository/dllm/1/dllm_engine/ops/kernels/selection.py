@@ -152,7 +152,7 @@ def store_best(
         selection.pool_kernel,
         k.stride(0),
         v.stride(0),
-        layout.tables.shape[1],
+        layout.tables.stride(0),
         max_candidates,
         num_kv_heads,
         head_dim,

@@ -1,0 +1,46 @@
+"""The engine on kernels decodes what it decodes on torch's operations."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dllm_engine import LLM, SamplingParams
+
+from tests.support.checkpoints import write_dream, write_llada
+from tests.unit.kernels.cases import DEVICE
+
+#: Every policy, with guidance, delays, thresholds, filters and noise among them; short blocks.
+MIXTURE = [
+    SamplingParams(gen_length=5, block_length=3, cache="none", cfg_scale=1.5),
+    SamplingParams(gen_length=5, block_length=3, cache="prefix", temperature=0.8, seed=1),
+    SamplingParams(gen_length=5, block_length=3, cache="dual", refresh_interval=2),
+    SamplingParams(
+        gen_length=6, block_length=3, cache="sparse", retention_ratio=0.4, pool_kernel=3
+    ),
+    SamplingParams(
+        gen_length=4, block_length=2, cache="sparse", retention_ratio=0.7, cfg_scale=0.5,
+        delay_steps=1,
+    ),
+    SamplingParams(gen_length=5, block_length=3, cache="delayed", confidence_threshold=0.01),
+    SamplingParams(gen_length=4, cache="delayed", remasking="entropy"),
+    SamplingParams(gen_length=4, alg="topk_margin", temperature=0.5, top_p=0.9, seed=2),
+]  # fmt: skip
+PROMPTS = [list(range(7 * i, 7 * i + 3 + 3 * i)) for i in range(len(MIXTURE))]
+
+
+@pytest.mark.parametrize("write", [write_llada, write_dream])
+def test_same_tokens(write: object, tmp_path: Path) -> None:
+    """All policies in one batch; confidences within float32's rounding."""
+    assert callable(write)
+    checkpoint = write(tmp_path)
+    options = {"dtype": "float32", "kv_page_size": 8, "max_num_seqs": 6}
+    found = LLM(checkpoint, kernels="triton", device=DEVICE, **options)
+    wanted = LLM(checkpoint, kernels="torch", device=DEVICE, **options)
+    pairs = zip(
+        found.generate(PROMPTS, MIXTURE, progress=False),
+        wanted.generate(PROMPTS, MIXTURE, progress=False),
+        strict=True,
+    )
+    for mine, theirs in pairs:
+        assert mine.token_ids.tolist() == theirs.token_ids.tolist()
+        np.testing.assert_allclose(mine.confidence, theirs.confidence, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,146 @@
+"""Forward passes replayed at a larger size, against the model called with the step as it is."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from dllm_engine.cache import KVPages
+from dllm_engine.graphs import ForwardGraphs, cuda_recorder, graph_sizes
+from dllm_engine.models import DiffusionModel, load_model, read_spec
+from dllm_engine.ops import FlatLayout, LayerPages, choose_operations
+from dllm_engine.ops.layout import FlatSelection, tiles_of
+from torch import Tensor
+
+from tests.support.checkpoints import write_llada
+from tests.unit.kernels.cases import DEVICE, near
+
+MAX_SEQUENCES, MAX_PAGES, PAGE_SIZE = 6, 5, 8
+
+
+def run_again(work: Callable[[], None]) -> Callable[[], None]:
+    """What recording and replaying are without a GPU."""
+    work()
+    return work
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> DiffusionModel:
+    """A tiny LLaDA on kernels."""
+    folder = write_llada(tmp_path_factory.mktemp("llada"))
+    return load_model(
+        Path(folder),
+        read_spec(folder),
+        device=DEVICE,
+        dtype=torch.float32,
+        operations=choose_operations("triton", DEVICE, torch.float32),
+    )
+
+
+def random_pages(model: DiffusionModel) -> KVPages:
+    """A pool with something in it."""
+    pages = KVPages.allocate(
+        num_layers=model.spec.num_layers,
+        num_pages=MAX_SEQUENCES * MAX_PAGES,
+        page_size=PAGE_SIZE,
+        num_kv_heads=model.spec.num_kv_heads,
+        head_dim=model.spec.head_dim,
+        num_slots=MAX_SEQUENCES,
+        max_rows=MAX_PAGES * PAGE_SIZE,
+        device=DEVICE,
+        dtype=torch.float32,
+    )
+    generator = torch.Generator().manual_seed(0)
+    pages.keys.copy_(torch.randn(pages.keys.shape, generator=generator))
+    pages.values.copy_(torch.randn(pages.values.shape, generator=generator))
+    return pages
+
+
+def by_layer(pages: KVPages) -> list[LayerPages]:
+    """As the model takes them."""
+    return [LayerPages(k, v) for k, v in zip(pages.keys, pages.values, strict=True)]
+
+
+def step_of(counts: list[int], held: list[int], rows: int) -> tuple[Tensor, Tensor, FlatLayout]:
+    """Sequences with `counts` rows; those with `held` rows also store theirs behind these."""
+    row_counts = torch.tensor(counts, device=DEVICE)
+    tables = torch.arange(len(counts) * MAX_PAGES, device=DEVICE).view(len(counts), MAX_PAGES)
+    places = []
+    for index, (count, stored) in enumerate(zip(counts, held, strict=True)):
+        first = index * MAX_PAGES * PAGE_SIZE + stored - count
+        places += range(first, first + count) if stored else [-1] * count
+    places += [-1] * (rows - len(places))
+    tile_sequence, tile_row = tiles_of(row_counts, sum(counts), 32)
+    generator = torch.Generator().manual_seed(sum(counts))
+    layout = FlatLayout(
+        tile_rows=32,
+        row_starts=row_counts.cumsum(0) - row_counts,
+        row_counts=row_counts,
+        held=torch.tensor(held, device=DEVICE),
+        tables=tables[:, : MAX_PAGES - 1],
+        tile_sequence=tile_sequence,
+        tile_row=tile_row,
+        write_places=torch.tensor(places, device=DEVICE),
+    )
+    ids = torch.randint(0, 500, (rows,), generator=generator).to(DEVICE)
+    return ids, torch.arange(rows, device=DEVICE) % 30, layout
+
+
+@torch.inference_mode()
+def test_a_replay_is_the_forward_pass(model: DiffusionModel) -> None:
+    """Hidden states and stored rows are the same, whatever was replayed before."""
+    replayed, called = random_pages(model), random_pages(model)
+    graphs = ForwardGraphs(
+        model,
+        by_layer(replayed),
+        sizes=graph_sizes(48),
+        tile_rows=32,
+        max_sequences=MAX_SEQUENCES,
+        max_pages=MAX_PAGES,
+        record=run_again if DEVICE == "cpu" else cuda_recorder(),
+    )
+    for counts, held in (
+        ([5, 40], [0, 0]),
+        ([3, 9], [20, 0]),
+        ([8, 1, 2, 10], [8, 17, 30, 31]),
+        ([16], [16]),
+    ):
+        rows = -(-sum(counts) // 16) * 16
+        ids, positions, layout = step_of(counts, held, rows)
+        found = graphs.run(ids, positions, layout)
+        assert found is not None
+        hidden = model(ids, positions, layout, pages=by_layer(called))
+        real = slice(0, sum(counts))
+        near(found[real], model.head_input(hidden)[real], torch.float32)
+        near(replayed.keys, called.keys, torch.float32)
+        near(replayed.values, called.values, torch.float32)
+
+
+def test_what_has_no_graph_is_left_to_the_model(model: DiffusionModel) -> None:
+    """Steps larger than the largest graph, and those that store a selection."""
+    graphs = ForwardGraphs(
+        model,
+        by_layer(random_pages(model)),
+        sizes=[16],
+        tile_rows=32,
+        max_sequences=MAX_SEQUENCES,
+        max_pages=MAX_PAGES,
+        record=lambda work: work,
+    )
+    assert graphs.run(*step_of([20], [0], 32)) is None
+    ids, positions, layout = step_of([10], [0], 16)
+    one = torch.ones(1, dtype=torch.int64)
+    selection = FlatSelection(one, one, one, one, one, 4)
+    chosen = FlatLayout(**{**vars(layout), "selection": selection})
+    assert graphs.run(ids, positions, chosen) is None
+
+
+def test_sizes() -> None:
+    """No step above the smallest is more than doubled."""
+    sizes = graph_sizes(500)
+    assert sizes[0] == 16
+    assert sizes[-1] == 384
+    for smaller, larger in itertools.pairwise(sizes):
+        assert smaller < larger <= 2 * smaller
+    assert graph_sizes(0) == graph_sizes(15) == []
