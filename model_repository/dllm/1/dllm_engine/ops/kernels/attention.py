@@ -12,6 +12,8 @@ from .operands import operand_type, precision
 from .selection import store_selection
 
 _BLOCK_KEYS = 64
+#: Numbers of keys, and as many of values, that one program stores.
+_STORE_NUMBERS = 2048
 
 
 def packed_attention(
@@ -166,32 +168,37 @@ def _store(
     page_keys,
     page_values,
     places,
+    rows,
     k_stride,
     v_stride,
     WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    place = tl.load(places + row)
-    if place >= 0:
-        column = tl.arange(0, BLOCK)
-        there = column < WIDTH
-        key = tl.load(k + row * k_stride + column, mask=there)
-        value = tl.load(v + row * v_stride + column, mask=there)
-        tl.store(page_keys + place * WIDTH + column, key, mask=there)
-        tl.store(page_values + place * WIDTH + column, value, mask=there)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    place = tl.load(places + row, mask=row < rows, other=-1)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    there = (place >= 0) & (column < WIDTH)
+    key = tl.load(k + row[:, None] * k_stride + column, mask=there)
+    value = tl.load(v + row[:, None] * v_stride + column, mask=there)
+    tl.store(page_keys + place * WIDTH + column, key, mask=there)
+    tl.store(page_values + place * WIDTH + column, value, mask=there)
 
 
 def _store_rows(k: Tensor, v: Tensor, layout: FlatLayout, pages: LayerPages) -> None:
-    width = k.shape[1] * k.shape[2]
-    _store[(len(k),)](
+    rows, width = k.shape[0], k.shape[1] * k.shape[2]
+    columns = triton.next_power_of_2(width)
+    per_program = max(1, _STORE_NUMBERS // columns)
+    _store[(triton.cdiv(rows, per_program),)](
         k,
         v,
         pages.keys,
         pages.values,
         layout.write_places,
+        rows,
         k.stride(0),
         v.stride(0),
         width,
-        triton.next_power_of_2(width),
+        columns,
+        per_program,
     )
