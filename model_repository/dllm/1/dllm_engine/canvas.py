@@ -245,11 +245,14 @@ class CanvasTable:
         known = confidence.to(self.confidence.dtype)
         self.confidence[slots, positions] = torch.where(picked, known, -1.0)
 
-    def advance(self, slots: Tensor, stepped: list[int]) -> StepResult:
+    def advance(self, slots: Tensor, stepped: list[int]) -> Tensor:
         """Count the step, open the next block where one is done, and report what is finished.
 
         Args:
             slots: [R]; those of `stepped`, in any order.
+
+        Returns:
+            What `result` reads; on the device.
         """
         self.step[slots] += 1
         self.block_step[slots] += 1
@@ -260,7 +263,7 @@ class CanvasTable:
         next_rows = self.active(slots, phases, width).sum(dim=1)
         first_eos = self._first_eos(slots, width)
         ready = torch.minimum(first_masked, first_eos) - self.prompt_len[slots]
-        report = torch.stack(
+        return torch.stack(
             [
                 slots,
                 first_masked == self.canvas_end[slots],
@@ -270,8 +273,11 @@ class CanvasTable:
                 phases.refresh,
                 num_masked,
             ]
-        ).tolist()  # the step's one wait for the device
-        order, complete, num_ready, ended, rows, refresh, masked = report
+        )
+
+    def result(self, report: Tensor) -> StepResult:
+        """Read what `advance` returned: a step's one wait for the device."""
+        order, complete, num_ready, ended, rows, refresh, masked = report.tolist()
         for slot, *size in zip(order, rows, refresh, masked, strict=True):
             facts = self._facts[slot]
             facts.rows, facts.refresh, facts.masked = size[0], bool(size[1]), size[2]

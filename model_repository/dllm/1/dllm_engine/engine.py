@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -221,22 +222,29 @@ class Engine:
         Raises:
             EngineDead: the device is lost; no request can go on.
         """
+        self._admit()
+        chosen = self.scheduler.schedule()
+        return self._run(chosen) if chosen else []
+
+    def _admit(self) -> None:
         for request in self.scheduler.admit():
             assert request.slot is not None
             self._runner.start(request.slot, request.prompt, request.params, request.pages)
             request.last_update = time.monotonic()
-        chosen = self.scheduler.schedule()
-        return self._run(chosen) if chosen else []
 
     def _run(self, chosen: list[Request]) -> list[CanvasUpdate]:
         by_slot = {r.slot: r for r in chosen if r.slot is not None}
         began = time.perf_counter()
-        try:
-            result = self._runner.run(list(by_slot))
-        except torch.AcceleratorError as error:
-            raise EngineDead(f"device error: {error}") from error
-        except (RuntimeError, ValueError, MemoryError) as error:
-            return self._isolate(chosen, error)
+        with _device_errors():
+            try:
+                report = self._runner.launch(list(by_slot))
+            except torch.AcceleratorError:
+                raise
+            except (RuntimeError, ValueError, MemoryError) as error:
+                return self._isolate(chosen, error)
+            # While a GPU is at work, whoever joins the next step is laid out.
+            self._admit()
+            result = self._runner.finish(report)
         self._count(chosen, time.perf_counter() - began)
         for i, slot in enumerate(result.slots):
             by_slot[slot].next_rows = result.next_rows[i]
@@ -333,6 +341,15 @@ class Engine:
             reason,
             error,
         )
+
+
+@contextlib.contextmanager
+def _device_errors() -> Iterator[None]:
+    """An error of the device ends the engine."""
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        raise EngineDead(f"device error: {error}") from error
 
 
 def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:

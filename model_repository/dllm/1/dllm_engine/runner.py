@@ -58,17 +58,24 @@ class Runner:
         self._pages.assign(slot, pages, 2 if params.cfg_scale > 0 else 1)
 
     @torch.inference_mode()
-    def run(self, slots: list[int]) -> StepResult:
-        """One denoising step for the requests in `slots`.
+    def launch(self, slots: list[int]) -> Tensor:
+        """Begin a denoising step for the requests in `slots`; a GPU is still at work on return.
 
         No canvas changes before the whole forward pass has succeeded, and the keys and values
         that it stores are read only together with these canvases: a step that raised can be
         tried again.
+
+        Returns:
+            For `finish`.
         """
         batch = build_batch(self.table, self._pages, slots, self._shard.tile_rows)
         candidates = self._shard.candidates(StepInputs.of(batch))
         self._commit(batch, candidates)
-        result = self.table.advance(batch.slots, slots)
+        return self.table.advance(batch.slots, slots)
+
+    def finish(self, report: Tensor) -> StepResult:
+        """Wait for the step to end."""
+        result = self.table.result(report)
         self.check()
         return result
 
