@@ -11,7 +11,7 @@ from torch import Tensor
 from .cache import KVPages
 from .canvas import CanvasTable
 from .layout import Sequences, StepSize, flat_layout, grouped_layout
-from .ops import Layout
+from .ops import Layout, upload
 from .sampling import CommitPlan, Credits, RowSampling
 from .sampling.rows import ROW_MULTIPLE
 from .slot_facts import SlotFacts
@@ -62,7 +62,7 @@ def build_batch(
     """
     facts = table.facts(chosen)
     size = StepSize.of(facts)
-    slots = torch.tensor(chosen, device=table.device)
+    slots = upload(chosen, table.device)
     sequences = Sequences.of(table, pages, slots, size, grouped=tile_rows is None)
     slots = sequences.request_slots
     if tile_rows is None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .cache.policy import ActiveState, CachePolicy, Phases
+from .ops import upload
 from .request import Prompt, SamplingParams
 from .sampling import LISTED, Credits, SpecialTokens
 from .sampling.commit import Rule, dream_chances, dream_count, linear_count
@@ -104,9 +105,9 @@ class CanvasTable:
         canvas = prompt.canvas_ids or [self.special.mask] * params.gen_length
         everything = torch.tensor([*prompt.ids, *canvas, *prompt.suffix_ids])
         length = len(everything)
-        self.tokens[slot, :length] = everything
+        self.tokens[slot, :length] = upload(everything, self.device)
         self.masked[slot] = False
-        self.masked[slot, start:end] = torch.tensor(canvas) == self.special.mask
+        self.masked[slot, start:end] = self.tokens[slot, start:end] == self.special.mask
         self.given[slot] = ~self.masked[slot]
         self.confidence[slot] = -1.0
         self.length[slot], self.prompt_len[slot], self.canvas_end[slot] = length, start, end
@@ -126,7 +127,7 @@ class CanvasTable:
         self._fill_cache(slot, params)
         self._fill_credit(slot, params)
         self.block_start[slot] = self.block_end[slot] = start
-        self._enter_block(torch.tensor([slot], device=self.device), [slot])
+        self._enter_block(upload([slot], self.device), [slot])
 
     def _fill_rule(self, slot: int, params: SamplingParams, facts: SlotFacts) -> None:
         self.rule[slot], self.score[slot] = int(facts.rule), int(facts.score)
@@ -134,7 +135,7 @@ class CanvasTable:
         self.tempered[slot], self.alg_temp[slot] = params.alg is not None, params.alg_temp
         if params.alg:
             chances = [dream_chances(steps) for _, _, steps in blocks_of(params)]
-            self.chance[slot, : params.steps] = torch.cat(chances)
+            self.chance[slot, : params.steps] = upload(torch.cat(chances), self.device)
 
     def _fill_cache(self, slot: int, params: SamplingParams) -> None:
         assert params.cache is not None
@@ -168,7 +169,7 @@ class CanvasTable:
         uses = torch.zeros(len(self.length), dtype=torch.bool)
         uses[used] = True
         return Credits(
-            uses.to(self.device)[slots],
+            upload(uses, self.device)[slots],
             self._credit_tokens[slots, positions],
             self._credit_values[slots, positions],
         )

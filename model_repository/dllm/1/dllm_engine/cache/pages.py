@@ -7,6 +7,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from ..ops import upload
+
 
 class PageAllocator:
     """Hands out page numbers. Any free page serves any request: nothing fragments."""
@@ -90,7 +92,7 @@ class KVPages:
     def assign(self, slot: int, pages: list[int], num_sequences: int) -> None:
         """Give a slot its pages, shared out evenly between its sequences."""
         if pages:
-            mine = torch.tensor(pages, device=self.table.device).view(num_sequences, -1)
+            mine = upload(pages, self.table.device).view(num_sequences, -1)
             self.table[slot, :num_sequences, : mine.shape[1]] = mine
 
     def places(self, slots: Tensor, twin: Tensor, rows: Tensor) -> Tensor:

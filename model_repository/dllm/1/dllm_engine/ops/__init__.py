@@ -17,6 +17,7 @@ from .linear import GatedLinear, Linear
 from .norm import rms_norm
 from .rotary import RotaryTable, apply_rotary
 from .selection import select_positions
+from .transfer import upload
 
 __all__ = [
     "TILE",
@@ -39,4 +40,5 @@ __all__ = [
     "packed_attention",
     "rms_norm",
     "select_positions",
+    "upload",
 ]

@@ -1,0 +1,88 @@
+"""A matrix product whose every row is computed the same way, however many there are."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .operands import operand_type, precision
+
+#: One choice for every number of rows: with another tile a row's sum may be taken in another
+#: order, as it is by libraries that choose by shape.
+_ROWS, _COLUMNS, _INNER = 64, 128, 64
+
+
+def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias; a row's result does not depend on the others or on their number.
+
+    Args:
+        x: [rows, in_features].
+        weight: [out_features, in_features].
+        bias: [out_features].
+    """
+    x, weight = x.contiguous(), weight.contiguous()
+    rows, inner = x.shape
+    columns = weight.shape[0]
+    out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
+    if rows:
+        # Rows go first: programs that run together share columns of the weight.
+        grid = (triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS))
+        _linear[grid](
+            x,
+            weight,
+            weight if bias is None else bias,
+            out,
+            rows,
+            columns,
+            inner,
+            bias is not None,
+            _ROWS,
+            _COLUMNS,
+            _INNER,
+            operand_type(x.dtype),
+            precision(x.dtype),
+        )
+    return out
+
+
+@triton.jit
+def _linear(
+    x,
+    weight,
+    bias,
+    out,
+    rows,
+    columns,
+    INNER_SIZE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, INNER_SIZE, INNER):
+        place = first + tl.arange(0, INNER)
+        left = tl.load(
+            x + row[:, None] * INNER_SIZE + place[None, :],
+            mask=(row < rows)[:, None] & (place < INNER_SIZE)[None, :],
+            other=0.0,
+        )
+        right = tl.load(
+            weight + column[:, None] * INNER_SIZE + place[None, :],
+            mask=(column < columns)[:, None] & (place < INNER_SIZE)[None, :],
+            other=0.0,
+        )
+        total += tl.dot(left.to(OPERAND), tl.trans(right.to(OPERAND)), input_precision=PRECISION)
+    if HAS_BIAS:
+        total += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        out + row[:, None] * columns + column[None, :],
+        total.to(out.dtype.element_ty),
+        mask=(row < rows)[:, None] & (column < columns)[None, :],
+    )

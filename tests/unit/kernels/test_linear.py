@@ -1,0 +1,39 @@
+"""The batch-invariant product against torch's."""
+
+import torch
+import torch.nn.functional as F
+from dllm_engine.ops.kernels.linear import invariant_linear
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.kernels.cases import DEVICE, DTYPES, near
+
+
+@given(
+    st.integers(0, 150),
+    st.integers(1, 150),
+    st.integers(1, 200),
+    st.booleans(),
+    st.sampled_from(DTYPES),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=15, deadline=None)
+def test_product(
+    rows: int, inner: int, columns: int, bias: bool, dtype: torch.dtype, seed: int
+) -> None:
+    """Any sizes, with a bias or without."""
+    torch.manual_seed(seed)
+    x = torch.randn(rows, inner).to(DEVICE, dtype)
+    weight = (torch.randn(columns, inner) / inner**0.5).to(DEVICE, dtype)
+    added = torch.randn(columns).to(DEVICE, dtype) if bias else None
+    wanted = F.linear(x.double(), weight.double(), None if added is None else added.double())
+    near(invariant_linear(x, weight, added), wanted, dtype)
+
+
+def test_a_row_has_the_same_result_in_any_company() -> None:
+    """Bit by bit, wherever it stands and however many rows there are."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(200, 130, device=DEVICE), torch.randn(70, 130, device=DEVICE)
+    whole = invariant_linear(x, weight)
+    for rows in (slice(0, 1), slice(63, 66), slice(150, 200)):
+        assert torch.equal(invariant_linear(x[rows], weight), whole[rows])
