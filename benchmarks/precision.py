@@ -10,15 +10,15 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from dllm_engine import LLM, Completion, SamplingParams
+import numpy as np
+from dllm_engine import LLM, SamplingParams
 from dllm_engine.models import llada, read_spec
 from dllm_engine.ops import make_quantizer
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from benchmarks.common import DEMO_CHECKPOINT, write_json
@@ -34,7 +34,6 @@ PRECISIONS: dict[str, dict[str, str]] = {
     "int8, bfloat16": {"dtype": "bfloat16", "quantization": "int8"},
     "fp8, float32": {"dtype": "float32", "quantization": "fp8"},
     "fp8, bfloat16": {"dtype": "bfloat16", "quantization": "fp8"},
-    "fp8, float16": {"dtype": "float16", "quantization": "fp8"},
 }
 RULES: dict[str, dict[str, Any]] = {
     "one token per pass": {},
@@ -69,7 +68,7 @@ class PartShift:
     part: str
     #: Of the model's numbers, those in this part.
     share: float
-    #: Mean over positions of |confidence − that in float32|.
+    #: Mean over positions of |confidence − that in float32|; positions of answers, not of padding.
     confidence_shift: float
     #: Positions whose most likely token is another one.
     changed_tokens: float
@@ -89,28 +88,39 @@ def score_precisions(checkpoint: Path, count: int) -> list[Precision]:
 
 def measure_parts(checkpoint: Path, count: int) -> list[PartShift]:
     """Each part rounded alone, everything else and all products in float32; LLaDA's layout."""
-    exact = one_pass(checkpoint, count)
+    tokens, confidence, answer = one_pass(checkpoint, count)
     results = []
     for kind in ("int8", "fp8"):
         for part, endings in PARTS.items():
             with tempfile.TemporaryDirectory() as folder:
                 rounded = Path(folder) / "checkpoint"
                 share = write_rounded(checkpoint, rounded, endings, kind)
-                found = one_pass(rounded, count)
-            shifts = [abs(a.confidence - b.confidence) for a, b in zip(exact, found, strict=True)]
-            changed = [a.token_ids != b.token_ids for a, b in zip(exact, found, strict=True)]
-            results.append(PartShift(kind, part, share, _mean(shifts), _mean(changed)))
+                other_tokens, other_confidence, _ = one_pass(rounded, count)
+            shift = np.abs(other_confidence - confidence)[answer].mean()
+            changed = (other_tokens != tokens)[answer].mean()
+            results.append(PartShift(kind, part, share, float(shift), float(changed)))
     return results
 
 
-def one_pass(checkpoint: Path, count: int) -> list[Completion]:
-    """Held-out questions with a whole canvas of masks, every position committed at once."""
+def one_pass(
+    checkpoint: Path, count: int
+) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.bool_]]:
+    """Held-out questions with a whole canvas of masks, every position committed at once.
+
+    Returns:
+        Tokens, confidences, and which positions lie before the end of the answer: each
+        [questions, GEN_LENGTH].
+    """
     params = SamplingParams(
         gen_length=GEN_LENGTH, block_length=GEN_LENGTH, steps=1, ignore_eos=True, seed=0
     )
-    asked = [e for task in corpus.TASKS for e in corpus.held_out_set(task, count)]
+    questions = [e.question for t in corpus.TASKS for e in corpus.held_out_set(t, count)]
     llm = LLM(checkpoint, dtype="float32")
-    return llm.generate([e.question for e in asked], params, chat=True, progress=False)
+    answers = llm.generate(questions, params, chat=True, progress=False)
+    tokens = np.stack([answer.token_ids for answer in answers])
+    confidence = np.stack([answer.confidence for answer in answers])
+    ended = np.isin(tokens, llm.engine.stop_token_ids).cumsum(axis=1) > 0
+    return tokens, confidence, ~ended
 
 
 def write_rounded(source: Path, target: Path, endings: tuple[str, ...], kind: str) -> float:
@@ -128,10 +138,6 @@ def write_rounded(source: Path, target: Path, endings: tuple[str, ...], kind: st
                 numbers += weight.numel()
     save_file(tensors, file)
     return numbers / sum(tensor.numel() for tensor in tensors.values())
-
-
-def _mean(values: Sequence[Any]) -> float:
-    return float(torch.cat([torch.as_tensor(v).double() for v in values]).mean())
 
 
 def precision_table(results: list[Precision]) -> str:
