@@ -89,6 +89,7 @@ def test_every_engine_module_has_its_layer() -> None:
 def test_the_engine_needs_nothing_of_the_servers() -> None:
     """The engine's own requirements are all that it imports from outside."""
     allowed = {"torch", "safetensors", "transformers", "numpy", "jinja2", "tqdm", "triton"}
+    allowed |= {"torchao"}  # where it is asked for
     for path in ENGINE.rglob("*.py"):
         outside = {name for name in imports(path) if not name.startswith(".")}
         assert outside - set(sys.stdlib_module_names) <= allowed, path

@@ -12,6 +12,7 @@ from .request import CACHE_FIELDS, SamplingParams
 
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "torch", "triton")
+QUANTIZATIONS = ("none", "int8", "fp8")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,8 @@ class EngineConfig:
     device: str = "auto"
     #: "auto" is float32 on a CPU and the checkpoint's own type (bfloat16) on a GPU.
     dtype: str = "auto"
+    #: Weights of the layers' linear maps in 8 bits (`ops.quantization`); the rest keeps `dtype`.
+    quantization: str = "none"
     #: What layers run on: torch's operations, or kernels in the Triton language; "auto" takes the
     #: kernels on a GPU.
     kernels: str = "auto"
@@ -64,6 +67,7 @@ class EngineConfig:
         if self.kernels not in KERNELS:
             known = ", ".join(KERNELS)
             raise InvalidConfig(f"DLLM_KERNELS: must be one of {known}, got {self.kernels}")
+        self._check_quantization()
         for name in ("max_num_seqs", "logits_budget_mb", "kv_page_size", "tensor_parallel_size"):
             if getattr(self, name) < 1:
                 raise InvalidConfig(f"{_setting(name)}: must be at least 1")
@@ -80,6 +84,23 @@ class EngineConfig:
             SamplingParams().with_cache_defaults(self.cache_defaults)
         except InvalidRequest as error:
             raise InvalidConfig(f"DLLM_{error.field.upper()}: {error.problem}") from None
+
+    def _check_quantization(self) -> None:
+        kind = self.quantization
+        if kind not in QUANTIZATIONS:
+            known = ", ".join(QUANTIZATIONS)
+            raise InvalidConfig(f"DLLM_QUANTIZATION: must be one of {known}, got {kind}")
+        if kind != "none" and self.dtype == "float64":
+            raise InvalidConfig(
+                f"DLLM_QUANTIZATION: {kind} with DLLM_DTYPE float64 would be exact sums of rounded "
+                "weights; set DLLM_DTYPE to float32 or bfloat16"
+            )
+        if kind == "int8" and self.dtype == "float16":
+            raise InvalidConfig(
+                "DLLM_QUANTIZATION: int8 with DLLM_DTYPE float16 overflows, since products are "
+                "scaled after they are summed; set DLLM_DTYPE to bfloat16, or DLLM_QUANTIZATION "
+                "to fp8"
+            )
 
     @property
     def cache_defaults(self) -> dict[str, object]:

@@ -103,17 +103,17 @@ def plan_memory(
     )
 
 
-def check_weights(spec: ModelSpec, *, limit: int, element_size: int) -> int:
+def check_weights(spec: ModelSpec, *, limit: int, element_size: int, quantization: str) -> int:
     """Bytes of the weights, before they are loaded.
 
     Raises:
         InvalidConfig: they alone do not fit.
     """
-    weights = spec.num_parameters * element_size
+    weights = spec.weight_bytes(element_size, quantization)
     if weights > limit:
         raise InvalidConfig(
             f"DLLM_MEMORY_LIMIT: the weights alone take {_gib(weights)}, the limit is "
-            f"{_gib(limit)}; raise it, or set DLLM_DTYPE to a smaller type"
+            f"{_gib(limit)}; raise it, or set DLLM_DTYPE to a smaller type, or DLLM_QUANTIZATION"
         )
     return weights
 

@@ -85,7 +85,12 @@ class ModelShard:
         operations = choose_operations(config.kernels, self.device, self._dtype)
         #: Rows per tile of the flat layouts that kernels take; None: layouts are grouped.
         self.tile_rows = operations.tile_rows(spec.num_heads, spec.num_kv_heads)
-        weights = check_weights(spec, limit=limit, element_size=self._dtype.itemsize)
+        weights = check_weights(
+            spec,
+            limit=limit,
+            element_size=self._dtype.itemsize,
+            quantization=config.quantization,
+        )
         self.model: DiffusionModel = load_model(
             config.model_path,
             spec,
@@ -94,6 +99,7 @@ class ModelShard:
             progress=_log_progress,
             group=group,
             operations=operations,
+            quantization=config.quantization,
         )
         activations, rows = self._peak_activations()
         self._graph_sizes = graph_sizes(_largest_graph(config, operations, self.device, group))

@@ -15,12 +15,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InvalidConfig
-from ..ops import TORCH, GatedLinear, Head, LayerPages, Layout, Linear, Operations, RotaryTable
+from ..ops import (
+    TORCH,
+    GatedLinear,
+    Head,
+    LayerPages,
+    Layout,
+    Linear,
+    Operations,
+    RotaryTable,
+    quantized_bytes,
+)
 from ..parallel import Group, SlicedHead
 
 #: Our matrices that are split over ranks, and the dimension: outputs (0) of what a layer or the
 #: head begins with, inputs (1) of what puts a residual together again.
 _SPLIT = {"qkv": 0, "gate_up": 0, "head_weight": 0, "out": 1, "down": 1}
+#: What quantisation takes: the linear maps of the layers. Embedding, norms and head it leaves.
+_QUANTIZED = (".qkv.weight", ".out.weight", ".gate_up.weight", ".down.weight")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,10 +90,26 @@ class ModelSpec:
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in DiffusionModel(self).parameters())
 
+    def weight_bytes(self, element_size: int, quantization: str = "none") -> int:
+        """Bytes of one rank's weights, of `element_size` each where they are not quantised."""
+        with torch.device("meta"):
+            parameters = dict(DiffusionModel(self).named_parameters())
+        return sum(
+            quantized_bytes(parameter.shape, quantization)
+            if quantization != "none" and is_quantizable(name)
+            else parameter.numel() * element_size
+            for name, parameter in parameters.items()
+        )
+
 
 def split_dim(parameter: str) -> int | None:
     """The dimension along which a parameter is split over ranks; None: each has all of it."""
     return next((_SPLIT[part] for part in parameter.split(".") if part in _SPLIT), None)
+
+
+def is_quantizable(parameter: str) -> bool:
+    """Whether quantisation takes a parameter."""
+    return parameter.endswith(_QUANTIZED)
 
 
 class Layer(nn.Module):

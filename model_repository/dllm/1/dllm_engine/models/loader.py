@@ -1,7 +1,8 @@
 """Reads Hugging Face checkpoint directories without remote code, and proves completeness.
 
-The model is built on the meta device and each parameter is filled straight from the file, so a
-model never exists twice in memory. Only safetensors are read: pickles can run code.
+The model is built on the meta device and each parameter is filled straight from the file, and
+quantised before the next one is read: a model never exists twice in memory, nor whole in a type
+that it is not kept in. Only safetensors are read: pickles can run code.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..ops import TORCH, Operations
+from ..ops import TORCH, Operations, make_quantizer
 from ..parallel import Group
 from . import dream, llada
-from .base import DiffusionModel, ModelSpec, split_dim
+from .base import DiffusionModel, ModelSpec, is_quantizable, split_dim
 
 _FAMILIES: dict[str, ModuleType] = {
     **dict.fromkeys(llada.ARCHITECTURES, llada),
@@ -85,14 +86,19 @@ def load_model(
     progress: Progress | None = None,
     group: Group | None = None,
     operations: Operations = TORCH,
+    quantization: str = "none",
 ) -> DiffusionModel:
     """Load the weights into a model on `device`; of a split one, this rank's part of them.
 
-    See `DiffusionModel` for `group` and `operations`.
+    See `DiffusionModel` for `group` and `operations`. With a `quantization` (see
+    `ops.quantization`) no more than one linear map is in `dtype` at a time; a rank quantises what
+    it has, so the scales of maps split by inputs are its own.
 
     Raises:
+        InvalidConfig: what quantises is not installed.
         CheckpointError: a tensor is missing, unexpected or of the wrong shape; names all of them.
     """
+    quantize = None if quantization == "none" else make_quantizer(quantization)
     with torch.device("meta"):
         model = DiffusionModel(spec, group, operations)
         whole = DiffusionModel(dataclasses.replace(spec, num_ranks=1))
@@ -108,6 +114,8 @@ def load_model(
                 part = checkpoint.part(source, split_dim(name), group)
                 filled[row : row + part.shape[0]].copy_(part)
                 row += part.shape[0]
+            if quantize is not None and is_quantizable(name):
+                filled = quantize(filled)
             _replace_parameter(model, name, filled)
             if progress:
                 progress(done, len(wanted))

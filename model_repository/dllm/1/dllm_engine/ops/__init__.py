@@ -15,6 +15,7 @@ from .layout import (
 )
 from .linear import GatedLinear, Linear
 from .norm import rms_norm
+from .quantization import make_quantizer, quantized_bytes
 from .rotary import RotaryTable, apply_rotary
 from .selection import select_positions
 from .transfer import upload
@@ -37,7 +38,9 @@ __all__ = [
     "Selection",
     "apply_rotary",
     "choose_operations",
+    "make_quantizer",
     "packed_attention",
+    "quantized_bytes",
     "rms_norm",
     "select_positions",
     "upload",

@@ -3,6 +3,7 @@
 For float32 on a CPU the weights are packed once for oneDNN, which also applies the addition or
 activation that follows while a result is still in cache: on AVX2 machines 1.1 to 1.8 times as fast
 as torch's own call (docs/decisions/014). Results of a row do not depend on the number of rows.
+Quantised weights (docs/decisions/015) stay as they are: torch's call knows them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .quantization import is_quantized
 
 #: Row count that the packed layout is chosen for; others work too.
 _ROWS_HINT = 256
@@ -19,6 +22,8 @@ _SMALLEST = 2**17
 
 def can_pack(weight: Tensor) -> bool:
     """Whether a weight of this type, place and size is worth packing."""
+    if is_quantized(weight):
+        return False
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
     large = weight.numel() >= _SMALLEST
     return on_cpu and large and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]

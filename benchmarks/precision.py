@@ -1,0 +1,192 @@
+"""What fewer bits cost in answers: `python -m benchmarks.precision`.
+
+The demo checkpoint's held-out questions, as in `benchmarks.quality`, in every number type and with
+quantised weights; then each part of the model quantised alone, to see which of them matters.
+Writes two tables and JSON. No timing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from dllm_engine import LLM, SamplingParams
+from dllm_engine.models import llada, read_spec
+from dllm_engine.ops import make_quantizer
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+
+from benchmarks.common import DEMO_CHECKPOINT, write_json
+from benchmarks.quality import GEN_LENGTH, Score, score
+from demo import corpus
+
+#: Settings of the engine by label.
+PRECISIONS: dict[str, dict[str, str]] = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "float16": {"dtype": "float16"},
+    "int8, float32": {"dtype": "float32", "quantization": "int8"},
+    "int8, bfloat16": {"dtype": "bfloat16", "quantization": "int8"},
+    "fp8, float32": {"dtype": "float32", "quantization": "fp8"},
+    "fp8, bfloat16": {"dtype": "bfloat16", "quantization": "fp8"},
+}
+RULES: dict[str, dict[str, Any]] = {
+    "one token per pass": {},
+    "threshold 0.9": {"confidence_threshold": 0.9},
+}
+#: Parts of the model, by what the engine's names of their parameters end with.
+PARTS: dict[str, tuple[str, ...]] = {
+    "qkv": (".qkv.weight",),
+    "out": (".out.weight",),
+    "gate_up": (".gate_up.weight",),
+    "down": (".down.weight",),
+    "these four": (".qkv.weight", ".out.weight", ".gate_up.weight", ".down.weight"),
+    "embedding": ("embedding",),
+    "head": ("head_weight",),
+}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One precision with one decoding rule."""
+
+    label: str
+    weight_bytes: int
+    score: Score
+
+
+@dataclass(frozen=True)
+class PartShift:
+    """What quantising one part alone does to a forward pass over masked canvases."""
+
+    kind: str
+    part: str
+    #: Of the model's numbers, those in this part.
+    share: float
+    #: Mean over positions of |confidence − that in float32|; positions of answers, not of padding.
+    confidence_shift: float
+    #: Positions whose most likely token is another one.
+    changed_tokens: float
+
+
+def score_precisions(checkpoint: Path, count: int) -> list[Precision]:
+    """Every precision with every rule, on up to `count` questions a task."""
+    results = []
+    for label, settings in PRECISIONS.items():
+        llm = LLM(checkpoint, **settings)
+        for family, rule in RULES.items():
+            scored = score(llm, family, label, rule, count)
+            results.append(Precision(label, llm.engine.memory_plan.weights, scored))
+            print(f"{label}, {family}: {scored.exact_match:.1%}", flush=True)
+    return results
+
+
+def measure_parts(checkpoint: Path, count: int) -> list[PartShift]:
+    """Each part rounded alone, everything else and all products in float32; LLaDA's layout."""
+    tokens, confidence, answer = one_pass(checkpoint, count)
+    results = []
+    for kind in ("int8", "fp8"):
+        for part, endings in PARTS.items():
+            with tempfile.TemporaryDirectory() as folder:
+                rounded = Path(folder) / "checkpoint"
+                share = write_rounded(checkpoint, rounded, endings, kind)
+                other_tokens, other_confidence, _ = one_pass(rounded, count)
+            shift = np.abs(other_confidence - confidence)[answer].mean()
+            changed = (other_tokens != tokens)[answer].mean()
+            results.append(PartShift(kind, part, share, float(shift), float(changed)))
+    return results
+
+
+def one_pass(
+    checkpoint: Path, count: int
+) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.bool_]]:
+    """Held-out questions with a whole canvas of masks, every position committed at once.
+
+    Returns:
+        Tokens, confidences, and which positions lie before the end of the answer: each
+        [questions, GEN_LENGTH].
+    """
+    params = SamplingParams(
+        gen_length=GEN_LENGTH, block_length=GEN_LENGTH, steps=1, ignore_eos=True, seed=0
+    )
+    questions = [e.question for t in corpus.TASKS for e in corpus.held_out_set(t, count)]
+    llm = LLM(checkpoint, dtype="float32")
+    answers = llm.generate(questions, params, chat=True, progress=False)
+    tokens = np.stack([answer.token_ids for answer in answers])
+    confidence = np.stack([answer.confidence for answer in answers])
+    ended = np.isin(tokens, llm.engine.stop_token_ids).cumsum(axis=1) > 0
+    return tokens, confidence, ~ended
+
+
+def write_rounded(source: Path, target: Path, endings: tuple[str, ...], kind: str) -> float:
+    """Copy a checkpoint with some weights rounded to 8 bits and back; returns their share."""
+    shutil.copytree(source, target)
+    file = target / "model.safetensors"
+    tensors = load_file(file)
+    quantize = make_quantizer(kind)
+    numbers = 0
+    for name, sources in llada.tensors(read_spec(source)).items():
+        if name.endswith(endings):
+            for tensor in sources:
+                weight = tensors[tensor].float()
+                tensors[tensor] = quantize(weight).dequantize()
+                numbers += weight.numel()
+    save_file(tensors, file)
+    return numbers / sum(tensor.numel() for tensor in tensors.values())
+
+
+def precision_table(results: list[Precision]) -> str:
+    """The scores as a Markdown table, a line for each precision."""
+    lines = [
+        "| precision | weights | " + " | ".join(RULES) + " | passes per answer, threshold 0.9 |",
+        "|---|--:|" + "--:|" * (len(RULES) + 1),
+    ]
+    for label in PRECISIONS:
+        mine = [result for result in results if result.label == label]
+        matches = " | ".join(f"{result.score.exact_match:.1%}" for result in mine)
+        lines.append(
+            f"| {label} | {mine[0].weight_bytes / 2**20:.2f} MiB | {matches} "
+            f"| {mine[-1].score.passes_per_answer:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def part_table(results: list[PartShift]) -> str:
+    """The shifts as a Markdown table, a line for each part."""
+    lines = [
+        "| quantised alone | share of the weights | int8: confidence moves by | tokens change "
+        "| fp8: confidence moves by | tokens change |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for part in PARTS:
+        mine = [result for result in results if result.part == part]
+        cells = [f"{r.confidence_shift:.5f} | {r.changed_tokens:.2%}" for r in mine]
+        lines.append(f"| {part} | {mine[0].share:.0%} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Score, print the tables, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
+    parser.add_argument("--count", type=int, default=30, help="questions per task at most")
+    options = parser.parse_args()
+    parts = measure_parts(options.checkpoint, options.count)
+    print(part_table(parts), flush=True)
+    precisions = score_precisions(options.checkpoint, options.count)
+    print(precision_table(precisions))
+    result = {
+        "questions_per_task": options.count,
+        "precisions": [asdict(p) for p in precisions],
+        "parts": [asdict(p) for p in parts],
+    }
+    print("written", write_json("precision", result))
+
+
+if __name__ == "__main__":
+    main()
