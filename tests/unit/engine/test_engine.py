@@ -377,6 +377,9 @@ def test_settings_come_from_strings_and_are_checked(checkpoint: Path) -> None:
         (base | {"DLLM_MAX_NUM_SEQS": "many"}, "DLLM_MAX_NUM_SEQS: must be a whole number"),
         (base | {"DLLM_MAX_NUM_SEQS": "0"}, "DLLM_MAX_NUM_SEQS: must be at least 1"),
         (base | {"DLLM_DTYPE": "int8"}, "DLLM_DTYPE: must be one of"),
+        (base | {"DLLM_KERNELS": "cuda"}, "DLLM_KERNELS: must be one of auto, torch, triton"),
+        (base | {"DLLM_BATCH_INVARIANT": "2"}, "DLLM_BATCH_INVARIANT: must be on or off"),
+        (base | {"DLLM_CUDA_GRAPH_ROWS": "-1"}, "DLLM_CUDA_GRAPH_ROWS: must be at least 0"),
     ):
         with pytest.raises(InvalidConfig, match=message):
             EngineConfig.from_mapping(settings)
@@ -384,6 +387,10 @@ def test_settings_come_from_strings_and_are_checked(checkpoint: Path) -> None:
         make_engine(checkpoint, max_model_len=257)
     with pytest.raises(InvalidConfig, match="DLLM_DEVICE"):
         make_engine(checkpoint, device="cuda")
+    with pytest.raises(InvalidConfig, match="DLLM_CUDA_GRAPH_ROWS: graphs need kernels .* on cpu"):
+        make_engine(checkpoint, device="cpu", cuda_graph_rows=64)
+    with pytest.raises(InvalidConfig, match="DLLM_KERNELS: triton has no kernels for float64"):
+        make_engine(checkpoint, device="cpu", kernels="triton", dtype="float64")
     with pytest.raises(CheckpointError, match="no such directory"):
         make_engine(checkpoint / "none")
 

@@ -44,3 +44,16 @@ def test_same_tokens(write: object, tmp_path: Path) -> None:
     for mine, theirs in pairs:
         assert mine.token_ids.tolist() == theirs.token_ids.tolist()
         np.testing.assert_allclose(mine.confidence, theirs.confidence, rtol=1e-4, atol=1e-6)
+
+
+def test_batch_invariance(tmp_path: Path) -> None:
+    """With `batch_invariant`, tokens and confidences are bitwise those of the request alone."""
+    llm = LLM(
+        write_llada(tmp_path), kernels="triton", device=DEVICE, dtype="float32", kv_page_size=8,
+        batch_invariant=True,
+    )  # fmt: skip
+    together = llm.generate(PROMPTS, MIXTURE, progress=False)
+    for i in (1, 3):
+        alone = llm.generate([PROMPTS[i]], MIXTURE[i], progress=False)[0]
+        assert alone.token_ids.tolist() == together[i].token_ids.tolist()
+        assert alone.confidence.tolist() == together[i].confidence.tolist()

@@ -13,6 +13,7 @@ from .request import CACHE_FIELDS, SamplingParams
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "torch", "triton")
 QUANTIZATIONS = ("none", "int8", "fp8")
+_SWITCH = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,9 @@ class EngineConfig:
     #: What layers run on: torch's operations, or kernels in the Triton language; "auto" takes the
     #: kernels on a GPU.
     kernels: str = "auto"
+    #: On a GPU, a request's tokens must not depend on what else is in the batch, at the cost of
+    #: slower products. On a CPU they never do.
+    batch_invariant: bool = False
     #: Rows of the largest step that is replayed from a CUDA graph; 0: none is; None: 512 where
     #: kernels run on a GPU.
     cuda_graph_rows: int | None = None
@@ -87,6 +91,8 @@ class EngineConfig:
 
     def _check_quantization(self) -> None:
         kind = self.quantization
+        if kind != "none" and self.batch_invariant:
+            raise InvalidConfig("DLLM_BATCH_INVARIANT: cannot be combined with DLLM_QUANTIZATION")
         if kind not in QUANTIZATIONS:
             known = ", ".join(QUANTIZATIONS)
             raise InvalidConfig(f"DLLM_QUANTIZATION: must be one of {known}, got {kind}")
@@ -141,6 +147,10 @@ def _setting(field: str) -> str:
 def _parse(name: str, kind: str, text: str) -> object:
     if kind == "Path":
         return Path(text)
+    if kind == "bool":
+        if text.lower() not in _SWITCH:
+            raise InvalidConfig(f"{name}: must be on or off, got {text!r}")
+        return _SWITCH[text.lower()]
     try:
         if kind.startswith("int"):
             return int(text)

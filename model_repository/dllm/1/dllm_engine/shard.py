@@ -82,7 +82,9 @@ class ModelShard:
         limit = parse_limit(config.memory_limit, available)
         if on_cpu:  # which the ranks have in common, while each has a GPU of its own
             available, limit = available // spec.num_ranks, limit // spec.num_ranks
-        operations = choose_operations(config.kernels, self.device, self._dtype)
+        operations = choose_operations(
+            config.kernels, self.device, self._dtype, batch_invariant=config.batch_invariant
+        )
         #: Rows per tile of the flat layouts that kernels take; None: layouts are grouped.
         self.tile_rows = operations.tile_rows(spec.num_heads, spec.num_kv_heads)
         weights = check_weights(

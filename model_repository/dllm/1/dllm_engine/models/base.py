@@ -129,11 +129,13 @@ class Layer(nn.Module):
         inner = spec.intermediate_size // spec.num_ranks
         qkv_size = (self._num_heads + 2 * self._num_kv_heads) * spec.head_dim
         self.attention_norm = nn.Parameter(torch.empty(spec.hidden_size))
-        self.qkv = Linear(spec.hidden_size, qkv_size, bias=spec.qkv_bias)
-        self.out = Linear(self._num_heads * spec.head_dim, spec.hidden_size, bias=False)
+        product = operations.linear
+        self.qkv = Linear(spec.hidden_size, qkv_size, bias=spec.qkv_bias, product=product)
+        inside = self._num_heads * spec.head_dim
+        self.out = Linear(inside, spec.hidden_size, bias=False, product=product)
         self.mlp_norm = nn.Parameter(torch.empty(spec.hidden_size))
-        self.gate_up = GatedLinear(spec.hidden_size, inner)
-        self.down = Linear(inner, spec.hidden_size, bias=False)
+        self.gate_up = GatedLinear(spec.hidden_size, inner, product)
+        self.down = Linear(inner, spec.hidden_size, bias=False, product=product)
 
     def forward(
         self,

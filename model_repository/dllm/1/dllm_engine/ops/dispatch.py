@@ -8,11 +8,13 @@ import os
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InvalidConfig
 from . import attention, norm, rotary
 from .layout import LayerPages, Layout
+from .linear import Product
 
 #: Rows, times the query heads that share a KV head, that one program of the attention kernel has.
 _TILE = 64
@@ -45,6 +47,7 @@ class Operations:
     packed_attention: PackedAttention
     rms_norm: RmsNorm
     apply_rotary: ApplyRotary
+    linear: Product
     #: Whether layouts are flat, and the head's statistics are made by its kernel.
     kernels: bool
 
@@ -58,16 +61,34 @@ TORCH = Operations(
     attention.packed_attention,  # type: ignore[arg-type]
     norm.rms_norm,
     rotary.apply_rotary,
+    F.linear,
     kernels=False,
 )
 
 
-def choose_operations(choice: str, device: str, dtype: torch.dtype) -> Operations:
+def choose_operations(
+    choice: str, device: str, dtype: torch.dtype, *, batch_invariant: bool = False
+) -> Operations:
     """The implementation that `choice`, one of `config.KERNELS`, means on this device.
 
+    Args:
+        batch_invariant: a row's numbers must not depend on the others. On a CPU torch's never do
+            (docs/decisions/002).
+
     Raises:
-        InvalidConfig: kernels are asked for and cannot run.
+        InvalidConfig: kernels are asked for, or needed, and cannot run.
     """
+    operations = _choose(choice, device, dtype)
+    if batch_invariant and operations.kernels:
+        from .kernels.linear import invariant_linear
+
+        return dataclasses.replace(operations, linear=invariant_linear)
+    if batch_invariant and device.startswith("cuda"):
+        raise InvalidConfig("DLLM_BATCH_INVARIANT: on a GPU needs kernels (DLLM_KERNELS=triton)")
+    return operations
+
+
+def _choose(choice: str, device: str, dtype: torch.dtype) -> Operations:
     installed = importlib.util.find_spec("triton") is not None
     on_gpu = device.startswith("cuda")
     if choice == "torch" or (choice == "auto" and not (on_gpu and installed)):
@@ -95,5 +116,6 @@ def _triton_operations() -> Operations:
         attention_kernels.packed_attention,  # type: ignore[arg-type]
         norm_kernels.rms_norm,
         norm_kernels.apply_rotary,
+        F.linear,
         kernels=True,
     )

@@ -8,11 +8,16 @@ Quantised weights (docs/decisions/015) stay as they are: torch's call knows them
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .quantization import is_quantized
+
+#: x [rows, in_features], weight [out_features, in_features] and bias to x @ weight.T + bias.
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 #: Row count that the packed layout is chosen for; others work too.
 _ROWS_HINT = 256
@@ -50,10 +55,17 @@ def _packed_combined(x: Tensor, other: Tensor, packed: Tensor, how: str) -> Tens
 
 
 class Linear(nn.Module):
-    """x @ weight.T (+ bias), and optionally a residual added to it."""
+    """x @ weight.T (+ bias), and optionally a residual added to it.
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+    Args:
+        product: makes it, where the weight is not packed.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool, product: Product = F.linear
+    ) -> None:
         super().__init__()
+        self._product = product
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self._packed: Tensor | None = None
@@ -68,18 +80,22 @@ class Linear(nn.Module):
         """[rows, in_features] to [rows, out_features]; no residual where there is a bias."""
         if residual is None:
             if self._packed is None:
-                return F.linear(x, self.weight, self.bias)
+                return self._product(x, self.weight, self.bias)
             return packed_linear(x, self._packed, self.bias)
         if self._packed is None:
-            return residual + F.linear(x, self.weight)
+            return residual + self._product(x, self.weight, None)
         return _packed_combined(x, residual, self._packed, "add")
 
 
 class GatedLinear(nn.Module):
-    """silu(x @ gate.T) * (x @ up.T), the first half of a SwiGLU MLP; both in one weight."""
+    """silu(x @ gate.T) * (x @ up.T), the first half of a SwiGLU MLP; both in one weight.
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    See `Linear` for `product`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, product: Product = F.linear) -> None:
         super().__init__()
+        self._product = product
         self.weight = nn.Parameter(torch.empty(2 * out_features, in_features))
         self._packed: tuple[Tensor, Tensor] | None = None
 
@@ -93,7 +109,7 @@ class GatedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[rows, in_features] to [rows, out_features]."""
         if self._packed is None:
-            gate, up = F.linear(x, self.weight).chunk(2, dim=-1)
+            gate, up = self._product(x, self.weight, None).chunk(2, dim=-1)
             return F.silu(gate) * up
         gate, up = self._packed
         return _packed_combined(x, packed_linear(x, gate, None, "swish"), up, "mul")
