@@ -1,0 +1,40 @@
+"""The interpreter runs what a card's compiler may refuse: every kernel is compiled for cards."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+KERNELS = ROOT / "model_repository/dllm/1/dllm_engine/ops/kernels"
+
+
+def defined_kernels() -> set[str]:
+    """Functions that the kernels' modules launch, by the names of their definitions."""
+    launched = set()
+    for path in KERNELS.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                launched.add(ast.unparse(node.func.value))
+    return launched
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_kernel_compiles(capability: int, tmp_path: Path) -> None:
+    """Down to machine code of an A100 and an H100, at the sizes of LLaDA-8B and Dream-7B."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(KERNELS.parents[2])])
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.compile_kernels", str(capability)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert set(done.stdout.split()) == defined_kernels()
