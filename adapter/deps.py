@@ -1,4 +1,4 @@
-"""What routes are given."""
+"""What routes are given; asynchronous, as the framework hands all else to threads."""
 
 from typing import Annotated, cast
 
@@ -11,19 +11,19 @@ from adapter.pool import EnginePool
 from adapter.settings import Settings
 
 
-def _settings(request: Request) -> Settings:
+async def _settings(request: Request) -> Settings:
     return cast(Settings, request.app.state.settings)
 
 
-def _jobs(request: Request) -> JobService:
+async def _jobs(request: Request) -> JobService:
     return cast(JobService, request.app.state.jobs)
 
 
-def _live(request: Request) -> LiveRequests:
+async def _live(request: Request) -> LiveRequests:
     return cast(LiveRequests, request.app.state.live)
 
 
-def _pool(request: Request) -> EnginePool:
+async def _pool(request: Request) -> EnginePool:
     return cast(EnginePool, request.app.state.pool)
 
 

@@ -46,12 +46,12 @@ class HealStore:
     async def read(self) -> EngineRecord:
         """The record, made on first sight."""
         query = select(engine_heal).where(engine_heal.c.engine == self.engine)
-        async with self._database.read() as connection:
-            row = (await connection.execute(query)).one_or_none()
+        rows = await self._database.read(query)
         now = self._clock()
-        if row is None:
+        if not rows:
             await self._create(now)
             return EngineRecord(epoch=0, healing=False, abandoned=False, silent_for=0.0)
+        row = rows[0]
         return EngineRecord(
             epoch=row.epoch,
             healing=row.healer is not None,

@@ -91,14 +91,14 @@ class DatabaseStorage(Storage):
         query = select(rate_limits.c.calls).where(
             rate_limits.c.key == key, rate_limits.c.expires > self._clock()
         )
-        async with self._database.read() as connection:
-            return int(await connection.scalar(query) or 0)
+        rows = await self._database.read(query)
+        return int(rows[0].calls) if rows else 0
 
     async def get_expiry(self, key: str) -> float:
         """When the present window is over."""
         query = select(rate_limits.c.expires).where(rate_limits.c.key == key)
-        async with self._database.read() as connection:
-            return float(await connection.scalar(query) or self._clock())
+        rows = await self._database.read(query)
+        return float(rows[0].expires) if rows else self._clock()
 
     async def check(self) -> bool:
         """Whether the database answers. Raises `StoreUnavailable` if not."""
@@ -118,8 +118,7 @@ class DatabaseStorage(Storage):
     async def purge(self) -> None:
         """Forget windows that are over."""
         over = rate_limits.c.expires <= self._clock()
-        async with self._database.read() as connection:
-            if await connection.scalar(select(rate_limits.c.key).where(over).limit(1)) is None:
-                return
+        if not await self._database.read(select(rate_limits.c.key).where(over).limit(1)):
+            return
         async with self._database.write() as connection:
             await connection.execute(delete(rate_limits).where(over))

@@ -9,7 +9,7 @@ to itself alone.
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, and_, func, or_, select, update
+from sqlalchemy import ColumnElement, Row, Select, and_, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adapter.jobs.job import JobState
@@ -44,10 +44,13 @@ async def take_up(
     return sorted(taken, key=lambda row: (row.priority, row.id))
 
 
-async def exists(connection: AsyncConnection, *conditions: ColumnElement[bool]) -> bool:
-    """Whether there is any such job."""
-    query = select(jobs.c.id).where(*conditions).limit(1)
-    return await connection.scalar(query) is not None
+def any_of(*conditions: ColumnElement[bool]) -> Select[Any]:
+    """The query for one such job."""
+    return select(jobs.c.id).where(*conditions).limit(1)
+
+
+async def _exists(connection: AsyncConnection, *conditions: ColumnElement[bool]) -> bool:
+    return await connection.scalar(any_of(*conditions)) is not None
 
 
 async def _claimable(
@@ -55,10 +58,10 @@ async def _claimable(
 ) -> list[tuple[ColumnElement[bool], int]]:
     """The kinds of jobs that may be taken now, and how many of each at most."""
     last = jobs.c.attempts >= max(1, max_attempts - 1)
-    if await exists(connection, RUNNING, last):
+    if await _exists(connection, RUNNING, last):
         return []
-    if await exists(connection, QUEUED, last):
-        return [] if await exists(connection, RUNNING) else [(last, 1)]
+    if await _exists(connection, QUEUED, last):
+        return [] if await _exists(connection, RUNNING) else [(last, 1)]
     lost_before = and_(jobs.c.attempts >= 1, jobs.c.attempts < max_attempts - 1)
     running = select(func.count()).select_from(jobs).where(RUNNING, lost_before)
     room = SUSPECTS_AT_ONCE - (await connection.scalar(running) or 0)

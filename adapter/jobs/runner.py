@@ -40,7 +40,6 @@ log = get_logger()
 
 MAX_TICK_SECONDS = 1.0
 PURGE_BATCH = 500
-#: Opening a stream takes a millisecond or so, in which nobody else is served.
 CLAIM_BATCH = 16
 SAVE_ATTEMPTS = 6
 
@@ -171,6 +170,8 @@ class JobRunner:
         claimed = await self._store.claim(self._owner, limit=limit, lease=self._lease)
         for job in claimed:
             self._start(job)
+            # Opening a stream takes a millisecond or so: let others in between.
+            await asyncio.sleep(0)
         self._full = len(claimed) == room
         return self._poll_interval if len(claimed) < limit or self._full else 0.0
 

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from adapter.database import Database
 from adapter.errors import TooManyJobs
 from adapter.generation import Event, Inputs
-from adapter.jobs.claims import QUEUED, RUNNING, exists, take_up
+from adapter.jobs.claims import QUEUED, RUNNING, any_of, take_up
 from adapter.jobs.job import STANDARD_TERMS, UNDONE, ClaimedJob, Job, JobState, Terms, late
 from adapter.tables import counters, jobs
 
@@ -55,37 +55,32 @@ class JobStore:
         """The job, or None if there is none of that id, or with a key none of that key's."""
         if not 0 <= job_id <= MAX_ID:
             return None
-        columns = select(jobs.c.id, jobs.c.state, jobs.c.attempts, jobs.c.text, jobs.c.error)
-        async with self._database.read() as connection:
-            query = columns.where(jobs.c.id == job_id, *_submitted_with(api_key))
-            row = (await connection.execute(query)).one_or_none()
-        if row is None:
-            return None
-        return Job(row.id, JobState(row.state), row.attempts, row.text, row.error)
+        query = _SHOWN.where(jobs.c.id == job_id, *_submitted_with(api_key))
+        for row in await self._database.read(query):
+            return Job(row.id, JobState(row.state), row.attempts, row.text, row.error)
+        return None
 
     async def done_among(self, ids: Collection[int]) -> set[int]:
         """Which of these jobs are done."""
         query = select(jobs.c.id).where(jobs.c.id.in_(ids), jobs.c.state.not_in(UNDONE))
-        async with self._database.read() as connection:
-            return set(await connection.scalars(query))
+        return {row.id for row in await self._database.read(query)}
 
     async def undone(self) -> dict[JobState, int]:
         """How many jobs wait, and how many run."""
         query = (
-            select(jobs.c.state, func.count())
+            select(jobs.c.state, func.count().label("jobs"))
             .where(jobs.c.state.in_(UNDONE))
             .group_by(jobs.c.state)
         )
-        async with self._database.read() as connection:
-            found = {JobState(state): count for state, count in await connection.execute(query)}
+        rows = await self._database.read(query)
+        found = {JobState(row.state): row.jobs for row in rows}
         return {state: found.get(state, 0) for state in sorted(UNDONE)}
 
     async def claim(self, owner: str, *, limit: int, lease: float) -> list[ClaimedJob]:
         """Take up to `limit` queued jobs by priority and age; see `adapter.jobs.claims`."""
-        async with self._database.read() as connection:
-            # An idle worker that polls must not take SQLite's only write lock.
-            if not await exists(connection, QUEUED):
-                return []
+        # An idle worker that polls must not take SQLite's only write lock.
+        if not await self._database.read(any_of(QUEUED)):
+            return []
         now = self._clock()
         async with self._database.write() as connection:
             rows = await take_up(
@@ -148,9 +143,8 @@ class JobStore:
         That its worker has died costs a job no attempt: workers are restarted all the time.
         """
         expired = and_(RUNNING, jobs.c.lease_expires < self._clock())
-        async with self._database.read() as connection:
-            if not await exists(connection, expired):
-                return 0
+        if not await self._database.read(any_of(expired)):
+            return 0
         error = f"given up: {MAX_ORPHANED} workers have died that ran it"
         async with self._database.write() as connection:
             return await self._requeue(connection, expired, "orphaned", MAX_ORPHANED, error)
@@ -159,12 +153,8 @@ class JobStore:
         """Fail up to some hundred jobs that wait beyond their deadline; how many it was."""
         now = self._clock()
         query = select(jobs.c.id, (jobs.c.deadline - jobs.c.created_at).label("timeout"))
-        async with self._database.read() as connection:
-            rows = (
-                await connection.execute(
-                    query.where(jobs.c.deadline <= now, QUEUED).limit(EXPIRE_BATCH)
-                )
-            ).all()
+        late_ones = query.where(jobs.c.deadline <= now, QUEUED).limit(EXPIRE_BATCH)
+        rows = await self._database.read(late_ones)
         if not rows:
             return 0
         end = (
@@ -193,8 +183,7 @@ class JobStore:
         """Remove up to `limit` results that were kept for longer than `ttl`; how many it was."""
         old = jobs.c.finished_at < self._clock() - ttl
         oldest = select(jobs.c.id).where(old).limit(limit)
-        async with self._database.read() as connection:
-            ids = list(await connection.scalars(oldest))
+        ids = [row.id for row in await self._database.read(oldest)]
         if not ids:
             return 0
         async with self._database.write() as connection:
@@ -251,6 +240,8 @@ class JobStore:
         )
         return int(failed.rowcount + queued.rowcount)
 
+
+_SHOWN = select(jobs.c.id, jobs.c.state, jobs.c.attempts, jobs.c.text, jobs.c.error)
 
 _QUEUED_AGAIN: dict[str, Any] = {"state": JobState.QUEUED, "owner": None, "lease_expires": None}
 

@@ -1,5 +1,6 @@
 """The REST API through its front door."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -366,6 +367,7 @@ async def test_health_is_ok_once_the_engine_answers(api: RunningApp) -> None:
     for _ in range(100):
         if await api.health() == (200, {"status": "ok"}):
             return
+        await asyncio.sleep(0.01)
     pytest.fail(str(await api.health()))
 
 
@@ -377,6 +379,7 @@ async def test_health_is_503_with_the_reason(database_url: str) -> None:
             status, body = await api.health()
             if "healthy" in body["reason"]:
                 break
+            await asyncio.sleep(0.01)
         reason = "Stub process 'dllm_0_0' is not healthy."
         assert (503, {"status": "unavailable", "reason": reason}) == (status, body)
         assert (await api.client.get("/v1/livez")).status_code == 200

@@ -59,7 +59,7 @@ def differences(connection: Connection) -> list[object]:
 
 async def test_migrations_make_the_tables(database: Database) -> None:
     """The changes, applied one after the other, give exactly the tables that the code has."""
-    async with database.read() as connection:
+    async with database.write() as connection:
         assert await connection.run_sync(differences) == []
 
 
@@ -67,7 +67,7 @@ async def test_database_of_the_first_release_is_upgraded(database_url: str) -> N
     """Jobs of a database from before there were versions go on, and ids count on."""
     await make_release_0_1(database_url)
     async with Database.open(database_url) as database:
-        async with database.read() as connection:
+        async with database.write() as connection:
             assert await connection.run_sync(differences) == []
         store = JobStore(database, max_attempts=3)
         assert await store.get(0) == Job(0, JobState.FINISHED, 1, "kept", None)
@@ -116,10 +116,10 @@ async def test_database_does_not_grow_without_bound(database_url: str) -> None:
                 await store.finish("a", job_id, Event("y" * 2000, "stop"))
             now += 100
             await store.purge(ttl=150, limit=1000)
-            async with database.read() as connection:
+            async with database.write() as connection:
                 rows.append(await connection.scalar(text("SELECT count(*) FROM jobs")))
         assert rows == [50] * 10
         if database_url.startswith("sqlite"):
-            async with database.read() as connection:
+            async with database.write() as connection:
                 pages = await connection.scalar(text("PRAGMA page_count"))
             assert pages * 4096 < 3 * 100 * 4000
