@@ -6,6 +6,7 @@ AdapterError
   RateLimited          too many calls in too short a time
   BodyTooLarge         more bytes than are read
   InvalidRequest       the engine refuses the values of a request
+  KeyReused            the Idempotency-Key stands for another submission
   JobNotFound          no such job, or its result has expired
   TooManyJobs          the queue is full: come back later
   TooManyCalls         as many calls as may wait for their answers: come back later
@@ -71,6 +72,12 @@ class BodyTooLarge(AdapterError):
 
 class InvalidRequest(AdapterError):
     """The engine refuses the values of a request."""
+
+    status = 422
+
+
+class KeyReused(AdapterError):
+    """The Idempotency-Key stands for another submission."""
 
     status = 422
 

@@ -54,6 +54,11 @@ class Message(Body):
     content: PlainText
 
 
+_ONE_RULE = (
+    "one of confidence_threshold, factor, entropy_bound, anchor_threshold at most; not with alg"
+)
+
+
 class Denoising(Body):
     """How to denoise: inputs of the Triton model, by its names."""
 
@@ -61,15 +66,17 @@ class Denoising(Body):
     block_length: Count | None = Field(None, description="at most gen_length")
     cfg_scale: float | None = Field(None, ge=0, le=MAX_RULE_PARAMETER)
     remasking: Name | None = None
-    confidence_threshold: float | None = Field(None, gt=0, le=1)
-    factor: float | None = Field(None, ge=0, le=MAX_RULE_PARAMETER)
-    entropy_bound: float | None = Field(None, ge=0, le=MAX_RULE_PARAMETER)
-    low_threshold: float | None = Field(None, gt=0, le=1)
-    credit: bool | None = None
-    anchor_threshold: float | None = Field(None, gt=0, le=1)
-    neighbor_threshold: float | None = Field(None, gt=0, le=1)
+    confidence_threshold: float | None = Field(None, gt=0, le=1, description=_ONE_RULE)
+    factor: float | None = Field(None, ge=0, le=MAX_RULE_PARAMETER, description=_ONE_RULE)
+    entropy_bound: float | None = Field(None, ge=0, le=MAX_RULE_PARAMETER, description=_ONE_RULE)
+    low_threshold: float | None = Field(None, gt=0, le=1, description="needs confidence_threshold")
+    credit: bool | None = Field(None, description="needs confidence_threshold")
+    anchor_threshold: float | None = Field(None, gt=0, le=1, description=_ONE_RULE)
+    neighbor_threshold: float | None = Field(None, gt=0, le=1, description="needs anchor_threshold")
     alg: Name | None = None
-    alg_temp: float | None = Field(None, ge=0, le=MAX_RULE_PARAMETER)
+    alg_temp: float | None = Field(
+        None, ge=0, le=MAX_RULE_PARAMETER, description="above 0 needs alg"
+    )
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: Count | None = None
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
@@ -105,8 +112,28 @@ class Queueing(Body):
     priority: int = Field(DEFAULT_PRIORITY, ge=1, le=3, description="1 is served first, 3 last")
 
 
+def _one_of_three() -> dict[str, Any]:
+    """In the words of JSON Schema: one form of the prompt, and `raw` with a string only."""
+    forms = {"prompt": "string", "messages": "array", "input_ids": "array"}
+    nothing = {name: {"type": "null"} for name in forms}
+    cooked = {"raw": {"const": False}}
+    return {
+        "oneOf": [
+            {
+                "required": [name],
+                "properties": nothing
+                | {name: {"type": kind}}
+                | ({} if name == "prompt" else cooked),
+            }
+            for name, kind in forms.items()
+        ]
+    }
+
+
 class GenerateRequest(Sampling, Queueing):
     """One prompt, in exactly one of three forms."""
+
+    model_config = ConfigDict(json_schema_extra=_one_of_three())
 
     prompt: Prompt | None = Field(None, description="at most DLLM_MAX_PROMPT_CHARS characters")
     messages: list[Message] | None = Field(None, min_length=1)

@@ -66,6 +66,19 @@ engine_heal = Table(
     Column("last_life", Double, nullable=False),  # when any worker last heard from it
 )
 
+# One row for each call that submitted jobs under an Idempotency-Key.
+submissions = Table(
+    "submissions",
+    metadata,
+    Column("owner", String(64), primary_key=True),  # name of the API key; "" without keys
+    Column("key", String(255), primary_key=True),
+    Column("fingerprint", String(64), nullable=False),  # SHA-256 of what was asked
+    Column("first_id", BigInteger, nullable=False),
+    Column("jobs", Integer, nullable=False),  # how many, with consecutive ids
+    Column("created_at", Double, nullable=False),
+    Index("ix_submissions_created_at", "created_at"),
+)
+
 # One row for each caller and limit.
 rate_limits = Table(
     "rate_limits",

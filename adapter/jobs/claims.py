@@ -33,15 +33,20 @@ async def take_up(
 ) -> list[Row[Any]]:
     """Make up to `limit` queued jobs the owner's; their rows by priority and age."""
     # Claims follow one another on PostgreSQL too, or what they count would change meanwhile.
-    await connection.execute(
-        select(counters.c.name).where(counters.c.name == "jobs").with_for_update()
-    )
+    await hold_counter(connection)
     taken: list[Row[Any]] = []
     for which, most in await _claimable(connection, limit, max_attempts):
         most = min(most, limit - len(taken))
         if most > 0:
             taken += await _take(connection, owner, which, most, now, lease)
     return sorted(taken, key=lambda row: (row.priority, row.id))
+
+
+async def hold_counter(connection: AsyncConnection) -> None:
+    """Wait for the row that submissions and claims take one after the other."""
+    await connection.execute(
+        select(counters.c.name).where(counters.c.name == "jobs").with_for_update()
+    )
 
 
 def any_of(*conditions: ColumnElement[bool]) -> Select[Any]:

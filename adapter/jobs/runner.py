@@ -280,6 +280,7 @@ class JobRunner:
         if expired := await self._store.expire():
             log.info("jobs_expired", count=expired)
         await self._store.purge(ttl=self._result_ttl, limit=PURGE_BATCH)
+        await self._store.forget_keys(ttl=self._result_ttl)
         return min(MAX_TICK_SECONDS, self._lease / 3)
 
     def _lose_silent(self, drives: list[Drive]) -> None:

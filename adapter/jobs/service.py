@@ -26,10 +26,17 @@ class JobService:
         self._watcher = watcher
         self._max_queued = max_queued
 
-    async def submit(self, requests: Sequence[Inputs], terms: Terms = STANDARD_TERMS) -> list[int]:
-        """Queue all or none. Raises `TooManyJobs`."""
-        ids = await self._store.add(requests, max_queued=self._max_queued, terms=terms)
-        JOBS_SUBMITTED.inc(len(ids))
+    async def submit(
+        self, requests: Sequence[Inputs], terms: Terms = STANDARD_TERMS, *, key: str | None = None
+    ) -> list[int]:
+        """Queue all or none; under one key once only. Raises `TooManyJobs`, `KeyReused`."""
+        room, new = self._max_queued, True
+        if key is None:
+            ids = await self._store.add(requests, max_queued=room, terms=terms)
+        else:
+            ids, new = await self._store.add_once(requests, key=key, max_queued=room, terms=terms)
+        if new:
+            JOBS_SUBMITTED.inc(len(ids))
         self._runner.wake()
         return ids
 

@@ -12,9 +12,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from adapter.database import Database
 from adapter.errors import TooManyJobs
 from adapter.generation import Event, Inputs
-from adapter.jobs.claims import QUEUED, RUNNING, any_of, take_up
+from adapter.jobs.claims import QUEUED, RUNNING, any_of, hold_counter, take_up
 from adapter.jobs.job import STANDARD_TERMS, UNDONE, ClaimedJob, Job, JobState, Terms, late
-from adapter.tables import counters, jobs
+from adapter.jobs.submissions import Submission, forget, ids_of, remember
+from adapter.tables import counters, jobs, submissions
 
 Clock = Callable[[], float]
 
@@ -37,19 +38,28 @@ class JobStore:
     ) -> list[int]:
         """Queue all requests or none; the ids are consecutive. Raises `TooManyJobs`."""
         async with self._database.write() as connection:
-            # Taking the counter first makes submissions follow one another on PostgreSQL too,
-            # so that the count below is exact.
-            end = await connection.scalar(
-                update(counters)
-                .where(counters.c.name == "jobs")
-                .values(next_id=counters.c.next_id + len(requests))
-                .returning(counters.c.next_id)
-            )
-            assert end is not None
-            await _refuse_beyond(connection, max_queued, len(requests))
-            ids = list(range(end - len(requests), end))
-            await connection.execute(insert(jobs), self._new_rows(ids, requests, terms))
-        return ids
+            return await self._add(connection, requests, max_queued, terms)
+
+    async def add_once(
+        self,
+        requests: Sequence[Inputs],
+        *,
+        key: str,
+        max_queued: int,
+        terms: Terms = STANDARD_TERMS,
+    ) -> tuple[list[int], bool]:
+        """As `add`, unless it was done before under this key; the ids, and whether they are new.
+
+        Raises `TooManyJobs`, and `KeyReused` if the key stands for other requests.
+        """
+        submission = Submission.of(key, requests, terms)
+        async with self._database.write() as connection:
+            await hold_counter(connection)
+            if (given := await ids_of(connection, submission)) is not None:
+                return given, False
+            ids = await self._add(connection, requests, max_queued, terms)
+            await remember(connection, submission, ids, self._clock())
+        return ids, True
 
     async def get(self, job_id: int, *, api_key: str | None = None) -> Job | None:
         """The job, or None if there is none of that id, or with a key none of that key's."""
@@ -189,6 +199,35 @@ class JobStore:
         async with self._database.write() as connection:
             result = await connection.execute(delete(jobs).where(jobs.c.id.in_(ids), old))
             return int(result.rowcount)
+
+    async def forget_keys(self, *, ttl: float) -> None:
+        """Forget the keys of submissions that were made longer than `ttl` ago."""
+        before = self._clock() - ttl
+        old = select(submissions.c.key).where(submissions.c.created_at < before).limit(1)
+        if await self._database.read(old):
+            async with self._database.write() as connection:
+                await forget(connection, before)
+
+    async def _add(
+        self,
+        connection: AsyncConnection,
+        requests: Sequence[Inputs],
+        max_queued: int,
+        terms: Terms,
+    ) -> list[int]:
+        # Taking the counter first makes submissions follow one another on PostgreSQL too, so that
+        # the count below is exact.
+        end = await connection.scalar(
+            update(counters)
+            .where(counters.c.name == "jobs")
+            .values(next_id=counters.c.next_id + len(requests))
+            .returning(counters.c.next_id)
+        )
+        assert end is not None
+        await _refuse_beyond(connection, max_queued, len(requests))
+        ids = list(range(end - len(requests), end))
+        await connection.execute(insert(jobs), self._new_rows(ids, requests, terms))
+        return ids
 
     def _new_rows(
         self, ids: Sequence[int], requests: Sequence[Inputs], terms: Terms

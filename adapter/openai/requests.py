@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BeforeValidator,
+    ConfigDict,
     Discriminator,
     Field,
     GetCoreSchemaHandler,
@@ -106,6 +107,15 @@ class Call(Denoising, Queueing):
     send them by `extra_body`.
     """
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"properties": {"stream_options": {"type": "null"}}},
+                {"required": ["stream"], "properties": {"stream": {"const": True}}},
+            ]
+        }
+    )
+
     model: Annotated[PlainText, Field(min_length=1, max_length=256)]
     temperature: float | None = Field(None, ge=0, description="at most DLLM_MAX_TEMPERATURE")
     stream: bool | None = None
@@ -199,7 +209,8 @@ class ChatCall(Call):
     messages: list[ChatMessage] = Field(min_length=1)
     max_tokens: Count | None = Field(None, description="older name of max_completion_tokens")
     max_completion_tokens: Count | None = Field(
-        None, description="the canvas; default DLLM_CHAT_MAX_TOKENS"
+        None,
+        description="the canvas; default DLLM_CHAT_MAX_TOKENS; as max_tokens, if both are given",
     )
     safety_identifier: Label | None = Field(None, description="has no effect")
     prompt_cache_key: Label | None = Field(None, description="has no effect")

@@ -36,7 +36,9 @@ def _chunks(model: str) -> dict[int | str, dict[str, Any]]:
 _FAULTS = problems(ErrorAnswer)
 
 
-async def _runner(request: Request, caller: CallerDep, live: LiveDep, settings: SettingsDep) -> Runner:
+async def _runner(
+    request: Request, caller: CallerDep, live: LiveDep, settings: SettingsDep
+) -> Runner:
     request_id = caller.request_id or secrets.token_hex(8)
     return Runner(live, request, request_id=request_id, heartbeat=settings.heartbeat_interval)
 

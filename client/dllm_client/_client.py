@@ -39,6 +39,7 @@ class _Exchange:
             "url": call.path,
             "json": call.json,
             "params": call.query or None,
+            "headers": call.headers,
             "timeout": self._timeout + call.extra_time,
         }
 
@@ -47,8 +48,9 @@ class Client(_Exchange):
     """A blocking client; safe to share between threads.
 
     `timeout` is the time in seconds for one answer of the server, not for a job. Every method
-    raises a DllmError when something goes wrong; GETs that find nobody are sent again a few
-    times before that. `transport` replaces the network, for tests.
+    raises a DllmError when something goes wrong; GETs and submissions that find nobody are sent
+    again a few times before that, submissions under an Idempotency-Key, so that no job runs twice.
+    `transport` replaces the network, for tests.
     """
 
     def __init__(
@@ -80,13 +82,24 @@ class Client(_Exchange):
         """Let go of the connections."""
         self._http.close()
 
-    def submit(self, prompt: str, **params: Unpack[Params]) -> int:
-        """Queue a prompt and return the id of its job at once."""
-        return self._run(operations.submit(prompt, params))
+    def submit(
+        self, prompt: str, *, idempotency_key: str | None = None, **params: Unpack[Params]
+    ) -> int:
+        """Queue a prompt and return the id of its job at once.
 
-    def submit_batch(self, prompts: Sequence[str], **params: Unpack[Params]) -> list[int]:
-        """Queue several prompts, all or none; their ids, in order."""
-        return self._run(operations.submit_batch(prompts, params))
+        The same prompt under the same key of yours is queued once, and has the same id again.
+        """
+        return self._run(operations.submit(prompt, params, idempotency_key))
+
+    def submit_batch(
+        self,
+        prompts: Sequence[str],
+        *,
+        idempotency_key: str | None = None,
+        **params: Unpack[Params],
+    ) -> list[int]:
+        """Queue several prompts, all or none; their ids, in order. The key is as in `submit`."""
+        return self._run(operations.submit_batch(prompts, params, idempotency_key))
 
     def result(self, request_id: int) -> Result:
         """The job as it is now. Raises NotFoundError."""
@@ -208,13 +221,21 @@ class AsyncClient(_Exchange):
         """Let go of the connections."""
         await self._http.aclose()
 
-    async def submit(self, prompt: str, **params: Unpack[Params]) -> int:
+    async def submit(
+        self, prompt: str, *, idempotency_key: str | None = None, **params: Unpack[Params]
+    ) -> int:
         """Queue a prompt and return the id of its job at once."""
-        return await self._run(operations.submit(prompt, params))
+        return await self._run(operations.submit(prompt, params, idempotency_key))
 
-    async def submit_batch(self, prompts: Sequence[str], **params: Unpack[Params]) -> list[int]:
+    async def submit_batch(
+        self,
+        prompts: Sequence[str],
+        *,
+        idempotency_key: str | None = None,
+        **params: Unpack[Params],
+    ) -> list[int]:
         """Queue several prompts, all or none; their ids, in order."""
-        return await self._run(operations.submit_batch(prompts, params))
+        return await self._run(operations.submit_batch(prompts, params, idempotency_key))
 
     async def result(self, request_id: int) -> Result:
         """The job as it is now."""

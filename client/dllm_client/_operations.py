@@ -6,6 +6,7 @@ rules (retries, long polling, parsing) live here, and a client only sends and sl
 """
 
 import time
+import uuid
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -27,7 +28,7 @@ from dllm_client._types import Params, Result, Status
 POLL_SECONDS = 0.1
 #: Seconds a server is asked to hold a poll; proxies often cut a silent connection at 60.
 HOLD_SECONDS = 30.0
-#: Pauses before a GET that found nobody is sent again.
+#: Pauses before a call that found nobody is sent again.
 RETRY_PAUSES = (0.1, 0.3, 1.0)
 
 
@@ -39,6 +40,7 @@ class Call:
     path: str
     json: dict[str, Any] | None = None
     query: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
     extra_time: float = 0.0
 
 
@@ -54,22 +56,23 @@ Step = Call | Pause
 Operation = Generator[Step, httpx.Response | None, T]
 
 
-def submit(prompt: str, params: Params) -> Operation[int]:
+def submit(prompt: str, params: Params, key: str | None = None) -> Operation[int]:
     """Queue one prompt; the id of its job."""
-    body = yield from _send(Call("POST", "/v1/generate", json={"prompt": prompt, **params}))
+    body = yield from _submit("/v1/generate", {"prompt": prompt, **params}, key)
     return _request_ids(body, 1)[0]
 
 
-def submit_batch(prompts: Sequence[str], params: Params) -> Operation[list[int]]:
+def submit_batch(
+    prompts: Sequence[str], params: Params, key: str | None = None
+) -> Operation[list[int]]:
     """Queue several prompts, all or none; the ids of their jobs, in order."""
-    fields = {"prompts": list(prompts), **params}
-    body = yield from _send(Call("POST", "/v1/generate_batch", json=fields))
+    body = yield from _submit("/v1/generate_batch", {"prompts": list(prompts), **params}, key)
     return _request_ids(body, len(prompts))
 
 
 def result(request_id: int) -> Operation[Result]:
     """The job as it is now."""
-    body = yield from _get(Call("GET", f"/v1/result/{request_id}"))
+    body = yield from _send_again(Call("GET", f"/v1/result/{request_id}"))
     return _result_of(body)
 
 
@@ -149,8 +152,14 @@ def _send(call: Call) -> Operation[Any]:
         raise UnexpectedResponseError(f"{response.url} did not answer with JSON") from error
 
 
-def _get(call: Call) -> Operation[Any]:
-    """Like _send, trying again when nobody answers: only a GET may be sent twice unasked."""
+def _submit(path: str, body: dict[str, Any], key: str | None) -> Operation[Any]:
+    """The answer of a submission, which the key allows to be sent twice."""
+    headers = {"Idempotency-Key": key or uuid.uuid4().hex}
+    return (yield from _send_again(Call("POST", path, json=body, headers=headers)))
+
+
+def _send_again(call: Call) -> Operation[Any]:
+    """Like _send, trying again when nobody answers; for calls that may be made twice."""
     for pause in RETRY_PAUSES:
         try:
             return (yield from _send(call))
@@ -162,7 +171,7 @@ def _get(call: Call) -> Operation[Any]:
 def _poll(request_id: int, hold: float) -> Operation[Result]:
     query = {"wait": f"{hold:g}"}
     call = Call("GET", f"/v1/result/{request_id}", query=query, extra_time=hold)
-    return _result_of((yield from _get(call)))
+    return _result_of((yield from _send_again(call)))
 
 
 def _request_ids(body: Any, count: int) -> list[int]:

@@ -8,7 +8,7 @@ import pytest
 from adapter_fakes import HandClock
 
 from adapter.database import Database
-from adapter.errors import TooManyJobs
+from adapter.errors import KeyReused, TooManyJobs
 from adapter.generation import Event, Usage
 from adapter.jobs.job import ClaimedJob, Job, JobState, Terms
 from adapter.jobs.store import JobStore
@@ -44,6 +44,46 @@ async def test_concurrent_submissions_get_distinct_ids(store: JobStore) -> None:
 
     assert list(range(30)) == sorted(job_id for batch in batches for job_id in batch)
     assert all([b[0], b[0] + 1, b[0] + 2] == b for b in batches)
+
+
+async def test_same_submission_is_made_once(store: JobStore) -> None:
+    """However often it is made, and however many at once, it makes its jobs once."""
+
+    async def submit() -> tuple[list[int], bool]:
+        return await store.add_once([{"seed": 1}, {}], key="k", max_queued=2)
+
+    given = await asyncio.gather(*(submit() for _ in range(8)))
+    assert [ids for ids, _ in given] == [[0, 1]] * 8
+    assert sum(new for _, new in given) == 1
+    # What was accepted is accepted, however full the queue is now.
+    assert await submit() == ([0, 1], False)
+
+
+async def test_refused_submission_leaves_its_key_free(store: JobStore) -> None:
+    """What found no room may be submitted again under its key."""
+    with pytest.raises(TooManyJobs):
+        await store.add_once([{}] * 2, key="k", max_queued=1)
+    assert await store.add_once([{}], key="k", max_queued=1) == ([0], True)
+
+
+async def test_submission_keys_are_their_owners(store: JobStore) -> None:
+    """The same key of somebody else is another key."""
+    for terms, ids in ((Terms(), [0]), (Terms(api_key="a"), [1]), (Terms(api_key="b"), [2])):
+        for new in (True, False):
+            given = await store.add_once([{}], key="k", max_queued=9, terms=terms)
+            assert given == (ids, new)
+
+
+async def test_submission_keys_are_forgotten(store: JobStore, clock: HandClock) -> None:
+    """A key is kept for as long as it is told, and may then stand for something else."""
+    await store.add_once([{}], key="k", max_queued=9)
+    clock.advance(10)
+    await store.forget_keys(ttl=10)
+    with pytest.raises(KeyReused):
+        await store.add_once([{"seed": 1}], key="k", max_queued=9)
+    clock.advance(1)
+    await store.forget_keys(ttl=10)
+    assert await store.add_once([{"seed": 1}], key="k", max_queued=9) == ([1], True)
 
 
 async def test_batch_that_exceeds_the_queue_is_refused_whole(store: JobStore) -> None:

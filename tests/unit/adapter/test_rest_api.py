@@ -1,12 +1,26 @@
 """The REST API through its front door."""
 
 import asyncio
+import inspect
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import httpx
+import jsonschema_rs
 import pytest
-from adapter_fakes import DONE, HANG, RunningApp, ScriptedEngine, fast_settings, running_app, until
+from adapter_fakes import (
+    DONE,
+    HANG,
+    RunningApp,
+    ScriptedEngine,
+    fast_settings,
+    running_app,
+    served_app,
+    until,
+)
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import APIRoute, iter_route_contexts
 
 from adapter.errors import InvalidRequest
 
@@ -300,6 +314,47 @@ async def test_limits_are_settings(database_url: str) -> None:
         assert where == ["body.prompts", "body.temperature", "body.gen_length"]
 
 
+async def test_key_makes_a_submission_once(api: RunningApp) -> None:
+    """The same body under the same Idempotency-Key has the same ids, however it is written."""
+
+    async def submit(content: str, key: str, call: str = "generate") -> list[int]:
+        headers = {"Content-Type": "application/json", "Idempotency-Key": key}
+        answer = await api.client.post(f"/v1/{call}", content=content, headers=headers)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["status"] == "submitted"
+        return list(answer.json()["request_ids"])
+
+    assert await submit('{"prompt": "a", "seed": 1}', "one") == [0]
+    assert await submit('{"seed": 1,  "prompt": "a"}', "one") == [0]
+    assert await submit('{"prompt": "a", "seed": 1}', "two") == [1]
+    for _ in range(2):
+        assert await submit('{"prompts": ["a", "b"]}', "three", "generate_batch") == [2, 3]
+    assert await api.submit("a", seed=1) == 4
+
+
+@pytest.mark.parametrize("change", [{"prompt": "b"}, {"priority": 1}, {"timeout": 9}, {"seed": 2}])
+async def test_key_stands_for_one_body(api: RunningApp, change: dict[str, Any]) -> None:
+    """Another body under a key that was used is a 422 that names the header, and makes no job."""
+    headers = {"Idempotency-Key": "one"}
+    body = {"prompt": "a", "seed": 1}
+    await api.client.post("/v1/generate", json=body, headers=headers)
+    answer = await api.client.post("/v1/generate", json=body | change, headers=headers)
+
+    assert answer.status_code == 422
+    assert answer.json() == {"detail": "Idempotency-Key: 'one' was used for another body"}
+    assert await api.submit() == 1
+
+
+@pytest.mark.parametrize("key", ["", "x" * 256, "with space", b"\xe9"])
+async def test_key_has_a_form(api: RunningApp, key: str | bytes) -> None:
+    """A key is up to 255 printable characters; what is none is a 422 that names the header."""
+    headers = {b"Idempotency-Key": key if isinstance(key, bytes) else key.encode()}
+    answer = await api.client.post("/v1/generate", json={"prompt": "a"}, headers=headers)
+
+    assert answer.status_code == 422
+    assert answer.json()["detail"][0]["loc"] == ["header", "Idempotency-Key"]
+
+
 async def test_full_queue_is_429(database_url: str) -> None:
     """Beyond the queue's limit the answer is 429 and says when to come back."""
     settings = fast_settings(database_url, max_queued_jobs=2)
@@ -353,6 +408,28 @@ async def test_wait_ends_with_the_time(api: RunningApp, engine: ScriptedEngine) 
     assert (await api.result(0, wait=0.1))["status"] == "running"
 
 
+async def test_poll_that_is_held_ends_when_its_caller_hangs_up(database_url: str) -> None:
+    """Nobody waits for a job whose caller has gone."""
+    left = 'route="/v1/result/{request_id}",status="499"} '
+    settings = fast_settings(database_url)
+    async with (
+        served_app(settings, ScriptedEngine([[HANG]])) as url,
+        httpx.AsyncClient(base_url=url) as client,
+    ):
+
+        async def gone() -> float:
+            page = (await client.get("/metrics")).text
+            return sum(float(line.rpartition(" ")[2]) for line in page.splitlines() if left in line)
+
+        before = await gone()
+        await client.post("/v1/generate", json={"prompt": "a"})
+        with pytest.raises(httpx.ReadTimeout):
+            await client.get("/v1/result/0", params={"wait": 60}, timeout=0.2)
+        async with asyncio.timeout(5):
+            while await gone() < before + 1:
+                await asyncio.sleep(0.01)
+
+
 async def test_wait_sees_jobs_of_other_workers(database_url: str) -> None:
     """A held poll ends soon after another worker has finished the job."""
     idle = fast_settings(database_url, poll_interval=60)
@@ -402,6 +479,71 @@ async def test_openapi_describes_the_calls(api: RunningApp) -> None:
         "/v1/livez",
         "/metrics",
     } == set(paths)
+
+
+A_PROMPT: dict[str, Any] = {"prompt": "a"}
+A_CHAT = [{"role": "user", "content": "a"}]
+A_CALL: dict[str, Any] = {"model": "dllm", "messages": A_CHAT}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/generate", A_PROMPT),
+        ("/v1/generate", {}),
+        ("/v1/generate", {"prompt": None}),
+        ("/v1/generate", {"prompt": None, "input_ids": [1], "raw": False}),
+        ("/v1/generate", A_PROMPT | {"messages": None, "raw": True}),
+        ("/v1/generate", A_PROMPT | {"messages": A_CHAT}),
+        ("/v1/generate", A_PROMPT | {"input_ids": [1], "raw": True}),
+        ("/v1/generate", {"messages": A_CHAT}),
+        ("/v1/generate", {"messages": A_CHAT, "input_ids": [1]}),
+        ("/v1/generate", {"messages": A_CHAT, "raw": True}),
+        ("/v1/generate", {"input_ids": [1], "raw": True}),
+        ("/v1/generate", A_PROMPT | {"unknown": 1}),
+        ("/v1/generate", A_PROMPT | {"gen_length": 513}),
+        ("/v1/generate/stream", A_PROMPT | {"messages": A_CHAT}),
+        ("/v1/generate_batch", {"prompts": ["a"]}),
+        ("/v1/generate_batch", {"prompts": ["a"], "prompt": "a"}),
+        ("/v1/chat/completions", A_CALL),
+        ("/v1/chat/completions", A_CALL | {"stream_options": {"include_usage": True}}),
+        ("/v1/chat/completions", A_CALL | {"stream": False, "stream_options": {}}),
+        ("/v1/chat/completions", A_CALL | {"stream": True, "stream_options": {}}),
+        ("/v1/chat/completions", A_CALL | {"stream": None, "stream_options": None}),
+        ("/v1/completions", {"model": "dllm", "prompt": "a", "stream_options": {}}),
+    ],
+)
+async def test_description_tells_what_is_refused(
+    api: RunningApp, path: str, body: dict[str, Any]
+) -> None:
+    """The published schema allows a body exactly if the server accepts it, rules that span fields
+    among them."""
+    await until(lambda: api.monitor.state.ok)
+    description = (await api.client.get("/openapi.json")).json()
+    content = description["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+    schema = {**content["schema"], "components": description["components"]}
+    answer = await api.client.post(path, json=body)
+
+    assert jsonschema_rs.validator_for(schema).is_valid(body) == (answer.status_code == 200)
+    assert answer.status_code in (200, 400, 422)
+
+
+async def test_no_call_is_handed_to_a_thread(api: RunningApp) -> None:
+    """Whatever a route is made of is asynchronous, so that no thread has to be woken for it."""
+
+    def parts(dependant: Dependant) -> Iterator[Any]:
+        yield dependant.call
+        for further in dependant.dependencies:
+            yield from parts(further)
+
+    routes = [
+        found.original_route
+        for found in iter_route_contexts(api.app.routes)
+        if isinstance(found.original_route, APIRoute)
+    ]
+    assert len(routes) >= 12
+    for route in routes:
+        assert all(map(inspect.iscoroutinefunction, parts(route.dependant))), route.path
 
 
 async def test_description_names_the_limits_of_this_server(database_url: str) -> None:

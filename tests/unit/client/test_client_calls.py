@@ -112,11 +112,30 @@ def test_get_is_repeated_when_nobody_answers(client: Client, script: Script) -> 
     assert len(script.requests) == 3
 
 
-def test_post_is_never_repeated(client: Client, script: Script) -> None:
-    """A submission that may have arrived is not sent twice."""
+def test_submission_is_repeated_under_its_key(client: Client, script: Script) -> None:
+    """A submission that may have arrived is sent again under the same key; the next has another."""
     script.answers = [httpx.ReadError("reset"), submitted(0)]
-    with pytest.raises(UnavailableError, match="cannot reach http://server: reset"):
+    assert client.submit("hi") == 0
+    assert client.submit_batch(["hi"]) == [0]
+    assert client.submit("hi", idempotency_key="mine") == 0
+    first, again, other, given = (r.headers["Idempotency-Key"] for r in script.requests)
+    assert first == again
+    assert len({first, other, given}) == 3
+    assert given == "mine"
+
+
+def test_nobody_there(client: Client, script: Script) -> None:
+    """A server that is away for longer is reported."""
+    script.answers = [httpx.ConnectError("refused")]
+    with pytest.raises(UnavailableError, match="cannot reach http://server: refused"):
         client.submit("hi")
+
+
+def test_cancellation_is_not_repeated(client: Client, script: Script) -> None:
+    """What has no key is sent once."""
+    script.answers = [httpx.ReadError("reset"), job("cancelled")]
+    with pytest.raises(UnavailableError, match="cannot reach http://server: reset"):
+        client.cancel(0)
     assert len(script.requests) == 1
 
 
