@@ -58,11 +58,16 @@ async def _exists(connection: AsyncConnection, *conditions: ColumnElement[bool])
     return await connection.scalar(any_of(*conditions)) is not None
 
 
+def lost_before_last(max_attempts: int) -> int:
+    """How many attempts a job has lost whose next one is the last, to be made alone."""
+    return max(1, max_attempts - 1)
+
+
 async def _claimable(
     connection: AsyncConnection, limit: int, max_attempts: int
 ) -> list[tuple[ColumnElement[bool], int]]:
     """The kinds of jobs that may be taken now, and how many of each at most."""
-    last = jobs.c.attempts >= max(1, max_attempts - 1)
+    last = jobs.c.attempts >= lost_before_last(max_attempts)
     if await _exists(connection, RUNNING, last):
         return []
     if await _exists(connection, QUEUED, last):

@@ -17,6 +17,7 @@ from adapter.errors import (
     StoreUnavailable,
     Unavailable,
 )
+from adapter.jobs.claims import lost_before_last
 from adapter.jobs.job import ClaimedJob, late
 from adapter.jobs.outcome import (
     Dropped,
@@ -92,6 +93,7 @@ class JobRunner:
         self._poll_interval = settings.poll_interval
         self._silence = settings.engine_silence
         self._result_ttl = settings.result_ttl
+        self._lost_before_last = lost_before_last(settings.job_max_attempts)
         self._drain = settings.drain_seconds
         self._on_done = on_done
         self._drives: dict[int, Drive] = {}
@@ -218,8 +220,10 @@ class JobRunner:
     async def _follow(self, drive: Drive) -> Outcome:
         """Read the stream to its end, or until the job's deadline."""
         job = drive.job
+        # No other job runs now; the engine keeps streams and other callers of Triton's away too.
+        alone = {"alone": True} if job.attempts >= self._lost_before_last else {}
         stream = drive.member.generate(
-            job.inputs, request_id=job.engine_request_id, priority=job.terms.priority
+            {**job.inputs, **alone}, request_id=job.engine_request_id, priority=job.terms.priority
         )
         try:
             async with asyncio.timeout(job.time_left), aclosing(stream) as events:

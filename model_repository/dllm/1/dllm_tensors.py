@@ -40,6 +40,7 @@ def parse_request(engine: Engine, request: Any) -> Request:
         params,
         stream_interval=interval if stream else None,
         priority=_priority(inputs),
+        alone=bool(_scalar(inputs, "alone")) if "alone" in inputs else False,
     )
 
 

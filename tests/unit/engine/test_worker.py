@@ -41,6 +41,34 @@ def test_requests_from_many_threads_are_all_answered(checkpoint: Path) -> None:
     assert answers.empty()
 
 
+def test_request_that_runs_alone(checkpoint: Path) -> None:
+    """It begins when all before it are done, and those after it begin when it is done."""
+    worker = start(checkpoint, max_num_seqs=3)
+    log: queue.Queue[tuple[str, bool]] = queue.Queue()
+
+    def ask(name: str, *, alone: bool = False) -> None:
+        params = SamplingParams(gen_length=12, ignore_eos=True)
+        request = worker.engine.make_request(Prompt([1]), params, stream_interval=0, alone=alone)
+        worker.submit(request, lambda update: log.put((name, update.finished)))
+
+    def others() -> None:
+        for name in ("before", "before too"):
+            ask(name)
+        ask("alone", alone=True)
+        for name in ("after", "alone too", "last"):
+            ask(name, alone=name == "alone too")
+
+    submitting = threading.Thread(target=others)
+    submitting.start()
+    events = [log.get(timeout=60) for _ in range(6 * 12)]
+    submitting.join()
+    worker.close()
+    names = [name for name, _ in events]
+    assert set(names[:24]) == {"before", "before too"}
+    assert names[24:] == ["alone"] * 12 + ["after"] * 12 + ["alone too"] * 12 + ["last"] * 12
+    assert sum(finished for _, finished in events) == 6
+
+
 def test_submit_blocks_while_every_slot_is_taken(checkpoint: Path) -> None:
     """The request after the last slot waits with its caller until one is free."""
     worker = start(checkpoint, max_num_seqs=1)

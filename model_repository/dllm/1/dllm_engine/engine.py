@@ -111,6 +111,7 @@ class Engine:
         *,
         stream_interval: float | None = None,
         priority: int = 0,
+        alone: bool = False,
     ) -> Request:
         """Check a request against this model's limits; it is not queued yet. Thread-safe.
 
@@ -120,6 +121,7 @@ class Engine:
             stream_interval: seconds between updates while running; 0: one per step; None: only
                 the final one.
             priority: 0 goes first, larger ones later.
+            alone: a worker is to run it while nothing else runs.
 
         Raises:
             InvalidRequest: names the field and the limit.
@@ -132,7 +134,7 @@ class Engine:
         if resolved.steps > self.max_model_len:
             problem = f"must be at most {self.max_model_len}; got {resolved.steps}"
             raise InvalidRequest("steps", problem)
-        request = Request(next(self._ids), prompt, resolved, stream_interval, priority)
+        request = Request(next(self._ids), prompt, resolved, stream_interval, priority, alone)
         request.num_pages = self._pages_of(request)
         return request
 

@@ -29,6 +29,8 @@ class Request:
     stream_interval: float | None = None
     #: 0 goes first; each level more waits `PRIORITY_STEPS` steps longer.
     priority: int = 0
+    #: It runs while nothing else does; `EngineWorker.submit` sees to that.
+    alone: bool = False
     #: Pages that it holds while running.
     num_pages: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)

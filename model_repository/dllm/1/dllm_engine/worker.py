@@ -31,8 +31,10 @@ class EngineWorker:
         self.engine = engine
         self._on_death = on_death
         self._free = threading.BoundedSemaphore(engine.config.max_num_seqs)
+        self._turn = threading.Lock()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._callbacks: dict[int, OnUpdate] = {}
+        #: Whom to tell of each request, and how many slots it takes.
+        self._callbacks: dict[int, tuple[OnUpdate, int]] = {}
         self._death: EngineDead | None = None
         self._closing = False
         engine.on_failure(lambda: self._inbox.put(engine.check))
@@ -42,13 +44,18 @@ class EngineWorker:
     def submit(self, request: Request, on_update: OnUpdate) -> None:
         """Hand over a request from `Engine.make_request`; blocks while the engine is full.
 
+        One that runs alone takes every slot: it waits until nothing runs, and others wait for it.
+
         Raises:
             EngineDead: the engine has stopped.
         """
-        while not self._free.acquire(timeout=0.5):
-            self._check_alive()
+        slots = self.engine.config.max_num_seqs if request.alone else 1
+        with self._turn:  # two that each hold half of the slots would wait for ever
+            for _ in range(slots):
+                while not self._free.acquire(timeout=0.5):
+                    self._check_alive()
         self._check_alive()
-        self._inbox.put(lambda: self._add(request, on_update))
+        self._inbox.put(lambda: self._add(request, on_update, slots))
 
     def cancel(self, request_id: int) -> None:
         """End a request before the next step; its final update says so. Unknown ids are fine."""
@@ -94,8 +101,8 @@ class EngineWorker:
                 command()
         return not self._closing
 
-    def _add(self, request: Request, on_update: OnUpdate) -> None:
-        self._callbacks[request.request_id] = on_update
+    def _add(self, request: Request, on_update: OnUpdate, slots: int) -> None:
+        self._callbacks[request.request_id] = on_update, slots
         self.engine.add(request)
 
     def _cancel(self, request_id: int) -> None:
@@ -105,10 +112,10 @@ class EngineWorker:
 
     def _deliver(self, update: CanvasUpdate) -> None:
         if update.finished:
-            on_update = self._callbacks.pop(update.request_id)
-            self._free.release()
+            on_update, slots = self._callbacks.pop(update.request_id)
+            self._free.release(slots)
         else:
-            on_update = self._callbacks[update.request_id]
+            on_update, _ = self._callbacks[update.request_id]
         on_update(update)
 
     def _die(self, death: EngineDead) -> None:
