@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import requests
 
 from launcher.tritonserver import TritonServer
 from tests.support.servers import AdapterServer, triton_server
@@ -67,6 +68,27 @@ def triton(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     log_file = tmp_path_factory.mktemp("triton") / "triton.log"
     with triton_server(checkpoint, log_file=log_file) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def _mortal(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    log_file = tmp_path_factory.mktemp("mortal") / "triton.log"
+    with triton_server(checkpoint, log_file=log_file) as server:
+        yield server
+
+
+@pytest.fixture
+def mortal(_mortal: TritonServer) -> TritonServer:
+    """A tritonserver that the test may harm.
+
+    One that has died, or whose model was unloaded when a test ended, is started again for the next
+    test. A dead process of the model is replaced by the next test's adapter.
+    """
+    ready = f"http://{_mortal.http_url}/v2/models/dllm/ready"
+    if not _mortal.running or requests.get(ready, timeout=30).status_code != 200:
+        _mortal.stop()
+        _mortal.start()
+    return _mortal
 
 
 @pytest.fixture(scope="session")

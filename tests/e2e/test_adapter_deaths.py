@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
 import requests
 
 from launcher.tritonserver import TritonServer
 from tests.conftest import StartAdapter
-from tests.support.servers import AdapterServer, eventually, stub_of, triton_server
+from tests.support.servers import AdapterServer, eventually, stub_of
 
 #: Death is noticed within seconds, with margins for a slow machine.
 QUICK = {
@@ -21,13 +17,6 @@ QUICK = {
 }
 #: Sampled without a seed: a job that ran twice would not have the same text again.
 UNIQUE = {"temperature": 1.0, "gen_length": 64, "ignore_eos": True}
-
-
-@pytest.fixture
-def mortal(checkpoint: Path, tmp_path: Path) -> Iterator[TritonServer]:
-    """A tritonserver that the test may harm."""
-    with triton_server(checkpoint, log_file=tmp_path / "triton.log") as server:
-        yield server
 
 
 def some_finished(adapter: AdapterServer, jobs: list[int]) -> dict[int, str]:

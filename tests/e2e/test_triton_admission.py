@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +15,7 @@ from launcher.tritonserver import TritonServer
 from tests.e2e.triton_calls import LONG, GrpcStream
 from tests.support.servers import PATIENCE, eventually, metric, triton_server
 
-SHORT = {"text_input": "short", "gen_length": 32, "ignore_eos": True}
+SHORT: dict[str, Any] = {"text_input": "short", "gen_length": 32, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,20 @@ def test_priority_overtakes(narrow: TritonServer) -> None:
     assert queue.errors == {}
     assert queue.answered.index("urgent") < queue.answered.index("early")
     assert queue.answered.index("urgent") < queue.answered.index("default")
+
+
+def test_request_that_runs_alone(triton: TritonServer) -> None:
+    """With `alone` a request begins when nothing else runs, however many places are free."""
+    with ExitStack() as stack:
+        with GrpcStream(triton, LONG | {"stream": True}) as before:
+            steps = iter(before)
+            next(steps)
+            alone = stack.enter_context(GrpcStream(triton, SHORT | {"alone": True}))
+            for _ in range(3 * int(SHORT["gen_length"])):
+                next(steps)
+            assert alone.unanswered
+        [answer] = alone
+        assert answer.finish_reason == "length"
 
 
 def test_timeout_in_the_queue(narrow: TritonServer) -> None:

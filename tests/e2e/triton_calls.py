@@ -142,6 +142,11 @@ class GrpcStream:
         self._client.stop_stream(cancel_requests=True)
         self._client.close()
 
+    @property
+    def unanswered(self) -> bool:
+        """Nothing has come that was not fetched."""
+        return self._replies.empty()
+
     def __iter__(self) -> Iterator[Answer]:
         while True:
             result, error = self._replies.get(timeout=PATIENCE)

@@ -191,9 +191,11 @@ class AdapterServer:
         """Submit one prompt; the id of its job."""
         return self._submit("generate", {"prompt": prompt, **fields})[0]
 
-    def submit_batch(self, prompts: list[str], **fields: object) -> list[int]:
-        """Submit several prompts; the ids of their jobs."""
-        return self._submit("generate_batch", {"prompts": prompts, **fields})
+    def submit_batch(
+        self, prompts: list[str], *, key: str | None = None, **fields: object
+    ) -> list[int]:
+        """Submit several prompts, with a key once however often; the ids of their jobs."""
+        return self._submit("generate_batch", {"prompts": prompts, **fields}, key)
 
     def result(self, request_id: int) -> dict[str, object]:
         """The job as it is now."""
@@ -213,8 +215,9 @@ class AdapterServer:
         assert body["status"] == "finished", body
         return str(body["text"])
 
-    def _submit(self, call: str, body: Mapping[str, object]) -> list[int]:
-        response = requests.post(f"{self.url}/v1/{call}", json=body, timeout=30)
+    def _submit(self, call: str, body: Mapping[str, object], key: str | None = None) -> list[int]:
+        headers = {} if key is None else {"Idempotency-Key": key}
+        response = requests.post(f"{self.url}/v1/{call}", json=body, headers=headers, timeout=30)
         assert response.status_code == 200, response.text
         ids: list[int] = response.json()["request_ids"]
         return ids

@@ -81,6 +81,16 @@ async def test_failing_engine_uses_up_attempts(api: RunningApp, engine: Scripted
     assert len(engine.requests) == 3
 
 
+async def test_engine_is_told_that_the_last_attempt_runs_alone(
+    api: RunningApp, engine: ScriptedEngine
+) -> None:
+    """Streams run beside jobs, which only the engine can keep away from a last attempt."""
+    engine.scripts = [[EngineFailure("CUDA error")]]
+    await api.result(await api.submit())
+
+    assert [inputs.get("alone") for inputs in engine.requests] == [None, None, True]
+
+
 @pytest.mark.parametrize("end", [[], [SIGN_OF_LIFE], [Event("", "cancelled")]])
 async def test_stream_without_result_is_run_again(
     api: RunningApp, engine: ScriptedEngine, end: list[Event | str | Exception]
