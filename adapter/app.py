@@ -145,6 +145,7 @@ def _monitor(
         HealStore(database, engine=engine_name(url, settings.model_name), owner=worker),
         probe_interval=settings.probe_interval,
         silence=settings.engine_silence,
+        lease=settings.lease_seconds,
         heal=settings.heal,
     )
 

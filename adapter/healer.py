@@ -10,8 +10,6 @@ from adapter.metrics import ENGINE_RELOADS
 
 log = get_logger()
 
-#: A healer that is silent for longer is taken to have died, and another worker begins anew.
-LEASE_SECONDS = 15.0
 RETRY_SECONDS = 10.0
 LOOK_SECONDS = 0.5
 #: A new engine is idle, and so answers at once.
@@ -19,11 +17,16 @@ PROBE_SECONDS = 15.0
 
 
 class Healer:
-    """Unloads and loads the model in the background, if no other worker does."""
+    """Unloads and loads the model in the background, if no other worker does.
 
-    def __init__(self, engine: Engine, store: HealStore, *, enabled: bool) -> None:
+    One that is silent for longer than `lease` seconds is taken to have died, and another worker
+    begins anew.
+    """
+
+    def __init__(self, engine: Engine, store: HealStore, *, lease: float, enabled: bool) -> None:
         self._engine = engine
         self._store = store
+        self._lease = lease
         self._enabled = enabled
         self._not_before = 0.0
         ENGINE_RELOADS.labels(store.engine)  # shown before the first
@@ -44,7 +47,7 @@ class Healer:
         if self.busy or not self._enabled or now < self._not_before:
             return
         self._collect()
-        if await self._store.begin(epoch=epoch, lease=LEASE_SECONDS):
+        if await self._store.begin(epoch=epoch, lease=self._lease):
             self._not_before = now + RETRY_SECONDS
             self._task = asyncio.create_task(
                 self._replace(epoch, taken_over=taken_over), name="engine-reload"
@@ -52,7 +55,7 @@ class Healer:
 
     async def renew(self) -> None:
         """Tell the others that it is still being done."""
-        await self._store.renew(lease=LEASE_SECONDS)
+        await self._store.renew(lease=self._lease)
 
     async def stop(self) -> None:
         """Give up; if the model may be unloaded now, whoever comes next begins anew at once."""

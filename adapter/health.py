@@ -60,11 +60,12 @@ class EngineMonitor:
         *,
         probe_interval: float,
         silence: float,
+        lease: float,
         heal: bool,
     ) -> None:
         self._engine = engine
         self._store = store
-        self._healer = Healer(engine, store, enabled=heal)
+        self._healer = Healer(engine, store, lease=lease, enabled=heal)
         self._interval = probe_interval
         self._silence = silence
         self._tick = min(MAX_TICK_SECONDS, probe_interval)
