@@ -76,7 +76,12 @@ def _limits(settings: Settings) -> Mapping[str, Schema]:
     return {
         "prompt": text,
         "suffix": text,
-        "prompts": {"array": {"maxItems": settings.max_batch_size}},
+        "prompts": {
+            "array": {
+                "maxItems": settings.max_batch_size,
+                "items": {"type": "string", "minLength": 1, **text["string"]},
+            }
+        },
         "input_ids": {"array": {"maxItems": settings.max_prompt_chars}},
         "canvas_ids": {"array": {"maxItems": settings.max_gen_length}},
         "gen_length": canvas,
