@@ -49,7 +49,8 @@ async def test_poison_fails_and_its_neighbours_finish(
     monkeypatch.setattr("adapter.healer.RETRY_SECONDS", 0.1)
     engine = MortalEngine()
     engine.most_beside_poison = []
-    settings = fast_settings(database_url, max_inflight=40)
+    # No worker dies here, and on a busy machine a short lease would have the engine replaced twice.
+    settings = fast_settings(database_url, max_inflight=40, lease_seconds=15)
     async with running_app(settings, engine) as one, running_app(settings, engine) as two:
         prompts = [f"good {n}" for n in range(20)] + ["poison"] + ["good"] * 19
         await one.client.post("/v1/generate_batch", json={"prompts": prompts})
