@@ -13,9 +13,10 @@ import tomllib
 from pathlib import Path
 
 project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-for extra in ("engine", "adapter"):
-    lines = project["optional-dependencies"][extra]
-    Path(f"{extra}.txt").write_text("\n".join(lines) + "\n")
+extras = project["optional-dependencies"]
+parts = {"engine": extras["engine"] + extras["quantization"], "adapter": extras["adapter"]}
+for part, lines in parts.items():
+    Path(f"{part}.txt").write_text("\n".join(lines) + "\n")
 END
 
 # NVIDIA's server with the engine's requirements. The engine itself is not installed: it lies in

@@ -284,11 +284,15 @@ def test_int8_in_float16_would_overflow() -> None:
         ({"quantization": "int8", "dtype": "float64"}, "DLLM_QUANTIZATION: int8 .*float64"),
         ({"quantization": "fp8", "dtype": "float64"}, "DLLM_QUANTIZATION: fp8 .*float64"),
         ({"quantization": "int8", "dtype": "float16"}, "DLLM_QUANTIZATION: int8 .*bfloat16"),
+        (
+            {"quantization": "fp8", "batch_invariant": True},
+            "DLLM_BATCH_INVARIANT: .*DLLM_QUANTIZATION",
+        ),
     ],
     ids=str,
 )
-def test_what_cannot_work_is_refused(settings: dict[str, str], message: str) -> None:
-    """The message names the setting and what to set instead."""
+def test_what_cannot_work_is_refused(settings: dict[str, object], message: str) -> None:
+    """The message names the settings that do not go together."""
     with pytest.raises(InvalidConfig, match=message):
         EngineConfig(model_path=Path(), **settings)  # type: ignore[arg-type]
 

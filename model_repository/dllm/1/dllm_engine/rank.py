@@ -15,7 +15,7 @@ from .config import EngineConfig
 from .errors import DllmError, EngineDead
 from .models import ModelSpec
 from .parallel import Group, Link, Skeleton
-from .shard import ModelShard, StepInputs, rank_device
+from .shard import ModelShard, StepInputs, import_libraries, rank_device
 
 logger = logging.getLogger("dllm_engine")
 
@@ -39,6 +39,7 @@ def serve(link: Link) -> None:
     assert isinstance(task, RankTask)
     torch.set_num_threads(seat.threads)
     device = rank_device(task.config, seat.rank)
+    import_libraries(task.config)
     link.reply(READY)
     group = Group.join(seat.meeting, seat.rank, seat.size, device, seat.timeout)
     shard = ModelShard(task.config, task.spec, task.stop_token_ids, group)

@@ -19,7 +19,15 @@ from .errors import InvalidConfig
 from .graphs import GRAPH_BYTES, LARGEST_ROWS, ForwardGraphs, cuda_recorder, graph_sizes
 from .memory import PeakMeter, available_bytes, check_weights, parse_limit, plan_memory
 from .models import DiffusionModel, ModelSpec, load_model
-from .ops import FlatLayout, LayerPages, Layout, Operations, PackedLayout, choose_operations
+from .ops import (
+    FlatLayout,
+    LayerPages,
+    Layout,
+    Operations,
+    PackedLayout,
+    choose_operations,
+    make_quantizer,
+)
 from .parallel import Group
 from .sampling import Candidates, Credits, RowSampling, SpecialTokens, sample_candidates
 from .sampling.rows import ROW_MULTIPLE
@@ -103,10 +111,12 @@ class ModelShard:
             operations=operations,
             quantization=config.quantization,
         )
-        activations, rows = self._peak_activations()
+        longest = spec.max_model_len  # two of them: a request and its twin
+        activations = self._peak_activations(max(2 * longest, self.token_budget))
         self._graph_sizes = graph_sizes(_largest_graph(config, operations, self.device, group))
         graphs = len(self._graph_sizes) * GRAPH_BYTES
-        graphs += activations * max(self._graph_sizes, default=0) // rows
+        if self._graph_sizes:
+            graphs += self._peak_activations(self._graph_sizes[-1])
         #: How this rank's memory is shared out.
         self.plan = plan_memory(
             spec,
@@ -208,21 +218,21 @@ class ModelShard:
         return self.model.head_input(hidden)[: len(wanted)]
 
     @torch.inference_mode()
-    def _peak_activations(self) -> tuple[int, int]:
-        """Bytes that the largest step takes besides logits, and its rows.
+    def _peak_activations(self, rows: int) -> int:
+        """Bytes that a step of so many rows, in sequences as long as may be, takes besides logits.
 
-        One layer is run on that many rows: layers run one after another in the same memory, so
-        one shows the peak of all.
+        One layer is run on them: layers run one after another in the same memory, so one shows
+        the peak of all.
         """
         longest = self._spec.max_model_len
-        lengths = [longest] * max(2, self.token_budget // longest)  # a request and its twin
-        positions = torch.arange(longest, device=self.device).repeat(len(lengths))
+        lengths = [longest] * (rows // longest) + [rows % longest] * (rows % longest > 0)
+        positions = torch.cat([torch.arange(n, device=self.device) for n in lengths])
         with PeakMeter(self.device) as meter:
             layout: Layout = PackedLayout.of(lengths)
             if self.tile_rows is not None:
                 layout = FlatLayout.of(lengths, self.tile_rows, self.device)
             self.model(torch.zeros_like(positions), positions, layout, depth=1)
-        return meter.peak, len(positions)
+        return meter.peak
 
 
 def _largest_graph(
@@ -242,6 +252,16 @@ def _largest_graph(
             f"is not split over ranks; set 0, or nothing, on {device}"
         )
     return config.cuda_graph_rows
+
+
+def import_libraries(config: EngineConfig) -> None:
+    """Import what loading needs. It takes seconds, so ranks do it before they wait for each other.
+
+    Raises:
+        InvalidConfig: a library is missing.
+    """
+    if config.quantization != "none":
+        make_quantizer(config.quantization)
 
 
 def resolve_device(config: EngineConfig) -> tuple[str, torch.dtype]:

@@ -13,7 +13,7 @@ from .models import DiffusionModel, ModelSpec
 from .parallel import Group, Ranks, take_apart, thread_share
 from .rank import RankTask
 from .sampling import Candidates, SpecialTokens
-from .shard import ModelShard, StepInputs, rank_device
+from .shard import ModelShard, StepInputs, import_libraries, rank_device
 
 
 class ModelTeam:
@@ -42,6 +42,7 @@ class ModelTeam:
         try:
             if device == "cpu":
                 torch.set_num_threads(share)
+            import_libraries(config)
             self._ranks.collect()
             self._group = Group.join(seat.meeting, 0, seat.size, device, seat.timeout)
             self._ranks.on_failure(self._group.abort)
