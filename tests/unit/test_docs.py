@@ -1,5 +1,6 @@
 """The papers say what the code does."""
 
+import importlib.util
 import json
 import re
 import tomllib
@@ -42,6 +43,18 @@ def test_links_between_pages_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_commands_on_the_pages_can_be_run() -> None:
+    """Every module and make target that a page names is there."""
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for page in PAGES:
+        text = page.read_text()
+        # In code; "make" is also a word.
+        for target in re.findall(r"(?:^|`)make ([a-z0-9-]+)", text, re.M):
+            assert target in targets, f"{page.name}: make {target}"
+        for module in re.findall(r"python3? -m ((?:benchmarks|demo|launcher|adapter)[\w.]*)", text):
+            assert importlib.util.find_spec(module), f"{page.name}: {module}"
 
 
 def test_the_first_release_of_the_changelog_is_the_packages() -> None:
