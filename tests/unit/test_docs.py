@@ -57,6 +57,17 @@ def test_commands_on_the_pages_can_be_run() -> None:
             assert importlib.util.find_spec(module), f"{page.name}: {module}"
 
 
+def test_the_latencies_on_the_page_are_those_of_the_results() -> None:
+    """docs/performance.md has a row for each system and load of latency.json, with its figures."""
+    page = (ROOT / "docs/performance.md").read_text()
+    result = json.loads((ROOT / "benchmarks/results/latency.json").read_text())
+    for load in result["loads"]:
+        for system, figures in load["systems"].items():
+            real = [f"{figures['real'][q]:.2f} s" for q in ("p50", "p95", "p99")]
+            row = [load["name"], system, *real, f"{figures['simulated']['p99']:.2f} s"]
+            assert f"| {' | '.join(row)} |" in page
+
+
 def test_the_first_release_of_the_changelog_is_the_packages() -> None:
     """CHANGELOG.md speaks of the version that pyproject.toml builds, or of what comes next."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
