@@ -1,8 +1,9 @@
 """Memory of logits and of keys and values: `python -m benchmarks.memory`.
 
 Logits: the peak of choosing tokens for 32 requests × 128 masked positions over LLaDA's 126,464
-words, by the engine's tiled head and by materialising the tensor. Keys and values: what a request
-reserves under each cache policy, for LLaDA-8B's shape, from the engine's own admission.
+words, by the engine's tiled head and by materialising the tensor; counted by torch, tensor by
+tensor, since resident memory varies from run to run. Keys and values: what a request reserves under
+each cache policy, for LLaDA-8B's shape, from the engine's own admission.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from dllm_engine.cache import CachePolicy, PageAllocator, reserved_rows
-from dllm_engine.memory import PeakMeter
 from dllm_engine.ops import Head
 from dllm_engine.request import CACHE_POLICIES
 from dllm_engine.sampling import RowSampling, SpecialTokens, sample_candidates
 
+from benchmarks.allocations import AllocationMeter
 from benchmarks.common import RESULTS, write_json
 
 VOCABULARY, HIDDEN = 126_464, 256
@@ -62,14 +63,14 @@ def logits_peaks(budget_mb: int) -> dict[str, Any]:
         ("temperature 0.7, with entropy and margin", 0.7, True),
     ):
         rows = _sampling(len(hidden), temperature)
-        with PeakMeter("cpu") as meter:
+        with AllocationMeter() as meter:
             found = sample_candidates(
                 hidden, head, rows, special, budget_bytes=budget_mb * 2**20, with_spread=spread
             )
         peaks[name] = meter.peak
         if name == "greedy":
             ours = found
-    with PeakMeter("cpu") as meter:
+    with AllocationMeter() as meter:
         logits = F.linear(hidden, weight)
         whole = logits.numel() * logits.element_size()
         confidence = logits.softmax(dim=-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import pytest
 
@@ -45,3 +45,14 @@ def test_leaving_frees_the_place(
     )
     assert metric(triton, FINISHED) == before[FINISHED]
     eventually(lambda: metric(triton, "dllm_running_requests") == 0, "its place is free")
+
+
+def test_of_many_that_leave_none_is_forgotten(triton: TritonServer) -> None:
+    """More callers than are asked at a time leave at once, and each of their places is free."""
+    many = 20
+    before = settled_counters(triton)
+    with ExitStack() as stack:
+        for _ in range(many):
+            stack.enter_context(grpc_stream(triton))
+    eventually(lambda: metric(triton, CANCELLED) == before[CANCELLED] + many, "all are cancelled")
+    assert metric(triton, FINISHED) == before[FINISHED]

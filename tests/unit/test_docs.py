@@ -1,5 +1,6 @@
 """The papers say what the code does."""
 
+import importlib.util
 import json
 import re
 import tomllib
@@ -42,6 +43,29 @@ def test_links_between_pages_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_commands_on_the_pages_can_be_run() -> None:
+    """Every module and make target that a page names is there."""
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for page in PAGES:
+        text = page.read_text()
+        # In code; "make" is also a word.
+        for target in re.findall(r"(?:^|`)make ([a-z0-9-]+)", text, re.M):
+            assert target in targets, f"{page.name}: make {target}"
+        for module in re.findall(r"python3? -m ((?:benchmarks|demo|launcher|adapter)[\w.]*)", text):
+            assert importlib.util.find_spec(module), f"{page.name}: {module}"
+
+
+def test_the_latencies_on_the_page_are_those_of_the_results() -> None:
+    """docs/performance.md has a row for each system and load of latency.json, with its figures."""
+    page = (ROOT / "docs/performance.md").read_text()
+    result = json.loads((ROOT / "benchmarks/results/latency.json").read_text())
+    for load in result["loads"]:
+        for system, figures in load["systems"].items():
+            real = [f"{figures['real'][q]:.2f} s" for q in ("p50", "p95", "p99")]
+            row = [load["name"], system, *real, f"{figures['simulated']['p99']:.2f} s"]
+            assert f"| {' | '.join(row)} |" in page
 
 
 def test_the_first_release_of_the_changelog_is_the_packages() -> None:

@@ -22,6 +22,9 @@ logger = logging.getLogger("dllm_engine.triton")
 #: whole canvas, so a reader that is too slow sees fewer steps and misses nothing.
 MAX_UNSENT = 64
 WATCH_SECONDS = 0.05
+#: Callers that are asked per watch, in turn, whether they have left. Asking is a round trip to the
+#: server's own process: asking all of 32 every time took a twentieth of the engine's time.
+ASKED_AT_ONCE = 8
 METRICS_EVERY = 20  # watches
 
 
@@ -76,9 +79,12 @@ class Exchange:
             self._callers[caller.request_id] = caller
 
     def forget(self, request_id: int) -> None:
-        """Expect no updates for this request any more; it is answered by somebody else."""
+        """Expect no updates for this request any more: it is answered by somebody else, now."""
         with self._changed:
-            self._callers.pop(request_id, None)
+            caller = self._callers.pop(request_id, None)
+        if caller is not None:
+            with caller.lock:
+                caller.answered = True
 
     def post(self, update: CanvasUpdate) -> None:
         """Queue an update for its caller; called on the engine's thread."""
@@ -132,13 +138,16 @@ class Exchange:
 
     def _watch_loop(self) -> None:
         watches = 0
+        to_ask: list[Caller] = []
         while not self._stopping.wait(WATCH_SECONDS):
-            with self._changed:
-                callers = list(self._callers.values())
-            for caller in callers:
+            if not to_ask:
+                with self._changed:
+                    to_ask = list(self._callers.values())
+            for caller in to_ask[:ASKED_AT_ONCE]:
                 # Asked again until the final update: it may not have been admitted yet.
                 if caller.has_left():
                     self._worker.cancel(caller.request_id)
+            del to_ask[:ASKED_AT_ONCE]
             if watches % METRICS_EVERY == 0:
                 self._metrics.publish(self._worker)
             watches += 1

@@ -21,6 +21,7 @@ from dllm_engine import (
     RequestFailed,
     SamplingParams,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.checkpoints import EOS, EOT, MASK, write_llada
 from tests.support.reference import Forward
@@ -407,3 +408,48 @@ def test_priority_decides_who_steps_when_the_budget_is_short(checkpoint: Path) -
         order += [update.request_id for update in engine.step()]
     assert order == [early.request_id, late.request_id]
     assert late.steps_run == early.steps_run == 8
+
+
+def test_sequences_larger_than_the_budget_are_served_and_so_are_those_behind(
+    checkpoint: Path,
+) -> None:
+    """A budget that no sequence fits into slows everybody down and stops nobody."""
+    prompts = [[1] * 40, [2] * 5, [3] * 40, [4] * 5]
+    params = SamplingParams(gen_length=12, ignore_eos=True)
+    roomy, narrow = LLM(checkpoint), LLM(checkpoint, max_num_batched_tokens=16)
+    expected = roomy.generate(prompts, params, progress=False)
+    found = narrow.generate(prompts, params, progress=False)
+    assert [a.token_ids.tolist() for a in found] == [a.token_ids.tolist() for a in expected]
+    assert narrow.engine.stats.steps == 4 * 12
+
+
+class Operations(TorchDispatchMode):
+    """Counts the tensor operations inside a `with` block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: object, types: object, args: tuple[object, ...] = (), kwargs: object = None
+    ) -> object:
+        self.count += 1
+        return func(*args, **(kwargs or {}))  # type: ignore[operator,dict-item]
+
+
+@pytest.mark.parametrize("cache", ["none", "dual", "delayed", "sparse"])
+def test_a_step_takes_no_more_operations_for_more_requests(checkpoint: Path, cache: str) -> None:
+    """Twenty requests are a step's tensor operations as often as two: nothing loops over them."""
+    engine = make_engine(checkpoint, cache=cache)
+    params = SamplingParams(gen_length=16, block_length=8, ignore_eos=True)
+    counts = []
+    for requests in (2, 20):
+        for _ in range(requests):
+            engine.add(engine.make_request(Prompt(PROMPT), params))
+        engine.step()  # lays the canvases out, one by one
+        engine.step()
+        with Operations() as operations:
+            engine.step()
+        counts.append(operations.count)
+        run(engine)
+    assert counts[0] == counts[1]

@@ -9,6 +9,8 @@ from dllm_engine.ops import TILE, Head
 from dllm_engine.sampling import RowSampling, SpecialTokens, noise, sample_candidates
 from torch import Tensor
 
+from benchmarks.allocations import AllocationMeter
+
 VOCAB = 12
 MASK = 11
 EOS, EOT = 9, 10
@@ -232,6 +234,42 @@ def test_tiles_of_the_vocabulary_change_nothing(vocabulary: int) -> None:
         assert found.confidence[i].item() == pytest.approx(distribution[token].item(), rel=1e-3)
         assert found.entropy[i].item() == pytest.approx(entropy.item(), rel=1e-3, abs=1e-4)
         assert found.margin[i].item() == pytest.approx((best[0] - best[1]).item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {},
+        {"temperature": 0.7},
+        {"temperature": 0.7, "top_p": 0.9},
+        {"temperature": 0.7, "top_k": 5},
+    ],
+)
+def test_logits_and_noise_stay_within_their_budget(
+    columns: dict[str, float | bool | Tensor], spread: bool
+) -> None:
+    """However many rows there are: 32 MiB of logits are chosen from within a budget of 4 MiB."""
+    rows, vocabulary, budget = 800, 2 * TILE + 2000, 4 * 2**20
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(rows, 8, generator=generator)
+    head = Head(torch.randn(vocabulary, 8, generator=generator))
+    sampling = row_sampling(rows, **columns)
+    with torch.inference_mode(), AllocationMeter() as meter:
+        sample_candidates(hidden, head, sampling, SPECIAL, budget_bytes=budget, with_spread=spread)
+    # Statistics of rows are small but many.
+    assert budget / 8 < meter.peak <= budget + 200 * rows
+
+
+def test_allocations_are_counted_as_they_live() -> None:
+    """What is freed before something else is made is not added to it; what lives on is."""
+    kept = []
+    with AllocationMeter() as meter:
+        for _ in range(3):
+            torch.ones(2**18)
+        kept.append(torch.ones(2**18))
+        torch.ones(2**19)
+    assert meter.peak == 3 * 2**20
 
 
 def test_noise_is_the_same_whatever_the_tiles() -> None:

@@ -91,6 +91,21 @@ def test_submit_blocks_while_every_slot_is_taken(checkpoint: Path) -> None:
     worker.close()
 
 
+def test_a_worker_without_work_sleeps(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between requests the engine is not asked for steps again and again."""
+    worker = start(checkpoint)
+    steps, step = [], worker.engine.step
+    monkeypatch.setattr(worker.engine, "step", lambda: steps.append(1) or step())
+    answers: queue.Queue[CanvasUpdate] = queue.Queue()
+    for _ in range(2):
+        params = SamplingParams(gen_length=4, ignore_eos=True)
+        worker.submit(worker.engine.make_request(Prompt([1]), params), answers.put)
+        answers.get(timeout=30)
+        threading.Event().wait(0.2)
+    worker.close()
+    assert len(steps) <= 2 * 4 + 1  # closing may ask once more
+
+
 def test_close_finishes_what_runs(checkpoint: Path) -> None:
     """Closing drains: requests already handed over are answered first."""
     worker = start(checkpoint)

@@ -205,7 +205,7 @@ def _fold_choice(
     if noisy.numel():
         theirs = rows.take(noisy)
         keys = noise.row_keys(theirs.seed, theirs.step, theirs.position, noise.STREAM_TOKEN)
-        noised = tile[noisy].to(torch.float64) / theirs.temperature.unsqueeze(1)
+        noised = tile[noisy].to(torch.float64).div_(theirs.temperature.unsqueeze(1))
         noised += noise.gumbel(keys, tile.shape[1], start)
         score[noisy], place[noisy] = noised.max(dim=1)
         logit = tile.gather(1, place.unsqueeze(1)).squeeze(1)
