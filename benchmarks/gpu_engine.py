@@ -22,7 +22,7 @@ from dllm_engine.scheduler import Request
 from benchmarks.throughput import POLICIES
 
 #: A point takes no longer than this; what is unfinished then is cut off.
-_POINT_SECONDS = 12.0
+_POINT_SECONDS = 15.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +52,16 @@ class Point:
 
 
 def important_points() -> list[Point]:
-    """What is measured first, most important ones in front; then the rest of the grid."""
-    first = [Point(requests=n) for n in (32, 1, 8, 64, 128)]
-    first += [Point(policy) for policy in ("delayed", "sparse", "prefix", "none")]
-    first += [Point(requests=n, tokens_per_step=4) for n in (32, 1, 128)]
-    first += [Point(confidence_threshold=0.9)]
-    first += [Point(prompt_length=1024), Point(gen_length=512)]
+    """What must be measured in any case, most important ones in front."""
+    points = [Point(requests=n) for n in (32, 1, 8, 64, 128)]
+    points += [Point(policy) for policy in ("delayed", "sparse", "prefix", "none")]
+    points += [Point(requests=n, tokens_per_step=4) for n in (32, 1, 128)]
+    return [*points, Point(confidence_threshold=0.9)]
+
+
+def further_points() -> list[Point]:
+    """What is measured as long as there is time: longer ones first, then the whole grid."""
+    first = [Point(prompt_length=1024), Point(gen_length=512)]
     first += [Point(policy, prompt_length=1024) for policy in ("delayed", "sparse")]
     first += [Point(policy, n) for policy in ("delayed", "sparse") for n in (128, 64, 8, 1)]
     rest = [
@@ -67,7 +71,8 @@ def important_points() -> list[Point]:
         for policy in POLICIES
         for n in (32, 1, 8, 64, 128)
     ]
-    return list(dict.fromkeys(first + rest))
+    known = set(important_points())
+    return [point for point in dict.fromkeys(first + rest) if point not in known]
 
 
 @dataclasses.dataclass
