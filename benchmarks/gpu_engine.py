@@ -21,9 +21,6 @@ from dllm_engine.scheduler import Request
 
 from benchmarks.throughput import POLICIES
 
-#: A point takes no longer than this; what is unfinished then is cut off.
-_POINT_SECONDS = 15.0
-
 
 @dataclasses.dataclass(frozen=True)
 class Point:
@@ -118,12 +115,10 @@ class Load:
         return self._run(arrivals, len(arrivals), limit)
 
     def _request(self) -> Request:
-        # Ids below the special tokens.
-        most = self._engine.spec.mask_token_id - 500
-        ids = torch.randint(
-            0, max(2, most), (self._point.prompt_length,), generator=self._generator
-        )
-        return self._engine.make_request(Prompt(ids.tolist()), self._point.params())
+        # Ids well below those of special tokens.
+        most, length = self._engine.spec.mask_token_id // 2, self._point.prompt_length
+        ids = torch.randint(0, most, (length,), generator=self._generator).tolist()
+        return self._engine.make_request(Prompt(ids), self._point.params())
 
     def _run(self, arrivals: Sequence[float], at_once: int, limit: float) -> Outcome:
         engine = self._engine
@@ -167,7 +162,7 @@ class Measurement:
 
     Args:
         left: seconds that are left.
-        label: fields that every row has.
+        point_seconds: after so many a point is cut off.
         done: takes all rows so far, after each.
     """
 
@@ -175,10 +170,11 @@ class Measurement:
         self,
         engine: Engine,
         left: Callable[[], float],
-        label: dict[str, Any],
+        point_seconds: float,
         done: Callable[[list[dict[str, Any]]], None],
     ) -> None:
-        self._engine, self._left, self._label, self._done = engine, left, label, done
+        self._engine, self._left, self._done = engine, left, done
+        self._point_seconds = point_seconds
         self._warm: set[Point] = set()
         self.rows: list[dict[str, Any]] = []
 
@@ -188,7 +184,7 @@ class Measurement:
             if self._left() <= 0:
                 return
             self._warm_up(point)
-            limit = min(_POINT_SECONDS, max(1.0, self._left()))
+            limit = min(self._point_seconds, max(1.0, self._left()))
             outcome = Load(self._engine, point).closed(max(point.requests, 3), limit)
             self._record(point, outcome.summary())
 
@@ -199,8 +195,8 @@ class Measurement:
         seconds = min(seconds, max(1.0, self._left() / 2))
         rate = share * capacity / point.gen_length
         gaps = np.random.default_rng(1).exponential(1 / rate, max(1, math.ceil(rate * seconds)))
-        # Beyond the last arrival there must be time for the last to finish.
-        outcome = Load(self._engine, point).open(gaps.cumsum().tolist(), 2 * seconds)
+        # Half of the time is for those that are not finished when the last has come.
+        outcome = Load(self._engine, point).open(gaps.cumsum().tolist(), max(1.0, self._left()))
         self._record(
             point,
             {"arrivals": "Poisson", "share_of_capacity": share, "requests_per_second": rate}
@@ -218,9 +214,9 @@ class Measurement:
             confidence_threshold=None,
         )
         if warm not in self._warm:
-            Load(self._engine, warm).closed(warm.requests, _POINT_SECONDS)
+            Load(self._engine, warm).closed(warm.requests, self._point_seconds)
             self._warm.add(warm)
 
     def _record(self, point: Point, found: dict[str, Any]) -> None:
-        self.rows.append(self._label | dataclasses.asdict(point) | found)
+        self.rows.append(dataclasses.asdict(point) | found)
         self._done(self.rows)

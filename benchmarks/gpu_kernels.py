@@ -71,7 +71,7 @@ def measure_kernels(
     operations = choose_operations("triton", timer.device, torch.bfloat16)
     rows: list[dict[str, Any]] = []
     for case in _cases(Tensors(timer.device), operations, sizes):
-        rows.append(_measure(case, timer, ceilings))
+        rows.append(measure_case(case, timer, ceilings))
         del case  # and its inputs, before those of the next are made
         if not done(rows):
             return
@@ -91,7 +91,8 @@ def _cases(tensors: Tensors, operations: Operations, sizes: Sizes) -> Iterator[C
 
 
 @torch.inference_mode()
-def _measure(case: Case, timer: Timer, ceilings: Ceilings) -> dict[str, Any]:
+def measure_case(case: Case, timer: Timer, ceilings: Ceilings) -> dict[str, Any]:
+    """Time and compare one case; a way that fails leaves its error in the place of its time."""
     row: dict[str, Any] = {"kernel": case.kernel, "model": case.model, "case": case.name}
     least = ceilings.seconds(case.cost)
     row |= {

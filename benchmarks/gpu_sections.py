@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "torch": {"kernels": "torch"},
     "dream": {},
 }
-#: Seconds of requests that come one by one.
+#: A point on the engine takes no longer than this; what is unfinished then is cut off.
+_POINT_SECONDS = 15.0
+#: Seconds in which requests come one by one.
 _POISSON_SECONDS = 30.0
 
 
@@ -110,7 +113,9 @@ class Section:
             print(f"{name} {label(row)}: {row['tokens_per_second']:.0f} tokens/s", flush=True)
             self._save({"memory_plan": plan, "rows": rows})
 
-        measurement = Measurement(llm.engine, self._left, {}, done)
+        measurement = Measurement(
+            llm.engine, self._left, math.inf if self._tiny else _POINT_SECONDS, done
+        )
         first, load, rest = _points(name, self._tiny)
         measurement.run(first)
         if load is not None and measurement.rows:
@@ -172,14 +177,13 @@ def _points(name: str, tiny: bool) -> tuple[list[Point], Point | None, list[Poin
     """Points to begin with, the one whose load comes one by one, and points to go on with."""
     if tiny:
         small = {"requests": 2, "prompt_length": 6, "gen_length": 4, "block_length": 2}
-        load = Point(**small)
         first = {
-            "engine": [load, Point("sparse", **small, tokens_per_step=2)],
-            "no-graphs": [load],
+            "engine": [Point(**small), Point("sparse", **small, tokens_per_step=2)],
+            "no-graphs": [Point(**small)],
             "torch": [Point(policy, **small, confidence_threshold=0.9) for policy in POLICIES],
             "dream": [Point("delayed", **small)],
         }[name]
-        return first, load if name == "engine" else None, []
+        return first, first[0] if name == "torch" else None, []
     if name == "engine":
         return important_points(), Point(requests=64), further_points()
     first = [Point(requests=n) for n in (32, 1, 8, 64, 128)]
