@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -229,17 +230,23 @@ def head_cases(tensors: Tensors, shape: Shape, counts: Sequence[int]) -> Iterato
                 cost=arithmetic.head(shape, count),
                 ours=ours,
                 torch=theirs,
-                agreement=functools.partial(_same_tokens, ours, theirs),
+                agreement=functools.partial(_equally_good, ours, theirs, hidden, weight),
                 libraries={"logits materialised": functools.partial(_materialised, hidden, weight)}
                 if kind == "greedy"
                 else {},
             )
 
 
-def _same_tokens(ours: Callable[[], object], theirs: Callable[[], object]) -> float:
-    """Share of rows with one token: nearly equal logits may be rounded apart."""
-    mine, other = (work().token for work in (ours, theirs))  # type: ignore[attr-defined]
-    return float((mine == other).float().mean())
+def _equally_good(
+    ours: Callable[[], Any], theirs: Callable[[], Any], hidden: Tensor, weight: Tensor
+) -> float:
+    """Share of rows whose token has the best score, and the logit it is said to have.
+
+    The tokens themselves may differ: torch rounds logits to bfloat16, which makes many equal.
+    """
+    mine, other = ours(), theirs()
+    logit = (hidden.float() * weight[mine.token].float()).sum(dim=1)
+    return min(near(mine.score, other.score), near(mine.logit, logit))
 
 
 def _materialised(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
