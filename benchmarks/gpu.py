@@ -8,6 +8,7 @@ Sections, each in a process of its own so that none leaves memory or a broken de
 - `baselines`: the reference generate and Fast-dLLM's dual cache in plain torch on the same card.
 - `no-graphs`, `torch`: the engine without CUDA graphs, and on torch's operations.
 - `dream`: Dream-7B's shape.
+- `batch-invariant`, `fp8`, `int8`: the engine with these settings.
 - `fast-dllm`, `dllm-serve`: the systems themselves, where checkouts are given.
 
 They share `--minutes`; what one leaves goes to the next, and within a section the most important
@@ -38,6 +39,9 @@ SHARES = {
     "dream": 1.0,
     "fast-dllm": 0.6,
     "dllm-serve": 0.9,
+    "batch-invariant": 0.3,
+    "fp8": 0.3,
+    "int8": 0.3,
 }
 #: A section that is over its time by so many seconds is ended.
 _GRACE_SECONDS = 30.0

@@ -8,6 +8,8 @@ from typing import Any
 
 from benchmarks.common import machine, write_json
 
+#: Sections whose rows are loads on the engine.
+ENGINES = ("engine", "no-graphs", "torch", "dream", "batch-invariant", "fp8", "int8")
 #: What was aimed at: share of the roofline.
 TARGETS = {"attention": 0.7, "head": 0.7}
 _TINY = "--tiny: toy sizes on the CPU, with Triton's interpreter; times mean nothing"
@@ -86,9 +88,9 @@ def table(result: dict[str, Any]) -> list[str]:
             f"card: {ceilings['bandwidth'] / 1e12:.2f} TB/s, {ceilings['rate'] / 1e12:.0f} TFLOP/s"
         )
     lines += [_kernel_line(row) for row in sections.get("kernels", [])]
-    for section in ("engine", "no-graphs", "torch", "dream"):
+    for section in ENGINES:
         for row in sections.get(section, {}).get("rows", []):
-            lines.append(f"{section:<10} {label(row):<62}{_speed(row)}")
+            lines.append(f"{section:<15} {label(row):<62}{_speed(row)}")
     for row in sections.get("baselines", []):
         lines.append(
             f"{'baseline':<10} {row['system']:<62}{row['tokens_per_second']:9.1f} tokens/s"
@@ -173,7 +175,7 @@ def plot(result: dict[str, Any], directory: Path) -> Path:
     left.tick_params(axis="y", labelsize=6)
     left.set_xlabel("share of the roofline")
     left.legend(fontsize=7)
-    for section in ("engine", "no-graphs", "torch", "dream"):
+    for section in ENGINES:
         rows = [
             row
             for row in sections.get(section, {}).get("rows", [])

@@ -28,6 +28,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "no-graphs": {"cuda_graph_rows": 0},
     "torch": {"kernels": "torch"},
     "dream": {},
+    "batch-invariant": {"batch_invariant": True},
+    "fp8": {"quantization": "fp8"},
+    "int8": {"quantization": "int8"},
 }
 #: A point on the engine takes no longer than this; what is unfinished then is cut off.
 _POINT_SECONDS = 15.0
@@ -179,10 +182,9 @@ def _points(name: str, tiny: bool) -> tuple[list[Point], Point | None, list[Poin
         small = {"requests": 2, "prompt_length": 6, "gen_length": 4, "block_length": 2}
         first = {
             "engine": [Point(**small), Point("sparse", **small, tokens_per_step=2)],
-            "no-graphs": [Point(**small)],
             "torch": [Point(policy, **small, confidence_threshold=0.9) for policy in POLICIES],
             "dream": [Point("delayed", **small)],
-        }[name]
+        }.get(name, [Point(**small)])
         return first, first[0] if name == "torch" else None, []
     if name == "engine":
         return important_points(), Point(requests=64), further_points()
