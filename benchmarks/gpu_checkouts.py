@@ -7,11 +7,12 @@ never part of this repository. The job is JSON: `prompts` (token ids, of equal l
 prints is JSON: `tokens_per_second`, `seconds`, `tokens` (of each prompt), and `notes`.
 
 - `fast-dllm`: github.com/NVlabs/Fast-dLLM, LLaDA with its dual cache, one request after another,
-  which is what its `generate_with_dual_cache` takes.
+  which is what its `generate_with_dual_cache` takes. It needs the package einops.
 - `dllm-serve`: github.com/chosen-ox/dLLM-Serve, through `LLM.generate`, all requests at once, with
-  its head-centric sparse attention at a retention of 0.5. It needs a GPU. **Never run by us: this
-  part was written from reading its code.** Where flash-attn is not installed, torch's own
-  FlashAttention-2 takes its place, and `notes` says so.
+  its head-centric sparse attention at a retention of 0.5. It needs a GPU and the package
+  xxhash. **Never run by us: this part was written from reading its code**, and tried on a CPU up to
+  where that asks for NCCL. Where flash-attn is not installed, torch's own FlashAttention-2 takes its
+  place, and `notes` says so.
 """
 
 from __future__ import annotations
@@ -137,9 +138,6 @@ def _flash_attn_from_torch() -> types.ModuleType:
         softmax_scale: float,
         causal: bool,
     ) -> torch.Tensor:
-        shared = q.shape[1] // k.shape[1]
-        if shared > 1:
-            k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))
         out: torch.Tensor = torch.ops.aten._flash_attention_forward(
             q,
             k,

@@ -133,15 +133,22 @@ def _speed(row: dict[str, Any]) -> str:
     return f"{row['tokens_per_second']:9.1f} tokens/s{times}  +{peak:.2f} GiB{cut}"
 
 
+def _is_plain(row: dict[str, Any]) -> bool:
+    """Whether a load is one that the baselines have: one token per step, a prompt of 128 tokens."""
+    return (
+        row["tokens_per_step"] == 1
+        and row["confidence_threshold"] is None
+        and row["prompt_length"] == row["gen_length"] == 128
+        and "arrivals" not in row
+    )
+
+
 def _ratios(sections: dict[str, Any]) -> list[str]:
     """The engine over everybody else, at one token per step, 128 + 128 tokens."""
     speeds = {
         (row["policy"], row["requests"]): row["tokens_per_second"]
         for row in sections.get("engine", {}).get("rows", [])
-        if row["tokens_per_step"] == 1
-        and row["confidence_threshold"] is None
-        and (row["prompt_length"], row["gen_length"]) == (128, 128)
-        and "arrivals" not in row
+        if _is_plain(row)
     }
     others = {row["system"]: row["tokens_per_second"] for row in sections.get("baselines", [])}
     others |= {
@@ -176,14 +183,7 @@ def plot(result: dict[str, Any], directory: Path) -> Path:
     left.set_xlabel("share of the roofline")
     left.legend(fontsize=7)
     for section in ENGINES:
-        rows = [
-            row
-            for row in sections.get(section, {}).get("rows", [])
-            if row["tokens_per_step"] == 1
-            and row["confidence_threshold"] is None
-            and row["prompt_length"] == row["gen_length"]
-            and "arrivals" not in row
-        ]
+        rows = [row for row in sections.get(section, {}).get("rows", []) if _is_plain(row)]
         for policy in dict.fromkeys(row["policy"] for row in rows):
             points = sorted(
                 (row["requests"], row["tokens_per_second"])
@@ -198,7 +198,8 @@ def plot(result: dict[str, Any], directory: Path) -> Path:
     right.set_yscale("log")
     right.set_xlabel("requests at once")
     right.set_ylabel("tokens per second")
-    right.legend(fontsize=7)
+    if right.get_legend_handles_labels()[0]:
+        right.legend(fontsize=7)
     title = result["machine"]["gpu"] if result["measured"] else result["why"]
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()
