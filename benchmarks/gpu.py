@@ -30,13 +30,13 @@ from typing import Any
 
 #: Parts of the time; of a section that does not run the others have more.
 SHARES = {
-    "ceilings": 0.25,
-    "kernels": 1.5,
-    "engine": 3.25,
-    "baselines": 0.75,
-    "no-graphs": 0.6,
-    "torch": 0.6,
-    "dream": 1.0,
+    "ceilings": 0.2,
+    "kernels": 1.6,
+    "engine": 3.4,
+    "baselines": 0.6,
+    "no-graphs": 0.5,
+    "torch": 0.5,
+    "dream": 0.9,
     "fast-dllm": 0.6,
     "dllm-serve": 0.9,
     "batch-invariant": 0.3,
@@ -60,7 +60,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         choices=list(SHARES),
         metavar="SECTION",
-        help="run these in this process, and leave the results of others in the file",
+        help="run these, and leave the results of others in the file; one runs in this process",
     )
     parser.add_argument("--tiny", action="store_true", help="toy sizes on the CPU; see above")
     parser.add_argument("--results", type=Path, help="folder of gpu.json and gpu.png")
@@ -77,6 +77,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         folder = getattr(options, name.replace("-", "_"))
         if folder is not None and not folder.is_dir():
             parser.error(f"--{name}: {folder} is not a folder")
+        if folder is None and name in (options.only or ()):
+            parser.error(f"--only {name}: needs a checkout; name it with --{name} DIR")
     return options
 
 
@@ -102,24 +104,25 @@ def main(arguments: list[str] | None = None) -> None:
         if not options.tiny and not torch.cuda.is_available():
             print(record.unmeasured("no CUDA device is visible to torch on this machine"))
             return
-        if options.only is None:
-            record.begin()
-            _run_each(options, record)
-        else:
+        if options.only is not None and len(options.only) == 1:
             _run_here(options, record)
             return
+        if options.only is None:
+            record.begin()
+        _run_each(options, record)
         for line in table(record.read()):
             print(line)
         print(record.path, plot(record.read(), options.results))
 
 
 def _wanted(options: argparse.Namespace) -> list[str]:
+    """Sections to run, in order."""
     missing = {
         name
         for name in ("fast-dllm", "dllm-serve")
         if getattr(options, name.replace("-", "_")) is None
     }
-    return [name for name in SHARES if name not in missing]
+    return [name for name in options.only or SHARES if name not in missing]
 
 
 def _run_each(options: argparse.Namespace, record: Any) -> None:
@@ -150,11 +153,11 @@ def _run_each(options: argparse.Namespace, record: Any) -> None:
 def _run_here(options: argparse.Namespace, record: Any) -> None:
     from benchmarks.gpu_sections import Section
 
-    end = time.monotonic() + 60 * options.minutes
-    for name in options.only:
-        began = time.monotonic()
-        Section(name, options, record, left=lambda: end - time.monotonic()).run()
-        print(f"{name}: {time.monotonic() - began:.0f} s")
+    (name,) = options.only
+    began = time.monotonic()
+    end = began + 60 * options.minutes
+    Section(name, options, record, left=lambda: end - time.monotonic()).run()
+    print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ prints is JSON: `tokens_per_second`, `seconds`, `tokens` (of each prompt), and `
 - `dllm-serve`: github.com/chosen-ox/dLLM-Serve, through `LLM.generate`, all requests at once, with
   its head-centric sparse attention at a retention of 0.5. It needs a GPU and the package
   xxhash. **Never run by us: this part was written from reading its code**, and tried on a CPU up to
-  where that asks for NCCL. Where flash-attn is not installed, torch's own FlashAttention-2 takes its
-  place, and `notes` says so.
+  where that asks for NCCL. Where flash-attn is not installed, torch's own FlashAttention-2 takes
+  its place, and `notes` says so.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class Timer:
     waits for the device is timed with what the host does meanwhile.
     """
 
-    def __init__(self, device: str, *, repeats: int = 20, seconds: float = 0.3) -> None:
+    def __init__(self, device: str, *, repeats: int = 20, seconds: float = 0.15) -> None:
         self.device = device
         self._repeats, self._seconds = repeats, seconds
         on_gpu = device.startswith("cuda")

@@ -119,7 +119,8 @@ def test_every_section_runs_at_toy_sizes(tmp_path: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in RESULTS.iterdir()}
     sections = ["ceilings", "kernels", "engine", "torch", "dream", "baselines"]
     folders = ["--results", str(tmp_path), "--checkpoints", str(tmp_path / "checkpoints")]
-    gpu.main(["--tiny", "--minutes", "60", *folders, "--only", *sections])
+    for section in sections:
+        gpu.main(["--tiny", "--minutes", "60", *folders, "--only", section])
     assert {path.name: path.stat().st_mtime_ns for path in RESULTS.iterdir()} == before
     result = Record(tmp_path, tiny=True).read()
     assert result["measured"] is False
@@ -155,6 +156,13 @@ def _check_kernels(sections: dict[str, Any]) -> None:
         assert row["share_of_roofline"] == row["roofline_seconds"] / row["seconds"]
         if row["model"] == TINY.shapes[0].name:
             assert costs.get((row["kernel"], row["case"]), cost) == cost
+
+
+def test_a_section_of_a_checkout_needs_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """And the command says how to name it."""
+    with pytest.raises(SystemExit):
+        gpu.parse(["--only", "fast-dllm"])
+    assert "name it with --fast-dllm DIR" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
