@@ -7,7 +7,8 @@
   then the block alone; one request after another.
 - the same over a batch of equal lengths that runs to its end: static batching.
 
-All decode greedily, one token per step in order of confidence, in float32.
+All decode greedily, one token per step in order of confidence; in float32, unless another type is
+asked for.
 """
 
 from __future__ import annotations
@@ -35,13 +36,16 @@ class Work:
 class PlainLlama:
     """A LLaDA in torch's own operations: linear, RMSNorm, attention; batches of equal lengths."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self, directory: Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
         self.config: PlainConfig = checkpoint_config(directory)
-        self.tensors = {name: t.float() for name, t in checkpoint_tensors(directory).items()}
+        tensors = checkpoint_tensors(directory)
+        self.tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
         half = self.config.hidden_size // self.config.num_heads // 2
         frequencies = 1.0 / self.config.rope_theta ** (torch.arange(half) / half)
         angles = torch.outer(torch.arange(4096), frequencies).repeat(1, 2)
-        self.cos, self.sin = angles.cos(), angles.sin()
+        self.cos, self.sin = (x.to(device, dtype) for x in (angles.cos(), angles.sin()))
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         """RMSNorm."""
@@ -107,7 +111,7 @@ class LibraryLlama:
 def reference(model: PlainLlama | LibraryLlama, prompts: Tensor, work: Work) -> Tensor:
     """LLaDA's loop over prompts [batch, length]: the whole canvas at every step."""
     x, start = _canvas(prompts, work)
-    positions = torch.arange(x.shape[1])
+    positions = torch.arange(x.shape[1], device=x.device)
     for begin in range(start, x.shape[1], work.block_length):
         block = slice(begin, begin + work.block_length)
         for _ in range(work.block_length):
@@ -120,7 +124,7 @@ def reference(model: PlainLlama | LibraryLlama, prompts: Tensor, work: Work) -> 
 def fast_dllm(model: PlainLlama, prompts: Tensor, work: Work) -> Tensor:
     """Fast-dLLM's dual cache over prompts [batch, length]."""
     x, start = _canvas(prompts, work)
-    everything = torch.arange(x.shape[1])
+    everything = torch.arange(x.shape[1], device=x.device)
     for begin in range(start, x.shape[1], work.block_length):
         block = slice(begin, begin + work.block_length)
         logits, stored = model.forward(x, everything)
@@ -134,7 +138,7 @@ def fast_dllm(model: PlainLlama, prompts: Tensor, work: Work) -> Tensor:
 
 
 def _canvas(prompts: Tensor, work: Work) -> tuple[Tensor, int]:
-    masks = torch.full((len(prompts), work.gen_length), work.mask_id)
+    masks = prompts.new_full((len(prompts), work.gen_length), work.mask_id)
     return torch.cat([prompts, masks], dim=1), prompts.shape[1]
 
 

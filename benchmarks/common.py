@@ -31,9 +31,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write_json(name: str, result: dict[str, Any]) -> Path:
+def write_json(name: str, result: dict[str, Any], directory: Path = RESULTS) -> Path:
     """Write a result beside its plot."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    directory.mkdir(exist_ok=True)
+    path = directory / f"{name}.json"
     path.write_text(json.dumps({"machine": machine()} | result, indent=2) + "\n")
     return path

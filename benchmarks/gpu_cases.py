@@ -1,0 +1,256 @@
+"""The calls that `gpu_kernels` measures: ours, torch's operations, and libraries'.
+
+Each is one layer's call at the size of a real step. What ours and torch's return is compared too,
+so that a fast wrong kernel does not go unnoticed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from dllm_engine.ops import TORCH, Head, LayerPages, Operations, Selection
+from dllm_engine.ops.layout import FlatSelection
+from dllm_engine.ops.rotary import RotaryTable
+from dllm_engine.ops.selection import store_selection
+from torch import Tensor
+
+from benchmarks import gpu_arithmetic as arithmetic
+from benchmarks.gpu_arithmetic import Cost, Sequences, Shape
+from benchmarks.gpu_layouts import PAGE_SIZE, flat_layout, packed_layout
+from benchmarks.gpu_libraries import library_attention
+
+#: Rows of an active block.
+BLOCK = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call, three ways."""
+
+    kernel: str
+    model: str
+    name: str
+    cost: Cost
+    ours: Callable[[], object]
+    torch: Callable[[], object]
+    #: How much of two results is equal or near, 0 to 1.
+    agreement: Callable[[], float]
+    libraries: dict[str, Callable[[], object]] = dataclasses.field(default_factory=dict)
+
+
+class Tensors:
+    """Random inputs on the device, in bfloat16."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._generator = torch.Generator(device).manual_seed(1)
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Normally distributed."""
+        made = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
+        return made.normal_(std=scale, generator=self._generator)
+
+    def heads(self, rows: int, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values: slices of one product, as a layer has them."""
+        sizes = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
+        q, k, v = self.normal(rows, sum(sizes), shape.head_dim).split(sizes, dim=1)
+        return q, k, v
+
+    def pages(self, count: int, shape: Shape) -> LayerPages:
+        """Stored keys and values."""
+        size = (count, PAGE_SIZE, shape.num_kv_heads, shape.head_dim)
+        return LayerPages(self.normal(*size), self.normal(*size))
+
+
+def near(ours: Tensor, theirs: Tensor) -> float:
+    """Share of numbers that differ by no more than bfloat16's rounding of a sum."""
+    return float(torch.isclose(ours.float(), theirs.float(), rtol=3e-2, atol=3e-2).float().mean())
+
+
+def attention_case(
+    tensors: Tensors, operations: Operations, shape: Shape, groups: Sequence[Sequences]
+) -> Case:
+    rows = sum(group.count * group.rows for group in groups)
+    q, k, v = tensors.heads(rows, shape)
+    widest = max(1, *(-(-group.held // PAGE_SIZE) for group in groups))
+    sequences = sum(group.count for group in groups)
+    pages = tensors.pages(sequences * widest, shape)
+    tables = torch.randperm(sequences * widest, device=tensors.device).view(sequences, widest)
+    tile_rows = operations.tile_rows(shape.num_heads, shape.num_kv_heads)
+    assert tile_rows is not None
+    flat = flat_layout(groups, tables, tile_rows)
+    packed = packed_layout(groups, tables)
+    ours = functools.partial(operations.packed_attention, q, k, v, flat, pages)
+    theirs = functools.partial(TORCH.packed_attention, q, k, v, packed, pages)
+    return Case(
+        kernel="attention",
+        model=shape.name,
+        name=", ".join(
+            f"{g.count} × {g.rows} rows" + (f" / {g.held} stored" if g.held else "") for g in groups
+        ),
+        cost=arithmetic.attention(shape, groups),
+        ours=ours,
+        torch=theirs,
+        agreement=lambda: near(ours(), theirs()),
+        libraries=library_attention(q, k, v, pages, tables, groups),
+    )
+
+
+def selection_case(tensors: Tensors, shape: Shape, count: int, candidates: int) -> Case:
+    """`count` sequences whose active block stands before the last half of the candidates."""
+    from dllm_engine.ops.kernels.selection import store_selection as store_by_kernel
+
+    device, keep, length = tensors.device, candidates // 2, candidates + BLOCK
+    q, k, v = tensors.heads(count * length, shape)
+    num_pages = -(-keep // PAGE_SIZE)
+    pages = tensors.pages(count * num_pages, shape)
+    tables = torch.arange(count * num_pages, device=device).view(count, num_pages)
+    begin = candidates // 2
+
+    def column(value: int) -> Tensor:
+        return torch.full((count,), value, device=device)
+
+    flat = dataclasses.replace(
+        flat_layout([Sequences(count, length)], tables, 1),
+        selection=FlatSelection(
+            column(keep), column(begin), column(begin), column(begin + BLOCK), column(3), candidates
+        ),
+    )
+    rows = torch.arange(count * length, device=device).view(count, length)
+    kept = torch.arange(keep, device=device)
+    grouped = Selection(
+        block_rows=rows[:, begin : begin + BLOCK],
+        candidate_rows=torch.cat([rows[:, :begin], rows[:, begin + BLOCK :]], dim=1),
+        places=tables[:, kept // PAGE_SIZE] * PAGE_SIZE + kept % PAGE_SIZE,
+        pool_kernel=3,
+    )
+    ours = functools.partial(store_by_kernel, q, k, v, flat, pages)
+    theirs = functools.partial(store_selection, q, k, v, grouped, pages)
+
+    def agreement() -> float:
+        # A position may be kept by one and not by the other where scores are equal but for their
+        # rounding; all behind it then stand a place apart. So kept keys are compared as a set.
+        def found(work: Callable[[], object]) -> Tensor:
+            work()
+            places = pages.keys.flatten(0, 1)[grouped.places]
+            return places.float().sum(dim=-1).sort(dim=1).values
+
+        return near(found(ours), found(theirs))
+
+    return Case(
+        kernel="selection",
+        model=shape.name,
+        name=f"{count} × {candidates} candidates, half kept",
+        cost=arithmetic.selection(
+            shape, count=count, candidates=candidates, block=BLOCK, keep=keep
+        ),
+        ours=ours,
+        torch=theirs,
+        agreement=agreement,
+    )
+
+
+def rms_norm_case(tensors: Tensors, operations: Operations, shape: Shape, rows: int) -> Case:
+    x, weight = tensors.normal(rows, shape.hidden_size), tensors.normal(shape.hidden_size)
+    ours = functools.partial(operations.rms_norm, x, weight, 1e-5)
+    theirs = functools.partial(TORCH.rms_norm, x, weight, 1e-5)
+    return Case(
+        kernel="RMSNorm",
+        model=shape.name,
+        name=f"{rows} rows",
+        cost=arithmetic.rms_norm(rows, shape.hidden_size),
+        ours=ours,
+        torch=theirs,
+        agreement=lambda: near(ours(), theirs()),
+        libraries={
+            "rms_norm": functools.partial(F.rms_norm, x, weight.shape, weight, 1e-5),
+        },
+    )
+
+
+def rotary_case(tensors: Tensors, operations: Operations, shape: Shape, rows: int) -> Case:
+    heads = shape.num_heads + shape.num_kv_heads
+    x = tensors.normal(rows, heads, shape.head_dim)
+    table = RotaryTable(shape.head_dim, 4096, 5e5, device=tensors.device, dtype=torch.bfloat16)
+    cos, sin = table.at(torch.arange(rows, device=tensors.device) % 4096)
+
+    def agreement() -> float:  # ours rotates where the numbers lie
+        theirs = TORCH.apply_rotary(x.clone(), cos, sin)
+        return near(operations.apply_rotary(x.clone(), cos, sin), theirs)
+
+    return Case(
+        kernel="rotary",
+        model=shape.name,
+        name=f"{rows} rows",
+        cost=arithmetic.rotary(rows, heads, shape.head_dim),
+        ours=functools.partial(operations.apply_rotary, x, cos, sin),
+        torch=functools.partial(TORCH.apply_rotary, x, cos, sin),
+        agreement=agreement,
+    )
+
+
+def head_cases(tensors: Tensors, shape: Shape, counts: Sequence[int]) -> Iterator[Case]:
+    """The language-model head with its statistics; `counts` rows, in three kinds each."""
+    if importlib.util.find_spec("dllm_engine.ops.kernels.head") is None:
+        return
+    from dllm_engine.ops import Choice
+    from dllm_engine.sampling.tiles import tiled_statistics
+
+    device = tensors.device
+    weight = tensors.normal(shape.vocab_size, shape.hidden_size, scale=0.02)
+    by_kernel, by_tiles = Head(weight, kernels=True), Head(weight)
+    ids = torch.tensor([shape.vocab_size - 2], device=device)
+    for count in counts:
+        hidden = tensors.normal(count, shape.hidden_size)
+        for kind in ("greedy", "with spread", "with noise"):
+            noisy = kind == "with noise"
+            heat = torch.full((count,), 0.8, dtype=torch.float64, device=device)
+            choice = Choice(
+                mask=shape.vocab_size - 1,
+                eos=ids,
+                stop=ids,
+                no_eos=None,
+                late_eos=None,
+                temperature=heat if noisy else None,
+                keys=torch.arange(count, device=device) << 40 if noisy else None,
+                spread=kind == "with spread",
+            )
+            ours = functools.partial(by_kernel.statistics, hidden, choice)
+            theirs = functools.partial(tiled_statistics, by_tiles, hidden, choice)
+            yield Case(
+                kernel="head",
+                model=shape.name,
+                name=f"{count} rows, {kind}",
+                cost=arithmetic.head(shape, count),
+                ours=ours,
+                torch=theirs,
+                agreement=functools.partial(_equally_good, ours, theirs, hidden, weight),
+                libraries={"logits materialised": functools.partial(_materialised, hidden, weight)}
+                if kind == "greedy"
+                else {},
+            )
+
+
+def _equally_good(
+    ours: Callable[[], Any], theirs: Callable[[], Any], hidden: Tensor, weight: Tensor
+) -> float:
+    """Share of rows whose token has the best score, and the logit it is said to have.
+
+    The tokens themselves may differ: torch rounds logits to bfloat16, which makes many equal.
+    """
+    mine, other = ours(), theirs()
+    logit = (hidden.float() * weight[mine.token].float()).sum(dim=1)
+    return min(near(mine.score, other.score), near(mine.logit, logit))
+
+
+def _materialised(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Best token and its probability, as a notebook would have them."""
+    logits = F.linear(hidden, weight).float()
+    peak, token = logits.max(dim=-1)
+    return token, (peak - logits.logsumexp(dim=-1)).exp()

@@ -1,0 +1,67 @@
+"""One step's layout in both forms, from the kinds of its sequences; see `gpu_cases`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from dllm_engine.ops import FlatLayout, FreshGroup, PackedLayout, PagedGroup
+from dllm_engine.ops.layout import tiles_of
+from torch import Tensor
+
+from benchmarks.gpu_arithmetic import Sequences
+
+#: Rows of keys and values per page, as the engine's default is.
+PAGE_SIZE = 32
+
+
+def flat_layout(groups: Sequence[Sequences], tables: Tensor, tile_rows: int) -> FlatLayout:
+    """Of sequences in this order; the rows of a Reuse are the last of what its pages hold."""
+    device = tables.device
+
+    def each(values: list[int]) -> Tensor:
+        counts = torch.tensor([group.count for group in groups], device=device)
+        return torch.tensor(values, device=device).repeat_interleave(counts)
+
+    counts, held = each([g.rows for g in groups]), each([g.held for g in groups])
+    starts = counts.cumsum(0) - counts
+    rows = int(counts.sum())
+    tile_sequence, tile_row = tiles_of(counts, rows, tile_rows)
+    owner = torch.arange(len(counts), device=device).repeat_interleave(counts)
+    place = (held - counts)[owner] + torch.arange(rows, device=device) - starts[owner]
+    page = tables[owner, place.clamp(min=0) // PAGE_SIZE]
+    places = torch.where(held[owner] > 0, page * PAGE_SIZE + place % PAGE_SIZE, -1)
+    return FlatLayout(
+        tile_rows=tile_rows,
+        row_starts=starts,
+        row_counts=counts,
+        held=held,
+        tables=tables,
+        tile_sequence=tile_sequence,
+        tile_row=tile_row,
+        write_places=places,
+    )
+
+
+def packed_layout(groups: Sequence[Sequences], tables: Tensor) -> PackedLayout:
+    """The same for torch's operations; all pages that are read are full."""
+    fresh, paged = [], []
+    row = sequence = 0
+    for group in groups:
+        rows = slice(row, row + group.count * group.rows)
+        if group.held:
+            assert group.held % PAGE_SIZE == 0
+            members = tables[sequence : sequence + group.count, : group.held // PAGE_SIZE]
+            inside = torch.arange(rows.start, rows.stop, device=tables.device)
+            paged.append(PagedGroup(inside.view(group.count, -1), None, rows, members, None))
+        else:
+            fresh.append(FreshGroup(row, group.count, group.rows))
+        row, sequence = rows.stop, sequence + group.count
+    places = flat_layout(groups, tables, 1).write_places
+    assert places is not None
+    stored = (places >= 0).nonzero().squeeze(1)
+    layout = PackedLayout(row, tuple(fresh), tuple(paged))
+    if not len(stored):
+        return layout
+    return dataclasses.replace(layout, write_rows=stored, write_places=places[stored])

@@ -1,0 +1,125 @@
+"""Attention as libraries have it, to stand beside our kernel; see `gpu_kernels`.
+
+torch's own, and FlashInfer where it is installed. Only for cases of one kind of sequence, which is
+what their interfaces take.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from dllm_engine.ops import LayerPages
+from torch import Tensor
+
+from benchmarks.gpu_arithmetic import Sequences
+
+_WORKSPACE_BYTES = 256 * 2**20
+
+
+def library_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pages: LayerPages,
+    tables: Tensor,
+    groups: Sequence[Sequences],
+) -> dict[str, Callable[[], object]]:
+    """Calls by name; each makes what it needs beforehand at its first run."""
+    if len(groups) != 1:
+        return {}
+    (group,) = groups
+    found: dict[str, Callable[[], object]] = {}
+    if group.held:
+        found["scaled_dot_product_attention, keys already gathered"] = _sdpa_stored(
+            q, pages, tables, group
+        )
+    else:
+        found["scaled_dot_product_attention"] = _sdpa_fresh(q, k, v, group)
+        if q.is_cuda and importlib.util.find_spec("torch.nn.attention.varlen"):
+            found["varlen_attn"] = _varlen(q, k, v, group)
+    if q.is_cuda and importlib.util.find_spec("flashinfer"):
+        found["FlashInfer"] = _flashinfer(q, k, v, pages, tables, group)
+    return found
+
+
+def _sdpa_fresh(q: Tensor, k: Tensor, v: Tensor, group: Sequences) -> Callable[[], object]:
+    def heads_first(x: Tensor) -> Tensor:
+        return x.unflatten(0, (group.count, group.rows)).transpose(1, 2)  # type: ignore[no-untyped-call,no-any-return]
+
+    return lambda: F.scaled_dot_product_attention(
+        heads_first(q), heads_first(k), heads_first(v), enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def _sdpa_stored(
+    q: Tensor, pages: LayerPages, tables: Tensor, group: Sequences
+) -> Callable[[], object]:
+    gathered: list[Tensor] = []
+
+    def run() -> object:
+        if not gathered:
+            for pool in (pages.keys, pages.values):
+                gathered.append(pool[tables].flatten(1, 2).transpose(1, 2).contiguous())
+        queries = q.unflatten(0, (group.count, group.rows)).transpose(1, 2)  # type: ignore[no-untyped-call]
+        grouped = q.shape[1] != gathered[0].shape[1]
+        return F.scaled_dot_product_attention(queries, *gathered, enable_gqa=grouped)
+
+    return run
+
+
+def _borders(count: int, length: int, device: torch.device) -> Tensor:
+    return torch.arange(0, (count + 1) * length, length, dtype=torch.int32, device=device)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, group: Sequences) -> Callable[[], object]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    borders, longest = _borders(group.count, group.rows, q.device), group.rows
+    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    return lambda: varlen_attn(q, k, v, borders, borders, longest, longest, **grouped)
+
+
+def _flashinfer(
+    q: Tensor, k: Tensor, v: Tensor, pages: LayerPages, tables: Tensor, group: Sequences
+) -> Callable[[], object]:
+    """FlashInfer plans a step on the host once for all layers; only its run is timed."""
+    planned: list[Callable[[], object]] = []
+
+    def run() -> object:
+        if not planned:
+            planned.append(_plan_flashinfer(q, k, v, pages, tables, group))
+        return planned[0]()
+
+    return run
+
+
+def _plan_flashinfer(
+    q: Tensor, k: Tensor, v: Tensor, pages: LayerPages, tables: Tensor, group: Sequences
+) -> Callable[[], object]:
+    import flashinfer
+
+    workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=q.device)
+    borders = _borders(group.count, group.rows, q.device)
+    sizes = (q.shape[1], k.shape[1], q.shape[2])
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    if not group.held:
+        ragged = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
+        ragged.plan(borders, borders, *sizes, causal=False, q_data_type=q.dtype)
+        return lambda: ragged.run(q, k, v)
+    page_size = pages.keys.shape[1]
+    each = group.held // page_size
+    paged = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+    paged.plan(
+        borders,
+        _borders(group.count, each, q.device),
+        tables[:, :each].flatten().to(torch.int32),
+        torch.full((group.count,), page_size, dtype=torch.int32, device=q.device),
+        *sizes,
+        page_size,
+        causal=False,
+        q_data_type=q.dtype,
+    )
+    return lambda: paged.run(q, (pages.keys, pages.values))

@@ -1,0 +1,209 @@
+"""The results file of `benchmarks.gpu`, and what is shown of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import machine, write_json
+
+#: Sections whose rows are loads on the engine.
+ENGINES = ("engine", "no-graphs", "torch", "dream", "batch-invariant", "fp8", "int8")
+#: What was aimed at: share of the roofline.
+TARGETS = {"attention": 0.7, "head": 0.7}
+_TINY = "--tiny: toy sizes on the CPU, with Triton's interpreter; times mean nothing"
+
+
+class Record:
+    """`gpu.json`, written anew whenever there is more.
+
+    Args:
+        directory: that it is in.
+        tiny: nothing in it is a measurement.
+    """
+
+    def __init__(self, directory: Path, *, tiny: bool) -> None:
+        self._directory, self._tiny = directory, tiny
+        self.path = directory / "gpu.json"
+
+    def read(self) -> dict[str, Any]:
+        """What is in it; of another machine's, or of a run of the other kind, nothing."""
+        empty = self._heading() | {"sections": {}}
+        if not self.path.exists():
+            return empty
+        found: dict[str, Any] = json.loads(self.path.read_text())
+        same = all(found.get(key) == value for key, value in self._heading().items())
+        return found if same and "sections" in found else empty
+
+    def _heading(self) -> dict[str, Any]:
+        kind = {"measured": False, "why": _TINY} if self._tiny else {"measured": True}
+        return {"machine": machine()} | kind
+
+    def begin(self) -> None:
+        """Forget what was there."""
+        write_json("gpu", self._heading() | {"sections": {}}, self._directory)
+
+    def write(self, section: str, found: Any) -> None:
+        """Put a section in the place of what was known of it."""
+        known = self.read()
+        known["sections"][section] = found
+        write_json("gpu", known, self._directory)
+
+    def fail(self, section: str, why: str) -> None:
+        """A section did not end well; what it had found stays."""
+        print(f"{section}: {why}")
+        known = self.read()
+        known.setdefault("failed", {})[section] = why
+        write_json("gpu", known, self._directory)
+
+    def unmeasured(self, why: str) -> str:
+        """Write that nothing was measured, unless a measurement is there; what to tell."""
+        if self.path.exists() and json.loads(self.path.read_text())["measured"]:
+            return f"not measured: {why}; {self.path} is of another machine and stays as it is"
+        write_json("gpu", {"measured": False, "why": why}, self._directory)
+        return f"not measured: {why}; {self.path} says so"
+
+
+def label(row: dict[str, Any]) -> str:
+    """A load on the engine in words."""
+    words = [row["policy"], f"{row['requests']} requests"]
+    words.append(f"{row['prompt_length']} + {row['gen_length']} tokens")
+    if row["tokens_per_step"] > 1:
+        words.append(f"{row['tokens_per_step']} a step")
+    if row["confidence_threshold"] is not None:
+        words.append(f"threshold {row['confidence_threshold']}")
+    if "arrivals" in row:
+        words.append(f"{row['arrivals']} at {row['share_of_capacity']:.0%}")
+    return ", ".join(words)
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """Lines to print."""
+    sections = result["sections"]
+    lines = [] if result["measured"] else [result["why"]]
+    ceilings = sections.get("ceilings")
+    if ceilings:
+        lines.append(
+            f"card: {ceilings['bandwidth'] / 1e12:.2f} TB/s, {ceilings['rate'] / 1e12:.0f} TFLOP/s"
+        )
+    lines += [_kernel_line(row) for row in sections.get("kernels", [])]
+    for section in ENGINES:
+        for row in sections.get(section, {}).get("rows", []):
+            lines.append(f"{section:<15} {label(row):<62}{_speed(row)}")
+    for row in sections.get("baselines", []):
+        lines.append(
+            f"{'baseline':<10} {row['system']:<62}{row['tokens_per_second']:9.1f} tokens/s"
+        )
+    for section in ("fast-dllm", "dllm-serve"):
+        found = sections.get(section)
+        if found:
+            what = found.get("error", "").strip().splitlines()[-1:] or [
+                f"{found['tokens_per_second']:9.1f} tokens/s"
+            ]
+            lines.append(f"{section:<10} {found['requests']} requests: {what[0]}")
+    return lines + _ratios(sections)
+
+
+def _kernel_line(row: dict[str, Any]) -> str:
+    name = f"{row['kernel']:<10} {row['model']:<12}{row['case']:<66}"
+    if "error" in row:
+        return f"{name} {row['error']}"
+    target = TARGETS.get(row["kernel"])
+    missed = " (below target)" if target and row["share_of_roofline"] < target else ""
+    libraries = "".join(
+        f", {library} {seconds * 1e6:.0f} µs"
+        for library, seconds in row.get("library_seconds", {}).items()
+    )
+    return (
+        f"{name}{row['seconds'] * 1e6:9.0f} µs{row['share_of_roofline']:7.0%} of {row['limit']}"
+        f"{missed}; torch {row['torch_seconds'] * 1e6:.0f} µs{libraries}"
+        f"; agreement {row['agreement']:.3f}"
+    )
+
+
+def _speed(row: dict[str, Any]) -> str:
+    times = "".join(
+        f"  {name} {row[f'{name}_seconds']:.2f} s"
+        for name in ("p50", "p99")
+        if row[f"{name}_seconds"] is not None
+    )
+    cut = "  (cut off)" if row["cut"] else ""
+    peak = row["peak_bytes"] / 2**30
+    return f"{row['tokens_per_second']:9.1f} tokens/s{times}  +{peak:.2f} GiB{cut}"
+
+
+def _is_plain(row: dict[str, Any]) -> bool:
+    """Whether a load is one that the baselines have: one token per step, a prompt of 128 tokens."""
+    return (
+        row["tokens_per_step"] == 1
+        and row["confidence_threshold"] is None
+        and row["prompt_length"] == row["gen_length"] == 128
+        and "arrivals" not in row
+    )
+
+
+def _ratios(sections: dict[str, Any]) -> list[str]:
+    """The engine over everybody else, at one token per step, 128 + 128 tokens."""
+    speeds = {
+        (row["policy"], row["requests"]): row["tokens_per_second"]
+        for row in sections.get("engine", {}).get("rows", [])
+        if _is_plain(row)
+    }
+    others = {row["system"]: row["tokens_per_second"] for row in sections.get("baselines", [])}
+    others |= {
+        name: sections[name]["tokens_per_second"]
+        for name in ("fast-dllm", "dllm-serve")
+        if "tokens_per_second" in sections.get(name, {})
+    }
+    return [
+        f"{policy}, {requests} requests, over {other}: {speed / theirs:.1f}×"
+        for other, theirs in others.items()
+        for (policy, requests), speed in speeds.items()
+        if requests == 32
+    ]
+
+
+def plot(result: dict[str, Any], directory: Path) -> Path:
+    """Kernels' shares of the roofline; tokens per second by load and policy."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sections = result["sections"]
+    kernels = [row for row in sections.get("kernels", []) if "share_of_roofline" in row]
+    height = max(5.0, 0.16 * len(kernels))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(16, height))
+    names = [f"{row['model']} {row['kernel']} {row['case']}" for row in kernels]
+    left.barh(names, [row["share_of_roofline"] for row in kernels])
+    left.axvline(0.7, color="gray", linestyle="--", label="aimed at, of attention and head")
+    left.invert_yaxis()
+    left.tick_params(axis="y", labelsize=6)
+    left.set_xlabel("share of the roofline")
+    left.legend(fontsize=7)
+    for section in ENGINES:
+        rows = [row for row in sections.get(section, {}).get("rows", []) if _is_plain(row)]
+        for policy in dict.fromkeys(row["policy"] for row in rows):
+            points = sorted(
+                (row["requests"], row["tokens_per_second"])
+                for row in rows
+                if row["policy"] == policy
+            )
+            right.plot(*zip(*points, strict=True), marker="o", label=f"{section}: {policy}")
+    for row in sections.get("baselines", []):
+        right.axhline(row["tokens_per_second"], color="gray", linestyle=":", linewidth=1)
+        right.annotate(row["system"], (1, row["tokens_per_second"]), fontsize=6)
+    right.set_xscale("log", base=2)
+    right.set_yscale("log")
+    right.set_xlabel("requests at once")
+    right.set_ylabel("tokens per second")
+    if right.get_legend_handles_labels()[0]:
+        right.legend(fontsize=7)
+    title = result["machine"]["gpu"] if result["measured"] else result["why"]
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    path = directory / "gpu.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

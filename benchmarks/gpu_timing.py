@@ -1,0 +1,73 @@
+"""How long work takes on a device, and what the device reaches at most."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.gpu_arithmetic import Ceilings
+
+#: Larger than the L2 cache of any card.
+_COLD_BYTES = 256 * 2**20
+#: More than a GPU makes in a second, so that a wait counted in cycles is rather too long.
+_CYCLES_PER_SECOND = 2e9
+
+
+class Timer:
+    """Median time of some work.
+
+    On a GPU between two events, with nothing of its inputs left in the L2 cache, and without the
+    host's time: the device is kept waiting until everything has been launched. Work that itself
+    waits for the device is timed with what the host does meanwhile.
+    """
+
+    def __init__(self, device: str, *, repeats: int = 20, seconds: float = 0.15) -> None:
+        self.device = device
+        self._repeats, self._seconds = repeats, seconds
+        on_gpu = device.startswith("cuda")
+        self._cold = torch.empty(_COLD_BYTES if on_gpu else 0, dtype=torch.uint8, device=device)
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """Median of several runs, fewer where one is slow, after three that warm up."""
+        on_gpu = self.device.startswith("cuda")
+        for _ in range(3 if on_gpu else 1):
+            work()
+        self._wait()
+        began = time.perf_counter()
+        work()
+        launch = time.perf_counter() - began
+        self._wait()
+        whole = time.perf_counter() - began
+        repeats = max(3, min(self._repeats, int(self._seconds / whole))) if on_gpu else 1
+        return self._on_gpu(work, repeats, launch) if on_gpu else whole
+
+    def _on_gpu(self, work: Callable[[], object], repeats: int, launch: float) -> float:
+        cycles = int(1.5 * launch * _CYCLES_PER_SECOND)
+        pairs = []
+        for _ in range(repeats):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._cold.zero_()
+            torch.cuda._sleep(cycles)  # what torch's own tests keep a device waiting with
+            begin.record()
+            work()
+            end.record()
+            pairs.append((begin, end))
+        self._wait()
+        return statistics.median(begin.elapsed_time(end) / 1e3 for begin, end in pairs)
+
+    def _wait(self) -> None:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+
+def measure_ceilings(timer: Timer, *, copied: int = 2**30, width: int = 8192) -> Ceilings:
+    """Bandwidth of a copy of `copied` bytes, rate of a bfloat16 product of `width` squared."""
+    source, target = torch.empty(2, copied, dtype=torch.uint8, device=timer.device)
+    bandwidth = 2 * copied / timer.seconds(lambda: target.copy_(source))
+    left, right = torch.randn(2, width, width, device=timer.device).to(torch.bfloat16)
+    out = torch.empty_like(left)
+    rate = 2 * width**3 / timer.seconds(lambda: torch.mm(left, right, out=out))
+    return Ceilings(bandwidth, rate)
