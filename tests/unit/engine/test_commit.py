@@ -18,7 +18,7 @@ from dllm_engine.sampling.commit import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.reference import split_evenly
+from tests.support.decoder import split_evenly
 
 
 def block(confidence: list[float], entropy: list[float], margin: list[float]) -> BlockStatistics:
