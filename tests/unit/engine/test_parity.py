@@ -76,6 +76,10 @@ SCHEDULES: list[dict[str, Any]] = [
     {"gen_length": 21, "block_length": 8, "steps": 13},  # remainders, a shorter last block
     {"gen_length": 9, "block_length": 9, "steps": 12},
     *(
+        {"gen_length": 17, "block_length": 9, "steps": 5, "remasking": remasking}
+        for remasking in ("random", "entropy", "margin")
+    ),
+    *(
         {"gen_length": n, "steps": steps, "alg": alg, "alg_temp": alg_temp}
         for alg in ("origin", "maskgit_plus", "topk_margin", "entropy")
         for n, steps, alg_temp in ((16, 16, 0.0), (12, 5, 0.4), (10, 18, 0.0), (7, 1, 0.0))
@@ -96,8 +100,10 @@ def test_schedules_and_dreams_algorithms_equal_the_reference(
 ) -> None:
     """LLaDA's transfer schedule and Dream's four algorithms, all in one batch: identical tokens."""
     generator = torch.Generator().manual_seed(3)
-    ids = [torch.randint(0, 500, (2 + i,), generator=generator).tolist() for i in range(19)]
-    prompts = [Prompt(i) for i in ids]
+    prompts = [
+        Prompt(torch.randint(0, 499, (2 + i,), generator=generator).tolist())
+        for i in range(len(SCHEDULES))
+    ]
     params = [
         SamplingParams(ignore_eos=True, seed=7 + i, **schedule, **sampling)
         for i, schedule in enumerate(SCHEDULES)
