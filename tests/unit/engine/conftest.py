@@ -12,7 +12,6 @@ from tests.support.checkpoints import write_llada
 from tests.support.oracle import llada_oracle
 from tests.support.reference import Forward
 
-
 # How long an example takes says how busy the machine is, and nothing about the code.
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
