@@ -1,12 +1,14 @@
 """Exact match against forward passes, for every decoding rule: `python -m benchmarks.quality`.
 
 Held-out questions of the demo checkpoint's tasks, asked greedily in the engine; the baseline is
-one token per forward pass. Writes a table, a plot and JSON. No timing: forward passes are exact.
+one token per forward pass. Writes JSON and a plot, and prints the table that docs/quality.md shows.
+No timing: forward passes are exact. `--model dream` scores fewer rules on the Dream-format twin.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from dllm_engine import LLM, SamplingParams
 
-from benchmarks.common import DEMO_CHECKPOINT, RESULTS, write_json
+from benchmarks.common import DEMO_CHECKPOINT, DREAM_CHECKPOINT, RESULTS, write_json
 from demo import corpus
 
 GEN_LENGTH = 64
@@ -66,6 +68,33 @@ RULES: list[tuple[str, str, dict[str, Any]]] = [
         for policy in ("prefix", "dual", "sparse", "delayed")
     ),
 ]
+
+#: What is scored on the Dream-format twin: the first rule of each kind, Dream's own, and caches.
+TWIN_RULES: list[tuple[str, str, dict[str, Any]]] = [
+    *RULES[:1],
+    *(rule for rule in RULES if rule[:2] == ("threshold", "τ = 0.9")),
+    ("Dream", "origin", {"alg": "origin"}),
+    *(rule for rule in RULES if rule[0] == "Dream"),
+    *(rule for rule in RULES if rule[0] == "cache" and rule[1] in ("prefix", "dual", "delayed")),
+    *(rule for rule in RULES if rule[:2] == ("cache", "sparse, ρ = 0.5")),
+]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint to score, and where its scores go."""
+
+    checkpoint: Path
+    rules: list[tuple[str, str, dict[str, Any]]]
+    #: Of the files in `RESULTS`.
+    name: str
+    title: str
+
+
+MODELS = {
+    "llada": Model(DEMO_CHECKPOINT, RULES, "quality", "Demo checkpoint"),
+    "dream": Model(DREAM_CHECKPOINT, TWIN_RULES, "quality_dream", "Dream-format twin"),
+}
 
 
 @dataclass(frozen=True)
@@ -129,7 +158,13 @@ def table(scores: list[Score]) -> str:
     return "\n".join(lines)
 
 
-def plot(scores: list[Score], path: Path) -> None:
+def stored(name: str) -> list[Score]:
+    """The scores of a result that was written."""
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    return [Score(**score) for score in result["scores"]]
+
+
+def plot(scores: list[Score], title: str, path: Path) -> None:
     """Exact match over forward passes, a curve for each family of rules."""
     figure, axes = plt.subplots(figsize=(8, 5))
     for family in dict.fromkeys(s.family for s in scores):
@@ -138,7 +173,7 @@ def plot(scores: list[Score], path: Path) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xlabel("forward passes per answer")
     axes.set_ylabel("exact match, mean over tasks")
-    axes.set_title("Demo checkpoint, held-out questions, temperature 0")
+    axes.set_title(f"{title}, held-out questions, temperature 0")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
@@ -148,18 +183,26 @@ def plot(scores: list[Score], path: Path) -> None:
 def main() -> None:
     """Score every rule, print the table, write JSON and plot."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
+    parser.add_argument("--model", choices=MODELS, default="llada")
+    parser.add_argument("--checkpoint", type=Path, help="another directory than the model's")
     parser.add_argument("--count", type=int, default=40, help="questions per task at most")
+    parser.add_argument(
+        "--table", action="store_true", help="only print the table of what was written before"
+    )
     options = parser.parse_args()
-    llm = LLM(options.checkpoint)
+    model = MODELS[options.model]
+    if options.table:
+        print(table(stored(model.name)))
+        return
+    llm = LLM(options.checkpoint or model.checkpoint)
     scores = []
-    for family, label, rule in RULES:
+    for family, label, rule in model.rules:
         scores.append(score(llm, family, label, rule, options.count))
         print(f"{family}, {label}: {scores[-1].exact_match:.1%}", flush=True)
     print(table(scores))
     result = {"questions_per_task": options.count, "scores": [asdict(s) for s in scores]}
-    print("written", write_json("quality", result))
-    plot(scores, RESULTS / "quality.png")
+    print("written", write_json(model.name, result))
+    plot(scores, model.title, RESULTS / f"{model.name}.png")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from dllm_engine import Prompt, SamplingParams
 from torch import Tensor
 
+from .decoder import Decoder, Ids
 from .oracle import checkpoint_config, checkpoint_tensors
-from .reference import ReferenceResult, block_steps, split_evenly
+from .reference import Canvas, ReferenceResult
 
 #: Of one layer and KV head: position to (key, value).
 Stored = dict[int, tuple[Tensor, Tensor]]
@@ -30,8 +32,15 @@ class CacheRules:
     policy: str
     delay_steps: int = 0
     refresh_interval: int = 0
-    retention_ratio: float = 1.0
+    retention_ratio: float = 0.5
     pool_kernel: int = 1
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> CacheRules:
+        """Those of a request; what it does not say is the default."""
+        given = {f.name: getattr(params, f.name, None) for f in dataclasses.fields(cls)[1:]}
+        given = {name: value for name, value in given.items() if value is not None}
+        return cls(params.cache or "none", **given)
 
 
 class PlainModel:
@@ -185,54 +194,41 @@ class _Sequence:
 
 
 def generate_cached(
-    model: PlainModel,
-    prompt: list[int],
-    rules: CacheRules,
-    *,
-    mask_id: int,
-    gen_length: int,
-    block_length: int,
-    steps: int,
-    cfg_scale: float = 0.0,
-    threshold: float | None = None,
+    model: PlainModel, prompt: Prompt, params: SamplingParams, ids: Ids
 ) -> ReferenceResult:
-    """Low-confidence decoding at temperature 0, on a schedule or by threshold, with a cache."""
-    x = prompt + [mask_id] * gen_length
-    first = len(prompt)
-    masked = set(range(first, len(x)))
-    kept = [-1.0] * gen_length
-    sequence, blind = _Sequence(model, rules), _Sequence(model, rules)
+    """Decode one request by any rule and cache policy; `params` must be resolved."""
+    canvas, decoder = Canvas(prompt, params, ids), Decoder(params, ids)
+    cache = CacheRules.of(params)
+    sequence, blind = _Sequence(model, cache), _Sequence(model, cache)
+    guidance = params.cfg_scale
     passes = 0
-    for start, end, num_steps in block_steps(gen_length, block_length, steps):
-        block = range(first + start, first + end)
-        shares = split_evenly(len(block), num_steps)
+    for start, end, steps in decoder.blocks():
+        block = range(canvas.first + start, canvas.first + end)
+        decoder.open_block(len(canvas.masked & set(block)), steps)
         recent: set[int] = set()
         age = 0
-        while masked & set(block):
-            outcome = sequence.logits(x, masked, recent, block, age)
+        while left := len(canvas.masked & set(block)):
+            decoder.skip_empty_steps(left)
+            outcome = sequence.logits(canvas.tokens, canvas.masked, recent, block, age)
             passes += 1
-            if cfg_scale:
-                hidden = [mask_id] * first + x[first:]
-                without = blind.logits(hidden, masked, recent, block, age)
+            if guidance:
+                conditional = outcome
+                without = blind.logits(canvas.blind(), canvas.masked, recent, block, age)
                 passes += 1
-            found = {}
-            for p in masked & set(block):
-                scores = outcome(p)
-                if cfg_scale:
-                    scores = without(p) + (cfg_scale + 1) * (scores - without(p))
-                probability = scores.softmax(-1)
-                scores = scores.clone()
-                scores[mask_id] = -torch.inf
-                token = int(scores.argmax())
-                found[p] = (float(probability[token]), token)
-            ranked = sorted(found, key=lambda p: (-found[p][0], p))
-            if threshold is None:
-                chosen = ranked[: shares[age]]
-            else:
-                chosen = ranked[:1] + [p for p in ranked[1:] if found[p][0] >= threshold]
-            for p in chosen:
-                kept[p - first], x[p] = found[p]
-            masked -= set(chosen)
-            recent = set(chosen)
+
+                def outcome(
+                    p: int,
+                    conditional: Callable[[int], Tensor] = conditional,
+                    without: Callable[[int], Tensor] = without,
+                ) -> Tensor:
+                    return without(p) + (guidance + 1) * (conditional(p) - without(p))
+
+            commits = decoder.decide(outcome, block, canvas.masked)
+            for position, found in commits.items():
+                canvas.tokens[position] = found.token
+            recent = set(commits)
+            canvas.masked -= recent
             age += 1
-    return ReferenceResult(x[first:], kept, passes)
+            if canvas.ended:
+                return canvas.result(decoder, passes)
+    return canvas.result(decoder, passes)

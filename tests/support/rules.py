@@ -62,9 +62,13 @@ def local_leap(
     count: int,
     anchor: float,
     neighbour: float,
+    score: list[float] | None = None,
 ) -> set[int]:
-    """The `count` best, and around every sure position within four the fairly sure ones."""
-    chosen = fixed_count(confidence, masked, count)
+    """The `count` best, and around every sure position within four the fairly sure ones.
+
+    The best by `score`, which is the confidence unless given.
+    """
+    chosen = fixed_count(confidence if score is None else score, masked, count)
     anchors = {i for i in chosen if confidence[i] >= anchor}
     anchors |= {i for i, open_ in enumerate(masked) if not open_ and committed[i] >= anchor}
     for i, open_ in enumerate(masked):

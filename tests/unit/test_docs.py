@@ -6,9 +6,11 @@ import re
 import tomllib
 from pathlib import Path
 
+import pytest
 from dllm_engine import EngineConfig
 
 from adapter.settings import Settings as AdapterSettings
+from benchmarks import quality
 from launcher.settings import Settings as LauncherSettings
 
 ROOT = Path(__file__).parents[2]
@@ -83,10 +85,22 @@ def test_every_decision_is_listed() -> None:
         assert f"({page.name})" in index
 
 
-def test_the_demo_checkpoint_is_small_and_whole() -> None:
-    """At most 16 MB, in the layout that the engine reads."""
-    directory = ROOT / "model_repository/dllm/1/demo_checkpoint"
+@pytest.mark.parametrize(
+    ("folder", "architecture"),
+    [("demo_checkpoint", "LLaDAModelLM"), ("demo_checkpoint_dream", "DreamModel")],
+)
+def test_a_demo_checkpoint_is_small_and_whole(folder: str, architecture: str) -> None:
+    """At most 16 MB, in the layout that the engine reads, with its card."""
+    directory = ROOT / "model_repository/dllm/1" / folder
     size = sum(file.stat().st_size for file in directory.iterdir())
     assert size <= 16 * 2**20
     config = json.loads((directory / "config.json").read_text())
-    assert config["architectures"] == ["LLaDAModelLM"]
+    assert config["architectures"] == [architecture]
+    assert (directory / "README.md").exists()
+
+
+@pytest.mark.parametrize("model", quality.MODELS)
+def test_the_quality_page_shows_what_was_measured(model: str) -> None:
+    """Its tables are those that benchmarks/quality.py makes of its results, every row."""
+    table = quality.table(quality.stored(quality.MODELS[model].name))
+    assert f"\n\n{table}\n\n" in (ROOT / "docs/quality.md").read_text()

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from dllm_engine import LLM, Prompt, SamplingParams
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.cached_reference import CacheRules, PlainModel, generate_cached
-from tests.support.checkpoints import DREAM_MASK, MASK, write_dream, write_llada
+from tests.support.cached_reference import PlainModel, generate_cached
+from tests.support.cases import IDS, Case, cases, run_with_arrivals
+from tests.support.checkpoints import write_dream, write_llada
 from tests.support.reference import ReferenceResult
-from tests.unit.engine.test_parity import NO_SHRINK, Case, run_with_arrivals
+from tests.unit.engine.test_parity import NO_SHRINK
 
 POLICIES = ("none", "prefix", "dual", "sparse", "delayed")
 
@@ -37,68 +38,32 @@ def plain64(family: Path) -> PlainModel:
     return PlainModel(family, torch.float64)
 
 
-@st.composite
-def cached_cases(draw: st.DrawFn) -> Case:
-    """(arrival step, prompt, parameters) of one greedy request with any cache policy."""
-    gen_length = draw(st.integers(1, 14))
-    block_length = draw(st.integers(1, gen_length))
-    policy = draw(st.sampled_from(POLICIES))
-    params = SamplingParams(
-        gen_length=gen_length,
-        block_length=block_length,
-        steps=draw(st.integers(-(-gen_length // block_length), gen_length)),
-        cfg_scale=draw(st.sampled_from([0.0, 0.0, 1.5])),
-        confidence_threshold=draw(st.sampled_from([None, None, 0.1])),
-        ignore_eos=True,
-        cache=policy,
-    )
-    if policy != "none":
-        delay, interval = draw(st.integers(0, 2)), draw(st.sampled_from([0, 0, 1, 3]))
-        params = dataclasses.replace(params, delay_steps=delay, refresh_interval=interval)
-    if policy == "sparse":
-        ratio = draw(st.floats(0.05, 1.0))
-        kernel = draw(st.sampled_from([1, 3, 5]))
-        params = dataclasses.replace(params, retention_ratio=ratio, pool_kernel=kernel)
-    prompt = draw(st.lists(st.integers(0, 499), min_size=1, max_size=20))
-    return draw(st.integers(0, 12)), prompt, params
-
-
-def expected(model: PlainModel, prompt: list[int], params: SamplingParams) -> ReferenceResult:
+def expected(model: PlainModel, prompt: Prompt, params: SamplingParams) -> ReferenceResult:
     """The definition's answer to one request."""
-    full = params.resolved()
-    assert full.block_length is not None
-    assert full.steps is not None
-    return generate_cached(
-        model,
-        prompt,
-        CacheRules(
-            full.cache or "none",
-            full.delay_steps or 0,
-            full.refresh_interval or 0,
-            full.retention_ratio or 1.0,
-            full.pool_kernel or 1,
-        ),
-        mask_id=DREAM_MASK if model.shifted else MASK,
-        gen_length=full.gen_length,
-        block_length=full.block_length,
-        steps=full.steps,
-        cfg_scale=full.cfg_scale,
-        threshold=full.confidence_threshold,
-    )
+    ids = IDS["dream" if model.shifted else "llada"]
+    return generate_cached(model, prompt, params.resolved(), ids)
 
 
-@settings(max_examples=12, deadline=None, phases=NO_SHRINK)
-@given(batch=st.lists(cached_cases(), min_size=1, max_size=8))
+@settings(
+    max_examples=15,
+    deadline=None,
+    phases=NO_SHRINK,
+    suppress_health_check=[HealthCheck.filter_too_much],
+)
+@given(batch=st.lists(cases(gen_length=14, prompt_length=20, caches=True), min_size=1, max_size=8))
 def test_every_policy_equals_its_definition(
     llm64: LLM, plain64: PlainModel, batch: list[Case]
 ) -> None:
-    """Any mix of policies, delays, intervals, ratios, guidance and arrivals: identical tokens."""
+    """Any mix of policies, delays, intervals and ratios, of rules, samplings, guidance, gaps and
+    arrivals: identical tokens."""
     finished = run_with_arrivals(llm64, batch)
-    for i, (_, prompt, params) in enumerate(batch):
-        reference = expected(plain64, prompt, params)
-        assert finished[i].token_ids.tolist() == reference.tokens
-        assert finished[i].confidence.tolist() == pytest.approx(reference.confidence, abs=1e-6)
-        assert finished[i].usage.forward_passes == reference.forward_passes
+    for case, update in zip(batch, finished, strict=True):
+        prompt = case.prompt(llm64.engine.spec.mask_token_id)
+        reference = expected(plain64, prompt, case.params)
+        assert update.token_ids.tolist() == reference.tokens
+        tolerance = 1e-5 if case.params.credit else 1e-6
+        assert update.confidence.tolist() == pytest.approx(reference.confidence, abs=tolerance)
+        assert update.usage.forward_passes == reference.forward_passes
 
 
 def _mixed(count: int, seed: int) -> tuple[list[list[int]], list[SamplingParams]]:
@@ -126,7 +91,7 @@ def test_float32_equals_the_definition_too(family: Path) -> None:
     prompts, params = _mixed(10, seed=5)
     answers = llm.generate(prompts, params, progress=False)
     for prompt, p, answer in zip(prompts, params, answers, strict=True):
-        assert answer.token_ids.tolist() == expected(plain, prompt, p).tokens
+        assert answer.token_ids.tolist() == expected(plain, Prompt(prompt), p).tokens
 
 
 def test_sparse_keeping_all_equals_dual_and_refreshing_always_equals_none(llm64: LLM) -> None:

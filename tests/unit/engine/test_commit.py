@@ -1,6 +1,8 @@
 """Scores, schedules and the table of rules: what a whole step commits."""
 
+import itertools
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from dllm_engine.sampling.commit import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.reference import split_evenly
+from tests.support.decoder import split_evenly
 
 
 def block(confidence: list[float], entropy: list[float], margin: list[float]) -> BlockStatistics:
@@ -85,30 +87,50 @@ def test_each_score_ranks_by_its_statistic() -> None:
         assert chosen(statistics, score=score) == [best]
 
 
-def test_random_order_ignores_statistics_and_follows_the_seed() -> None:
-    """`random` picks by noise of (seed, step, position): repeatable, and uniform over seeds."""
-    statistics = block([0.9, 0.1, 0.1, 0.1], [0.0] * 4, [0.0] * 4)
-
-    def picks() -> list[int]:
-        return [chosen(statistics, score=Score.RANDOM, seed=seed)[0] for seed in range(400)]
-
-    assert picks() == picks()
-    assert torch.bincount(torch.tensor(picks()), minlength=4).min() > 60  # 100 expected each
-
-
-def test_alg_temp_draws_positions_by_their_scores() -> None:
-    """With `alg_temp` the first position follows softmax(score / alg_temp) (Dream)."""
-    scores = [0.8, 0.5, 0.1]
-    statistics = block(scores, [0.0] * 3, [0.0] * 3)
-    draws = 3000
-    rows = plan(draws, alg_temp=0.4)
+def committed_sets(scores: list[float], draws: int, **columns: float) -> Counter[tuple[int, ...]]:
+    """How often each set of columns is committed, over as many seeds."""
+    statistics = block(scores, [0.0] * len(scores), [0.0] * len(scores))
+    rows = plan(draws, **columns)
     rows.seed.copy_(torch.arange(draws))
     repeated = BlockStatistics(
         **{name: value.expand(draws, -1) for name, value in vars(statistics).items()}
     )
-    counts = select_commits(repeated, rows).sum(dim=0).double()
-    expected = (torch.tensor(scores, dtype=torch.float64) / 0.4).softmax(0) * draws
-    assert (((counts - expected) ** 2 / expected).sum().item()) < 13.8  # 0.999, 2 degrees
+    chosen = select_commits(repeated, rows)
+    return Counter(tuple(row.nonzero().flatten().tolist()) for row in chosen)
+
+
+def chi_square(counts: Counter[tuple[int, ...]], expected: dict[tuple[int, ...], float]) -> float:
+    """Pearson's statistic of counts against expected ones."""
+    assert set(counts) <= set(expected)
+    return sum((counts[key] - value) ** 2 / value for key, value in expected.items())
+
+
+def test_random_order_ignores_statistics_and_follows_the_seed() -> None:
+    """`random` commits every pair of positions equally often over seeds, and repeats."""
+    draws = 6000
+    asked = {"score": Score.RANDOM, "count": 2}
+    counts = committed_sets([0.9, 0.1, 0.1, 0.1], draws, **asked)
+    pairs = list(itertools.combinations(range(4), 2))
+    assert chi_square(counts, dict.fromkeys(pairs, draws / 6)) < 20.5  # 0.999, 5 degrees
+    assert counts == committed_sets([0.9, 0.1, 0.1, 0.1], draws, **asked)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_alg_temp_draws_positions_by_their_scores(count: int) -> None:
+    """With `alg_temp` positions are drawn without replacement from softmax(score / alg_temp), as
+    `torch.multinomial` does (Dream)."""
+    scores, draws = [0.8, 0.5, 0.1], 3000
+    weights = (torch.tensor(scores, dtype=torch.float64) / 0.4).softmax(0).tolist()
+    expected: dict[tuple[int, ...], float] = {}
+    for order in itertools.permutations(range(3), count):
+        chance, left = 1.0, 1.0
+        for position in order:
+            chance *= weights[position] / left
+            left -= weights[position]
+        key = tuple(sorted(order))
+        expected[key] = expected.get(key, 0.0) + chance * draws
+    counts = committed_sets(scores, draws, alg_temp=0.4, count=count)
+    assert chi_square(counts, expected) < 13.8  # 0.999, 2 degrees
 
 
 def test_origin_commits_each_position_by_chance() -> None:

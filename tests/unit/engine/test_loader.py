@@ -1,11 +1,15 @@
 """Checkpoints are read from their real layouts, completely or not at all."""
 
 import json
+import re
+import select
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from dllm_engine import CheckpointError
+from dllm_engine import LLM, CheckpointError
 from dllm_engine.models import load_model, read_spec
 from dllm_engine.ops import PackedLayout
 from safetensors.torch import load_file, save_file
@@ -101,6 +105,122 @@ def test_every_missing_and_unexpected_tensor_is_named(tmp_path: Path) -> None:
         _load(tmp_path)
 
 
+def test_however_many_are_missing_all_are_named(tmp_path: Path) -> None:
+    """The message does not end after some of them."""
+    write_llada(tmp_path)
+    names = [n for n in load_file(tmp_path / "model.safetensors") if "blocks" in n]
+    extra = {f"model.extra.{i}": torch.zeros(1) for i in range(30)}
+    _edit_tensors(tmp_path, dict.fromkeys(names) | extra)
+    with pytest.raises(CheckpointError) as raised:
+        _load(tmp_path)
+    assert all(f"missing {name}" in str(raised.value) for name in names)
+    assert all(f"unexpected {name}" in str(raised.value) for name in extra)
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_shapes_that_only_add_up_are_refused(tmp_path: Path, family: str) -> None:
+    """Of projections that are kept stacked each must have its own shape, not only their sum."""
+    write = {"llada": write_llada, "dream": write_dream}[family]
+    write(tmp_path)  # type: ignore[operator]
+    layer = {"llada": "model.transformer.blocks.1", "dream": "model.layers.1.self_attn"}[family]
+    query, key = f"{layer}.q_proj.weight", f"{layer}.k_proj.weight"
+    _edit_tensors(tmp_path, {query: torch.zeros(32, 64), key: torch.zeros(64, 64)})
+    with pytest.raises(CheckpointError) as raised:
+        _load(tmp_path)
+    assert f"{query}: shape [32, 64], expected [64, 64]" in str(raised.value)
+    assert f"{key}: shape [64, 64], expected [32, 64]" in str(raised.value)
+
+
+def test_quantised_weights_are_refused_by_name(tmp_path: Path) -> None:
+    """Numbers that mean nothing without their scales are not read as if they were weights."""
+    write_llada(tmp_path)
+    name = "model.transformer.blocks.0.up_proj.weight"
+    _edit_tensors(tmp_path, {name: torch.zeros(96, 64, dtype=torch.int8)})
+    with pytest.raises(CheckpointError, match=f"{name}: I8, expected one of BF16, F16, F32"):
+        _load(tmp_path)
+
+
+def test_no_code_of_a_checkpoint_is_run(tmp_path: Path) -> None:
+    """Python files that config and tokenizer point at are never imported, nor asked about."""
+    write_dream(tmp_path)
+    for name in ("modeling_dream", "configuration_dream", "tokenization_dream"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('remote code was run')")
+    engine = LLM(tmp_path).engine
+    assert engine.codec is not None
+    assert not [name for name in sys.modules if "_dream" in name and "transformers_modules" in name]
+
+
+#: Says when the engine is there, loads, and says when it is done.
+_LOAD = """
+import sys, torch
+from pathlib import Path
+from dllm_engine.models import load_model, read_spec
+torch.set_num_threads(1)
+directory = Path(sys.argv[1])
+spec = read_spec(directory)
+torch.mm(torch.ones(8, 8), torch.ones(8, 8))
+print("ready", flush=True)
+sys.stdin.readline()
+model = load_model(directory, spec, device="cpu", dtype=torch.float32)
+print("loaded", flush=True)
+sys.stdin.readline()
+"""
+
+
+def _anonymous(pid: int) -> int:
+    """Bytes of a process's own memory, pages of mapped files left out."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+def test_a_model_never_exists_twice_in_memory(tmp_path: Path) -> None:
+    """While weights are read, cast and packed the process takes little more than they do."""
+    write_llada(
+        tmp_path,
+        tokenizer=False,
+        dtype=torch.bfloat16,
+        shards=3,
+        d_model=512,
+        n_layers=12,
+        n_heads=8,
+        n_kv_heads=8,
+        mlp_hidden_size=1536,
+    )
+    weights = 4 * read_spec(tmp_path).num_parameters
+    assert weights > 150 * 2**20
+    command = [sys.executable, "-c", _LOAD, str(tmp_path)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        before = peak = _anonymous(child.pid)
+        child.stdin.write("go\n")
+        child.stdin.flush()
+        while not select.select([child.stdout], [], [], 0.001)[0]:
+            peak = max(peak, _anonymous(child.pid))
+        assert child.stdout.readline() == "loaded\n"
+        after = _anonymous(child.pid)
+        child.stdin.write("end\n")
+    assert after - before > 0.9 * weights
+    assert peak - before < 1.3 * weights
+
+
+def test_progress_goes_up_to_the_last_parameter(tmp_path: Path) -> None:
+    """Every parameter is reported once, in order, with their number."""
+    write_dream(tmp_path)
+    seen: list[tuple[int, int]] = []
+    spec = read_spec(tmp_path)
+    load_model(
+        tmp_path, spec, device="cpu", dtype=torch.float32, progress=lambda *at: seen.append(at)
+    )
+    total = seen[-1][1]
+    assert seen == [(i + 1, total) for i in range(total)]
+    assert total > spec.num_layers * 6
+
+
 def test_a_misshaped_tensor_is_named_with_both_shapes(tmp_path: Path) -> None:
     """A tensor of the wrong shape is refused with its name, its shape and the expected one."""
     write_llada(tmp_path)
@@ -157,6 +277,10 @@ def test_config_problems_are_named(tmp_path: Path, change: dict[str, object], me
     [
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling: only None"),
         ({"use_sliding_window": True}, "use_sliding_window: only False"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}},
+            "rope_parameters: only rope_type 'default' .* got 'yarn'",
+        ),
         ({"hidden_size": None}, "hidden_size is missing"),
     ],
     ids=str,

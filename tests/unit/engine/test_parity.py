@@ -7,155 +7,119 @@ from typing import Any
 
 import pytest
 import torch
-from dllm_engine import LLM, Completion, Prompt, SamplingParams
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from dllm_engine import LLM, CanvasUpdate, Completion, Prompt, SamplingParams
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.support.checkpoints import DREAM_MASK, MASK, write_dream
+from tests.support.cases import IDS, Case, cases, run_with_arrivals
+from tests.support.checkpoints import write_dream
 from tests.support.oracle import dream_oracle, llada_oracle
-from tests.support.reference import (
-    Forward,
-    ReferenceResult,
-    generate,
-    generate_credit,
-    generate_dream,
-)
+from tests.support.reference import Forward, ReferenceResult, generate
 
 #: Batches of requests shrink slowly and gain little from it.
 NO_SHRINK = (Phase.explicit, Phase.reuse, Phase.generate)
 
-Case = tuple[int, list[int], SamplingParams]
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A family's engine in float64, and the truth about its logits."""
+
+    family: str
+    llm: LLM
+    forward: Forward
+
+    def expected(self, prompt: Prompt, params: SamplingParams) -> ReferenceResult:
+        """The reference's answer to one request."""
+        return generate(self.forward, prompt, params.resolved(), IDS[self.family])
 
 
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    """(arrival step, prompt, parameters) of one greedy request."""
-    gen_length = draw(st.integers(1, 28))
-    block_length = draw(st.integers(1, gen_length))
-    num_blocks = -(-gen_length // block_length)
-    params = SamplingParams(
-        gen_length=gen_length,
-        block_length=block_length,
-        steps=draw(st.integers(num_blocks, gen_length + 3)),
-        cfg_scale=draw(st.sampled_from([0.0, 0.0, 0.7, 2.5])),
-        confidence_threshold=draw(st.sampled_from([None, None, 0.05, 0.2])),
-        ignore_eos=True,
-    )
-    prompt = draw(st.lists(st.integers(0, 511), min_size=1, max_size=50))
-    # Behind nothing but masks all positions have the same logits, and rounding alone orders them.
-    assume(set(prompt) != {MASK})
-    return draw(st.integers(0, 30)), prompt, params
+@pytest.fixture(scope="module", params=["llada", "dream"])
+def subject(
+    request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Subject:
+    """Either family. A budget of 300 rows, so that requests wait and take turns."""
+    is_dream = request.param == "dream"
+    directory = write_dream(tmp_path_factory.mktemp("dream")) if is_dream else checkpoint
+    oracle = (dream_oracle if is_dream else llada_oracle)(directory, torch.float64)
+    llm = LLM(directory, dtype="float64", max_num_batched_tokens=300, max_num_seqs=8)
+    return Subject(request.param, llm, oracle)
 
 
-def expected(
-    forward: Forward, prompt: list[int], params: SamplingParams, mask_id: int = MASK
-) -> ReferenceResult:
-    """The reference's answer to one request."""
-    full = params.resolved()
-    assert full.block_length is not None
-    assert full.steps is not None
-    return generate(
-        forward,
-        prompt,
-        mask_id=mask_id,
-        gen_length=full.gen_length,
-        block_length=full.block_length,
-        steps=full.steps,
-        cfg_scale=full.cfg_scale,
-        threshold=full.confidence_threshold,
-    )
-
-
-def run_with_arrivals(llm: LLM, batch: list[Case]) -> dict[int, Any]:
-    """Add each request at its step; final updates by the request's place in `batch`."""
-    engine = llm.engine
-    requests = {i: engine.make_request(Prompt(prompt), p) for i, (_, prompt, p) in enumerate(batch)}
-    place = {request.request_id: i for i, request in requests.items()}
-    finished: dict[int, Any] = {}
-    step = 0
-    while len(finished) < len(batch):
-        for i, (arrival, _, _) in enumerate(batch):
-            if arrival == step:
-                engine.add(requests[i])
-        finished |= {place[update.request_id]: update for update in engine.step()}
-        step += 1
-    return finished
+def assert_equal(
+    answer: CanvasUpdate | Completion, reference: ReferenceResult, abs: float = 1e-6
+) -> None:
+    """Identical tokens, steps, and confidences but for rounding."""
+    assert answer.token_ids.tolist() == reference.tokens
+    assert answer.confidence.tolist() == pytest.approx(reference.confidence, abs=abs)
+    assert answer.usage.forward_passes == reference.forward_passes
 
 
 @settings(
-    max_examples=25,
+    max_examples=40,
     deadline=None,
     phases=NO_SHRINK,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
 )
 @given(batch=st.lists(cases(), min_size=1, max_size=10))
-def test_tokens_equal_the_reference(llm64: LLM, oracle64: Forward, batch: list[Case]) -> None:
-    """Any mix of lengths, blocks, steps, guidance, thresholds and arrivals: identical tokens.
-
-    Up to ten requests over eight slots and a budget of 512 rows, so that requests wait, take turns
-    and leave at every step.
-    """
-    finished = run_with_arrivals(llm64, batch)
-    for i, (_, prompt, params) in enumerate(batch):
-        reference = expected(oracle64, prompt, params)
-        assert finished[i].token_ids.tolist() == reference.tokens
-        assert finished[i].confidence.tolist() == pytest.approx(reference.confidence, abs=1e-6)
-        assert finished[i].usage.forward_passes == reference.forward_passes
+def test_tokens_equal_the_reference(subject: Subject, batch: list[Case]) -> None:
+    """Any mix of rules, samplings, guidance, lengths, blocks, steps, ends, gaps and arrivals."""
+    finished = run_with_arrivals(subject.llm, batch)
+    for case, update in zip(batch, finished, strict=True):
+        prompt = case.prompt(IDS[subject.family].mask)
+        reference = subject.expected(prompt, case.params)
+        assert_equal(update, reference, abs=1e-5 if case.params.credit else 1e-6)
 
 
-def test_dream_tokens_equal_the_reference(tmp_path: Path) -> None:
-    """Dream under continuous batching, at block borders and with guidance: identical tokens."""
-    directory = write_dream(tmp_path)
-    llm = LLM(directory, dtype="float64", max_num_batched_tokens=300)
-    forward = dream_oracle(directory, torch.float64)
-    generator = torch.Generator().manual_seed(5)
-    prompts = [torch.randint(0, 500, (1 + 3 * i,), generator=generator).tolist() for i in range(8)]
-    params = [
-        SamplingParams(
-            gen_length=9 + 2 * i,
-            block_length=4 + i % 3,
-            cfg_scale=float(i % 3 == 2),
-            confidence_threshold=0.1 if i % 4 == 3 else None,
-            ignore_eos=True,
-        )
-        for i in range(8)
-    ]
-    answers = llm.generate(prompts, params, progress=False)
-    for prompt, p, answer in zip(prompts, params, answers, strict=True):
-        assert answer.token_ids.tolist() == expected(forward, prompt, p, DREAM_MASK).tokens
+#: Fixed requests: each of these at every temperature, with and without filters.
+SCHEDULES: list[dict[str, Any]] = [
+    {"gen_length": 24, "block_length": 8, "steps": 12},
+    {"gen_length": 21, "block_length": 8, "steps": 13},  # remainders, a shorter last block
+    {"gen_length": 9, "block_length": 9, "steps": 12},
+    *(
+        {"gen_length": 17, "block_length": 9, "steps": 5, "remasking": remasking}
+        for remasking in ("random", "entropy", "margin")
+    ),
+    *(
+        {"gen_length": n, "steps": steps, "alg": alg, "alg_temp": alg_temp}
+        for alg in ("origin", "maskgit_plus", "topk_margin", "entropy")
+        for n, steps, alg_temp in ((16, 16, 0.0), (12, 5, 0.4), (10, 18, 0.0), (7, 1, 0.0))
+    ),
+]
+SAMPLINGS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.8},
+    {"temperature": 1.1, "top_p": 0.8},
+    {"temperature": 1.1, "top_k": 9},
+    {"temperature": 1.1, "top_p": 0.9, "top_k": 9},
+]
 
 
-@pytest.mark.parametrize("alg", ["maskgit_plus", "topk_margin", "entropy"])
-def test_dreams_algorithms_equal_the_reference(tmp_path: Path, alg: str) -> None:
-    """Dream's own algorithms in one batch of mixed lengths and steps: identical tokens."""
-    directory = write_dream(tmp_path)
-    llm = LLM(directory, dtype="float64")
-    forward = dream_oracle(directory, torch.float64)
-    generator = torch.Generator().manual_seed(3)
-    shapes = [(16, 16), (16, 5), (24, 40), (9, 1), (33, 20)]
-    prompts = [torch.randint(0, 500, (2 + 5 * i,), generator=generator).tolist() for i in range(5)]
-    params = [
-        SamplingParams(gen_length=n, steps=steps, alg=alg, ignore_eos=True) for n, steps in shapes
-    ]
-    answers = llm.generate(prompts, params, progress=False)
-    for prompt, (n, steps), answer in zip(prompts, shapes, answers, strict=True):
-        reference = generate_dream(
-            forward, prompt, mask_id=DREAM_MASK, gen_length=n, steps=steps, alg=alg
-        )
-        assert answer.token_ids.tolist() == reference.tokens
-        assert answer.confidence.tolist() == pytest.approx(reference.confidence, abs=1e-6)
-        assert answer.usage.forward_passes == reference.forward_passes
-
-
-def test_credit_equals_its_definition_and_touches_no_neighbour(
-    llm64: LLM, oracle64: Forward
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_schedules_and_dreams_algorithms_equal_the_reference(
+    subject: Subject, sampling: dict[str, Any]
 ) -> None:
+    """LLaDA's transfer schedule and Dream's four algorithms, all in one batch: identical tokens."""
+    generator = torch.Generator().manual_seed(3)
+    prompts = [
+        Prompt(torch.randint(0, 499, (2 + i,), generator=generator).tolist())
+        for i in range(len(SCHEDULES))
+    ]
+    params = [
+        SamplingParams(ignore_eos=True, seed=7 + i, **schedule, **sampling)
+        for i, schedule in enumerate(SCHEDULES)
+    ]
+    answers = subject.llm.generate(prompts, params, progress=False)
+    for prompt, p, answer in zip(prompts, params, answers, strict=True):
+        assert_equal(answer, subject.expected(prompt, p))
+
+
+def test_credit_equals_its_definition_and_touches_no_neighbour(subject: Subject) -> None:
     """Requests with credit, of several blocks and thresholds, among others with filters, noise and
     entropies: the tokens of a full credit matrix; the others what they are without them."""
     generator = torch.Generator().manual_seed(13)
-    prompts = [torch.randint(0, 512, (4 + 5 * i,), generator=generator).tolist() for i in range(8)]
+    ids = [torch.randint(0, 499, (4 + 5 * i,), generator=generator).tolist() for i in range(8)]
     base = SamplingParams(gen_length=28, block_length=14, ignore_eos=True)
-    others = [
+    others: list[dict[str, Any]] = [
         {"temperature": 0.8, "seed": 3, "top_k": 9},
         {"temperature": 0.8, "seed": 3},
         {"remasking": "entropy"},
@@ -167,27 +131,17 @@ def test_credit_equals_its_definition_and_touches_no_neighbour(
         else dataclasses.replace(base, **others[i // 2])
         for i in range(8)
     ]
-    together = llm64.generate(prompts, params, progress=False)
+    llm = subject.llm
+    together = llm.generate(ids, params, progress=False)
     differs = False
-    for prompt, p, answer in zip(prompts, params, together, strict=True):
+    for prompt, p, answer in zip(ids, params, together, strict=True):
         if not p.credit:
-            alone = llm64.generate([prompt], p, progress=False)[0]
+            alone = llm.generate([prompt], p, progress=False)[0]
             assert answer.token_ids.tolist() == alone.token_ids.tolist()
             continue
-        assert p.confidence_threshold is not None
-        reference = generate_credit(
-            oracle64,
-            prompt,
-            mask_id=MASK,
-            gen_length=28,
-            block_length=14,
-            threshold=p.confidence_threshold,
-        )
-        assert answer.token_ids.tolist() == reference.tokens
-        assert answer.confidence.tolist() == pytest.approx(reference.confidence, abs=1e-5)
-        assert answer.usage.forward_passes == reference.forward_passes
+        assert_equal(answer, subject.expected(Prompt(prompt), p), abs=1e-5)
         plain = dataclasses.replace(p, credit=False)
-        without = llm64.generate([prompt], plain, progress=False)[0]
+        without = llm.generate([prompt], plain, progress=False)[0]
         differs |= without.confidence.tobytes() != answer.confidence.tobytes()
     assert differs
 
@@ -209,7 +163,8 @@ def test_float32_tokens_equal_the_reference(llm: LLM, checkpoint: Any) -> None:
     ]
     answers = llm.generate(prompts, params, progress=False)
     for prompt, p, answer in zip(prompts, params, answers, strict=True):
-        assert answer.token_ids.tolist() == expected(forward, prompt, p).tokens
+        reference = generate(forward, Prompt(prompt), p.resolved(), IDS["llada"])
+        assert answer.token_ids.tolist() == reference.tokens
 
 
 def _bits(answer: Completion) -> tuple[list[int], bytes]:

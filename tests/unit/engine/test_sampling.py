@@ -1,15 +1,20 @@
 """Tokens are drawn from the distribution asked for, by noise that belongs to the request."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
-from dllm_engine import LLM, SamplingParams
+from dllm_engine import LLM, Prompt, SamplingParams
 from dllm_engine.ops import TILE, Head
 from dllm_engine.sampling import RowSampling, SpecialTokens, noise, sample_candidates
 from torch import Tensor
 
 from benchmarks.allocations import AllocationMeter
+from tests.support import plain_noise
+from tests.support.checkpoints import MASK as ENGINE_MASK
+from tests.support.decoder import filtered
+from tests.support.reference import Forward
 
 VOCAB = 12
 MASK = 11
@@ -109,6 +114,22 @@ def test_each_position_step_and_seed_has_noise_of_its_own() -> None:
     assert all(0 < x < 1 for x in flat)
 
 
+def test_noise_is_splitmix64_of_seed_step_and_position() -> None:
+    """The generator's published first output for seed 0, and plain integers for any key: what a
+    request draws is the same after a restart and in every release."""
+    first = (0xE220A8397B1DCDAF >> 11) + 0.5
+    assert noise.uniform(torch.tensor([0]), 1).item() == first * 2.0**-53
+    for seed, step, position in ((0, 0, 0), (-1, 3, 70), (2**63 - 1, 511, 4095), (-(2**63), 9, 1)):
+        columns = (torch.tensor([n]) for n in (seed, step, position))
+        ours = noise.row_keys(*columns, noise.STREAM_TOKEN)
+        key = plain_noise.key(seed, step, position, plain_noise.TOKEN)
+        assert ours.item() % 2**64 == key
+        assert noise.uniform(ours, 1).item() == plain_noise.uniform(key)
+        torch.testing.assert_close(
+            noise.gumbel(ours, 50)[0], plain_noise.gumbel(key, 50), rtol=1e-12, atol=0
+        )
+
+
 def test_uniform_numbers_are_uniform_and_uncorrelated() -> None:
     """Mean, variance and lag-one correlation of 200,000 numbers are those of U(0, 1)."""
     keys = noise.row_keys(
@@ -138,6 +159,49 @@ def test_top_k_and_top_p_keep_the_best_tokens_only(logits: Tensor) -> None:
     kept = int((probability.cumsum(0) - probability < 0.6).sum())
     token, _ = draw(batch.clone(), row_sampling(2000, top_p=0.6, **hot))
     assert set(token.tolist()) == set(order[:kept].tolist())
+
+
+@pytest.mark.parametrize(
+    "filters", [{"top_p": 0.7}, {"top_k": 5}, {"top_p": 0.9, "top_k": 4}], ids=str
+)
+@pytest.mark.parametrize("is_tempered", [False, True])
+def test_samples_follow_the_filtered_distribution(
+    logits: Tensor, filters: dict[str, float], is_tempered: bool
+) -> None:
+    """Frequencies over 20,000 draws fit top-p, then top-k of softmax(logits / T), by chi-square."""
+    draws = 20_000
+    rows = logits.clone()
+    rows[MASK] = -30.0
+    sampling = row_sampling(draws, temperature=1.4, tempered=is_tempered, seed=11, **filters)
+    token, _ = draw(rows.expand(draws, -1).clone(), sampling)
+    kept = filtered(rows.double() / 1.4, filters.get("top_p"), int(filters.get("top_k", VOCAB)))
+    expected = kept.softmax(0) * draws
+    counts = torch.bincount(token, minlength=VOCAB).double()
+    assert set(counts.nonzero().flatten().tolist()) <= set(expected.nonzero().flatten().tolist())
+    inside = expected > 5
+    chi_square = ((counts - expected) ** 2 / expected)[inside].sum().item()
+    assert chi_square < 27.9  # 0.999 quantile for 9 degrees of freedom, the most that are left
+
+
+def test_the_engine_draws_tokens_from_the_models_distribution(llm: LLM, oracle64: Forward) -> None:
+    """2,000 requests of one token, a seed each, fit softmax(logits / T) of transformers' class."""
+    draws, temperature = 2000, 0.8
+    params = [
+        SamplingParams(gen_length=1, temperature=temperature, seed=seed, ignore_eos=True)
+        for seed in range(draws)
+    ]
+    answers = llm.generate([[1, 2, 3]] * draws, params, progress=False)
+    logits = oracle64(torch.tensor([1, 2, 3, ENGINE_MASK]))[3].clone()
+    logits[ENGINE_MASK] = -torch.inf
+    expected = (logits / temperature).softmax(0) * draws
+    counts = torch.bincount(torch.tensor([int(a.token_ids[0]) for a in answers]), minlength=512)
+    common = expected > 20
+    pooled = torch.cat([expected[common], expected[~common].sum()[None]])
+    found = torch.cat([counts[common], counts[~common].sum()[None]]).double()
+    assert len(pooled) > 10
+    freedom = len(pooled) - 1
+    chi_square = ((found - pooled) ** 2 / pooled).sum().item()
+    assert chi_square < freedom + 4 * (2 * freedom) ** 0.5  # beyond the 0.999 quantile
 
 
 def test_filters_apply_to_their_own_rows_only(logits: Tensor) -> None:
@@ -294,3 +358,31 @@ def test_the_seed_decides_the_text(llm: LLM) -> None:
     assert tokens(dataclasses.replace(params, seed=seed))[0] == drawn
     extreme = dataclasses.replace(params, seed=-(2**63))
     assert tokens(extreme)[1] == -(2**63)
+
+
+def test_the_text_is_the_same_after_a_restart_under_other_limits(
+    llm: LLM, checkpoint: Path
+) -> None:
+    """A request that was cut off half-way and runs again in a new engine, with other neighbours and
+    room for two requests only, gives the text it would have given."""
+    params = SamplingParams(temperature=1.0, gen_length=24, block_length=8, seed=77, top_k=50)
+    whole = llm.generate([[1, 2, 3]], params, progress=False)[0]
+    engine = LLM(checkpoint, max_num_seqs=2, max_num_batched_tokens=40).engine
+    cut = engine.make_request(Prompt([1, 2, 3]), params)
+    engine.add(cut)
+    for _ in range(5):
+        engine.step()
+    assert engine.cancel(cut.request_id) is not None
+    again = engine.make_request(Prompt([1, 2, 3]), params)
+    for request in (
+        engine.make_request(Prompt([9] * 12), dataclasses.replace(params, seed=1)),
+        again,
+        engine.make_request(Prompt([5]), SamplingParams(gen_length=30)),
+    ):
+        engine.add(request)
+    finished = {}
+    while engine.has_work:
+        finished |= {u.request_id: u for u in engine.step() if u.finished}
+    update = finished[again.request_id]
+    assert update.token_ids.tolist() == whole.token_ids.tolist()
+    assert update.confidence.tobytes() == whole.confidence.tobytes()

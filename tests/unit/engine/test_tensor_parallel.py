@@ -1,6 +1,5 @@
 """A model split over several processes answers as one does, and dies as one does."""
 
-import dataclasses
 import os
 import queue
 import signal
@@ -26,13 +25,13 @@ from dllm_engine import (
 )
 from dllm_engine.models import load_model, read_spec
 from dllm_engine.parallel import Group, Ranks
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support.cases import Case, cases, run_with_arrivals
 from tests.support.checkpoints import write_dream, write_llada
 from tests.support.servers import eventually, has_ended
-from tests.unit.engine.test_cache_parity import cached_cases
-from tests.unit.engine.test_parity import NO_SHRINK, Case, run_with_arrivals
+from tests.unit.engine.test_parity import NO_SHRINK
 
 
 def ranks_of(pid: int) -> list[psutil.Process]:
@@ -59,33 +58,15 @@ def pair(
         yield one, two
 
 
-@st.composite
-def sampled_cases(draw: st.DrawFn) -> Case:
-    """Requests of every cache policy, some of them sampled, filtered or scored otherwise."""
-    arrival, prompt, params = draw(cached_cases())
-    how = draw(
-        st.sampled_from(
-            [
-                {},
-                {},
-                {"temperature": 0.8},
-                {"temperature": 1.0, "top_p": 0.9},
-                {"temperature": 0.7, "top_k": 20},
-                {"remasking": "entropy"},
-                {"remasking": "margin"},
-                {"remasking": "random"},
-                {"confidence_threshold": 0.05, "credit": True},
-                {"logits_eos_inf": True, "confidence_eos_eot_inf": True},
-            ]
-        )
-    )
-    return arrival, prompt, dataclasses.replace(params, seed=draw(st.integers(0, 2**31)), **how)
-
-
-@settings(max_examples=12, deadline=None, phases=NO_SHRINK)
-@given(batch=st.lists(sampled_cases(), min_size=1, max_size=8))
+@settings(
+    max_examples=12,
+    deadline=None,
+    phases=NO_SHRINK,
+    suppress_health_check=[HealthCheck.filter_too_much],
+)
+@given(batch=st.lists(cases(gen_length=14, prompt_length=20, caches=True), min_size=1, max_size=8))
 def test_two_ranks_decode_what_one_does(pair: tuple[LLM, LLM], batch: list[Case]) -> None:
-    """Any mix of policies, guidance, thresholds, sampling, scores and arrivals: the same tokens."""
+    """Any mix of policies, guidance, rules, samplings, gaps and arrivals: the same tokens."""
     one, two = (run_with_arrivals(llm, batch) for llm in pair)
     for i in range(len(batch)):
         assert two[i].token_ids.tolist() == one[i].token_ids.tolist()

@@ -61,9 +61,12 @@ class TextCodec:
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Ends of text and of turn that the tokenizer knows beside the config's own."""
+        """Ends of text and of turn that the tokenizer knows beside the config's own.
+
+        DiffuCoder-Instruct fills what follows its answer with `<|dlm_pad|>`.
+        """
         vocabulary = self._tokenizer.get_added_vocab()
-        names = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>")
+        names = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>", "<|dlm_pad|>")
         return tuple(vocabulary[name] for name in names if name in vocabulary)
 
     def encode_text(self, text: str) -> list[int]:

@@ -112,6 +112,16 @@ def is_quantizable(parameter: str) -> bool:
     return parameter.endswith(_QUANTIZED)
 
 
+def stacked_rows(spec: ModelSpec, parameter: str) -> tuple[int, ...]:
+    """Rows of each of the projections that a parameter stacks (of the whole model); else none."""
+    kv_rows = spec.num_kv_heads * spec.head_dim
+    parts = {
+        "qkv": (spec.num_heads * spec.head_dim, kv_rows, kv_rows),
+        "gate_up": (spec.intermediate_size, spec.intermediate_size),
+    }
+    return next((parts[part] for part in parameter.split(".") if part in parts), ())
+
+
 class Layer(nn.Module):
     """One pre-norm block: attention, then a SwiGLU MLP. Projections that share input are fused.
 

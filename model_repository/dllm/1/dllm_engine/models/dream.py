@@ -37,7 +37,11 @@ def spec(config: Mapping[str, Any], stop_ids: tuple[int, ...]) -> ModelSpec:
         if config.get(key, expected) != expected:
             raise ValueError(f"{key}: only {expected!r} is supported, got {config[key]!r}")
     num_heads = config["num_attention_heads"]
+    # Where transformers 5 writes what older files have as `rope_theta` and `rope_scaling`.
     rope = config.get("rope_parameters") or {}
+    kind = rope.get("rope_type", "default")
+    if kind != "default":
+        raise ValueError(f"rope_parameters: only rope_type 'default' is supported, got {kind!r}")
     return ModelSpec(
         architecture=config["architectures"][0],
         vocab_size=config["vocab_size"],

@@ -23,7 +23,7 @@ from ..errors import CheckpointError
 from ..ops import TORCH, Operations, make_quantizer
 from ..parallel import Group
 from . import dream, llada
-from .base import DiffusionModel, ModelSpec, is_quantizable, split_dim
+from .base import DiffusionModel, ModelSpec, is_quantizable, split_dim, stacked_rows
 
 _FAMILIES: dict[str, ModuleType] = {
     **dict.fromkeys(llada.ARCHITECTURES, llada),
@@ -31,6 +31,8 @@ _FAMILIES: dict[str, ModuleType] = {
 }
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+#: Types of weights that are read; others are quantised, and need scales that this engine ignores.
+_DTYPES = ("BF16", "F16", "F32", "F64")
 
 #: Called with (parameters loaded, parameters in all).
 Progress = Callable[[int, int], None]
@@ -96,7 +98,8 @@ def load_model(
 
     Raises:
         InvalidConfig: what quantises is not installed.
-        CheckpointError: a tensor is missing, unexpected or of the wrong shape; names all of them.
+        CheckpointError: a tensor is missing, unexpected, of the wrong shape or of no float type;
+            names all of them.
     """
     quantize = None if quantization == "none" else make_quantizer(quantization)
     with torch.device("meta"):
@@ -106,7 +109,7 @@ def load_model(
     wanted = dict(model.named_parameters())
     with _Checkpoint(directory) as checkpoint:
         _check_names(table, checkpoint)
-        _check_shapes(table, dict(whole.named_parameters()), checkpoint)
+        _check_tensors(table, dict(whole.named_parameters()), spec, checkpoint)
         for done, (name, parameter) in enumerate(wanted.items(), start=1):
             filled = torch.empty(parameter.shape, device=device, dtype=dtype)
             row = 0
@@ -136,28 +139,27 @@ def _check_names(table: Mapping[str, tuple[str, ...]], checkpoint: _Checkpoint) 
     problems = [f"missing {name}" for name in sorted(expected - checkpoint.names)]
     problems += [f"unexpected {name}" for name in sorted(checkpoint.names - expected)]
     if problems:
-        raise CheckpointError(f"{checkpoint.directory}: tensors: {_listed(problems)}")
+        raise CheckpointError(f"{checkpoint.directory}: tensors: {'; '.join(problems)}")
 
 
-def _check_shapes(
-    table: Mapping[str, tuple[str, ...]], wanted: Mapping[str, Tensor], checkpoint: _Checkpoint
+def _check_tensors(
+    table: Mapping[str, tuple[str, ...]],
+    wanted: Mapping[str, Tensor],
+    spec: ModelSpec,
+    checkpoint: _Checkpoint,
 ) -> None:
     problems = []
     for name, parameter in wanted.items():
-        shapes = [checkpoint.shape(source) for source in table[name]]
-        rows = sum(shape[0] for shape in shapes)
-        if rows != parameter.shape[0] or any(s[1:] != parameter.shape[1:] for s in shapes):
-            found = " + ".join(str(list(shape)) for shape in shapes)
-            problems.append(
-                f"{' + '.join(table[name])}: shape {found}, expected {list(parameter.shape)}"
-            )
+        rows = stacked_rows(spec, name) or (parameter.shape[0],)
+        for source, count in zip(table[name], rows, strict=True):
+            found, expected = checkpoint.shape(source), (count, *parameter.shape[1:])
+            if found != expected:
+                problems.append(f"{source}: shape {list(found)}, expected {list(expected)}")
+            dtype = checkpoint.dtype(source)
+            if dtype not in _DTYPES:
+                problems.append(f"{source}: {dtype}, expected one of {', '.join(_DTYPES)}")
     if problems:
-        raise CheckpointError(f"{checkpoint.directory}: tensors: {_listed(problems)}")
-
-
-def _listed(problems: list[str], limit: int = 20) -> str:
-    more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
-    return "; ".join(problems[:limit]) + more
+        raise CheckpointError(f"{checkpoint.directory}: tensors: {'; '.join(problems)}")
 
 
 def _replace_parameter(model: torch.nn.Module, name: str, value: Tensor) -> None:
@@ -201,6 +203,10 @@ class _Checkpoint:
 
     def shape(self, name: str) -> torch.Size:
         return torch.Size(self._files[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """As safetensors writes it: BF16, F32, I8, …"""
+        return str(self._files[name].get_slice(name).get_dtype())
 
     def part(self, name: str, dim: int | None, group: Group | None) -> Tensor:
         """What this rank has of a tensor that is split along `dim`; nothing else is read."""

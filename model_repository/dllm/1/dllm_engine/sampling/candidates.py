@@ -34,7 +34,8 @@ def sample_candidates(
     At temperature 0 the most likely token; above, `argmax(logits / T + G)` with Gumbel noise G in
     float64, which samples from softmax(logits / T) exactly (LLaDA's generate.py takes the same
     maximum as exp(logits) / (−ln u)^T). The mask token is never chosen, though it counts in the
-    clean probabilities, as in the reference.
+    clean probabilities, as in the reference. In Dream's tempered and filtered distributions it has no
+    part: a filter could leave nothing else.
 
     Args:
         hidden: [rows, hidden_size], after the final norm.

@@ -201,7 +201,8 @@ def _fold_choice(
     noisy: Tensor,
 ) -> None:
     """The best token so far; of noisy rows, by logit / T + Gumbel noise."""
-    score, logit = largest.to(torch.float64), largest
+    # A copy, for a float64 model too: the caller goes on with `largest`.
+    score, logit = largest.to(torch.float64, copy=True), largest
     if noisy.numel():
         theirs = rows.take(noisy)
         keys = noise.row_keys(theirs.seed, theirs.step, theirs.position, noise.STREAM_TOKEN)

@@ -1,0 +1,51 @@
+"""Both trained checkpoints answer, by rules of either family and with every cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dllm_engine import LLM, SamplingParams
+
+from demo import corpus
+
+FOLDER = Path(__file__).parents[3] / "model_repository/dllm/1"
+#: What both have learned well.
+TASKS = ("comparison", "weekday", "month", "definition", "opposite")
+RULES: list[dict[str, Any]] = [
+    {},
+    {"confidence_threshold": 0.9},
+    {"alg": "origin"},
+    {"alg": "maskgit_plus"},
+    {"alg": "topk_margin"},
+    {"alg": "entropy", "alg_temp": 0.1},
+    {"cache": "prefix"},
+    {"cache": "dual"},
+    {"cache": "sparse"},
+    {"cache": "delayed"},
+    {"cache": "dual", "confidence_threshold": 0.9},
+]
+
+
+@pytest.fixture(scope="module", params=["demo_checkpoint", "demo_checkpoint_dream"])
+def demo(request: pytest.FixtureRequest) -> LLM:
+    """The LLaDA checkpoint, and its twin in Dream's format."""
+    return LLM(FOLDER / request.param)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_nine_of_ten_easy_questions_are_answered(demo: LLM, rule: dict[str, Any]) -> None:
+    """Held-out questions of the tasks that the checkpoints know best, word for word."""
+    asked = [e for task in TASKS for e in corpus.held_out_set(task, 8)]
+    answers = demo.generate(
+        [example.question for example in asked],
+        SamplingParams(gen_length=32, seed=0, **rule),
+        chat=True,
+        progress=False,
+    )
+    right = [
+        answer.text.strip() == example.answer
+        for example, answer in zip(asked, answers, strict=True)
+    ]
+    assert sum(right) >= 0.9 * len(asked)
