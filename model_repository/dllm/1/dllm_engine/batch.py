@@ -69,7 +69,7 @@ def build_batch(table: CanvasTable, pages: KVPages, chosen: list[int]) -> StepBa
         block_masked=block_masked,
         rows=sequences.row_of[first, predictor],
         uncond_rows=sequences.row_of[first + guided[request].to(torch.int64), predictor],
-        cfg_scale=table.cfg_scale[request_slots] if bool(guided.any()) else None,
+        cfg_scale=table.cfg_scale[request_slots] if table.guided(chosen) else None,
         sampling=RowSampling(
             temperature=table.temperature[request_slots],
             seed=table.seed[request_slots],
@@ -80,6 +80,7 @@ def build_batch(table: CanvasTable, pages: KVPages, chosen: list[int]) -> StepBa
             tempered=table.tempered[request_slots],
             no_eos=table.no_eos[request_slots],
             late_eos=table.late_eos[request_slots],
+            flags=table.sampling_flags(chosen),
         ),
         plan=_plan(table, chosen, slots, block_masked),
         needs_spread=table.needs_spread(chosen),

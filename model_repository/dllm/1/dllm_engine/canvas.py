@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .cache.policy import ActiveState, CachePolicy, Phases
 from .request import Prompt, SamplingParams
-from .sampling import LISTED, Credits, SpecialTokens
+from .sampling import LISTED, Credits, SamplingFlags, SpecialTokens, needs_whole_row
 from .sampling.commit import (
     ALG,
     REMASKING,
@@ -102,6 +102,8 @@ class CanvasTable:
         self._draws = [False] * num_slots
         self._needs_spread = [False] * num_slots
         self._uses_credit = [False] * num_slots
+        self._guided = [False] * num_slots
+        self._flags = [SamplingFlags.of_all([])] * num_slots
 
     def fill(self, slot: int, prompt: Prompt, params: SamplingParams) -> None:
         """Lay out a new request in `slot`; `params` must be resolved."""
@@ -129,6 +131,8 @@ class CanvasTable:
         self.honours_eos[slot] = not (params.ignore_eos or is_gap)
         self.no_eos[slot] = params.logits_eos_inf
         self.late_eos[slot] = params.confidence_eos_eot_inf
+        self._guided[slot] = params.cfg_scale > 0
+        self._flags[slot] = _flags_of(params)
         self._fill_rule(slot, params)
         self._fill_cache(slot, params)
         self._fill_credit(slot, params)
@@ -237,6 +241,14 @@ class CanvasTable:
     def needs_spread(self, slots: list[int]) -> bool:
         """Whether any of these requests needs entropies or margins."""
         return any(self._needs_spread[slot] for slot in slots)
+
+    def guided(self, slots: list[int]) -> bool:
+        """Whether any of these requests has guidance."""
+        return any(self._guided[slot] for slot in slots)
+
+    def sampling_flags(self, slots: list[int]) -> SamplingFlags:
+        """What occurs among the rows of these requests."""
+        return SamplingFlags.of_all(self._flags[slot] for slot in slots)
 
     def block_positions(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Positions of the active blocks of `slots` and which of them are masked.
@@ -375,6 +387,17 @@ def blocks_of(params: SamplingParams) -> list[tuple[int, int, int]]:
         end = min(start + block_length, length)
         found.append((start, end, end * steps // length - start * steps // length))
     return found
+
+
+def _flags_of(params: SamplingParams) -> SamplingFlags:
+    noisy = params.temperature > 0
+    filtered = (params.top_p is not None and params.top_p < 1) or bool(params.top_k)
+    return SamplingFlags(
+        noisy=noisy,
+        whole=needs_whole_row(noisy, filtered, params.alg is not None),
+        no_eos=params.logits_eos_inf,
+        late_eos=params.confidence_eos_eot_inf,
+    )
 
 
 def _rule_of(params: SamplingParams) -> tuple[Rule, float, float]:

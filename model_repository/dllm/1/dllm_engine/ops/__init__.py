@@ -2,7 +2,7 @@
 
 from .attention import packed_attention
 from .dispatch import KERNELS, TORCH, Layout, Operations, choose_operations
-from .head import TILE, Head
+from .head import LOWEST, TILE, Choice, Head, HeadStatistics
 from .layout import (
     FlatLayout,
     FlatSelection,
@@ -19,13 +19,16 @@ from .selection import select_positions
 
 __all__ = [
     "KERNELS",
+    "LOWEST",
     "TILE",
     "TORCH",
+    "Choice",
     "FlatLayout",
     "FlatSelection",
     "FreshGroup",
     "GatedLinear",
     "Head",
+    "HeadStatistics",
     "LayerPages",
     "Layout",
     "Linear",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..ops import Head
 from .credit import Credits
-from .rows import Candidates, RowSampling, SpecialTokens, joined
+from .rows import Candidates, RowSampling, SpecialTokens, joined, needs_whole_row
 from .tiles import by_tiles
 from .whole_rows import by_whole_rows
 
@@ -45,16 +45,16 @@ def sample_candidates(
         with_spread: compute entropy and margin; zeros otherwise.
         credits: where any row is decided with credit; only greedy rows without filters may be.
     """
-    filters = (rows.top_p < 1) | (rows.top_k > 0)
-    noisy = rows.temperature > 0
-    # At temperature 0 and without filters Dream's distribution is the clean one.
-    whole = (noisy & filters) | (rows.tempered & (noisy | filters))
-    if not bool(whole.any()):
+    if not rows.flags.whole:
         return by_tiles(hidden, head, rows, special, budget_bytes, with_spread, credits)
-    tiled, filtered = (~whole).nonzero().squeeze(1), whole.nonzero().squeeze(1)
+    filtered = (rows.top_p < 1) | (rows.top_k > 0)
+    whole = needs_whole_row(rows.temperature > 0, filtered, rows.tempered)
+    tiled, whole_rows = (~whole).nonzero().squeeze(1), whole.nonzero().squeeze(1)
+    if not len(whole_rows):
+        return by_tiles(hidden, head, rows, special, budget_bytes, with_spread, credits)
     parts = [
         by_whole_rows(
-            hidden[filtered], head, rows.take(filtered), special, budget_bytes, with_spread
+            hidden[whole_rows], head, rows.take(whole_rows), special, budget_bytes, with_spread
         )
     ]
     if len(tiled):
@@ -63,7 +63,7 @@ def sample_candidates(
         parts.insert(0, by_tiles(*arguments, mine))
     found = joined(parts)
     # Back into the order of the rows.
-    order = torch.cat([tiled, filtered]).argsort()
+    order = torch.cat([tiled, whole_rows]).argsort()
     found = Candidates(
         found.token[order], found.confidence[order], found.entropy[order], found.margin[order]
     )
