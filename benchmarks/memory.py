@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from dllm_engine.cache import CachePolicy, PageAllocator, reserved_rows
 from dllm_engine.ops import Head
 from dllm_engine.request import CACHE_POLICIES
-from dllm_engine.sampling import RowSampling, SpecialTokens, sample_candidates
+from dllm_engine.sampling import RowSampling, SamplingFlags, SpecialTokens, sample_candidates
 
 from benchmarks.allocations import AllocationMeter
 from benchmarks.common import RESULTS, write_json
@@ -45,6 +45,7 @@ def _sampling(rows: int, temperature: float) -> RowSampling:
         tempered=column(0, torch.bool),
         no_eos=column(0, torch.bool),
         late_eos=column(0, torch.bool),
+        flags=SamplingFlags(noisy=temperature > 0, whole=False, no_eos=False, late_eos=False),
     )
 
 

@@ -15,6 +15,7 @@ from tests.support import plain_noise
 from tests.support.checkpoints import MASK as ENGINE_MASK
 from tests.support.decoder import filtered
 from tests.support.reference import Forward
+from tests.support.sampling import row_sampling
 
 VOCAB = 12
 MASK = 11
@@ -22,29 +23,6 @@ EOS, EOT = 9, 10
 #: The identity: a row's hidden state is its logits.
 HEAD = Head(torch.eye(VOCAB))
 SPECIAL = SpecialTokens(mask=MASK, eos=torch.tensor([EOS]), stop=torch.tensor([EOS, EOT]))
-
-
-def row_sampling(rows: int, **columns: float | bool | Tensor) -> RowSampling:
-    """Sampling state of `rows` rows, greedy and unfiltered unless said otherwise."""
-    defaults: dict[str, float | bool | Tensor] = {
-        "temperature": 0.0,
-        "seed": 1,
-        "step": 0,
-        "position": torch.arange(rows),
-        "top_p": 1.0,
-        "top_k": 0,
-        "tempered": False,
-        "no_eos": False,
-        "late_eos": False,
-    }
-    types = {"temperature": torch.float64, "top_p": torch.float64, "tempered": torch.bool}
-    types |= {"no_eos": torch.bool, "late_eos": torch.bool}
-    return RowSampling(
-        **{
-            name: torch.as_tensor(value).expand(rows).to(types.get(name, torch.int64))
-            for name, value in (defaults | columns).items()
-        }
-    )
 
 
 def draw(logits: Tensor, rows: RowSampling, budget_bytes: int = 2**20) -> tuple[Tensor, Tensor]:

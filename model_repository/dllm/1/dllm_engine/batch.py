@@ -12,7 +12,7 @@ from .cache import KVPages
 from .canvas import CanvasTable
 from .layout import Sequences, StepSize, flat_layout, grouped_layout
 from .ops import Layout, upload
-from .sampling import CommitPlan, Credits, RowSampling
+from .sampling import CommitPlan, Credits, RowSampling, SamplingFlags
 from .sampling.rows import ROW_MULTIPLE
 from .slot_facts import SlotFacts
 
@@ -101,6 +101,7 @@ def build_batch(
             tempered=table.tempered[request_slots],
             no_eos=table.no_eos[request_slots],
             late_eos=table.late_eos[request_slots],
+            flags=SamplingFlags.of_all(fact.sampling for fact in facts),
         ),
         plan=_plan(table, facts, slots, block_masked),
         needs_spread=any(fact.needs_spread for fact in facts),

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from .request import Prompt, SamplingParams
+from .sampling import SamplingFlags, needs_whole_row
 from .sampling.commit import ALG, REMASKING, SPREAD_SCORES, Rule, Score
 
 
@@ -22,6 +23,7 @@ class SlotFacts:
     #: Its rule looks at entropies or margins.
     needs_spread: bool
     uses_credit: bool
+    sampling: SamplingFlags
     #: Some of its schedule's steps commit nothing.
     skips: bool
     guided: bool
@@ -48,6 +50,7 @@ class SlotFacts:
             draws=params.alg_temp > 0,
             needs_spread=score in SPREAD_SCORES or rule is Rule.ENTROPY_BOUND,
             uses_credit=params.credit,
+            sampling=_flags_of(params),
             skips=params.alg is not None and rule is Rule.COUNT,
             guided=params.cfg_scale > 0,
             sparse=params.cache == "sparse",
@@ -71,6 +74,17 @@ def _first_masks(canvas: Sequence[int] | None, params: SamplingParams, mask: int
     starts = range(0, len(canvas), params.block_length)
     counts = (list(canvas[start : start + params.block_length]).count(mask) for start in starts)
     return next(filter(None, counts), 0)
+
+
+def _flags_of(params: SamplingParams) -> SamplingFlags:
+    noisy = params.temperature > 0
+    filtered = (params.top_p is not None and params.top_p < 1) or bool(params.top_k)
+    return SamplingFlags(
+        noisy=noisy,
+        whole=needs_whole_row(noisy, filtered, params.alg is not None),
+        no_eos=params.logits_eos_inf,
+        late_eos=params.confidence_eos_eot_inf,
+    )
 
 
 def _rule_of(params: SamplingParams) -> tuple[Rule, float, float]:

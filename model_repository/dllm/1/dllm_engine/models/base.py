@@ -223,10 +223,10 @@ class DiffusionModel(nn.Module):
     def _make_head(self) -> Head:
         weight: Tensor = self.embedding if self.spec.tied_head else self.head_weight
         if self._group is None:
-            return Head(weight)
+            return Head(weight, kernels=self._operations.kernels)
         if self.spec.tied_head:  # of the embedding each rank has all
             weight = weight.chunk(self._group.size)[self._group.rank]
-        return SlicedHead(weight, self._group)
+        return SlicedHead(weight, self._group, kernels=self._operations.kernels)
 
     def forward(
         self,

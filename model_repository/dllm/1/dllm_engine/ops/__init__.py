@@ -2,7 +2,7 @@
 
 from .attention import packed_attention
 from .dispatch import TORCH, Operations, choose_operations
-from .head import TILE, Head
+from .head import LOWEST, TILE, Choice, Head, HeadStatistics
 from .layout import (
     FlatLayout,
     FlatSelection,
@@ -21,13 +21,16 @@ from .selection import select_positions
 from .transfer import upload
 
 __all__ = [
+    "LOWEST",
     "TILE",
     "TORCH",
+    "Choice",
     "FlatLayout",
     "FlatSelection",
     "FreshGroup",
     "GatedLinear",
     "Head",
+    "HeadStatistics",
     "LayerPages",
     "Layout",
     "Linear",

@@ -15,10 +15,11 @@ class SlicedHead(Head):
     Args:
         weight: [vocab_size / size, hidden_size]; this rank's tokens.
         group: the ranks, which hold slices of equal size in their order.
+        kernels: see `Head`.
     """
 
-    def __init__(self, weight: Tensor, group: Group) -> None:
-        super().__init__(weight)
+    def __init__(self, weight: Tensor, group: Group, *, kernels: bool = False) -> None:
+        super().__init__(weight, kernels=kernels)
         self.group = group
         #: This rank's first token.
         self.first = group.rank * len(weight)

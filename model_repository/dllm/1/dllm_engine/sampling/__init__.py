@@ -3,7 +3,7 @@
 from .candidates import sample_candidates
 from .commit import BlockStatistics, CommitPlan, select_commits
 from .credit import LISTED, Credits
-from .rows import Candidates, RowSampling, SpecialTokens
+from .rows import Candidates, RowSampling, SamplingFlags, SpecialTokens, needs_whole_row
 
 __all__ = [
     "LISTED",
@@ -12,7 +12,9 @@ __all__ = [
     "CommitPlan",
     "Credits",
     "RowSampling",
+    "SamplingFlags",
     "SpecialTokens",
+    "needs_whole_row",
     "sample_candidates",
     "select_commits",
 ]

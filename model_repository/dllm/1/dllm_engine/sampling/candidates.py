@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..ops import Head
 from .credit import Credits
-from .rows import Candidates, RowSampling, SpecialTokens, joined
+from .rows import Candidates, RowSampling, SpecialTokens, joined, needs_whole_row
 from .tiles import by_tiles
 from .whole_rows import by_whole_rows
 
@@ -34,7 +34,7 @@ def sample_candidates(
     At temperature 0 the most likely token; above, `argmax(logits / T + G)` with Gumbel noise G in
     float64, which samples from softmax(logits / T) exactly (LLaDA's generate.py takes the same
     maximum as exp(logits) / (−ln u)^T). The mask token is never chosen, though it counts in the
-    clean probabilities, as in the reference. In Dream's tempered and filtered distributions it has no
+    clean probabilities, as in the reference. In the tempered and filtered distributions it has no
     part: a filter could leave nothing else.
 
     Args:
@@ -46,16 +46,16 @@ def sample_candidates(
         with_spread: compute entropy and margin; zeros otherwise.
         credits: where any row is decided with credit; only greedy rows without filters may be.
     """
-    filters = (rows.top_p < 1) | (rows.top_k > 0)
-    noisy = rows.temperature > 0
-    # At temperature 0 and without filters Dream's distribution is the clean one.
-    whole = (noisy & filters) | (rows.tempered & (noisy | filters))
-    if not bool(whole.any()):
+    if not rows.flags.whole:
         return by_tiles(hidden, head, rows, special, budget_bytes, with_spread, credits)
-    tiled, filtered = (~whole).nonzero().squeeze(1), whole.nonzero().squeeze(1)
+    filtered = (rows.top_p < 1) | (rows.top_k > 0)
+    whole = needs_whole_row(rows.temperature > 0, filtered, rows.tempered)
+    tiled, whole_rows = (~whole).nonzero().squeeze(1), whole.nonzero().squeeze(1)
+    if not len(whole_rows):
+        return by_tiles(hidden, head, rows, special, budget_bytes, with_spread, credits)
     parts = [
         by_whole_rows(
-            hidden[filtered], head, rows.take(filtered), special, budget_bytes, with_spread
+            hidden[whole_rows], head, rows.take(whole_rows), special, budget_bytes, with_spread
         )
     ]
     if len(tiled):
@@ -64,7 +64,7 @@ def sample_candidates(
         parts.insert(0, by_tiles(*arguments, mine))
     found = joined(parts)
     # Back into the order of the rows.
-    order = torch.cat([tiled, filtered]).argsort()
+    order = torch.cat([tiled, whole_rows]).argsort()
     found = Candidates(
         found.token[order], found.confidence[order], found.entropy[order], found.margin[order]
     )

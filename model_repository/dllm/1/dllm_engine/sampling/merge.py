@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..ops import HeadStatistics
 from ..parallel import Group
 
-if TYPE_CHECKING:
-    from .tiles import _Running
 
-
-def merge_over_ranks(mine: _Running, group: Group) -> _Running:
+def merge_over_ranks(mine: HeadStatistics, group: Group) -> HeadStatistics:
     """What one rank with the whole vocabulary would hold.
 
     A handful of numbers per row travels, whatever the vocabulary: float64 holds each of them, and
@@ -23,7 +20,7 @@ def merge_over_ranks(mine: _Running, group: Group) -> _Running:
     fields = [f.name for f in dataclasses.fields(mine) if getattr(mine, f.name) is not None]
     columns = [_column(getattr(mine, name)) for name in fields]
     widths = [column.shape[1] for column in columns]
-    merged: _Running | None = None
+    merged: HeadStatistics | None = None
     for table in group.gather(torch.cat(columns, dim=1)):
         part = dict(zip(fields, torch.split(table, widths, dim=1), strict=True))
         theirs = dataclasses.replace(
@@ -43,7 +40,7 @@ def _like(values: Tensor, column: Tensor) -> Tensor:
     return column.to(values.dtype).view(values.shape)
 
 
-def _joined(left: _Running, right: _Running) -> _Running:
+def _joined(left: HeadStatistics, right: HeadStatistics) -> HeadStatistics:
     """Both together; `left` has the lower token ids, which win where scores are equal."""
     better = right.score > left.score
     peak = torch.maximum(left.peak, right.peak)

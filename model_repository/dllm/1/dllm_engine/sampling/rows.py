@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,36 @@ from .credit import Credits
 #: Row counts are padded up to this. Matrix kernels choose their inner loops by row count for
 #: very few rows; from 8 rows on, a row's result was seen not to depend on its neighbours.
 ROW_MULTIPLE = 16
+
+Truth = TypeVar("Truth", bool, Tensor)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingFlags:
+    """What occurs among some rows; known to the host, so that it need not ask the device.
+
+    True where a row might have it, false only where none has.
+    """
+
+    #: Temperatures above 0.
+    noisy: bool
+    #: Rows that are needed whole (see `needs_whole_row`).
+    whole: bool
+    no_eos: bool
+    late_eos: bool
+
+    @classmethod
+    def of_all(cls, parts: Iterable[SamplingFlags]) -> SamplingFlags:
+        """What occurs in any of the parts."""
+        parts = list(parts)
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: any(getattr(part, name) for part in parts) for name in names})
+
+
+def needs_whole_row(noisy: Truth, filtered: Truth, tempered: Truth) -> Truth:
+    """Whether a row's logits are needed all at once; at temperature 0 and without filters Dream's
+    distribution is the clean one."""
+    return (noisy & filtered) | (tempered & (noisy | filtered))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +68,13 @@ class RowSampling:
     no_eos: Tensor
     #: bool; confidence as if there were no end-of-text or end-of-turn tokens.
     late_eos: Tensor
+    #: Of all rows together.
+    flags: SamplingFlags
 
     def take(self, index: slice | Tensor) -> RowSampling:
         """The same of some rows."""
-        fields = dataclasses.fields(self)
-        return RowSampling(**{f.name: getattr(self, f.name)[index] for f in fields})
+        names = [field.name for field in dataclasses.fields(self) if field.name != "flags"]
+        return dataclasses.replace(self, **{name: getattr(self, name)[index] for name in names})
 
 
 @dataclasses.dataclass(frozen=True)

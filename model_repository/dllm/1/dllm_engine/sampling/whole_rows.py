@@ -41,13 +41,15 @@ def _logits(hidden: Tensor, head: Head) -> Tensor:
 def _choose(
     logits: Tensor, rows: RowSampling, special: SpecialTokens, with_spread: bool
 ) -> Candidates:
-    forbid(logits, rows.no_eos, special.eos)
+    if rows.flags.no_eos:
+        forbid(logits, rows.no_eos, special.eos)
     mask_logit = logits[:, special.mask].clone()
     logits[:, special.mask] = -torch.inf
     filtered = _tempered(logits, rows)
     token = _draw(filtered, rows)
     logits[:, special.mask] = mask_logit
-    forbid(logits, rows.late_eos, special.stop)
+    if rows.flags.late_eos:
+        forbid(logits, rows.late_eos, special.stop)
     clean = _statistics(logits, token, with_spread)
     inner = _statistics(filtered, token, with_spread)
 

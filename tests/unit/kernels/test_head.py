@@ -1,0 +1,273 @@
+"""The head kernel against the statistics of plain float64 logits, and against the tile loop."""
+
+import dataclasses
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from dllm_engine.ops import Choice, Head, HeadStatistics
+from dllm_engine.ops.kernels import head as kernels
+from dllm_engine.sampling import LISTED, Credits, SpecialTokens, noise, sample_candidates
+from dllm_engine.sampling.merge import _joined
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.support.sampling import row_sampling
+from tests.unit.kernels.cases import DEVICE, DTYPES
+
+#: Products of numbers of any type are exact in float32, sums of some hundred rounded.
+TOLERANCE = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A head and rows for it, all numbers drawn from `seed`."""
+
+    rows: int
+    vocabulary: int
+    width: int
+    dtype: torch.dtype
+    seed: int
+    noisy: bool = False
+    spread: bool = False
+    no_eos: bool = False
+    late_eos: bool = False
+
+    def tensors(self) -> tuple[Tensor, Tensor, Choice]:
+        """Hidden states, weight and choice; of each kind of row there are some and others."""
+        torch.manual_seed(self.seed)
+        hidden = torch.randn(self.rows, self.width).to(DEVICE, self.dtype)
+        weight = torch.randn(self.vocabulary, self.width).to(DEVICE, self.dtype)
+        tokens = torch.randperm(self.vocabulary, device=DEVICE)
+
+        def some() -> Tensor:
+            return torch.rand(self.rows, device=DEVICE) < 0.6
+
+        heat = torch.rand(self.rows, dtype=torch.float64, device=DEVICE) + 0.2
+        return (
+            hidden,
+            weight,
+            Choice(
+                mask=int(tokens[0]),
+                eos=tokens[1:3],
+                stop=tokens[2:5],
+                no_eos=some() if self.no_eos else None,
+                late_eos=some() if self.late_eos else None,
+                temperature=heat * some() if self.noisy else None,
+                keys=torch.randint(-(2**62), 2**62, (self.rows,), device=DEVICE),
+                spread=self.spread,
+            ),
+        )
+
+
+CASES = st.builds(
+    Case,
+    rows=st.integers(0, 5),
+    vocabulary=st.integers(6, 300),
+    width=st.integers(1, 140),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**31),
+    noisy=st.booleans(),
+    spread=st.booleans(),
+    no_eos=st.booleans(),
+    late_eos=st.booleans(),
+)
+
+
+def near(found: Tensor, wanted: Tensor) -> None:
+    """Assert that both are equal within `TOLERANCE`."""
+    torch.testing.assert_close(found.double(), wanted.double(), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def check(found: HeadStatistics, hidden: Tensor, weight: Tensor, choice: Choice) -> None:
+    """Assert that the statistics are those of the logits, made and kept in float64."""
+    for i in range(len(hidden)):
+        logits = weight.double() @ hidden[i].double()
+        if choice.no_eos is not None and choice.no_eos[i]:
+            logits[choice.eos] = -torch.inf
+        scores = logits.clone()
+        scores[choice.mask] = -torch.inf
+        tolerance = TOLERANCE * (1 + float(logits.max().abs()))
+        if choice.temperature is not None and choice.temperature[i] > 0:
+            assert choice.keys is not None
+            scores = scores / choice.temperature[i]
+            scores += noise.gumbel(choice.keys[i : i + 1], len(weight))[0]
+            tolerance /= float(choice.temperature[i])
+        best = scores.topk(2).values
+        token = int(found.token[i])
+        if best[0] - best[1] > tolerance:
+            assert token == scores.argmax()
+        assert scores[token] >= best[0] - tolerance
+        assert abs(found.score[i] - scores[token]) <= tolerance
+        near(found.logit[i], logits[token])
+        if choice.late_eos is not None and choice.late_eos[i]:
+            logits[choice.stop] = -torch.inf
+        peak, second = logits.topk(2).values
+        mass = (logits - peak).exp()
+        near(found.peak[i], peak)
+        near(found.total[i], mass.sum())
+        if choice.spread:
+            near(found.second[i], second)
+            near(found.weighted[i], torch.special.xlogy(mass, mass).sum())
+
+
+@given(CASES)
+@example(Case(0, 9, 5, torch.float32, 1, spread=True))
+@example(Case(3, 260, 130, torch.float32, 2, noisy=True, no_eos=True))
+@example(Case(130, 140, 3, torch.bfloat16, 3, noisy=True, spread=True, late_eos=True))
+@settings(max_examples=30, deadline=None)
+def test_statistics_are_those_of_the_logits(case: Case) -> None:
+    """For any sizes, types and kinds of rows: exact tokens, and numbers near those of float64."""
+    hidden, weight, choice = case.tensors()
+    check(Head(weight, kernels=True).statistics(hidden, choice), hidden, weight, choice)
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_a_split_may_have_several_tiles(noisy: bool) -> None:
+    """With more tiles of the vocabulary than splits, the last split shorter than the others."""
+    case = Case(2, 8600, 5, torch.float32, 4, noisy=noisy, spread=True, late_eos=True)
+    hidden, weight, choice = case.tensors()
+    _, each, splits = kernels._split(weight)
+    assert each == 2
+    assert splits * each * 64 > 8600 + 63
+    check(Head(weight, kernels=True).statistics(hidden, choice), hidden, weight, choice)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_same_result_in_any_company(dtype: torch.dtype) -> None:
+    """Bit by bit, also where the others need noise, spread or forbidden tokens, and it does not."""
+    case = Case(140, 200, 90, dtype, 5, noisy=True, spread=True, no_eos=True, late_eos=True)
+    hidden, weight, choice = case.tensors()
+    assert choice.temperature is not None
+    assert choice.no_eos is not None
+    assert choice.late_eos is not None
+    assert choice.keys is not None
+    head = Head(weight, kernels=True)
+    together = head.statistics(hidden, choice)
+    plain = (choice.temperature == 0) & ~choice.no_eos & ~choice.late_eos
+    for i in (int(plain.nonzero()[0]), 63, 64, int(plain.nonzero()[-1]), 139):
+        mine = slice(i, i + 1)
+        apart = dataclasses.replace(
+            choice,
+            no_eos=choice.no_eos[mine] if choice.no_eos[i] else None,
+            late_eos=choice.late_eos[mine] if choice.late_eos[i] else None,
+            temperature=choice.temperature[mine] if choice.temperature[i] > 0 else None,
+            keys=choice.keys[mine],
+            spread=not plain[i],
+        )
+        alone = head.statistics(hidden[mine], apart)
+        names = ["token", "score", "logit", "peak", "total"]
+        for name in [*names, "second", "weighted"] if apart.spread else names:
+            assert torch.equal(getattr(alone, name), getattr(together, name)[mine]), name
+
+
+@triton.jit
+def _store_uniform(keys, out, first, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    row = tl.program_id(0)
+    tokens = first + tl.arange(0, COUNT)
+    numbers = kernels.uniform(tl.load(keys + row).to(tl.uint64), tokens.to(tl.int64))
+    tl.store(out + row * COUNT + tl.arange(0, COUNT), numbers)
+
+
+@given(
+    st.lists(st.integers(-(2**63), 2**63 - 1), min_size=3, max_size=3),
+    st.integers(0, 2**20),
+)
+@settings(max_examples=10, deadline=None)
+def test_random_numbers_are_those_of_the_loop(parts: list[int], first: int) -> None:
+    """Bit by bit the uniform numbers of `sampling.noise`, for any seed, step and position."""
+    keys = noise.row_keys(*(torch.tensor([part], device=DEVICE) for part in parts), 1)
+    out = torch.empty(1, 128, dtype=torch.float64, device=DEVICE)
+    _store_uniform[(1,)](keys, out, first, 128)
+    assert torch.equal(out, noise.uniform(keys, 128, first))
+
+
+def test_the_leftmost_of_equal_tokens_wins() -> None:
+    """Within a tile, between tiles and between splits; equal ones are second to each other."""
+    weight = torch.zeros(300, 4, device=DEVICE)
+    weight[[7, 40, 200, 299]] = 1.0
+    nothing = torch.tensor([], dtype=torch.int64, device=DEVICE)
+    choice = Choice(7, nothing, nothing, None, None, None, None, spread=True)
+    found = Head(weight, kernels=True).statistics(torch.ones(1, 4, device=DEVICE), choice)
+    assert found.token.tolist() == [40]
+    assert found.peak.tolist() == found.second.tolist() == [4.0]
+
+
+@pytest.mark.parametrize("cut", [40, 128])
+def test_slices_of_the_vocabulary_together_are_the_whole(cut: int) -> None:
+    """Each rank's head has its tokens' global ids and noise; merged they say what one head says."""
+    case = Case(4, 200, 20, torch.float32, 6, noisy=True, spread=True, no_eos=True, late_eos=True)
+    hidden, weight, choice = case.tensors()
+    listed = torch.randint(-1, 200, (4, LISTED), device=DEVICE)
+    whole = kernels.head_statistics(hidden, weight, 0, choice, listed)
+    left = kernels.head_statistics(hidden, weight[:cut], 0, choice, listed)
+    right = kernels.head_statistics(hidden, weight[cut:], cut, choice, listed)
+    merged = _joined(left, right)
+    assert torch.equal(merged.token, whole.token)
+    for field in dataclasses.fields(whole):
+        near(getattr(merged, field.name), getattr(whole, field.name))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_listed_tokens_have_their_logits(dtype: torch.dtype) -> None:
+    """−∞ for no token, for ends in rows that forbid them, and for stops that do not count."""
+    case = Case(5, 90, 300, dtype, 7, no_eos=True, late_eos=True)
+    hidden, weight, choice = case.tensors()
+    assert choice.no_eos is not None
+    assert choice.late_eos is not None
+    listed = torch.randint(-1, 90, (5, LISTED), device=DEVICE)
+    listed[:, :5] = torch.cat([choice.eos, choice.stop])
+    found = Head(weight, kernels=True).statistics(hidden, choice, listed).listed
+    assert found is not None
+    logits = hidden.double() @ weight.double().T
+    logits[choice.no_eos.nonzero(), choice.eos] = -torch.inf
+    logits[choice.late_eos.nonzero(), choice.stop] = -torch.inf
+    near(found, logits.gather(1, listed.clamp(min=0)).masked_fill(listed < 0, -torch.inf))
+
+
+class Watched(TorchDispatchMode):
+    """Refuses operations for whose result the host has to wait."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        """Run `func` unless it is one of these."""
+        name = func.name().removeprefix("aten::")
+        waits = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"}
+        assert name.split(".")[0] not in waits, name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_candidates_are_those_of_the_loop_without_waiting(temperature: float) -> None:
+    """Tokens, confidence, entropy, margin and credit; the host asks the device for nothing."""
+    rows, vocabulary = 20, 150
+    generator = torch.Generator().manual_seed(8)
+    hidden = torch.randn(rows, 16, generator=generator).to(DEVICE)
+    weight = torch.randn(vocabulary, 16, generator=generator).to(DEVICE)
+    ends = torch.tensor([3, 4], device=DEVICE)
+    special = SpecialTokens(9, ends[:1], ends)
+    place = torch.arange(rows)
+    columns = {"temperature": temperature * (place % 3), "seed": place}
+    columns |= {"no_eos": place % 4 == 0, "late_eos": place % 5 == 0}
+    sampling = row_sampling(rows, DEVICE, **columns)
+    tokens = torch.randint(-1, vocabulary, (rows, LISTED), generator=generator)
+    credits = Credits(
+        (place % 2 == 0).to(DEVICE),
+        tokens.to(DEVICE),
+        torch.rand(rows, LISTED, generator=generator).to(DEVICE) * (tokens >= 0).to(DEVICE),
+    )
+    options = {"budget_bytes": 1, "credits": None if temperature else credits}
+    wanted = sample_candidates(hidden, Head(weight), sampling, special, **options)
+    head = Head(weight, kernels=True)
+    with Watched():
+        found = sample_candidates(hidden, head, sampling, special, **options)
+    assert torch.equal(found.token, wanted.token)
+    for name in ("confidence", "entropy", "margin"):
+        near(getattr(found, name), getattr(wanted, name))
+    if not temperature:
+        assert found.credits is not None
+        assert wanted.credits is not None
+        assert torch.equal(found.credits.tokens, wanted.credits.tokens)
+        near(found.credits.values, wanted.credits.values)
