@@ -127,13 +127,20 @@ def test_statistics_are_those_of_the_logits(case: Case) -> None:
 
 @pytest.mark.parametrize("noisy", [False, True])
 def test_a_split_may_have_several_tiles(noisy: bool) -> None:
-    """With more tiles of the vocabulary than splits, the last split shorter than the others."""
-    case = Case(2, 8600, 5, torch.float32, 4, noisy=noisy, spread=True, late_eos=True)
+    """With more tiles of the vocabulary than splits, the last split shorter than the others, and
+    the two largest logits in one split, in either order, or equal: then the leftmost wins."""
+    case = Case(3, 8600, 5, torch.float32, 4, noisy=noisy, spread=True, late_eos=True)
     hidden, weight, choice = case.tensors()
+    weight[[3, 70]] = torch.tensor([[10.0], [20.0]], device=DEVICE) * hidden[0]
+    weight[[130, 200]] = torch.tensor([[20.0], [10.0]], device=DEVICE) * hidden[1]
+    weight[[260, 330]] = 20.0 * hidden[2]
     _, each, splits = kernels._split(weight)
     assert each == 2
     assert splits * each * 64 > 8600 + 63
-    check(Head(weight, kernels=True).statistics(hidden, choice), hidden, weight, choice)
+    found = Head(weight, kernels=True).statistics(hidden, choice)
+    check(found, hidden, weight, choice)
+    if not noisy:
+        assert found.token.tolist() == [70, 130, 260]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -185,14 +192,18 @@ def test_random_numbers_are_those_of_the_loop(parts: list[int], first: int) -> N
     assert torch.equal(out, noise.uniform(keys, 128, first))
 
 
-def test_the_leftmost_of_equal_tokens_wins() -> None:
-    """Within a tile, between tiles and between splits; equal ones are second to each other."""
+@pytest.mark.parametrize("best", [[40, 41], [7, 40], [7, 40, 200], [40, 60]])
+@pytest.mark.parametrize("noisy", [False, True])
+def test_the_leftmost_of_equal_tokens_wins(best: list[int], noisy: bool) -> None:
+    """In a split or between them, for greedy rows among noisy ones too; equal ones count apart."""
     weight = torch.zeros(300, 4, device=DEVICE)
-    weight[[7, 40, 200, 299]] = 1.0
+    weight[best] = 1.0
     nothing = torch.tensor([], dtype=torch.int64, device=DEVICE)
-    choice = Choice(7, nothing, nothing, None, None, None, None, spread=True)
+    heat = torch.zeros(1, dtype=torch.float64, device=DEVICE) if noisy else None
+    keys = torch.zeros(1, dtype=torch.int64, device=DEVICE) if noisy else None
+    choice = Choice(7, nothing, nothing, None, None, heat, keys, spread=True)
     found = Head(weight, kernels=True).statistics(torch.ones(1, 4, device=DEVICE), choice)
-    assert found.token.tolist() == [40]
+    assert found.token.tolist() == [40]  # 7 is the mask token
     assert found.peak.tolist() == found.second.tolist() == [4.0]
 
 
