@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from dllm_engine.ops import FlatLayout, FreshGroup, PackedLayout, PagedGroup
-from dllm_engine.ops.layout import tiles_of
 from torch import Tensor
 
 from benchmarks.gpu_arithmetic import Sequences
@@ -19,29 +18,15 @@ PAGE_SIZE = 32
 def flat_layout(groups: Sequence[Sequences], tables: Tensor, tile_rows: int) -> FlatLayout:
     """Of sequences in this order; the rows of a Reuse are the last of what its pages hold."""
     device = tables.device
-
-    def each(values: list[int]) -> Tensor:
-        counts = torch.tensor([group.count for group in groups], device=device)
-        return torch.tensor(values, device=device).repeat_interleave(counts)
-
-    counts, held = each([g.rows for g in groups]), each([g.held for g in groups])
-    starts = counts.cumsum(0) - counts
-    rows = int(counts.sum())
-    tile_sequence, tile_row = tiles_of(counts, rows, tile_rows)
+    lengths = [group.rows for group in groups for _ in range(group.count)]
+    held = torch.tensor([g.held for g in groups for _ in range(g.count)], device=device)
+    plain = FlatLayout.of(lengths, tile_rows, str(device))
+    counts, starts = plain.row_counts, plain.row_starts
     owner = torch.arange(len(counts), device=device).repeat_interleave(counts)
-    place = (held - counts)[owner] + torch.arange(rows, device=device) - starts[owner]
+    place = (held - counts - starts)[owner] + torch.arange(len(owner), device=device)
     page = tables[owner, place.clamp(min=0) // PAGE_SIZE]
     places = torch.where(held[owner] > 0, page * PAGE_SIZE + place % PAGE_SIZE, -1)
-    return FlatLayout(
-        tile_rows=tile_rows,
-        row_starts=starts,
-        row_counts=counts,
-        held=held,
-        tables=tables,
-        tile_sequence=tile_sequence,
-        tile_row=tile_row,
-        write_places=places,
-    )
+    return dataclasses.replace(plain, held=held, tables=tables, write_places=places)
 
 
 def packed_layout(groups: Sequence[Sequences], tables: Tensor) -> PackedLayout:

@@ -31,9 +31,9 @@ class Timer:
         self._cold = torch.empty(_COLD_BYTES if on_gpu else 0, dtype=torch.uint8, device=device)
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """Median of several runs, fewer where one is slow, after three that warm up."""
+        """Of some runs on a GPU, fewer where one is slow, after three; of one elsewhere."""
         on_gpu = self.device.startswith("cuda")
-        for _ in range(3 if on_gpu else 1):
+        for _ in range(3 if on_gpu else 0):
             work()
         self._wait()
         began = time.perf_counter()
