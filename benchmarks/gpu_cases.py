@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from dllm_engine.ops import TORCH, Head, LayerPages, Operations, Selection
+from dllm_engine.ops import TORCH, Choice, Head, HeadStatistics, LayerPages, Operations, Selection
 from dllm_engine.ops.layout import FlatSelection
 from dllm_engine.ops.rotary import RotaryTable
 from dllm_engine.ops.selection import store_selection
+from dllm_engine.sampling.tiles import tiled_statistics
 from torch import Tensor
 
 from benchmarks import gpu_arithmetic as arithmetic
@@ -134,14 +133,15 @@ def selection_case(tensors: Tensors, shape: Shape, count: int, candidates: int) 
     theirs = functools.partial(store_selection, q, k, v, grouped, pages)
 
     def agreement() -> float:
-        # A position may be kept by one and not by the other where scores are equal but for their
-        # rounding; all behind it then stand a place apart. So kept keys are compared as a set.
-        def found(work: Callable[[], object]) -> Tensor:
+        # Torch rounds scores to bfloat16, so that some positions are kept by one and not by the
+        # other; all behind one stand a place apart. So kept keys are compared as a set.
+        def kept_keys(work: Callable[[], object]) -> Tensor:
             work()
-            places = pages.keys.flatten(0, 1)[grouped.places]
-            return places.float().sum(dim=-1).sort(dim=1).values
+            bits = pages.keys.flatten(0, 1)[grouped.places].view(torch.int16).to(torch.int64)
+            weights = torch.arange(1, bits.shape[-1] + 1, device=device) ** 5
+            return (bits * weights).sum(dim=-1)
 
-        return near(found(ours), found(theirs))
+        return float(torch.isin(kept_keys(ours), kept_keys(theirs)).float().mean())
 
     return Case(
         kernel="selection",
@@ -197,11 +197,6 @@ def rotary_case(tensors: Tensors, operations: Operations, shape: Shape, rows: in
 
 def head_cases(tensors: Tensors, shape: Shape, counts: Sequence[int]) -> Iterator[Case]:
     """The language-model head with its statistics; `counts` rows, in three kinds each."""
-    if importlib.util.find_spec("dllm_engine.ops.kernels.head") is None:
-        return
-    from dllm_engine.ops import Choice
-    from dllm_engine.sampling.tiles import tiled_statistics
-
     device = tensors.device
     weight = tensors.normal(shape.vocab_size, shape.hidden_size, scale=0.02)
     by_kernel, by_tiles = Head(weight, kernels=True), Head(weight)
@@ -238,7 +233,10 @@ def head_cases(tensors: Tensors, shape: Shape, counts: Sequence[int]) -> Iterato
 
 
 def _equally_good(
-    ours: Callable[[], Any], theirs: Callable[[], Any], hidden: Tensor, weight: Tensor
+    ours: Callable[[], HeadStatistics],
+    theirs: Callable[[], HeadStatistics],
+    hidden: Tensor,
+    weight: Tensor,
 ) -> float:
     """Share of rows whose token has the best score, and the logit it is said to have.
 

