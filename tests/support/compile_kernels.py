@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 import triton
-from dllm_engine.ops import FlatLayout, LayerPages
+from dllm_engine.ops import Choice, FlatLayout, Head, LayerPages
 from dllm_engine.ops.kernels.attention import packed_attention
 from dllm_engine.ops.kernels.linear import invariant_linear
 from dllm_engine.ops.kernels.norm import apply_rotary, rms_norm
 from dllm_engine.ops.layout import FlatSelection
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -79,6 +80,21 @@ def launch_all(dtype: torch.dtype, num_heads: int, num_kv_heads: int) -> None:
     weight = torch.zeros(1024, num_heads * head_dim, dtype=dtype)
     invariant_linear(x, weight)
     invariant_linear(x, weight, weight[:, 0].contiguous())
+    launch_head(x, weight)
+
+
+def launch_head(hidden: Tensor, weight: Tensor) -> None:
+    """Every form of the head: greedy or with noise, with entropies or without, with credit."""
+    head = Head(weight, kernels=True)
+    ids = torch.zeros(2, dtype=torch.int64)
+    keys = torch.zeros(len(hidden), dtype=torch.int64)
+    heat = torch.zeros(len(hidden), dtype=torch.float64)
+    forbids = torch.zeros(len(hidden), dtype=torch.bool)
+    for noisy in (False, True):
+        for spread in (False, True):
+            noise = (heat, keys) if noisy else (None, None)
+            choice = Choice(1, ids, ids, forbids, forbids, *noise, spread=spread)
+            head.statistics(hidden, choice, torch.zeros(len(hidden), 16, dtype=torch.int64))
 
 
 def main(capability: int) -> None:

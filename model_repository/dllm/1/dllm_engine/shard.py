@@ -6,6 +6,7 @@ Without tensor parallelism there is one rank, and it has everything.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 
 import torch
@@ -20,6 +21,7 @@ from .graphs import GRAPH_BYTES, LARGEST_ROWS, ForwardGraphs, cuda_recorder, gra
 from .memory import PeakMeter, available_bytes, check_weights, parse_limit, plan_memory
 from .models import DiffusionModel, ModelSpec, load_model
 from .ops import (
+    Choice,
     FlatLayout,
     LayerPages,
     Layout,
@@ -171,6 +173,27 @@ class ModelShard:
                     max_pages=self.pages.table.shape[2],
                     record=cuda_recorder(),
                 )
+        if self.model.head.kernels:
+            self._compile_head()
+
+    @torch.inference_mode()
+    def _compile_head(self) -> None:
+        """Compile every form of the head's kernel now, not in somebody's first request."""
+        nothing = torch.zeros(1, device=self.device)
+        heat, keys = nothing.double(), nothing.long()
+        hidden = torch.zeros(1, self._spec.hidden_size, device=self.device, dtype=self._dtype)
+        for noisy, spread in itertools.product((False, True), repeat=2):
+            choice = Choice(
+                mask=self.special.mask,
+                eos=self.special.eos,
+                stop=self.special.stop,
+                no_eos=None,
+                late_eos=None,
+                temperature=heat if noisy else None,
+                keys=keys if noisy else None,
+                spread=spread,
+            )
+            self.model.head.statistics(hidden, choice)
 
     @torch.inference_mode()
     def candidates(self, inputs: StepInputs) -> Candidates:
