@@ -310,20 +310,24 @@ def test_a_checkpoint_without_a_tokenizer_serves_token_ids(tmp_path: Path) -> No
         llm.generate([PROMPT], SamplingParams(stop=("a",)))
 
 
-def test_fixed_tokens_in_the_canvas_and_behind_it_stay(llm64: LLM, oracle64: Forward) -> None:
-    """A gap is filled in view of what surrounds it; fixed tokens are never written.
+@pytest.mark.parametrize("suffix", [[20, 21], []])
+def test_fixed_tokens_in_the_canvas_and_behind_it_stay(
+    llm64: LLM, oracle64: Forward, suffix: list[int]
+) -> None:
+    """A gap is filled in view of what surrounds it; fixed tokens are never written, and an end
+    among them ends nothing.
 
     The only masked position left must get what one forward pass over the whole sequence says.
     """
     canvas = [7, MASK, 9, EOS, 11]
-    prompt = Prompt(PROMPT, canvas_ids=canvas, suffix_ids=[20, 21])
+    prompt = Prompt(PROMPT, canvas_ids=canvas, suffix_ids=suffix)
     answer = llm64.generate([prompt], SamplingParams(gen_length=5), progress=False)[0]
-    logits = oracle64(torch.tensor([*PROMPT, *canvas, 20, 21]))[4].clone()
+    logits = oracle64(torch.tensor([*PROMPT, *canvas, *suffix]))[4].clone()
     logits[MASK] = -torch.inf
     filled = int(logits.argmax())
     assert answer.token_ids.tolist() == [7, filled, 9, EOS, 11]
     assert answer.usage.steps == 1
-    assert answer.usage.prompt_tokens == 5
+    assert answer.usage.prompt_tokens == 3 + len(suffix)
     assert answer.finish_reason is FinishReason.LENGTH
     assert (answer.confidence >= 0).tolist() == [False, True, False, False, False]
 

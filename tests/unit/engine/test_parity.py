@@ -84,6 +84,11 @@ SCHEDULES: list[dict[str, Any]] = [
         for alg in ("origin", "maskgit_plus", "topk_margin", "entropy")
         for n, steps, alg_temp in ((16, 16, 0.0), (12, 5, 0.4), (10, 18, 0.0), (7, 1, 0.0))
     ),
+    # Blocks of 4, 5 and 4 steps, each with a time schedule of its own.
+    *(
+        {"gen_length": 20, "block_length": 7, "steps": 13, "alg": alg}
+        for alg in ("origin", "maskgit_plus", "entropy")
+    ),
 ]
 SAMPLINGS: list[dict[str, Any]] = [
     {},
