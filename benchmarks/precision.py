@@ -8,6 +8,7 @@ Writes two tables and JSON. No timing.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from dllm_engine.ops import make_quantizer
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from benchmarks.common import DEMO_CHECKPOINT, write_json
+from benchmarks.common import DEMO_CHECKPOINT, RESULTS, write_json
 from benchmarks.quality import GEN_LENGTH, Score, score
 from demo import corpus
 
@@ -138,6 +139,13 @@ def write_rounded(source: Path, target: Path, endings: tuple[str, ...], kind: st
                 numbers += weight.numel()
     save_file(tensors, file)
     return numbers / sum(tensor.numel() for tensor in tensors.values())
+
+
+def stored() -> tuple[list[Precision], list[PartShift]]:
+    """The results that were written."""
+    result = json.loads((RESULTS / "precision.json").read_text())
+    precisions = [Precision(**p | {"score": Score(**p["score"])}) for p in result["precisions"]]
+    return precisions, [PartShift(**part) for part in result["parts"]]
 
 
 def precision_table(results: list[Precision]) -> str:

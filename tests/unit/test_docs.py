@@ -10,7 +10,7 @@ import pytest
 from dllm_engine import EngineConfig
 
 from adapter.settings import Settings as AdapterSettings
-from benchmarks import quality
+from benchmarks import precision, quality
 from launcher.settings import Settings as LauncherSettings
 
 ROOT = Path(__file__).parents[2]
@@ -104,3 +104,11 @@ def test_the_quality_page_shows_what_was_measured(model: str) -> None:
     """Its tables are those that benchmarks/quality.py makes of its results, every row."""
     table = quality.table(quality.stored(quality.MODELS[model].name))
     assert f"\n\n{table}\n\n" in (ROOT / "docs/quality.md").read_text()
+
+
+def test_the_quality_page_shows_the_precisions_that_were_measured() -> None:
+    """Its tables are those that benchmarks/precision.py makes of its results, every row."""
+    page = (ROOT / "docs/quality.md").read_text()
+    precisions, parts = precision.stored()
+    for table in (precision.precision_table(precisions), precision.part_table(parts)):
+        assert f"\n\n{table}\n\n" in page
