@@ -38,7 +38,8 @@ import psutil
 import requests
 
 from benchmarks.common import DEMO_CHECKPOINT, RESULTS, write_json
-from tests.support.servers import AdapterServer, triton_server
+from launcher.tritonserver import TritonServer
+from tests.support.servers import AdapterServer, kept_running, triton_server
 
 SETTINGS = {
     "DLLM_LEASE_SECONDS": "5",
@@ -74,10 +75,10 @@ class Record:
 class Soak:
     """The clients, the killer, and whoever watches."""
 
-    def __init__(self, adapter: AdapterServer, database: Path, triton_pid: int) -> None:
+    def __init__(self, adapter: AdapterServer, database: Path, triton: TritonServer) -> None:
         self.adapter = adapter
         self.database = database
-        self.triton = psutil.Process(triton_pid)
+        self.triton = triton
         self.record = Record()
         self.begun = time.monotonic()
         self.newest = multiprocessing.Value("q", -1)
@@ -155,7 +156,10 @@ class Soak:
         """Memory, queue and database, once a second."""
         while not self.over.wait(1.0):
             states = self.states()
-            engine = sum(map(memory, (self.triton, *self.triton.children(recursive=True))))
+            engine = 0
+            with suppress(psutil.NoSuchProcess, RuntimeError):  # it may be on its way back
+                server = psutil.Process(self.triton.pid)
+                engine = sum(map(memory, (server, *server.children(recursive=True))))
             workers: list[int] = []
             with suppress(psutil.NoSuchProcess):  # one may be killed while we look
                 workers = [memory(process) for process in self.adapter.worker_processes()]
@@ -326,10 +330,14 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="dllm-soak-") as folder:
         database = Path(folder) / "jobs.db"
-        with triton_server(DEMO_CHECKPOINT, log_file=Path(folder) / "triton.log") as triton:
+        log_file = Path(folder) / "triton.log"
+        with (
+            triton_server(DEMO_CHECKPOINT, log_file=log_file) as triton,
+            kept_running(triton) as deaths,
+        ):
             adapter = AdapterServer(triton, database, workers=options.workers, settings=SETTINGS)
             with adapter:
-                soak = Soak(adapter, database, triton.pid)
+                soak = Soak(adapter, database, triton)
                 try:
                     accepted, done = run(
                         soak, options.jobs, options.kill_interval, options.patience
@@ -366,6 +374,7 @@ def main() -> None:
             "broken_by_a_kill": record.broken_polls,
             "p99_ms_of_waking_a_sleeping_thread": round(1000 * percentile(record.delays, 0.99), 1),
         },
+        "deaths_of_tritonserver": len(deaths),
         "submissions_broken_by_a_kill": record.broken_submissions,
         "clients_that_vanished": record.vanished,
         "memory_mib": {

@@ -12,7 +12,7 @@ import pytest
 import requests
 
 from launcher.tritonserver import TritonServer
-from tests.support.servers import AdapterServer, triton_server
+from tests.support.servers import AdapterServer, kept_running, triton_server
 
 if TYPE_CHECKING:  # torch takes seconds to import, and most tests do without
     from dllm_engine import LLM
@@ -89,6 +89,13 @@ def mortal(_mortal: TritonServer) -> TritonServer:
         _mortal.stop()
         _mortal.start()
     return _mortal
+
+
+@pytest.fixture
+def undying(mortal: TritonServer) -> Iterator[TritonServer]:
+    """A tritonserver that the test may kill, or whose models: it is started again by itself."""
+    with kept_running(mortal):
+        yield mortal
 
 
 @pytest.fixture(scope="session")

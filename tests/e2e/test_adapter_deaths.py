@@ -69,12 +69,12 @@ def test_killed_adapter(start_adapter: StartAdapter) -> None:
     assert adapter.submit("next") == len(jobs)
 
 
-def test_killed_engine(start_adapter: StartAdapter, mortal: TritonServer) -> None:
+def test_killed_engine(start_adapter: StartAdapter, undying: TritonServer) -> None:
     """kill -9 of the model's process: health says 503, then ok again by itself; no job is lost.
 
     Whoever watches a stream is told that it has ended.
     """
-    adapter = start_adapter(mortal, DLLM_MAX_INFLIGHT="4", **QUICK)
+    adapter = start_adapter(undying, DLLM_MAX_INFLIGHT="4", **QUICK)
     jobs = adapter.submit_batch([f"prompt {i}" for i in range(16)], **UNIQUE)
     some_finished(adapter, jobs)
     long = {"prompt": "a", "gen_length": 512, "ignore_eos": True}
@@ -83,7 +83,7 @@ def test_killed_engine(start_adapter: StartAdapter, mortal: TritonServer) -> Non
     ) as stream:
         lines = stream.iter_lines()
         assert next(lines) == b"event: step"
-        stub_of(mortal, "dllm").kill()
+        stub_of(undying, "dllm").kill()
         assert [line for line in lines if line.startswith(b"event: ")][-1] == b"event: error"
     eventually(lambda: adapter.health() == 503, "the death is noticed")
     eventually(lambda: adapter.health() == 200, "the engine is replaced")

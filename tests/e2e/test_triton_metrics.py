@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import requests
+
 from launcher.tritonserver import TritonServer
 from tests.e2e.triton_calls import LONG, GrpcStream, generate, post
 from tests.support.servers import COUNTERS, eventually, metric, settled_counters
+
+
+def page(server: TritonServer) -> str:
+    return requests.get(server.metrics_url, timeout=30).text
 
 
 def test_counters_count(triton: TritonServer) -> None:
@@ -46,3 +52,14 @@ def test_refusals_are_not_counted(triton: TritonServer) -> None:
     before = settled_counters(triton)
     assert post(triton, {"text_input": "hi", "steps": 0}).status_code == 400
     assert settled_counters(triton) == before
+
+
+def test_metrics_leave_with_the_model(mortal: TritonServer) -> None:
+    """A model that is unloaded takes its metrics off the page, and brings them back."""
+    repository = f"http://{mortal.http_url}/v2/repository/models/dllm"
+    assert metric(mortal, "dllm_max_running_requests") == 64
+    assert requests.post(f"{repository}/unload", timeout=60).status_code == 200
+    eventually(lambda: "dllm_max_running_requests{" not in page(mortal), "its metrics are gone")
+    assert requests.post(f"{repository}/load", timeout=60).status_code == 200
+    generate(mortal, text_input="again", gen_length=8)
+    eventually(lambda: metric(mortal, "dllm_requests_finished_total") == 1, "it counts afresh")

@@ -9,9 +9,10 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -67,6 +68,32 @@ def triton_server(
         env={"MODEL_PATH": str(checkpoint), "DLLM_DEVICE": "cpu", **(settings or {})},
         log_file=log_file,
     )
+
+
+@contextmanager
+def kept_running(server: TritonServer) -> Iterator[list[float]]:
+    """Whenever the server dies it is started again, as the launcher, Docker and systemd do.
+
+    A process of a model that is killed may have held a lock that it shares with tritonserver, which
+    then ends as well. Yields the list of when it died.
+    """
+    over = threading.Event()
+    deaths: list[float] = []
+
+    def watch() -> None:
+        while not over.wait(0.2):
+            if not server.running:
+                deaths.append(time.monotonic())
+                server.stop()
+                server.start()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield deaths
+    finally:
+        over.set()
+        watcher.join()
 
 
 def metric(server: TritonServer, name: str, model: str = "dllm", **labels: str) -> float:

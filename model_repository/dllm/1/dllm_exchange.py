@@ -104,12 +104,13 @@ class Exchange:
             return self._changed.wait_for(lambda: not self._outbox, timeout)
 
     def close(self) -> None:
-        """Send what is left and stop the threads."""
+        """Send what is left, stop the threads and withdraw the metrics."""
         self._stopping.set()
         with self._changed:
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
+        self._metrics.close()
 
     def _send_loop(self) -> None:
         while True:

@@ -49,6 +49,17 @@ class Metrics:
         self._memory = {use: memory.Metric(labels={**labels, "use": use}) for use in MEMORY_USES}
         self._last = EngineStats()
 
+    def close(self) -> None:
+        """Take the metrics off the page, once nobody publishes any more.
+
+        Python would destroy them only after the stub has let go of the memory it shares with the
+        server, and crash.
+        """
+        self._totals.clear()
+        self._memory.clear()
+        del self._running, self._capacity, self._pages, self._all_pages
+        self._families.clear()
+
     def publish(self, worker: EngineWorker) -> None:
         """Bring the published figures up to date."""
         now = dataclasses.replace(worker.engine.stats)

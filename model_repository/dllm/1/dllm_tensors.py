@@ -147,7 +147,9 @@ def to_response(
         engine: the engine that made the update.
         update: the state of the canvas.
         params: the request's, resolved.
-        wanted: names of the outputs that the caller asked for.
+        wanted: names of the outputs that the caller asked for. No other is made: the stub process
+            drops the rest when it sends the response, without holding Python's lock, and
+            sooner or later that corrupts the interpreter's memory.
     """
     if update.error is not None:
         return error_response(str(update.error), pb_utils.TritonError.INTERNAL)
@@ -167,7 +169,7 @@ def to_response(
         codec = engine.codec
         shown = codec.pieces(update.token_ids, ~masked) if codec else [""] * masked.size
         outputs["token_texts"] = _strings(shown)
-    tensors = [pb_utils.Tensor(name, array) for name, array in outputs.items()]
+    tensors = [pb_utils.Tensor(name, outputs[name]) for name in outputs if name in wanted]
     return pb_utils.InferenceResponse(output_tensors=tensors)
 
 

@@ -55,10 +55,9 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Finish what runs and stop every thread; an engine that hangs is left behind."""
-        if self._worker.close(timeout=DRAIN_SECONDS):
-            self._exchange.close()
-        else:
+        if not self._worker.close(timeout=DRAIN_SECONDS):
             logger.error("engine did not finish within %d s, leaving it", DRAIN_SECONDS)
+        self._exchange.close()
 
     def _submit(self, request: Any, sender: Any) -> None:
         parsed = parse_request(self._worker.engine, request)

@@ -24,7 +24,6 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Start a thread for each request that may be in flight; further ones wait in the queue."""
         config = json.loads(args["model_config"])
-        self._outputs = [output["name"] for output in config["output"]]
         fields = "|".join(tensor["name"] for tensor in config["input"])
         self._about_a_field = re.compile(rf"\b(?:{fields}): ")
         capacity = int(config["parameters"]["MAX_IN_FLIGHT"]["string_value"])
@@ -43,22 +42,30 @@ class TritonPythonModel:
 
     def _answer(self, request: Any, sender: Any) -> None:
         try:
-            response = self._ask_engine(request)
-        except pb_utils.TritonModelException as error:
+            response = self._ask_engine(request, sender)
+        except Exception as error:  # noqa: BLE001
+            # Nobody looks at what a thread of the pool raises, and the caller would wait for ever.
             response = self._failed(str(error))
         finally:
             self._free.release()
         sender.send(response, flags=FINAL)
 
-    def _ask_engine(self, request: Any) -> Any:
+    def _ask_engine(self, request: Any, sender: Any) -> Any:
         call = pb_utils.InferenceRequest(
             model_name=ENGINE_MODEL,
-            requested_output_names=self._outputs,
+            # Those and no others: an output that the caller did not ask for would be dropped by the
+            # stub without Python's lock, and corrupt the interpreter's memory.
+            requested_output_names=list(request.requested_output_names()),
             inputs=request.inputs(),
             parameters=json.loads(request.parameters() or "{}"),
             timeout=request.timeout(),
         )
-        answers = [answer for answer in call.exec(decoupled=True) if _has_content(answer)]
+        responses = call.exec(decoupled=True)
+        answers = [answer for answer in responses if _has_content(answer)]
+        # A thread of the stub forgets the finished `responses`, again without the lock, so ours
+        # must be the last reference. It takes its messages in order; once it has answered this
+        # question, it has forgotten them.
+        sender.is_cancelled()
         if not answers:
             return self._failed("the engine sent no answer")
         if answers[0].has_error():
