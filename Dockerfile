@@ -63,7 +63,7 @@ RUN /opt/venv/bin/pip install --no-cache-dir --no-deps .
 FROM python:${PYTHON_TAG} AS adapter
 COPY --from=adapter-build /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH \
-    DLLM_DATABASE_URL=sqlite+aiosqlite:////var/lib/dllm-serve/jobs.db
+    DLLM_DATABASE_URL=sqlite:////var/lib/dllm-serve/jobs.db
 RUN useradd --system --uid 10001 dllm && install -d -o dllm /var/lib/dllm-serve
 USER 10001
 WORKDIR /var/lib/dllm-serve

@@ -1,37 +1,50 @@
 """The connection to the SQL database, and the one place that tells SQLite from PostgreSQL."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+import random
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
-from sqlalchemy import Connection, Row, Select, StaticPool, create_engine, event, make_url, text
+from sqlalchemy import (
+    URL,
+    Connection,
+    Engine,
+    Row,
+    Select,
+    StaticPool,
+    UpdateBase,
+    create_engine,
+    event,
+    make_url,
+    text,
+)
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from adapter.errors import StoreUnavailable
+from adapter.loops import Loop
 from adapter.metrics import timed
 from adapter.schema import is_current, upgrade_schema
 
 T = TypeVar("T")
+Values = Mapping[str, Any]
 
 LOCK_WAIT_SECONDS = 15.0
-#: Pause after which a reader asks SQLite again that was locked.
+#: The longest pause after which a SQLite that was locked is asked again.
 LOCKED_PAUSE = 0.005
+SYNC_SECONDS = 1.0
 OPEN_ATTEMPTS = 100
 SCHEMA_LOCK = 0x644C4C4D  # any number, as long as all workers use the same
 
 
 class Database:
-    """Reads and writes as transactions. Both raise `StoreUnavailable` when it does not answer.
+    """Reads and writes as transactions. Both raise `StoreUnavailable` when it does not answer."""
 
-    They have connections of their own: a poll does not wait behind writers that wait for a lock.
-    """
-
-    def __init__(self, reader: "Reader", writer: AsyncEngine) -> None:
-        self._reader = reader
-        self._writer = writer
+    def __init__(self, connections: "Connections") -> None:
+        self._connections = connections
 
     @classmethod
     @asynccontextmanager
@@ -40,26 +53,29 @@ class Database:
 
         Raises `SettingsError` if a later release has changed it.
         """
-        reader, writer = _reader(url), _writer(url)
-        try:
-            database = cls(reader, writer)
+        async with connect(url) as connections:
+            database = cls(connections)
             await database._prepare()
             yield database
-        finally:
-            await reader.close()
-            await writer.dispose()
 
-    async def read(self, query: Select[Any]) -> Sequence[Row[Any]]:
+    async def read(self, query: Select[Any], values: Values | None = None) -> Sequence[Row[Any]]:
         """The rows of one query, which is a transaction by itself."""
         with timed("read"), _mapped_errors():
-            return await self._reader.run(lambda connection: connection.execute(query).all())
+            return await self._connections.read(
+                lambda connection: connection.execute(query, values).all()
+            )
 
-    @asynccontextmanager
-    async def write(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction that writes, committed on leaving; on SQLite the only one of its time."""
+    async def write(self, change: Callable[[Connection], T]) -> T:
+        """Call it in a transaction that writes; on SQLite the only one of its time.
+
+        It may be called again when the database was busy, the first time then changed nothing.
+        """
         with timed("write"), _mapped_errors():
-            async with self._writer.begin() as connection:
-                yield connection
+            return await self._connections.write(change)
+
+    async def change(self, statement: UpdateBase, values: Values | None = None) -> int:
+        """Execute one statement that writes; how many rows that concerned."""
+        return await self.write(lambda connection: connection.execute(statement, values).rowcount)
 
     async def _prepare(self) -> None:
         """Upgrade the schema under a lock, if there is need.
@@ -69,14 +85,8 @@ class Database:
         for attempt in range(1, OPEN_ATTEMPTS + 1):
             try:
                 with _mapped_errors():
-                    if await self._reader.run(is_current):
-                        return
-                async with self.write() as connection:
-                    if self._writer.dialect.name == "postgresql":
-                        await connection.execute(
-                            text(f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK})")
-                        )
-                    await connection.run_sync(upgrade_schema)
+                    if not await self._connections.read(is_current):
+                        await self._connections.write(_upgrade)
                 return
             except StoreUnavailable as error:
                 if attempt == OPEN_ATTEMPTS or "locked" not in str(error):
@@ -84,71 +94,130 @@ class Database:
                 await asyncio.sleep(0.1)
 
 
-class Reader(Protocol):
-    """Connections for reading."""
+class Connections(Protocol):
+    """How to reach one kind of database; a context manager."""
 
-    async def run(self, read: Callable[[Connection], T]) -> T:
+    async def read(self, query: Callable[[Connection], T]) -> T:
         """Call it with a connection that begins no transaction, so that there is none to end."""
         ...
 
-    async def close(self) -> None:
-        """Let go of the connections."""
+    async def write(self, change: Callable[[Connection], T]) -> T:
+        """Call it in a transaction that is committed afterwards, or rolled back if it raises."""
         ...
 
+    async def __aenter__(self) -> Self: ...
 
-class SqliteReader:
-    """Reads on the event loop's own thread.
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
 
-    In WAL mode a reader waits for nobody, and what we read is found by an index, within some ten
-    microseconds. Another thread would have to be woken, and to wake us, for each of the five calls
-    that a query is made of, which takes many times as long even where no other process wants the
-    processor.
+
+class SqliteFile:
+    """A file, read and written on the event loop's own thread.
+
+    In WAL mode a reader waits for nobody, a transaction that writes takes some hundred
+    microseconds, and none waits for the disk, which another thread writes to now and then. A thread
+    for the transactions would have to be woken, to wake us, and to contend with us for Python's
+    lock at each of their statements, which takes many times as long even on an idle machine.
     """
 
     def __init__(self, url: str) -> None:
-        self._engine = create_engine(
-            make_url(url).set(drivername="sqlite"),
-            connect_args={"timeout": 0},
-            poolclass=StaticPool,
-            isolation_level="AUTOCOMMIT",
-        )
-        # At the pool: events of the engine itself would be joined to each connection's.
-        event.listen(self._engine.pool, "connect", _prepare_sqlite_connection)
+        file = make_url(url).set(drivername="sqlite")
+        self._reader = _sqlite_engine(file, isolation_level="AUTOCOMMIT")
+        self._writer = _sqlite_engine(file)
+        event.listen(self._writer, "begin", _begin_writing)
+        self._syncing = _sqlite_engine(file, isolation_level="AUTOCOMMIT")
+        self._sync_loop = Loop("sqlite-sync", self._sync)
+        self._written = False
 
-    async def run(self, read: Callable[[Connection], T]) -> T:
+    async def read(self, query: Callable[[Connection], T]) -> T:
         """Read, and again while the file is locked, as it is for moments when it is opened."""
+        return await self._unlocked(self._reader.connect, query)
+
+    async def write(self, change: Callable[[Connection], T]) -> T:
+        """Write, and again while another process does."""
+        self._written = True
+        return await self._unlocked(self._writer.begin, change)
+
+    async def _unlocked(
+        self,
+        connect: Callable[[], AbstractContextManager[Connection]],
+        work: Callable[[Connection], T],
+    ) -> T:
         now = asyncio.get_running_loop().time
         give_up = now() + LOCK_WAIT_SECONDS
         while True:
             try:
-                with self._engine.connect() as connection:
-                    return read(connection)
+                with connect() as connection:
+                    return work(connection)
             except OperationalError as error:
                 if "locked" not in str(error.orig) or now() > give_up:
                     raise
-            await asyncio.sleep(LOCKED_PAUSE)
+            # Not all who wait at the same moments.
+            await asyncio.sleep(LOCKED_PAUSE * random.uniform(0.2, 1.0))
 
-    async def close(self) -> None:
-        """Close the connection."""
-        self._engine.dispose()
+    async def _sync(self) -> float:
+        """Move what was written from the log to the file, and to the disk."""
+        if self._written:
+            self._written = False
+            await asyncio.to_thread(self._checkpoint)
+        return SYNC_SECONDS
+
+    def _checkpoint(self) -> None:
+        with self._syncing.connect() as connection:
+            connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
+
+    async def __aenter__(self) -> Self:
+        await self._sync_loop.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._sync_loop.__aexit__(kind, error, trace)
+        for engine in (self._reader, self._writer, self._syncing):
+            engine.dispose()
 
 
-class ServerReader:
-    """Reads over connections of a pool."""
+class Server:
+    """A server, reached over pools of connections.
+
+    Readers have their own: a poll does not wait behind writers that wait for a lock.
+    """
 
     def __init__(self, url: str) -> None:
-        self._engine = create_async_engine(
+        self._reader = create_async_engine(
             url, pool_pre_ping=True, isolation_level="AUTOCOMMIT", pool_reset_on_return=None
         )
+        self._writer = create_async_engine(url, pool_pre_ping=True)
 
-    async def run(self, read: Callable[[Connection], T]) -> T:
+    async def read(self, query: Callable[[Connection], T]) -> T:
         """Read over whichever connection is free."""
-        async with self._engine.connect() as connection:
-            return await connection.run_sync(read)
+        async with self._reader.connect() as connection:
+            return await connection.run_sync(query)
 
-    async def close(self) -> None:
-        """Close all connections."""
-        await self._engine.dispose()
+    async def write(self, change: Callable[[Connection], T]) -> T:
+        """Write over whichever connection is free."""
+        async with self._writer.begin() as connection:
+            return await connection.run_sync(change)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._reader.dispose()
+        await self._writer.dispose()
 
 
 @contextmanager
@@ -168,20 +237,27 @@ def _mapped_errors() -> Iterator[None]:
         raise StoreUnavailable(msg) from error
 
 
-def _reader(url: str) -> Reader:
-    return SqliteReader(url) if url.startswith("sqlite") else ServerReader(url)
+def connect(url: str) -> Connections:
+    """The connections to a database, whose kind stands in its address."""
+    return SqliteFile(url) if url.startswith("sqlite") else Server(url)
 
 
-def _writer(url: str) -> AsyncEngine:
-    if not url.startswith("sqlite"):
-        return create_async_engine(url, pool_pre_ping=True)
-    # Writers of one process line up for one connection, in the order of their coming: SQLite lets
-    # one write at a time, and has the others ask again after pauses that grow.
-    engine = create_async_engine(
-        url, connect_args={"timeout": LOCK_WAIT_SECONDS}, pool_size=1, max_overflow=0
+def _upgrade(connection: Connection) -> None:
+    if connection.dialect.name == "postgresql":
+        connection.execute(text(f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK})"))
+    upgrade_schema(connection)
+
+
+def _sqlite_engine(file: URL, **options: Any) -> Engine:
+    """One connection, for whichever thread; it never waits for a lock."""
+    engine = create_engine(
+        file,
+        connect_args={"timeout": 0, "check_same_thread": False},
+        poolclass=StaticPool,
+        **options,
     )
-    event.listen(engine.sync_engine, "connect", _prepare_sqlite_connection)
-    event.listen(engine.sync_engine, "begin", _begin_writing)
+    # At the pool: events of the engine itself would be joined to each connection's.
+    event.listen(engine.pool, "connect", _prepare_sqlite_connection)
     return engine
 
 
@@ -192,6 +268,8 @@ def _prepare_sqlite_connection(connection: Any, _record: object) -> None:
     cursor.execute("PRAGMA journal_mode=WAL")
     # In WAL mode a crash of this process loses nothing; a power cut may lose the last moment.
     cursor.execute("PRAGMA synchronous=NORMAL")
+    # Otherwise whoever writes the thousandth page waits until all are on the disk.
+    cursor.execute("PRAGMA wal_autocheckpoint=0")
     cursor.close()
 
 

@@ -100,15 +100,16 @@ class HealStore:
         return engine_heal.c.healer == self._owner
 
     async def _update(self, *conditions: ColumnElement[bool], **values: object) -> bool:
-        change = update(engine_heal).where(engine_heal.c.engine == self.engine, *conditions)
-        async with self._database.write() as connection:
-            return (await connection.execute(change.values(**values))).rowcount == 1
+        row = update(engine_heal).where(engine_heal.c.engine == self.engine, *conditions)
+        change = row.values(**values)
+        return (
+            await self._database.write(lambda connection: connection.execute(change).rowcount) == 1
+        )
 
     async def _create(self, now: float) -> None:
         row = insert(engine_heal).values(engine=self.engine, epoch=0, last_life=now)
         with suppress(IntegrityError):  # another worker was first
-            async with self._database.write() as connection:
-                await connection.execute(row)
+            await self._database.change(row)
 
 
 def engine_name(triton_url: str, model_name: str) -> str:

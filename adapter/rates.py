@@ -7,7 +7,7 @@ from collections.abc import Callable
 from limits import parse_many
 from limits.aio.storage import Storage
 from limits.aio.strategies import FixedWindowRateLimiter
-from sqlalchemy import case, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, case, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from adapter.database import Database
@@ -78,13 +78,16 @@ class DatabaseStorage(Storage):
             )
             .returning(rate_limits.c.calls)
         )
-        async with self._database.write() as connection:
-            calls = await connection.scalar(count)
+        first = insert(rate_limits).values(key=key, calls=amount, expires=now + expiry)
+
+        def change(connection: Connection) -> int:
+            calls = connection.scalar(count)
             if calls is None:
-                calls = amount
-                row = {"key": key, "calls": amount, "expires": now + expiry}
-                await connection.execute(insert(rate_limits).values(row))
+                connection.execute(first)
+                return amount
             return int(calls)
+
+        return await self._database.write(change)
 
     async def get(self, key: str) -> int:
         """The calls of the present window."""
@@ -107,18 +110,17 @@ class DatabaseStorage(Storage):
 
     async def clear(self, key: str) -> None:
         """Forget the calls of one caller."""
-        async with self._database.write() as connection:
-            await connection.execute(delete(rate_limits).where(rate_limits.c.key == key))
+        await self._delete(rate_limits.c.key == key)
 
     async def reset(self) -> int | None:
         """Forget all calls; how many windows there were."""
-        async with self._database.write() as connection:
-            return int((await connection.execute(delete(rate_limits))).rowcount)
+        return await self._delete()
 
     async def purge(self) -> None:
         """Forget windows that are over."""
         over = rate_limits.c.expires <= self._clock()
-        if not await self._database.read(select(rate_limits.c.key).where(over).limit(1)):
-            return
-        async with self._database.write() as connection:
-            await connection.execute(delete(rate_limits).where(over))
+        if await self._database.read(select(rate_limits.c.key).where(over).limit(1)):
+            await self._delete(over)
+
+    async def _delete(self, *which: ColumnElement[bool]) -> int:
+        return await self._database.change(delete(rate_limits).where(*which))

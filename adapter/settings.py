@@ -29,9 +29,7 @@ class Settings(BaseSettings):
         description="Triton's gRPC address, host:port; several with commas between them",
     )
     model_name: str = Field(default="dllm", description="the Triton model that generates")
-    database_url: str = Field(
-        default="sqlite+aiosqlite:///./dllm-jobs.db", description="where jobs live"
-    )
+    database_url: str = Field(default="sqlite:///./dllm-jobs.db", description="where jobs live")
     log_level: str = Field(default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
     log_format: str = Field(
         default="text", pattern="^(text|json)$", description="lines for people, or for machines"
@@ -134,11 +132,11 @@ class Settings(BaseSettings):
     @field_validator("database_url")
     @classmethod
     def _database_lasts(cls, value: str) -> str:
-        if not re.fullmatch(r"sqlite\+aiosqlite:///(?!:memory:).+|postgresql\+asyncpg://.+", value):
+        # `+aiosqlite` is what earlier releases wanted to see there.
+        file, server = r"sqlite(\+aiosqlite)?:///(?!:memory:).+", r"postgresql\+asyncpg://.+"
+        if not re.fullmatch(f"{file}|{server}", value):
             # Not repeated: it may hold a password.
-            msg = (
-                "should be sqlite+aiosqlite:///FILE or postgresql+asyncpg://USER:PASSWORD@HOST/NAME"
-            )
+            msg = "should be sqlite:///FILE or postgresql+asyncpg://USER:PASSWORD@HOST/NAME"
             raise PydanticCustomError("database_url", msg)
         return value
 

@@ -51,7 +51,8 @@ async def all_ways(folder: Path) -> AsyncIterator[Ways]:
     """Engine, tritonserver and adapter, warm."""
     server = triton_server(DEMO_CHECKPOINT, log_file=folder / "triton.log")
     with server, AdapterServer(server, folder / "jobs.db") as adapter:
-        connector = aiohttp.TCPConnector(limit=0)
+        # Shorter than the server keeps idle connections, or one may close as it is used again.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3)
         async with aiohttp.ClientSession(adapter.url, connector=connector) as session:
             engine, triton = InProcess(), Triton(server.grpc_url)
             ways: Ways = {

@@ -69,7 +69,7 @@ def demo(port: Port = None, verbose: Verbose = False) -> None:
     """Start everything, run the deployment guide's own requests, print the texts, stop."""
     with _clear_errors(), tempfile.TemporaryDirectory(prefix="dllm-demo-") as folder:
         settings = _settings(port=port, workers=1)
-        env = {"DLLM_DATABASE_URL": f"sqlite+aiosqlite:///{Path(folder) / 'jobs.db'}"}
+        env = {"DLLM_DATABASE_URL": f"sqlite:///{Path(folder) / 'jobs.db'}"}
         reporter = ConsoleReporter(console, Logs.ALL if verbose else Logs.NONE)
         with reporter, Stack(settings, reporter, env):
             reporter.quiet()

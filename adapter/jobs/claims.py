@@ -9,8 +9,19 @@ to itself alone.
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, and_, func, or_, select, update
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Update,
+    and_,
+    bindparam,
+    exists,
+    func,
+    or_,
+    select,
+    update,
+)
 
 from adapter.jobs.job import JobState
 from adapter.tables import counters, jobs
@@ -21,9 +32,74 @@ SUSPECTS_AT_ONCE = 8
 QUEUED = jobs.c.state == JobState.QUEUED
 RUNNING = jobs.c.state == JobState.RUNNING
 
+_LAST = jobs.c.attempts >= bindparam("lost_before_last")
+_LOST_BEFORE = and_(jobs.c.attempts >= 1, jobs.c.attempts < bindparam("lost_before_last"))
+_NEW = jobs.c.attempts == 0
 
-async def take_up(
-    connection: AsyncConnection,
+_SITUATION = select(
+    exists().where(RUNNING, _LAST).label("last_runs"),
+    exists().where(QUEUED, _LAST).label("last_waits"),
+    exists().where(RUNNING).label("any_runs"),
+    exists().where(QUEUED, _LOST_BEFORE).label("suspect_waits"),
+    select(func.count())
+    .select_from(jobs)
+    .where(RUNNING, _LOST_BEFORE)
+    .scalar_subquery()
+    .label("suspects"),
+)
+_COUNTER = select(counters.c.name).where(counters.c.name == "jobs").with_for_update()
+
+
+def _taking(which: ColumnElement[bool]) -> Update:
+    in_time = or_(jobs.c.deadline.is_(None), jobs.c.deadline > bindparam("now"))
+    # A cancellation may come between reading and writing on PostgreSQL; hence the lock. A mere
+    # subquery might be run several times there and so exceed the limit; not a CTE.
+    chosen = (
+        select(jobs.c.id)
+        .where(QUEUED, which, in_time)
+        .order_by(jobs.c.priority, jobs.c.id)
+        .limit(bindparam("most"))
+        .with_for_update(skip_locked=True)
+        .cte("chosen")
+    )
+    return (
+        update(jobs)
+        .where(jobs.c.id.in_(select(chosen.c.id)), QUEUED)
+        .values(
+            state=JobState.RUNNING,
+            owner=bindparam("claimant"),
+            lease_expires=bindparam("lease_end"),
+            started_at=bindparam("now"),
+        )
+        .returning(
+            jobs.c.id,
+            jobs.c.request,
+            jobs.c.attempts,
+            jobs.c.priority,
+            jobs.c.created_at,
+            jobs.c.deadline,
+            jobs.c.api_key,
+            jobs.c.request_id,
+            jobs.c.traceparent,
+        )
+    )
+
+
+_TAKE_LAST, _TAKE_LOST_BEFORE, _TAKE_NEW = map(_taking, (_LAST, _LOST_BEFORE, _NEW))
+
+
+def lost_before_last(max_attempts: int) -> int:
+    """How many attempts a job has lost whose next one is the last, to be made alone."""
+    return max(1, max_attempts - 1)
+
+
+def hold_counter(connection: Connection) -> None:
+    """Wait for the row that submissions and claims take one after the other."""
+    connection.execute(_COUNTER)
+
+
+def take_up(
+    connection: Connection,
     owner: str,
     *,
     limit: int,
@@ -33,74 +109,23 @@ async def take_up(
 ) -> list[Row[Any]]:
     """Make up to `limit` queued jobs the owner's; their rows by priority and age."""
     # Claims follow one another on PostgreSQL too, or what they count would change meanwhile.
-    await hold_counter(connection)
-    taken: list[Row[Any]] = []
-    for which, most in await _claimable(connection, limit, max_attempts):
-        most = min(most, limit - len(taken))
-        if most > 0:
-            taken += await _take(connection, owner, which, most, now, lease)
-    return sorted(taken, key=lambda row: (row.priority, row.id))
+    hold_counter(connection)
+    bound = {"lost_before_last": lost_before_last(max_attempts)}
+    new = {"claimant": owner, "lease_end": now + lease, "now": now}
 
+    def take(statement: Update, most: int) -> Sequence[Row[Any]]:
+        values = {**new, "most": most}
+        if statement is not _TAKE_NEW:
+            values |= bound
+        return connection.execute(statement, values).all() if most > 0 else []
 
-async def hold_counter(connection: AsyncConnection) -> None:
-    """Wait for the row that submissions and claims take one after the other."""
-    await connection.execute(
-        select(counters.c.name).where(counters.c.name == "jobs").with_for_update()
-    )
-
-
-def any_of(*conditions: ColumnElement[bool]) -> Select[Any]:
-    """The query for one such job."""
-    return select(jobs.c.id).where(*conditions).limit(1)
-
-
-async def _exists(connection: AsyncConnection, *conditions: ColumnElement[bool]) -> bool:
-    return await connection.scalar(any_of(*conditions)) is not None
-
-
-def lost_before_last(max_attempts: int) -> int:
-    """How many attempts a job has lost whose next one is the last, to be made alone."""
-    return max(1, max_attempts - 1)
-
-
-async def _claimable(
-    connection: AsyncConnection, limit: int, max_attempts: int
-) -> list[tuple[ColumnElement[bool], int]]:
-    """The kinds of jobs that may be taken now, and how many of each at most."""
-    last = jobs.c.attempts >= lost_before_last(max_attempts)
-    if await _exists(connection, RUNNING, last):
+    situation = connection.execute(_SITUATION, bound).one()
+    if situation.last_runs:
         return []
-    if await _exists(connection, QUEUED, last):
-        return [] if await _exists(connection, RUNNING) else [(last, 1)]
-    lost_before = and_(jobs.c.attempts >= 1, jobs.c.attempts < max_attempts - 1)
-    running = select(func.count()).select_from(jobs).where(RUNNING, lost_before)
-    room = SUSPECTS_AT_ONCE - (await connection.scalar(running) or 0)
-    return [(lost_before, room), (jobs.c.attempts == 0, limit)]
-
-
-async def _take(
-    connection: AsyncConnection,
-    owner: str,
-    which: ColumnElement[bool],
-    limit: int,
-    now: float,
-    lease: float,
-) -> Sequence[Row[Any]]:
-    in_time = or_(jobs.c.deadline.is_(None), jobs.c.deadline > now)
-    first = select(jobs.c.id).where(QUEUED, which, in_time)
-    # A cancellation may come between reading and writing on PostgreSQL; hence the lock. A mere
-    # subquery might be run several times there and so exceed the limit; not a CTE.
-    chosen = (
-        first.order_by(jobs.c.priority, jobs.c.id)
-        .limit(limit)
-        .with_for_update(skip_locked=True)
-        .cte("chosen")
-    )
-    take = (
-        update(jobs)
-        .where(jobs.c.id.in_(select(chosen.c.id)), QUEUED)
-        .values(state=JobState.RUNNING, owner=owner, lease_expires=now + lease, started_at=now)
-        .returning(jobs)
-    )
-    rows: Sequence[Row[Any]] = (await connection.execute(take)).all()
-    return rows
+    if situation.last_waits:
+        return [] if situation.any_runs else list(take(_TAKE_LAST, 1))
+    taken: list[Row[Any]] = []
+    if situation.suspect_waits:
+        taken += take(_TAKE_LOST_BEFORE, min(limit, SUSPECTS_AT_ONCE - situation.suspects))
+    taken += take(_TAKE_NEW, limit - len(taken))
+    return sorted(taken, key=lambda row: (row.priority, row.id))

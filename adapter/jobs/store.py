@@ -3,16 +3,27 @@ changes nothing and is told so."""
 
 import json
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, and_, bindparam, delete, func, insert, select, update
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Select,
+    and_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    select,
+    update,
+)
 
 from adapter.database import Database
 from adapter.errors import TooManyJobs
 from adapter.generation import Event, Inputs
-from adapter.jobs.claims import QUEUED, RUNNING, any_of, hold_counter, take_up
+from adapter.jobs.claims import QUEUED, RUNNING, hold_counter, take_up
 from adapter.jobs.job import STANDARD_TERMS, UNDONE, ClaimedJob, Job, JobState, Terms, late
 from adapter.jobs.submissions import Submission, forget, ids_of, remember
 from adapter.tables import counters, jobs, submissions
@@ -37,8 +48,9 @@ class JobStore:
         self, requests: Sequence[Inputs], *, max_queued: int, terms: Terms = STANDARD_TERMS
     ) -> list[int]:
         """Queue all requests or none; the ids are consecutive. Raises `TooManyJobs`."""
-        async with self._database.write() as connection:
-            return await self._add(connection, requests, max_queued, terms)
+        return await self._database.write(
+            lambda connection: self._add(connection, requests, max_queued, terms)
+        )
 
     async def add_once(
         self,
@@ -53,20 +65,23 @@ class JobStore:
         Raises `TooManyJobs`, and `KeyReused` if the key stands for other requests.
         """
         submission = Submission.of(key, requests, terms)
-        async with self._database.write() as connection:
-            await hold_counter(connection)
-            if (given := await ids_of(connection, submission)) is not None:
+
+        def add(connection: Connection) -> tuple[list[int], bool]:
+            hold_counter(connection)
+            if (given := ids_of(connection, submission)) is not None:
                 return given, False
-            ids = await self._add(connection, requests, max_queued, terms)
-            await remember(connection, submission, ids, self._clock())
-        return ids, True
+            ids = self._add(connection, requests, max_queued, terms)
+            remember(connection, submission, ids, self._clock())
+            return ids, True
+
+        return await self._database.write(add)
 
     async def get(self, job_id: int, *, api_key: str | None = None) -> Job | None:
         """The job, or None if there is none of that id, or with a key none of that key's."""
         if not 0 <= job_id <= MAX_ID:
             return None
-        query = _SHOWN.where(jobs.c.id == job_id, *_submitted_with(api_key))
-        for row in await self._database.read(query):
+        query = _SHOWN if api_key is None else _SHOWN_TO_KEY
+        for row in await self._database.read(query, {"job": job_id, "key": api_key}):
             return Job(row.id, JobState(row.state), row.attempts, row.text, row.error)
         return None
 
@@ -89,11 +104,11 @@ class JobStore:
     async def claim(self, owner: str, *, limit: int, lease: float) -> list[ClaimedJob]:
         """Take up to `limit` queued jobs by priority and age; see `adapter.jobs.claims`."""
         # An idle worker that polls must not take SQLite's only write lock.
-        if not await self._database.read(any_of(QUEUED)):
+        if not await self._database.read(_ANY_QUEUED):
             return []
         now = self._clock()
-        async with self._database.write() as connection:
-            rows = await take_up(
+        rows = await self._database.write(
+            lambda connection: take_up(
                 connection,
                 owner,
                 limit=limit,
@@ -101,6 +116,7 @@ class JobStore:
                 max_attempts=self._max_attempts,
                 now=now,
             )
+        )
         return [_claimed(row, now) for row in rows]
 
     async def renew(self, owner: str, ids: Collection[int], *, lease: float) -> set[int]:
@@ -111,41 +127,41 @@ class JobStore:
             .values(lease_expires=self._clock() + lease)
             .returning(jobs.c.id)
         )
-        async with self._database.write() as connection:
-            return set(await connection.scalars(renewal))
+        return await self._database.write(lambda connection: set(connection.scalars(renewal)))
 
     async def finish(self, owner: str, job_id: int, result: Event) -> bool:
         """Keep the result. False if the job is not this owner's to finish."""
-        values: dict[str, Any] = {
-            "text": result.text,
-            "finish_reason": result.finish_reason,
-            "seed": result.seed,
+        usage = result.usage
+        values = {
+            "job": job_id,
+            "by": owner,
+            "now": self._clock(),
+            "new_text": result.text,
+            "reason": result.finish_reason,
+            "new_seed": result.seed,
+            "prompt_count": usage and usage.prompt_tokens,
+            "completion_count": usage and usage.completion_tokens,
+            "step_count": usage and usage.steps,
+            "pass_count": usage and usage.forward_passes,
         }
-        if result.usage is not None:
-            values |= {
-                "prompt_tokens": result.usage.prompt_tokens,
-                "completion_tokens": result.usage.completion_tokens,
-                "steps": result.usage.steps,
-                "forward_passes": result.usage.forward_passes,
-            }
-        return await self._end(owner, job_id, JobState.FINISHED, values)
+        return await self._database.change(_FINISH, values) == 1
 
     async def fail(self, owner: str, job_id: int, error: str) -> bool:
         """Give the job up, with the reason. False if it is not this owner's."""
-        return await self._end(owner, job_id, JobState.FAILED, {"error": error})
+        failure = update(jobs).where(jobs.c.id == job_id, _driven_by(owner))
+        ended = _ended(JobState.FAILED, self._clock())
+        return await self._database.change(failure.values(ended | {"error": error})) == 1
 
     async def put_back(self, owner: str, job_id: int) -> bool:
         """Queue the job again as if this attempt had not been. False if it is not the owner's."""
         release = update(jobs).where(jobs.c.id == job_id, _driven_by(owner))
-        async with self._database.write() as connection:
-            return (await connection.execute(release.values(_QUEUED_AGAIN))).rowcount == 1
+        return await self._database.change(release.values(_QUEUED_AGAIN)) == 1
 
     async def retry(self, owner: str, job_id: int, reason: str) -> bool:
         """Queue the job again, or fail it if this was its last attempt. False: not the owner's."""
         mine = and_(jobs.c.id == job_id, _driven_by(owner))
         error = f"given up after {self._max_attempts} attempts: {reason}"
-        async with self._database.write() as connection:
-            return await self._requeue(connection, mine, "attempts", self._max_attempts, error) == 1
+        return await self._requeue(mine, "attempts", self._max_attempts, error) == 1
 
     async def recover(self) -> int:
         """Queue again what its worker has let expire; the number of jobs concerned.
@@ -153,11 +169,10 @@ class JobStore:
         That its worker has died costs a job no attempt: workers are restarted all the time.
         """
         expired = and_(RUNNING, jobs.c.lease_expires < self._clock())
-        if not await self._database.read(any_of(expired)):
+        if not await self._database.read(_any_of(expired)):
             return 0
         error = f"given up: {MAX_ORPHANED} workers have died that ran it"
-        async with self._database.write() as connection:
-            return await self._requeue(connection, expired, "orphaned", MAX_ORPHANED, error)
+        return await self._requeue(expired, "orphaned", MAX_ORPHANED, error)
 
     async def expire(self) -> int:
         """Fail up to some hundred jobs that wait beyond their deadline; how many it was."""
@@ -172,9 +187,8 @@ class JobStore:
             .where(jobs.c.id == bindparam("job_id"), QUEUED)
             .values(error=bindparam("reason"), **_ended(JobState.FAILED, now))
         )
-        async with self._database.write() as connection:
-            reasons = [{"job_id": row.id, "reason": late(row.timeout)} for row in rows]
-            await connection.execute(end, reasons)
+        reasons = [{"job_id": row.id, "reason": late(row.timeout)} for row in rows]
+        await self._database.write(lambda connection: connection.execute(end, reasons))
         return len(rows)
 
     async def cancel(self, job_id: int, *, api_key: str | None = None) -> bool:
@@ -186,8 +200,7 @@ class JobStore:
             .where(jobs.c.id == job_id, jobs.c.state.in_(UNDONE), *_submitted_with(api_key))
             .values(_ended(JobState.CANCELLED, self._clock()))
         )
-        async with self._database.write() as connection:
-            return (await connection.execute(cancellation)).rowcount == 1
+        return await self._database.change(cancellation) == 1
 
     async def purge(self, *, ttl: float, limit: int) -> int:
         """Remove up to `limit` results that were kept for longer than `ttl`; how many it was."""
@@ -196,37 +209,27 @@ class JobStore:
         ids = [row.id for row in await self._database.read(oldest)]
         if not ids:
             return 0
-        async with self._database.write() as connection:
-            result = await connection.execute(delete(jobs).where(jobs.c.id.in_(ids), old))
-            return int(result.rowcount)
+        return await self._database.change(delete(jobs).where(jobs.c.id.in_(ids), old))
 
     async def forget_keys(self, *, ttl: float) -> None:
         """Forget the keys of submissions that were made longer than `ttl` ago."""
         before = self._clock() - ttl
         old = select(submissions.c.key).where(submissions.c.created_at < before).limit(1)
         if await self._database.read(old):
-            async with self._database.write() as connection:
-                await forget(connection, before)
+            await self._database.write(lambda connection: forget(connection, before))
 
-    async def _add(
+    def _add(
         self,
-        connection: AsyncConnection,
+        connection: Connection,
         requests: Sequence[Inputs],
         max_queued: int,
         terms: Terms,
     ) -> list[int]:
-        # Taking the counter first makes submissions follow one another on PostgreSQL too, so that
-        # the count below is exact.
-        end = await connection.scalar(
-            update(counters)
-            .where(counters.c.name == "jobs")
-            .values(next_id=counters.c.next_id + len(requests))
-            .returning(counters.c.next_id)
-        )
+        end = connection.scalar(_COUNT_ON, {"more": len(requests)})
         assert end is not None
-        await _refuse_beyond(connection, max_queued, len(requests))
+        _refuse_beyond(connection, max_queued, len(requests))
         ids = list(range(end - len(requests), end))
-        await connection.execute(insert(jobs), self._new_rows(ids, requests, terms))
+        connection.execute(_INSERT, self._new_rows(ids, requests, terms))
         return ids
 
     def _new_rows(
@@ -249,44 +252,25 @@ class JobStore:
             for job_id, request in zip(ids, requests, strict=True)
         ]
 
-    async def _end(
-        self, owner: str, job_id: int, state: JobState, values: Mapping[str, Any]
-    ) -> bool:
-        end = (
-            update(jobs)
-            .where(jobs.c.id == job_id, _driven_by(owner))
-            .values({**_ended(state, self._clock()), **values})
-        )
-        async with self._database.write() as connection:
-            return (await connection.execute(end)).rowcount == 1
-
     async def _requeue(
-        self,
-        connection: AsyncConnection,
-        which: ColumnElement[bool],
-        counter: str,
-        limit: int,
-        error: str,
+        self, which: ColumnElement[bool], counter: str, limit: int, error: str
     ) -> int:
         """Count one more, and fail the jobs that have reached the limit; queue the others."""
         count = jobs.c[counter] + 1
         given_up = {**_ended(JobState.FAILED, self._clock()), "error": error, counter: count}
-        failed = await connection.execute(
-            update(jobs).where(which, count >= limit).values(given_up)
+        fail = update(jobs).where(which, count >= limit).values(given_up)
+        queue = update(jobs).where(which).values({**_QUEUED_AGAIN, counter: count})
+        return await self._database.write(
+            lambda connection: sum(connection.execute(part).rowcount for part in (fail, queue))
         )
-        queued = await connection.execute(
-            update(jobs).where(which).values({**_QUEUED_AGAIN, counter: count})
-        )
-        return int(failed.rowcount + queued.rowcount)
 
 
-_SHOWN = select(jobs.c.id, jobs.c.state, jobs.c.attempts, jobs.c.text, jobs.c.error)
-
-_QUEUED_AGAIN: dict[str, Any] = {"state": JobState.QUEUED, "owner": None, "lease_expires": None}
-
-
-def _ended(state: JobState, now: float) -> dict[str, Any]:
+def _ended(state: JobState, now: Any) -> dict[str, Any]:
     return {"state": state, "owner": None, "deadline": None, "finished_at": now}
+
+
+def _any_of(*conditions: ColumnElement[bool]) -> Select[Any]:
+    return select(jobs.c.id).where(*conditions).limit(1)
 
 
 def _driven_by(owner: str) -> ColumnElement[bool]:
@@ -309,8 +293,41 @@ def _claimed(row: Row[Any], now: float) -> ClaimedJob:
     )
 
 
-async def _refuse_beyond(connection: AsyncConnection, max_queued: int, extra: int) -> None:
-    queued = await connection.scalar(select(func.count()).select_from(jobs).where(QUEUED))
-    if (queued or 0) + extra > max_queued:
+def _refuse_beyond(connection: Connection, max_queued: int, extra: int) -> None:
+    queued = connection.scalar(_COUNT_QUEUED) or 0
+    if queued + extra > max_queued:
         msg = f"{queued} jobs are waiting, and at most {max_queued} may (DLLM_MAX_QUEUED_JOBS)"
         raise TooManyJobs(msg)
+
+
+# What each job needs is made once: making a statement takes longer than running it.
+_SHOWN = select(jobs.c.id, jobs.c.state, jobs.c.attempts, jobs.c.text, jobs.c.error).where(
+    jobs.c.id == bindparam("job")
+)
+_SHOWN_TO_KEY = _SHOWN.where(jobs.c.api_key == bindparam("key"))
+_ANY_QUEUED = _any_of(QUEUED)
+_COUNT_QUEUED = select(func.count()).select_from(jobs).where(QUEUED)
+# Taking the counter first makes submissions follow one another on PostgreSQL too, so that what is
+# counted is exact.
+_COUNT_ON = (
+    update(counters)
+    .where(counters.c.name == "jobs")
+    .values(next_id=counters.c.next_id + bindparam("more"))
+    .returning(counters.c.next_id)
+)
+_INSERT = insert(jobs)
+_FINISH = (
+    update(jobs)
+    .where(jobs.c.id == bindparam("job"), RUNNING, jobs.c.owner == bindparam("by"))
+    .values(
+        **_ended(JobState.FINISHED, bindparam("now")),
+        text=bindparam("new_text"),
+        finish_reason=bindparam("reason"),
+        seed=bindparam("new_seed"),
+        prompt_tokens=bindparam("prompt_count"),
+        completion_tokens=bindparam("completion_count"),
+        steps=bindparam("step_count"),
+        forward_passes=bindparam("pass_count"),
+    )
+)
+_QUEUED_AGAIN: dict[str, Any] = {"state": JobState.QUEUED, "owner": None, "lease_expires": None}

@@ -9,8 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import delete, insert, select
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import Connection, delete, insert, select
 
 from adapter.errors import KeyReused
 from adapter.generation import Inputs
@@ -34,7 +33,7 @@ class Submission:
         return cls(terms.api_key or "", key, digest.hexdigest())
 
 
-async def ids_of(connection: AsyncConnection, submission: Submission) -> list[int] | None:
+def ids_of(connection: Connection, submission: Submission) -> list[int] | None:
     """The ids that this submission was given before, if it was made before.
 
     Raises `KeyReused` where the key stands for another one.
@@ -42,7 +41,7 @@ async def ids_of(connection: AsyncConnection, submission: Submission) -> list[in
     query = select(submissions).where(
         submissions.c.owner == submission.owner, submissions.c.key == submission.key
     )
-    row = (await connection.execute(query)).one_or_none()
+    row = connection.execute(query).one_or_none()
     if row is None:
         return None
     if row.fingerprint != submission.fingerprint:
@@ -51,8 +50,8 @@ async def ids_of(connection: AsyncConnection, submission: Submission) -> list[in
     return list(range(row.first_id, row.first_id + row.jobs))
 
 
-async def remember(
-    connection: AsyncConnection, submission: Submission, ids: Sequence[int], now: float
+def remember(
+    connection: Connection, submission: Submission, ids: Sequence[int], now: float
 ) -> None:
     """Keep the ids, which are consecutive."""
     row = {
@@ -63,9 +62,9 @@ async def remember(
         "jobs": len(ids),
         "created_at": now,
     }
-    await connection.execute(insert(submissions).values(row))
+    connection.execute(insert(submissions).values(row))
 
 
-async def forget(connection: AsyncConnection, before: float) -> None:
+def forget(connection: Connection, before: float) -> None:
     """Forget what was submitted before this time."""
-    await connection.execute(delete(submissions).where(submissions.c.created_at < before))
+    connection.execute(delete(submissions).where(submissions.c.created_at < before))

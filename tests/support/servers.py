@@ -153,7 +153,7 @@ class AdapterServer:
         self._log_file = database.with_suffix(".log")
         self._env = {
             "DLLM_TRITON_URL": triton.grpc_url,
-            "DLLM_DATABASE_URL": f"sqlite+aiosqlite:///{database}",
+            "DLLM_DATABASE_URL": f"sqlite:///{database}",
             **(settings or {}),
         }
         self._process: GuardedProcess | None = None

@@ -33,7 +33,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "postgresql":
         server: PostgresServer = request.getfixturevalue("postgres")
         return server.fresh_database()
-    return f"sqlite+aiosqlite:///{tmp_path}/jobs.db"
+    return f"sqlite:///{tmp_path}/jobs.db"
 
 
 @pytest.fixture

@@ -45,8 +45,8 @@ def test_bad_value_names_the_variable(
 @pytest.mark.parametrize(
     "url",
     [
-        "sqlite+aiosqlite://",
-        "sqlite+aiosqlite:///:memory:",
+        "sqlite://",
+        "sqlite:///:memory:",
         "postgresql://me:hush@db/dllm",
         "mysql+aiomysql://me:hush@db/dllm",
     ],

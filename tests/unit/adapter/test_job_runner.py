@@ -61,6 +61,7 @@ async def test_nothing_is_claimed_while_the_engine_is_away(
     api: RunningApp, engine: ScriptedEngine
 ) -> None:
     """Jobs wait in the store while probes fail, and run once they are answered."""
+    await until(lambda: api.monitor.state.ok)
     engine.probe_error = Unavailable("failed to connect")
     await until(lambda: not api.monitor.state.ok)
     await api.submit()

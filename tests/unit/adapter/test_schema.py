@@ -6,9 +6,8 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, text
-from sqlalchemy.ext.asyncio import create_async_engine
 
-from adapter.database import Database
+from adapter.database import Database, connect
 from adapter.errors import SettingsError
 from adapter.generation import Event
 from adapter.jobs.job import Job, JobState
@@ -43,14 +42,15 @@ RELEASE_0_1 = [
 
 
 async def make_release_0_1(url: str) -> None:
-    engine = create_async_engine(url)
-    postgresql = engine.dialect.name == "postgresql"
-    double = "DOUBLE PRECISION" if postgresql else "DOUBLE"
-    kinds = {"id": "BIGINT" if postgresql else "INTEGER", "double": double}
-    async with engine.begin() as connection:
+    def make(connection: Connection) -> None:
+        postgresql = connection.dialect.name == "postgresql"
+        double = "DOUBLE PRECISION" if postgresql else "DOUBLE"
+        kinds = {"id": "BIGINT" if postgresql else "INTEGER", "double": double}
         for statement in RELEASE_0_1:
-            await connection.execute(text(statement.format(**kinds).replace(": ", "\\: ")))
-    await engine.dispose()
+            connection.execute(text(statement.format(**kinds).replace(": ", "\\: ")))
+
+    async with connect(url) as connections:
+        await connections.write(make)
 
 
 def differences(connection: Connection) -> list[object]:
@@ -59,16 +59,14 @@ def differences(connection: Connection) -> list[object]:
 
 async def test_migrations_make_the_tables(database: Database) -> None:
     """The changes, applied one after the other, give exactly the tables that the code has."""
-    async with database.write() as connection:
-        assert await connection.run_sync(differences) == []
+    assert await database.write(differences) == []
 
 
 async def test_database_of_the_first_release_is_upgraded(database_url: str) -> None:
     """Jobs of a database from before there were versions go on, and ids count on."""
     await make_release_0_1(database_url)
     async with Database.open(database_url) as database:
-        async with database.write() as connection:
-            assert await connection.run_sync(differences) == []
+        assert await database.write(differences) == []
         store = JobStore(database, max_attempts=3)
         assert await store.get(0) == Job(0, JobState.FINISHED, 1, "kept", None)
         assert await store.recover() == 1
@@ -95,8 +93,9 @@ async def test_many_workers_upgrade_at_once(database_url: str) -> None:
 
 async def test_database_of_a_later_release_is_refused(database_url: str) -> None:
     """A schema that this release does not know is left alone, and the start says so."""
-    async with Database.open(database_url) as database, database.write() as connection:
-        await connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    later = text("UPDATE alembic_version SET version_num = '9999'")
+    async with Database.open(database_url) as database:
+        await database.write(lambda connection: connection.execute(later))
 
     with pytest.raises(SettingsError, match=r"DLLM_DATABASE_URL: .*9999"):
         async with Database.open(database_url):
@@ -116,10 +115,10 @@ async def test_database_does_not_grow_without_bound(database_url: str) -> None:
                 await store.finish("a", job_id, Event("y" * 2000, "stop"))
             now += 100
             await store.purge(ttl=150, limit=1000)
-            async with database.write() as connection:
-                rows.append(await connection.scalar(text("SELECT count(*) FROM jobs")))
+            count = text("SELECT count(*) FROM jobs")
+            rows.append(await database.write(lambda connection: connection.scalar(count)))  # noqa: B023
         assert rows == [50] * 10
         if database_url.startswith("sqlite"):
-            async with database.write() as connection:
-                pages = await connection.scalar(text("PRAGMA page_count"))
+            count = text("PRAGMA page_count")
+            pages = await database.write(lambda connection: connection.scalar(count))
             assert pages * 4096 < 3 * 100 * 4000
