@@ -37,7 +37,7 @@ QUESTIONS = (
 )
 ENGINE, TRITON, JOBS, CHAT = "engine", "Triton", "adapter, jobs", "adapter, chat"
 #: Callers, and how many requests they make together in a turn.
-LOADS = {1: 4, 8: 24, 32: 64}
+LOADS = {1: 4, 8: 48, 32: 160}
 LONG = Work(gen_length=64, steps=64)
 #: One forward pass: what is left is the way.
 SMALL = Work(gen_length=8, steps=1)

@@ -6,6 +6,10 @@ import socket
 from launcher.errors import PortTakenError
 
 
+#: The system may name a port twice that nobody listens to yet.
+_given: set[int] = set()
+
+
 def require_free_port(what: str, address: str, port: int, setting: str) -> None:
     """Raises PortTakenError, which names the `setting` that moves `what`, when it is in use."""
     try:
@@ -16,10 +20,16 @@ def require_free_port(what: str, address: str, port: int, setting: str) -> None:
 
 
 def free_port(address: str = "127.0.0.1") -> int:
-    """A port that is free now; another process may take it before it is used."""
-    with contextlib.closing(_bound(address, 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port
+    """A port that is free now, another one each time.
+
+    Another process may take it before it is used.
+    """
+    while True:
+        with contextlib.closing(_bound(address, 0)) as sock:
+            port: int = sock.getsockname()[1]
+        if port not in _given:
+            _given.add(port)
+            return port
 
 
 def _bound(address: str, port: int) -> socket.socket:
