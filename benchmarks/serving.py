@@ -37,7 +37,7 @@ QUESTIONS = (
 )
 ENGINE, TRITON, JOBS, CHAT = "engine", "Triton", "adapter, jobs", "adapter, chat"
 #: Callers, and how many requests they make together in a turn.
-LOADS = {1: 4, 8: 48, 32: 160}
+LOADS = {1: 6, 8: 56, 32: 192}
 LONG = Work(gen_length=64, steps=64)
 #: One forward pass: what is left is the way.
 SMALL = Work(gen_length=8, steps=1)
@@ -80,16 +80,22 @@ async def check_answers(ways: Ways) -> list[str]:
 
 
 async def tokens_per_second(way: Way, callers: int, requests: int) -> float:
-    """Of `callers` that ask, one request after another each, until `requests` are answered."""
+    """Of `callers` that ask, one request after another each, until `requests` are answered.
+
+    Counted from the end of the first round of answers to the beginning of the last, while all
+    callers are busy: in this process all of a round come at once, elsewhere a little apart.
+    """
     questions = iter([QUESTIONS[i % len(QUESTIONS)] for i in range(requests)])
+    answered: list[float] = []
 
     async def call() -> None:
         for question in questions:
             await way.ask(question, LONG)
+            answered.append(time.perf_counter())
 
-    began = time.perf_counter()
     await asyncio.gather(*(call() for _ in range(callers)))
-    return requests * LONG.gen_length / (time.perf_counter() - began)
+    first, last = callers - 1, requests - callers - 1
+    return (last - first) * LONG.gen_length / (answered[last] - answered[first])
 
 
 async def _timed(work: Awaitable[Any]) -> tuple[float, Any]:

@@ -87,8 +87,7 @@ class JobStore:
 
     async def done_among(self, ids: Collection[int]) -> set[int]:
         """Which of these jobs are done."""
-        query = select(jobs.c.id).where(jobs.c.id.in_(ids), jobs.c.state.not_in(UNDONE))
-        return {row.id for row in await self._database.read(query)}
+        return {row.id for row in await self._database.read(_DONE_AMONG, {"ids": list(ids)})}
 
     async def undone(self) -> dict[JobState, int]:
         """How many jobs wait, and how many run."""
@@ -305,6 +304,9 @@ _SHOWN = select(jobs.c.id, jobs.c.state, jobs.c.attempts, jobs.c.text, jobs.c.er
     jobs.c.id == bindparam("job")
 )
 _SHOWN_TO_KEY = _SHOWN.where(jobs.c.api_key == bindparam("key"))
+_DONE_AMONG = select(jobs.c.id).where(
+    jobs.c.id.in_(bindparam("ids", expanding=True)), jobs.c.state.not_in(UNDONE)
+)
 _ANY_QUEUED = _any_of(QUEUED)
 _COUNT_QUEUED = select(func.count()).select_from(jobs).where(QUEUED)
 # Taking the counter first makes submissions follow one another on PostgreSQL too, so that what is
