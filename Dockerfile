@@ -73,4 +73,4 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=30s \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://localhost:8000/v1/health')"]
 # WEB_CONCURRENCY sets the number of worker processes. A stop waits no longer for streams.
 CMD ["uvicorn", "adapter.app:app", "--host", "0.0.0.0", "--port", "8000", \
-     "--timeout-graceful-shutdown", "10"]
+     "--timeout-graceful-shutdown", "10", "--timeout-keep-alive", "75"]

@@ -15,6 +15,9 @@ from launcher.tritonserver import POLL_SECONDS, WaitCallback
 
 #: Open connections (a poll held by `?wait=`, a stream) are cut after this many seconds.
 DRAIN_SECONDS = 5
+#: An idle connection is kept for longer than proxies keep theirs (nginx: 60 s). A server that
+#: closes first does so now and then as the next call is on its way, which the proxy answers 502.
+KEEP_ALIVE_SECONDS = 75
 
 
 class Adapter:
@@ -80,6 +83,7 @@ class Adapter:
             *("--host", settings.host, "--port", str(settings.port)),
             *("--workers", str(settings.workers)),
             *("--timeout-graceful-shutdown", str(DRAIN_SECONDS)),
+            *("--timeout-keep-alive", str(KEEP_ALIVE_SECONDS)),
         ]
 
     def _wait_until_ready(self, process: GuardedProcess) -> None:

@@ -5,7 +5,6 @@ import socket
 
 from launcher.errors import PortTakenError
 
-
 #: The system may name a port twice that nobody listens to yet.
 _given: set[int] = set()
 

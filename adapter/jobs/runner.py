@@ -43,6 +43,9 @@ MAX_TICK_SECONDS = 1.0
 PURGE_BATCH = 500
 CLAIM_BATCH = 16
 SAVE_ATTEMPTS = 6
+#: An engine's step ends many jobs at once; so many of them are settled between two looks at what
+#: else is to be done, or polls would wait for all.
+SETTLED_AT_ONCE = 4
 
 
 @dataclass(slots=True, eq=False)
@@ -97,6 +100,7 @@ class JobRunner:
         self._drain = settings.drain_seconds
         self._on_done = on_done
         self._drives: dict[int, Drive] = {}
+        self._settling = asyncio.Semaphore(SETTLED_AT_ONCE)
         self._full = False
         self._stopped_at: float | None = None
         self._claiming = Loop("job-claims", self._claim)
@@ -245,7 +249,9 @@ class JobRunner:
         """Write the outcome down. If the database stays away, the lease runs out and it reruns."""
         for attempt in range(1, SAVE_ATTEMPTS + 1):
             try:
-                ours = await self._write(job, outcome)
+                async with self._settling:
+                    ours = await self._write(job, outcome)
+                    await asyncio.sleep(0)
             except StoreUnavailable as error:
                 log.warning("job_not_saved", error=str(error))
                 await asyncio.sleep(0.1 * 2**attempt)

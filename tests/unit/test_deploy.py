@@ -10,6 +10,7 @@ import yaml
 from dllm_engine import EngineConfig
 
 from adapter.settings import Settings
+from launcher.adapter import KEEP_ALIVE_SECONDS
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -98,3 +99,17 @@ def test_nginx_lets_through_what_the_adapter_reads() -> None:
     assert patience is not None
     assert int(patience[1]) > 60
     assert "proxy_buffering off;" in text
+
+
+def test_adapter_keeps_connections_for_longer_than_nginx() -> None:
+    """nginx keeps an idle one for 60 s; whoever closes first may cut a call short."""
+    assert "keepalive_timeout" not in (DEPLOY / "nginx.conf").read_text()
+    service = (DEPLOY / "dllm-serve-adapter.service").read_text()
+    image = re.sub(r'[",\\\n]', " ", (ROOT / "Dockerfile").read_text())
+    for command in (service, image):
+        kept = re.search(
+            r"uvicorn adapter.*--timeout-keep-alive +(\d+)", re.sub(" +", " ", command)
+        )
+        assert kept is not None
+        assert int(kept.group(1)) > 60
+    assert KEEP_ALIVE_SECONDS > 60

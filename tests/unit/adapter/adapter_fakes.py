@@ -21,7 +21,8 @@ DONE = Event("an answer", "length", Usage(3, 32, 32, 32), seed=7)
 SIGN_OF_LIFE = Event("an")
 HANG = "hang"
 
-Script = list[Event | AdapterError | Exception | str]
+#: An `asyncio.Event` is waited for.
+Script = list[Event | AdapterError | Exception | asyncio.Event | str]
 
 
 def denoising(length: int, *, given: Mapping[int, int] | None = None) -> list[Event]:
@@ -104,6 +105,8 @@ class ScriptedEngine:
                     raise item
                 if isinstance(item, Event):
                     yield item
+                elif isinstance(item, asyncio.Event):
+                    await item.wait()
                 else:
                     await asyncio.Event().wait()
         finally:

@@ -344,6 +344,31 @@ async def test_result_is_kept_when_the_database_was_away(
     assert len(engine.requests) == 1
 
 
+async def test_jobs_that_end_at_once_leave_room_for_others(
+    api: RunningApp, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 40 jobs that one step ends only a few are settled between two turns of the event loop."""
+    finish, settled = JobStore.finish, 0
+
+    async def counted(self: JobStore, owner: str, job_id: int, result: Event) -> bool:
+        nonlocal settled
+        settled += 1
+        return await finish(self, owner, job_id, result)
+
+    monkeypatch.setattr(JobStore, "finish", counted)
+    the_end = asyncio.Event()
+    engine.scripts = [[SIGN_OF_LIFE, the_end, DONE]]
+    await api.client.post("/v1/generate_batch", json={"prompts": ["a"] * 40})
+    await until(lambda: len(engine.requests) == 40)
+    the_end.set()
+    most = before = 0
+    async with asyncio.timeout(5):
+        while settled < 40:
+            await asyncio.sleep(0)
+            most, before = max(most, settled - before), settled
+    assert 1 <= most <= 5
+
+
 async def test_no_more_than_max_inflight_at_a_time(
     database_url: str, engine: ScriptedEngine
 ) -> None:
