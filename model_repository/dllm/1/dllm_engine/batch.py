@@ -11,18 +11,19 @@ from torch import Tensor
 from .cache import KVPages
 from .canvas import CanvasTable
 from .layout import Sequences, StepSize, flat_layout, grouped_layout
-from .ops import Layout, upload
+from .ops import Layout
 from .sampling import CommitPlan, Credits, RowSampling, SamplingFlags
 from .sampling.rows import ROW_MULTIPLE
 from .slot_facts import SlotFacts
+from .slot_state import SlotState
 
 
 @dataclasses.dataclass(frozen=True)
 class StepBatch:
     """Everything one step needs, as tensors; R requests, M masked positions in active blocks."""
 
-    #: [R] int64, ordered as the rows are.
-    slots: Tensor
+    #: Of the R requests, ordered as the rows are.
+    state: SlotState
     #: [rows] int64; inputs of the model, padded to a multiple of `ROW_MULTIPLE`.
     input_ids: Tensor
     positions: Tensor
@@ -62,77 +63,80 @@ def build_batch(
     """
     facts = table.facts(chosen)
     size = StepSize.of(facts)
-    slots = upload(chosen, table.device)
-    sequences = Sequences.of(table, pages, slots, size, grouped=tile_rows is None)
-    slots = sequences.request_slots
+    sequences = Sequences.of(table, pages, table.state(chosen), size, grouped=tile_rows is None)
+    state = sequences.requests
     if tile_rows is None:
         layout: Layout = grouped_layout(pages, sequences)
     else:
-        layout = flat_layout(table, pages, sequences, size, tile_rows)
+        layout = flat_layout(pages, sequences, size, tile_rows)
 
-    block_positions, block_masked = table.block_positions(slots, size.block)
+    block_positions, block_masked = table.block_positions(state, size.block)
     num_masked = sum(fact.masked for fact in facts)
     request, column = torch.nonzero_static(block_masked, size=num_masked).unbind(1)
     position = block_positions[request, column]
     predictor = (position - 1).clamp(min=0) if table.shifted else position
-    first = sequences.first_copy[request]
-    request_slots = slots[request]
-    cfg_scale = table.cfg_scale[request_slots]
-    twin = first + (cfg_scale > 0).to(torch.int64)
+    of_position = state.take(request)
+    rows = uncond_rows = sequences.row_of[sequences.first_copy[request], predictor]
+    if size.guided:
+        twin = sequences.first_copy[request] + (of_position.cfg_scale > 0).to(torch.int64)
+        uncond_rows = sequences.row_of[twin, predictor]
     return StepBatch(
-        slots=slots,
-        input_ids=_pad(_input_ids(table, sequences)),
+        state=state,
+        input_ids=_pad(_input_ids(table, sequences, guided=size.guided)),
         positions=_pad(sequences.positions),
         layout=layout,
         block_positions=block_positions,
         block_masked=block_masked,
         request=request,
         column=column,
-        rows=sequences.row_of[first, predictor],
-        uncond_rows=sequences.row_of[twin, predictor],
-        cfg_scale=cfg_scale if any(fact.guided for fact in facts) else None,
+        rows=rows,
+        uncond_rows=uncond_rows,
+        cfg_scale=of_position.cfg_scale if size.guided else None,
         sampling=RowSampling(
-            temperature=table.temperature[request_slots],
-            seed=table.seed[request_slots],
-            step=table.step[request_slots],
+            temperature=of_position.temperature,
+            seed=of_position.seed,
+            step=of_position.step,
             position=position,
-            top_p=table.top_p[request_slots],
-            top_k=table.top_k[request_slots],
-            tempered=table.tempered[request_slots],
-            no_eos=table.no_eos[request_slots],
-            late_eos=table.late_eos[request_slots],
+            top_p=of_position.top_p,
+            top_k=of_position.top_k,
+            tempered=of_position.tempered,
+            no_eos=of_position.no_eos,
+            late_eos=of_position.late_eos,
             flags=SamplingFlags.of_all(fact.sampling for fact in facts),
         ),
-        plan=_plan(table, facts, slots, block_masked),
+        plan=_plan(table, facts, state, block_masked),
         needs_spread=any(fact.needs_spread for fact in facts),
-        credits=table.credits(chosen, request_slots, position),
+        credits=table.credits(chosen, of_position.slots, position),
     )
 
 
 def _plan(
-    table: CanvasTable, facts: list[SlotFacts], slots: Tensor, block_masked: Tensor
+    table: CanvasTable, facts: list[SlotFacts], state: SlotState, block_masked: Tensor
 ) -> CommitPlan:
-    count, chance = table.commit_counts(slots, block_masked)
+    tempered = any(fact.tempered for fact in facts)
+    count, chance = table.commit_counts(state, block_masked, tempered=tempered)
     return CommitPlan(
-        score=table.score[slots],
-        rule=table.rule[slots],
+        score=state.score,
+        rule=state.rule,
         rules_in_use=frozenset(fact.rule for fact in facts),
         scores_in_use=frozenset(fact.score for fact in facts),
         draws=any(fact.draws for fact in facts),
         count=count,
         chance=chance,
-        bound=table.bound[slots],
-        second_bound=table.second_bound[slots],
-        alg_temp=table.alg_temp[slots],
-        seed=table.seed[slots],
-        step=table.step[slots],
-        block_start=table.block_start[slots],
+        bound=state.bound,
+        second_bound=state.second_bound,
+        alg_temp=state.alg_temp,
+        seed=state.seed,
+        step=state.step,
+        block_start=state.block_start,
     )
 
 
-def _input_ids(table: CanvasTable, sequences: Sequences) -> Tensor:
-    slots, positions = sequences.slots[sequences.owner], sequences.positions
+def _input_ids(table: CanvasTable, sequences: Sequences, *, guided: bool) -> Tensor:
+    slots, positions = sequences.state.slots[sequences.owner], sequences.positions
     ids = table.tokens[slots, positions]
+    if not guided:
+        return ids
     hidden_prompt = (sequences.twin[sequences.owner] == 1) & table.given[slots, positions]
     return ids.masked_fill(hidden_prompt, table.special.mask)
 

@@ -17,6 +17,7 @@ from .request import Prompt, SamplingParams
 from .sampling import LISTED, Credits, SpecialTokens
 from .sampling.commit import Rule, dream_chances, dream_count, linear_count
 from .slot_facts import SlotFacts
+from .slot_state import SlotState, SlotTable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +51,6 @@ class CanvasTable:
         shifted: bool,
         device: str,
     ) -> None:
-        def column(dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(num_slots, dtype=dtype, device=device)
-
         self.special = special
         self.shifted = shifted
         self.device = device
@@ -65,26 +63,9 @@ class CanvasTable:
         self.given = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)
         #: [slots, max_len]; probability at commit, −1 elsewhere.
         self.confidence = torch.zeros(num_slots, max_len, device=device)
-        self.length, self.prompt_len, self.canvas_end = column(), column(), column()
-        self.block_length, self.block_start, self.block_end = column(), column(), column()
-        # Schedule of the active block: masks when it began, its share of the steps, steps run.
-        self.block_masks, self.block_steps, self.block_step = column(), column(), column()
-        self.steps, self.step = column(), column()
-        self.temperature, self.cfg_scale = column(torch.float64), column(torch.float64)
-        self.bound, self.second_bound = column(torch.float64), column(torch.float64)
-        self.top_p, self.alg_temp = column(torch.float64), column(torch.float64)
-        self.top_k, self.seed = column(), column()
-        self.score, self.rule = column(), column()
-        self.tempered, self.honours_eos = column(torch.bool), column(torch.bool)
-        self.no_eos, self.late_eos = column(torch.bool), column(torch.bool)
+        self._slots = SlotTable(num_slots, device)
         #: [slots, max_len] float32; Dream's share of the masks for each step of the schedule.
         self.chance = torch.zeros(num_slots, max_len, device=device)
-        # Place of the active block's first step in the schedule of the whole canvas.
-        self.block_first_step = column()
-        self.cache, self.retention_ratio = column(), column(torch.float64)
-        self.delay_steps, self.refresh_interval, self.pool_kernel = column(), column(), column()
-        #: Steps run in the active block.
-        self.block_age = column()
         #: [slots, max_len] bool; positions that the step before committed.
         self.recent = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)
         #: [slots, max_len, listed] each; made when the first request asks for credit.
@@ -98,57 +79,23 @@ class CanvasTable:
 
     def fill(self, slot: int, prompt: Prompt, params: SamplingParams) -> None:
         """Lay out a new request in `slot`; `params` must be resolved."""
-        assert params.block_length is not None
-        assert params.steps is not None
-        assert params.seed is not None
-        start, end = len(prompt.ids), len(prompt.ids) + params.gen_length
+        facts = self._facts[slot] = SlotFacts.of(prompt, params, self.special.mask)
+        region = facts.canvas
         canvas = prompt.canvas_ids or [self.special.mask] * params.gen_length
         everything = torch.tensor([*prompt.ids, *canvas, *prompt.suffix_ids])
-        length = len(everything)
-        self.tokens[slot, :length] = upload(everything, self.device)
+        self.tokens[slot, : facts.length] = upload(everything, self.device)
         self.masked[slot] = False
-        self.masked[slot, start:end] = self.tokens[slot, start:end] == self.special.mask
+        self.masked[slot, region] = self.tokens[slot, region] == self.special.mask
         self.given[slot] = ~self.masked[slot]
         self.confidence[slot] = -1.0
-        self.length[slot], self.prompt_len[slot], self.canvas_end[slot] = length, start, end
-        self.block_length[slot] = params.block_length
-        self.steps[slot], self.step[slot] = params.steps, 0
-        self.temperature[slot], self.cfg_scale[slot] = params.temperature, params.cfg_scale
-        self.top_p[slot] = 1.0 if params.top_p is None else params.top_p
-        self.top_k[slot] = params.top_k or 0
-        self.seed[slot] = params.seed
-        # In a gap, what stands behind it goes on whatever is decoded before.
-        is_gap = bool(prompt.suffix_ids or prompt.canvas_ids)
-        self.honours_eos[slot] = not (params.ignore_eos or is_gap)
-        self.no_eos[slot] = params.logits_eos_inf
-        self.late_eos[slot] = params.confidence_eos_eot_inf
-        facts = self._facts[slot] = SlotFacts.of(prompt, params, self.special.mask)
-        self._fill_rule(slot, params, facts)
-        self._fill_cache(slot, params)
-        self._fill_credit(slot, params)
-        self.block_start[slot] = self.block_end[slot] = start
-        self._enter_block(upload([slot], self.device), [slot])
-
-    def _fill_rule(self, slot: int, params: SamplingParams, facts: SlotFacts) -> None:
-        self.rule[slot], self.score[slot] = int(facts.rule), int(facts.score)
-        self.bound[slot], self.second_bound[slot] = facts.bounds
-        self.tempered[slot], self.alg_temp[slot] = params.alg is not None, params.alg_temp
+        self.recent[slot] = False
+        self._slots.fill(slot, _numbers(prompt, params, facts))
         if params.alg:
             chances = [dream_chances(steps) for _, _, steps in blocks_of(params)]
             self.chance[slot, : params.steps] = upload(torch.cat(chances), self.device)
-
-    def _fill_cache(self, slot: int, params: SamplingParams) -> None:
-        assert params.cache is not None
-        assert params.retention_ratio is not None
-        assert params.pool_kernel is not None
-        assert params.delay_steps is not None
-        assert params.refresh_interval is not None
-        self.cache[slot] = int(CachePolicy[params.cache.upper()])
-        self.retention_ratio[slot] = params.retention_ratio
-        self.pool_kernel[slot] = params.pool_kernel
-        self.delay_steps[slot] = params.delay_steps
-        self.refresh_interval[slot] = params.refresh_interval
-        self.recent[slot] = False
+        self._fill_credit(slot, params)
+        first = self.state([slot])
+        self._slots.change(first.slots, self._enter_block(first, [slot])[0])
 
     def _fill_credit(self, slot: int, params: SamplingParams) -> None:
         if not params.credit:
@@ -166,7 +113,7 @@ class CanvasTable:
             return None
         assert self._credit_tokens is not None
         assert self._credit_values is not None
-        uses = torch.zeros(len(self.length), dtype=torch.bool)
+        uses = torch.zeros(len(self.tokens), dtype=torch.bool)
         uses[used] = True
         return Credits(
             upload(uses, self.device)[slots],
@@ -181,46 +128,45 @@ class CanvasTable:
         self._credit_tokens[slots, positions] = credits.tokens
         self._credit_values[slots, positions] = credits.values
 
-    def phases(self, slots: Tensor) -> Phases:
-        """What the next step of `slots` is."""
-        return Phases.of(
-            self.cache[slots],
-            self.block_age[slots],
-            self.delay_steps[slots],
-            self.refresh_interval[slots],
-        )
+    def state(self, slots: list[int]) -> SlotState:
+        """The numbers of the requests in `slots`."""
+        return self._slots.read(upload(slots, self.device))
 
-    def window(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def phases(self, state: SlotState) -> Phases:
+        """What the next step of these requests is."""
+        return Phases.of(state.cache, state.block_age, state.delay_steps, state.refresh_interval)
+
+    def window(self, state: SlotState) -> tuple[Tensor, Tensor]:
         """First position and end of the active blocks' windows (see `cache.policy`), [R]."""
-        start = self.block_start[slots]
-        return (start - 1).clamp(min=0) if self.shifted else start, self.block_end[slots]
+        start = state.block_start
+        return (start - 1).clamp(min=0) if self.shifted else start, state.block_end
 
-    def active(self, slots: Tensor, phases: Phases, width: int) -> Tensor:
+    def active(self, state: SlotState, phases: Phases, width: int) -> Tensor:
         """Positions below `width` that go through the model in the next step: bool [R, width]."""
-        start, end = self.window(slots)
+        start, end = self.window(state)
         return phases.active(
             ActiveState(
-                self.length[slots],
+                state.length,
                 start,
                 end,
-                self.masked[slots, :width],
-                self.recent[slots, :width],
+                self.masked[state.slots, :width],
+                self.recent[state.slots, :width],
                 self.shifted,
             )
         )
 
-    def block_positions(self, slots: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Positions of the active blocks of `slots`, none longer than `width`; which are masked.
+    def block_positions(self, state: SlotState, width: int) -> tuple[Tensor, Tensor]:
+        """Positions of the active blocks, none longer than `width`; which are masked.
 
         Returns:
-            int64 and bool, both [len(slots), width]. Columns past the end of a shorter block
-            repeat a valid position and are not masked.
+            int64 and bool, both [R, width]. Columns past the end of a shorter block repeat a
+            valid position and are not masked.
         """
-        start, end = self.block_start[slots], self.block_end[slots]
-        positions = start.unsqueeze(1) + torch.arange(width, device=self.device)
-        inside = positions < end.unsqueeze(1)
-        positions = torch.where(inside, positions, start.unsqueeze(1))
-        return positions, inside & self.masked[slots.unsqueeze(1), positions]
+        start = state.block_start.unsqueeze(1)
+        positions = start + torch.arange(width, device=self.device)
+        inside = positions < state.block_end.unsqueeze(1)
+        positions = torch.where(inside, positions, start)
+        return positions, inside & self.masked[state.slots.unsqueeze(1), positions]
 
     def commit(
         self,
@@ -246,29 +192,32 @@ class CanvasTable:
         known = confidence.to(self.confidence.dtype)
         self.confidence[slots, positions] = torch.where(picked, known, -1.0)
 
-    def advance(self, slots: Tensor, stepped: list[int]) -> Tensor:
+    def advance(self, state: SlotState, stepped: list[int]) -> Tensor:
         """Count the step, open the next block where one is done, and report what is finished.
 
         Args:
-            slots: [R]; those of `stepped`, in any order.
+            state: of the slots in `stepped`, in any order, as it was before the step.
 
         Returns:
             What `result` reads; on the device.
         """
-        self.step[slots] += 1
-        self.block_step[slots] += 1
-        self.block_age[slots] += 1
-        first_masked, num_masked = self._enter_block(slots, stepped)
-        phases = self.phases(slots)
+        state = state.replaced(
+            step=state.step + 1,
+            block_step=state.block_step + 1,
+            block_age=state.block_age + 1,
+        )
+        columns, first_masked, num_masked = self._enter_block(state, stepped)
+        self._slots.change(state.slots, columns)
+        state = state.changed(columns)
+        phases = self.phases(state)
         width = self._longest(stepped)
-        next_rows = self.active(slots, phases, width).sum(dim=1)
-        first_eos = self._first_eos(slots, width)
-        ready = torch.minimum(first_masked, first_eos) - self.prompt_len[slots]
+        next_rows = self.active(state, phases, width).sum(dim=1)
+        first_eos = self._first_eos(state, width)
         return torch.stack(
             [
-                slots,
-                first_masked == self.canvas_end[slots],
-                ready,
+                state.slots,
+                first_masked == state.canvas_end,
+                torch.minimum(first_masked, first_eos) - state.prompt_len,
                 first_eos < first_masked,
                 next_rows,
                 phases.refresh,
@@ -291,13 +240,13 @@ class CanvasTable:
             list(map(bool, refresh)),
         )
 
-    def _first_eos(self, slots: Tensor, width: int) -> Tensor:
+    def _first_eos(self, state: SlotState, width: int) -> Tensor:
         """Place of the first committed end-of-text token, the canvas's end where none is: [R]."""
         columns = torch.arange(width, device=self.device)
-        end = self.canvas_end[slots].unsqueeze(1)
-        in_canvas = (columns >= self.prompt_len[slots].unsqueeze(1)) & (columns < end)
-        ends = torch.isin(self.tokens[slots, :width], self.special.stop) & in_canvas
-        ends &= ~self.masked[slots, :width] & self.honours_eos[slots].unsqueeze(1)
+        end = state.canvas_end.unsqueeze(1)
+        in_canvas = (columns >= state.prompt_len.unsqueeze(1)) & (columns < end)
+        ends = torch.isin(self.tokens[state.slots, :width], self.special.stop) & in_canvas
+        ends &= ~self.masked[state.slots, :width] & state.honours_eos.unsqueeze(1)
         return torch.where(ends, columns, end).amin(dim=1)
 
     def _longest(self, slots: list[int]) -> int:
@@ -305,73 +254,123 @@ class CanvasTable:
 
     def canvas(self, slot: int) -> tuple[Tensor, Tensor]:
         """Copies of a request's canvas: tokens int32 and confidences float32, on the CPU."""
-        region = slice(int(self.prompt_len[slot]), int(self.canvas_end[slot]))
+        region = self._facts[slot].canvas
         tokens = self.tokens[slot, region].to("cpu", torch.int32, copy=True)
         return tokens, self.confidence[slot, region].to("cpu", torch.float32, copy=True)
 
-    def _enter_block(self, slots: Tensor, stepped: list[int]) -> tuple[Tensor, Tensor]:
+    def _enter_block(self, state: SlotState, stepped: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Move each request whose block holds no mask to its next block that holds one.
 
         Blocks and their shares of the steps are those of `blocks_of`.
 
         Returns:
-            int64 [R]: position of the first mask, the canvas's end where there is none; and masks
-            in the block that is active now.
+            Columns to write, [len(CHANGING), R]; int64 [R]: position of the first mask, the
+            canvas's end where there is none; and masks in the block that is active now.
         """
         columns = torch.arange(self._longest(stepped), device=self.device)
-        masked = self.masked[slots, : len(columns)]
-        first, canvas_end = self.prompt_len[slots], self.canvas_end[slots]
+        masked = self.masked[state.slots, : len(columns)]
+        first, canvas_end = state.prompt_len, state.canvas_end
         first_masked = torch.where(masked, columns, canvas_end.unsqueeze(1)).amin(dim=1)
-        opens = (first_masked >= self.block_end[slots]) & (first_masked < canvas_end)
-        block_length = self.block_length[slots]
-        start = first + (first_masked - first) // block_length * block_length
-        start = torch.where(opens, start, self.block_start[slots])
-        end = torch.minimum(start + block_length, canvas_end)
+        opens = (first_masked >= state.block_end) & (first_masked < canvas_end)
+        start = first + (first_masked - first) // state.block_length * state.block_length
+        start = torch.where(opens, start, state.block_start)
+        end = torch.minimum(start + state.block_length, canvas_end)
         inside = (columns >= start.unsqueeze(1)) & (columns < end.unsqueeze(1))
         num_masked = (masked & inside).sum(dim=1)
-        before = (start - first) * self.steps[slots] // (canvas_end - first)
-        after = (end - first) * self.steps[slots] // (canvas_end - first)
-
-        def renew(column: Tensor, value: Tensor | int) -> None:
-            column[slots] = torch.where(opens, value, column[slots])
-
-        self.block_start[slots] = start
-        renew(self.block_end, end)
-        renew(self.block_steps, after - before)
-        renew(self.block_step, 0)
-        renew(self.block_age, 0)
-        renew(self.block_first_step, before)
-        renew(self.block_masks, num_masked)
-        if any(self._facts[slot].skips for slot in stepped):
-            self._skip_empty_steps(slots, num_masked)
-        return first_masked, num_masked
-
-    def commit_counts(self, slots: Tensor, block_masked: Tensor) -> tuple[Tensor, Tensor]:
-        """What the schedules say for the step at hand: counts int64 and Dream's chances, [R]."""
-        linear = linear_count(
-            self.block_masks[slots], self.block_steps[slots], self.block_step[slots]
+        before = (start - first) * state.steps // (canvas_end - first)
+        after = (end - first) * state.steps // (canvas_end - first)
+        zero = torch.zeros_like(start)
+        opened = state.replaced(
+            block_step=zero,
+            block_steps=after - before,
+            block_masks=num_masked,
+            block_first_step=before,
+            block_age=zero,
+            block_start=start,
+            block_end=end,
         )
-        # A threshold may take more steps than the schedule has; its chances do not matter then.
-        place = self.block_first_step[slots] + self.block_step[slots]
-        chance = self.chance[slots, place.clamp(max=self.chance.shape[1] - 1)]
-        dream = dream_count(block_masked.sum(dim=1), chance)
-        return torch.where(self.tempered[slots], dream, linear), chance
+        written = torch.where(opens, opened.changing, state.changing)
+        if any(self._facts[slot].skips for slot in stepped):
+            written = self._skip_empty_steps(state.changed(written), num_masked)
+        return written, first_masked, num_masked
 
-    def _skip_empty_steps(self, slots: Tensor, num_masked: Tensor) -> None:
+    def commit_counts(
+        self, state: SlotState, block_masked: Tensor, *, tempered: bool
+    ) -> tuple[Tensor, Tensor]:
+        """What the schedules say for the step at hand: counts int64 and Dream's chances, [R].
+
+        The chances mean nothing where no request is `tempered`.
+        """
+        linear = linear_count(state.block_masks, state.block_steps, state.block_step)
+        if not tempered:
+            return linear, torch.zeros_like(linear, dtype=torch.float32)
+        # A threshold may take more steps than the schedule has; its chances do not matter then.
+        place = state.block_first_step + state.block_step
+        chance = self.chance[state.slots, place.clamp(max=self.chance.shape[1] - 1)]
+        dream = dream_count(block_masked.sum(dim=1), chance)
+        return torch.where(state.tempered, dream, linear), chance
+
+    def _skip_empty_steps(self, state: SlotState, num_masked: Tensor) -> Tensor:
         """Pass over steps in which Dream's schedule commits nothing: no forward pass is needed.
 
         A block's last step commits all that is left, so one is always found.
+
+        Returns:
+            Columns to write, [len(CHANGING), R].
         """
-        chance = self.chance[slots]
+        chance = self.chance[state.slots]
         places = torch.arange(chance.shape[1], device=self.device)
-        place = self.block_first_step[slots] + self.block_step[slots]
+        place = state.block_first_step + state.block_step
         commits = dream_count(num_masked.unsqueeze(1), chance) > 0
         later = places >= place.unsqueeze(1)
         found = torch.where(commits & later, places, chance.shape[1]).amin(dim=1)
-        skips = self.tempered[slots] & (self.rule[slots] == int(Rule.COUNT)) & (num_masked > 0)
+        skips = state.tempered & (state.rule == int(Rule.COUNT)) & (num_masked > 0)
         skipped = torch.where(skips, found - place, 0)
-        self.block_step[slots] += skipped
-        self.step[slots] += skipped
+        passed = state.replaced(step=state.step + skipped, block_step=state.block_step + skipped)
+        return passed.changing
+
+
+def _numbers(prompt: Prompt, params: SamplingParams, facts: SlotFacts) -> dict[str, float | bool]:
+    """The columns of a request, before its first block is opened."""
+    assert params.block_length is not None
+    assert params.steps is not None
+    assert params.seed is not None
+    assert params.cache is not None
+    assert params.retention_ratio is not None
+    assert params.pool_kernel is not None
+    assert params.delay_steps is not None
+    assert params.refresh_interval is not None
+    start, end = facts.canvas.start, facts.canvas.stop
+    # In a gap, what stands behind it goes on whatever is decoded before.
+    is_gap = bool(prompt.suffix_ids or prompt.canvas_ids)
+    return {
+        "block_start": start,
+        "block_end": start,
+        "length": facts.length,
+        "prompt_len": start,
+        "canvas_end": end,
+        "block_length": params.block_length,
+        "steps": params.steps,
+        "top_k": params.top_k or 0,
+        "seed": params.seed,
+        "score": int(facts.score),
+        "rule": int(facts.rule),
+        "cache": int(CachePolicy[params.cache.upper()]),
+        "delay_steps": params.delay_steps,
+        "refresh_interval": params.refresh_interval,
+        "pool_kernel": params.pool_kernel,
+        "temperature": params.temperature,
+        "cfg_scale": params.cfg_scale,
+        "bound": facts.bounds[0],
+        "second_bound": facts.bounds[1],
+        "top_p": 1.0 if params.top_p is None else params.top_p,
+        "alg_temp": params.alg_temp,
+        "retention_ratio": params.retention_ratio,
+        "tempered": params.alg is not None,
+        "honours_eos": not (params.ignore_eos or is_gap),
+        "no_eos": params.logits_eos_inf,
+        "late_eos": params.confidence_eos_eot_inf,
+    }
 
 
 def blocks_of(params: SamplingParams) -> list[tuple[int, int, int]]:

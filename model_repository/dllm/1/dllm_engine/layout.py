@@ -14,6 +14,7 @@ from .ops import FlatLayout, FlatSelection, FreshGroup, PackedLayout, PagedGroup
 from .ops.layout import tiles_of
 from .sampling.rows import ROW_MULTIPLE
 from .slot_facts import SlotFacts
+from .slot_state import SlotState
 
 #: Rows of Reuses are grouped by their number rounded up to a multiple of this.
 _QUERY_MULTIPLE = 8
@@ -29,8 +30,10 @@ class StepSize:
     #: Tokens of the longest sequence, and of the longest block.
     longest: int
     block: int
-    #: Whether any sequence may store a selection of its keys and values.
+    #: Whether any sequence may store a selection of its keys and values, and whether any is the
+    #: twin of another.
     selects: bool
+    guided: bool
 
     @classmethod
     def of(cls, facts: list[SlotFacts]) -> StepSize:
@@ -41,6 +44,7 @@ class StepSize:
             longest=max(fact.length for fact in facts),
             block=max(fact.block_length for fact in facts),
             selects=any(fact.sparse and fact.refresh for fact in facts),
+            guided=any(fact.guided for fact in facts),
         )
 
 
@@ -52,11 +56,11 @@ class Sequences:
     said otherwise.
     """
 
-    #: [R]; slots of the requests, and the first sequence of each.
-    request_slots: Tensor
+    #: Of the R requests; and [R], the first sequence of each.
+    requests: SlotState
     first_copy: Tensor
-    #: [S]; slot, and 1 for the unconditional twin.
-    slots: Tensor
+    #: Of the S sequences; and [S], 1 for the unconditional twin.
+    state: SlotState
     twin: Tensor
     phases: Phases
     #: [S]; the window, and how many rows go through the model.
@@ -76,34 +80,38 @@ class Sequences:
 
     @classmethod
     def of(
-        cls, table: CanvasTable, pages: KVPages, slots: Tensor, size: StepSize, *, grouped: bool
+        cls, table: CanvasTable, pages: KVPages, state: SlotState, size: StepSize, *, grouped: bool
     ) -> Sequences:
-        """The sequences of the requests in `slots`, ordered by shape where they are grouped."""
-        phases = table.phases(slots)
-        start, end = table.window(slots)
-        active = table.active(slots, phases, size.longest)
+        """The sequences of some requests, ordered by shape where they are grouped."""
+        phases = table.phases(state)
+        start, end = table.window(state)
+        active = table.active(state, phases, size.longest)
         num_rows = active.sum(dim=1)
-        keep, held = _stored_rows(table, slots, end - start)
-        order = torch.arange(len(slots), device=slots.device)
+        keep, held = _stored_rows(state, end - start)
+        order = torch.arange(len(active), device=active.device)
         shape = None
         if grouped:
-            shape = _shape(table, pages, slots, phases, num_rows, keep, held)
+            shape = _shape(pages, state, phases, start, num_rows, keep, held)
             order = torch.unique(shape, dim=0, return_inverse=True)[1].argsort(stable=True)
-        # Twins stand right behind their sequence, so that equal shapes stay together.
-        copies = 1 + (table.cfg_scale[slots[order]] > 0).to(torch.int64)
-        first_copy = copies.cumsum(0) - copies
-
-        def copied(values: Tensor) -> Tensor:
-            return values.repeat_interleave(copies, output_size=size.sequences)
-
-        of_request, first = copied(order), copied(first_copy)
+            state = state.take(order)
+        of_request = first = order
+        first_copy = torch.arange(len(active), device=active.device)
+        sequences = state
+        if size.guided:
+            # Twins stand right behind their sequence, so that equal shapes stay together.
+            copies = 1 + (state.cfg_scale > 0).to(torch.int64)
+            first_copy = copies.cumsum(0) - copies
+            which = torch.repeat_interleave(copies, output_size=size.sequences)
+            of_request, first = order[which], first_copy[which]
+            sequences = state.take(which)
         active = active[of_request]
         owner, positions = torch.nonzero_static(active, size=size.rows).unbind(1)
+        numbers = torch.arange(len(active), device=active.device)
         return cls(
-            request_slots=slots[order],
+            requests=state,
             first_copy=first_copy,
-            slots=slots[of_request],
-            twin=torch.arange(len(first), device=slots.device) - first,
+            state=sequences,
+            twin=numbers - first if size.guided else torch.zeros_like(numbers),
             phases=phases.take(of_request),
             window_start=start[of_request],
             window_end=end[of_request],
@@ -135,21 +143,20 @@ class Sequences:
         return torch.where(sparse, behind, position)
 
 
-def _stored_rows(table: CanvasTable, slots: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
+def _stored_rows(state: SlotState, window: Tensor) -> tuple[Tensor, Tensor]:
     """Rows that `sparse` keeps outside the window (else 0), and all that a Reuse attends to."""
-    length = table.length[slots]
-    candidates = length - window
-    kept = (table.retention_ratio[slots] * candidates).to(torch.int64).clamp(min=1)
-    sparse = table.cache[slots] == int(CachePolicy.SPARSE)
+    candidates = state.length - window
+    kept = (state.retention_ratio * candidates).to(torch.int64).clamp(min=1)
+    sparse = state.cache == int(CachePolicy.SPARSE)
     keep = torch.where(sparse, torch.minimum(kept, candidates), 0)
-    return keep, torch.where(sparse, keep + window, length)
+    return keep, torch.where(sparse, keep + window, state.length)
 
 
 def _shape(
-    table: CanvasTable,
     pages: KVPages,
-    slots: Tensor,
+    state: SlotState,
     phases: Phases,
+    window_start: Tensor,
     num_rows: Tensor,
     keep: Tensor,
     held: Tensor,
@@ -159,39 +166,38 @@ def _shape(
     Of a Refresh: 0, length and, where it selects, block, window, kept rows and pooling. Of a
     Reuse: 1, rows rounded up, pages, and whether the last page is full.
     """
-    start, end = table.window(slots)
-    selecting = [end - table.block_start[slots], end - start, keep, table.pool_kernel[slots]]
-    zero = torch.zeros_like(slots)
-    fresh = [table.length[slots], *(torch.where(phases.selects, x, zero) for x in selecting)]
-    paged = [
-        -(-num_rows // _QUERY_MULTIPLE) * _QUERY_MULTIPLE,
-        -(-held // pages.page_size),
-        (held % pages.page_size == 0).to(torch.int64),
-        zero,
-        zero,
-    ]
-    merged = torch.where(phases.refresh, torch.stack(fresh), torch.stack(paged))
+    end, zero = state.block_end, torch.zeros_like(keep)
+    selecting = torch.stack([end - state.block_start, end - window_start, keep, state.pool_kernel])
+    fresh = torch.cat([state.length.unsqueeze(0), torch.where(phases.selects, selecting, 0)])
+    paged = torch.stack(
+        [
+            -(-num_rows // _QUERY_MULTIPLE) * _QUERY_MULTIPLE,
+            -(-held // pages.page_size),
+            (held % pages.page_size == 0).to(torch.int64),
+            zero,
+            zero,
+        ]
+    )
+    merged = torch.where(phases.refresh, fresh, paged)
     return torch.cat([(~phases.refresh).to(torch.int64).unsqueeze(0), merged]).T
 
 
-def flat_layout(
-    table: CanvasTable, pages: KVPages, sequences: Sequences, size: StepSize, tile_rows: int
-) -> FlatLayout:
+def flat_layout(pages: KVPages, sequences: Sequences, size: StepSize, tile_rows: int) -> FlatLayout:
     """One entry per sequence and tile; nothing of it needs an answer from the device."""
     refresh, owner = sequences.phases.refresh, sequences.owner
     num_pages = -(-size.longest // pages.page_size)
     row = sequences.stored_row(owner, sequences.positions).clamp(min=0)
-    places = pages.places(sequences.slots[owner], sequences.twin[owner], row)
+    places = pages.places(sequences.state.slots[owner], sequences.twin[owner], row)
     places = torch.where(sequences.stores()[owner], places, -1)
     tile_sequence, tile_row = tiles_of(sequences.num_rows, size.rows, tile_rows)
     selection = None
     if size.selects:
         selection = FlatSelection(
             keep=torch.where(sequences.phases.selects, sequences.keep, 0),
-            block_start=table.block_start[sequences.slots],
+            block_start=sequences.state.block_start,
             window_start=sequences.window_start,
             window_end=sequences.window_end,
-            pool_kernel=table.pool_kernel[sequences.slots],
+            pool_kernel=sequences.state.pool_kernel,
             max_candidates=size.longest,
         )
     return FlatLayout(
@@ -199,7 +205,7 @@ def flat_layout(
         row_starts=sequences.row_starts,
         row_counts=sequences.num_rows,
         held=torch.where(refresh, 0, sequences.held),
-        tables=pages.table[sequences.slots, sequences.twin, :num_pages],
+        tables=pages.table[sequences.state.slots, sequences.twin, :num_pages],
         tile_sequence=tile_sequence,
         tile_row=tile_row,
         write_places=F.pad(places, (0, -size.rows % ROW_MULTIPLE), value=-1),
@@ -236,7 +242,7 @@ def _writes(pages: KVPages, sequences: Sequences) -> tuple[Tensor, Tensor]:
     rows = sequences.stores()[sequences.owner].nonzero().squeeze(1)
     owner = sequences.owner[rows]
     row = sequences.stored_row(owner, sequences.positions[rows])
-    return rows, pages.places(sequences.slots[owner], sequences.twin[owner], row)
+    return rows, pages.places(sequences.state.slots[owner], sequences.twin[owner], row)
 
 
 def _paged_group(
@@ -250,7 +256,7 @@ def _paged_group(
     width, num_pages, full = shape[:3]
     columns = torch.arange(width, device=members.device)
     num_rows = sequences.num_rows[members].unsqueeze(1)
-    slots = sequences.slots[members]
+    slots = sequences.state.slots[members]
     held = None
     if not full:
         places = torch.arange(num_pages * pages.page_size, device=members.device)
@@ -273,11 +279,11 @@ def _selection(
     columns = torch.arange(length - window, device=members.device)
     candidates = torch.where(columns < start, columns, columns + window)
     blocks = end - block + torch.arange(block, device=members.device)
-    row_of = sequences.row_of[members]
+    row_of, slots = sequences.row_of[members], sequences.state.slots[members]
     kept = torch.arange(keep, device=members.device).expand(len(members), -1)
     return Selection(
         block_rows=row_of.gather(1, blocks),
         candidate_rows=row_of.gather(1, candidates),
-        places=pages.places(sequences.slots[members, None], sequences.twin[members, None], kept),
+        places=pages.places(slots[:, None], sequences.twin[members, None], kept),
         pool_kernel=pool_kernel,
     )

@@ -71,7 +71,7 @@ class Runner:
         batch = build_batch(self.table, self._pages, slots, self._shard.tile_rows)
         candidates = self._shard.candidates(StepInputs.of(batch))
         self._commit(batch, candidates)
-        return self.table.advance(batch.slots, slots)
+        return self.table.advance(batch.state, slots)
 
     def finish(self, report: Tensor) -> StepResult:
         """Wait for the step to end."""
@@ -96,22 +96,25 @@ class Runner:
 
     def _commit(self, batch: StepBatch, candidates: Candidates) -> None:
         masked, request, column = batch.block_masked, batch.request, batch.column
-        slots, positions = batch.slots[request], batch.block_positions[request, column]
+        stepped = batch.state.slots
+        slots, positions = stepped[request], batch.block_positions[request, column]
 
         def spread(values: Tensor) -> Tensor:
             """[M] values at their places in the [R, block] matrix."""
             return values.new_zeros(masked.shape).masked_scatter_(masked, values)
 
+        confidence = spread(candidates.confidence)
+        nothing = torch.zeros_like(confidence)
         block = BlockStatistics(
             masked=masked,
-            confidence=spread(candidates.confidence),
-            entropy=spread(candidates.entropy),
-            margin=spread(candidates.margin),
-            committed=self.table.confidence[batch.slots.unsqueeze(1), batch.block_positions],
+            confidence=confidence,
+            entropy=spread(candidates.entropy) if batch.needs_spread else nothing,
+            margin=spread(candidates.margin) if batch.needs_spread else nothing,
+            committed=self.table.confidence[stepped.unsqueeze(1), batch.block_positions],
         )
         picked = select_commits(block, batch.plan)[request, column]
         if candidates.credits is not None:
             self.table.keep_credits(slots, positions, candidates.credits)
         self.table.commit(
-            batch.slots, slots, positions, picked, candidates.token, candidates.confidence
+            stepped, slots, positions, picked, candidates.token, candidates.confidence
         )

@@ -24,11 +24,15 @@ class SlotFacts:
     needs_spread: bool
     uses_credit: bool
     sampling: SamplingFlags
+    #: It samples as Dream does.
+    tempered: bool
     #: Some of its schedule's steps commit nothing.
     skips: bool
     guided: bool
     sparse: bool
     length: int
+    #: The positions to be filled.
+    canvas: slice
     block_length: int
     #: Of its next step: rows of one sequence, masked positions of the active block, and whether
     #: it is a Refresh.
@@ -51,10 +55,12 @@ class SlotFacts:
             needs_spread=score in SPREAD_SCORES or rule is Rule.ENTROPY_BOUND,
             uses_credit=params.credit,
             sampling=_flags_of(params),
+            tempered=params.alg is not None,
             skips=params.alg is not None and rule is Rule.COUNT,
             guided=params.cfg_scale > 0,
             sparse=params.cache == "sparse",
             length=length,
+            canvas=slice(len(prompt.ids), len(prompt.ids) + params.gen_length),
             block_length=params.block_length,
             rows=length,
             masked=_first_masks(prompt.canvas_ids, params, mask),

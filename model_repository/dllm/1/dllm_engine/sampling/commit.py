@@ -124,8 +124,9 @@ def dream_count(num_masked: Tensor, chance: Tensor) -> Tensor:
 
 def select_commits(block: BlockStatistics, plan: CommitPlan) -> Tensor:
     """Positions to commit: bool [R, block]."""
-    score = _scores(block, plan)
-    counted = rules.fixed_count(score, block.masked, plan.count)
+    counted = torch.zeros_like(block.masked)
+    if plan.rules_in_use & {Rule.COUNT, Rule.LOCAL_LEAP}:
+        counted = rules.fixed_count(_scores(block, plan), block.masked, plan.count)
     chosen = counted
     for rule in plan.rules_in_use - {Rule.COUNT}:
         here = (plan.rule == rule).unsqueeze(1)
