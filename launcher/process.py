@@ -74,7 +74,10 @@ class GuardedProcess:
             stderr=subprocess.STDOUT,
             env=dict(env),
             pass_fds=(pid_fd,),
-            start_new_session=True,  # Ctrl-C is the launcher's to handle, not the child's
+            # Ctrl-C is the launcher's to handle, not the child's. Not a session of its own: Linux
+            # shares processors out between sessions first (autogroups), and with all of them busy
+            # the adapter then waited up to 250 ms for the engine's session to let it run.
+            process_group=0,
             text=True,
             errors="replace",
         )
