@@ -23,7 +23,7 @@ LAYERS = [
     {"batch"},
     {"layout"},
     {"canvas", "text"},
-    {"slot_facts"},
+    {"slot_state", "slot_facts"},
     {"memory"},
     {"cache", "sampling", "models"},
     {"parallel"},

@@ -201,7 +201,7 @@ class CanvasTable:
         Returns:
             What `result` reads; on the device.
         """
-        state = state.replaced(
+        state = state._replace(
             step=state.step + 1,
             block_step=state.block_step + 1,
             block_age=state.block_age + 1,
@@ -280,7 +280,7 @@ class CanvasTable:
         before = (start - first) * state.steps // (canvas_end - first)
         after = (end - first) * state.steps // (canvas_end - first)
         zero = torch.zeros_like(start)
-        opened = state.replaced(
+        opened = state._replace(
             block_step=zero,
             block_steps=after - before,
             block_masks=num_masked,
@@ -326,7 +326,7 @@ class CanvasTable:
         found = torch.where(commits & later, places, chance.shape[1]).amin(dim=1)
         skips = state.tempered & (state.rule == int(Rule.COUNT)) & (num_masked > 0)
         skipped = torch.where(skips, found - place, 0)
-        passed = state.replaced(step=state.step + skipped, block_step=state.block_step + skipped)
+        passed = state._replace(step=state.step + skipped, block_step=state.block_step + skipped)
         return passed.changing
 
 

@@ -83,12 +83,8 @@ class SlotState(NamedTuple):
         """The columns that a step changes, [len(CHANGING), R]."""
         return torch.stack(self[1 : 1 + len(CHANGING)])
 
-    def replaced(self, **columns: Tensor) -> SlotState:
-        """With other columns of those that a step changes; the tables stay as they were."""
-        return self._replace(**columns)
-
     def changed(self, columns: Tensor) -> SlotState:
-        """With these for all that a step changes."""
+        """With these for all that a step changes; the tables stay as they were."""
         return self._replace(**dict(zip(CHANGING, columns.unbind(0), strict=True)))
 
 
