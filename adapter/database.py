@@ -4,7 +4,6 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
-from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 from sqlalchemy import (
@@ -95,7 +94,7 @@ class Database:
 
 
 class Connections(Protocol):
-    """How to reach one kind of database; a context manager."""
+    """How to reach one kind of database."""
 
     async def read(self, query: Callable[[Connection], T]) -> T:
         """Call it with a connection that begins no transaction, so that there is none to end."""
@@ -104,15 +103,6 @@ class Connections(Protocol):
     async def write(self, change: Callable[[Connection], T]) -> T:
         """Call it in a transaction that is committed afterwards, or rolled back if it raises."""
         ...
-
-    async def __aenter__(self) -> Self: ...
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
 
 
 class SqliteFile:
@@ -130,7 +120,6 @@ class SqliteFile:
         self._writer = _sqlite_engine(file)
         event.listen(self._writer, "begin", _begin_writing)
         self._syncing = _sqlite_engine(file, isolation_level="AUTOCOMMIT")
-        self._sync_loop = Loop("sqlite-sync", self._sync)
         self._written = False
 
     async def read(self, query: Callable[[Connection], T]) -> T:
@@ -159,8 +148,8 @@ class SqliteFile:
             # Not all who wait at the same moments.
             await asyncio.sleep(LOCKED_PAUSE * random.uniform(0.2, 1.0))
 
-    async def _sync(self) -> float:
-        """Move what was written from the log to the file, and to the disk."""
+    async def sync(self) -> float:
+        """Move what was written from the log to the file, and to the disk; when to do so again."""
         if self._written:
             self._written = False
             await asyncio.to_thread(self._checkpoint)
@@ -170,17 +159,8 @@ class SqliteFile:
         with self._syncing.connect() as connection:
             connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
 
-    async def __aenter__(self) -> Self:
-        await self._sync_loop.__aenter__()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self._sync_loop.__aexit__(kind, error, trace)
+    def close(self) -> None:
+        """Let go of the file."""
         for engine in (self._reader, self._writer, self._syncing):
             engine.dispose()
 
@@ -207,15 +187,8 @@ class Server:
         async with self._writer.begin() as connection:
             return await connection.run_sync(change)
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def close(self) -> None:
+        """Close all connections."""
         await self._reader.dispose()
         await self._writer.dispose()
 
@@ -237,9 +210,22 @@ def _mapped_errors() -> Iterator[None]:
         raise StoreUnavailable(msg) from error
 
 
-def connect(url: str) -> Connections:
+@asynccontextmanager
+async def connect(url: str) -> AsyncIterator[Connections]:
     """The connections to a database, whose kind stands in its address."""
-    return SqliteFile(url) if url.startswith("sqlite") else Server(url)
+    if url.startswith("sqlite"):
+        file = SqliteFile(url)
+        try:
+            async with Loop("sqlite-sync", file.sync):
+                yield file
+        finally:
+            file.close()
+    else:
+        server = Server(url)
+        try:
+            yield server
+        finally:
+            await server.close()
 
 
 def _upgrade(connection: Connection) -> None:
