@@ -100,11 +100,8 @@ class HealStore:
         return engine_heal.c.healer == self._owner
 
     async def _update(self, *conditions: ColumnElement[bool], **values: object) -> bool:
-        row = update(engine_heal).where(engine_heal.c.engine == self.engine, *conditions)
-        change = row.values(**values)
-        return (
-            await self._database.write(lambda connection: connection.execute(change).rowcount) == 1
-        )
+        record = update(engine_heal).where(engine_heal.c.engine == self.engine, *conditions)
+        return await self._database.change(record.values(**values)) == 1
 
     async def _create(self, now: float) -> None:
         row = insert(engine_heal).values(engine=self.engine, epoch=0, last_life=now)
