@@ -78,7 +78,7 @@ class Engine(Protocol):
         ...
 
     async def probe(self) -> None:
-        """Run the smallest real request. Raises `InvalidRequest` or an `EngineError`."""
+        """See whether it takes steps. Raises `InvalidRequest` or an `EngineError`."""
         ...
 
     async def loading(self) -> bool:

@@ -110,11 +110,10 @@ class LiveRequest:
             self._fail(error)
 
     async def _follow(self, stream: AsyncGenerator[Event, None]) -> None:
-        silence: float | None = None  # it may rightly wait in Triton's queue
         async with aclosing(stream) as events:
             while True:
                 try:
-                    async with asyncio.timeout(silence):
+                    async with asyncio.timeout(self._silence):
                         event = await anext(events, None)
                 except TimeoutError:
                     msg = f"the engine has been silent for {self._silence:g} s"
@@ -125,7 +124,6 @@ class LiveRequest:
                 if event.finish_reason == "cancelled":
                     msg = "the engine cancelled the request"
                     raise StreamLost(msg)
-                silence = self._silence
                 self._newest = event
                 self._changed.set()
                 if event.finish_reason:

@@ -3,7 +3,7 @@
 import asyncio
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import Any
 
 import grpc
@@ -90,8 +90,8 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_reconnect_backoff_ms", 2000),
 )
 
-PROBE: Inputs = {"input_ids": [0], "gen_length": 1, "steps": 1}
-PROBE_PRIORITY = 1  # before everything that waits
+#: Its stream brings an event between any two steps of the engine, if need be that it waits.
+PROBE: Inputs = {"input_ids": [0], "gen_length": 1, "steps": 1, "stream": True}
 END_OF_STREAM_SECONDS = 1.0
 INDEX_SECONDS = 10.0
 
@@ -141,24 +141,20 @@ class TritonEngine:
     ) -> AsyncGenerator[Event, None]:
         """Stream the events of one request; see `generation.Engine.generate`."""
         interval = self._stream_interval if detail is Detail.RESULT else 0.0
-        # Triton's own priority orders its queue, the input of that name the engine's steps.
         streaming: Inputs = {"stream": True, "stream_interval": interval, "priority": priority}
         outputs = OUTPUTS + CANVAS_OUTPUTS if detail is Detail.CANVAS else OUTPUTS
-        request = self._request(
-            {**inputs, **streaming}, request_id=request_id, priority=priority, outputs=outputs
-        )
+        request = self._request({**inputs, **streaming}, request_id=request_id, outputs=outputs)
         async for event in self._stream(request):
             yield event
             if event.finish_reason:
                 return
 
     async def probe(self) -> None:
-        """Run a request of one token, before all others that wait."""
-        request = self._request(PROBE, request_id="probe", priority=PROBE_PRIORITY)
-        async for event in self._stream(request):
-            if event.finish_reason:
+        """See whether the engine takes steps, by a request of one token."""
+        async with aclosing(self._stream(self._request(PROBE, request_id="probe"))) as events:
+            async for _ in events:
                 return
-        msg = "the stream of a probe ended without a result"
+        msg = "the stream of a probe ended without an event"
         raise StreamLost(msg)
 
     async def loading(self) -> bool:
@@ -187,7 +183,6 @@ class TritonEngine:
         inputs: Inputs,
         *,
         request_id: str,
-        priority: int = 0,
         outputs: Sequence[str] = OUTPUTS,
     ) -> dict[str, Any]:
         return {
@@ -195,7 +190,6 @@ class TritonEngine:
             "inputs": [make_tensor(name, value) for name, value in inputs.items()],
             "outputs": [InferRequestedOutput(name) for name in outputs],
             "request_id": request_id,
-            "priority": priority,
         }
 
     async def _stream(self, request: dict[str, Any]) -> AsyncGenerator[Event, None]:

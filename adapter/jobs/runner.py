@@ -56,7 +56,7 @@ class Drive:
     member: Member
     generation: int
     opened_at: float
-    last_event: float | None = None
+    last_event: float
     started: bool = False
     settling: bool = False
     imposed: Outcome | None = None
@@ -186,7 +186,8 @@ class JobRunner:
             # Our own lease ran out, and we were the one to take the job up again.
             stale.impose(Dropped())
         member = self._pool.pick() or self._pool.members[0]
-        drive = Drive(job, member, member.monitor.generation, opened_at=_now())
+        now = _now()
+        drive = Drive(job, member, member.monitor.generation, opened_at=now, last_event=now)
         self._drives[job.id] = drive
         drive.task = asyncio.create_task(self._run(drive), name=f"job-{job.id}")
         drive.task.add_done_callback(lambda task: self._ended(drive, task))
@@ -296,8 +297,6 @@ class JobRunner:
     def _lose_silent(self, drives: list[Drive]) -> None:
         """A stream that fell silent long before the engine's last sign of life was lost."""
         for drive in drives:
-            if drive.last_event is None:  # it may rightly wait in Triton's queue
-                continue
             silent = _now() - drive.last_event > self._silence
             if silent and drive.member.monitor.last_life > drive.last_event + self._silence / 2:
                 drive.impose(Lost(f"its stream was silent for {self._silence:g} s"))

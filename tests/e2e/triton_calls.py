@@ -121,14 +121,14 @@ class GrpcStream:
         server: TritonServer,
         fields: Mapping[str, object],
         *,
-        priority: int = 0,
+        model: str = "dllm",
         timeout: int | None = None,
     ) -> None:
         self._client = triton_grpc.InferenceServerClient(server.grpc_url)
         self._replies: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
         self._client.start_stream(lambda result, error: self._replies.put((result, error)))
         inputs = tensors(server, triton_grpc, fields)
-        self._client.async_stream_infer("dllm", inputs, priority=priority, timeout=timeout)
+        self._client.async_stream_infer(model, inputs, timeout=timeout)
 
     def __enter__(self) -> Self:
         return self

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+import time
 from collections import deque
 from typing import Any
 
@@ -21,11 +22,13 @@ logger = logging.getLogger("dllm_engine.triton")
 #: Unsent updates of one request beyond which further ones are skipped. Each update carries the
 #: whole canvas, so a reader that is too slow sees fewer steps and misses nothing.
 MAX_UNSENT = 64
-WATCH_SECONDS = 0.05
-#: Callers that are asked per watch, in turn, whether they have left. Asking is a round trip to the
-#: server's own process: asking all of 32 every time took a twentieth of the engine's time.
-ASKED_AT_ONCE = 8
-METRICS_EVERY = 20  # watches
+#: Time between two rounds of asking callers whether they have left; and the share of time that may
+#: go into that. Asking is a round trip to the server's own process, which the engine can feel.
+WATCH_SECONDS = 0.02
+WATCH_SHARE = 0.05
+#: Of the callers that wait for a place, so many are asked in a round, in turn.
+ASKED_WAITING = 8
+METRICS_SECONDS = 1.0
 
 
 @dataclasses.dataclass(eq=False)
@@ -138,17 +141,20 @@ class Exchange:
             logger.exception("response lost request_id=%d", caller.request_id)
 
     def _watch_loop(self) -> None:
-        watches = 0
-        to_ask: list[Caller] = []
-        while not self._stopping.wait(WATCH_SECONDS):
-            if not to_ask:
-                with self._changed:
-                    to_ask = list(self._callers.values())
-            for caller in to_ask[:ASKED_AT_ONCE]:
-                # Asked again until the final update: it may not have been admitted yet.
+        waiting: list[Caller] = []
+        pause, published = WATCH_SECONDS, 0.0
+        while not self._stopping.wait(pause):
+            began = time.monotonic()
+            running = {request.request_id for request in self._worker.engine.scheduler.running}
+            with self._changed:
+                callers = dict(self._callers)
+            waiting = waiting or [c for i, c in callers.items() if i not in running]
+            for caller in [callers[i] for i in running if i in callers] + waiting[:ASKED_WAITING]:
+                # Asked again until the final update: it may not have been queued yet.
                 if caller.has_left():
                     self._worker.cancel(caller.request_id)
-            del to_ask[:ASKED_AT_ONCE]
-            if watches % METRICS_EVERY == 0:
+            del waiting[:ASKED_WAITING]
+            pause = max(WATCH_SECONDS, (time.monotonic() - began) / WATCH_SHARE)
+            if began - published >= METRICS_SECONDS:
                 self._metrics.publish(self._worker)
-            watches += 1
+                published = began

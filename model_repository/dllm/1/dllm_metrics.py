@@ -22,6 +22,8 @@ class Metrics:
         ("dllm_refreshes_total", "Steps of a request with its whole sequence", "refreshes"),
         ("dllm_batched_tokens_total", "Rows pushed through the model", "batched_tokens"),
         ("dllm_completion_tokens_total", "Tokens of ended answers", "completion_tokens"),
+        ("dllm_requests_admitted_total", "Requests that began to run", "requests_admitted"),
+        ("dllm_queue_seconds_total", "Seconds that these had waited", "queue_seconds"),
         ("dllm_requests_finished_total", "Requests answered", "requests_finished"),
         ("dllm_requests_cancelled_total", "Requests cancelled", "requests_cancelled"),
         ("dllm_requests_failed_total", "Requests failed", "requests_failed"),
@@ -39,6 +41,7 @@ class Metrics:
         counter, gauge = pb_utils.MetricFamily.COUNTER, pb_utils.MetricFamily.GAUGE
         self._totals = {field: metric(name, text, counter) for name, text, field in self._TOTALS}
         self._running = metric("dllm_running_requests", "Requests taking steps", gauge)
+        self._waiting = metric("dllm_waiting_requests", "Requests waiting for a place", gauge)
         self._capacity = metric("dllm_max_running_requests", "Most requests at once", gauge)
         self._pages = metric("dllm_used_pages", "Pages of keys and values in use", gauge)
         self._all_pages = metric("dllm_pages", "Pages of keys and values", gauge)
@@ -57,7 +60,7 @@ class Metrics:
         """
         self._totals.clear()
         self._memory.clear()
-        del self._running, self._capacity, self._pages, self._all_pages
+        del self._running, self._waiting, self._capacity, self._pages, self._all_pages
         self._families.clear()
 
     def publish(self, worker: EngineWorker) -> None:
@@ -67,6 +70,7 @@ class Metrics:
             metric.increment(getattr(now, field) - getattr(self._last, field))
         self._last = now
         self._running.set(worker.engine.num_running)
+        self._waiting.set(worker.engine.num_waiting)
         self._capacity.set(worker.engine.config.max_num_seqs)
         self._pages.set(worker.engine.num_used_pages)
         plan = worker.engine.memory_plan

@@ -10,11 +10,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
-from dllm_engine import CanvasUpdate, Engine, InvalidRequest, Prompt, SamplingParams
+from dllm_engine import (
+    CanvasUpdate,
+    Engine,
+    InvalidRequest,
+    Prompt,
+    QueueTimeout,
+    SamplingParams,
+)
 from dllm_engine.scheduler import Request
 
 PROMPT_INPUTS = ("text_input", "messages", "input_ids")
-#: Levels as config.pbtxt has them for the queue; 1 goes first.
+#: Levels as Triton counts them; 1 goes first.
 DEFAULT_PRIORITY, LOWEST_PRIORITY = 2, 3
 #: Inputs that are sampling parameters of the same name.
 PARAM_INPUTS = tuple(field.name for field in dataclasses.fields(SamplingParams))
@@ -41,12 +48,13 @@ def parse_request(engine: Engine, request: Any) -> Request:
         stream_interval=interval if stream else None,
         priority=_priority(inputs),
         alone=bool(_scalar(inputs, "alone")) if "alone" in inputs else False,
+        timeout=request.timeout() / 1e6 or None,  # microseconds; 0: none
     )
 
 
 def _reject_unknown(request: Any) -> None:
     # The generate endpoint turns JSON names that are no inputs into request parameters: a misspelt
-    # input, or `priority` and `timeout`, which Triton honours on its other endpoints only.
+    # input, or `timeout`, which Triton passes on from its other endpoints only.
     unknown = sorted(json.loads(request.parameters() or "{}"))
     if unknown:
         raise InvalidRequest(unknown[0], "no such input")
@@ -152,7 +160,9 @@ def to_response(
             sooner or later that corrupts the interpreter's memory.
     """
     if update.error is not None:
-        return error_response(str(update.error), pb_utils.TritonError.INTERNAL)
+        late = isinstance(update.error, QueueTimeout)
+        code = pb_utils.TritonError.UNAVAILABLE if late else pb_utils.TritonError.INTERNAL
+        return error_response(str(update.error), code)
     masked = update.token_ids == engine.spec.mask_token_id
     reason = update.finish_reason.value if update.finish_reason else ""
     outputs = {

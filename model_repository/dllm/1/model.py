@@ -1,7 +1,7 @@
 """The Triton model `dllm`: hands requests to the engine and its updates back.
 
-Decoupled: a request gets one response, or one per step with `stream`. `execute` blocks while the
-engine is full, so that waiting requests stay in Triton's queue, under its priorities and limits.
+Decoupled: a request gets one response, or one per step with `stream`. Requests wait in the engine,
+under its priorities and limits, so that `execute` returns at once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
-from dllm_engine import Engine, EngineConfig, EngineDead, EngineWorker, InvalidRequest
+from dllm_engine import Engine, EngineConfig, EngineDead, EngineWorker, InvalidRequest, QueueFull
 from dllm_exchange import Caller, Exchange
 from dllm_tensors import error_response, parse_request
 
@@ -24,7 +24,7 @@ logger = logging.getLogger("dllm_engine.triton")
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 #: How long unloading waits for running requests.
 DRAIN_SECONDS = 30
-#: A dead engine's callers that are blocked in execute() notice and answer within this.
+#: Callers that hand a request to a dead engine are answered for this long.
 NOTICE_SECONDS = 1.0
 
 
@@ -51,7 +51,7 @@ class TritonPythonModel:
                 self._submit(request, sender)
             except InvalidRequest as error:
                 _refuse(sender, error, pb_utils.TritonError.INVALID_ARG)
-            except EngineDead as error:
+            except (EngineDead, QueueFull) as error:
                 _refuse(sender, error, pb_utils.TritonError.UNAVAILABLE)
             except Exception as error:
                 # A defect of ours that one request lays bare must not fail its whole batch.
@@ -70,7 +70,7 @@ class TritonPythonModel:
         self._exchange.register(Caller(parsed.request_id, sender, parsed.params, outputs))
         try:
             self._worker.submit(parsed, self._exchange.post)
-        except EngineDead:
+        except (EngineDead, QueueFull):
             self._exchange.forget(parsed.request_id)
             raise
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,41 +17,58 @@ import triton_python_backend_utils as pb_utils
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 ENGINE_MODEL = "dllm"
+#: Whoever had to wait for a thread for longer is asked whether he is still there.
+LONG_WAIT_SECONDS = 0.1
+QUEUED_IN_VAIN = re.compile("exceeds maximum queue size|request timeout expired")
 
 
 class TritonPythonModel:
     """What Triton's Python backend loads."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Start a thread for each request that may be in flight; further ones wait in the queue."""
+        """Start a thread for each request that may be in flight; further ones wait for a thread."""
         config = json.loads(args["model_config"])
         fields = "|".join(tensor["name"] for tensor in config["input"])
         self._about_a_field = re.compile(rf"\b(?:{fields}): ")
-        capacity = int(config["parameters"]["MAX_IN_FLIGHT"]["string_value"])
-        self._free = threading.BoundedSemaphore(capacity)
-        self._pool = ThreadPoolExecutor(capacity, thread_name_prefix="dllm-unary")
+        in_flight, waiting = (
+            int(config["parameters"][name]["string_value"])
+            for name in ("MAX_IN_FLIGHT", "MAX_QUEUE_SIZE")
+        )
+        self._queue_full = f"exceeds maximum queue size of {waiting} (MAX_QUEUE_SIZE)"
+        self._places = threading.BoundedSemaphore(in_flight + waiting)
+        self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="dllm-unary")
 
     def execute(self, requests: list[Any]) -> None:
         """Hand each request to a thread, which answers through its response sender."""
         for request in requests:
-            self._free.acquire()
-            self._pool.submit(self._answer, request, request.get_response_sender())
+            sender = request.get_response_sender()
+            if self._places.acquire(blocking=False):
+                self._pool.submit(self._answer, request, sender, time.monotonic())
+            else:
+                sender.send(self._failed(self._queue_full), flags=FINAL)
 
     def finalize(self) -> None:
         """Wait for what is in flight."""
         self._pool.shutdown(wait=True)
 
-    def _answer(self, request: Any, sender: Any) -> None:
+    def _answer(self, request: Any, sender: Any, came: float) -> None:
         try:
-            response = self._ask_engine(request, sender)
+            response = self._ask_engine(request, sender, time.monotonic() - came)
         except Exception as error:  # noqa: BLE001
             # Nobody looks at what a thread of the pool raises, and the caller would wait for ever.
             response = self._failed(str(error))
         finally:
-            self._free.release()
+            self._places.release()
         sender.send(response, flags=FINAL)
 
-    def _ask_engine(self, request: Any, sender: Any) -> Any:
+    def _ask_engine(self, request: Any, sender: Any, waited: float) -> Any:
+        if waited > LONG_WAIT_SECONDS and sender.is_cancelled():
+            return self._failed("the caller has left")
+        timeout = request.timeout()  # microseconds; 0: none
+        if timeout:
+            timeout -= int(waited * 1e6)
+            if timeout <= 0:
+                return self._failed("request timeout expired")
         call = pb_utils.InferenceRequest(
             model_name=ENGINE_MODEL,
             # Those and no others: an output that the caller did not ask for would be dropped by the
@@ -58,7 +76,7 @@ class TritonPythonModel:
             requested_output_names=list(request.requested_output_names()),
             inputs=request.inputs(),
             parameters=json.loads(request.parameters() or "{}"),
-            timeout=request.timeout(),
+            timeout=timeout,
         )
         responses = call.exec(decoupled=True)
         answers = [answer for answer in responses if _has_content(answer)]
@@ -75,9 +93,13 @@ class TritonPythonModel:
     def _failed(self, message: str) -> Any:
         # A call inside the server loses the error's code. The engine's messages about an input
         # start with its name, which is how an invalid argument is told from a failure.
-        invalid = self._about_a_field.search(message) is not None
         errors = pb_utils.TritonError
-        code = errors.INVALID_ARG if invalid else errors.INTERNAL
+        if self._about_a_field.search(message):
+            code = errors.INVALID_ARG
+        elif QUEUED_IN_VAIN.search(message):
+            code = errors.UNAVAILABLE
+        else:
+            code = errors.INTERNAL
         return pb_utils.InferenceResponse(error=errors(message, code))
 
 

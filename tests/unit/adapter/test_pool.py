@@ -89,7 +89,7 @@ async def test_dead_engine_is_passed_over_and_healed_by_itself(database_url: str
         living.scripts = [[DONE]]
         dying.reload_error, dying.alive = Unavailable("away"), False
 
-        await until(lambda: len(living.requests) == 2)
+        await until(lambda: len(living.requests) == 2 and living.closed == 1)
         assert (await api.health())[0] == 200
         assert (dying.reloads > 0, living.reloads, living.closed) == (True, 0, 1)
 

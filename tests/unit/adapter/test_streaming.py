@@ -231,7 +231,7 @@ async def test_timeout_ends_the_request(api: RunningApp, engine: ScriptedEngine)
 
 
 async def test_priority_reaches_the_engine(api: RunningApp, engine: ScriptedEngine) -> None:
-    """A stream waits in Triton's queue at the level that it asked for."""
+    """A stream waits in the engine at the level that it asked for."""
     await watch(api, priority=1)
 
     assert engine.priorities == [1]

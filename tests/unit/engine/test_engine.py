@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from dllm_engine import (
     InvalidConfig,
     InvalidRequest,
     Prompt,
+    QueueTimeout,
     RequestFailed,
     SamplingParams,
 )
@@ -140,6 +142,37 @@ def test_updates_can_be_spaced_or_left_out(checkpoint: Path) -> None:
         while engine.has_work:
             updates += engine.step()
         assert len(updates) == expected
+
+
+def test_who_waits_gives_signs_of_life_and_gives_up_in_time(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request without a place sends updates too, all masks, until it has waited enough."""
+    clock = time.monotonic()
+    monkeypatch.setattr("dllm_engine.engine.time.monotonic", lambda: clock)
+    engine = make_engine(checkpoint, max_num_seqs=1)
+    params = SamplingParams(gen_length=40, ignore_eos=True)
+    running, waiting, late = (
+        engine.make_request(Prompt(PROMPT), params, stream_interval=interval, timeout=timeout)
+        for interval, timeout in ((None, 2.0), (3.0, None), (None, 7.0))
+    )
+    for request in (running, waiting, late):
+        engine.add(request)
+    seen = []
+    for _ in range(10):
+        clock += 1.0
+        seen += [(round(clock - waiting.queued_at), update) for update in engine.step()]
+    assert [(when, update.request_id) for when, update in seen] == [
+        (3, waiting.request_id),
+        (6, waiting.request_id),
+        (8, late.request_id),
+        (9, waiting.request_id),
+    ]
+    assert seen[0][1].finish_reason is None
+    assert set(seen[0][1].token_ids.tolist()) == {engine.spec.mask_token_id}
+    assert isinstance(seen[2][1].error, QueueTimeout)
+    assert "7 s" in str(seen[2][1].error)
+    assert (engine.num_running, engine.num_waiting) == (1, 1)
 
 
 def test_a_failing_request_harms_no_other(

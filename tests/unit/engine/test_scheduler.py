@@ -61,6 +61,21 @@ def test_admission_reserves_pages_and_lets_nobody_pass() -> None:
     scheduler.check_integrity()
 
 
+def test_request_that_runs_alone_waits_for_all_and_all_for_it() -> None:
+    """It gets a slot when nobody has one, and nobody gets one beside it."""
+    scheduler = empty(4, 100)
+    before, alone, after = make(0, 10), make(1, 10, alone=True), make(2, 10)
+    for request in (before, alone, after):
+        scheduler.add(request)
+    assert ids(scheduler.admit()) == [0]
+    scheduler.remove(before)
+    assert ids(scheduler.admit()) == [1]
+    assert ids(scheduler.admit()) == []
+    scheduler.remove(alone)
+    assert ids(scheduler.admit()) == [2]
+    assert ids(scheduler.admit()) == []
+
+
 def test_priority_goes_first_but_waiting_makes_up_for_it() -> None:
     """Level 0 passes level 1, unless that has waited `PRIORITY_STEPS` steps longer."""
     scheduler = empty(1, 100)

@@ -1,5 +1,6 @@
 """The engine on its own thread: hand-over, backpressure, cancellation, death."""
 
+import functools
 import queue
 import threading
 from pathlib import Path
@@ -12,8 +13,8 @@ from dllm_engine import (
     EngineConfig,
     EngineDead,
     EngineWorker,
-    FinishReason,
     Prompt,
+    QueueFull,
     SamplingParams,
 )
 
@@ -46,22 +47,21 @@ def test_request_that_runs_alone(checkpoint: Path) -> None:
     worker = start(checkpoint, max_num_seqs=3)
     log: queue.Queue[tuple[str, bool]] = queue.Queue()
 
+    def note(name: str, update: CanvasUpdate) -> None:
+        if update.usage.steps:  # not the signs of life of one that waits
+            log.put((name, update.finished))
+
     def ask(name: str, *, alone: bool = False) -> None:
         params = SamplingParams(gen_length=12, ignore_eos=True)
         request = worker.engine.make_request(Prompt([1]), params, stream_interval=0, alone=alone)
-        worker.submit(request, lambda update: log.put((name, update.finished)))
+        worker.submit(request, functools.partial(note, name))
 
-    def others() -> None:
-        for name in ("before", "before too"):
-            ask(name)
-        ask("alone", alone=True)
-        for name in ("after", "alone too", "last"):
-            ask(name, alone=name == "alone too")
-
-    submitting = threading.Thread(target=others)
-    submitting.start()
+    for name in ("before", "before too"):
+        ask(name)
+    ask("alone", alone=True)
+    for name in ("after", "alone too", "last"):
+        ask(name, alone=name == "alone too")
     events = [log.get(timeout=60) for _ in range(6 * 12)]
-    submitting.join()
     worker.close()
     names = [name for name, _ in events]
     assert set(names[:24]) == {"before", "before too"}
@@ -69,25 +69,26 @@ def test_request_that_runs_alone(checkpoint: Path) -> None:
     assert sum(finished for _, finished in events) == 6
 
 
-def test_submit_blocks_while_every_slot_is_taken(checkpoint: Path) -> None:
-    """The request after the last slot waits with its caller until one is free."""
-    worker = start(checkpoint, max_num_seqs=1)
-    done: queue.Queue[CanvasUpdate] = queue.Queue()
-    long = worker.engine.make_request(Prompt([1]), SamplingParams(gen_length=250, ignore_eos=True))
-    worker.submit(long, done.put)
-    entered = threading.Event()
+def test_more_than_may_wait_are_refused(checkpoint: Path) -> None:
+    """Beyond the places and the queue `submit` raises, and works again once somebody has left."""
+    worker = start(checkpoint, max_num_seqs=1, max_queue_size=1)
+    answers: queue.Queue[CanvasUpdate] = queue.Queue()
+    params = SamplingParams(gen_length=250, ignore_eos=True)
 
-    def second() -> None:
-        params = SamplingParams(gen_length=1)
-        worker.submit(worker.engine.make_request(Prompt([1]), params), done.put)
-        entered.set()
+    def ask() -> int:
+        request = worker.engine.make_request(Prompt([1]), params)
+        worker.submit(request, answers.put)
+        return request.request_id
 
-    threading.Thread(target=second).start()
-    assert not entered.wait(0.1)
-    worker.cancel(long.request_id)
-    assert entered.wait(30)
-    assert done.get(timeout=30).finish_reason is FinishReason.CANCELLED
-    assert done.get(timeout=30).finish_reason is not None
+    running, waiting = ask(), ask()
+    with pytest.raises(QueueFull, match=r"maximum queue size of 1 \(DLLM_MAX_QUEUE_SIZE\)"):
+        ask()
+    worker.cancel(waiting)
+    assert answers.get(timeout=30).request_id == waiting
+    third = ask()
+    for request_id in (running, third):
+        worker.cancel(request_id)
+    assert {answers.get(timeout=30).request_id for _ in range(2)} == {running, third}
     worker.close()
 
 
@@ -157,3 +158,26 @@ def test_a_dead_engine_fails_its_requests_and_refuses_new_ones(
     assert "device lost" in str(deaths.get(timeout=30))
     with pytest.raises(EngineDead):
         worker.submit(engine.make_request(Prompt([1]), SamplingParams()), answers.put)
+
+
+def test_whoever_comes_as_the_engine_dies_is_answered(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests that wait, and those handed over during the last step, fail like those that run."""
+    engine = Engine(EngineConfig(model_path=checkpoint, max_num_seqs=1))
+    worker = EngineWorker(engine)
+    answers: queue.Queue[CanvasUpdate] = queue.Queue()
+    entered, release = threading.Event(), threading.Event()
+
+    def lost(*_: object, **__: object) -> torch.Tensor:
+        entered.set()
+        release.wait(30)
+        raise torch.AcceleratorError("device lost")
+
+    monkeypatch.setattr(engine._runner._model, "forward", lost)
+    worker.submit(engine.make_request(Prompt([1]), SamplingParams()), answers.put)
+    assert entered.wait(30)
+    for _ in range(3):
+        worker.submit(engine.make_request(Prompt([1]), SamplingParams()), answers.put)
+    release.set()
+    assert all(isinstance(answers.get(timeout=30).error, EngineDead) for _ in range(4))

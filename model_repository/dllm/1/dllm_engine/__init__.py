@@ -8,6 +8,8 @@ from .errors import (
     EngineDead,
     InvalidConfig,
     InvalidRequest,
+    QueueFull,
+    QueueTimeout,
     RequestFailed,
 )
 from .llm import LLM
@@ -29,6 +31,8 @@ __all__ = [
     "InvalidConfig",
     "InvalidRequest",
     "Prompt",
+    "QueueFull",
+    "QueueTimeout",
     "RequestFailed",
     "SamplingParams",
     "Usage",

@@ -40,8 +40,10 @@ class EngineConfig:
     #: Rows of the largest step that is replayed from a CUDA graph; 0: none is; None: 512 where
     #: kernels run on a GPU.
     cuda_graph_rows: int | None = None
-    #: Requests that run at once; more wait in front of the engine.
+    #: Requests that run at once; more wait.
     max_num_seqs: int = 64
+    #: Requests that wait; more are refused.
+    max_queue_size: int = 4096
     #: Token budget: rows that one denoising step may push through the model; None: by device.
     max_num_batched_tokens: int | None = None
     #: Prompt plus canvas, in tokens; None: what the checkpoint was trained for.
@@ -79,6 +81,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidConfig(f"{_setting(name)}: must be at least 1, or empty")
+        if self.max_queue_size < 0:
+            raise InvalidConfig("DLLM_MAX_QUEUE_SIZE: must be at least 0")
         if self.cuda_graph_rows is not None and self.cuda_graph_rows < 0:
             raise InvalidConfig("DLLM_CUDA_GRAPH_ROWS: must be at least 0, or empty")
         if not 0 < self.tensor_parallel_timeout < math.inf:

@@ -13,7 +13,7 @@ import torch
 
 from .cache import CachePolicy, PageAllocator, reserved_rows
 from .config import EngineConfig
-from .errors import EngineDead, InvalidConfig, InvalidRequest, RequestFailed
+from .errors import EngineDead, InvalidConfig, InvalidRequest, QueueTimeout, RequestFailed
 from .memory import MemoryPlan
 from .models import ModelSpec, read_spec
 from .request import CanvasUpdate, FinishReason, Prompt, SamplingParams, Usage
@@ -22,6 +22,9 @@ from .scheduler import Request, Scheduler
 from .text import TextCodec, find_stop
 
 logger = logging.getLogger("dllm_engine")
+
+#: How often requests that wait are looked at: has one waited for too long, is an update due.
+WAITING_LOOK_SECONDS = 0.1
 
 
 @dataclasses.dataclass
@@ -37,9 +40,12 @@ class EngineStats:
     refreshes: int = 0
     #: Tokens of finished answers.
     completion_tokens: int = 0
+    requests_admitted: int = 0
     requests_finished: int = 0
     requests_cancelled: int = 0
     requests_failed: int = 0
+    #: Seconds that admitted requests had waited for a place, all together.
+    queue_seconds: float = 0.0
     #: Seconds spent in steps.
     step_seconds: float = 0.0
 
@@ -70,6 +76,7 @@ class Engine:
         self.scheduler = Scheduler(config.max_num_seqs, self.token_budget, self.allocator)
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count()
+        self._next_look = 0.0
         self._ready_at_death: list[CanvasUpdate] = []
 
     @property
@@ -95,6 +102,11 @@ class Engine:
         return self.scheduler.num_running
 
     @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a place."""
+        return self.scheduler.num_waiting
+
+    @property
     def num_used_pages(self) -> int:
         """Pages of keys and values that running requests hold."""
         return self.allocator.num_pages - self.allocator.num_free
@@ -112,16 +124,18 @@ class Engine:
         stream_interval: float | None = None,
         priority: int = 0,
         alone: bool = False,
+        timeout: float | None = None,
     ) -> Request:
         """Check a request against this model's limits; it is not queued yet. Thread-safe.
 
         Args:
             prompt: the tokens that are given.
             params: how to denoise.
-            stream_interval: seconds between updates while running; 0: one per step; None: only
-                the final one.
+            stream_interval: seconds between updates, while it waits too; 0: one per step; None:
+                only the final one.
             priority: 0 goes first, larger ones later.
-            alone: a worker is to run it while nothing else runs.
+            alone: run it while nothing else runs.
+            timeout: seconds that it may wait for a place, after which it fails with QueueTimeout.
 
         Raises:
             InvalidRequest: names the field and the limit.
@@ -134,7 +148,9 @@ class Engine:
         if resolved.steps > self.max_model_len:
             problem = f"must be at most {self.max_model_len}; got {resolved.steps}"
             raise InvalidRequest("steps", problem)
-        request = Request(next(self._ids), prompt, resolved, stream_interval, priority, alone)
+        request = Request(
+            next(self._ids), prompt, resolved, stream_interval, priority, alone, timeout
+        )
         request.num_pages = self._pages_of(request)
         return request
 
@@ -194,6 +210,7 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request from `make_request`."""
+        request.queued_at = request.last_update = time.monotonic()
         self._requests[request.request_id] = request
         self.scheduler.add(request)
 
@@ -219,20 +236,38 @@ class Engine:
         """One denoising step of as many requests as the budget allows.
 
         Returns:
-            Updates of the requests that finished, failed, or are due for one.
+            Updates of the requests that finished, failed, or are due for one, waiting ones too.
 
         Raises:
             EngineDead: the device is lost; no request can go on.
         """
         self._admit()
+        updates = self._look_at_waiting()
         chosen = self.scheduler.schedule()
-        return self._run(chosen) if chosen else []
+        return updates + self._run(chosen) if chosen else updates
+
+    def _look_at_waiting(self) -> list[CanvasUpdate]:
+        now = time.monotonic()
+        if now < self._next_look:
+            return []
+        self._next_look = now + WAITING_LOOK_SECONDS
+        updates = []
+        for request in self.scheduler.waiting:
+            if request.timeout is not None and now - request.queued_at > request.timeout:
+                late = QueueTimeout(f"request timeout expired: waited for {request.timeout:g} s")
+                self.stats.requests_failed += 1
+                updates.append(self._finish(request, None, late))
+            elif request.is_due(now):
+                updates.append(self._update(request))
+        return updates
 
     def _admit(self) -> None:
+        now = time.monotonic()
         for request in self.scheduler.admit():
             assert request.slot is not None
             self._runner.start(request.slot, request.prompt, request.params, request.pages)
-            request.last_update = time.monotonic()
+            self.stats.requests_admitted += 1
+            self.stats.queue_seconds += now - request.queued_at
 
     def _run(self, chosen: list[Request]) -> list[CanvasUpdate]:
         by_slot = {r.slot: r for r in chosen if r.slot is not None}

@@ -4,7 +4,9 @@ DllmError
 ├── InvalidRequest   the request asks for something that cannot be done; names field and limit
 ├── InvalidConfig    the engine cannot be started with these settings
 ├── CheckpointError  the checkpoint is incomplete, malformed or of an unknown family
+├── QueueFull        the engine lets no more requests wait
 ├── RequestFailed    one request met an error inside the engine
+│   └── QueueTimeout     it waited for longer than it was willing to
 └── EngineDead       the engine stopped; nothing more will be answered
 """
 
@@ -32,6 +34,14 @@ class CheckpointError(DllmError):
 
 class RequestFailed(DllmError):
     """The engine met an error while running one request."""
+
+
+class QueueFull(DllmError):
+    """As many requests wait as may; the message names the setting."""
+
+
+class QueueTimeout(RequestFailed):
+    """A request waited for a place for longer than its own timeout."""
 
 
 class EngineDead(DllmError):

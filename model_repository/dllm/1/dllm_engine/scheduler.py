@@ -29,8 +29,10 @@ class Request:
     stream_interval: float | None = None
     #: 0 goes first; each level more waits `PRIORITY_STEPS` steps longer.
     priority: int = 0
-    #: It runs while nothing else does; `EngineWorker.submit` sees to that.
+    #: It runs while nothing else does.
     alone: bool = False
+    #: Seconds that it is willing to wait for a place; None: for ever.
+    timeout: float | None = None
     #: Pages that it holds while running.
     num_pages: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
@@ -47,7 +49,8 @@ class Request:
     #: Tokens from the left that are final, short of an end-of-text token.
     num_ready: int = 0
     ended_by_token: bool = False
-    #: When the last update was made, or the request admitted (seconds, monotonic).
+    #: When it was queued, and when its last update was made (seconds, monotonic).
+    queued_at: float = 0.0
     last_update: float = 0.0
 
     @property
@@ -88,7 +91,10 @@ class Request:
         return min(steps, first + max(0, again)), steps
 
     def is_due(self, now: float) -> bool:
-        """Whether an update is due at `now` (seconds, monotonic); if so, the next is later."""
+        """Whether an update is due at `now` (seconds, monotonic); if so, the next is later.
+
+        So it is while a request waits: whoever reads can tell a long queue from a dead engine.
+        """
         if self.stream_interval is None:
             return False
         due = now - self.last_update >= self.stream_interval
@@ -100,7 +106,8 @@ class Request:
 class Scheduler:
     """Waiting requests, running requests, and the slots and pages between them.
 
-    Waiting requests are admitted in order; one that finds no slot or pages lets nobody pass.
+    Waiting requests are admitted in order; one that finds no slot or pages lets nobody pass. One
+    that runs alone waits until nothing runs, and those behind it until it is done.
 
     Steps are phase-multiplexed: whoever has waited longest comes first, Reuses a little ahead of
     Refreshes, until the token budget is full. The first always runs, if need be alone: nobody
@@ -131,6 +138,16 @@ class Scheduler:
         """Requests with a slot."""
         return len(self._running)
 
+    @property
+    def waiting(self) -> tuple[Request, ...]:
+        """Requests without a slot, in the order in which they will get one."""
+        return tuple(self._waiting)
+
+    @property
+    def running(self) -> tuple[Request, ...]:
+        """Requests with a slot; may be asked for on any thread."""
+        return tuple(self._running)
+
     def add(self, request: Request) -> None:
         """Queue a request behind those of its priority, and late ones of lower."""
         request.ready_since = self._step
@@ -142,6 +159,8 @@ class Scheduler:
         while self._waiting and self._free_slots:
             request = self._waiting[0]
             if request.num_pages > self._allocator.num_free:
+                break
+            if self._running and (request.alone or self._running[0].alone):
                 break
             self._waiting.pop(0)
             request.slot = self._free_slots.pop()

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 
 from .engine import Engine
-from .errors import EngineDead
+from .errors import EngineDead, QueueFull
 from .request import CanvasUpdate
 from .scheduler import Request
 
@@ -19,22 +19,20 @@ OnUpdate = Callable[[CanvasUpdate], None]
 
 
 class EngineWorker:
-    """Steps an engine while it has work.
-
-    `submit` blocks while every slot is taken, so that requests beyond those wait with whoever
-    calls (Triton's queue, which has priorities and time-outs).
-    """
+    """Steps an engine while it has work, and bounds how many requests wait in it."""
 
     def __init__(
         self, engine: Engine, on_death: Callable[[EngineDead], None] | None = None
     ) -> None:
         self.engine = engine
         self._on_death = on_death
-        self._free = threading.BoundedSemaphore(engine.config.max_num_seqs)
-        self._turn = threading.Lock()
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        #: Whom to tell of each request, and how many slots it takes.
-        self._callbacks: dict[int, tuple[OnUpdate, int]] = {}
+        #: Requests, things to do between two steps, and None: finish.
+        self._inbox: queue.SimpleQueue[Request | Callable[[], None] | None] = queue.SimpleQueue()
+        #: Whom to tell of each request, from `submit` to its final update.
+        self._callbacks: dict[int, OnUpdate] = {}
+        self._most = engine.config.max_num_seqs + engine.config.max_queue_size
+        #: Held while a request is handed over, so that none can slip in behind the engine's death.
+        self._lock = threading.Lock()
         self._death: EngineDead | None = None
         self._closing = False
         engine.on_failure(lambda: self._inbox.put(engine.check))
@@ -42,20 +40,20 @@ class EngineWorker:
         self._thread.start()
 
     def submit(self, request: Request, on_update: OnUpdate) -> None:
-        """Hand over a request from `Engine.make_request`; blocks while the engine is full.
-
-        One that runs alone takes every slot: it waits until nothing runs, and others wait for it.
+        """Hand over a request from `Engine.make_request`; returns at once.
 
         Raises:
             EngineDead: the engine has stopped.
+            QueueFull: every slot is taken, and as many requests wait as may.
         """
-        slots = self.engine.config.max_num_seqs if request.alone else 1
-        with self._turn:  # two that each hold half of the slots would wait for ever
-            for _ in range(slots):
-                while not self._free.acquire(timeout=0.5):
-                    self._check_alive()
-        self._check_alive()
-        self._inbox.put(lambda: self._add(request, on_update, slots))
+        with self._lock:
+            if self._death is not None:
+                raise self._death
+            if len(self._callbacks) >= self._most:
+                limit = self.engine.config.max_queue_size
+                raise QueueFull(f"exceeds maximum queue size of {limit} (DLLM_MAX_QUEUE_SIZE)")
+            self._callbacks[request.request_id] = on_update
+            self._inbox.put(request)
 
     def cancel(self, request_id: int) -> None:
         """End a request before the next step; its final update says so. Unknown ids are fine."""
@@ -70,10 +68,6 @@ class EngineWorker:
         self._inbox.put(None)
         self._thread.join(timeout)
         return not self._thread.is_alive()
-
-    def _check_alive(self) -> None:
-        if self._death is not None:
-            raise self._death
 
     def _loop(self) -> None:
         try:
@@ -97,13 +91,11 @@ class EngineWorker:
                 break
             if command is None:
                 self._closing = True
+            elif isinstance(command, Request):
+                self.engine.add(command)
             else:
                 command()
         return not self._closing
-
-    def _add(self, request: Request, on_update: OnUpdate, slots: int) -> None:
-        self._callbacks[request.request_id] = on_update, slots
-        self.engine.add(request)
 
     def _cancel(self, request_id: int) -> None:
         update = self.engine.cancel(request_id)
@@ -111,15 +103,18 @@ class EngineWorker:
             self._deliver(update)
 
     def _deliver(self, update: CanvasUpdate) -> None:
+        on_update = self._callbacks[update.request_id]
         if update.finished:
-            on_update, slots = self._callbacks.pop(update.request_id)
-            self._free.release(slots)
-        else:
-            on_update, _ = self._callbacks[update.request_id]
+            del self._callbacks[update.request_id]
         on_update(update)
 
     def _die(self, death: EngineDead) -> None:
-        self._death = death
+        with self._lock:
+            self._death = death
+        while not self._inbox.empty():
+            command = self._inbox.get()
+            if isinstance(command, Request):
+                self.engine.add(command)  # to be abandoned with the others
         for update in self.engine.abandon(death):
             self._deliver(update)
         self.engine.close()  # the owner may end the process at once
