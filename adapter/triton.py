@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import Any
@@ -70,6 +71,7 @@ INPUT_TYPES: Mapping[str, str] = {
     "alone": "BOOL",
     "stream": "BOOL",
     "stream_interval": "FP32",
+    "cancel": "BYTES",
 }
 NUMPY_TYPES: Mapping[str, type[Any]] = {
     "BYTES": np.object_,
@@ -79,6 +81,7 @@ NUMPY_TYPES: Mapping[str, type[Any]] = {
     "BOOL": np.bool_,
 }
 OUTPUTS = ("text_output", "finish_reason", "usage", "seed")
+CANCEL_OUTPUTS = ("finish_reason",)
 CANVAS_OUTPUTS = ("token_ids", "token_texts", "confidence", "block")
 
 # Left alone, gRPC waits for up to two minutes before it looks for a server that went away.
@@ -93,6 +96,7 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
 #: Its stream brings an event between any two steps of the engine, if need be that it waits.
 PROBE: Inputs = {"input_ids": [0], "gen_length": 1, "steps": 1, "stream": True}
 END_OF_STREAM_SECONDS = 1.0
+CANCEL_SECONDS = 5.0
 INDEX_SECONDS = 10.0
 
 #: What Triton says in a message; looked at first. On a stream an error has no code: the header
@@ -126,9 +130,12 @@ class TritonEngine:
         self._model_name = model_name
         self._stream_interval = stream_interval
         self._reload_timeout = reload_timeout
+        self._cancelling: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
         """Close the channel, and with it every stream."""
+        if self._cancelling:
+            await asyncio.wait(self._cancelling, timeout=CANCEL_SECONDS)
         await self._client.close()
 
     async def generate(
@@ -189,25 +196,47 @@ class TritonEngine:
             "model_name": self._model_name,
             "inputs": [make_tensor(name, value) for name, value in inputs.items()],
             "outputs": [InferRequestedOutput(name) for name in outputs],
-            "request_id": request_id,
+            # Nobody else's, whatever it was called by whom: it can be cancelled by that.
+            "request_id": f"{request_id}-{secrets.token_hex(4)}",
         }
 
     async def _stream(self, request: dict[str, Any]) -> AsyncGenerator[Event, None]:
         traceparent = TRACEPARENT.get()
         headers = {"traceparent": traceparent} if traceparent else None
         responses = self._client.stream_infer(_only(request), headers=headers)
+        ended = False
         try:
             async for result, error in responses:
                 if error is not None:
                     raise map_error(error.status(), error.message())
                 event = read_event(result)
                 if event.finish_reason:
+                    ended = True
                     await _drain(responses)
                 yield event
         except grpc.aio.AioRpcError as error:
             raise map_error(error.code().name, error.details() or "") from error
+        except (asyncio.CancelledError, GeneratorExit):
+            if not ended:
+                self._cancel_soon(request["request_id"])
+            raise
         finally:
             responses.cancel()
+
+    def _cancel_soon(self, request_id: str) -> None:
+        """Tell the engine, which asks its callers now and then only whether they are there."""
+        task = asyncio.create_task(self._cancel(request_id), name="engine-cancel")
+        self._cancelling.add(task)
+        task.add_done_callback(self._cancelling.discard)
+
+    async def _cancel(self, request_id: str) -> None:
+        request = self._request({"cancel": request_id}, request_id="cancel", outputs=CANCEL_OUTPUTS)
+        responses = self._client.stream_infer(_only(request))
+        with suppress(TimeoutError, grpc.aio.AioRpcError):
+            async with asyncio.timeout(CANCEL_SECONDS):
+                async for _ in responses:
+                    await _drain(responses)
+                    return
 
 
 def make_tensor(name: str, value: InputValue) -> InferInput:

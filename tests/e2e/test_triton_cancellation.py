@@ -1,4 +1,4 @@
-"""A client that goes away frees its place."""
+"""A client that goes away, or that is asked to, frees its place."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import pytest
+import tritonclient.http as triton_http
 
 from launcher.tritonserver import TritonServer
-from tests.e2e.triton_calls import LONG, GrpcStream, events, open_http_stream
+from tests.e2e.triton_calls import LONG, Answer, GrpcStream, events, open_http_stream, post, tensors
 from tests.support.servers import eventually, metric, settled_counters
 
 CANCELLED = "dllm_requests_cancelled_total"
@@ -48,7 +49,7 @@ def test_leaving_frees_the_place(
 
 
 def test_of_many_that_leave_none_is_forgotten(triton: TritonServer) -> None:
-    """More callers than are asked at a time leave at once, and each of their places is free."""
+    """Many callers leave at once, and each of their places is free."""
     many = 20
     before = settled_counters(triton)
     with ExitStack() as stack:
@@ -56,3 +57,32 @@ def test_of_many_that_leave_none_is_forgotten(triton: TritonServer) -> None:
             stack.enter_context(grpc_stream(triton))
     eventually(lambda: metric(triton, CANCELLED) == before[CANCELLED] + many, "all are cancelled")
     assert metric(triton, FINISHED) == before[FINISHED]
+
+
+def test_cancel_by_id(triton: TritonServer) -> None:
+    """A request that names another's id ends it, even a unary call, and nobody else's."""
+    with (
+        triton_http.InferenceServerClient(triton.http_url, network_timeout=120) as client,
+        GrpcStream(triton, LONG | {"stream": True}) as other,
+    ):
+        next(iter(other))
+        inputs = tensors(triton, triton_http, LONG)
+        mine = client.async_infer("dllm_unary", inputs, request_id="mine")
+        eventually(lambda: metric(triton, "dllm_running_requests") == 2, "both run")
+        response = post(triton, {"cancel": "mine"})
+        assert response.status_code == 200, response.text
+        assert response.json()["finish_reason"] == "cancelled"
+        assert Answer.from_result(mine.get_result()).finish_reason == "cancelled"
+        next(iter(other))
+    assert post(triton, {"cancel": "nobody"}).status_code == 200
+
+
+@pytest.mark.parametrize(("fields", "rule"), [({"gen_length": 4}, "combined"), ({}, "empty")])
+def test_cancel_needs_an_id_and_nothing_else(
+    triton: TritonServer, fields: dict[str, int], rule: str
+) -> None:
+    """What could be meant otherwise is refused."""
+    response = post(triton, {"cancel": ""} | fields)
+    assert response.status_code == 400
+    assert response.json()["error"].startswith("cancel: ")
+    assert rule in response.json()["error"]

@@ -13,6 +13,7 @@ import triton_python_backend_utils as pb_utils
 from dllm_engine import (
     CanvasUpdate,
     Engine,
+    FinishReason,
     InvalidRequest,
     Prompt,
     QueueTimeout,
@@ -25,6 +26,23 @@ PROMPT_INPUTS = ("text_input", "messages", "input_ids")
 DEFAULT_PRIORITY, LOWEST_PRIORITY = 2, 3
 #: Inputs that are sampling parameters of the same name.
 PARAM_INPUTS = tuple(field.name for field in dataclasses.fields(SamplingParams))
+
+
+def parse_cancel(request: Any) -> str | None:
+    """The id of the requests that this one is to end; None if it asks for text.
+
+    Raises:
+        InvalidRequest: it is empty, or asks for text besides.
+    """
+    inputs = {tensor.name(): tensor for tensor in request.inputs()}
+    if "cancel" not in inputs:
+        return None
+    if len(inputs) > 1:
+        raise InvalidRequest("cancel", "cannot be combined with other inputs")
+    name = str(_scalar(inputs, "cancel"))
+    if not name:
+        raise InvalidRequest("cancel", "must not be empty")
+    return name
 
 
 def parse_request(engine: Engine, request: Any) -> Request:
@@ -202,6 +220,15 @@ def _active_block(masked: npt.NDArray[np.bool_], params: SamplingParams) -> tupl
 
 def _strings(values: Sequence[str]) -> npt.NDArray[np.object_]:
     return np.array([[value.encode() for value in values]], dtype=np.object_)
+
+
+def cancel_response(wanted: Collection[str]) -> Any:
+    """The answer to a request that ends others."""
+    reason = FinishReason.CANCELLED.value
+    outputs = [pb_utils.Tensor("finish_reason", _strings([reason]))]
+    return pb_utils.InferenceResponse(
+        output_tensors=[tensor for tensor in outputs if tensor.name() in wanted]
+    )
 
 
 def error_response(message: str, code: int) -> Any:

@@ -75,6 +75,7 @@ class TritonPythonModel:
             # stub without Python's lock, and corrupt the interpreter's memory.
             requested_output_names=list(request.requested_output_names()),
             inputs=request.inputs(),
+            request_id=request.request_id(),  # to be cancelled by
             parameters=json.loads(request.parameters() or "{}"),
             timeout=timeout,
         )

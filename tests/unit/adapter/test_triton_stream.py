@@ -1,6 +1,7 @@
 """The client of Triton against a gRPC server that says what the tests tell it to."""
 
 import asyncio
+import re
 import struct
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -38,6 +39,8 @@ class ScriptedTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
     refusal: tuple[grpc.StatusCode, str] | None = None
     cancelled: int = 0
     ended: int = 0
+    #: Ids of requests that it was told to end.
+    ends: list[str] = field(default_factory=list)
 
     async def ModelStreamInfer(  # noqa: N802  the protocol's name
         self, requests: AsyncIterator[Any], context: Any
@@ -46,6 +49,10 @@ class ScriptedTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         self.headers = dict(context.invocation_metadata())
         try:
             async for request in requests:
+                if request.inputs[0].name == "cancel":
+                    self.ends.append(request.raw_input_contents[0][4:].decode())
+                    yield _answer(Event("", "cancelled"))
+                    continue
                 self.requests.append(request)
                 for step in self.script:
                     yield await self._play(step, context)
@@ -58,7 +65,7 @@ class ScriptedTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         if isinstance(step, tuple):
             await context.abort(*step)
         if isinstance(step, Event):
-            return service_pb2.ModelStreamInferResponse(infer_response=_response(step))
+            return _answer(step)
         if step:
             return service_pb2.ModelStreamInferResponse(error_message=step)
         await asyncio.Event().wait()
@@ -75,6 +82,10 @@ class ScriptedTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         """Note it."""
         self.control.append(f"load {request.model_name}")
         return service_pb2.RepositoryModelLoadResponse()
+
+
+def _answer(event: Event) -> Any:
+    return service_pb2.ModelStreamInferResponse(infer_response=_response(event))
 
 
 def _response(event: Event) -> Any:
@@ -118,7 +129,8 @@ async def test_request_carries_inputs_and_asks_for_signs_of_life(
 
     assert await events(engine) == triton.script
     (request,) = triton.requests
-    assert (request.id, request.model_name) == ("7", "dllm")
+    assert re.fullmatch("7-[0-9a-f]{8}", request.id)
+    assert request.model_name == "dllm"
     shapes = {tensor.name: (tensor.datatype, list(tensor.shape)) for tensor in request.inputs}
     assert shapes == {
         "text_input": ("BYTES", [1, 1]),
@@ -156,16 +168,17 @@ async def test_finished_stream_is_let_end(engine: TritonEngine, triton: Scripted
         assert await anext(stream) == Event("ab", "length")
 
     await until(lambda: triton.ended == 1)
-    assert triton.cancelled == 0
+    assert (triton.cancelled, triton.ends) == (0, [])
 
 
 async def test_closing_the_iterator_cancels(engine: TritonEngine, triton: ScriptedTriton) -> None:
-    """Whoever loses interest closes the stream, and the server learns of it."""
+    """Whoever loses interest closes the stream, and both server and engine learn of it."""
     triton.script = [Event("a"), ""]
     async with aclosing(engine.generate({"text_input": "a"}, request_id="7")) as stream:
         await anext(stream)
 
     await until(lambda: triton.cancelled == 1)
+    await until(lambda: triton.ends == [triton.requests[0].id])
 
 
 @pytest.mark.parametrize(
