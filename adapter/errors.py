@@ -128,7 +128,7 @@ class EngineError(AdapterError):
 
 
 class Overloaded(EngineError):
-    """Triton's queue is full, or the request waited in it for too long."""
+    """The engine's queue is full, or the request waited in it for too long."""
 
     status = 429
     retry_after = 5

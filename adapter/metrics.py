@@ -49,7 +49,7 @@ JOB_QUEUE_SECONDS = Histogram(
 )
 JOB_RUN_SECONDS = Histogram(
     "dllm_adapter_job_run_seconds",
-    "Time from then until it was finished, in Triton's queue and in the engine",
+    "Time from then until it was finished, in the engine's queue and in its steps",
     buckets=LONG,
     registry=REGISTRY,
 )
