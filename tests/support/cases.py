@@ -86,7 +86,7 @@ def is_allowed(choice: Mapping[str, Any]) -> bool:
     """Whether a request may ask for these together."""
     late = "confidence_eos_eot_inf" in choice
     if "credit" in choice:
-        return "temperature" not in choice and not late
+        return "temperature" not in choice and not late  # refused: see test_engine
     return not ("alg" in choice and late)
 
 

@@ -29,6 +29,7 @@ from tests.support.checkpoints import EOS, EOT, MASK, write_llada
 from tests.support.reference import Forward
 
 PROMPT = [1, 2, 3]
+CREDIT: dict[str, object] = {"credit": True, "confidence_threshold": 0.9}
 
 
 def make_engine(directory: Path, **settings: object) -> Engine:
@@ -305,6 +306,9 @@ def test_bad_parameters_are_refused_by_field_and_limit(
         ({"confidence_threshold": 0.9, "factor": 1.0}, "factor: .*with confidence_threshold"),
         ({"entropy_bound": 0.1, "anchor_threshold": 0.9}, "anchor_threshold: .*entropy_bound"),
         ({"alg": "entropy", "confidence_threshold": 0.9}, "confidence_threshold: .*with alg"),
+        (CREDIT | {"alg": "entropy"}, "credit: .*with alg"),
+        (CREDIT | {"temperature": 0.5}, "credit: .*with temperature"),
+        (CREDIT | {"confidence_eos_eot_inf": True}, "credit: .*with confidence_eos_eot_inf"),
     ],
     ids=str,
 )

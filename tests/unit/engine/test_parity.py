@@ -11,7 +11,7 @@ from dllm_engine import LLM, CanvasUpdate, Completion, Prompt, SamplingParams
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.support.cases import IDS, Case, cases, run_with_arrivals
+from tests.support.cases import IDS, RULES, Case, cases, run_with_arrivals
 from tests.support.checkpoints import write_dream
 from tests.support.oracle import dream_oracle, llada_oracle
 from tests.support.reference import Forward, ReferenceResult, generate
@@ -116,6 +116,33 @@ def test_schedules_and_dreams_algorithms_equal_the_reference(
     answers = subject.llm.generate(prompts, params, progress=False)
     for prompt, p, answer in zip(prompts, params, answers, strict=True):
         assert_equal(answer, subject.expected(prompt, p))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_every_rule_equals_the_reference_beside_longer_blocks(
+    subject: Subject, rule: dict[str, Any]
+) -> None:
+    """Blocks of 6, 10 and 32 tokens in one batch: what a rule sees ends with its own block."""
+    generator = torch.Generator().manual_seed(5)
+    prompts = [
+        Prompt(torch.randint(0, 499, (3 + 2 * i,), generator=generator).tolist()) for i in range(8)
+    ]
+    lengths = [10, 6, 10, 32] * 2
+    params = [
+        SamplingParams(
+            gen_length=32,
+            # A list of credit holds 16 tokens: a block of more steps may need more.
+            block_length=min(length, 16) if "credit" in rule else length,
+            ignore_eos=True,
+            seed=i,
+            **rule,
+        )
+        for i, length in enumerate(lengths)
+    ]
+    answers = subject.llm.generate(prompts, params, progress=False)
+    for prompt, p, answer in zip(prompts, params, answers, strict=True):
+        abs = 1e-5 if p.credit else 1e-6
+        assert_equal(answer, subject.expected(prompt, p), abs=abs)
 
 
 def test_credit_equals_its_definition_and_touches_no_neighbour(subject: Subject) -> None:

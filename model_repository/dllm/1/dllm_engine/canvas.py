@@ -168,6 +168,16 @@ class CanvasTable:
         positions = torch.where(inside, positions, start)
         return positions, inside & self.masked[state.slots.unsqueeze(1), positions]
 
+    def block_confidence(self, state: SlotState, positions: Tensor) -> Tensor:
+        """What positions from `block_positions` were committed with: [R, width].
+
+        −1 where they are masked, and in columns past the end of a shorter block.
+        """
+        width = torch.arange(positions.shape[1], device=self.device)
+        inside = width < (state.block_end - state.block_start).unsqueeze(1)
+        known = self.confidence[state.slots.unsqueeze(1), positions]
+        return torch.where(inside, known, -1.0)
+
     def commit(
         self,
         stepped: Tensor,

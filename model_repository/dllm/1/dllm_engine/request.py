@@ -196,9 +196,13 @@ def _check_combination(p: SamplingParams) -> None:
     if p.credit:
         if p.confidence_threshold is None:
             raise InvalidRequest("credit", "needs confidence_threshold")
-        if p.temperature > 0 or p.alg:
-            other = "alg" if p.alg else "temperature above 0"
-            raise InvalidRequest("credit", f"cannot be combined with {other}")
+        for other, asked in (
+            ("alg", p.alg is not None),
+            ("temperature above 0", p.temperature > 0),
+            ("confidence_eos_eot_inf", p.confidence_eos_eot_inf),
+        ):
+            if asked:
+                raise InvalidRequest("credit", f"cannot be combined with {other}")
     if p.alg is None:
         _require("alg_temp", p.alg_temp == 0, "0 without alg", p.alg_temp)
         return

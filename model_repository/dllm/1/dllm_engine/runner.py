@@ -14,6 +14,7 @@ from .config import EngineConfig
 from .models import ModelSpec
 from .request import Prompt, SamplingParams
 from .sampling import BlockStatistics, Candidates, select_commits
+from .sampling.commit import Rule
 from .shard import ModelShard, StepInputs
 from .team import ModelTeam
 
@@ -105,12 +106,15 @@ class Runner:
 
         confidence = spread(candidates.confidence)
         nothing = torch.zeros_like(confidence)
+        leaps = Rule.LOCAL_LEAP in batch.plan.rules_in_use
         block = BlockStatistics(
             masked=masked,
             confidence=confidence,
             entropy=spread(candidates.entropy) if batch.needs_spread else nothing,
             margin=spread(candidates.margin) if batch.needs_spread else nothing,
-            committed=self.table.confidence[stepped.unsqueeze(1), batch.block_positions],
+            committed=self.table.block_confidence(batch.state, batch.block_positions)
+            if leaps
+            else nothing,
         )
         picked = select_commits(block, batch.plan)[request, column]
         if candidates.credits is not None:

@@ -63,7 +63,7 @@ class BlockStatistics:
     confidence: Tensor
     entropy: Tensor
     margin: Tensor
-    #: What committed positions were committed with; −1 while masked.
+    #: What committed positions were committed with; −1 elsewhere. Read by LocalLeap alone.
     committed: Tensor
 
 
