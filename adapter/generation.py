@@ -48,6 +48,11 @@ class Event:
     seed: int | None = None
     canvas: Canvas | None = None
 
+    @property
+    def waits(self) -> bool:
+        """A sign of life of a request that has no place in the engine yet."""
+        return not self.finish_reason and self.usage is not None and self.usage.steps == 0
+
 
 class Detail(Enum):
     """What the events of a request are wanted for."""

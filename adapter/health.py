@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from adapter.errors import EngineDead, EngineError, InvalidRequest, Overloaded, StoreUnavailable
+from adapter.errors import EngineDead, EngineError, InvalidRequest, StoreUnavailable
 from adapter.generation import Engine
 from adapter.heal import EngineRecord, HealStore
 from adapter.healer import Healer
@@ -189,8 +189,6 @@ class EngineMonitor:
         except TimeoutError:
             reason = f"the engine has not answered for {self._silence:g} s"
             state, silent = EngineState(ok=False, reason=reason, dead=True), True
-        except Overloaded as error:
-            state, silent = EngineState(ok=False, reason=str(error), dead=True), True
         except EngineDead as error:
             state = EngineState(ok=False, reason=str(error), dead=True)
         except InvalidRequest:  # it does not like the probe, but it has read it

@@ -41,6 +41,7 @@ class LiveRequest:
         self._newest: Event | None = None
         self._error: AdapterError | None = None
         self._changed = asyncio.Event()
+        self._settled = asyncio.Event()
         self._generation = monitor.generation
         #: Ends with the engine's events.
         self.task = asyncio.create_task(self._run(events, timeout), name="live-request")
@@ -51,10 +52,10 @@ class LiveRequest:
         return self._generation < self._monitor.generation
 
     async def settled_in(self, seconds: float) -> None:
-        """Wait until there is an event, but not for longer. Raises what went wrong until then."""
+        """Wait until the engine has taken it, but not for longer. Raises what went wrong."""
         try:
             async with asyncio.timeout(seconds):
-                await self._changed.wait()
+                await self._settled.wait()
         except TimeoutError:
             return
         if self._newest is None and self._error is not None:
@@ -124,6 +125,9 @@ class LiveRequest:
                 if event.finish_reason == "cancelled":
                     msg = "the engine cancelled the request"
                     raise StreamLost(msg)
+                self._settled.set()
+                if event.waits:  # there is nothing to show yet
+                    continue
                 self._newest = event
                 self._changed.set()
                 if event.finish_reason:
@@ -133,6 +137,7 @@ class LiveRequest:
         if self._error is None:
             self._error = error
             self._changed.set()
+            self._settled.set()
 
 
 class LiveRequests:

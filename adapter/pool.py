@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack, aclosing
 from types import TracebackType
 from typing import Self
 
-from adapter.errors import EngineError, InvalidRequest, Overloaded, Unavailable
+from adapter.errors import EngineError, InvalidRequest, Overloaded
 from adapter.generation import DEFAULT_PRIORITY, Detail, Engine, Event, Inputs
 from adapter.health import EngineMonitor, EngineState
 from adapter.metrics import INFLIGHT, count_usage
@@ -65,7 +65,8 @@ class Member:
             async with aclosing(events):
                 async for event in events:
                     self.monitor.saw_life()
-                    span.step(event)
+                    if not event.waits:
+                        span.step(event)
                     if event.finish_reason:
                         self._pause = 0.0
                         if event.usage is not None:
@@ -137,26 +138,6 @@ class EnginePool:
             if member.available or (resting and member.monitor.state.ok)
         ]
         return min(available, key=lambda member: member.inflight, default=None)
-
-    async def generate(
-        self,
-        inputs: Inputs,
-        *,
-        request_id: str,
-        detail: Detail = Detail.RESULT,
-        priority: int = DEFAULT_PRIORITY,
-    ) -> AsyncGenerator[Event, None]:
-        """Stream the events of one request from whichever engine is free; see `Engine`.
-
-        Raises `Unavailable` while there is none.
-        """
-        member = self.pick()
-        if member is None:
-            raise Unavailable(self.why_none)
-        events = member.generate(inputs, request_id=request_id, detail=detail, priority=priority)
-        async with aclosing(events):
-            async for event in events:
-                yield event
 
     def listen(self, listener: Callable[[], None]) -> None:
         """Call it after every change of an engine's state."""

@@ -95,7 +95,7 @@ class Settings(BaseSettings):
     )
     result_ttl: Seconds = Field(default=86_400.0, description="how long a result is kept")
 
-    stream_interval: Seconds = Field(default=5.0, description="longest pause between signs of life")
+    stream_interval: Seconds = Field(default=2.5, description="longest pause between signs of life")
     engine_silence: Seconds = Field(
         default=60.0, description="a silence longer than this means dead"
     )

@@ -15,6 +15,7 @@ from tritonclient.grpc.aio import InferenceServerClient
 from adapter.errors import (
     AdapterError,
     EngineDead,
+    EngineError,
     EngineFailure,
     InvalidRequest,
     ModelControlRefused,
@@ -93,8 +94,8 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_reconnect_backoff_ms", 2000),
 )
 
-#: Its stream brings an event between any two steps of the engine, if need be that it waits.
-PROBE: Inputs = {"input_ids": [0], "gen_length": 1, "steps": 1, "stream": True}
+#: The id of no request: they all have a dash.
+NOBODY = "nobody"
 END_OF_STREAM_SECONDS = 1.0
 CANCEL_SECONDS = 5.0
 INDEX_SECONDS = 10.0
@@ -151,18 +152,22 @@ class TritonEngine:
         streaming: Inputs = {"stream": True, "stream_interval": interval, "priority": priority}
         outputs = OUTPUTS + CANVAS_OUTPUTS if detail is Detail.CANVAS else OUTPUTS
         request = self._request({**inputs, **streaming}, request_id=request_id, outputs=outputs)
-        async for event in self._stream(request):
-            yield event
-            if event.finish_reason:
-                return
+        ended = False
+        try:
+            async with aclosing(self._stream(request)) as events:
+                async for event in events:
+                    ended = bool(event.finish_reason)
+                    yield event
+                    if ended:
+                        return
+        except (asyncio.CancelledError, GeneratorExit):
+            if not ended:
+                self._cancel_soon(request["request_id"])
+            raise
 
     async def probe(self) -> None:
-        """See whether the engine takes steps, by a request of one token."""
-        async with aclosing(self._stream(self._request(PROBE, request_id="probe"))) as events:
-            async for _ in events:
-                return
-        msg = "the stream of a probe ended without an event"
-        raise StreamLost(msg)
+        """See whether the engine takes steps: it answers between two of them, however many wait."""
+        await self._end(NOBODY)
 
     async def loading(self) -> bool:
         """Whether Triton loads or unloads the model now: it goes on when who asked for it dies."""
@@ -204,22 +209,16 @@ class TritonEngine:
         traceparent = TRACEPARENT.get()
         headers = {"traceparent": traceparent} if traceparent else None
         responses = self._client.stream_infer(_only(request), headers=headers)
-        ended = False
         try:
             async for result, error in responses:
                 if error is not None:
                     raise map_error(error.status(), error.message())
                 event = read_event(result)
                 if event.finish_reason:
-                    ended = True
                     await _drain(responses)
                 yield event
         except grpc.aio.AioRpcError as error:
             raise map_error(error.code().name, error.details() or "") from error
-        except (asyncio.CancelledError, GeneratorExit):
-            if not ended:
-                self._cancel_soon(request["request_id"])
-            raise
         finally:
             responses.cancel()
 
@@ -230,13 +229,18 @@ class TritonEngine:
         task.add_done_callback(self._cancelling.discard)
 
     async def _cancel(self, request_id: str) -> None:
-        request = self._request({"cancel": request_id}, request_id="cancel", outputs=CANCEL_OUTPUTS)
-        responses = self._client.stream_infer(_only(request))
-        with suppress(TimeoutError, grpc.aio.AioRpcError):
+        with suppress(TimeoutError, EngineError):
             async with asyncio.timeout(CANCEL_SECONDS):
-                async for _ in responses:
-                    await _drain(responses)
-                    return
+                await self._end(request_id)
+
+    async def _end(self, request_id: str) -> None:
+        """End the requests of this id; returns once the engine has done it."""
+        request = self._request({"cancel": request_id}, request_id="cancel", outputs=CANCEL_OUTPUTS)
+        async with aclosing(self._stream(request)) as events:
+            async for _ in events:
+                return
+        msg = "the stream of a cancel ended without an event"
+        raise StreamLost(msg)
 
 
 def make_tensor(name: str, value: InputValue) -> InferInput:

@@ -83,6 +83,8 @@ async def _chunks(
         # With the usage asked for, chunks without it say so; else none has the field.
         return sse(chunk.model_dump_json(exclude=None if includes_usage else {"usage"}))
 
+    now = asyncio.get_running_loop().time
+    spoke = now()
     lengths = [0] * len(running)
     results: dict[int, Event] = {}
     try:
@@ -91,13 +93,15 @@ async def _chunks(
                 yield sent(opening)
         async with aclosing(_merged(running, heartbeat)) as updates:
             async for update in updates:
-                if update is None:
+                if update is None or now() - spoke >= heartbeat:
                     yield KEEPALIVE_COMMENT
+                    spoke = now()
+                if update is None:
                     continue
                 index, event = update
                 if len(event.text) > lengths[index]:
                     yield sent(shape.piece(index, event.text[lengths[index] :]))
-                    lengths[index] = len(event.text)
+                    lengths[index], spoke = len(event.text), now()
                 if event.finish_reason:
                     results[index] = event
                     yield sent(shape.ending(index, event))

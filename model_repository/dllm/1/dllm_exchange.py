@@ -6,16 +6,18 @@ The engine's thread must not wait for Triton: it puts updates into the outbox an
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Collection
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 from dllm_engine import CanvasUpdate, EngineWorker, SamplingParams
 from dllm_metrics import Metrics
-from dllm_tensors import error_response, to_response
+from dllm_tensors import cancel_response, error_response, to_response
 
 logger = logging.getLogger("dllm_engine.triton")
 
@@ -69,7 +71,7 @@ class Exchange:
     def __init__(self, worker: EngineWorker, instance: str) -> None:
         self._worker = worker
         self._callers: dict[int, Caller] = {}
-        self._outbox: deque[tuple[Caller, CanvasUpdate]] = deque()
+        self._outbox: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._stopping = threading.Event()
         self._metrics = Metrics(instance)
@@ -93,12 +95,20 @@ class Exchange:
             with caller.lock:
                 caller.answered = True
 
-    def cancel(self, triton_id: str) -> None:
-        """End whatever its callers call so, before the next step; unknown ids are fine."""
+    def cancel(self, triton_id: str, sender: Any, outputs: Collection[str]) -> None:
+        """End whatever its callers call so before the next step, then answer `sender`.
+
+        Unknown ids are fine: the answer says that the engine takes steps.
+
+        Raises:
+            EngineDead: it does not.
+        """
         with self._changed:
             ids = [i for i, caller in self._callers.items() if caller.triton_id == triton_id]
         for request_id in ids:
             self._worker.cancel(request_id)
+        answer = functools.partial(_send_cancelled, sender, frozenset(outputs))
+        self._worker.between_steps(lambda: self._put(answer))
 
     def post(self, update: CanvasUpdate) -> None:
         """Queue an update for its caller; called on the engine's thread."""
@@ -109,8 +119,12 @@ class Exchange:
             elif caller.num_unsent >= MAX_UNSENT:
                 return
             caller.num_unsent += 1
-            self._outbox.append((caller, update))
-            self._changed.notify()
+        self._put(functools.partial(self._send, caller, update))
+
+    def _put(self, message: Callable[[], None]) -> None:
+        with self._changed:
+            self._outbox.append(message)
+            self._changed.notify_all()
 
     def flush(self, timeout: float) -> bool:
         """Wait until everything is sent; False after `timeout` seconds."""
@@ -132,11 +146,10 @@ class Exchange:
                 self._changed.wait_for(lambda: self._outbox or self._stopping.is_set())
                 if not self._outbox:
                     return
-                caller, update = self._outbox[0]
-            self._send(caller, update)
+                message = self._outbox[0]
+            message()
             with self._changed:
                 self._outbox.popleft()
-                caller.num_unsent -= 1
                 self._changed.notify_all()
 
     def _send(self, caller: Caller, update: CanvasUpdate) -> None:
@@ -150,6 +163,8 @@ class Exchange:
             caller.send(response, final=update.finished)
         except pb_utils.TritonModelException:
             logger.exception("response lost request_id=%d", caller.request_id)
+        with self._changed:
+            caller.num_unsent -= 1
 
     def _watch_loop(self) -> None:
         waiting: list[Caller] = []
@@ -169,3 +184,10 @@ class Exchange:
             if began - published >= METRICS_SECONDS:
                 self._metrics.publish(self._worker)
                 published = began
+
+
+def _send_cancelled(sender: Any, outputs: Collection[str]) -> None:
+    try:
+        sender.send(cancel_response(outputs), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+    except pb_utils.TritonModelException:
+        logger.exception("answer to a cancel lost")

@@ -35,6 +35,7 @@ class TritonPythonModel:
             for name in ("MAX_IN_FLIGHT", "MAX_QUEUE_SIZE")
         )
         self._queue_full = f"exceeds maximum queue size of {waiting} (MAX_QUEUE_SIZE)"
+        self._closing = threading.Event()
         self._places = threading.BoundedSemaphore(in_flight + waiting)
         self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="dllm-unary")
 
@@ -48,7 +49,8 @@ class TritonPythonModel:
                 sender.send(self._failed(self._queue_full), flags=FINAL)
 
     def finalize(self) -> None:
-        """Wait for what is in flight."""
+        """Wait for what is in flight; what waits for a thread is refused."""
+        self._closing.set()
         self._pool.shutdown(wait=True)
 
     def _answer(self, request: Any, sender: Any, came: float) -> None:
@@ -62,6 +64,8 @@ class TritonPythonModel:
         sender.send(response, flags=FINAL)
 
     def _ask_engine(self, request: Any, sender: Any, waited: float) -> Any:
+        if self._closing.is_set():
+            return self._failed("the server is stopping")
         if waited > LONG_WAIT_SECONDS and sender.is_cancelled():
             return self._failed("the caller has left")
         timeout = request.timeout()  # microseconds; 0: none

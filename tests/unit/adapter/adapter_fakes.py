@@ -19,6 +19,8 @@ from adapter.settings import Settings
 
 DONE = Event("an answer", "length", Usage(3, 32, 32, 32), seed=7)
 SIGN_OF_LIFE = Event("an")
+#: A sign of life of a request that has no place yet.
+WAITING = Event("", usage=Usage(3, 0, 0, 0), seed=7, canvas=Canvas([0], [""], [-1.0], (0, 0, 1)))
 HANG = "hang"
 
 #: An `asyncio.Event` is waited for.

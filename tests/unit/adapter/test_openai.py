@@ -9,7 +9,16 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from adapter_fakes import DONE, HANG, ScriptedEngine, denoising, fast_settings, served_app, until
+from adapter_fakes import (
+    DONE,
+    HANG,
+    WAITING,
+    ScriptedEngine,
+    denoising,
+    fast_settings,
+    served_app,
+    until,
+)
 from openai import AsyncOpenAI
 
 from adapter.errors import EngineFailure, InvalidRequest, Overloaded
@@ -172,6 +181,20 @@ async def test_only_what_is_final_is_streamed(url: str, engine: ScriptedEngine) 
     )
     assert all("usage" not in chunk for chunk in sent)
     assert [line for line in lines if line][-1] == "data: [DONE]"
+
+
+async def test_steps_without_text_are_silence_too(url: str, engine: ScriptedEngine) -> None:
+    """Comments are sent while steps bring nothing that may be shown, such as of one that waits."""
+    ticks = [asyncio.Event() for _ in range(8)]
+    loop = asyncio.get_running_loop()
+    for number, tick in enumerate(ticks):
+        loop.call_later(0.015 * (number + 1), tick.set)
+    nothing = Event("", usage=Usage(1, 0, 1, 1), seed=1)
+    engine.scripts = [[item for tick in ticks for item in (WAITING, nothing, tick)] + [DONE]]
+    text = (await post(url, TEXT, {"model": "dllm", "prompt": "a", "stream": True})).text
+
+    assert text.count(": ping\n\n") >= 2
+    assert text.endswith("data: [DONE]\n\n")
 
 
 async def test_silence_of_a_stream_is_filled_with_comments(

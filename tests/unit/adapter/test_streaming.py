@@ -12,6 +12,7 @@ import pytest
 from adapter_fakes import (
     DONE,
     HANG,
+    WAITING,
     RunningApp,
     ScriptedEngine,
     denoising,
@@ -292,6 +293,23 @@ async def test_silence_is_filled_with_comments(patient: Settings, engine: Script
         await lines.aclose()  # type: ignore[attr-defined]
 
     assert seen.count(": ping") >= 2
+
+
+async def test_waiting_for_a_place_is_silence(patient: Settings, engine: ScriptedEngine) -> None:
+    """Signs of life of a request that waits are no steps, and keep nobody from commenting."""
+    ticking = [item for _ in range(4) for item in (WAITING, asyncio.Event())]
+    engine.scripts = [[*ticking[:-1], *denoising(2)]]
+    async with served_app(patient, engine) as url, httpx.AsyncClient() as client:
+        lines = open_stream(url, client)
+        seen = [await anext(lines)]
+        for tick in ticking[1:-1:2]:
+            seen += [await anext(lines) for _ in range(4)]
+            tick.set()  # type: ignore[union-attr]
+        assert {line for line in seen if line} == {": ping"}
+        rest = [line async for line in lines]
+
+    assert sum(line == "event: step" for line in rest) == 2
+    assert sum(line == "event: done" for line in rest) == 1
 
 
 async def test_hanging_up_cancels_the_stream(patient: Settings, engine: ScriptedEngine) -> None:

@@ -101,6 +101,18 @@ def test_a_stop_string_ends_the_request_and_is_not_part_of_the_text(llm: LLM) ->
     assert cut[0].usage.steps < free.usage.steps
 
 
+def test_a_stop_string_ends_the_count_of_tokens(llm: LLM) -> None:
+    """Tokens are counted up to the one that completes it, however many came in the same step."""
+    params = SamplingParams(gen_length=24, steps=1, ignore_eos=True)
+    whole = llm.generate([PROMPT], params, progress=False)[0]
+    stop = whole.text[3:6]
+    cut = llm.generate([PROMPT], dataclasses.replace(params, stop=(stop,)), progress=False)[0]
+    assert llm.engine.codec is not None
+    decoded = [llm.engine.codec.decode(whole.token_ids[:count]) for count in range(25)]
+    assert (whole.usage.completion_tokens, cut.text) == (24, whole.text[: whole.text.index(stop)])
+    assert cut.usage.completion_tokens == next(n for n in range(25) if stop in decoded[n])
+
+
 def test_cancelling_frees_the_slot_at_once(checkpoint: Path) -> None:
     """A cancelled request ends with what it has; the next takes its slot in the next step."""
     engine = make_engine(checkpoint, max_num_seqs=1)
@@ -249,6 +261,31 @@ def test_nothing_finished_is_lost_when_the_device_goes(
     updates = {u.request_id: u for u in engine.abandon(raised.value)}
     assert updates[first].finish_reason is not None
     assert updates[second].error is raised.value
+
+
+def test_whoever_waited_too_long_hears_of_it_though_the_device_goes(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update that was ready before the step in which the device is lost is not lost with it."""
+    clock = time.monotonic()
+    monkeypatch.setattr("dllm_engine.engine.time.monotonic", lambda: clock)
+    engine = make_engine(checkpoint, max_num_seqs=1)
+    submit(engine, gen_length=8)
+    params = SamplingParams(gen_length=8)
+    late = engine.make_request(Prompt(PROMPT), params, timeout=1.0)
+    engine.add(late)
+    engine.step()
+    clock += 2.0
+
+    def lost(*_: object, **__: object) -> torch.Tensor:
+        raise torch.AcceleratorError("device lost")
+
+    monkeypatch.setattr(engine._runner._model, "forward", lost)
+    with pytest.raises(EngineDead) as raised:
+        engine.step()
+    updates = {u.request_id: u for u in engine.abandon(raised.value)}
+    assert isinstance(updates[late.request_id].error, QueueTimeout)
+    assert len(updates) == 2
 
 
 @pytest.mark.parametrize(

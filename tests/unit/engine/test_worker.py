@@ -118,6 +118,47 @@ def test_close_finishes_what_runs(checkpoint: Path) -> None:
     assert answers.qsize() == 5
 
 
+def test_close_turns_away_what_waits_and_takes_cancels(checkpoint: Path) -> None:
+    """Who has no place when the worker is closed is told so at once; the others may still leave."""
+    worker = start(checkpoint, max_num_seqs=1)
+    answers: queue.Queue[CanvasUpdate] = queue.Queue()
+    started = threading.Event()
+    params = SamplingParams(gen_length=250, ignore_eos=True)
+    requests = [
+        worker.engine.make_request(Prompt([1]), params, stream_interval=interval)
+        for interval in (0, None, None)
+    ]
+
+    def note(update: CanvasUpdate) -> None:
+        started.set()
+        if update.finished:
+            answers.put(update)
+
+    for request in requests:
+        worker.submit(request, note)
+    assert started.wait(30)
+    assert not worker.close(timeout=0.0)
+    for _ in requests[1:]:
+        assert "stopping" in str(answers.get(timeout=30).error)
+    worker.cancel(requests[0].request_id)
+    assert worker.close(timeout=30)
+    assert answers.get_nowait().finish_reason is not None
+
+
+def test_what_is_asked_for_between_steps_is_done_in_order(checkpoint: Path) -> None:
+    """Whoever has something done after a cancel knows by it that the cancel is done."""
+    worker = start(checkpoint)
+    log: queue.Queue[str] = queue.Queue()
+    request = worker.engine.make_request(
+        Prompt([1]), SamplingParams(gen_length=250, ignore_eos=True)
+    )
+    worker.submit(request, lambda update: log.put(str(update.finish_reason)))
+    worker.cancel(request.request_id)
+    worker.between_steps(lambda: log.put("done"))
+    assert [log.get(timeout=30) for _ in range(2)] == ["cancelled", "done"]
+    worker.close()
+
+
 def test_close_gives_a_hanging_engine_up(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Closing waits for a running step no longer than it is told."""
     worker = start(checkpoint)
@@ -179,5 +220,8 @@ def test_whoever_comes_as_the_engine_dies_is_answered(
     assert entered.wait(30)
     for _ in range(3):
         worker.submit(engine.make_request(Prompt([1]), SamplingParams()), answers.put)
+    done = threading.Event()
+    worker.between_steps(done.set)
     release.set()
+    assert done.wait(30)
     assert all(isinstance(answers.get(timeout=30).error, EngineDead) for _ in range(4))

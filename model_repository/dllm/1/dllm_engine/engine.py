@@ -232,6 +232,13 @@ class Engine:
         failed = [self._finish(r, None, error) for r in list(self._requests.values())]
         return self._ready_at_death + failed
 
+    def turn_away(self, error: Exception) -> list[CanvasUpdate]:
+        """Fail the requests that find no place now; their final updates."""
+        self._admit()
+        waiting = self.scheduler.waiting
+        self.stats.requests_failed += len(waiting)
+        return [self._finish(request, None, error) for request in waiting]
+
     def step(self) -> list[CanvasUpdate]:
         """One denoising step of as many requests as the budget allows.
 
@@ -244,7 +251,11 @@ class Engine:
         self._admit()
         updates = self._look_at_waiting()
         chosen = self.scheduler.schedule()
-        return updates + self._run(chosen) if chosen else updates
+        try:
+            return updates + self._run(chosen) if chosen else updates
+        except EngineDead:
+            self._ready_at_death = updates + self._ready_at_death
+            raise
 
     def _look_at_waiting(self) -> list[CanvasUpdate]:
         now = time.monotonic()
@@ -326,21 +337,31 @@ class Engine:
     def _outcome(
         self, request: Request, complete: bool, num_ready: int, ended: bool
     ) -> CanvasUpdate | None:
-        grown = num_ready > request.num_ready
-        request.num_ready = num_ready
-        stopped = grown and bool(request.params.stop) and self._has_stop(request)
-        if ended or stopped:
-            request.ended_by_token = ended and not stopped
+        before, request.num_ready = request.num_ready, num_ready
+        stop = self._stop_in(request, before) if num_ready > before else None
+        if stop is not None:
+            request.num_ready = stop
+            return self._finish(request, FinishReason.STOP)
+        if ended:
+            request.ended_by_token = True
             return self._finish(request, FinishReason.STOP)
         if complete:
             return self._finish(request, FinishReason.LENGTH)
         return self._update(request) if request.is_due(time.monotonic()) else None
 
-    def _has_stop(self, request: Request) -> bool:
+    def _stop_in(self, request: Request, before: int) -> int | None:
+        """Tokens up to the one that completes a stop string; those up to `before` held none."""
+        if not request.params.stop:
+            return None
         assert self.codec is not None
         assert request.slot is not None
-        ready = self._runner.table.canvas(request.slot)[0][: request.num_ready]
-        return find_stop(self.codec.decode(ready.numpy()), request.params.stop) is not None
+        ready = self._runner.table.canvas(request.slot)[0][: request.num_ready].numpy()
+        if find_stop(self.codec.decode(ready), request.params.stop) is None:
+            return None
+        for count in range(before + 1, request.num_ready):
+            if find_stop(self.codec.decode(ready[:count]), request.params.stop) is not None:
+                return count
+        return request.num_ready
 
     def _finish(
         self, request: Request, reason: FinishReason | None, error: Exception | None = None

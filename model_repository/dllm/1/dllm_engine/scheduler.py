@@ -14,6 +14,8 @@ REFRESH_HANDICAP = 8
 PRIORITY_STEPS = 64
 #: Steps after which a Refresh is no longer held back to make the load even.
 MAX_HELD_STEPS = 32
+#: Seconds between updates of a request that waits for a place, at least: nothing happens to it.
+WAITING_INTERVAL = 1.0
 #: Steps of less than this share of the token budget are not worth making even.
 EVEN_SHARE = 1 / 8
 
@@ -25,7 +27,7 @@ class Request:
     request_id: int
     prompt: Prompt
     params: SamplingParams
-    #: Seconds between updates while running; 0: every step; None: only the final one.
+    #: Seconds between updates; 0: every step; None: only the final one.
     stream_interval: float | None = None
     #: 0 goes first; each level more waits `PRIORITY_STEPS` steps longer.
     priority: int = 0
@@ -97,7 +99,8 @@ class Request:
         """
         if self.stream_interval is None:
             return False
-        due = now - self.last_update >= self.stream_interval
+        shortest = WAITING_INTERVAL if self.slot is None else 0.0
+        due = now - self.last_update >= max(self.stream_interval, shortest)
         if due:
             self.last_update = now
         return due

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
 from collections.abc import Callable
 
 from .engine import Engine
-from .errors import EngineDead, QueueFull
+from .errors import EngineDead, QueueFull, RequestFailed
 from .request import CanvasUpdate
 from .scheduler import Request
 
@@ -59,8 +60,19 @@ class EngineWorker:
         """End a request before the next step; its final update says so. Unknown ids are fine."""
         self._inbox.put(lambda: self._cancel(request_id))
 
+    def between_steps(self, action: Callable[[], None]) -> None:
+        """Call `action` on the engine's thread, after what was asked for before.
+
+        Raises:
+            EngineDead: the engine has stopped.
+        """
+        with self._lock:
+            if self._death is not None:
+                raise self._death
+            self._inbox.put(action)
+
     def close(self, timeout: float | None = None) -> bool:
-        """Finish what runs, then stop the thread. Nothing may be submitted any more.
+        """Fail what waits, finish what runs, then stop the thread.
 
         Returns:
             Whether it has stopped within `timeout` seconds.
@@ -71,7 +83,7 @@ class EngineWorker:
 
     def _loop(self) -> None:
         try:
-            while self._take_commands() or self.engine.has_work:
+            while self._take_commands():
                 for update in self.engine.step():
                     self._deliver(update)
         except EngineDead as death:
@@ -83,19 +95,25 @@ class EngineWorker:
             self.engine.close()
 
     def _take_commands(self) -> bool:
-        """Run what other threads asked for; waits when there is nothing else to do."""
-        while not self._closing:
+        """Run what other threads asked for; waits when there is nothing else to do.
+
+        Returns:
+            Whether to go on.
+        """
+        while True:
             try:
-                command = self._inbox.get(block=not self.engine.has_work)
+                command = self._inbox.get(block=not (self._closing or self.engine.has_work))
             except queue.Empty:
                 break
             if command is None:
                 self._closing = True
+                for update in self.engine.turn_away(RequestFailed("the server is stopping")):
+                    self._deliver(update)
             elif isinstance(command, Request):
                 self.engine.add(command)
             else:
                 command()
-        return not self._closing
+        return not self._closing or self.engine.has_work
 
     def _cancel(self, request_id: int) -> None:
         update = self.engine.cancel(request_id)
@@ -111,12 +129,18 @@ class EngineWorker:
     def _die(self, death: EngineDead) -> None:
         with self._lock:
             self._death = death
+        actions = []
         while not self._inbox.empty():
             command = self._inbox.get()
             if isinstance(command, Request):
                 self.engine.add(command)  # to be abandoned with the others
+            elif command is not None:
+                actions.append(command)
         for update in self.engine.abandon(death):
             self._deliver(update)
+        for action in actions:  # somebody may wait for them; there is nothing left to cancel
+            with contextlib.suppress(EngineDead):
+                action()
         self.engine.close()  # the owner may end the process at once
         if self._on_death:
             self._on_death(death)
