@@ -10,7 +10,7 @@ InputValue = str | int | float | bool | list[int] | list[str]
 #: Inputs of the Triton model by name (`config.pbtxt`); what is absent takes the model's default.
 Inputs = Mapping[str, InputValue]
 
-#: Triton's levels (`config.pbtxt`): 1 is first, 3 last.
+#: Of the levels that the engine knows: 1 is first, 3 last.
 DEFAULT_PRIORITY = 2
 
 

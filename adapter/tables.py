@@ -38,7 +38,7 @@ jobs = Table(
     Column("started_at", Double),
     Column("finished_at", Double),
     Column("orphaned", Integer, nullable=False, server_default="0"),  # workers that died of it
-    Column("priority", Integer, nullable=False, server_default="2"),  # Triton's: 1 is first
+    Column("priority", Integer, nullable=False, server_default="2"),  # 1 is first, 3 last
     Column("deadline", Double),  # until the job is done
     Column("api_key", String(64)),  # name of the key that submitted it
     Column("request_id", String(128)),  # X-Request-ID of the call that submitted it

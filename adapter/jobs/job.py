@@ -33,7 +33,7 @@ UNDONE = frozenset({JobState.QUEUED, JobState.RUNNING})
 class Terms:
     """On what terms a call submits its jobs."""
 
-    #: Triton's levels: 1 is first, 3 last.
+    #: 1 is first, 3 last.
     priority: int = DEFAULT_PRIORITY
     #: Seconds after which the job is not wanted any more.
     timeout: float | None = None

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import requests
 
 from adapter.keys import entry_of
 from launcher.tritonserver import TritonServer
 from tests.conftest import StartAdapter
-from tests.support.servers import AdapterServer, eventually, metric
+from tests.support.servers import AdapterServer, eventually, metric, settled_counters
 
 
 def sample(adapter: AdapterServer, name: str, labels: str = "") -> float:
@@ -45,8 +46,7 @@ def test_deadline_ends_a_job_in_the_engine(
     """A job that takes too long fails with the time, and its place in the engine is free again."""
     adapter = start_adapter()
     eventually(lambda: metric(triton, "dllm_running_requests") == 0, "the engine is idle")
-    # Long enough for both to get there: Triton may leave one of two that come at once in its queue
-    # for half a second. Run to their end they take twice as long.
+    # Long enough for both to get there; run to their end they take twice as long.
     before = metric(triton, "dllm_requests_cancelled_total")
     jobs = adapter.submit_batch(["a", "b"], timeout=2, gen_length=512, ignore_eos=True)
     for job in jobs:
@@ -109,3 +109,22 @@ def test_trace_context_does_not_disturb_triton(start_adapter: StartAdapter) -> N
     job = answer.json()["request_ids"][0]
     eventually(lambda: adapter.result(job)["status"] == "failed", "the engine refuses it")
     assert str(adapter.result(job)["error"]).startswith("remasking: ")
+
+
+@pytest.mark.parametrize(("drain", "cancelled"), [("60", 0), ("0", 1)])
+def test_sigterm_lets_running_jobs_finish_or_gives_them_back(
+    start_adapter: StartAdapter, triton: TritonServer, drain: str, cancelled: int
+) -> None:
+    """Told to stop, a worker finishes what runs, or else leaves it to whoever comes next."""
+    adapter = start_adapter(DLLM_DRAIN_SECONDS=drain)
+    before = settled_counters(triton)
+    job = adapter.submit("a long one", gen_length=300, ignore_eos=True)
+    eventually(lambda: metric(triton, "dllm_running_requests") == 1, "it runs")
+    adapter.stop()
+    adapter.start()
+    adapter.finished(job)
+    after = settled_counters(triton)
+    assert after["dllm_requests_finished_total"] == before["dllm_requests_finished_total"] + 1
+    assert after["dllm_requests_cancelled_total"] == (
+        before["dllm_requests_cancelled_total"] + cancelled
+    )

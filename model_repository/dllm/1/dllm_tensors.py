@@ -22,7 +22,7 @@ from dllm_engine import (
 from dllm_engine.scheduler import Request
 
 PROMPT_INPUTS = ("text_input", "messages", "input_ids")
-#: Levels as Triton counts them; 1 goes first.
+#: Levels of the input `priority`; 1 goes first.
 DEFAULT_PRIORITY, LOWEST_PRIORITY = 2, 3
 #: Inputs that are sampling parameters of the same name.
 PARAM_INPUTS = tuple(field.name for field in dataclasses.fields(SamplingParams))
