@@ -70,6 +70,7 @@ class Exchange:
 
     def __init__(self, worker: EngineWorker, instance: str) -> None:
         self._worker = worker
+        self._started = time.monotonic()
         self._callers: dict[int, Caller] = {}
         self._outbox: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
@@ -107,7 +108,7 @@ class Exchange:
             ids = [i for i, caller in self._callers.items() if caller.triton_id == triton_id]
         for request_id in ids:
             self._worker.cancel(request_id)
-        answer = functools.partial(_send_cancelled, sender, frozenset(outputs))
+        answer = functools.partial(self._send_cancelled, sender, frozenset(outputs))
         self._worker.between_steps(lambda: self._put(answer))
 
     def post(self, update: CanvasUpdate) -> None:
@@ -166,6 +167,13 @@ class Exchange:
         with self._changed:
             caller.num_unsent -= 1
 
+    def _send_cancelled(self, sender: Any, outputs: Collection[str]) -> None:
+        response = cancel_response(outputs, self._started)
+        try:
+            sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        except pb_utils.TritonModelException:
+            logger.exception("answer to a cancel lost")
+
     def _watch_loop(self) -> None:
         waiting: list[Caller] = []
         pause, published = WATCH_SECONDS, 0.0
@@ -184,10 +192,3 @@ class Exchange:
             if began - published >= METRICS_SECONDS:
                 self._metrics.publish(self._worker)
                 published = began
-
-
-def _send_cancelled(sender: Any, outputs: Collection[str]) -> None:
-    try:
-        sender.send(cancel_response(outputs), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-    except pb_utils.TritonModelException:
-        logger.exception("answer to a cancel lost")

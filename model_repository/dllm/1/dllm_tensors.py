@@ -222,12 +222,18 @@ def _strings(values: Sequence[str]) -> npt.NDArray[np.object_]:
     return np.array([[value.encode() for value in values]], dtype=np.object_)
 
 
-def cancel_response(wanted: Collection[str]) -> Any:
-    """The answer to a request that ends others."""
-    reason = FinishReason.CANCELLED.value
-    outputs = [pb_utils.Tensor("finish_reason", _strings([reason]))]
+def cancel_response(wanted: Collection[str], started: float) -> Any:
+    """The answer to a request that ends others.
+
+    Args:
+        wanted: as for `to_response`.
+        started: when this engine was started (seconds, monotonic), for its text.
+    """
+    outputs = {"finish_reason": FinishReason.CANCELLED.value, "text_output": repr(started)}
     return pb_utils.InferenceResponse(
-        output_tensors=[tensor for tensor in outputs if tensor.name() in wanted]
+        output_tensors=[
+            pb_utils.Tensor(name, _strings([outputs[name]])) for name in outputs if name in wanted
+        ]
     )
 
 

@@ -6,20 +6,43 @@ response on. It never asks for a stream: relaying several responses this way han
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import queue
 import re
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
 from typing import Any
 
+import numpy as np
 import triton_python_backend_utils as pb_utils
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 ENGINE_MODEL = "dllm"
 #: Whoever had to wait for a thread for longer is asked whether he is still there.
 LONG_WAIT_SECONDS = 0.1
-QUEUED_IN_VAIN = re.compile("exceeds maximum queue size|request timeout expired")
+#: While calls are in flight, the engine is asked so often whether it is still the same.
+WATCH_SECONDS = 2.0
+#: It may take so long to say so, and for so long Triton may say in its place that it is dead.
+PATIENCE_SECONDS = 10.0
+LOST = "the engine was lost while it had this request"
+STOPPING = "the server is stopping"
+#: What is no fault of the request: it may be made again.
+TRY_AGAIN = re.compile(
+    f"exceeds maximum queue size|request timeout expired|not healthy|{LOST}|{STOPPING}"
+)
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """One request, and when it came and went to the engine (seconds, monotonic)."""
+
+    request: Any
+    sender: Any
+    came: float
+    began: float = 0.0
+    answered: bool = False
 
 
 class TritonPythonModel:
@@ -35,37 +58,117 @@ class TritonPythonModel:
             for name in ("MAX_IN_FLIGHT", "MAX_QUEUE_SIZE")
         )
         self._queue_full = f"exceeds maximum queue size of {waiting} (MAX_QUEUE_SIZE)"
-        self._closing = threading.Event()
         self._places = threading.BoundedSemaphore(in_flight + waiting)
-        self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="dllm-unary")
+        self._calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
+        self._running: set[Call] = set()
+        self._open = 0
+        self._changed = threading.Condition()
+        self._closing = threading.Event()
+        #: Answers of the last probes: ours must be the last references (see `_ask_engine`).
+        self._probes: deque[Any] = deque(maxlen=16)
+        for _ in range(in_flight):
+            self._start(self._work)
+        self._start(self._watch)
 
     def execute(self, requests: list[Any]) -> None:
         """Hand each request to a thread, which answers through its response sender."""
         for request in requests:
             sender = request.get_response_sender()
             if self._places.acquire(blocking=False):
-                self._pool.submit(self._answer, request, sender, time.monotonic())
+                with self._changed:
+                    self._open += 1
+                self._calls.put(Call(request, sender, time.monotonic()))
             else:
                 sender.send(self._failed(self._queue_full), flags=FINAL)
 
     def finalize(self) -> None:
         """Wait for what is in flight; what waits for a thread is refused."""
         self._closing.set()
-        self._pool.shutdown(wait=True)
+        with self._changed:
+            self._changed.wait_for(lambda: self._open == 0)
 
-    def _answer(self, request: Any, sender: Any, came: float) -> None:
+    def _start(self, work: Any) -> None:
+        threading.Thread(target=work, name="dllm-unary", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            call = self._calls.get()
+            call.began = time.monotonic()
+            with self._changed:
+                self._running.add(call)
+            try:
+                response = self._ask_engine(call)
+            except Exception as error:  # noqa: BLE001
+                # Nobody looks at what a thread raises, and the caller would wait for ever.
+                response = self._failed(str(error))
+            if not self._answer(call, response):
+                return  # it was given up, and another thread has this one's place
+
+    def _answer(self, call: Call, response: Any) -> bool:
+        """Answer a call, unless it has been answered."""
+        with self._changed:
+            if call.answered:
+                return False
+            call.answered = True
+            self._running.discard(call)
         try:
-            response = self._ask_engine(request, sender, time.monotonic() - came)
-        except Exception as error:  # noqa: BLE001
-            # Nobody looks at what a thread of the pool raises, and the caller would wait for ever.
-            response = self._failed(str(error))
+            call.sender.send(response, flags=FINAL)
         finally:
             self._places.release()
-        sender.send(response, flags=FINAL)
+            with self._changed:  # not before it is sent: finalize() waits for this
+                self._open -= 1
+                self._changed.notify_all()
+        return True
 
-    def _ask_engine(self, request: Any, sender: Any, waited: float) -> Any:
+    def _watch(self) -> None:
+        """Answer the calls of an engine that is gone: Triton never does."""
+        healthy = time.monotonic()
+        while True:
+            time.sleep(WATCH_SECONDS)
+            with self._changed:
+                running = list(self._running)
+            if not running:
+                healthy = time.monotonic()
+                continue
+            asked = time.monotonic()
+            started = self._engine_start()
+            if started is not None:
+                healthy = asked
+            # Of another engine, or of one that has been dead for too long to come back.
+            gone = healthy if asked - healthy > PATIENCE_SECONDS else 0.0
+            for call in running:
+                if call.began < (started or gone) and self._answer(call, self._failed(LOST)):
+                    self._start(self._work)
+
+    def _engine_start(self) -> float | None:
+        """When the engine that answers was started (seconds, monotonic); None: none answers."""
+        found: queue.SimpleQueue[float] = queue.SimpleQueue()
+
+        def ask() -> None:
+            cancel = pb_utils.Tensor("cancel", np.array([[b"nobody"]], dtype=np.object_))
+            probe = pb_utils.InferenceRequest(
+                model_name=ENGINE_MODEL,
+                requested_output_names=["text_output"],
+                inputs=[cancel],
+            )
+            responses = probe.exec(decoupled=True)
+            answers = [answer for answer in responses if _has_content(answer)]
+            self._probes.append((responses, answers))
+            if answers and not answers[0].has_error():
+                [text] = answers[0].output_tensors()[0].as_numpy().reshape(-1)
+                found.put(float(text))
+
+        # On a thread of its own: an engine that dies now never answers it.
+        self._start(ask)
+        try:
+            return found.get(timeout=PATIENCE_SECONDS)
+        except queue.Empty:
+            return None
+
+    def _ask_engine(self, call: Call) -> Any:
+        request, sender, waited = call.request, call.sender, call.began - call.came
         if self._closing.is_set():
-            return self._failed("the server is stopping")
+            return self._failed(STOPPING)
         if waited > LONG_WAIT_SECONDS and sender.is_cancelled():
             return self._failed("the caller has left")
         timeout = request.timeout()  # microseconds; 0: none
@@ -73,7 +176,7 @@ class TritonPythonModel:
             timeout -= int(waited * 1e6)
             if timeout <= 0:
                 return self._failed("request timeout expired")
-        call = pb_utils.InferenceRequest(
+        question = pb_utils.InferenceRequest(
             model_name=ENGINE_MODEL,
             # Those and no others: an output that the caller did not ask for would be dropped by the
             # stub without Python's lock, and corrupt the interpreter's memory.
@@ -83,7 +186,7 @@ class TritonPythonModel:
             parameters=json.loads(request.parameters() or "{}"),
             timeout=timeout,
         )
-        responses = call.exec(decoupled=True)
+        responses = question.exec(decoupled=True)
         answers = [answer for answer in responses if _has_content(answer)]
         # A thread of the stub forgets the finished `responses`, again without the lock, so ours
         # must be the last reference. It takes its messages in order; once it has answered this
@@ -101,7 +204,7 @@ class TritonPythonModel:
         errors = pb_utils.TritonError
         if self._about_a_field.search(message):
             code = errors.INVALID_ARG
-        elif QUEUED_IN_VAIN.search(message):
+        elif TRY_AGAIN.search(message):
             code = errors.UNAVAILABLE
         else:
             code = errors.INTERNAL

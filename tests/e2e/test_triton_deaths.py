@@ -1,0 +1,37 @@
+"""The engine's process dies under callers who speak to Triton directly."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import requests
+import tritonclient.http as triton_http
+from tritonclient.utils import InferenceServerException
+
+from tests.e2e.triton_calls import LONG, generate, tensors
+from tests.support.servers import eventually, metric, stub_of, triton_server
+
+CALLS = 4
+
+
+def test_unary_calls_of_a_lost_engine_are_answered(checkpoint: Path) -> None:
+    """Triton never answers whom a killed engine had; `dllm_unary` does, and goes on serving."""
+    with triton_server(checkpoint) as server, ThreadPoolExecutor(CALLS) as pool:
+
+        def infer() -> None:
+            with triton_http.InferenceServerClient(server.http_url, network_timeout=120) as client:
+                client.infer("dllm_unary", tensors(server, triton_http, LONG))
+
+        calls = [pool.submit(infer) for _ in range(CALLS)]
+        eventually(lambda: metric(server, "dllm_running_requests") == CALLS, "all run")
+        stub_of(server, "dllm").kill()
+        for what in ("unload", "load"):
+            url = f"http://{server.http_url}/v2/repository/models/dllm/{what}"
+            assert requests.post(url, json={}, timeout=120).status_code == 200
+        for call in calls:
+            with pytest.raises(InferenceServerException, match="the engine was lost") as error:
+                call.result(timeout=60)
+            assert error.value.status() == "503"
+        assert generate(server, model="dllm_unary", text_input="hello", gen_length=8).text
