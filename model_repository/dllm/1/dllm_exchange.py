@@ -15,7 +15,8 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
-from dllm_engine import CanvasUpdate, EngineWorker, SamplingParams
+from dllm_engine import CanvasUpdate, EngineWorker
+from dllm_engine.scheduler import Request
 from dllm_metrics import Metrics
 from dllm_tensors import cancel_response, error_response, to_response
 
@@ -39,11 +40,8 @@ METRICS_SECONDS = 1.0
 class Caller:
     """Whoever waits for one request."""
 
-    request_id: int
-    #: What the caller calls it.
-    triton_id: str
+    request: Request
     sender: Any
-    params: SamplingParams
     #: Names of the outputs that it asked for.
     outputs: frozenset[str]
     num_unsent: int = 0
@@ -86,7 +84,7 @@ class Exchange:
     def register(self, caller: Caller) -> None:
         """Expect updates for this caller."""
         with self._changed:
-            self._callers[caller.request_id] = caller
+            self._callers[caller.request.request_id] = caller
 
     def forget(self, request_id: int) -> None:
         """Expect no updates for this request any more: it is answered by somebody else, now."""
@@ -105,7 +103,7 @@ class Exchange:
             EngineDead: it does not.
         """
         with self._changed:
-            ids = [i for i, caller in self._callers.items() if caller.triton_id == triton_id]
+            ids = [i for i, caller in self._callers.items() if caller.request.name == triton_id]
         for request_id in ids:
             self._worker.cancel(request_id)
         answer = functools.partial(self._send_cancelled, sender, frozenset(outputs))
@@ -155,15 +153,16 @@ class Exchange:
 
     def _send(self, caller: Caller, update: CanvasUpdate) -> None:
         try:
-            response = to_response(self._worker.engine, update, caller.params, caller.outputs)
+            params = caller.request.params
+            response = to_response(self._worker.engine, update, params, caller.outputs)
         except Exception as error:
             # Whatever is wrong with one answer, its caller must not wait for ever.
-            logger.exception("answer not made request_id=%d", caller.request_id)
+            logger.exception("answer not made request_id=%s", caller.request.name)
             response = error_response(f"answer not made: {error}", pb_utils.TritonError.INTERNAL)
         try:
             caller.send(response, final=update.finished)
         except pb_utils.TritonModelException:
-            logger.exception("response lost request_id=%d", caller.request_id)
+            logger.exception("response lost request_id=%s", caller.request.name)
         with self._changed:
             caller.num_unsent -= 1
 
@@ -186,7 +185,7 @@ class Exchange:
             for caller in [callers[i] for i in running if i in callers] + waiting[:ASKED_WAITING]:
                 # Asked again until the final update: it may not have been queued yet.
                 if caller.has_left():
-                    self._worker.cancel(caller.request_id)
+                    self._worker.cancel(caller.request.request_id)
             del waiting[:ASKED_WAITING]
             pause = max(WATCH_SECONDS, (time.thread_time() - spent) / WATCH_SHARE)
             if began - published >= METRICS_SECONDS:

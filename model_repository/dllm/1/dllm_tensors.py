@@ -67,6 +67,7 @@ def parse_request(engine: Engine, request: Any) -> Request:
         priority=_priority(inputs),
         alone=bool(_scalar(inputs, "alone")) if "alone" in inputs else False,
         timeout=request.timeout() / 1e6 or None,  # microseconds; 0: none
+        name=request.request_id(),
     )
 
 

@@ -70,8 +70,7 @@ class TritonPythonModel:
             self._exchange.cancel(ends, sender, outputs)
             return
         parsed = parse_request(self._worker.engine, request)
-        name = request.request_id()
-        self._exchange.register(Caller(parsed.request_id, name, sender, parsed.params, outputs))
+        self._exchange.register(Caller(parsed, sender, outputs))
         try:
             self._worker.submit(parsed, self._exchange.post)
         except (EngineDead, QueueFull):

@@ -189,12 +189,20 @@ def test_who_waits_gives_signs_of_life_and_gives_up_in_time(
 
 
 def test_a_failing_request_harms_no_other(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An error inside a step fails the request that causes it; the others get their answers."""
+    """An error inside a step fails the request that causes it; the others get their answers.
+
+    The log has the name that the caller gave it.
+    """
     engine = make_engine(checkpoint)
     whole = {i: run_alone(checkpoint, i) for i in (4, 6, 9)}
-    ids = {length: submit(engine, gen_length=length, ignore_eos=True) for length in (4, 6, 9)}
+    ids = {}
+    for length in whole:
+        params = SamplingParams(gen_length=length, ignore_eos=True)
+        request = engine.make_request(Prompt(PROMPT), params, name=f"of {length} tokens")
+        engine.add(request)
+        ids[length] = request.request_id
     model = engine._runner._model
     forward = model.forward
 
@@ -211,6 +219,7 @@ def test_a_failing_request_harms_no_other(
     for length in (4, 9):
         assert finished[ids[length]].token_ids.tolist() == whole[length]
     assert engine.stats.requests_failed == 1
+    assert "request failed request_id=of 6 tokens" in caplog.text
 
 
 def run_alone(checkpoint: Path, gen_length: int) -> list[int]:

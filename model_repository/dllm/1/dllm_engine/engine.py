@@ -125,6 +125,7 @@ class Engine:
         priority: int = 0,
         alone: bool = False,
         timeout: float | None = None,
+        name: str = "",
     ) -> Request:
         """Check a request against this model's limits; it is not queued yet. Thread-safe.
 
@@ -136,6 +137,7 @@ class Engine:
             priority: 0 goes first, larger ones later.
             alone: run it while nothing else runs.
             timeout: seconds that it may wait for a place, after which it fails with QueueTimeout.
+            name: what its caller calls it, for the log.
 
         Raises:
             InvalidRequest: names the field and the limit.
@@ -149,7 +151,7 @@ class Engine:
             problem = f"must be at most {self.max_model_len}; got {resolved.steps}"
             raise InvalidRequest("steps", problem)
         request = Request(
-            next(self._ids), prompt, resolved, stream_interval, priority, alone, timeout
+            next(self._ids), prompt, resolved, stream_interval, priority, alone, timeout, name
         )
         request.num_pages = self._pages_of(request)
         return request
@@ -309,7 +311,7 @@ class Engine:
             logger.warning("step failed requests=%d; running each alone: %s", len(chosen), error)
             return self._run_each(chosen)
         request = chosen[0]
-        logger.error("request failed request_id=%d", request.request_id, exc_info=error)
+        logger.error("request failed request_id=%s", request.name, exc_info=error)
         self.stats.requests_failed += 1
         failure = RequestFailed(f"{type(error).__name__}: {error}")
         return [self._finish(request, None, failure)]

@@ -35,6 +35,8 @@ class Request:
     alone: bool = False
     #: Seconds that it is willing to wait for a place; None: for ever.
     timeout: float | None = None
+    #: What its caller calls it, for the log and for cancelling; need not be unique.
+    name: str = ""
     #: Pages that it holds while running.
     num_pages: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
