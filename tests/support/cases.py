@@ -39,6 +39,7 @@ RULES: tuple[Mapping[str, Any], ...] = (
     {"entropy_bound": 0.5},
     {"entropy_bound": 6.0},
     {"anchor_threshold": 0.2, "neighbor_threshold": 0.05},
+    {"anchor_threshold": 0.2, "neighbor_threshold": 0.05, "remasking": "random"},
     {"anchor_threshold": 0.1, "remasking": "entropy"},
     {"alg": "origin"},
     {"alg": "maskgit_plus"},
