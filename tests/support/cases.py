@@ -101,7 +101,7 @@ def cases(
         choice |= draw(st.sampled_from(kind))
     assume(is_allowed(choice))
     length = draw(st.integers(1, gen_length))
-    # A list of credit holds 16 tokens: a block of more steps may need more.
+    # A list of credit holds 16 tokens: a block of more steps may need more (see test_credit).
     block_length = draw(st.integers(1, min(length, 16) if "credit" in choice else length))
     params = SamplingParams(
         gen_length=length,
