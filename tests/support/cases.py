@@ -39,6 +39,7 @@ RULES: tuple[Mapping[str, Any], ...] = (
     {"entropy_bound": 0.5},
     {"entropy_bound": 6.0},
     {"anchor_threshold": 0.2, "neighbor_threshold": 0.05},
+    {"anchor_threshold": 0.2, "neighbor_threshold": 0.05, "remasking": "random"},
     {"anchor_threshold": 0.1, "remasking": "entropy"},
     {"alg": "origin"},
     {"alg": "maskgit_plus"},
@@ -100,7 +101,7 @@ def cases(
         choice |= draw(st.sampled_from(kind))
     assume(is_allowed(choice))
     length = draw(st.integers(1, gen_length))
-    # A list of credit holds 16 tokens: a block of more steps may need more.
+    # A list of credit holds 16 tokens: a block of more steps may need more (see test_credit).
     block_length = draw(st.integers(1, min(length, 16) if "credit" in choice else length))
     params = SamplingParams(
         gen_length=length,

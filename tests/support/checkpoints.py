@@ -104,6 +104,7 @@ def write_llada(
     tokenizer: bool = True,
     chat_template: bool = True,
     seed: int = 1,
+    scale: float = 0.25,
     **overrides: Any,
 ) -> Path:
     """Write a tiny random LLaDA checkpoint to `directory` and return it."""
@@ -111,7 +112,8 @@ def write_llada(
     config = llada_config(**overrides)
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS}))
-    tensors = {k: v.to(dtype) for k, v in random_tensors(llada_shapes(config), seed=seed).items()}
+    tensors = random_tensors(llada_shapes(config), seed=seed, scale=scale)
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     write_tensors(directory, tensors, shards)
     if tokenizer:
         write_tokenizer(directory, chat_template=chat_template)
@@ -244,6 +246,7 @@ def write_dream(
     dtype: torch.dtype = torch.float32,
     tokenizer: bool = True,
     seed: int = 1,
+    scale: float = 0.25,
     **overrides: Any,
 ) -> Path:
     """Write a tiny random Dream checkpoint to `directory` and return it."""
@@ -252,7 +255,8 @@ def write_dream(
     (directory / "config.json").write_text(json.dumps(config))
     generation = {"alg": "origin", "eos_token_id": 500, "mask_token_id": None, "steps": 512}
     (directory / "generation_config.json").write_text(json.dumps(generation))
-    tensors = {k: v.to(dtype) for k, v in random_tensors(dream_shapes(config), seed=seed).items()}
+    tensors = random_tensors(dream_shapes(config), seed=seed, scale=scale)
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     write_tensors(directory, tensors, shards)
     if tokenizer:
         write_dream_tokenizer(directory)

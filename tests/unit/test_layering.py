@@ -30,6 +30,7 @@ LAYERS = [
     {"ops"},
     {"config"},
     {"request"},
+    {"decoding"},
     {"errors"},
 ]
 

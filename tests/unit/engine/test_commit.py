@@ -7,16 +7,9 @@ from collections import Counter
 import pytest
 import torch
 from dllm_engine import LLM, SamplingParams
+from dllm_engine.decoding import ALG, REMASKING, Rule, Score
 from dllm_engine.sampling import BlockStatistics, CommitPlan, select_commits
-from dllm_engine.sampling.commit import (
-    ALG,
-    REMASKING,
-    Rule,
-    Score,
-    dream_chances,
-    dream_count,
-    linear_count,
-)
+from dllm_engine.sampling.commit import dream_chances, dream_count, linear_count
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -18,6 +18,10 @@ from tests.support.checkpoints import EOS, write_dream, write_llada
 from tests.support.oracle import dream_oracle, llada_oracle
 from tests.support.reference import Forward
 
+#: Of the weights, where logits are compared: they are a few units large then, and
+#: float32 has digits left for an absolute difference of 1e-5.
+SCALE = 0.08
+
 
 def _logits(directory: Path, lengths: list[int], tokens: torch.Tensor) -> torch.Tensor:
     model = load_model(directory, read_spec(directory), device="cpu", dtype=torch.float32)
@@ -42,7 +46,7 @@ def _logits(directory: Path, lengths: list[int], tokens: torch.Tensor) -> torch.
 )
 def test_logits_equal_transformers_llama(tmp_path: Path, layout: dict[str, object]) -> None:
     """Packed logits equal those of transformers' Llama with a full mask, sequence by sequence."""
-    directory = write_llada(tmp_path, **layout)  # type: ignore[arg-type]
+    directory = write_llada(tmp_path, scale=SCALE, **layout)  # type: ignore[arg-type]
     assert_logits_equal(directory, llada_oracle(directory, torch.float32))
 
 
@@ -58,28 +62,21 @@ def test_logits_equal_transformers_llama(tmp_path: Path, layout: dict[str, objec
 )
 def test_dream_logits_equal_transformers_qwen2(tmp_path: Path, layout: dict[str, object]) -> None:
     """Packed logits equal those of transformers' Qwen2 with a full mask, before the shift."""
-    directory = write_dream(tmp_path, **layout)  # type: ignore[arg-type]
-    shifted = dream_oracle(directory, torch.float32)
-    lengths = [1, 17, 17, 40]
-    tokens = torch.randint(0, 512, (75,), generator=torch.Generator().manual_seed(2))
-    packed = _logits(directory, lengths, tokens).split(lengths)
-    for sequence, logits in zip(tokens.split(lengths), packed, strict=True):
-        expected = shifted(sequence)
-        scale = float(expected.abs().max())
-        moved = torch.cat([logits[:1], logits[:-1]])
-        torch.testing.assert_close(moved / scale, expected / scale, atol=1e-5, rtol=0)
+    directory = write_dream(tmp_path, scale=SCALE, **layout)  # type: ignore[arg-type]
+    assert_logits_equal(directory, dream_oracle(directory, torch.float32), shifted=True)
 
 
-def assert_logits_equal(directory: Path, oracle: Forward) -> None:
-    """Four packed sequences against the oracle, one by one."""
+def assert_logits_equal(directory: Path, oracle: Forward, *, shifted: bool = False) -> None:
+    """Four packed sequences against the oracle, one by one: no logit differs by more than 1e-5."""
     lengths = [1, 17, 17, 40]
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(0, 512, (sum(lengths),), generator=generator)
     packed = _logits(directory, lengths, tokens).split(lengths)
     for sequence, logits in zip(tokens.split(lengths), packed, strict=True):
         expected = oracle(sequence)
-        scale = float(expected.abs().max())
-        torch.testing.assert_close(logits / scale, expected / scale, atol=1e-5, rtol=0)
+        assert 1 < expected.abs().max() < 10
+        moved = torch.cat([logits[:1], logits[:-1]]) if shifted else logits
+        torch.testing.assert_close(moved, expected, atol=1e-5, rtol=0)
 
 
 def _edit_tensors(directory: Path, edit: dict[str, torch.Tensor | None]) -> None:
@@ -115,6 +112,53 @@ def test_however_many_are_missing_all_are_named(tmp_path: Path) -> None:
         _load(tmp_path)
     assert all(f"missing {name}" in str(raised.value) for name in names)
     assert all(f"unexpected {name}" in str(raised.value) for name in extra)
+
+
+def test_all_that_is_wrong_with_the_tensors_is_one_error(tmp_path: Path) -> None:
+    """Missing, unexpected, misshapen and of a wrong type: one message names each of them."""
+    write_llada(tmp_path)
+    block = "model.transformer.blocks"
+    _edit_tensors(
+        tmp_path,
+        {
+            f"{block}.0.q_proj.weight": None,
+            f"{block}.7.q_proj.weight": torch.zeros(64, 64),
+            f"{block}.1.attn_out.weight": torch.zeros(64, 32),
+            f"{block}.1.ff_out.weight": torch.zeros(64, 96, dtype=torch.int8),
+            f"{block}.1.up_proj.weight": torch.zeros(64, 96, dtype=torch.int8),
+        },
+    )
+    with pytest.raises(CheckpointError) as raised:
+        _load(tmp_path)
+    problems = str(raised.value).split(": tensors: ")[1].split("; ")
+    assert sorted(problems) == [
+        f"missing {block}.0.q_proj.weight",
+        f"{block}.1.attn_out.weight: shape [64, 32], expected [64, 64]",
+        f"{block}.1.ff_out.weight: I8, expected one of BF16, F16, F32, F64",
+        f"{block}.1.up_proj.weight: I8, expected one of BF16, F16, F32, F64",
+        f"{block}.1.up_proj.weight: shape [64, 96], expected [96, 64]",
+        f"unexpected {block}.7.q_proj.weight",
+    ]
+
+
+@pytest.mark.parametrize(
+    "weight_map", [None, {}, [], "x", {"a": 1}, {"a": ["model.safetensors"]}, {"a": None}], ids=str
+)
+def test_a_malformed_index_is_an_error_with_its_path(tmp_path: Path, weight_map: object) -> None:
+    """An index whose `weight_map` is not a mapping of names to files is refused, saying so."""
+    write_llada(tmp_path, shards=2)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=r"index\.json: weight_map: must map names"):
+        _load(tmp_path)
+
+
+def test_an_index_that_names_a_missing_file_is_an_error_with_its_path(tmp_path: Path) -> None:
+    """A shard that was not copied is reported by path."""
+    write_llada(tmp_path, shards=2)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors"):
+        _load(tmp_path)
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
@@ -219,6 +263,16 @@ def test_progress_goes_up_to_the_last_parameter(tmp_path: Path) -> None:
     total = seen[-1][1]
     assert seen == [(i + 1, total) for i in range(total)]
     assert total > spec.num_layers * 6
+
+
+def test_progress_is_logged(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Who starts a server sees how far loading is, in ten lines, to the end."""
+    with caplog.at_level("INFO", logger="dllm_engine"):
+        LLM(checkpoint)
+    percents = [int(found) for found in re.findall(r"loading weights (\d+)%", caplog.text)]
+    assert percents == sorted(set(percents))
+    assert len(percents) == 10
+    assert percents[-1] == 100
 
 
 def test_a_misshaped_tensor_is_named_with_both_shapes(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from dllm_engine import LLM, CanvasUpdate, Completion, Prompt, SamplingParams
+from dllm_engine import LLM, CanvasUpdate, Completion, EngineConfig, Prompt, SamplingParams
+from dllm_engine.canvas import CanvasTable
+from dllm_engine.sampling import SpecialTokens
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -123,11 +125,14 @@ def test_every_rule_equals_the_reference_beside_longer_blocks(
     subject: Subject, rule: dict[str, Any]
 ) -> None:
     """Blocks of 6, 10 and 32 tokens in one batch: what a rule sees ends with its own block."""
+    # LocalLeap looks to both sides: too few prompts do not show it looking too far.
+    count = 24 if "anchor_threshold" in rule else 8
     generator = torch.Generator().manual_seed(5)
     prompts = [
-        Prompt(torch.randint(0, 499, (3 + 2 * i,), generator=generator).tolist()) for i in range(8)
+        Prompt(torch.randint(0, 499, (3 + 2 * i,), generator=generator).tolist())
+        for i in range(count)
     ]
-    lengths = [10, 6, 10, 32] * 2
+    lengths = [10, 6, 10, 32] * (count // 4)
     params = [
         SamplingParams(
             gen_length=32,
@@ -143,6 +148,31 @@ def test_every_rule_equals_the_reference_beside_longer_blocks(
     for prompt, p, answer in zip(prompts, params, answers, strict=True):
         abs = 1e-5 if p.credit else 1e-6
         assert_equal(answer, subject.expected(prompt, p), abs=abs)
+
+
+def test_confidence_past_the_end_of_a_shorter_block_is_nobodys(subject: Subject) -> None:
+    """Columns that only a longer neighbour has hold −1, whatever the block's start was committed
+    with, since they repeat its position."""
+    mask = IDS[subject.family].mask
+    table = CanvasTable(
+        2,
+        16,
+        special=SpecialTokens(mask, torch.tensor([501]), torch.tensor([501])),
+        shifted=subject.family == "dream",
+        device="cpu",
+    )
+    defaults = EngineConfig(model_path=Path()).cache_defaults
+    for slot, length in enumerate((3, 8)):
+        params = SamplingParams(gen_length=8, block_length=length).with_cache_defaults(defaults)
+        table.fill(slot, Prompt([5, 6]), params.resolved())
+    state = table.state([0, 1])
+    at = torch.tensor([2, 2]), torch.tensor([True, True]), torch.tensor([7, 7])
+    table.commit(state.slots, state.slots, *at, torch.tensor([0.5, 0.25]))
+    positions, masked = table.block_positions(state, 8)
+    assert positions[0].tolist() == [2, 3, 4] + [2] * 5
+    assert masked.sum(dim=1).tolist() == [2, 7]
+    confidence = table.block_confidence(state, positions)
+    assert confidence.tolist() == [[0.5] + [-1.0] * 7, [0.25] + [-1.0] * 7]
 
 
 def test_credit_equals_its_definition_and_touches_no_neighbour(subject: Subject) -> None:

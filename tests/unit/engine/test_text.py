@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from dllm_engine import InvalidRequest
 from dllm_engine.text import TextCodec, find_stop
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tests.support.checkpoints import (
     BOS,
@@ -167,8 +170,7 @@ def test_each_position_shows_what_it_adds(codec: TextCodec) -> None:
     shown = np.ones(len(ids), dtype=bool)
     assert codec.pieces(ids, shown) == ["a", "", "é", "", "", "", "", "🙂", "b"]
     shown[5] = False
-    torn = codec.pieces(ids, shown)
-    assert torn == ["a", "", "é", "", "\ufffd", "", "\ufffd", "\ufffd", "b"]
+    assert codec.pieces(ids, shown) == ["a", "", "é", "", "", "", "", "", "b"]
 
 
 def test_a_whole_character_after_a_torn_one_is_found(codec: TextCodec) -> None:
@@ -176,7 +178,56 @@ def test_a_whole_character_after_a_torn_one_is_found(codec: TextCodec) -> None:
     whole = codec.encode_text("é")
     ids = np.array([*codec.encode_text("🙂")[:2], *whole, whole[1]], dtype=np.int32)
     pieces = codec.pieces(ids, np.ones(5, dtype=bool))
-    assert pieces == ["\ufffd", "\ufffd", "", "é", "\ufffd"]
+    assert pieces == ["", "", "", "é", ""]
+
+
+@pytest.fixture(scope="module")
+def torn() -> TextCodec:
+    """A byte-level tokenizer with tokens that are text and part of a character, as real
+    ones have them."""
+    alphabet = bytes_to_unicode()
+    tokens = [b" \xe2\x80", b"\x9c", b"a\xc3", b"\xa9b\xc3", b"\xa9c", b"d", b"?"]
+    vocabulary = {"".join(alphabet[byte] for byte in token): i for i, token in enumerate(tokens)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    words.decoder = decoders.ByteLevel()
+    return TextCodec(PreTrainedTokenizerFast(tokenizer_object=words, mask_token="?"), 6)
+
+
+@pytest.mark.parametrize(
+    ("ids", "pieces"),
+    [
+        ([0], [" "]),
+        ([0, 1, 5], [" ", "“", "d"]),
+        ([2, 5], ["a", "d"]),  # never completed
+        ([2, 3, 5], ["a", "éb", "d"]),  # of two é one is completed
+        ([2, 3, 4], ["a", "éb", "éc"]),
+        ([3, 4], ["b", "éc"]),  # nor is what the first begins with
+        ([4, 1, 5], ["c", "", "d"]),
+    ],
+    ids=str,
+)
+def test_text_beside_a_torn_character_stays_where_it_is(
+    torn: TextCodec, ids: list[int], pieces: list[str]
+) -> None:
+    """Of a token that is text and part of a character the text is shown at once; the character
+    stands with the token that completes it."""
+    assert torn.pieces(np.array(ids), np.ones(len(ids), dtype=bool)) == pieces
+
+
+@given(st.lists(st.integers(0, 255), max_size=24), st.data())
+def test_no_piece_ever_holds_half_a_character(
+    codec: TextCodec, ids: list[int], data: st.DataObject
+) -> None:
+    """Whatever bytes are shown, in whatever order: no U+FFFD."""
+    shown = np.array([data.draw(st.booleans()) for _ in ids], dtype=bool)
+    assert "\ufffd" not in "".join(codec.pieces(np.array(ids, dtype=np.int32), shown))
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), min_size=1))
+def test_the_pieces_of_a_whole_text_are_the_text(codec: TextCodec, text: str) -> None:
+    """Once all is shown nothing is missing and nothing is shown twice."""
+    ids = np.array(codec.encode_text(text))
+    assert "".join(codec.pieces(ids, np.ones(len(ids), dtype=bool))) == text
 
 
 def test_pieces_of_a_decoder_that_drops_the_first_space() -> None:

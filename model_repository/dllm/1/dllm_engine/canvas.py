@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from .cache.policy import ActiveState, CachePolicy, Phases
+from .decoding import Rule
 from .ops import upload
 from .request import Prompt, SamplingParams
 from .sampling import LISTED, Credits, SpecialTokens
-from .sampling.commit import Rule, dream_chances, dream_count, linear_count
+from .sampling.commit import dream_chances, dream_count, linear_count
 from .slot_facts import SlotFacts
 from .slot_state import SlotState, SlotTable
 

@@ -1,4 +1,4 @@
-"""What a caller asks for, and what comes back. Plain data: no torch, nothing of ours but errors."""
+"""What a caller asks for, and what comes back. Plain data: no torch."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ import secrets
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from .decoding import ALG, COMMIT_FIELDS, COMPANIONS, REMASKING, is_given
 from .errors import InvalidRequest
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-REMASKING_RULES = ("low_confidence", "random", "entropy", "margin")
-DREAM_ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
-#: Parameters that each choose how many positions a step commits: at most one may be given.
-COMMIT_RULES = ("confidence_threshold", "factor", "entropy_bound", "anchor_threshold")
 CACHE_POLICIES = ("none", "prefix", "dual", "sparse", "delayed")
 #: Parameters of caching, and the policies that each applies to.
 CACHE_FIELDS = {
@@ -74,7 +71,8 @@ class SamplingParams:
     low_threshold: float | None = None
     #: dInfer's credit decoding: with `confidence_threshold`, trust tokens that stay ahead.
     credit: bool = False
-    #: LocalLeap: around positions at least this confident, commit neighbours too …
+    #: LocalLeap as dlmserve has it, on the schedule: around positions committed with at least this
+    #: confidence, commit neighbours too …
     anchor_threshold: float | None = None
     #: … that are at least this confident.
     neighbor_threshold: float | None = None
@@ -163,8 +161,8 @@ def _check_ranges(p: SamplingParams) -> None:
         ok = 1 <= p.block_length <= p.gen_length
         _require("block_length", ok, f"1 to gen_length ({p.gen_length})", p.block_length)
     _require("cfg_scale", 0 <= p.cfg_scale < math.inf, "0 or more", p.cfg_scale)
-    rules = ", ".join(REMASKING_RULES)
-    _require("remasking", p.remasking in REMASKING_RULES, f"one of {rules}", repr(p.remasking))
+    rules = ", ".join(REMASKING)
+    _require("remasking", p.remasking in REMASKING, f"one of {rules}", repr(p.remasking))
     fractions = ("confidence_threshold", "low_threshold", "anchor_threshold")
     for name in (*fractions, "neighbor_threshold", "top_p"):
         value = getattr(p, name)
@@ -184,18 +182,13 @@ def _check_ranges(p: SamplingParams) -> None:
 
 
 def _check_combination(p: SamplingParams) -> None:
-    given = [name for name in COMMIT_RULES if getattr(p, name) is not None]
+    given = [name for name in COMMIT_FIELDS if getattr(p, name) is not None]
     if len(given) > 1:
         raise InvalidRequest(given[1], f"cannot be combined with {given[0]}")
-    for name, needed in (
-        ("low_threshold", "confidence_threshold"),
-        ("neighbor_threshold", "anchor_threshold"),
-    ):
-        if getattr(p, name) is not None and getattr(p, needed) is None:
+    for name, needed in COMPANIONS.items():
+        if is_given(getattr(p, name)) and getattr(p, needed) is None:
             raise InvalidRequest(name, f"needs {needed}")
     if p.credit:
-        if p.confidence_threshold is None:
-            raise InvalidRequest("credit", "needs confidence_threshold")
         for other, asked in (
             ("alg", p.alg is not None),
             ("temperature above 0", p.temperature > 0),
@@ -206,8 +199,8 @@ def _check_combination(p: SamplingParams) -> None:
     if p.alg is None:
         _require("alg_temp", p.alg_temp == 0, "0 without alg", p.alg_temp)
         return
-    algorithms = ", ".join(DREAM_ALGORITHMS)
-    _require("alg", p.alg in DREAM_ALGORITHMS, f"one of {algorithms}", repr(p.alg))
+    algorithms = ", ".join(ALG)
+    _require("alg", p.alg in ALG, f"one of {algorithms}", repr(p.alg))
     _require("alg_temp", 0 <= p.alg_temp < math.inf, "0 or more", p.alg_temp)
     if p.confidence_eos_eot_inf:
         given.append("confidence_eos_eot_inf")

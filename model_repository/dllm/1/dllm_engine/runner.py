@@ -11,10 +11,10 @@ from torch import Tensor
 from .batch import StepBatch, build_batch
 from .canvas import CanvasTable, StepResult
 from .config import EngineConfig
+from .decoding import Rule
 from .models import ModelSpec
 from .request import Prompt, SamplingParams
 from .sampling import BlockStatistics, Candidates, select_commits
-from .sampling.commit import Rule
 from .shard import ModelShard, StepInputs
 from .team import ModelTeam
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from .decoding import SPREAD_SCORES, Rule, Score, decoding_of, score_of
 from .request import Prompt, SamplingParams
 from .sampling import SamplingFlags, needs_whole_row
-from .sampling.commit import ALG, REMASKING, SPREAD_SCORES, Rule, Score
 
 
 @dataclasses.dataclass
@@ -44,13 +44,13 @@ class SlotFacts:
     def of(cls, prompt: Prompt, params: SamplingParams, mask: int) -> SlotFacts:
         """Of a request that has just been laid out; `params` must be resolved."""
         assert params.block_length is not None
-        rule, *bounds = _rule_of(params)
-        score = ALG[params.alg] if params.alg else REMASKING[params.remasking]
+        decoding, score = decoding_of(params), score_of(params)
+        rule = decoding.rule
         length = len(prompt.ids) + params.gen_length + len(prompt.suffix_ids)
         return cls(
             rule=rule,
             score=score,
-            bounds=(bounds[0], bounds[1]),
+            bounds=decoding.bounds(params),
             draws=params.alg_temp > 0,
             needs_spread=score in SPREAD_SCORES or rule is Rule.ENTROPY_BOUND,
             uses_credit=params.credit,
@@ -91,19 +91,3 @@ def _flags_of(params: SamplingParams) -> SamplingFlags:
         no_eos=params.logits_eos_inf,
         late_eos=params.confidence_eos_eot_inf,
     )
-
-
-def _rule_of(params: SamplingParams) -> tuple[Rule, float, float]:
-    """The rule that decides how many positions are committed, and its two parameters."""
-    if params.confidence_threshold is not None:
-        if params.low_threshold is not None:
-            return Rule.HIERARCHICAL, params.confidence_threshold, params.low_threshold
-        return Rule.THRESHOLD, params.confidence_threshold, 0.0
-    if params.factor is not None:
-        return Rule.FACTOR, params.factor, 0.0
-    if params.entropy_bound is not None:
-        return Rule.ENTROPY_BOUND, params.entropy_bound, 0.0
-    if params.anchor_threshold is not None:
-        fair = 0.75 if params.neighbor_threshold is None else params.neighbor_threshold
-        return Rule.LOCAL_LEAP, params.anchor_threshold, fair
-    return (Rule.ORIGIN if params.alg == "origin" else Rule.COUNT), 0.0, 0.0

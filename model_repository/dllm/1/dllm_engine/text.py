@@ -141,24 +141,38 @@ class TextCodec:
     def pieces(self, token_ids: npt.NDArray[np.int32], shown: npt.NDArray[np.bool_]) -> list[str]:
         """What each shown position adds to the text; "" where not shown, and for special tokens.
 
-        A character that spans several tokens stands with the last of them, once all are shown.
+        A character that spans several tokens stands with the last of them, once all are shown;
+        until then, and where bytes never become a character, nothing stands for it: half a
+        character is never shown, nor is U+FFFD, which decoders write for it.
         """
         pieces: list[str] = []
         partial: list[int] = []  # the latest tokens, as long as each holds part of a character
         for token_id, is_shown in zip(token_ids.tolist(), shown.tolist(), strict=True):
-            pieces.append(self._piece(token_id) if is_shown else "")
-            if _INCOMPLETE not in pieces[-1]:
+            piece = self._piece(token_id) if is_shown else ""
+            pieces.append(piece.replace(_INCOMPLETE, ""))
+            if _INCOMPLETE not in piece:
                 partial = []
                 continue
             partial = [*partial, token_id][-_MAX_CHARACTER_TOKENS:]
             for start in range(len(partial) - 1):
                 joined = self._decode(partial[start:])
-                if _INCOMPLETE not in joined:
+                gained = self._gained(partial[start:], joined.strip(_INCOMPLETE))
+                if gained:
                     count = len(partial) - start
-                    pieces[-count:] = [*[""] * (count - 1), joined]
-                    partial = []
+                    pieces[1 - count :] = [*[""] * (count - 2), gained]
+                    partial = [token_id] if joined.endswith(_INCOMPLETE) else []
                     break
         return pieces
+
+    def _gained(self, token_ids: list[int], joined: str) -> str:
+        """What whole characters these tokens make that none of them makes alone: `joined`, their
+        text, without what the first shows alone; "" if there are none, or if they are not whole."""
+        alone = [self._piece(token_id).replace(_INCOMPLETE, "") for token_id in token_ids]
+        if not joined.startswith(alone[0]):
+            alone[0] = alone[0].lstrip()  # a space that the decoder drops at the start
+        is_whole = joined.startswith(alone[0]) and _INCOMPLETE not in joined
+        is_more = len(joined) > sum(map(len, alone))
+        return joined[len(alone[0]) :] if is_whole and is_more else ""
 
     def _piece(self, token_id: int) -> str:
         """What one token adds to a text: some decoders drop the space that begins the first."""

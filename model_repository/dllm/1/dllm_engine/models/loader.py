@@ -108,8 +108,7 @@ def load_model(
     table: dict[str, tuple[str, ...]] = _FAMILIES[spec.architecture].tensors(spec)
     wanted = dict(model.named_parameters())
     with _Checkpoint(directory) as checkpoint:
-        _check_names(table, checkpoint)
-        _check_tensors(table, dict(whole.named_parameters()), spec, checkpoint)
+        _check(table, dict(whole.named_parameters()), spec, checkpoint)
         for done, (name, parameter) in enumerate(wanted.items(), start=1):
             filled = torch.empty(parameter.shape, device=device, dtype=dtype)
             row = 0
@@ -134,32 +133,34 @@ def _stop_ids(sources: list[dict[str, Any]]) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-def _check_names(table: Mapping[str, tuple[str, ...]], checkpoint: _Checkpoint) -> None:
-    expected = {source for sources in table.values() for source in sources}
-    problems = [f"missing {name}" for name in sorted(expected - checkpoint.names)]
-    problems += [f"unexpected {name}" for name in sorted(checkpoint.names - expected)]
-    if problems:
-        raise CheckpointError(f"{checkpoint.directory}: tensors: {'; '.join(problems)}")
-
-
-def _check_tensors(
+def _check(
     table: Mapping[str, tuple[str, ...]],
     wanted: Mapping[str, Tensor],
     spec: ModelSpec,
     checkpoint: _Checkpoint,
 ) -> None:
-    problems = []
+    """All that is wrong with a checkpoint's tensors, in one error."""
+    expected = {source for sources in table.values() for source in sources}
+    problems = [f"missing {name}" for name in sorted(expected - checkpoint.names)]
+    problems += [f"unexpected {name}" for name in sorted(checkpoint.names - expected)]
     for name, parameter in wanted.items():
         rows = stacked_rows(spec, name) or (parameter.shape[0],)
         for source, count in zip(table[name], rows, strict=True):
-            found, expected = checkpoint.shape(source), (count, *parameter.shape[1:])
-            if found != expected:
-                problems.append(f"{source}: shape {list(found)}, expected {list(expected)}")
-            dtype = checkpoint.dtype(source)
-            if dtype not in _DTYPES:
-                problems.append(f"{source}: {dtype}, expected one of {', '.join(_DTYPES)}")
+            if source in checkpoint.names:
+                shape = (count, *parameter.shape[1:])
+                problems += _problems_of(source, shape, checkpoint)
     if problems:
         raise CheckpointError(f"{checkpoint.directory}: tensors: {'; '.join(problems)}")
+
+
+def _problems_of(source: str, shape: tuple[int, ...], checkpoint: _Checkpoint) -> list[str]:
+    problems = []
+    found, dtype = checkpoint.shape(source), checkpoint.dtype(source)
+    if found != shape:
+        problems.append(f"{source}: shape {list(found)}, expected {list(shape)}")
+    if dtype not in _DTYPES:
+        problems.append(f"{source}: {dtype}, expected one of {', '.join(_DTYPES)}")
+    return problems
 
 
 def _replace_parameter(model: torch.nn.Module, name: str, value: Tensor) -> None:
@@ -193,8 +194,12 @@ class _Checkpoint:
 
     def _file_names(self) -> list[str]:
         if (self.directory / _INDEX).exists():
-            weight_map = read_json(self.directory / _INDEX).get("weight_map", {})
-            return sorted(set(weight_map.values()))
+            weight_map = read_json(self.directory / _INDEX).get("weight_map")
+            files = list(weight_map.values()) if isinstance(weight_map, dict) else []
+            if not files or not all(isinstance(file, str) for file in files):
+                problem = "weight_map: must map names of tensors to names of files"
+                raise CheckpointError(f"{self.directory / _INDEX}: {problem}")
+            return sorted(set(files))
         if (self.directory / _SINGLE).exists():
             return [_SINGLE]
         pickles = [p.name for p in self.directory.glob("*.bin")]

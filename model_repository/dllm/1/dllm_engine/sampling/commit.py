@@ -1,4 +1,4 @@
-"""Which masked positions a step commits: scores, schedules, and the table of rule names.
+"""Which masked positions a step commits: scores and schedules of the rules in `decoding`.
 
 A row is a request, a column a position of its active block; requests with different rules share
 a step, so each rule in use is worked out for all rows and picked where it applies.
@@ -7,51 +7,12 @@ a step, so each rule in use is worked out for all rows and picked where it appli
 from __future__ import annotations
 
 import dataclasses
-import enum
 
 import torch
 from torch import Tensor
 
+from ..decoding import Rule, Score
 from . import noise, rules
-
-
-class Score(enum.IntEnum):
-    """What ranks the positions of a block."""
-
-    CONFIDENCE = 0
-    RANDOM = 1
-    ENTROPY = 2
-    MARGIN = 3
-
-
-class Rule(enum.IntEnum):
-    """What decides how many of them are committed."""
-
-    COUNT = 0
-    THRESHOLD = 1
-    FACTOR = 2
-    ENTROPY_BOUND = 3
-    HIERARCHICAL = 4
-    LOCAL_LEAP = 5
-    ORIGIN = 6
-
-
-#: `remasking` to its score: LLaDA's rules, with statistics of the clean distribution.
-REMASKING = {
-    "low_confidence": Score.CONFIDENCE,
-    "random": Score.RANDOM,
-    "entropy": Score.ENTROPY,
-    "margin": Score.MARGIN,
-}
-#: `alg` to its score: Dream's algorithms, with statistics of the tempered and filtered one.
-ALG = {
-    "origin": Score.RANDOM,
-    "maskgit_plus": Score.CONFIDENCE,
-    "topk_margin": Score.MARGIN,
-    "entropy": Score.ENTROPY,
-}
-#: Scores that need entropy or margin of the candidates.
-SPREAD_SCORES = frozenset({Score.ENTROPY, Score.MARGIN})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,12 @@
 """The decoding rules: pure functions that say which masked positions are committed.
 
 All take matrices [R, block]: a row is a request, a column a position of its active block. Scores
-of positions that are not masked are ignored. Every rule commits at least one position of a row
-that has a masked one, so a request always makes progress. Ties go to the leftmost position.
+of positions that are not masked are ignored. Ties go to the leftmost position.
+
+Of a row that has a masked position `threshold`, `factor`, `entropy_bound` and `hierarchical` commit
+at least one. `fixed_count` commits none where its count is 0, `local_leap` then only beside an
+anchor, and Dream's `origin` (in `commit.py`) by chance; those make progress since the last step of
+their schedules commits all that is left.
 """
 
 from __future__ import annotations
@@ -88,11 +92,13 @@ def local_leap(
     neighbour: Tensor,
     radius: int = 4,
 ) -> Tensor:
-    """LocalLeap (arXiv 2510.07081): around sure positions, commit the fairly sure ones too.
+    """LocalLeap on a schedule: around sure positions, commit the fairly sure ones too.
 
-    Anchors are positions committed before, or in `chosen` now, with a confidence of at least
-    `anchor` ([R]). Masked positions within `radius` of one are committed where their confidence
-    is at least `neighbour` ([R]).
+    The variant of dlmserve, not the rule of the paper (arXiv 2510.07081), which has no schedule:
+    there every candidate that is sure enough is an anchor and is committed, as by `threshold`. Here
+    a schedule commits its usual count, and anchors are positions of the active block committed
+    before, or in `chosen` now, with a confidence of at least `anchor` ([R]). Masked positions
+    within `radius` of one are committed where their confidence is at least `neighbour` ([R]).
 
     Args:
         chosen: bool [R, block]; what the schedule commits in this step.

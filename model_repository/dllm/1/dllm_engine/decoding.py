@@ -1,0 +1,226 @@
+"""The table of decoding rules: what a request may ask for, what it means, and whose it is.
+
+The one place where the names stand. Checks of requests, the commit step and the tests all read
+it from here; docs/decoding.md shows it. Plain data, no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+
+
+class Score(enum.IntEnum):
+    """What ranks the positions of a block."""
+
+    CONFIDENCE = 0
+    RANDOM = 1
+    ENTROPY = 2
+    MARGIN = 3
+
+
+class Rule(enum.IntEnum):
+    """What decides how many of them are committed."""
+
+    COUNT = 0
+    THRESHOLD = 1
+    FACTOR = 2
+    ENTROPY_BOUND = 3
+    HIERARCHICAL = 4
+    LOCAL_LEAP = 5
+    ORIGIN = 6
+
+
+#: Scores that need entropy or margin of the candidates.
+SPREAD_SCORES = frozenset({Score.ENTROPY, Score.MARGIN})
+
+
+def is_given(value: object) -> bool:
+    """Whether a request's field with this value asks for anything; a zero does."""
+    return value is not None and value is not False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """One row: a way to decide what a step commits."""
+
+    #: Request field that asks for it, …
+    field: str
+    #: … with this value, or with a number where this is None.
+    value: str | None = None
+    #: Another field that has to be given as well.
+    also: str | None = None
+    #: Field of the rule's second number, and what that is where a request leaves it open.
+    second: str | None = None
+    second_default: float = 0.0
+    rule: Rule
+    #: None: what `remasking` says, where the rule ranks at all.
+    score: Score | None = None
+    #: Where the definition comes from, and what it is, in one line.
+    source: str
+    definition: str
+
+    @property
+    def name(self) -> str:
+        """As a request writes it."""
+        asked = self.field if self.value is None else f"{self.field}={self.value}"
+        return asked if self.also is None else f"{asked} + {self.also}"
+
+    def matches(self, params: object) -> bool:
+        """Whether a request with these `SamplingParams` asks for it."""
+        asked = getattr(params, self.field)
+        if asked is None or self.value not in (None, asked):
+            return False
+        return self.also is None or is_given(getattr(params, self.also))
+
+    def bounds(self, params: object) -> tuple[float, float]:
+        """The rule's two numbers; 0 for those that it has not."""
+        first = getattr(params, self.field) if self.value is None else 0.0
+        second = getattr(params, self.second) if self.second else None
+        return first, self.second_default if second is None else second
+
+
+#: In this order the first that matches is meant, so what needs more fields comes first.
+DECODINGS: tuple[Decoding, ...] = (
+    Decoding(
+        field="confidence_threshold",
+        also="low_threshold",
+        second="low_threshold",
+        rule=Rule.HIERARCHICAL,
+        source="dInfer, arXiv 2510.08666",
+        definition="everything above confidence_threshold, the best of each run of masks if above "
+        "low_threshold, and the best of all",
+    ),
+    Decoding(
+        field="confidence_threshold",
+        also="credit",
+        rule=Rule.THRESHOLD,
+        source="dInfer, arXiv 2510.08666",
+        definition="the threshold, on logits raised for tokens that were best in steps before",
+    ),
+    Decoding(
+        field="confidence_threshold",
+        rule=Rule.THRESHOLD,
+        source="Fast-dLLM, arXiv 2505.22618",
+        definition="everything at least this confident, and the best",
+    ),
+    Decoding(
+        field="factor",
+        rule=Rule.FACTOR,
+        source="Fast-dLLM, arXiv 2505.22618",
+        definition="the longest run of n most confident with c_n at least 1 - factor / (n + 1), "
+        "and the best",
+    ),
+    Decoding(
+        field="entropy_bound",
+        rule=Rule.ENTROPY_BOUND,
+        source="EB-sampler, arXiv 2505.24857",
+        definition="the least uncertain, while the entropies before them sum to at most this",
+    ),
+    Decoding(
+        field="anchor_threshold",
+        second="neighbor_threshold",
+        second_default=0.75,
+        rule=Rule.LOCAL_LEAP,
+        source="dlmserve's variant of LocalLeap, arXiv 2510.07081",
+        definition="the schedule's count by remasking, and neighbours of at least "
+        "neighbor_threshold within 4 positions of any that was or is committed with at least this",
+    ),
+    Decoding(
+        field="alg",
+        value="origin",
+        rule=Rule.ORIGIN,
+        score=Score.RANDOM,
+        source="Dream, generation_utils.py",
+        definition="each masked position by chance, 1 - s/t of the time schedule",
+    ),
+    Decoding(
+        field="alg",
+        value="maskgit_plus",
+        rule=Rule.COUNT,
+        score=Score.CONFIDENCE,
+        source="Dream, generation_utils.py",
+        definition="the time schedule's count of those with the largest probability of their token",
+    ),
+    Decoding(
+        field="alg",
+        value="topk_margin",
+        rule=Rule.COUNT,
+        score=Score.MARGIN,
+        source="Dream, generation_utils.py",
+        definition="the time schedule's count of those whose two best tokens are furthest apart",
+    ),
+    Decoding(
+        field="alg",
+        value="entropy",
+        rule=Rule.COUNT,
+        score=Score.ENTROPY,
+        source="Dream, generation_utils.py",
+        definition="the time schedule's count of those with the least entropy",
+    ),
+    Decoding(
+        field="remasking",
+        value="low_confidence",
+        rule=Rule.COUNT,
+        score=Score.CONFIDENCE,
+        source="LLaDA, generate.py",
+        definition="the schedule's count of those with the largest probability of their token",
+    ),
+    Decoding(
+        field="remasking",
+        value="random",
+        rule=Rule.COUNT,
+        score=Score.RANDOM,
+        source="LLaDA, generate.py",
+        definition="the schedule's count, drawn evenly",
+    ),
+    Decoding(
+        field="remasking",
+        value="entropy",
+        rule=Rule.COUNT,
+        score=Score.ENTROPY,
+        source="this engine: Dream's score on LLaDA's schedule",
+        definition="the schedule's count of those with the least entropy -sum(p log p) of the "
+        "untempered distribution",
+    ),
+    Decoding(
+        field="remasking",
+        value="margin",
+        rule=Rule.COUNT,
+        score=Score.MARGIN,
+        source="this engine: the score of arXiv 2502.06768 and Dream's topk_margin on LLaDA's "
+        "schedule",
+        definition="the schedule's count of those with the largest p1 - p2, the two best tokens' "
+        "probabilities in the untempered distribution",
+    ),
+)
+
+
+def _by_value(field: str) -> Mapping[str, Decoding]:
+    return {row.value: row for row in DECODINGS if row.field == field and row.value is not None}
+
+
+#: Values of `remasking`: LLaDA's schedule, statistics of the clean distribution.
+REMASKING = _by_value("remasking")
+#: Values of `alg`: Dream's schedule, statistics of the tempered and filtered distribution.
+ALG = _by_value("alg")
+#: Fields that each choose how many positions a step commits: at most one may be given.
+COMMIT_FIELDS = tuple(dict.fromkeys(row.field for row in DECODINGS if row.value is None))
+#: Fields that mean nothing without another: that other.
+COMPANIONS: Mapping[str, str] = {
+    name: row.field for row in DECODINGS if (name := row.also or row.second) is not None
+}
+
+
+def decoding_of(params: object) -> Decoding:
+    """The row that a request with these `SamplingParams` asks for."""
+    return next(row for row in DECODINGS if row.matches(params))
+
+
+def score_of(params: object) -> Score:
+    """What ranks positions for it; parallel rules that do not rank ignore it."""
+    score = decoding_of(params).score
+    found = REMASKING[getattr(params, "remasking")].score if score is None else score  # noqa: B009
+    assert found is not None
+    return found

@@ -1,0 +1,96 @@
+"""The table of decoding rules is whole: every row can be asked for, is documented and is scored."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dllm_engine import InvalidRequest, SamplingParams
+from dllm_engine.decoding import COMMIT_FIELDS, DECODINGS, Decoding, Rule, Score, decoding_of
+
+from benchmarks.quality import RULES, TWIN_RULES
+from tests.support import cases
+
+ROOT = Path(__file__).parents[3]
+ROWS = pytest.mark.parametrize("row", DECODINGS, ids=lambda row: row.name)
+
+
+def request_for(row: Decoding) -> dict[str, Any]:
+    """The fewest fields that ask for it."""
+    fields: dict[str, Any] = {row.field: 0.5 if row.value is None else row.value}
+    if row.also:
+        fields[row.also] = True if row.also == "credit" else 0.25
+    return fields
+
+
+def rows_of(requests: list[dict[str, Any]]) -> set[str]:
+    """Names of what they ask for."""
+    return {decoding_of(SamplingParams(**fields)).name for fields in requests}
+
+
+@ROWS
+def test_a_request_reaches_it(row: Decoding) -> None:
+    """A valid request asks for each row and for no other."""
+    params = SamplingParams(**request_for(row)).resolved()
+    assert decoding_of(params) is row
+    assert row.source
+    assert row.definition
+
+
+def test_names_rules_and_scores_are_all_used_once() -> None:
+    """No two rows have one name; no rule or score is without a name."""
+    assert len({row.name for row in DECODINGS}) == len(DECODINGS)
+    assert {row.rule for row in DECODINGS} == set(Rule)
+    assert {row.score for row in DECODINGS} == {None, *Score}
+
+
+def test_defaults_ask_for_llada() -> None:
+    """A request that says nothing gets LLaDA's low-confidence schedule."""
+    assert decoding_of(SamplingParams()).name == "remasking=low_confidence"
+
+
+def test_bounds_are_the_requests_numbers() -> None:
+    """First the field that asks, then the second number or its default."""
+    given = SamplingParams(confidence_threshold=0.9, low_threshold=0.4)
+    assert decoding_of(given).bounds(given) == (0.9, 0.4)
+    given = SamplingParams(anchor_threshold=0.9)
+    assert decoding_of(given).bounds(given) == (0.9, 0.75)
+    given = SamplingParams(alg="origin")
+    assert decoding_of(given).bounds(given) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("first", COMMIT_FIELDS)
+@pytest.mark.parametrize("second", COMMIT_FIELDS)
+def test_two_parallel_rules_at_once_are_refused(first: str, second: str) -> None:
+    """At most one field may say how many positions a step commits."""
+    if first != second:
+        with pytest.raises(InvalidRequest, match="cannot be combined"):
+            SamplingParams(**{first: 0.5, second: 0.5}).resolved()
+
+
+@ROWS
+def test_it_is_documented(row: Decoding) -> None:
+    """README.md names its fields and value; docs/decoding.md has its row, word for word."""
+    readme = (ROOT / "README.md").read_text()
+    for word in {row.field, row.value, row.also, row.second} - {None}:
+        assert f"`{word}`" in readme, word
+    table = re.findall(
+        r"^\| `(.+)` \| (.+) \| (.+) \|$", (ROOT / "docs/decoding.md").read_text(), re.M
+    )
+    assert table[DECODINGS.index(row)] == (row.name, row.definition, row.source)
+
+
+def test_all_are_scored_on_both_checkpoints() -> None:
+    """`benchmarks/quality.py` asks for every row, of the LLaDA checkpoint and of the twin."""
+    names = {row.name for row in DECODINGS}
+    assert rows_of([rule for _, _, rule in RULES]) == names
+    assert rows_of([rule for _, _, rule in TWIN_RULES]) == names
+
+
+def test_all_are_compared_with_the_reference() -> None:
+    """The requests of the parity tests ask for every row."""
+    assert rows_of([dict(rule) for rule in cases.RULES]) >= {row.name for row in DECODINGS} - {
+        "remasking=low_confidence"
+    }
