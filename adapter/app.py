@@ -15,7 +15,7 @@ from adapter.database import Database
 from adapter.description import complete_description
 from adapter.gate import Gate
 from adapter.generation import Engine
-from adapter.heal import HealStore, engine_name
+from adapter.heal import HealStore, OldEngines, engine_name
 from adapter.health import EngineMonitor
 from adapter.http_errors import add_error_handlers
 from adapter.jobs.runner import JobRunner
@@ -111,6 +111,9 @@ async def _open(
     if settings.rate_limit:
         app.state.rate_limiter = limiter = RateLimiter(database, settings.rate_limit)
         await stack.enter_async_context(Loop("rate-limits", limiter.tidy))
+    names = [engine_name(url, settings.model_name) for url in engines]
+    old_engines = OldEngines(database, names)
+    await stack.enter_async_context(Loop("old-engines", old_engines.forget))
     store = JobStore(database, max_attempts=settings.job_max_attempts)
     pool = EnginePool(
         [
