@@ -128,7 +128,13 @@ async def _open(
         await stack.enter_async_context(service)
     app.state.pool = pool
     app.state.live = live
-    app.state.jobs = JobService(store, runner, watcher, max_queued=settings.max_queued_jobs)
+    app.state.jobs = JobService(
+        store,
+        runner,
+        watcher,
+        max_queued=settings.max_queued_jobs,
+        max_held=settings.max_held_polls,
+    )
     # What is there now stays. To look through all of it again and again, as a full collection does,
     # held every call up for 70 to 180 ms, some times a minute.
     gc.collect()
