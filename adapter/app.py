@@ -15,7 +15,7 @@ from adapter.database import Database
 from adapter.description import complete_description
 from adapter.gate import Gate
 from adapter.generation import Engine
-from adapter.heal import HealStore, engine_name
+from adapter.heal import HealStore, OldEngines, engine_name
 from adapter.health import EngineMonitor
 from adapter.http_errors import add_error_handlers
 from adapter.jobs.runner import JobRunner
@@ -111,6 +111,9 @@ async def _open(
     if settings.rate_limit:
         app.state.rate_limiter = limiter = RateLimiter(database, settings.rate_limit)
         await stack.enter_async_context(Loop("rate-limits", limiter.tidy))
+    names = [engine_name(url, settings.model_name) for url in engines]
+    old_engines = OldEngines(database, names)
+    await stack.enter_async_context(Loop("old-engines", old_engines.forget))
     store = JobStore(database, max_attempts=settings.job_max_attempts)
     pool = EnginePool(
         [
@@ -125,7 +128,13 @@ async def _open(
         await stack.enter_async_context(service)
     app.state.pool = pool
     app.state.live = live
-    app.state.jobs = JobService(store, runner, watcher, max_queued=settings.max_queued_jobs)
+    app.state.jobs = JobService(
+        store,
+        runner,
+        watcher,
+        max_queued=settings.max_queued_jobs,
+        max_held=settings.max_held_polls,
+    )
     # What is there now stays. To look through all of it again and again, as a full collection does,
     # held every call up for 70 to 180 ms, some times a minute.
     gc.collect()

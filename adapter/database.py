@@ -1,9 +1,12 @@
 """The connection to the SQL database, and the one place that tells SQLite from PostgreSQL."""
 
 import asyncio
+import math
+import os
 import random
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from typing import Any, Protocol, Self, TypeVar
 
 from sqlalchemy import (
@@ -35,6 +38,14 @@ LOCK_WAIT_SECONDS = 15.0
 #: The longest pause after which a SQLite that was locked is asked again.
 LOCKED_PAUSE = 0.005
 SYNC_SECONDS = 1.0
+#: How often to look whether the log of a SQLite is too large.
+LOOK_SECONDS = 0.1
+#: From this size on the log is emptied, for which those who write wait.
+LOG_LIMIT_BYTES = 4 * 2**20
+#: How long emptying it may wait for those who read and write. Nobody writes while it waits for who
+#: reads, so that it must give up on a reader that stays, such as a backup, and try less and less.
+EMPTYING_SECONDS = 0.1
+LONGEST_PAUSE = 5.0
 OPEN_ATTEMPTS = 100
 SCHEMA_LOCK = 0x644C4C4D  # any number, as long as all workers use the same
 
@@ -112,15 +123,26 @@ class SqliteFile:
     microseconds, and none waits for the disk, which another thread writes to now and then. A thread
     for the transactions would have to be woken, to wake us, and to contend with us for Python's
     lock at each of their statements, which takes many times as long even on an idle machine.
+
+    The log begins anew only when all of it is in the file at the moment of a write, which never
+    comes to pass while there is one write after the other. Once it is large that thread therefore
+    locks writers out while it moves the last of it. Their event loops go on meanwhile, and readers
+    need not wait.
     """
 
     def __init__(self, url: str) -> None:
         file = make_url(url).set(drivername="sqlite")
+        self._log = f"{file.database}-wal"
         self._reader = _sqlite_engine(file, isolation_level="AUTOCOMMIT")
         self._writer = _sqlite_engine(file)
         event.listen(self._writer, "begin", _begin_writing)
-        self._syncing = _sqlite_engine(file, isolation_level="AUTOCOMMIT")
+        self._syncing = _sqlite_engine(
+            file, lock_wait=EMPTYING_SECONDS, isolation_level="AUTOCOMMIT"
+        )
         self._written = False
+        self._synced_at = -math.inf
+        self._pause = 0.0
+        self._not_before = -math.inf
 
     async def read(self, query: Callable[[Connection], T]) -> T:
         """Read, and again while the file is locked, as it is for moments when it is opened."""
@@ -149,15 +171,33 @@ class SqliteFile:
             await asyncio.sleep(LOCKED_PAUSE * random.uniform(0.2, 1.0))
 
     async def sync(self) -> float:
-        """Move what was written from the log to the file, and to the disk; when to do so again."""
-        if self._written:
-            self._written = False
-            await asyncio.to_thread(self._checkpoint)
-        return SYNC_SECONDS
+        """Move what was written from the log to the file, and to the disk; when to look again."""
+        now = time.monotonic()
+        empty = self._log_is_large() and now >= self._not_before
+        if self._written and (empty or now >= self._synced_at + SYNC_SECONDS):
+            self._written, self._synced_at = False, now
+            await asyncio.to_thread(self._checkpoint, empty=empty)
+        return LOOK_SECONDS
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, *, empty: bool) -> None:
         with self._syncing.connect() as connection:
-            connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
+            # Most of it while others write, so that they wait for little.
+            busy, in_log, in_file = _checkpoint(connection, "PASSIVE")
+            if empty and not busy:
+                busy, in_log, in_file = _checkpoint(connection, "TRUNCATE")
+                longer = min(max(LOOK_SECONDS, 2 * self._pause), LONGEST_PAUSE)
+                self._pause = longer if busy else 0.0
+                self._not_before = time.monotonic() + self._pause
+            if in_log == in_file and not busy:
+                # The first write to a log that begins anew waits for the disk; this is one.
+                with suppress(OperationalError):
+                    connection.exec_driver_sql("PRAGMA user_version = 0")
+
+    def _log_is_large(self) -> bool:
+        try:
+            return os.stat(self._log).st_size > LOG_LIMIT_BYTES
+        except FileNotFoundError:
+            return False
 
     def close(self) -> None:
         """Let go of the file."""
@@ -234,11 +274,11 @@ def _upgrade(connection: Connection) -> None:
     upgrade_schema(connection)
 
 
-def _sqlite_engine(file: URL, **options: Any) -> Engine:
-    """One connection, for whichever thread; it never waits for a lock."""
+def _sqlite_engine(file: URL, *, lock_wait: float = 0.0, **options: Any) -> Engine:
+    """One connection, for whichever thread; it holds its thread up for a lock so long at most."""
     engine = create_engine(
         file,
-        connect_args={"timeout": 0, "check_same_thread": False},
+        connect_args={"timeout": lock_wait, "check_same_thread": False},
         poolclass=StaticPool,
         **options,
     )
@@ -257,6 +297,12 @@ def _prepare_sqlite_connection(connection: Any, _record: object) -> None:
     # Otherwise whoever writes the thousandth page waits until all are on the disk.
     cursor.execute("PRAGMA wal_autocheckpoint=0")
     cursor.close()
+
+
+def _checkpoint(connection: Connection, mode: str) -> tuple[bool, int, int]:
+    """Whether somebody was in the way; pages in the log, and how many of them are in the file."""
+    row = connection.exec_driver_sql(f"PRAGMA wal_checkpoint({mode})").one()
+    return bool(row[0]), row[1], row[2]
 
 
 def _begin_writing(connection: Connection) -> None:

@@ -3,15 +3,20 @@
 import ipaddress
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, insert, or_, select, update
+from sqlalchemy import ColumnElement, and_, delete, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from adapter.database import Database
 from adapter.tables import engine_heal
+
+#: Engines that no worker has heard from for longer are forgotten: their names have left the
+#: configuration. One that comes back, or was dead for so long, gets a new record.
+FORGET_SECONDS = 30 * 86_400.0
+FORGETTING_PAUSE = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +112,35 @@ class HealStore:
         row = insert(engine_heal).values(engine=self.engine, epoch=0, last_life=now)
         with suppress(IntegrityError):  # another worker was first
             await self._database.change(row)
+
+
+class OldEngines:
+    """Forgets engines that left the configuration long ago; those in `known` have not."""
+
+    def __init__(
+        self,
+        database: Database,
+        known: Collection[str],
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._database = database
+        self._known = frozenset(known)
+        self._clock = clock
+
+    async def forget(self) -> float:
+        """Remove their records; the seconds until that is worth doing again."""
+        now = self._clock()
+        free = or_(engine_heal.c.healer.is_(None), engine_heal.c.lease_expires < now)
+        # Other workers may be configured with others, which are alive, or begin a new record.
+        old = and_(
+            engine_heal.c.engine.not_in(self._known),
+            engine_heal.c.last_life < now - FORGET_SECONDS,
+            free,
+        )
+        if await self._database.read(select(engine_heal.c.engine).where(old).limit(1)):
+            await self._database.change(delete(engine_heal).where(old))
+        return FORGETTING_PAUSE
 
 
 def engine_name(triton_url: str, model_name: str) -> str:

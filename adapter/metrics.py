@@ -41,6 +41,12 @@ JOBS_SETTLED = Counter(
     ["outcome"],
     registry=REGISTRY,
 )
+JOBS_DONE = Counter(
+    "dllm_adapter_jobs_done",
+    "Jobs by how they ended, each once, wherever it was then: finished, failed, cancelled",
+    ["state"],
+    registry=REGISTRY,
+)
 JOB_QUEUE_SECONDS = Histogram(
     "dllm_adapter_job_queue_seconds",
     "Time from a job's submission until a worker took it up",

@@ -75,6 +75,9 @@ class Settings(BaseSettings):
     max_live: Count = Field(
         default=256, description="streams and OpenAI calls that one worker process serves at a time"
     )
+    max_held_polls: Count = Field(
+        default=1000, description="polls that one worker process holds at a time"
+    )
     heartbeat_interval: Seconds = Field(
         default=15.0, description="longest silence on a stream to a client"
     )

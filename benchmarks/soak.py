@@ -172,9 +172,14 @@ class Soak:
                     "largest_worker_mib": round(max(workers) / MIB, 1) if workers else None,
                     "triton_mib": round(engine / MIB, 1),
                     "load": psutil.getloadavg()[0],
-                    "database_mib": round(self.database.stat().st_size / MIB, 2),
+                    "database_mib": round(self.database_bytes() / MIB, 2),
                 }
             )
+
+    def database_bytes(self) -> int:
+        """The file with its log."""
+        log = self.database.with_name(f"{self.database.name}-wal")
+        return sum(path.stat().st_size for path in (self.database, log) if path.exists())
 
     def states(self) -> Counter[str]:
         """Jobs by state, from the database itself."""

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 
-from adapter.errors import JobNotFound
+from adapter.errors import JobNotFound, TooManyCalls
 from adapter.generation import Inputs
 from adapter.jobs.job import STANDARD_TERMS, Job, JobState, Terms
 from adapter.jobs.runner import JobRunner
@@ -19,12 +19,21 @@ class JobService:
     """
 
     def __init__(
-        self, store: JobStore, runner: JobRunner, watcher: JobWatcher, *, max_queued: int
+        self,
+        store: JobStore,
+        runner: JobRunner,
+        watcher: JobWatcher,
+        *,
+        max_queued: int,
+        max_held: int,
     ) -> None:
         self._store = store
         self._runner = runner
         self._watcher = watcher
         self._max_queued = max_queued
+        self._max_held = max_held
+        #: Polls that are held now.
+        self.held = 0
 
     async def submit(
         self, requests: Sequence[Inputs], terms: Terms = STANDARD_TERMS, *, key: str | None = None
@@ -41,17 +50,27 @@ class JobService:
         return ids
 
     async def result(self, job_id: int, *, api_key: str | None = None, wait: float = 0.0) -> Job:
-        """The job; up to `wait` seconds later if that makes it done. Raises `JobNotFound`.
+        """The job; up to `wait` seconds later if that makes it done.
 
-        A worker that is about to end answers at once.
+        A worker that is about to end answers at once. Raises `JobNotFound`, and `TooManyCalls` if
+        it would have to wait beside as many others as may.
         """
+        job = await self._get(job_id, api_key)
+        if wait <= 0 or self._is_final(job):
+            return job
+        if self.held >= self._max_held:
+            msg = f"{self.held} polls are held, as many as may (DLLM_MAX_HELD_POLLS)"
+            raise TooManyCalls(msg)
         now = asyncio.get_running_loop().time
         deadline = now() + wait
-        while True:
-            job = await self._get(job_id, api_key)
-            if job.state.done or now() >= deadline or self._watcher.stopped:
-                return job
-            await self._watcher.wait(job_id, deadline - now())
+        self.held += 1
+        try:
+            while not self._is_final(job) and now() < deadline:
+                await self._watcher.wait(job_id, deadline - now())
+                job = await self._get(job_id, api_key)
+        finally:
+            self.held -= 1
+        return job
 
     async def cancel(self, job_id: int, *, api_key: str | None = None) -> Job:
         """Cancel the job unless it is done; the job as it is then. Raises `JobNotFound`."""
@@ -68,6 +87,10 @@ class JobService:
         """This worker is about to end: let go of who waits, and take up no more jobs."""
         self._runner.stop()
         self._watcher.stop()
+
+    def _is_final(self, job: Job) -> bool:
+        """Nothing that this worker could wait for will change it."""
+        return job.state.done or self._watcher.stopped
 
     async def _get(self, job_id: int, api_key: str | None) -> Job:
         job = await self._store.get(job_id, api_key=api_key)

@@ -3,7 +3,7 @@ changes nothing and is told so."""
 
 import json
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import (
@@ -11,6 +11,7 @@ from sqlalchemy import (
     Connection,
     Row,
     Select,
+    UpdateBase,
     and_,
     bindparam,
     delete,
@@ -26,6 +27,7 @@ from adapter.generation import Event, Inputs
 from adapter.jobs.claims import QUEUED, RUNNING, hold_counter, take_up
 from adapter.jobs.job import STANDARD_TERMS, UNDONE, ClaimedJob, Job, JobState, Terms, late
 from adapter.jobs.submissions import Submission, forget, ids_of, remember
+from adapter.metrics import JOBS_DONE
 from adapter.tables import counters, jobs, submissions
 
 Clock = Callable[[], float]
@@ -34,6 +36,9 @@ MAX_ID = 2**63 - 1
 #: Workers are killed for many reasons and hardly ever by a job, but such a job must end too.
 MAX_ORPHANED = 20
 EXPIRE_BATCH = 500
+
+#: Counted here, where they end, since not all of them end in a worker's hands. Shown from 0 on.
+_DONE = {state: JOBS_DONE.labels(state) for state in JobState if state.done}
 
 
 class JobStore:
@@ -143,13 +148,13 @@ class JobStore:
             "step_count": usage and usage.steps,
             "pass_count": usage and usage.forward_passes,
         }
-        return await self._database.change(_FINISH, values) == 1
+        return await self._end(JobState.FINISHED, _FINISH, values)
 
     async def fail(self, owner: str, job_id: int, error: str) -> bool:
         """Give the job up, with the reason. False if it is not this owner's."""
         failure = update(jobs).where(jobs.c.id == job_id, _driven_by(owner))
         ended = _ended(JobState.FAILED, self._clock())
-        return await self._database.change(failure.values(ended | {"error": error})) == 1
+        return await self._end(JobState.FAILED, failure.values(ended | {"error": error}))
 
     async def put_back(self, owner: str, job_id: int) -> bool:
         """Queue the job again as if this attempt had not been. False if it is not the owner's."""
@@ -176,19 +181,29 @@ class JobStore:
     async def expire(self) -> int:
         """Fail up to some hundred jobs that wait beyond their deadline; how many it was."""
         now = self._clock()
-        query = select(jobs.c.id, (jobs.c.deadline - jobs.c.created_at).label("timeout"))
-        late_ones = query.where(jobs.c.deadline <= now, QUEUED).limit(EXPIRE_BATCH)
-        rows = await self._database.read(late_ones)
-        if not rows:
+        too_late = and_(QUEUED, jobs.c.deadline <= now)
+        if not await self._database.read(_any_of(too_late)):
             return 0
+        timeout = (jobs.c.deadline - jobs.c.created_at).label("timeout")
+        late_ones = select(jobs.c.id, timeout).where(too_late).limit(EXPIRE_BATCH)
+        # They stay as they are until they have failed, so that two workers count none twice.
+        late_ones = late_ones.with_for_update(skip_locked=True)
         end = (
             update(jobs)
-            .where(jobs.c.id == bindparam("job_id"), QUEUED)
+            .where(jobs.c.id == bindparam("job_id"))
             .values(error=bindparam("reason"), **_ended(JobState.FAILED, now))
         )
-        reasons = [{"job_id": row.id, "reason": late(row.timeout)} for row in rows]
-        await self._database.write(lambda connection: connection.execute(end, reasons))
-        return len(rows)
+
+        def change(connection: Connection) -> int:
+            rows = connection.execute(late_ones).all()
+            reasons = [{"job_id": row.id, "reason": late(row.timeout)} for row in rows]
+            if reasons:
+                connection.execute(end, reasons)
+            return len(reasons)
+
+        expired = await self._database.write(change)
+        _DONE[JobState.FAILED].inc(expired)
+        return expired
 
     async def cancel(self, job_id: int, *, api_key: str | None = None) -> bool:
         """Cancel the job unless it is done, or another key's. True if this call has done it."""
@@ -199,7 +214,7 @@ class JobStore:
             .where(jobs.c.id == job_id, jobs.c.state.in_(UNDONE), *_submitted_with(api_key))
             .values(_ended(JobState.CANCELLED, self._clock()))
         )
-        return await self._database.change(cancellation) == 1
+        return await self._end(JobState.CANCELLED, cancellation)
 
     async def purge(self, *, ttl: float, limit: int) -> int:
         """Remove up to `limit` results that were kept for longer than `ttl`; how many it was."""
@@ -251,6 +266,15 @@ class JobStore:
             for job_id, request in zip(ids, requests, strict=True)
         ]
 
+    async def _end(
+        self, state: JobState, change: UpdateBase, values: Mapping[str, Any] | None = None
+    ) -> bool:
+        """Whether this has ended a job, which is counted then."""
+        ended = await self._database.change(change, values) == 1
+        if ended:
+            _DONE[state].inc()
+        return ended
+
     async def _requeue(
         self, which: ColumnElement[bool], counter: str, limit: int, error: str
     ) -> int:
@@ -259,9 +283,11 @@ class JobStore:
         given_up = {**_ended(JobState.FAILED, self._clock()), "error": error, counter: count}
         fail = update(jobs).where(which, count >= limit).values(given_up)
         queue = update(jobs).where(which).values({**_QUEUED_AGAIN, counter: count})
-        return await self._database.write(
-            lambda connection: sum(connection.execute(part).rowcount for part in (fail, queue))
+        failed, queued = await self._database.write(
+            lambda connection: [connection.execute(part).rowcount for part in (fail, queue)]
         )
+        _DONE[JobState.FAILED].inc(failed)
+        return failed + queued
 
 
 def _ended(state: JobState, now: Any) -> dict[str, Any]:

@@ -16,7 +16,12 @@ MAX_WAIT_SECONDS = 60
 
 Wait = Annotated[
     float,
-    Query(ge=0, le=MAX_WAIT_SECONDS, allow_inf_nan=False, description="seconds to hold the poll"),
+    Query(
+        ge=0,
+        le=MAX_WAIT_SECONDS,
+        allow_inf_nan=False,
+        description="seconds to hold the poll; 429 where as many as may are held already",
+    ),
 ]
 
 

@@ -3,10 +3,12 @@
 import asyncio
 
 import pytest
-from adapter_fakes import HandClock, ScriptedEngine, fast_settings, running_app
+from adapter_fakes import HandClock, ScriptedEngine, fast_settings, running_app, until
+from sqlalchemy import select
 
 from adapter.database import Database
-from adapter.heal import EngineRecord, HealStore, engine_name
+from adapter.heal import FORGET_SECONDS, EngineRecord, HealStore, OldEngines, engine_name
+from adapter.tables import engine_heal
 
 #: Each test that uses a database runs on both kinds.
 DATABASES = ("sqlite", "postgresql")
@@ -69,6 +71,57 @@ async def test_signs_of_life_are_shared(workers: list[HealStore], clock: HandClo
     await a.publish_life()
 
     assert (await b.read()).silent_for == 0
+
+
+async def names(database: Database) -> set[str]:
+    return {row.engine for row in await database.read(select(engine_heal.c.engine))}
+
+
+async def test_engines_that_left_the_configuration_are_forgotten(
+    database: Database, clock: HandClock
+) -> None:
+    """Whom nobody has heard from for a month goes, unless it is configured or being replaced."""
+    gone, dead, replaced, alive = (
+        HealStore(database, engine=name, owner="a", clock=clock)
+        for name in ("gone", "dead", "replaced", "alive")
+    )
+    for engine in (gone, dead, replaced, alive):
+        await engine.read()
+    old = OldEngines(database, ["dead"], clock=clock)
+
+    clock.advance(FORGET_SECONDS - 1)
+    await alive.publish_life()
+    await old.forget()
+    assert await names(database) == {"gone", "dead", "replaced", "alive"}
+
+    clock.advance(2)
+    assert await replaced.begin(epoch=0, lease=9)
+    await old.forget()
+    assert await names(database) == {"dead", "replaced", "alive"}
+
+
+async def test_workers_forget_old_engines(database_url: str, database: Database) -> None:
+    """A worker that starts removes what is left of the tritonservers of another time."""
+    long_ago = HandClock()
+    long_ago.now = 0.0
+    await HealStore(database, engine="gone:1/dllm", owner="a", clock=long_ago).read()
+    async with running_app(fast_settings(database_url), ScriptedEngine()) as api:
+        await until(lambda: api.monitor.state.ok)
+        async with asyncio.timeout(5):
+            while await names(database) != {engine_name("engine:1", "dllm")}:
+                await asyncio.sleep(0.01)
+
+
+async def test_record_that_is_gone_is_made_anew(
+    workers: list[HealStore], database: Database, clock: HandClock
+) -> None:
+    """A worker whose engine others have forgotten goes on."""
+    a, _ = workers
+    clock.advance(FORGET_SECONDS + 1)
+    await OldEngines(database, [], clock=clock).forget()
+    assert await names(database) == set()
+
+    assert EngineRecord(epoch=0, healing=False, abandoned=False, silent_for=0) == await a.read()
 
 
 async def test_model_left_unloaded_is_loaded_by_the_next_worker(

@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from adapter_fakes import HandClock
@@ -12,6 +13,7 @@ from adapter.errors import KeyReused, TooManyJobs
 from adapter.generation import Event, Usage
 from adapter.jobs.job import ClaimedJob, Job, JobState, Terms
 from adapter.jobs.store import JobStore
+from adapter.metrics import JOBS_DONE
 
 #: Each test that uses a database runs on both kinds.
 DATABASES = ("sqlite", "postgresql")
@@ -390,3 +392,65 @@ async def test_two_stores_see_the_same_jobs(database_url: str, store: JobStore) 
     await add(store)
     async with Database.open(database_url) as other:
         assert await state(JobStore(other, max_attempts=3), 0) == JobState.QUEUED
+
+
+class Ended:
+    """How many jobs were counted since this was made, by how they ended."""
+
+    def __init__(self) -> None:
+        self._before = self._now()
+
+    @staticmethod
+    def _now() -> Counter[str]:
+        (family,) = JOBS_DONE.collect()
+        return Counter(
+            {s.labels["state"]: int(s.value) for s in family.samples if s.name.endswith("_total")}
+        )
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return dict(self._now() - self._before)
+
+
+async def test_each_job_that_ends_is_counted_once(store: JobStore) -> None:
+    """Finished, failed or cancelled, by whoever drives it or while it waits; not once more."""
+    ended = Ended()
+    await add(store, 4)
+    await claim(store, limit=3)
+    for _ in range(2):
+        await store.finish("a", 0, DONE)
+        await store.fail("a", 1, "steps: no")
+        await store.cancel(2)
+        await store.cancel(3)
+        await store.finish("a", 2, DONE)
+
+    assert ended.counts == {"finished": 1, "failed": 1, "cancelled": 2}
+
+
+async def test_jobs_that_are_given_up_are_counted(store: JobStore, clock: HandClock) -> None:
+    """The last of a job's attempts, or of its workers, makes it a failure; the others nothing."""
+    ended = Ended()
+    await add(store)
+    for left in (2, 1, 0):
+        await claim(store)
+        await lose(store, 0)
+        assert ended.counts == ({} if left else {"failed": 1})
+
+    await add(store)
+    for left in reversed(range(20)):
+        await claim(store)
+        clock.advance(60)
+        await store.recover()
+        assert ended.counts == ({"failed": 1} if left else {"failed": 2})
+
+
+async def test_late_jobs_are_counted_once_by_all_workers(store: JobStore, clock: HandClock) -> None:
+    """Many workers find the same jobs late; each job is one failure."""
+    ended = Ended()
+    await store.add([{}] * 30, max_queued=100, terms=Terms(timeout=1))
+    await add(store)
+    clock.advance(2)
+    expired = await asyncio.gather(*(store.expire() for _ in range(5)))
+
+    assert sum(expired) == 30
+    assert ended.counts == {"failed": 30}

@@ -115,6 +115,8 @@ async def test_metrics_tell_what_happened(api: RunningApp, engine: ScriptedEngin
     assert await grown("jobs_submitted_total") == 4
     settled = [await grown("jobs_settled_total", outcome=o) for o in ("finished", "failed", "lost")]
     assert settled == [2, 1, 1]
+    done = [await grown("jobs_done_total", state=s) for s in ("finished", "failed", "cancelled")]
+    assert done == [2, 1, 0]
     assert await grown("tokens_total", kind="prompt") == 6
     assert await grown("tokens_total", kind="completion") == 64
     assert await grown("forward_passes_total") == 64

@@ -408,6 +408,28 @@ async def test_wait_ends_with_the_time(api: RunningApp, engine: ScriptedEngine) 
     assert (await api.result(0, wait=0.1))["status"] == "running"
 
 
+async def test_too_many_held_polls_are_refused(database_url: str, engine: ScriptedEngine) -> None:
+    """Beyond the limit a poll is told to come back, unless it need not be held."""
+    engine.scripts = [[DONE], [HANG]]
+    async with running_app(fast_settings(database_url, max_held_polls=1), engine) as api:
+        done = await api.submit()
+        await api.result(done)
+        job = await api.submit()
+        held = asyncio.create_task(api.result(job, wait=60))
+        await until(lambda: api.app.state.jobs.held == 1)
+        refused = await api.client.get(f"/v1/result/{job}", params={"wait": 60})
+        assert refused.status_code == 429
+        assert refused.headers["retry-after"]
+        assert "DLLM_MAX_HELD_POLLS" in refused.json()["detail"]
+        assert (await api.result(job, wait=0))["status"] == "running"
+        assert (await api.result(done, wait=60))["status"] == "finished"
+
+        await api.client.delete(f"/v1/result/{job}")
+        assert (await held)["status"] == "cancelled"
+        another = await api.submit()
+        assert (await api.result(another, wait=0.05))["status"] == "running"
+
+
 async def test_poll_that_is_held_ends_when_its_caller_hangs_up(database_url: str) -> None:
     """Nobody waits for a job whose caller has gone."""
     left = 'route="/v1/result/{request_id}",status="499"} '
