@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dllm_engine import InvalidRequest
+from dllm_engine import CheckpointError, InvalidRequest
 from dllm_engine.text import TextCodec, find_stop
 from hypothesis import given
 from hypothesis import strategies as st
@@ -250,6 +250,13 @@ def test_dreams_tokenizer_is_read_without_its_own_code(tmp_path: Path) -> None:
     assert ids.count(DREAM_SPECIALS["<|im_end|>"]) == 2
     assert text_of(dream, ids).startswith("system\nYou are a helpful assistant.\nuser\na<|mask|>b")
     assert DREAM_SPECIALS["<|im_end|>"] in dream.stop_token_ids
+
+
+def test_a_tokenizer_without_the_mask_token_is_refused(tmp_path: Path) -> None:
+    """One that does not belong to the weights is an error that says what is missing."""
+    write_dream(tmp_path)
+    with pytest.raises(CheckpointError, match="tokenizer: has no token 505, .* the mask"):
+        TextCodec.load(tmp_path, 505)
 
 
 def test_a_checkpoint_without_a_tokenizer_has_no_codec(tmp_path: Path) -> None:
