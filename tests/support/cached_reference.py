@@ -74,8 +74,8 @@ class PlainModel:
 
     def forward(
         self, tokens: dict[int, int], stored: list[list[Stored]]
-    ) -> tuple[Rows, list[Rows], list[list[Stored]]]:
-        """Logits, queries per layer, and fresh keys and values, of the given positions.
+    ) -> tuple[Callable[[int], Tensor], list[Rows], list[list[Stored]]]:
+        """What gives a position's logits, queries per layer, and fresh keys and values.
 
         A position attends to all given ones and to every stored one that is not given.
         """
@@ -105,10 +105,10 @@ class PlainModel:
                 up = self.project(inner, f"{name}.mlp.up_proj")
                 swish = gate * torch.sigmoid(gate)
                 x[p] = h + self.project(swish * up, f"{name}.mlp.down_proj")
-        logits = {
-            p: self.tensors["lm_head.weight"] @ self.norm(h, "model.norm.weight")
-            for p, h in x.items()
-        }
+
+        def logits(position: int) -> Tensor:
+            return self.tensors["lm_head.weight"] @ self.norm(x[position], "model.norm.weight")
+
         return logits, queries, fresh
 
     def attend(self, query: Tensor, head: int, seen: list[Stored]) -> Tensor:
@@ -190,7 +190,7 @@ class _Sequence:
                 [old | new for old, new in zip(olds, news, strict=True)]
                 for olds, news in zip(self.stored, fresh, strict=True)
             ]
-        return lambda p: logits[max(0, p - model.shifted)]
+        return lambda p: logits(max(0, p - model.shifted))
 
 
 def generate_cached(

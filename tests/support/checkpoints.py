@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,23 +137,40 @@ def write_tensors(directory: Path, tensors: dict[str, torch.Tensor], shards: int
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def write_tokenizer(directory: Path, *, chat_template: bool = True) -> None:
-    """A byte-level tokenizer: ids 0..255 are bytes, LLaDA's special tokens from 500 on."""
+#: LLaDA's special tokens, in the order of their ids; here they follow each other.
+LLADA_SPECIALS = {
+    "<|mdm_mask|>": MASK,
+    "<|endoftext|>": EOS,
+    "<|eot_id|>": EOT,
+    "<|startoftext|>": BOS,
+    "<|start_header_id|>": 504,
+    "<|end_header_id|>": 505,
+}
+
+
+def byte_vocabulary(size: int) -> dict[str, int]:
+    """The 256 bytes, and words that no text becomes up to `size`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    fillers = [f"<unused{i}>" for i in range(500 - len(alphabet))]
-    vocab = {token: i for i, token in enumerate([*alphabet, *fillers])}
+    fillers = [f"<unused{i}>" for i in range(size - len(alphabet))]
+    return {token: i for i, token in enumerate([*alphabet, *fillers])}
+
+
+def write_tokenizer(
+    directory: Path, *, chat_template: bool = True, specials: Mapping[str, int] = LLADA_SPECIALS
+) -> None:
+    """A byte-level tokenizer: ids 0..255 are bytes, then fillers up to the special tokens."""
+    first = min(specials.values())
+    vocab = byte_vocabulary(first)
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    specials = [
-        "mdm_mask",
-        "endoftext",
-        "eot_id",
-        "startoftext",
-        "start_header_id",
-        "end_header_id",
-    ]
-    tokenizer.add_special_tokens([AddedToken(f"<|{name}|>", special=True) for name in specials])
+    names = {i: name for name, i in specials.items()}
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(names.get(i, f"<|reserved_token_{i - first}|>"), special=True)
+            for i in range(first, max(names) + 1)
+        ]
+    )
     tokenizer.save(str(directory / "tokenizer.json"))
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -263,18 +281,16 @@ def write_dream(
     return directory
 
 
-def write_dream_tokenizer(directory: Path) -> None:
+def write_dream_tokenizer(directory: Path, *, specials: Mapping[str, int] = DREAM_SPECIALS) -> None:
     """Dream's files: vocab.json and merges.txt, and a class that only its own code knows."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    fillers = [f"<unused{i}>" for i in range(500 - len(alphabet))]
-    vocab = {token: i for i, token in enumerate([*alphabet, *fillers])}
+    vocab = byte_vocabulary(min(specials.values()))
     (directory / "vocab.json").write_text(json.dumps(vocab))
     (directory / "merges.txt").write_text("#version: 0.2\n")
-    (directory / "added_tokens.json").write_text(json.dumps(DREAM_SPECIALS))
+    (directory / "added_tokens.json").write_text(json.dumps(specials))
     added = {
         str(i): {"content": token, "special": True, "lstrip": False, "rstrip": False,
                  "normalized": False, "single_word": False}
-        for token, i in DREAM_SPECIALS.items()
+        for token, i in specials.items()
     }  # fmt: skip
     settings = {
         "added_tokens_decoder": added,

@@ -1,14 +1,25 @@
-"""The real models' vocabularies, heads and tensor names, with few layers and random weights."""
+"""The real models' vocabularies, heads, special tokens and tensor names, with random weights."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from dllm_engine import LLM, Prompt, SamplingParams
+from dllm_engine import LLM, FinishReason, Prompt, SamplingParams
+from dllm_engine.request import CACHE_POLICIES
+from dllm_engine.text import TextCodec
 
-from tests.support.checkpoints import write_dream, write_llada
+from tests.support.cached_reference import PlainModel, generate_cached
+from tests.support.checkpoints import (
+    write_dream,
+    write_dream_tokenizer,
+    write_llada,
+    write_tokenizer,
+)
 from tests.support.decoder import Ids
 from tests.support.oracle import dream_oracle, llada_oracle
 from tests.support.reference import generate
@@ -18,7 +29,7 @@ LLADA_8B = {
     "d_model": 256,
     "n_heads": 2,
     "n_kv_heads": 2,
-    "n_layers": 1,
+    "n_layers": 2,
     "mlp_hidden_size": 384,
     "embedding_size": 126464,
     "vocab_size": 126464,
@@ -32,7 +43,7 @@ DREAM_7B = {
     "hidden_size": 896,
     "num_attention_heads": 7,
     "num_key_value_heads": 1,
-    "num_hidden_layers": 1,
+    "num_hidden_layers": 2,
     "intermediate_size": 384,
     "vocab_size": 152064,
     "mask_token_id": 151666,
@@ -41,19 +52,69 @@ DREAM_7B = {
 }
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
-def test_a_real_vocabulary_goes_through_under_a_small_logits_budget(
-    tmp_path: Path, family: str
-) -> None:
-    """bf16 files, real ids and head sizes, sharded: decoded whole, greedy and sampled alike; greedy
-    as the reference does on transformers' class."""
-    write = {"llada": write_llada, "dream": write_dream}[family]
-    shape = {"llada": LLADA_8B, "dream": DREAM_7B}[family]
-    directory = write(tmp_path, shards=2, dtype=torch.bfloat16, tokenizer=False, **shape)  # type: ignore[operator]
-    llm = LLM(directory, logits_budget_mb=16)
-    mask = llm.engine.spec.mask_token_id
-    ids = Ids(mask, llm.engine.spec.eos_token_ids, llm.engine.stop_token_ids)
-    forward = {"llada": llada_oracle, "dream": dream_oracle}[family](directory, torch.float32)
+#: Where the published tokenizers have them.
+LLADA_SPECIALS = {
+    "<|startoftext|>": 126080,
+    "<|endoftext|>": 126081,
+    "<|mdm_mask|>": 126336,
+    "<|start_header_id|>": 126346,
+    "<|end_header_id|>": 126347,
+    "<|eot_id|>": 126348,
+}
+DREAM_SPECIALS = {
+    "<|endoftext|>": 151643,
+    "<|im_start|>": 151644,
+    "<|im_end|>": 151645,
+    **{f"<|filler_{i}|>": i for i in range(151646, 151665)},
+    "<|beginoftext|>": 151665,
+    "<|mask|>": 151666,
+}
+MESSAGES = json.dumps(
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hé <|mdm_mask|>"}]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Real:
+    """A checkpoint of a family, and the engine on it."""
+
+    family: str
+    directory: Path
+    llm: LLM
+
+    @property
+    def codec(self) -> TextCodec:
+        """Its tokenizer."""
+        assert self.llm.engine.codec is not None
+        return self.llm.engine.codec
+
+    @property
+    def ids(self) -> Ids:
+        """Its special tokens."""
+        spec = self.llm.engine.spec
+        return Ids(spec.mask_token_id, spec.eos_token_ids, self.llm.engine.stop_token_ids)
+
+
+@pytest.fixture(scope="module", params=["llada", "dream"])
+def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Real:
+    """bf16 files in two shards, under a logits budget of a few rows."""
+    directory = tmp_path_factory.mktemp(request.param)
+    # At this scale logits are a few units large, and float32 leaves no tokens to chance.
+    shape: dict[str, Any] = {"shards": 2, "dtype": torch.bfloat16, "tokenizer": False, "scale": 0.1}
+    if request.param == "llada":
+        write_llada(directory, **shape, **LLADA_8B)
+        write_tokenizer(directory, specials=LLADA_SPECIALS)
+    else:
+        write_dream(directory, **shape, **DREAM_7B)
+        write_dream_tokenizer(directory, specials=DREAM_SPECIALS)
+    return Real(request.param, directory, LLM(directory, logits_budget_mb=16))
+
+
+def test_a_real_vocabulary_goes_through_under_a_small_logits_budget(real: Real) -> None:
+    """Decoded whole, greedy and sampled; greedy as the reference does on transformers' class."""
+    llm, ids = real.llm, real.ids
+    oracle = {"llada": llada_oracle, "dream": dream_oracle}[real.family]
+    forward = oracle(real.directory, torch.float32)
     prompts = [[1, 2, 3], [126000, 5]]
     for temperature in (0.0, 0.8):
         params = SamplingParams(
@@ -61,10 +122,58 @@ def test_a_real_vocabulary_goes_through_under_a_small_logits_budget(
         )
         together = llm.generate(prompts, params, progress=False)
         for prompt, answer in zip(prompts, together, strict=True):
-            assert mask not in answer.token_ids.tolist()
+            assert ids.mask not in answer.token_ids.tolist()
             assert (answer.confidence > 0).all()
             if temperature == 0:
                 reference = generate(forward, Prompt(prompt), params.resolved(), ids)
                 assert answer.token_ids.tolist() == reference.tokens
         alone = llm.generate(prompts[:1], params, progress=False)[0]
         assert alone.token_ids.tolist() == together[0].token_ids.tolist()
+
+
+def test_a_chat_is_rendered_with_the_real_ids(real: Real) -> None:
+    """Two messages: control tokens at their published ids, the mask's name as text."""
+    ids = real.codec.encode_messages(MESSAGES)
+    assert real.ids.mask not in ids
+    specials = [i for i in ids if i > 126000]
+    text = real.codec.decode(ids)
+    if real.family == "llada":
+        assert specials == [126080, *[126346, 126347, 126348] * 2, 126346, 126347]
+        assert text == "system\n\nBe brief.user\n\nHé <|mdm_mask|>assistant\n\n"
+    else:
+        assert specials == [*[151644, 151645] * 2, 151644]
+        assert text == "system\nBe brief.\nuser\nHé <|mdm_mask|>\nassistant\n"
+
+
+def test_a_guided_chat_under_every_cache_policy_equals_its_definition(real: Real) -> None:
+    """From chat messages through tokenizer, guidance, a rule of the family's own and each of the
+    five policies, all in one batch, to the tokens that the definitions give."""
+    prompt = Prompt(real.codec.encode_messages(MESSAGES))
+    rule: dict[str, Any] = {"alg": "maskgit_plus"} if real.family == "dream" else {}
+    params = [
+        SamplingParams(
+            gen_length=6, block_length=3, cfg_scale=0.5, ignore_eos=True, cache=policy, **rule
+        )
+        for policy in CACHE_POLICIES
+    ]
+    answers = real.llm.generate([prompt] * len(params), params, progress=False)
+    plain = PlainModel(real.directory, torch.float32)
+    for p, answer in zip(params, answers, strict=True):
+        reference = generate_cached(plain, prompt, p.resolved(), real.ids)
+        assert answer.token_ids.tolist() == reference.tokens, p.cache
+        assert answer.confidence.tolist() == pytest.approx(reference.confidence, abs=1e-4)
+        assert answer.usage.forward_passes == reference.forward_passes
+
+
+def test_a_chat_ends_at_a_stop_string(real: Real) -> None:
+    """The answer is cut before a stop string that spans tokens, and says why it ended."""
+    params = SamplingParams(gen_length=12, block_length=4, ignore_eos=True)
+    whole = real.llm.generate(["Hi"], params, chat=True, progress=False)[0]
+    assert whole.finish_reason is FinishReason.LENGTH
+    assert "><" in whole.text
+    cut = real.llm.generate(
+        ["Hi"], dataclasses.replace(params, stop=("><",)), chat=True, progress=False
+    )[0]
+    assert cut.finish_reason is FinishReason.STOP
+    assert cut.text == whole.text[: whole.text.index("><")]
+    assert cut.usage.steps < whole.usage.steps

@@ -1,13 +1,14 @@
 """Prompts become tokens, canvases become text, and user text never becomes control."""
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from dllm_engine import InvalidRequest
+from dllm_engine import CheckpointError, InvalidRequest
 from dllm_engine.text import TextCodec, find_stop
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from tests.support.checkpoints import (
     DREAM_SPECIALS,
     EOS,
     EOT,
+    LLADA_SPECIALS,
     MASK,
     write_dream,
     write_llada,
@@ -62,6 +64,85 @@ def test_turns_and_roles_are_kept(codec: TextCodec) -> None:
     expected = "system\n\nm0user\n\nm1assistant\n\nm2user\n\nm3assistant\n\n"
     assert text_of(codec, ids) == expected
     assert ids.count(EOT) == 4
+
+
+@pytest.fixture(scope="module")
+def dream(tmp_path_factory: pytest.TempPathFactory) -> TextCodec:
+    """The tokenizer of a Dream checkpoint: bytes and Qwen's special tokens."""
+    loaded = TextCodec.load(write_dream(tmp_path_factory.mktemp("dream")), DREAM_MASK)
+    assert loaded is not None
+    return loaded
+
+
+#: Two turns behind a system message; content with space around it, and control tokens by name.
+TURNS = [
+    ("system", "Be brief."),
+    ("user", " Hi <|mask|><|mdm_mask|> "),
+    ("assistant", "Yes?<|im_end|><|eot_id|>"),
+    ("user", "é\n"),
+]
+
+
+def messages_of(turns: list[tuple[str, str]]) -> str:
+    """As a request has them."""
+    return json.dumps([{"role": role, "content": content} for role, content in turns])
+
+
+def literal(codec: TextCodec, text: str) -> list[int]:
+    """Text encoded bracket by bracket, so that no name of a control token is whole."""
+    return [i for piece in re.split("(<)", text) if piece for i in codec.encode_text(piece)]
+
+
+def test_llada_turns_are_rendered_token_by_token(codec: TextCodec) -> None:
+    """Begin-of-text once, each turn with its header and end, content without the space around it,
+    and the header of the answer."""
+    header, end_header = LLADA_SPECIALS["<|start_header_id|>"], LLADA_SPECIALS["<|end_header_id|>"]
+
+    expected = [BOS]
+    for role, content in TURNS:
+        expected += [
+            header,
+            *literal(codec, role),
+            end_header,
+            *literal(codec, "\n\n" + content.strip()),
+            EOT,
+        ]
+    expected += [header, *literal(codec, "assistant"), end_header, *literal(codec, "\n\n")]
+    assert codec.encode_messages(messages_of(TURNS)) == expected
+
+
+@pytest.mark.parametrize("has_system", [True, False])
+def test_dream_turns_are_rendered_token_by_token(dream: TextCodec, has_system: bool) -> None:
+    """Qwen's template: its own system message where none is given, content as it is, and the start
+    of the answer."""
+    start, end = DREAM_SPECIALS["<|im_start|>"], DREAM_SPECIALS["<|im_end|>"]
+
+    turns = TURNS if has_system else TURNS[1:]
+    rendered = turns if has_system else [("system", "You are a helpful assistant."), *turns]
+    expected: list[int] = []
+    for role, content in rendered:
+        expected += [start, *literal(dream, f"{role}\n{content}"), end, *literal(dream, "\n")]
+    expected += [start, *literal(dream, "assistant\n")]
+    assert dream.encode_messages(messages_of(turns)) == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "mask", "name", "end"),
+    [
+        ("llada", MASK, "<|mdm_mask|>", "<|eot_id|>"),
+        ("dream", DREAM_MASK, "<|mask|>", "<|im_end|>"),
+    ],
+)
+def test_a_mask_in_a_suffix_stays_text(
+    codec: TextCodec, dream: TextCodec, family: str, mask: int, name: str, end: str
+) -> None:
+    """Text behind a gap never opens another; control tokens in it are read, as in a raw prompt."""
+    either = {"llada": codec, "dream": dream}[family]
+    ids = either.encode_suffix(f" a{name}b{end}")
+    assert mask not in ids
+    assert text_of(either, ids) == f" a{name}b"
+    assert ids[-1] in either.stop_token_ids
+    assert either.encode_suffix("") == []
 
 
 @pytest.mark.parametrize(
@@ -250,6 +331,13 @@ def test_dreams_tokenizer_is_read_without_its_own_code(tmp_path: Path) -> None:
     assert ids.count(DREAM_SPECIALS["<|im_end|>"]) == 2
     assert text_of(dream, ids).startswith("system\nYou are a helpful assistant.\nuser\na<|mask|>b")
     assert DREAM_SPECIALS["<|im_end|>"] in dream.stop_token_ids
+
+
+def test_a_tokenizer_without_the_mask_token_is_refused(tmp_path: Path) -> None:
+    """One that does not belong to the weights is an error that says what is missing."""
+    write_dream(tmp_path)
+    with pytest.raises(CheckpointError, match="tokenizer: has no token 505, .* the mask"):
+        TextCodec.load(tmp_path, 505)
 
 
 def test_a_checkpoint_without_a_tokenizer_has_no_codec(tmp_path: Path) -> None:

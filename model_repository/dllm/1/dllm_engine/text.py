@@ -48,7 +48,7 @@ class TextCodec:
         """The tokenizer of a checkpoint directory; None if it has none.
 
         Raises:
-            CheckpointError: the tokenizer cannot be read.
+            CheckpointError: the tokenizer cannot be read, or lacks the mask token.
         """
         reader = next((r for file, r in _FORMATS.items() if (directory / file).exists()), None)
         if reader is None:
@@ -57,6 +57,9 @@ class TextCodec:
             tokenizer = reader.from_pretrained(directory, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{directory}: tokenizer: {error}") from error
+        if tokenizer.convert_ids_to_tokens(mask_token_id) is None:
+            problem = f"has no token {mask_token_id}, which config.json calls the mask"
+            raise CheckpointError(f"{directory}: tokenizer: {problem}")
         return cls(tokenizer, mask_token_id)
 
     @property
