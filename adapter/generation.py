@@ -82,6 +82,10 @@ class Engine(Protocol):
         """
         ...
 
+    def cancel(self, request_id: str) -> None:
+        """Have the requests of this id ended, without waiting for it."""
+        ...
+
     async def probe(self) -> None:
         """See whether it takes steps. Raises `InvalidRequest` or an `EngineError`."""
         ...

@@ -1,6 +1,7 @@
 """Requests whose caller stays on the line: no job is kept, and a caller who leaves cancels."""
 
 import asyncio
+import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from types import TracebackType
@@ -171,7 +172,9 @@ class LiveRequests:
         member = self._pool.pick() or self._pool.pick(resting=True)
         if member is None:
             raise Unavailable(self._pool.why_none)
-        events = member.generate(inputs, request_id=request_id, detail=detail, priority=priority)
+        # Nobody else's, whatever callers choose: it can be cancelled by that.
+        own = f"{request_id}-{secrets.token_hex(4)}"
+        events = member.generate(inputs, request_id=own, detail=detail, priority=priority)
         request = LiveRequest(events, member.monitor, silence=self._silence, timeout=timeout)
         self._running[request.task] = request
         request.task.add_done_callback(self._ended)

@@ -139,6 +139,11 @@ class EnginePool:
         ]
         return min(available, key=lambda member: member.inflight, default=None)
 
+    def cancel(self, request_id: str) -> None:
+        """Have the requests of this id ended, wherever they run."""
+        for member in self.members:
+            member.engine.cancel(request_id)
+
     def listen(self, listener: Callable[[], None]) -> None:
         """Call it after every change of an engine's state."""
         for member in self.members:

@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import Any
@@ -162,8 +161,14 @@ class TritonEngine:
                         return
         except (asyncio.CancelledError, GeneratorExit):
             if not ended:
-                self._cancel_soon(request["request_id"])
+                self.cancel(request_id)
             raise
+
+    def cancel(self, request_id: str) -> None:
+        """Tell the engine, which asks its callers now and then only whether they are there."""
+        task = asyncio.create_task(self._cancel(request_id), name="engine-cancel")
+        self._cancelling.add(task)
+        task.add_done_callback(self._cancelling.discard)
 
     async def probe(self) -> None:
         """See whether the engine takes steps: it answers between two of them, however many wait."""
@@ -201,8 +206,7 @@ class TritonEngine:
             "model_name": self._model_name,
             "inputs": [make_tensor(name, value) for name, value in inputs.items()],
             "outputs": [InferRequestedOutput(name) for name in outputs],
-            # Nobody else's, whatever it was called by whom: it can be cancelled by that.
-            "request_id": f"{request_id}-{secrets.token_hex(4)}",
+            "request_id": request_id,
         }
 
     async def _stream(self, request: dict[str, Any]) -> AsyncGenerator[Event, None]:
@@ -221,12 +225,6 @@ class TritonEngine:
             raise map_error(error.code().name, error.details() or "") from error
         finally:
             responses.cancel()
-
-    def _cancel_soon(self, request_id: str) -> None:
-        """Tell the engine, which asks its callers now and then only whether they are there."""
-        task = asyncio.create_task(self._cancel(request_id), name="engine-cancel")
-        self._cancelling.add(task)
-        task.add_done_callback(self._cancelling.discard)
 
     async def _cancel(self, request_id: str) -> None:
         with suppress(TimeoutError, EngineError):

@@ -58,6 +58,8 @@ class Job:
     attempts: int
     text: str | None
     error: str | None
+    #: What the engine calls it; None while no worker drives it.
+    engine_request_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class ClaimedJob:
     """A job that this worker drives from now on."""
 
     id: int
+    owner: str
     inputs: Inputs
     attempts: int
     terms: Terms = STANDARD_TERMS
@@ -75,8 +78,18 @@ class ClaimedJob:
 
     @property
     def engine_request_id(self) -> str:
-        """What Triton and the engine call it: the job, and the call that submitted it."""
-        return f"{self.id}-{self.terms.request_id}" if self.terms.request_id else str(self.id)
+        """What Triton and the engine call it."""
+        return engine_request_id(self.id, self.terms.request_id, self.owner, self.attempts)
+
+
+def engine_request_id(job_id: int, request_id: str | None, owner: str, attempts: int) -> str:
+    """What Triton and the engine call a run of a job: by this any worker can cancel it there.
+
+    The job and the call that submitted it, for whoever reads the log; the worker and the attempt,
+    so that it is this run's alone.
+    """
+    call = f"-{request_id}" if request_id else ""
+    return f"{job_id}{call}-{owner}-{attempts}"
 
 
 def late(timeout: float) -> str:

@@ -18,7 +18,7 @@ from adapter.errors import (
     Unavailable,
 )
 from adapter.jobs.claims import lost_before_last
-from adapter.jobs.job import ClaimedJob, late
+from adapter.jobs.job import ClaimedJob, Job, late
 from adapter.jobs.outcome import (
     Dropped,
     Failed,
@@ -116,10 +116,12 @@ class JobRunner:
         """There is a new job."""
         self._claiming.wake()
 
-    def cancelled(self, job_id: int) -> None:
-        """The job was cancelled in the store: if this worker drives it, its stream is closed."""
-        if (drive := self._drives.get(job_id)) is not None:
+    def cancelled(self, job: Job) -> None:
+        """The job was cancelled in the store: close its stream, or end it for its worker."""
+        if (drive := self._drives.get(job.id)) is not None:
             drive.impose(Dropped())
+        elif job.engine_request_id is not None:
+            self._pool.cancel(job.engine_request_id)
 
     def stop(self) -> None:
         """Take up no more jobs: this worker is about to end."""

@@ -74,8 +74,9 @@ class JobService:
 
     async def cancel(self, job_id: int, *, api_key: str | None = None) -> Job:
         """Cancel the job unless it is done; the job as it is then. Raises `JobNotFound`."""
+        job = await self._get(job_id, api_key)
         if await self._store.cancel(job_id, api_key=api_key):
-            self._runner.cancelled(job_id)
+            self._runner.cancelled(job)
             self._watcher.notify(job_id)
         return await self._get(job_id, api_key)
 

@@ -25,7 +25,16 @@ from adapter.database import Database
 from adapter.errors import TooManyJobs
 from adapter.generation import Event, Inputs
 from adapter.jobs.claims import QUEUED, RUNNING, hold_counter, take_up
-from adapter.jobs.job import STANDARD_TERMS, UNDONE, ClaimedJob, Job, JobState, Terms, late
+from adapter.jobs.job import (
+    STANDARD_TERMS,
+    UNDONE,
+    ClaimedJob,
+    Job,
+    JobState,
+    Terms,
+    engine_request_id,
+    late,
+)
 from adapter.jobs.submissions import Submission, forget, ids_of, remember
 from adapter.metrics import JOBS_DONE
 from adapter.tables import counters, jobs, submissions
@@ -87,7 +96,7 @@ class JobStore:
             return None
         query = _SHOWN if api_key is None else _SHOWN_TO_KEY
         for row in await self._database.read(query, {"job": job_id, "key": api_key}):
-            return Job(row.id, JobState(row.state), row.attempts, row.text, row.error)
+            return _shown(row)
         return None
 
     async def done_among(self, ids: Collection[int]) -> set[int]:
@@ -121,7 +130,7 @@ class JobStore:
                 now=now,
             )
         )
-        return [_claimed(row, now) for row in rows]
+        return [_claimed(row, owner, now) for row in rows]
 
     async def renew(self, owner: str, ids: Collection[int], *, lease: float) -> set[int]:
         """Prolong the leases; what is missing from the answer is not this owner's any more."""
@@ -306,10 +315,18 @@ def _submitted_with(api_key: str | None) -> list[ColumnElement[bool]]:
     return [] if api_key is None else [jobs.c.api_key == api_key]
 
 
-def _claimed(row: Row[Any], now: float) -> ClaimedJob:
+def _shown(row: Row[Any]) -> Job:
+    state, name = JobState(row.state), None
+    if state is JobState.RUNNING:
+        name = engine_request_id(row.id, row.request_id, row.owner, row.attempts)
+    return Job(row.id, state, row.attempts, row.text, row.error, name)
+
+
+def _claimed(row: Row[Any], owner: str, now: float) -> ClaimedJob:
     timeout = None if row.deadline is None else row.deadline - row.created_at
     return ClaimedJob(
         id=row.id,
+        owner=owner,
         inputs=json.loads(row.request),
         attempts=row.attempts,
         terms=Terms(row.priority, timeout, row.api_key, row.request_id, row.traceparent),
@@ -326,9 +343,15 @@ def _refuse_beyond(connection: Connection, max_queued: int, extra: int) -> None:
 
 
 # What each job needs is made once: making a statement takes longer than running it.
-_SHOWN = select(jobs.c.id, jobs.c.state, jobs.c.attempts, jobs.c.text, jobs.c.error).where(
-    jobs.c.id == bindparam("job")
-)
+_SHOWN = select(
+    jobs.c.id,
+    jobs.c.state,
+    jobs.c.attempts,
+    jobs.c.text,
+    jobs.c.error,
+    jobs.c.owner,
+    jobs.c.request_id,
+).where(jobs.c.id == bindparam("job"))
 _SHOWN_TO_KEY = _SHOWN.where(jobs.c.api_key == bindparam("key"))
 _DONE_AMONG = select(jobs.c.id).where(
     jobs.c.id.in_(bindparam("ids", expanding=True)), jobs.c.state.not_in(UNDONE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import requests
 from dllm_engine import LLM, SamplingParams
 
 from tests.support.servers import AdapterServer
@@ -25,3 +26,19 @@ def test_any_worker_answers_for_any_job(adapter_workers: AdapterServer, llm: LLM
     assert texts == [one.text for one in expected]
     for _ in range(8):
         assert [adapter_workers.result(job)["text"] for job in jobs[:8]] == texts[:8]
+
+
+def test_held_polls_end_at_every_worker(adapter_workers: AdapterServer) -> None:
+    """Whichever worker holds a poll, it is answered when another one has finished the job."""
+    job = adapter_workers.submit("hello", gen_length=200, ignore_eos=True)
+
+    def held(_: int) -> dict[str, object]:
+        answer = requests.get(
+            f"{adapter_workers.url}/v1/result/{job}", params={"wait": 60}, timeout=90
+        )
+        body: dict[str, object] = answer.json()
+        return body
+
+    with ThreadPoolExecutor(12) as pool:
+        polls = list(pool.map(held, range(12)))
+    assert {str(body["status"]) for body in polls} == {"finished"}

@@ -80,6 +80,7 @@ class ScriptedEngine:
     request_ids: list[str] = field(default_factory=list)
     priorities: list[int] = field(default_factory=list)
     details: list[Detail] = field(default_factory=list)
+    cancels: list[str] = field(default_factory=list)
     closed: int = 0
     loadings: int = 0
     reloads: int = 0
@@ -113,6 +114,10 @@ class ScriptedEngine:
                     await asyncio.Event().wait()
         finally:
             self.closed += 1
+
+    def cancel(self, request_id: str) -> None:
+        """Note it."""
+        self.cancels.append(request_id)
 
     async def probe(self) -> None:
         """Answer as the engine is."""

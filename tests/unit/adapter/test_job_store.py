@@ -130,7 +130,7 @@ async def test_claimed_job_carries_its_request_and_terms(store: JobStore, clock:
     await store.add([request], max_queued=10, terms=terms)
     clock.advance(20)
 
-    expected = ClaimedJob(0, request, 0, terms, time_left=40.0, waited=20.0)
+    expected = ClaimedJob(0, "a", request, 0, terms, time_left=40.0, waited=20.0)
     assert [expected] == await store.claim("a", limit=1, lease=30)
 
 
