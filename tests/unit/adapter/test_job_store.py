@@ -191,6 +191,19 @@ async def test_expired_lease_frees_the_job(store: JobStore, clock: HandClock) ->
     assert await store.finish("b", 0, DONE)
 
 
+@pytest.mark.parametrize(("ahead", "lost"), [(28.0, 0), (31.0, 1)])
+async def test_clocks_of_machines_may_differ_by_less_than_what_is_left_of_a_lease(
+    store: JobStore, database: Database, clock: HandClock, ahead: float, lost: int
+) -> None:
+    """A lease that is renewed every second lasts on a machine whose clock is ahead by little."""
+    await add(store)
+    await claim(store)
+    clock.advance(1)
+    other = JobStore(database, max_attempts=3, clock=lambda: clock() + ahead)
+
+    assert await other.recover() == lost
+
+
 async def test_deaths_of_workers_cost_no_attempt_but_end(store: JobStore, clock: HandClock) -> None:
     """A job may lose worker after worker, up to a number that no accident reaches."""
     await add(store)
