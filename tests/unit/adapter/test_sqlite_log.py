@@ -12,7 +12,7 @@ from sqlalchemy import text
 from adapter.database import LOG_LIMIT_BYTES, Database
 
 MIB = 2**20
-BOUND = 16 * MIB
+BOUND = 24 * MIB
 
 REPLACE = text("INSERT OR REPLACE INTO counters VALUES (:name, 1)")
 
@@ -54,7 +54,7 @@ async def workers(tmp_path: Path) -> AsyncIterator[Workers]:
 
 async def test_log_is_bounded_while_writes_go_on(workers: Workers) -> None:
     """However much is written without a pause, what is in the file leaves the log."""
-    while workers.written < 4 * BOUND:
+    while workers.written < 3 * BOUND:
         await workers.write(100)
 
     assert workers.largest < BOUND
