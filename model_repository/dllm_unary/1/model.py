@@ -24,7 +24,7 @@ ENGINE_MODEL = "dllm"
 LONG_WAIT_SECONDS = 0.1
 #: While calls are in flight, the engine is asked so often whether it is still the same.
 WATCH_SECONDS = 2.0
-#: It may take so long to say so, and for so long Triton may say in its place that it is dead.
+#: Triton may say for so long that it is dead: on a host short of processors it errs for moments.
 PATIENCE_SECONDS = 10.0
 LOST = "the engine was lost while it had this request"
 STOPPING = "the server is stopping"
@@ -113,6 +113,8 @@ class TritonPythonModel:
             self._running.discard(call)
         try:
             call.sender.send(response, flags=FINAL)
+        except pb_utils.TritonModelException as error:
+            pb_utils.Logger.log_error(f"[dllm_unary] answer lost: {error}")
         finally:
             self._places.release()
             with self._changed:  # not before it is sent: finalize() waits for this
@@ -127,22 +129,22 @@ class TritonPythonModel:
             time.sleep(WATCH_SECONDS)
             with self._changed:
                 running = list(self._running)
-            if not running:
-                healthy = time.monotonic()
-                continue
             asked = time.monotonic()
-            started = self._engine_start()
+            started = self._engine_start() if running else 0.0
             if started is not None:
                 healthy = asked
-            # Of another engine, or of one that has been dead for too long to come back.
-            gone = healthy if asked - healthy > PATIENCE_SECONDS else 0.0
+            elif asked - healthy > PATIENCE_SECONDS:
+                started = healthy  # whatever comes next, it knows nothing of what was before
             for call in running:
-                if call.began < (started or gone) and self._answer(call, self._failed(LOST)):
+                if call.began < (started or 0.0) and self._answer(call, self._failed(LOST)):
                     self._start(self._work)
 
     def _engine_start(self) -> float | None:
-        """When the engine that answers was started (seconds, monotonic); None: none answers."""
-        found: queue.SimpleQueue[float] = queue.SimpleQueue()
+        """When the engine was started (seconds, monotonic).
+
+        0 if it says nothing, as in a long step; None if Triton says that there is none.
+        """
+        found: queue.SimpleQueue[float | None] = queue.SimpleQueue()
 
         def ask() -> None:
             cancel = pb_utils.Tensor("cancel", np.array([[b"nobody"]], dtype=np.object_))
@@ -154,16 +156,18 @@ class TritonPythonModel:
             responses = probe.exec(decoupled=True)
             answers = [answer for answer in responses if _has_content(answer)]
             self._probes.append((responses, answers))
-            if answers and not answers[0].has_error():
-                [text] = answers[0].output_tensors()[0].as_numpy().reshape(-1)
-                found.put(float(text))
+            if not answers or answers[0].has_error():
+                found.put(None)
+                return
+            [text] = answers[0].output_tensors()[0].as_numpy().reshape(-1)
+            found.put(float(text))
 
         # On a thread of its own: an engine that dies now never answers it.
         self._start(ask)
         try:
             return found.get(timeout=PATIENCE_SECONDS)
         except queue.Empty:
-            return None
+            return 0.0
 
     def _ask_engine(self, call: Call) -> Any:
         request, sender, waited = call.request, call.sender, call.began - call.came
