@@ -15,7 +15,7 @@ ENGINE = ROOT / "model_repository/dllm/1/dllm_engine"
 LAYERS = [
     {"llm", "worker"},
     {"engine"},
-    {"scheduler", "runner"},
+    {"scheduler", "runner", "limits"},
     {"team"},
     {"rank"},
     {"shard"},

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from .cache import CachePolicy, PageAllocator, reserved_rows
+from .cache import PageAllocator
 from .config import EngineConfig
-from .errors import EngineDead, InvalidConfig, InvalidRequest, QueueTimeout, RequestFailed
+from .errors import EngineDead, QueueTimeout, RequestFailed
+from .limits import RequestLimits, longest_sequence
 from .memory import MemoryPlan
-from .models import ModelSpec, read_spec
+from .models import read_spec
 from .request import CanvasUpdate, FinishReason, Prompt, SamplingParams, Usage
 from .runner import Runner
 from .scheduler import Request, Scheduler
@@ -65,14 +66,14 @@ class Engine:
         #: Tokens that end an answer: end of text, and of a turn.
         self.stop_token_ids = tuple(sorted(stop_ids))
         self.config = config
-        self.max_model_len = _max_model_len(config, spec)
-        spec = dataclasses.replace(spec, max_model_len=self.max_model_len)
+        spec = dataclasses.replace(spec, max_model_len=longest_sequence(config, spec))
         self.spec = spec = spec.split(config.tensor_parallel_size)
         self.stats = EngineStats()
         self._runner = Runner(config, spec, self.stop_token_ids)
         #: Rows that one step may push through the model.
         self.token_budget = self._runner.token_budget
         self.allocator = PageAllocator(self._runner.plan.num_pages, config.kv_page_size)
+        self._limits = RequestLimits(config, spec, self.allocator, has_text=self.codec is not None)
         self.scheduler = Scheduler(config.max_num_seqs, self.token_budget, self.allocator)
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count()
@@ -142,73 +143,14 @@ class Engine:
         Raises:
             InvalidRequest: names the field and the limit.
         """
-        params = params.with_cache_defaults(self.config.cache_defaults)
-        self._check_prompt(prompt, params)
-        self._check_lengths(prompt, params)
-        resolved = params.resolved()
-        assert resolved.steps is not None
-        if resolved.steps > self.max_model_len:
-            problem = f"must be at most {self.max_model_len}; got {resolved.steps}"
-            raise InvalidRequest("steps", problem)
+        resolved = self._limits.check(prompt, params)
         request = Request(
             next(self._ids), prompt, resolved, stream_interval, priority, alone, timeout, name
         )
-        request.num_pages = self._pages_of(request)
-        return request
-
-    def _pages_of(self, request: Request) -> int:
-        """Pages of keys and values that a request holds while it runs."""
-        params = request.params
-        assert params.cache is not None
-        assert params.block_length is not None
-        assert params.retention_ratio is not None
-        rows = reserved_rows(
-            CachePolicy[params.cache.upper()],
-            request.length,
-            params.block_length + self.spec.shifted,
-            params.retention_ratio,
+        request.num_pages = self._limits.pages(
+            resolved, request.length, copies=request.forwards_per_step
         )
-        count = self.allocator.pages_for(rows) * request.forwards_per_step
-        if count > self.allocator.num_pages:
-            raise InvalidRequest(
-                "cache",
-                f"{params.cache} needs {count} pages of keys and values for a sequence of "
-                f"{request.length} tokens; the server has {self.allocator.num_pages}",
-            )
-        return count
-
-    def _check_prompt(self, prompt: Prompt, params: SamplingParams) -> None:
-        if not prompt.ids:
-            raise InvalidRequest("input_ids", "must not be empty")
-        for field, ids in (
-            ("input_ids", prompt.ids),
-            ("canvas_ids", prompt.canvas_ids),
-            ("suffix", prompt.suffix_ids),
-        ):
-            low, high = min(ids, default=0), max(ids, default=0)
-            if low < 0 or high >= self.spec.vocab_size:
-                limit = f"ids must lie in 0..{self.spec.vocab_size - 1}"
-                raise InvalidRequest(field, f"{limit}; got {low if low < 0 else high}")
-        if prompt.canvas_ids and self.spec.mask_token_id not in prompt.canvas_ids:
-            raise InvalidRequest("canvas_ids", f"holds no mask (id {self.spec.mask_token_id})")
-        if prompt.canvas_ids and len(prompt.canvas_ids) != params.gen_length:
-            rule = f"must hold gen_length ({params.gen_length}) ids"
-            raise InvalidRequest("canvas_ids", f"{rule}; got {len(prompt.canvas_ids)}")
-        if params.stop and self.codec is None:
-            raise InvalidRequest("stop", "this checkpoint has no tokenizer")
-
-    def _check_lengths(self, prompt: Prompt, params: SamplingParams) -> None:
-        longest = self.config.max_gen_length or self.max_model_len
-        if params.gen_length > longest:
-            problem = f"must be at most {longest}; got {params.gen_length}"
-            raise InvalidRequest("gen_length", problem)
-        given = len(prompt.ids) + len(prompt.suffix_ids)
-        if given + params.gen_length > self.max_model_len:
-            raise InvalidRequest(
-                "gen_length",
-                f"prompt ({given} tokens) plus gen_length ({params.gen_length}) "
-                f"must be at most {self.max_model_len}",
-            )
+        return request
 
     def add(self, request: Request) -> None:
         """Queue a request from `make_request`."""
@@ -410,13 +352,3 @@ def _device_errors() -> Iterator[None]:
         yield
     except torch.AcceleratorError as error:
         raise EngineDead(f"device error: {error}") from error
-
-
-def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
-    wanted = config.max_model_len or spec.max_model_len
-    if wanted > spec.max_model_len:
-        raise InvalidConfig(
-            f"DLLM_MAX_MODEL_LEN: the checkpoint was trained for {spec.max_model_len} tokens; "
-            f"got {wanted}"
-        )
-    return wanted
