@@ -1,4 +1,4 @@
-"""The engine behind Triton: tensors out, events in, gRPC errors mapped to ours."""
+"""The engine behind Triton: requests out, events in, gRPC errors mapped to ours."""
 
 import asyncio
 import re
@@ -7,8 +7,7 @@ from contextlib import aclosing, suppress
 from typing import Any
 
 import grpc
-import numpy as np
-from tritonclient.grpc import InferenceServerException, InferInput, InferRequestedOutput
+from tritonclient.grpc import InferenceServerException, InferRequestedOutput
 from tritonclient.grpc.aio import InferenceServerClient
 
 from adapter.errors import (
@@ -22,67 +21,11 @@ from adapter.errors import (
     StreamLost,
     Unavailable,
 )
-from adapter.generation import (
-    DEFAULT_PRIORITY,
-    Canvas,
-    Detail,
-    Event,
-    Inputs,
-    InputValue,
-    Usage,
-)
+from adapter.generation import DEFAULT_PRIORITY, Detail, Event, Inputs
 from adapter.tracing import TRACEPARENT
+from adapter.triton_tensors import CANVAS_OUTPUTS, INPUT_TYPES, OUTPUTS, make_tensor, read_event
 
-#: Data type of every input (`model_repository/dllm/config.pbtxt`).
-INPUT_TYPES: Mapping[str, str] = {
-    "text_input": "BYTES",
-    "messages": "BYTES",
-    "input_ids": "INT32",
-    "suffix": "BYTES",
-    "canvas_ids": "INT32",
-    "temperature": "FP32",
-    "gen_length": "INT32",
-    "steps": "INT32",
-    "block_length": "INT32",
-    "cfg_scale": "FP32",
-    "remasking": "BYTES",
-    "confidence_threshold": "FP32",
-    "factor": "FP32",
-    "entropy_bound": "FP32",
-    "low_threshold": "FP32",
-    "credit": "BOOL",
-    "anchor_threshold": "FP32",
-    "neighbor_threshold": "FP32",
-    "alg": "BYTES",
-    "alg_temp": "FP32",
-    "top_p": "FP32",
-    "top_k": "INT32",
-    "seed": "INT64",
-    "logits_eos_inf": "BOOL",
-    "confidence_eos_eot_inf": "BOOL",
-    "stop": "BYTES",
-    "ignore_eos": "BOOL",
-    "cache": "BYTES",
-    "retention_ratio": "FP32",
-    "pool_kernel": "INT32",
-    "delay_steps": "INT32",
-    "refresh_interval": "INT32",
-    "priority": "INT32",
-    "alone": "BOOL",
-    "stream": "BOOL",
-    "stream_interval": "FP32",
-    "cancel": "BYTES",
-}
-NUMPY_TYPES: Mapping[str, type[Any]] = {
-    "BYTES": np.object_,
-    "INT32": np.int32,
-    "INT64": np.int64,
-    "FP32": np.float32,
-    "BOOL": np.bool_,
-}
-OUTPUTS = ("text_output", "finish_reason", "usage", "seed")
 CANCEL_OUTPUTS = ("finish_reason",)
-CANVAS_OUTPUTS = ("token_ids", "token_texts", "confidence", "block")
 
 # Left alone, gRPC waits for up to two minutes before it looks for a server that went away.
 CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
@@ -241,44 +184,6 @@ class TritonEngine:
         raise StreamLost(msg)
 
 
-def make_tensor(name: str, value: InputValue) -> InferInput:
-    """The input as a batch of one. Raises KeyError for a name that the model does not have."""
-    datatype = INPUT_TYPES[name]
-    values = value if isinstance(value, list) else [value]
-    encoded = [item.encode() if isinstance(item, str) else item for item in values]
-    array = np.array([encoded], dtype=NUMPY_TYPES[datatype])
-    tensor = InferInput(name, list(array.shape), datatype)
-    tensor.set_data_from_numpy(array)
-    return tensor
-
-
-def read_event(result: Any) -> Event:
-    """One response of the model; an output that it left out keeps its default."""
-    usage = result.as_numpy("usage")
-    seed = result.as_numpy("seed")
-    return Event(
-        text=_text(result.as_numpy("text_output")),
-        finish_reason=_text(result.as_numpy("finish_reason")),
-        usage=None if usage is None else Usage(*(int(count) for count in usage.reshape(-1))),
-        seed=None if seed is None else int(seed.reshape(-1)[0]),
-        canvas=_canvas(result),
-    )
-
-
-def _canvas(result: Any) -> Canvas | None:
-    """The canvas, where the response has one."""
-    texts = result.as_numpy("token_texts")
-    if texts is None:
-        return None
-    index, start, end = result.as_numpy("block").reshape(-1).tolist()
-    return Canvas(
-        token_ids=result.as_numpy("token_ids").reshape(-1).tolist(),
-        token_texts=[text.decode() for text in texts.reshape(-1)],
-        confidence=result.as_numpy("confidence").reshape(-1).tolist(),
-        block=(index, start, end),
-    )
-
-
 def map_error(code: str | None, message: str) -> AdapterError:
     """Our error for a gRPC one: by its text where Triton's code says little, else by its code.
 
@@ -292,13 +197,6 @@ def map_error(code: str | None, message: str) -> AdapterError:
             return kind(text)
     name = (code or "").removeprefix("StatusCode.")
     return ERROR_CODES.get(name, EngineFailure)(text)
-
-
-def _text(array: Any) -> str:
-    if array is None or array.size == 0:
-        return ""
-    # PostgreSQL cannot keep a NUL.
-    return str(array.reshape(-1)[0].decode(errors="replace")).replace("\x00", "\ufffd")
 
 
 async def _drain(responses: AsyncIterator[Any]) -> None:

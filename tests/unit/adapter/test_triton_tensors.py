@@ -18,7 +18,14 @@ from adapter.errors import (
     Unavailable,
 )
 from adapter.generation import Canvas, Event, InputValue, Usage
-from adapter.triton import CANVAS_OUTPUTS, INPUT_TYPES, OUTPUTS, make_tensor, map_error, read_event
+from adapter.triton import map_error
+from adapter.triton_tensors import (
+    CANVAS_OUTPUTS,
+    INPUT_TYPES,
+    OUTPUTS,
+    make_tensor,
+    read_event,
+)
 
 CONFIG = Path(__file__).parents[3] / "model_repository" / "dllm" / "config.pbtxt"
 
