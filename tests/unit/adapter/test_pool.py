@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -145,3 +146,21 @@ def test_addresses_are_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commas separate addresses, and spaces do not matter."""
     monkeypatch.setenv("DLLM_TRITON_URL", "a:1, b:2")
     assert load_settings().triton_urls == ["a:1", "b:2"]
+
+
+async def test_pause_grows_with_each_failure(database_url: str) -> None:
+    """An engine that fails again and again is left alone for longer each time, until it answers."""
+    failing = Unavailable("not now")
+    engine = ScriptedEngine([[failing], [failing], [failing], [DONE], [failing]])
+    async with running_app(fast_settings(database_url), engine) as api:
+        (member,) = api.app.state.pool.members
+        rests = []
+        for _ in range(5):
+            with suppress(Unavailable):
+                async for _event in member.generate({}, request_id="x"):
+                    pass
+            rests.append(round(member.rest, 1))
+            await asyncio.sleep(max(0.0, member.rest))
+    first, second, third, answered, again = rests
+    assert 0 < first < second < third
+    assert answered <= 0 < again < second
