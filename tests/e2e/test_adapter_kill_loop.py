@@ -139,8 +139,7 @@ def test_one_of_two_tritonservers_is_killed(
         eventually(
             lambda: "finished" in adapter.statuses(jobs[:12]), "the first of the jobs are done"
         )
-        both = [metric(server, "dllm_running_requests") for server in (one, two)]
-        assert both[0] + both[1] > 0
+        assert "running" in adapter.statuses(jobs)
         psutil.Process(two.pid).kill()
         assert adapter.health() == 200
         texts = [adapter.finished(job) for job in jobs]

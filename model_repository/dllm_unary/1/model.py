@@ -153,8 +153,12 @@ class TritonPythonModel:
                 requested_output_names=["text_output"],
                 inputs=[cancel],
             )
-            responses = probe.exec(decoupled=True)
-            answers = [answer for answer in responses if _has_content(answer)]
+            try:
+                responses = probe.exec(decoupled=True)
+                answers = [answer for answer in responses if _has_content(answer)]
+            except pb_utils.TritonModelException:
+                found.put(None)
+                return
             self._probes.append((responses, answers))
             if not answers or answers[0].has_error():
                 found.put(None)
