@@ -50,6 +50,7 @@ ERROR_TEXTS: Sequence[tuple[str, type[AdapterError]]] = (
     ("request for unknown model", Unavailable),
     ("exceeds maximum queue size", Overloaded),
     ("request timeout expired", Overloaded),
+    ("the server is stopping", Unavailable),  # it had not begun
     ("explicit model load / unload is not allowed", ModelControlRefused),
 )
 ERROR_CODES: Mapping[str, type[AdapterError]] = {

@@ -1,28 +1,34 @@
 """How large SQLite's log gets under sustained writes, and whom moving it into the file holds up.
 
-`python -m benchmarks.writes`: processes that do nothing but submit, claim, finish and remove jobs.
-Measured are the log, the time of transactions (`waits`, with the wait for others' locks) and of
-reads, and how late the event loop wakes who sleeps for a millisecond (`lags`). Prints JSON.
+`python -m benchmarks.writes`: processes that do nothing but submit, claim, finish and remove jobs,
+first with a log that is never emptied while others write, which is what SQLite's checkpoints come
+to by themselves, then as the adapter does it. Measured are the log, the time of transactions
+(`waits`, with the wait for others' locks) and of reads, and how late the event loop wakes who
+sleeps for a millisecond (`lags`).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
+import math
 import multiprocessing
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from adapter.database import Database
+from adapter import database
 from adapter.generation import Event
 from adapter.jobs.store import JobStore
+from benchmarks.common import RESULTS, write_json
 
 MIB = 2**20
 #: Statements are made when they first run, which takes some ten milliseconds.
 WARM_UP_SECONDS = 2.0
+#: Between two looks at the log.
+LOOK_SECONDS = 0.02
+BASELINE, OURS = "checkpoints alone", "emptied when large"
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -72,31 +78,27 @@ async def load(
             await timed(store.purge(ttl=2, limit=500))
             await asyncio.sleep(pause)
 
-    async with Database.open(url) as database:
-        store = JobStore(database, max_attempts=3)
+    async with database.Database.open(url) as opened:
+        store = JobStore(opened, max_attempts=3)
         await asyncio.gather(write(store), read(store), lag())
     return {"waits": waits, "reads": reads, "lags": lags}
 
 
-def process(out: Any, *arguments: Any) -> None:
-    """The same in a process of its own."""
+def process(out: Any, log_limit: float, *arguments: Any) -> None:
+    """The same in a process of its own, with a log that is emptied above so many bytes."""
+    database.LOG_LIMIT_BYTES = log_limit  # type: ignore[assignment]
     out.put(asyncio.run(load(*arguments)))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=20.0)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--chars", type=int, default=200, help="of a prompt, and of a text")
-    parser.add_argument("--pause", type=float, default=0.0, help="seconds after each job")
-    options = parser.parse_args()
+def measure(options: argparse.Namespace, log_limit: float) -> dict[str, Any]:
+    """One run of all processes."""
     with tempfile.TemporaryDirectory(prefix="dllm-writes-") as folder:
         url = f"sqlite:///{folder}/jobs.db"
         out: Any = multiprocessing.Queue()
         workers = [
             multiprocessing.Process(
                 target=process,
-                args=(out, url, options.seconds, f"w{n}", options.chars, options.pause),
+                args=(out, log_limit, url, options.seconds, f"w{n}", options.chars, options.pause),
             )
             for n in range(options.processes)
         ]
@@ -105,16 +107,15 @@ def main() -> None:
         sizes, log = [], Path(f"{folder}/jobs.db-wal")
         over = time.monotonic() + WARM_UP_SECONDS + options.seconds
         while time.monotonic() < over:
-            time.sleep(0.02)
-            if log.exists():
-                sizes.append(log.stat().st_size)
+            time.sleep(LOOK_SECONDS)
+            sizes.append(log.stat().st_size / MIB if log.exists() else 0.0)
         parts = [out.get(timeout=60) for _ in workers]
         for worker in workers:
             worker.join()
     result: dict[str, Any] = {
-        "processes": options.processes,
-        "log_mib": {"max": round(max(sizes) / MIB, 1), "last": round(sizes[-1] / MIB, 1)},
+        "log_mib": {"max": round(max(sizes), 1), "last": round(sizes[-1], 1)},
         "transactions_per_s": round(sum(len(part["waits"]) for part in parts) / options.seconds),
+        "log_mib_over_time": [round(size, 1) for size in sizes[::10]],
     }
     for name in ("waits", "reads", "lags"):
         values = [1000 * value for part in parts for value in part[name]]
@@ -124,7 +125,54 @@ def main() -> None:
             "p999": round(percentile(values, 0.999), 2),
             "max": round(max(values), 1),
         }
-    print(json.dumps(result, indent=2))
+    return result
+
+
+def show(results: dict[str, dict[str, Any]]) -> None:
+    """Both, and the ratio of the largest logs."""
+    for name, result in results.items():
+        print(f"{name}: {result['transactions_per_s']} transactions/s, log {result['log_mib']} MiB")
+        for kind in ("waits", "reads", "lags"):
+            print(f"  {kind}, ms: {result[f'{kind}_ms']}")
+    before, ours = (results[name]["log_mib"]["max"] for name in (BASELINE, OURS))
+    print(f"largest log, ratio {before / ours:.1f}")
+
+
+def plot(results: dict[str, dict[str, Any]]) -> Path:
+    """The log over time."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4))
+    for name, result in results.items():
+        sizes = result["log_mib_over_time"]
+        axes.plot([10 * LOOK_SECONDS * i for i in range(len(sizes))], sizes, label=name)
+    axes.set_yscale("symlog")
+    axes.set_xlabel("seconds")
+    axes.set_ylabel("MiB of SQLite's log")
+    axes.legend()
+    figure.tight_layout()
+    path = RESULTS / "writes.png"
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def main() -> None:
+    """Measure both, print, write JSON and plot."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--chars", type=int, default=200, help="of a prompt, and of a text")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds after each job")
+    options = parser.parse_args()
+    results = {
+        BASELINE: measure(options, math.inf),
+        OURS: measure(options, database.LOG_LIMIT_BYTES),
+    }
+    show(results)
+    print(write_json("writes", {"options": vars(options), "results": results}), plot(results))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,13 @@ from dllm_engine import (
     Engine,
     FinishReason,
     InvalidRequest,
+    NotRun,
     Prompt,
-    QueueTimeout,
     SamplingParams,
 )
 from dllm_engine.scheduler import Request
+
+Inputs = Mapping[str, Any]
 
 PROMPT_INPUTS = ("text_input", "messages", "input_ids")
 #: Levels of the input `priority`; 1 goes first.
@@ -28,13 +30,17 @@ DEFAULT_PRIORITY, LOWEST_PRIORITY = 2, 3
 PARAM_INPUTS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
 
-def parse_cancel(request: Any) -> str | None:
+def inputs_of(request: Any) -> Inputs:
+    """The inputs of a Triton request by name."""
+    return {tensor.name(): tensor for tensor in request.inputs()}
+
+
+def parse_cancel(inputs: Inputs) -> str | None:
     """The id of the requests that this one is to end; None if it asks for text.
 
     Raises:
         InvalidRequest: it is empty, or asks for text besides.
     """
-    inputs = {tensor.name(): tensor for tensor in request.inputs()}
     if "cancel" not in inputs:
         return None
     if len(inputs) > 1:
@@ -45,14 +51,13 @@ def parse_cancel(request: Any) -> str | None:
     return name
 
 
-def parse_request(engine: Engine, request: Any) -> Request:
-    """An engine request from a Triton request.
+def parse_request(engine: Engine, request: Any, inputs: Inputs) -> Request:
+    """An engine request from a Triton request and its inputs.
 
     Raises:
         InvalidRequest: names the input and what is wrong with it.
     """
     _reject_unknown(request)
-    inputs = {tensor.name(): tensor for tensor in request.inputs()}
     prompt = Prompt(_prompt_ids(engine, inputs), _canvas_ids(inputs), _suffix_ids(engine, inputs))
     values = {name: _param(inputs, name) for name in PARAM_INPUTS if name in inputs}
     stream = bool(_scalar(inputs, "stream")) if "stream" in inputs else False
@@ -79,7 +84,7 @@ def _reject_unknown(request: Any) -> None:
         raise InvalidRequest(unknown[0], "no such input")
 
 
-def _prompt_ids(engine: Engine, inputs: dict[str, Any]) -> list[int]:
+def _prompt_ids(engine: Engine, inputs: Inputs) -> list[int]:
     given = [name for name in PROMPT_INPUTS if name in inputs]
     if len(given) != 1:
         rule = f"exactly one of {', '.join(PROMPT_INPUTS)} is needed"
@@ -97,7 +102,7 @@ def _prompt_ids(engine: Engine, inputs: dict[str, Any]) -> list[int]:
     )
 
 
-def _canvas_ids(inputs: dict[str, Any]) -> list[int]:
+def _canvas_ids(inputs: Inputs) -> list[int]:
     if "canvas_ids" not in inputs:
         return []
     ids = [int(i) for i in _values(inputs, "canvas_ids")]
@@ -106,7 +111,7 @@ def _canvas_ids(inputs: dict[str, Any]) -> list[int]:
     return ids
 
 
-def _suffix_ids(engine: Engine, inputs: dict[str, Any]) -> list[int]:
+def _suffix_ids(engine: Engine, inputs: Inputs) -> list[int]:
     if "suffix" not in inputs:
         return []
     if engine.codec is None:
@@ -114,13 +119,13 @@ def _suffix_ids(engine: Engine, inputs: dict[str, Any]) -> list[int]:
     return engine.codec.encode_suffix(str(_scalar(inputs, "suffix")))
 
 
-def _param(inputs: dict[str, Any], name: str) -> Any:
+def _param(inputs: Inputs, name: str) -> Any:
     if name == "stop":
         return tuple(_text(name, value) for value in _values(inputs, name))
     return _scalar(inputs, name)
 
 
-def _priority(inputs: dict[str, Any]) -> int:
+def _priority(inputs: Inputs) -> int:
     if "priority" not in inputs:
         return DEFAULT_PRIORITY
     level = int(_scalar(inputs, "priority"))
@@ -129,7 +134,7 @@ def _priority(inputs: dict[str, Any]) -> int:
     return level
 
 
-def _stream_interval(inputs: dict[str, Any]) -> float:
+def _stream_interval(inputs: Inputs) -> float:
     if "stream_interval" not in inputs:
         return 0.0
     seconds = float(_scalar(inputs, "stream_interval"))
@@ -138,7 +143,7 @@ def _stream_interval(inputs: dict[str, Any]) -> float:
     return seconds
 
 
-def _values(inputs: dict[str, Any], name: str) -> npt.NDArray[Any]:
+def _values(inputs: Inputs, name: str) -> npt.NDArray[Any]:
     array = inputs[name].as_numpy()
     if array.shape[0] != 1:
         problem = f"one prompt per request: the first dimension must be 1; got {array.shape[0]}"
@@ -147,7 +152,7 @@ def _values(inputs: dict[str, Any], name: str) -> npt.NDArray[Any]:
     return values
 
 
-def _scalar(inputs: dict[str, Any], name: str) -> Any:
+def _scalar(inputs: Inputs, name: str) -> Any:
     values = _values(inputs, name)
     if values.size != 1:
         raise InvalidRequest(name, f"must be a single value; got {values.size}")
@@ -179,8 +184,8 @@ def to_response(
             sooner or later that corrupts the interpreter's memory.
     """
     if update.error is not None:
-        late = isinstance(update.error, QueueTimeout)
-        code = pb_utils.TritonError.UNAVAILABLE if late else pb_utils.TritonError.INTERNAL
+        again = isinstance(update.error, NotRun)
+        code = pb_utils.TritonError.UNAVAILABLE if again else pb_utils.TritonError.INTERNAL
         return error_response(str(update.error), code)
     masked = update.token_ids == engine.spec.mask_token_id
     reason = update.finish_reason.value if update.finish_reason else ""

@@ -17,7 +17,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 from dllm_engine import Engine, EngineConfig, EngineDead, EngineWorker, InvalidRequest, QueueFull
 from dllm_exchange import Caller, Exchange
-from dllm_tensors import error_response, parse_cancel, parse_request
+from dllm_tensors import error_response, inputs_of, parse_cancel, parse_request
 
 logger = logging.getLogger("dllm_engine.triton")
 
@@ -66,10 +66,11 @@ class TritonPythonModel:
 
     def _submit(self, request: Any, sender: Any) -> None:
         outputs = frozenset(request.requested_output_names())
-        if ends := parse_cancel(request):
+        inputs = inputs_of(request)
+        if ends := parse_cancel(inputs):
             self._exchange.cancel(ends, sender, outputs)
             return
-        parsed = parse_request(self._worker.engine, request)
+        parsed = parse_request(self._worker.engine, request, inputs)
         self._exchange.register(Caller(parsed, sender, outputs))
         try:
             self._worker.submit(parsed, self._exchange.post)

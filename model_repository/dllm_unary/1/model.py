@@ -13,6 +13,7 @@ import re
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,7 @@ class TritonPythonModel:
         with self._changed:
             self._changed.wait_for(lambda: self._open == 0)
 
-    def _start(self, work: Any) -> None:
+    def _start(self, work: Callable[[], None]) -> None:
         threading.Thread(target=work, name="dllm-unary", daemon=True).start()
 
     def _work(self) -> None:

@@ -189,6 +189,7 @@ async def test_closing_the_iterator_cancels(engine: TritonEngine, triton: Script
         ("Stub process 'dllm_0_0' is not healthy.", EngineDead),
         ("Request for unknown model: 'dllm' is not found", Unavailable),
         ("Exceeds maximum queue size", Overloaded),
+        ("the server is stopping", Unavailable),
         ((grpc.StatusCode.UNAVAILABLE, "not ready"), Unavailable),
         ("an error without a code", EngineFailure),
     ],

@@ -13,6 +13,7 @@ from dllm_engine import (
     EngineConfig,
     EngineDead,
     EngineWorker,
+    NotRun,
     Prompt,
     QueueFull,
     SamplingParams,
@@ -139,7 +140,9 @@ def test_close_turns_away_what_waits_and_takes_cancels(checkpoint: Path) -> None
     assert started.wait(30)
     assert not worker.close(timeout=0.0)
     for _ in requests[1:]:
-        assert "stopping" in str(answers.get(timeout=30).error)
+        error = answers.get(timeout=30).error
+        assert isinstance(error, NotRun)
+        assert "stopping" in str(error)
     worker.cancel(requests[0].request_id)
     assert worker.close(timeout=30)
     assert answers.get_nowait().finish_reason is not None

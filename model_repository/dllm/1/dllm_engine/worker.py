@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 
 from .engine import Engine
-from .errors import EngineDead, QueueFull, RequestFailed
+from .errors import EngineDead, NotRun, QueueFull
 from .request import CanvasUpdate
 from .scheduler import Request
 
@@ -107,7 +107,7 @@ class EngineWorker:
                 break
             if command is None:
                 self._closing = True
-                for update in self.engine.turn_away(RequestFailed("the server is stopping")):
+                for update in self.engine.turn_away(NotRun("the server is stopping")):
                     self._deliver(update)
             elif isinstance(command, Request):
                 self.engine.add(command)
