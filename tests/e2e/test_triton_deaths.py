@@ -14,6 +14,8 @@ from tests.e2e.triton_calls import LONG, generate, tensors
 from tests.support.servers import eventually, metric, stub_of, triton_server
 
 CALLS = 4
+#: Runs for long enough to be seen in the metrics, which are published once a second.
+LONGER = LONG | {"cfg_scale": 1.0}
 
 
 def test_unary_calls_of_a_lost_engine_are_answered(checkpoint: Path) -> None:
@@ -22,7 +24,7 @@ def test_unary_calls_of_a_lost_engine_are_answered(checkpoint: Path) -> None:
 
         def infer() -> None:
             with triton_http.InferenceServerClient(server.http_url, network_timeout=120) as client:
-                client.infer("dllm_unary", tensors(server, triton_http, LONG))
+                client.infer("dllm_unary", tensors(server, triton_http, LONGER))
 
         calls = [pool.submit(infer) for _ in range(CALLS)]
         eventually(lambda: metric(server, "dllm_running_requests") == CALLS, "all run")
