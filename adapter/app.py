@@ -132,6 +132,7 @@ async def _open(
         store,
         runner,
         watcher,
+        pool,
         max_queued=settings.max_queued_jobs,
         max_held=settings.max_held_polls,
     )

@@ -71,9 +71,14 @@ class BodyTooLarge(AdapterError):
 
 
 class InvalidRequest(AdapterError):
-    """The engine refuses the values of a request."""
+    """The engine refuses the values of a request: an input's name, a colon, and why."""
 
     status = 422
+
+    def __init__(self, message: str, *, prompt: int | None = None) -> None:
+        super().__init__(message)
+        #: Which of several prompts it is about; None: all, or the only one.
+        self.prompt = prompt
 
 
 class KeyReused(AdapterError):

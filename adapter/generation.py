@@ -1,6 +1,6 @@
 """The seam between jobs and an engine: what is asked, what comes back, and who answers."""
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -54,6 +54,16 @@ class Event:
         return not self.finish_reason and self.usage is not None and self.usage.steps == 0
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the engine says of a request that it does not run."""
+
+    #: The field and what is wrong with it; "": it would be taken.
+    refusal: str = ""
+    #: By how many tokens its prompt might be longer.
+    room: int = 0
+
+
 class Detail(Enum):
     """What the events of a request are wanted for."""
 
@@ -80,6 +90,10 @@ class Engine(Protocol):
 
         Raises `InvalidRequest` or a subclass of `EngineError`.
         """
+        ...
+
+    async def check(self, requests: Sequence[Inputs]) -> list[Verdict]:
+        """Whether it would take each of these; nothing is run. Raises an `EngineError`."""
         ...
 
     def cancel(self, request_id: str) -> None:

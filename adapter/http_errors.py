@@ -1,16 +1,21 @@
 """The one place where errors become HTTP answers."""
 
+from typing import Any
+
 from fastapi import FastAPI, Request, Response
 from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from adapter.errors import AdapterError
+from adapter.errors import AdapterError, InvalidRequest
 from adapter.logs import get_logger
 from adapter.openai import errors as openai
 
 log = get_logger()
+
+#: What the engine calls an input, and what it is called in a request.
+NAMES = {"text_input": "prompt"}
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -25,10 +30,23 @@ async def _adapter_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, AdapterError)
     if error.status >= 500:
         log.warning("call_failed", path=request.url.path, status=error.status, error=str(error))
-    status, body = error.status, {"detail": str(error)}
+    status, body = error.status, {"detail": _detail(error)}
     if openai.is_openai(request.url.path):
         status, body = openai.status_and_body(error)
     return JSONResponse(body, status_code=status, headers=dict(error.headers))
+
+
+def _detail(error: AdapterError) -> str | list[dict[str, Any]]:
+    """What the engine refuses is reported like what is refused here: field by field."""
+    if not isinstance(error, InvalidRequest):
+        return str(error)
+    name, colon, reason = str(error).partition(": ")
+    path: list[str | int] = [NAMES.get(name, name)]
+    if error.prompt is not None:
+        path, reason = ["prompts", error.prompt], str(error)
+    elif not (colon and name.isidentifier()):
+        path, reason = [], str(error)
+    return [{"type": "engine_refusal", "loc": ["body", *path], "msg": reason}]
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

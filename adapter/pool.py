@@ -16,6 +16,7 @@ from adapter.generation import DEFAULT_PRIORITY, Detail, Engine, Event, Inputs
 from adapter.health import EngineMonitor, EngineState
 from adapter.metrics import INFLIGHT, count_usage
 from adapter.tracing import TRACEPARENT, Tracer
+from adapter.verdicts import Verdicts
 
 FIRST_PAUSE = 0.25
 LONGEST_PAUSE = 8.0
@@ -32,6 +33,7 @@ class Member:
         self.engine = engine
         self.monitor = monitor
         self.inflight = 0
+        self._verdicts = Verdicts()
         self._pause = 0.0
         self._not_before = 0.0
 
@@ -85,6 +87,23 @@ class Member:
             self.inflight -= 1
             INFLIGHT.dec()
             span.end()
+
+    async def check(self, requests: Sequence[Inputs]) -> dict[int, str]:
+        """Why it would refuse which of these, by their indices. Raises an `EngineError`."""
+        incarnation = self.monitor.generation
+        unknown = [
+            index
+            for index, inputs in enumerate(requests)
+            if not self._verdicts.cover(inputs, incarnation)
+        ]
+        if not unknown:
+            return {}
+        found = await self.engine.check([requests[index] for index in unknown])
+        self.monitor.saw_life()
+        for index, verdict in zip(unknown, found, strict=True):
+            if not verdict.refusal:
+                self._verdicts.add(requests[index], incarnation, room=verdict.room)
+        return {i: v.refusal for i, v in zip(unknown, found, strict=True) if v.refusal}
 
     def _back_off(self) -> None:
         now = _now()

@@ -21,10 +21,11 @@ from adapter.errors import (
     StreamLost,
     Unavailable,
 )
-from adapter.generation import DEFAULT_PRIORITY, Detail, Event, Inputs
+from adapter.generation import DEFAULT_PRIORITY, Detail, Event, Inputs, Verdict
 from adapter.tracing import TRACEPARENT
 from adapter.triton_tensors import CANVAS_OUTPUTS, INPUT_TYPES, OUTPUTS, make_tensor, read_event
 
+CHECK_OUTPUTS = ("finish_reason", "text_output")
 CANCEL_OUTPUTS = ("finish_reason",)
 
 # Left alone, gRPC waits for up to two minutes before it looks for a server that went away.
@@ -98,7 +99,7 @@ class TritonEngine:
         ended = False
         try:
             async with aclosing(self._stream(request)) as events:
-                async for event in events:
+                async for _, event in events:
                     ended = bool(event.finish_reason)
                     yield event
                     if ended:
@@ -107,6 +108,21 @@ class TritonEngine:
             if not ended:
                 self.cancel(request_id)
             raise
+
+    async def check(self, requests: Sequence[Inputs]) -> list[Verdict]:
+        """Ask for all verdicts on one stream; see `generation.Engine.check`."""
+        questions = [
+            self._request({**inputs, "check": True}, request_id=str(index), outputs=CHECK_OUTPUTS)
+            for index, inputs in enumerate(requests)
+        ]
+        verdicts = [Verdict() for _ in requests]
+        async with aclosing(self._stream(*questions)) as events:
+            async for index, event in events:
+                valid = event.finish_reason == "valid"
+                verdicts[int(index)] = (
+                    Verdict(room=int(event.text)) if valid else Verdict(refusal=event.text)
+                )
+        return verdicts
 
     def cancel(self, request_id: str) -> None:
         """Tell the engine, which asks its callers now and then only whether they are there."""
@@ -153,18 +169,21 @@ class TritonEngine:
             "request_id": request_id,
         }
 
-    async def _stream(self, request: dict[str, Any]) -> AsyncGenerator[Event, None]:
+    async def _stream(self, *requests: dict[str, Any]) -> AsyncGenerator[tuple[str, Event], None]:
+        """Events of requests that share a stream, each with its request's id."""
         traceparent = TRACEPARENT.get()
         headers = {"traceparent": traceparent} if traceparent else None
-        responses = self._client.stream_infer(_only(request), headers=headers)
+        responses = self._client.stream_infer(_each(requests), headers=headers)
+        unanswered = len(requests)
         try:
             async for result, error in responses:
                 if error is not None:
                     raise map_error(error.status(), error.message())
                 event = read_event(result)
-                if event.finish_reason:
+                unanswered -= bool(event.finish_reason)
+                if not unanswered:
                     await _drain(responses)
-                yield event
+                yield result.get_response().id, event
         except grpc.aio.AioRpcError as error:
             raise map_error(error.code().name, error.details() or "") from error
         finally:
@@ -208,5 +227,6 @@ async def _drain(responses: AsyncIterator[Any]) -> None:
                 pass
 
 
-async def _only(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    yield request
+async def _each(requests: Sequence[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
+    for request in requests:
+        yield request

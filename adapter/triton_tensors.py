@@ -46,6 +46,7 @@ INPUT_TYPES: Mapping[str, str] = {
     "alone": "BOOL",
     "stream": "BOOL",
     "stream_interval": "FP32",
+    "check": "BOOL",
     "cancel": "BYTES",
 }
 NUMPY_TYPES: Mapping[str, type[Any]] = {

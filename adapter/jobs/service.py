@@ -3,13 +3,20 @@
 import asyncio
 from collections.abc import Sequence
 
-from adapter.errors import JobNotFound, TooManyCalls
+from adapter.errors import EngineError, InvalidRequest, JobNotFound, TooManyCalls
 from adapter.generation import Inputs
 from adapter.jobs.job import STANDARD_TERMS, Job, JobState, Terms
 from adapter.jobs.runner import JobRunner
 from adapter.jobs.store import JobStore
 from adapter.jobs.watch import JobWatcher
+from adapter.logs import get_logger
 from adapter.metrics import JOBS_SUBMITTED
+from adapter.pool import EnginePool
+
+log = get_logger()
+
+#: Nobody waits for longer to learn whether the engine likes a request.
+CHECK_SECONDS = 1.0
 
 
 class JobService:
@@ -23,6 +30,7 @@ class JobService:
         store: JobStore,
         runner: JobRunner,
         watcher: JobWatcher,
+        pool: EnginePool,
         *,
         max_queued: int,
         max_held: int,
@@ -30,6 +38,7 @@ class JobService:
         self._store = store
         self._runner = runner
         self._watcher = watcher
+        self._pool = pool
         self._max_queued = max_queued
         self._max_held = max_held
         #: Polls that are held now.
@@ -38,7 +47,11 @@ class JobService:
     async def submit(
         self, requests: Sequence[Inputs], terms: Terms = STANDARD_TERMS, *, key: str | None = None
     ) -> list[int]:
-        """Queue all or none; under one key once only. Raises `TooManyJobs`, `KeyReused`."""
+        """Queue all or none; under one key once only.
+
+        Raises `InvalidRequest`, `TooManyJobs`, `KeyReused`.
+        """
+        await self._check(requests)
         room, new = self._max_queued, True
         if key is None:
             ids = await self._store.add(requests, max_queued=room, terms=terms)
@@ -88,6 +101,27 @@ class JobService:
         """This worker is about to end: let go of who waits, and take up no more jobs."""
         self._runner.stop()
         self._watcher.stop()
+
+    async def _check(self, requests: Sequence[Inputs]) -> None:
+        """Have an engine judge what only it can: tokens, lengths, rules that exclude each other.
+
+        While none answers everything is taken, and what it refuses later ends as a failed job.
+        """
+        member = self._pool.pick(resting=True)
+        if member is None:
+            return
+        try:
+            async with asyncio.timeout(CHECK_SECONDS):
+                refusals = await member.check(requests)
+        except (TimeoutError, EngineError) as error:
+            log.warning("submission_not_checked", error=str(error) or "no answer")
+            member.monitor.suspect()
+            return
+        if refusals:
+            index = min(refusals)
+            # What is wrong with all of them is not the prompts.
+            prompt = None if len(refusals) == len(requests) else index
+            raise InvalidRequest(refusals[index], prompt=prompt)
 
     def _is_final(self, job: Job) -> bool:
         """Nothing that this worker could wait for will change it."""

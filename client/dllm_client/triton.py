@@ -75,6 +75,7 @@ INPUT_TYPES: Mapping[str, str] = {
     "alone": "BOOL",
     "stream": "BOOL",
     "stream_interval": "FP32",
+    "check": "BOOL",
     "cancel": "BYTES",
 }
 _NUMPY_TYPES: Mapping[str, type[np.generic]] = {

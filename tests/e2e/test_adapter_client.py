@@ -76,8 +76,11 @@ def test_errors(client: Client) -> None:
     with pytest.raises(BadRequestError, match="512") as refused:
         client.generate("x", gen_length=513)
     assert refused.value.field == "gen_length"
-    with pytest.raises(JobFailedError, match="remasking"):
+    with pytest.raises(BadRequestError, match="low_confidence") as refused:
         client.generate("x", remasking="best")
+    assert refused.value.field == "remasking"
+    with pytest.raises(JobFailedError, match="timeout"):
+        client.generate("x", timeout=0.001)
     with pytest.raises(NotFoundError):
         client.result(10**9)
     with pytest.raises(UnavailableError):

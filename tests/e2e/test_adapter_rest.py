@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -88,10 +89,10 @@ def test_exact_shapes(start_adapter: StartAdapter) -> None:
     cancelled = requests.delete(f"{url}/result/3")
     assert cancelled.status_code == 200
     assert cancelled.json() == {"request_id": 3, "status": "cancelled", "text": None}
-    refused = requests.post(f"{url}/generate", json={"prompt": "x", "remasking": "best"}).json()
+    late = {"prompt": "x", "gen_length": 512, "ignore_eos": True, "timeout": 0.001}
+    assert requests.post(f"{url}/generate", json=late).json()["request_ids"] == [4]
     failed = requests.get(f"{url}/result/4", params={"wait": 60}).json()
-    assert refused == {"request_ids": [4], "status": "submitted"}
-    assert failed.pop("error").startswith("remasking: ")
+    assert "timeout" in failed.pop("error")
     assert failed == {"request_id": 4, "status": "failed", "text": None}
 
 
@@ -163,23 +164,40 @@ def test_batch_is_all_or_nothing(adapter: AdapterServer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "field"),
+    ("fields", "field", "reason"),
     [
-        ({"remasking": "best"}, "remasking"),
-        ({"cache": "huge"}, "cache"),
-        ({"gen_length": 64, "steps": 1}, "steps"),
+        ({"remasking": "best"}, "remasking", "must be one of low_confidence"),
+        ({"cache": "huge"}, "cache", "must be one of none"),
+        ({"steps": 1}, "steps", "must be at least the number of blocks, 2"),
+        ({"prompt": "x" * 1000}, "gen_length", "prompt .* plus .* must be at most 1024"),
+        ({"prompt": None, "input_ids": [512]}, "input_ids", "ids must lie in 0..511"),
+        ({"factor": 1.0, "entropy_bound": 1.0}, "entropy_bound", "cannot be combined with factor"),
     ],
 )
-def test_engines_refusal_is_a_failed_job(
-    adapter: AdapterServer, fields: dict[str, Any], field: str
+def test_what_the_engine_cannot_do_is_refused_at_submission(
+    adapter: AdapterServer, fields: dict[str, Any], field: str, reason: str
 ) -> None:
-    """What only the engine can judge ends as a failed job whose error names the field."""
-    job = adapter.submit("hello", **fields)
-    eventually(lambda: adapter.result(job)["status"] != "running", "the job is done")
-    body = adapter.result(job)
-    assert body["status"] == "failed"
-    assert str(body["error"]).startswith(f"{field}: ")
-    assert body["text"] is None
+    """Context, vocabulary, steps, rules: a 422 in the engine's words, and no job."""
+    before = adapter.submit("x", gen_length=1)
+    body = {"prompt": "hello", "gen_length": 64} | fields
+    refused = requests.post(f"{adapter.url}/v1/generate", json=body, timeout=30)
+    assert refused.status_code == 422
+    [problem] = refused.json()["detail"]
+    assert problem["loc"] == ["body", field]
+    assert re.match(reason, problem["msg"])
+    assert adapter.submit("x", gen_length=1) == before + 1
+
+
+def test_long_prompt_of_a_batch_is_named(adapter: AdapterServer) -> None:
+    """Of a batch the prompt that does not fit is named, and nothing is queued."""
+    before = adapter.submit("x", gen_length=1)
+    body = {"prompts": ["short", "x" * 2000], "gen_length": 500}
+    refused = requests.post(f"{adapter.url}/v1/generate_batch", json=body, timeout=30)
+    assert refused.status_code == 422
+    [problem] = refused.json()["detail"]
+    assert problem["loc"] == ["body", "prompts", 1]
+    assert problem["msg"].startswith("gen_length: prompt (")
+    assert adapter.submit("x", gen_length=1) == before + 1
 
 
 def test_sampling_reaches_the_engine(adapter: AdapterServer, llm: LLM) -> None:

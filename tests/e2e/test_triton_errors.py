@@ -17,6 +17,7 @@ from tritonclient.utils import InferenceServerException
 
 from launcher.tritonserver import TritonServer
 from tests.e2e.triton_calls import GrpcStream, generate, post, tensor, tensors
+from tests.support.servers import settled_counters
 
 HELLO = {"text_input": "hello"}
 
@@ -141,3 +142,29 @@ def test_refusals_harm_nobody_else(triton: TritonServer) -> None:
             assert post(triton, request).status_code == 400
         *_, last = stream
     assert last == alone
+
+
+def test_check_says_whether_it_would_be_refused(triton: TritonServer) -> None:
+    """`check` answers in the words of the refusal, as an answer and not as an error."""
+    for field, request, limit in REFUSED:
+        response = post(triton, request | {"check": True})
+        assert response.status_code == 200, response.text
+        body = response.json()
+        assert body["finish_reason"] == "invalid"
+        assert re.search(rf"^{field}: .*{limit}", body["text_output"])
+
+
+def test_check_runs_nothing(triton: TritonServer) -> None:
+    """What would be accepted is only measured: its tokens, and how many more it might have."""
+    before = settled_counters(triton)
+    body = post(triton, HELLO | {"gen_length": 100, "check": True}).json()
+    assert body["finish_reason"] == "valid"
+    tokens, room = body["usage"][0], int(body["text_output"])
+    assert body["usage"][1:] == [0, 0, 0]
+    assert tokens + 100 + room == 1024
+    ids = [1] * (tokens + room)
+    for prompt, verdict in ((ids, "valid"), ([*ids, 1], "invalid")):
+        fields = {"input_ids": prompt, "gen_length": 100, "check": True}
+        assert post(triton, fields).json()["finish_reason"] == verdict
+    assert settled_counters(triton) == before
+    assert generate(triton, **HELLO, check=False, gen_length=4).usage[0] == tokens

@@ -18,6 +18,7 @@ from dllm_engine import (
     NotRun,
     Prompt,
     SamplingParams,
+    Usage,
 )
 from dllm_engine.scheduler import Request
 
@@ -49,6 +50,15 @@ def parse_cancel(inputs: Inputs) -> str | None:
     if not name:
         raise InvalidRequest("cancel", "must not be empty")
     return name
+
+
+def is_check(inputs: Inputs) -> bool:
+    """Whether a request asks only if it would be accepted.
+
+    Raises:
+        InvalidRequest: that cannot be read.
+    """
+    return "check" in inputs and bool(_scalar(inputs, "check"))
 
 
 def parse_request(engine: Engine, request: Any, inputs: Inputs) -> Request:
@@ -203,6 +213,10 @@ def to_response(
         codec = engine.codec
         shown = codec.pieces(update.token_ids, ~masked) if codec else [""] * masked.size
         outputs["token_texts"] = _strings(shown)
+    return _response(outputs, wanted)
+
+
+def _response(outputs: Mapping[str, npt.NDArray[Any]], wanted: Collection[str]) -> Any:
     tensors = [pb_utils.Tensor(name, outputs[name]) for name in outputs if name in wanted]
     return pb_utils.InferenceResponse(output_tensors=tensors)
 
@@ -235,12 +249,29 @@ def cancel_response(wanted: Collection[str], started: float) -> Any:
         wanted: as for `to_response`.
         started: when this engine was started (seconds, monotonic), for its text.
     """
-    outputs = {"finish_reason": FinishReason.CANCELLED.value, "text_output": repr(started)}
-    return pb_utils.InferenceResponse(
-        output_tensors=[
-            pb_utils.Tensor(name, _strings([outputs[name]])) for name in outputs if name in wanted
-        ]
-    )
+    outputs = {
+        "finish_reason": _strings([FinishReason.CANCELLED.value]),
+        "text_output": _strings([repr(started)]),
+    }
+    return _response(outputs, wanted)
+
+
+def check_response(engine: Engine, request: Any, inputs: Inputs, wanted: Collection[str]) -> Any:
+    """The answer to a request that asks only if it would be accepted; `wanted` as above."""
+    tokens = 0
+    try:
+        parsed = parse_request(engine, request, inputs)
+    except InvalidRequest as error:
+        verdict, text = "invalid", str(error)
+    else:
+        verdict, text = "valid", str(engine.room(parsed))
+        tokens = parsed.prompt.num_tokens
+    outputs = {
+        "finish_reason": _strings([verdict]),
+        "text_output": _strings([text]),
+        "usage": np.array([dataclasses.astuple(Usage(tokens, 0, 0, 0))], dtype=np.int32),
+    }
+    return _response(outputs, wanted)
 
 
 def error_response(message: str, code: int) -> Any:

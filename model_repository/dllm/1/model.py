@@ -17,7 +17,14 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 from dllm_engine import Engine, EngineConfig, EngineDead, EngineWorker, InvalidRequest, QueueFull
 from dllm_exchange import Caller, Exchange
-from dllm_tensors import error_response, inputs_of, parse_cancel, parse_request
+from dllm_tensors import (
+    check_response,
+    error_response,
+    inputs_of,
+    is_check,
+    parse_cancel,
+    parse_request,
+)
 
 logger = logging.getLogger("dllm_engine.triton")
 
@@ -69,6 +76,10 @@ class TritonPythonModel:
         inputs = inputs_of(request)
         if ends := parse_cancel(inputs):
             self._exchange.cancel(ends, sender, outputs)
+            return
+        if is_check(inputs):
+            response = check_response(self._worker.engine, request, inputs, outputs)
+            sender.send(response, flags=FINAL)
             return
         parsed = parse_request(self._worker.engine, request, inputs)
         self._exchange.register(Caller(parsed, sender, outputs))

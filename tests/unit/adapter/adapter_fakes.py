@@ -1,8 +1,9 @@
 """A clock, a scripted engine, and the application around it."""
 
 import asyncio
+import json
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from fastapi import FastAPI
 
 from adapter.app import create_app
 from adapter.errors import AdapterError, EngineDead
-from adapter.generation import DEFAULT_PRIORITY, Canvas, Detail, Event, Inputs, Usage
+from adapter.generation import DEFAULT_PRIORITY, Canvas, Detail, Event, Inputs, Usage, Verdict
 from adapter.health import EngineMonitor
 from adapter.settings import Settings
 
@@ -76,6 +77,11 @@ class ScriptedEngine:
     probe_error: AdapterError | None = None
     probe_hangs: bool = False
     reload_error: AdapterError | None = None
+    #: What it says of prompts before they run; of the others, that there is this much room.
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    room: int = 1000
+    check_hangs: bool = False
+    checked: list[Inputs] = field(default_factory=list)
     requests: list[Inputs] = field(default_factory=list)
     request_ids: list[str] = field(default_factory=list)
     priorities: list[int] = field(default_factory=list)
@@ -115,6 +121,15 @@ class ScriptedEngine:
         finally:
             self.closed += 1
 
+    async def check(self, requests: Sequence[Inputs]) -> list[Verdict]:
+        """Refuse what it is told to, if it can be asked."""
+        self.checked.extend(requests)
+        if not self.alive:
+            raise EngineDead("Stub process 'dllm_0_0' is not healthy.")
+        if self.check_hangs:
+            await asyncio.Event().wait()
+        return [self.verdicts.get(_words(inputs), Verdict(room=self.room)) for inputs in requests]
+
     def cancel(self, request_id: str) -> None:
         """Note it."""
         self.cancels.append(request_id)
@@ -143,6 +158,11 @@ class ScriptedEngine:
 
     async def close(self) -> None:
         """Nothing to let go of."""
+
+
+def _words(inputs: Inputs) -> str:
+    """The prompt of a request that was submitted with one."""
+    return str(json.loads(str(inputs["messages"]))[0]["content"]) if "messages" in inputs else ""
 
 
 def fast_settings(database_url: str, **changes: Any) -> Settings:

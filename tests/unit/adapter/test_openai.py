@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -385,10 +386,9 @@ async def test_engines_errors_have_openais_shape(
 ) -> None:
     """What the engine says is told with OpenAI's names and statuses."""
     engine.scripts = [[error]]
-    with pytest.raises(kind, match="") as caught:
+    with pytest.raises(kind, match=re.escape(shown)) as caught:
         await client.completions.create(model="dllm", prompt="a", stream=stream)
 
-    assert shown in str(caught.value)
     if kind is openai.BadRequestError:
         assert caught.value.param == "max_tokens"
 

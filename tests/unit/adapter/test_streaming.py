@@ -150,9 +150,28 @@ async def test_limits_and_fields_are_those_of_generate(api: RunningApp) -> None:
 
 
 @pytest.mark.parametrize(
+    ("message", "path", "reason"),
+    [
+        ("remasking: must be one of two", ["remasking"], "must be one of two"),
+        ("text_input: must not be empty", ["prompt"], "must not be empty"),
+        ("expected 2 inputs: got 1", [], "expected 2 inputs: got 1"),
+    ],
+)
+async def test_engines_refusal_names_the_field(
+    api: RunningApp, engine: ScriptedEngine, message: str, path: list[str], reason: str
+) -> None:
+    """What the engine refuses looks like what is refused before it."""
+    engine.scripts = [[InvalidRequest(message)]]
+    answer = await api.client.post(STREAM, json={"prompt": "a"})
+
+    assert answer.status_code == 422
+    problem = {"type": "engine_refusal", "loc": ["body", *path], "msg": reason}
+    assert answer.json() == {"detail": [problem]}
+
+
+@pytest.mark.parametrize(
     ("error", "status"),
     [
-        (InvalidRequest("remasking: must be one of low_confidence, random"), 422),
         (Overloaded("exceeds maximum queue size"), 429),
         (EngineDead("stub process is not healthy"), 503),
         (EngineFailure("it broke"), 502),

@@ -14,6 +14,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from adapter.errors import (
     EngineDead,
+    EngineError,
     EngineFailure,
     InvalidRequest,
     ModelControlRefused,
@@ -21,7 +22,7 @@ from adapter.errors import (
     StreamLost,
     Unavailable,
 )
-from adapter.generation import Detail, Event
+from adapter.generation import Detail, Event, Verdict
 from adapter.triton import TritonEngine
 
 Step = Event | str | tuple[grpc.StatusCode, str]
@@ -40,6 +41,8 @@ class ScriptedTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
     ended: int = 0
     #: Ids of requests that it was told to end.
     ends: list[str] = field(default_factory=list)
+    #: Finish reason and text for each request of a stream; the last is answered first.
+    verdicts: list[tuple[str, str]] = field(default_factory=list)
     #: It does not say that it has.
     mute: bool = False
 
@@ -56,6 +59,12 @@ class ScriptedTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
                         yield _answer(Event("", "cancelled"))
                     continue
                 self.requests.append(request)
+                if self.verdicts:
+                    if len(self.requests) == len(self.verdicts):
+                        asked = zip(self.requests, self.verdicts, strict=True)
+                        for question, (reason, text) in reversed(list(asked)):
+                            yield _answer(Event(text, reason), question.id)
+                    continue
                 for step in self.script:
                     yield await self._play(step, context)
             self.ended += 1
@@ -86,12 +95,12 @@ class ScriptedTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         return service_pb2.RepositoryModelLoadResponse()
 
 
-def _answer(event: Event) -> Any:
-    return service_pb2.ModelStreamInferResponse(infer_response=_response(event))
+def _answer(event: Event, request_id: str = "") -> Any:
+    return service_pb2.ModelStreamInferResponse(infer_response=_response(event, request_id))
 
 
-def _response(event: Event) -> Any:
-    response = service_pb2.ModelInferResponse(model_name="dllm")
+def _response(event: Event, request_id: str) -> Any:
+    response = service_pb2.ModelInferResponse(model_name="dllm", id=request_id)
     for name, text in (("text_output", event.text), ("finish_reason", event.finish_reason)):
         response.outputs.add(name=name, datatype="BYTES", shape=[1, 1])
         content = text.encode()
@@ -213,6 +222,29 @@ async def test_server_that_is_away_is_unavailable() -> None:
         with pytest.raises(Unavailable):
             await engine.reload()
     await engine.close()
+
+
+async def test_checks_share_a_stream(engine: TritonEngine, triton: ScriptedTriton) -> None:
+    """Verdicts are told apart by their ids; nothing runs, and only what says so is asked for."""
+    triton.verdicts = [("valid", "17"), ("invalid", "steps: too few"), ("valid", "0")]
+    verdicts = await engine.check([{"text_input": text} for text in "abc"])
+
+    assert verdicts == [Verdict(room=17), Verdict("steps: too few"), Verdict()]
+    for request in triton.requests:
+        assert {tensor.name for tensor in request.inputs} == {"text_input", "check"}
+        assert {output.name for output in request.outputs} == {"finish_reason", "text_output"}
+    await until(lambda: triton.ended == 1)
+    assert (triton.cancelled, triton.ends) == (0, [])
+
+
+@pytest.mark.parametrize("step", ["Stub process 'dllm_0_0' is not healthy.", "no reason"])
+async def test_check_fails_as_streams_do(
+    engine: TritonEngine, triton: ScriptedTriton, step: str
+) -> None:
+    """An error is the engine's, never a verdict."""
+    triton.script = [step]
+    with pytest.raises(EngineError):
+        await engine.check([{"text_input": "a"}])
 
 
 async def test_probe_needs_no_place(engine: TritonEngine, triton: ScriptedTriton) -> None:

@@ -147,10 +147,14 @@ class Engine:
         request = Request(
             next(self._ids), prompt, resolved, stream_interval, priority, alone, timeout, name
         )
-        request.num_pages = self._limits.pages(
+        request.num_pages = self._limits.check_pages(
             resolved, request.length, copies=request.forwards_per_step
         )
         return request
+
+    def room(self, request: Request) -> int:
+        """By how many tokens its prompt might be longer. Thread-safe."""
+        return self._limits.room(request.params, request.length, copies=request.forwards_per_step)
 
     def add(self, request: Request) -> None:
         """Queue a request from `make_request`."""
@@ -327,7 +331,7 @@ class Engine:
         else:
             tokens, confidence = self._runner.table.canvas(request.slot)
         usage = Usage(
-            prompt_tokens=len(request.prompt.ids) + len(request.prompt.suffix_ids),
+            prompt_tokens=request.prompt.num_tokens,
             completion_tokens=request.num_ready + request.ended_by_token,
             steps=request.steps_run,
             forward_passes=request.steps_run * request.forwards_per_step,

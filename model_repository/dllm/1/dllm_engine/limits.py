@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+
 from .cache import CachePolicy, PageAllocator, reserved_rows
 from .config import EngineConfig
 from .errors import InvalidConfig, InvalidRequest
@@ -59,11 +61,7 @@ class RequestLimits:
         return resolved
 
     def pages(self, params: SamplingParams, length: int, *, copies: int) -> int:
-        """Pages of keys and values that a request of `length` tokens holds while it runs.
-
-        Raises:
-            InvalidRequest: the server has fewer.
-        """
+        """Pages of keys and values that a request of `length` tokens holds while it runs."""
         assert params.cache is not None
         assert params.block_length is not None
         assert params.retention_ratio is not None
@@ -73,7 +71,15 @@ class RequestLimits:
             params.block_length + self._spec.shifted,
             params.retention_ratio,
         )
-        count = self._allocator.pages_for(rows) * copies
+        return self._allocator.pages_for(rows) * copies
+
+    def check_pages(self, params: SamplingParams, length: int, *, copies: int) -> int:
+        """What `pages` says, if there are so many.
+
+        Raises:
+            InvalidRequest: the server has fewer.
+        """
+        count = self.pages(params, length, copies=copies)
         if count > self._allocator.num_pages:
             raise InvalidRequest(
                 "cache",
@@ -81,6 +87,15 @@ class RequestLimits:
                 f"{length} tokens; the server has {self._allocator.num_pages}",
             )
         return count
+
+    def room(self, params: SamplingParams, length: int, *, copies: int) -> int:
+        """By how many tokens the prompt of a request of `length` tokens might be longer."""
+        longer = range(length + 1, self._spec.max_model_len + 1)
+        return bisect.bisect_right(
+            longer,
+            self._allocator.num_pages,
+            key=lambda tokens: self.pages(params, tokens, copies=copies),
+        )
 
     def _check_prompt(self, prompt: Prompt, params: SamplingParams) -> None:
         if not prompt.ids:
@@ -110,7 +125,7 @@ class RequestLimits:
             raise InvalidRequest(
                 "gen_length", f"must be at most {longest}; got {params.gen_length}"
             )
-        given = len(prompt.ids) + len(prompt.suffix_ids)
+        given = prompt.num_tokens
         if given + params.gen_length > most:
             raise InvalidRequest(
                 "gen_length",

@@ -242,6 +242,11 @@ class Prompt:
     #: What follows the canvas (infilling).
     suffix_ids: list[int] = dataclasses.field(default_factory=list)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens outside the canvas."""
+        return len(self.ids) + len(self.suffix_ids)
+
 
 @dataclasses.dataclass(frozen=True)
 class Usage:

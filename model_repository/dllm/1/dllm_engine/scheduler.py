@@ -60,7 +60,7 @@ class Request:
     @property
     def length(self) -> int:
         """Prompt, canvas and suffix, in tokens."""
-        given = len(self.prompt.ids) + len(self.prompt.suffix_ids)
+        given = self.prompt.num_tokens
         return given + self.params.gen_length
 
     @property

@@ -46,7 +46,7 @@ class SlotFacts:
         assert params.block_length is not None
         decoding, score = decoding_of(params), score_of(params)
         rule = decoding.rule
-        length = len(prompt.ids) + params.gen_length + len(prompt.suffix_ids)
+        length = prompt.num_tokens + params.gen_length
         return cls(
             rule=rule,
             score=score,
