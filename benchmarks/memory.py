@@ -45,7 +45,10 @@ def _sampling(rows: int, temperature: float) -> RowSampling:
         tempered=column(0, torch.bool),
         no_eos=column(0, torch.bool),
         late_eos=column(0, torch.bool),
-        flags=SamplingFlags(noisy=temperature > 0, whole=False, no_eos=False, late_eos=False),
+        flags=SamplingFlags(
+            noisy=temperature > 0, whole=False, top_p=False, top_k=0, no_eos=False, late_eos=False
+        ),
+        num_whole=0,
     )
 
 

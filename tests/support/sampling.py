@@ -32,10 +32,13 @@ def row_sampling(rows: int, device: str = "cpu", **columns: float | bool | Tenso
     }
     noisy = tensors["temperature"] > 0
     filtered = (tensors["top_p"] < 1) | (tensors["top_k"] > 0)
+    whole = needs_whole_row(noisy, filtered, tensors["tempered"])
     flags = SamplingFlags(
         noisy=bool(noisy.any()),
-        whole=bool(needs_whole_row(noisy, filtered, tensors["tempered"]).any()),
+        whole=bool(whole.any()),
+        top_p=bool((tensors["top_p"] < 1).any()),
+        top_k=int(tensors["top_k"].max()),
         no_eos=bool(tensors["no_eos"].any()),
         late_eos=bool(tensors["late_eos"].any()),
     )
-    return RowSampling(**tensors, flags=flags)
+    return RowSampling(**tensors, flags=flags, num_whole=int(whole.sum()))

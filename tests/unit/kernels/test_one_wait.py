@@ -1,11 +1,13 @@
 """Between its first and its last operation a step never waits for the device."""
 
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from dllm_engine import LLM, Prompt, SamplingParams
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,13 +50,37 @@ class Questions(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+#: Methods that bring what a tensor holds to the host; on a CPU no operation stands for them.
+READS = ("tolist", "numpy", "cpu", "item", "__bool__", "__int__", "__float__", "__index__")
+
+
+def note_reads(patch: pytest.MonkeyPatch, asked: list[str]) -> None:
+    """Note where the engine's own lines read a tensor; the kernels' interpreter may."""
+
+    def watched(name: str, read: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            caller = sys._getframe(1)
+            place = f"{name} at {caller.f_code.co_filename}:{caller.f_lineno}"
+            reads = name != "to" or "cpu" in [a for a in args if isinstance(a, str)]
+            # transfer.py only ever sends to the device.
+            if reads and "dllm_engine" in place and "transfer.py" not in place:
+                asked.append(place)
+            return read(*args, **kwargs)
+
+        return call
+
+    for name in (*READS, "to"):
+        patch.setattr(torch.Tensor, name, watched(name, getattr(torch.Tensor, name)))
+
+
 @contextmanager
 def no_waiting() -> Iterator[list[str]]:
     """Waits of a GPU are errors; elsewhere the questions that would be waits are collected."""
     if DEVICE == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
-        with Questions() as mode:
+        with Questions() as mode, pytest.MonkeyPatch.context() as patch:
+            note_reads(patch, mode.asked)
             yield mode.asked
     finally:
         if DEVICE == "cuda":
@@ -62,7 +88,7 @@ def no_waiting() -> Iterator[list[str]]:
 
 
 def test_no_question_inside_a_step(tmp_path: Path) -> None:
-    """Whatever the requests ask for, but filters, whose rows are sorted out by what they hold."""
+    """Whatever the requests ask for."""
     engine = LLM(write_llada(tmp_path), kernels="triton", device=DEVICE, dtype="float32").engine
     for params in (
         SamplingParams(gen_length=6, block_length=3, cfg_scale=1.0),
@@ -71,6 +97,8 @@ def test_no_question_inside_a_step(tmp_path: Path) -> None:
         SamplingParams(gen_length=6, block_length=3, cache="dual", remasking="random"),
         SamplingParams(gen_length=6, cache="prefix", entropy_bound=0.1, logits_eos_inf=True),
         SamplingParams(gen_length=6, alg="entropy", alg_temp=0.3),
+        SamplingParams(gen_length=6, alg="origin", temperature=0.5, top_k=3, logits_eos_inf=True),
+        SamplingParams(gen_length=6, temperature=0.7, top_p=0.8, confidence_eos_eot_inf=True),
         SamplingParams(gen_length=6, confidence_threshold=0.9, low_threshold=0.3),
         SamplingParams(gen_length=6, anchor_threshold=0.5, confidence_eos_eot_inf=True),
     ):
@@ -82,3 +110,34 @@ def test_no_question_inside_a_step(tmp_path: Path) -> None:
             report = engine._runner.launch(slots)
         assert asked == [], "\n".join(asked)
         engine._runner.finish(report)
+
+
+def test_a_read_would_be_seen() -> None:
+    """What the test above looks for, in a line that counts as the engine's."""
+    source = "x.tolist(); x.to('cpu'); bool(x[0]); x.to(torch.int32)"
+    code = compile(source, "dllm_engine/anything.py", "exec")
+    with pytest.MonkeyPatch.context() as patch:
+        asked: list[str] = []
+        note_reads(patch, asked)
+        exec(code, {"x": torch.ones(2), "torch": torch})
+    assert [place.split()[0] for place in asked] == ["tolist", "to", "__bool__"]
+
+
+def test_what_is_shown_is_fetched_at_once(tmp_path: Path) -> None:
+    """A step that ends some requests and shows others fetches their canvases with one copy."""
+    engine = LLM(write_llada(tmp_path), device=DEVICE, dtype="float32").engine
+    fetched = []
+    for count in (1, 5):
+        for length in range(2, 2 + count):
+            params = SamplingParams(gen_length=length, ignore_eos=True)
+            request = engine.make_request(Prompt([1, 2, 3]), params, stream_interval=0.0)
+            engine.add(request)
+        engine.step()
+        with pytest.MonkeyPatch.context() as patch:
+            asked: list[str] = []
+            note_reads(patch, asked)
+            assert len(engine.step()) == count
+        fetched.append([place.split()[0] for place in asked if "canvas.py" in place])
+        while engine.has_work:
+            engine.step()
+    assert fetched == [["tolist", "to"]] * 2

@@ -103,6 +103,7 @@ def build_batch(
             no_eos=of_position.no_eos,
             late_eos=of_position.late_eos,
             flags=SamplingFlags.of_all(fact.sampling for fact in facts),
+            num_whole=sum(fact.masked for fact in facts if fact.sampling.whole),
         ),
         plan=_plan(table, facts, state, block_masked),
         needs_spread=any(fact.needs_spread for fact in facts),

@@ -7,6 +7,7 @@ requests with the same few tensor operations, however many there are.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +36,20 @@ class StepResult:
     #: Rows of the next step, of one sequence, and whether it is a Refresh.
     next_rows: list[int]
     next_refresh: list[bool]
+
+
+class Canvas(NamedTuple):
+    """What stands on one request's canvas, on the CPU: [gen_length] int32 and float32."""
+
+    tokens: Tensor
+    #: −1 where masked.
+    confidence: Tensor
+
+    @classmethod
+    def empty(cls, gen_length: int, mask: int) -> Canvas:
+        """Nothing but masks."""
+        tokens = torch.full((gen_length,), mask, dtype=torch.int32)
+        return cls(tokens, torch.full((gen_length,), -1.0))
 
 
 class CanvasTable:
@@ -263,11 +278,19 @@ class CanvasTable:
     def _longest(self, slots: list[int]) -> int:
         return max(self._facts[slot].length for slot in slots)
 
-    def canvas(self, slot: int) -> tuple[Tensor, Tensor]:
-        """Copies of a request's canvas: tokens int32 and confidences float32, on the CPU."""
-        region = self._facts[slot].canvas
-        tokens = self.tokens[slot, region].to("cpu", torch.int32, copy=True)
-        return tokens, self.confidence[slot, region].to("cpu", torch.float32, copy=True)
+    def canvases(self, slots: list[int]) -> dict[int, Canvas]:
+        """Copies of the canvases in `slots`; one wait for the device, however many there are."""
+        if not slots:
+            return {}
+        index, width = upload(slots, self.device), self._longest(slots)
+        held = self.tokens[index, :width].to(torch.int32)
+        known = self.confidence[index, :width].to(torch.float32)
+        tokens, known = torch.stack([held, known.view(torch.int32)]).to("cpu").unbind(0)
+        regions = [self._facts[slot].canvas for slot in slots]
+        return {
+            slot: Canvas(tokens[i, region], known[i, region].view(torch.float32))
+            for i, (slot, region) in enumerate(zip(slots, regions, strict=True))
+        }
 
     def _enter_block(self, state: SlotState, stepped: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Move each request whose block holds no mask to its next block that holds one.

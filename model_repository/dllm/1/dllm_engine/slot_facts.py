@@ -84,10 +84,12 @@ def _first_masks(canvas: Sequence[int] | None, params: SamplingParams, mask: int
 
 def _flags_of(params: SamplingParams) -> SamplingFlags:
     noisy = params.temperature > 0
-    filtered = (params.top_p is not None and params.top_p < 1) or bool(params.top_k)
+    top_p, top_k = params.top_p is not None and params.top_p < 1, params.top_k or 0
     return SamplingFlags(
         noisy=noisy,
-        whole=needs_whole_row(noisy, filtered, params.alg is not None),
+        whole=needs_whole_row(noisy, top_p or top_k > 0, params.alg is not None),
+        top_p=top_p,
+        top_k=top_k,
         no_eos=params.logits_eos_inf,
         late_eos=params.confidence_eos_eot_inf,
     )

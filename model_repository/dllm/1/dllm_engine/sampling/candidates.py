@@ -46,13 +46,13 @@ def sample_candidates(
         with_spread: compute entropy and margin; zeros otherwise.
         credits: where any row is decided with credit; only greedy rows without filters may be.
     """
-    if not rows.flags.whole:
+    if not rows.num_whole:
         return by_tiles(hidden, head, rows, special, budget_bytes, with_spread, credits)
     filtered = (rows.top_p < 1) | (rows.top_k > 0)
     whole = needs_whole_row(rows.temperature > 0, filtered, rows.tempered)
-    tiled, whole_rows = (~whole).nonzero().squeeze(1), whole.nonzero().squeeze(1)
-    if not len(whole_rows):
-        return by_tiles(hidden, head, rows, special, budget_bytes, with_spread, credits)
+    num_tiled = len(hidden) - rows.num_whole
+    order = whole.to(torch.uint8).argsort(stable=True)
+    tiled, whole_rows = order[:num_tiled], order[num_tiled:]
     parts = [
         by_whole_rows(
             hidden[whole_rows], head, rows.take(whole_rows), special, budget_bytes, with_spread
@@ -64,9 +64,9 @@ def sample_candidates(
         parts.insert(0, by_tiles(*arguments, mine))
     found = joined(parts)
     # Back into the order of the rows.
-    order = torch.cat([tiled, whole_rows]).argsort()
+    back = order.argsort()
     found = Candidates(
-        found.token[order], found.confidence[order], found.entropy[order], found.margin[order]
+        found.token[back], found.confidence[back], found.entropy[back], found.margin[back]
     )
     if credits is None:
         return found

@@ -30,6 +30,9 @@ class SamplingFlags:
     noisy: bool
     #: Rows that are needed whole (see `needs_whole_row`).
     whole: bool
+    #: A `top_p` below 1, and the largest `top_k`.
+    top_p: bool
+    top_k: int
     no_eos: bool
     late_eos: bool
 
@@ -38,7 +41,7 @@ class SamplingFlags:
         """What occurs in any of the parts."""
         parts = list(parts)
         names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: any(getattr(part, name) for part in parts) for name in names})
+        return cls(**{name: max(getattr(part, name) for part in parts) for name in names})
 
 
 def needs_whole_row(noisy: Truth, filtered: Truth, tempered: Truth) -> Truth:
@@ -68,13 +71,15 @@ class RowSampling:
     no_eos: Tensor
     #: bool; confidence as if there were no end-of-text or end-of-turn tokens.
     late_eos: Tensor
-    #: Of all rows together.
+    #: Of all rows together; how many of them are needed whole.
     flags: SamplingFlags
+    num_whole: int
 
     def take(self, index: slice | Tensor) -> RowSampling:
         """The same of some rows."""
-        names = [field.name for field in dataclasses.fields(self) if field.name != "flags"]
-        return dataclasses.replace(self, **{name: getattr(self, name)[index] for name in names})
+        names = [field.name for field in dataclasses.fields(self)]
+        columns = [name for name in names if name not in ("flags", "num_whole")]
+        return dataclasses.replace(self, **{name: getattr(self, name)[index] for name in columns})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +137,4 @@ def widen(logits: Tensor) -> Tensor:
 
 def forbid(logits: Tensor, where: Tensor, ids: Tensor) -> None:
     """Set the logits of `ids` to −inf in the rows that ask for it."""
-    chosen = where.nonzero()
-    if chosen.numel():
-        logits[chosen, ids] = -torch.inf
+    logits[:, ids] = logits[:, ids].masked_fill_(where.unsqueeze(1), -torch.inf)

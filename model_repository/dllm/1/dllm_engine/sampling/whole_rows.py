@@ -82,38 +82,36 @@ def _tempered(logits: Tensor, rows: RowSampling) -> Tensor:
     """logits / T, then top-p, then top-k (the order of Dream's generation_utils.py); float64."""
     temperature = torch.where(rows.temperature > 0, rows.temperature, 1.0)
     scaled = logits.to(torch.float64) / temperature.unsqueeze(1)
-    return _filter_top_k(_filter_top_p(scaled, rows.top_p), rows.top_k)
+    if rows.flags.top_p:
+        scaled = _filter_top_p(scaled, rows.top_p.unsqueeze(1))
+    most = min(rows.flags.top_k, logits.shape[1])
+    return _filter_top_k(scaled, rows.top_k, most) if most else scaled
 
 
 def _draw(logits: Tensor, rows: RowSampling) -> Tensor:
     token = logits.argmax(dim=-1)
-    noisy = (rows.temperature > 0).nonzero().squeeze(1)
-    if noisy.numel():
-        keys = noise.row_keys(
-            rows.seed[noisy], rows.step[noisy], rows.position[noisy], noise.STREAM_TOKEN
-        )
-        gumbel = noise.gumbel(keys, logits.shape[1])
-        token[noisy] = (logits[noisy] + gumbel).argmax(dim=-1)
-    return token
+    if not rows.flags.noisy:
+        return token
+    keys = noise.row_keys(rows.seed, rows.step, rows.position, noise.STREAM_TOKEN)
+    drawn = (logits + noise.gumbel(keys, logits.shape[1])).argmax(dim=-1)
+    return torch.where(rows.temperature > 0, drawn, token)
 
 
 def _filter_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
-    """Keep the smallest set of best tokens whose probability reaches `top_p` (Holtzman 2020)."""
-    if bool((top_p >= 1).all()):
-        return logits
+    """Keep the smallest set of best tokens whose probability reaches `top_p` (Holtzman 2020).
+
+    [rows, 1]; 1 keeps all, whatever the probabilities round to.
+    """
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     probability = ordered.softmax(dim=-1)
     before = probability.cumsum(dim=-1) - probability
-    dropped = before >= top_p.unsqueeze(1)
+    dropped = (before >= top_p) & (top_p < 1)
     return logits.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), -torch.inf)
 
 
-def _filter_top_k(logits: Tensor, top_k: Tensor) -> Tensor:
-    """Keep the `top_k` best tokens of each row; 0 keeps all."""
-    limit = min(int(top_k.max()), logits.shape[1])
-    if limit == 0:
-        return logits
-    best = logits.topk(limit, dim=-1).values
-    kth = best.gather(1, (top_k.clamp(1, limit) - 1).unsqueeze(1))
+def _filter_top_k(logits: Tensor, top_k: Tensor, most: int) -> Tensor:
+    """Keep the `top_k` best tokens of each row, nowhere more than `most`; 0 keeps all."""
+    best = logits.topk(most, dim=-1).values
+    kth = best.gather(1, (top_k.clamp(1, most) - 1).unsqueeze(1))
     dropped = (logits < kth) & (top_k > 0).unsqueeze(1)
     return logits.masked_fill(dropped, -torch.inf)
