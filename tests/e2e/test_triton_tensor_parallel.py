@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+import tritonclient.http as triton_http
 from tritonclient.utils import InferenceServerException
 
 from launcher.tritonserver import TritonServer
 from tests.conftest import StartAdapter
-from tests.e2e.triton_calls import GrpcStream, generate, post
+from tests.e2e.triton_calls import Answer, GrpcStream, generate, post, tensors
 from tests.support.servers import (
     REPOSITORY,
     eventually,
@@ -127,6 +128,29 @@ def test_two_instances_answer_as_one(llm: LLM, checkpoint: Path, tmp_path: Path)
             lambda: sum(finished(server, share) for share in shares) == 24, "all are counted"
         )
         assert min(finished(server, share) for share in shares) > 0
+        check_cancel(server)
+
+
+def check_cancel(server: TritonServer) -> None:
+    """Requests of either instance end by their ids, whichever is asked to end them."""
+    long = {"text_input": "a long one", "gen_length": 900, "ignore_eos": True, "cfg_scale": 1.0}
+    with triton_http.InferenceServerClient(
+        server.http_url, concurrency=6, network_timeout=120
+    ) as client:
+        inputs = tensors(server, triton_http, long)
+        running = [
+            client.async_infer("dllm_unary", inputs, request_id=f"mine-{n}") for n in range(6)
+        ]
+        eventually(lambda: metric_sum(server, "dllm_requests_admitted_total") >= 30, "all run")
+        for n in range(6):
+            assert post(server, {"cancel": f"mine-{n}"}).json()["finish_reason"] == "cancelled"
+        reasons = [Answer.from_result(one.get_result()).finish_reason for one in running]
+    assert reasons == ["cancelled"] * 6
+
+
+def metric_sum(server: TritonServer, name: str) -> float:
+    """Of both instances."""
+    return sum(metric(server, name, instance=f"dllm_0_{n}") for n in range(2))
 
 
 def finished(server: TritonServer, instance: str) -> float:

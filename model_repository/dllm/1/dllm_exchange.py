@@ -8,16 +8,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import os
+import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
-from dllm_engine import CanvasUpdate, EngineWorker
+from dllm_engine import CanvasUpdate, EngineDead, EngineWorker
 from dllm_engine.scheduler import Request
 from dllm_metrics import Metrics
+from dllm_peers import Peers
 from dllm_tensors import cancel_response, error_response, to_response
 
 logger = logging.getLogger("dllm_engine.triton")
@@ -63,10 +67,27 @@ class Caller:
             return not self.answered and bool(self.sender.is_cancelled())
 
 
+class _Countdown:
+    """Calls `done` once it has been counted down."""
+
+    def __init__(self, parts: int, done: Callable[[], None]) -> None:
+        self._left = parts
+        self._done = done
+        self._lock = threading.Lock()
+
+    def count(self) -> None:
+        """One part is done."""
+        with self._lock:
+            self._left -= 1
+            if self._left:
+                return
+        self._done()
+
+
 class Exchange:
     """Sends the engine's updates to their callers and tells the engine who has gone away."""
 
-    def __init__(self, worker: EngineWorker, instance: str) -> None:
+    def __init__(self, worker: EngineWorker, model: str, instance: str) -> None:
         self._worker = worker
         self._started = time.monotonic()
         self._callers: dict[int, Caller] = {}
@@ -74,6 +95,7 @@ class Exchange:
         self._changed = threading.Condition()
         self._stopping = threading.Event()
         self._metrics = Metrics(instance)
+        self._peers = self._join_peers(model, instance)
         self._threads = [
             threading.Thread(target=self._send_loop, name="dllm-send", daemon=True),
             threading.Thread(target=self._watch_loop, name="dllm-watch", daemon=True),
@@ -95,19 +117,42 @@ class Exchange:
                 caller.answered = True
 
     def cancel(self, triton_id: str, sender: Any, outputs: Collection[str]) -> None:
-        """End whatever its callers call so before the next step, then answer `sender`.
+        """End what its callers call so before the next step of each instance; answer `sender` then.
 
-        Unknown ids are fine: the answer says that the engine takes steps.
+        Unknown ids are fine: the answer says that the engines take steps.
 
         Raises:
-            EngineDead: it does not.
+            EngineDead: this one does not.
         """
+        answer = functools.partial(self._send_cancelled, sender, frozenset(outputs))
+        parts = _Countdown(2, lambda: self._put(answer))
+        self._end(triton_id, parts.count)
+        if self._peers is None:
+            parts.count()
+        else:
+            self._peers.tell(triton_id, parts.count)
+
+    def _join_peers(self, model: str, instance: str) -> Peers | None:
+        # All instances are children of the server.
+        folder = Path(tempfile.gettempdir()) / f"dllm-serve-{os.getppid()}-{model}"
+        try:
+            return Peers(folder, instance, self._end_for_peer)
+        except OSError as error:
+            logger.warning("requests of other instances cannot be cancelled by id: %s", error)
+            return None
+
+    def _end(self, triton_id: str, done: Callable[[], None]) -> None:
         with self._changed:
             ids = [i for i, caller in self._callers.items() if caller.request.name == triton_id]
         for request_id in ids:
             self._worker.cancel(request_id)
-        answer = functools.partial(self._send_cancelled, sender, frozenset(outputs))
-        self._worker.between_steps(lambda: self._put(answer))
+        self._worker.between_steps(done)
+
+    def _end_for_peer(self, triton_id: str, done: Callable[[], None]) -> None:
+        try:
+            self._end(triton_id, done)
+        except EngineDead:
+            done()  # it runs nothing any more
 
     def post(self, update: CanvasUpdate) -> None:
         """Queue an update for its caller; called on the engine's thread."""
@@ -132,6 +177,8 @@ class Exchange:
 
     def close(self) -> None:
         """Send what is left, stop the threads and withdraw the metrics."""
+        if self._peers is not None:
+            self._peers.close()
         self._stopping.set()
         with self._changed:
             self._changed.notify_all()

@@ -44,7 +44,7 @@ class TritonPythonModel:
         config = EngineConfig.from_mapping(_settings(args))
         logger.info("loading checkpoint path=%s", config.model_path)
         self._worker = EngineWorker(Engine(config), on_death=self._die)
-        self._exchange = Exchange(self._worker, args["model_instance_name"])
+        self._exchange = Exchange(self._worker, args["model_name"], args["model_instance_name"])
         # What is there now stays; a full collection that looks through all of it takes the time of
         # several steps.
         gc.collect()

@@ -1,0 +1,122 @@
+"""Instances of a model tell each other which requests are to end."""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+from dllm_peers import AGAIN_SECONDS, Peers
+
+PATIENCE = 10.0
+
+
+class Instance:
+    """An instance that notes what it is to end, and does so at once unless it is busy."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.ended: list[str] = []
+        self.busy = False
+        self.held: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self.peers = Peers(folder, name, self._end)
+
+    def _end(self, name: str, done: Callable[[], object]) -> None:
+        self.ended.append(name)
+        if self.busy:
+            self.held.put(done)
+        else:
+            done()
+
+    def tell(self, name: str) -> threading.Event:
+        """Set once it is done everywhere."""
+        done = threading.Event()
+        self.peers.tell(name, done.set)
+        return done
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What instances of one model share."""
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def instances(folder: Path) -> Iterator[list[Instance]]:
+    """Three of one model."""
+    with ExitStack() as stack:
+        made = [Instance(folder, f"dllm_0_{n}") for n in range(3)]
+        for instance in made:
+            stack.enter_context(closing(instance.peers))
+        yield made
+
+
+def test_all_others_end_it(instances: list[Instance]) -> None:
+    """Whoever tells has done so itself; it is over when the others have."""
+    first, *others = instances
+    assert first.tell("mine").wait(PATIENCE)
+    assert first.ended == []
+    assert [set(other.ended) for other in others] == [{"mine"}] * 2
+
+
+def test_it_is_over_when_the_slowest_is_done(instances: list[Instance]) -> None:
+    """An instance in a long step is waited for."""
+    first, _, busy = instances
+    busy.busy = True
+    over = first.tell("mine")
+    release = busy.held.get(timeout=PATIENCE)
+    assert not over.wait(5 * AGAIN_SECONDS)
+    release()
+    assert over.wait(PATIENCE)
+    assert busy.ended == ["mine"]
+
+
+def test_many_at_once(instances: list[Instance]) -> None:
+    """More than the sockets have room for: none is lost."""
+    overs = [instances[n % 3].tell(f"request {n}") for n in range(300)]
+    assert all(over.wait(PATIENCE) for over in overs)
+    for n, instance in enumerate(instances):
+        assert set(instance.ended) == {f"request {i}" for i in range(300) if i % 3 != n}
+
+
+def test_nobody_waits_for_the_dead(folder: Path, instances: list[Instance]) -> None:
+    """What a killed instance has left behind is cleared away."""
+    left = folder / "dllm_0_9-1"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as dead:
+        dead.bind(str(left))
+    assert instances[0].tell("mine").wait(PATIENCE)
+    assert not left.exists()
+
+
+def test_nobody_waits_for_an_instance_that_ends(instances: list[Instance]) -> None:
+    """Whoever is gone before it has answered has nothing left to end."""
+    first, _, busy = instances
+    busy.busy = True
+    over = first.tell("mine")
+    busy.held.get(timeout=PATIENCE)
+    busy.peers.close()
+    assert over.wait(PATIENCE)
+
+
+def test_the_only_instance_is_done_at_once(folder: Path) -> None:
+    """And the folder goes with the last one."""
+    with closing(Instance(folder, "dllm_0_0").peers) as peers:
+        done = threading.Event()
+        peers.tell("mine", done.set)
+        assert done.is_set()
+    assert not folder.exists()
+
+
+def test_somebody_elses_folder_is_not_trusted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody may make a folder for temporary files first."""
+    folder.mkdir()
+    uid = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: uid + 1)
+    with pytest.raises(PermissionError, match="somebody else"):
+        Peers(folder, "dllm_0_0", lambda _name, done: done())
