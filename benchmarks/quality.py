@@ -2,7 +2,7 @@
 
 Held-out questions of the demo checkpoint's tasks, asked greedily in the engine; the baseline is
 one token per forward pass. Writes JSON and a plot, and prints the table that docs/quality.md has.
-No timing: forward passes are exact. `--model dream` scores the Dream-format twin with fewer caches.
+No timing: forward passes are exact. `--model dream` scores the Dream-format twin.
 """
 
 from __future__ import annotations
@@ -55,10 +55,13 @@ RULES: list[tuple[str, str, dict[str, Any]]] = [
         ("cache", f"sparse, ρ = {ratio}", {"cache": "sparse", "retention_ratio": ratio})
         for ratio in (1.0, 0.75, 0.5, 0.25, 0.1)
     ),
-    (
-        "cache",
-        "sparse, ρ = 0.5, delay 1",
-        {"cache": "sparse", "retention_ratio": 0.5, "delay_steps": 1},
+    *(
+        ("cache", f"sparse, ρ = 0.5, {label}", {"cache": "sparse", "retention_ratio": 0.5, **more})
+        for label, more in (
+            ("delay 1", {"delay_steps": 1}),
+            ("pool 3", {"pool_kernel": 3}),
+            ("refresh 8", {"refresh_interval": 8}),
+        )
     ),
     *(
         (
@@ -70,29 +73,20 @@ RULES: list[tuple[str, str, dict[str, Any]]] = [
     ),
 ]
 
-#: The caches that are scored on the Dream-format twin; of decoding rules all are.
-TWIN_CACHES = ("prefix", "dual", "delayed", "sparse, ρ = 0.5")
-TWIN_RULES: list[tuple[str, str, dict[str, Any]]] = [
-    rule
-    for rule in RULES
-    if "cache" not in rule[0] or rule[:2] in {("cache", c) for c in TWIN_CACHES}
-]
-
 
 @dataclass(frozen=True)
 class Model:
     """A checkpoint to score, and where its scores go."""
 
     checkpoint: Path
-    rules: list[tuple[str, str, dict[str, Any]]]
     #: Of the files in `RESULTS`.
     name: str
     title: str
 
 
 MODELS = {
-    "llada": Model(DEMO_CHECKPOINT, RULES, "quality", "Demo checkpoint"),
-    "dream": Model(DREAM_CHECKPOINT, TWIN_RULES, "quality_dream", "Dream-format twin"),
+    "llada": Model(DEMO_CHECKPOINT, "quality", "Demo checkpoint"),
+    "dream": Model(DREAM_CHECKPOINT, "quality_dream", "Dream-format twin"),
 }
 
 
@@ -199,7 +193,7 @@ def main() -> None:
     llm = LLM(options.checkpoint or model.checkpoint)
     kept = {(s.family, s.label): s for s in stored(model.name)} if options.missing else {}
     scores = []
-    for family, label, rule in model.rules:
+    for family, label, rule in RULES:
         found = kept.get((family, label)) or score(llm, family, label, rule, options.count)
         scores.append(found)
         print(f"{family}, {label}: {scores[-1].exact_match:.1%}", flush=True)

@@ -141,3 +141,32 @@ def test_what_is_shown_is_fetched_at_once(tmp_path: Path) -> None:
         while engine.has_work:
             engine.step()
     assert fetched == [["tolist", "to"]] * 2
+
+
+def test_newcomers_are_laid_out_while_a_step_is_under_way(tmp_path: Path) -> None:
+    """Whoever finds a place is put there between the step's launch and the wait for its end."""
+    engine = LLM(write_llada(tmp_path), device=DEVICE, dtype="float32").engine
+    runner, order = engine._runner, []
+
+    def noted(name: str, call: Any) -> Any:
+        def noting(*args: Any) -> Any:
+            order.append(name)
+            return call(*args)
+
+        return noting
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("launch", "start", "finish"):
+            patch.setattr(runner, name, noted(name, getattr(runner, name)))
+        launch = runner.launch
+
+        def launch_as_another_comes(slots: list[int]) -> Any:
+            if len(order) == 1:
+                engine.add(engine.make_request(Prompt([4, 5]), SamplingParams(gen_length=4)))
+            return launch(slots)
+
+        patch.setattr(runner, "launch", launch_as_another_comes)
+        engine.add(engine.make_request(Prompt([1, 2, 3]), SamplingParams(gen_length=4)))
+        engine.step()
+        engine.step()
+    assert order == ["start", "launch", "start", "finish", "launch", "finish"]
