@@ -7,8 +7,8 @@
   then the block alone; one request after another.
 - the same over a batch of equal lengths that runs to its end: static batching.
 
-All decode greedily, one token per step in order of confidence; in float32, unless another type is
-asked for.
+All decode greedily, one token per step in order of confidence or all above a threshold; in float32,
+unless another type is asked for.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class Work:
     gen_length: int
     block_length: int
     mask_id: int
+    #: Besides the best, commit whatever is at least this sure (Fast-dLLM's parallel decoding).
+    threshold: float | None = None
 
 
 class PlainLlama:
@@ -114,7 +116,7 @@ def reference(model: PlainLlama | LibraryLlama, prompts: Tensor, work: Work) -> 
     positions = torch.arange(x.shape[1], device=x.device)
     for begin in range(start, x.shape[1], work.block_length):
         block = slice(begin, begin + work.block_length)
-        for _ in range(work.block_length):
+        while _is_open(x, block, work):
             logits, _ = model.forward(x, positions)
             _commit(x, logits, positions, block, work)
     return x[:, start:]
@@ -131,7 +133,7 @@ def fast_dllm(model: PlainLlama, prompts: Tensor, work: Work) -> Tensor:
         _commit(x, logits, everything, block, work)
         stored = [(keys.clone(), values.clone()) for keys, values in stored]
         inside = everything[block]
-        for _ in range(work.block_length - 1):
+        while _is_open(x, block, work):
             logits, _ = model.forward(x[:, block], inside, stored)
             _commit(x, logits, inside, block, work)
     return x[:, start:]
@@ -142,8 +144,12 @@ def _canvas(prompts: Tensor, work: Work) -> tuple[Tensor, int]:
     return torch.cat([prompts, masks], dim=1), prompts.shape[1]
 
 
+def _is_open(x: Tensor, block: slice, work: Work) -> bool:
+    return bool((x[:, block] == work.mask_id).any())
+
+
 def _commit(x: Tensor, logits: Tensor, positions: Tensor, block: slice, work: Work) -> None:
-    """Commit the most confident masked position of the block in each row."""
+    """Commit the most confident masked position of the block in each row, or all that are sure."""
     probability = F.softmax(logits, dim=-1)
     choice = logits.argmax(dim=-1)
     confidence = probability.gather(2, choice.unsqueeze(2)).squeeze(2)
@@ -151,4 +157,7 @@ def _commit(x: Tensor, logits: Tensor, positions: Tensor, block: slice, work: Wo
     inside = (positions >= block.start) & (positions < block.stop)
     open_here = (here == work.mask_id) & inside
     best = confidence.masked_fill(~open_here, -torch.inf).argmax(dim=1, keepdim=True)
-    x.scatter_(1, positions[best], choice.gather(1, best))
+    picked = torch.zeros_like(open_here).scatter_(1, best, open_here.any(dim=1, keepdim=True))
+    if work.threshold is not None:
+        picked |= open_here & (confidence >= work.threshold)
+    x[:, positions] = torch.where(picked, choice, here)

@@ -1,0 +1,153 @@
+"""Parallel decoding under load: `python -m benchmarks.parallel`.
+
+Held-out questions of the demo checkpoint's tasks, 64 tokens each, to the engine with as many at a
+time as it is given places for, each committing whatever is sure enough at every step; beside LLaDA's
+loop (a token per step) and Fast-dLLM's dual cache with the same threshold, both one question after
+another. All take turns in each round; ratios are of medians. An answer ends at its end-of-text token
+only where that is said: the baselines decode the whole canvas.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from dllm_engine import LLM, Prompt, SamplingParams
+
+from benchmarks.baselines import PlainLlama, Work, fast_dllm, reference
+from benchmarks.common import DEMO_CHECKPOINT, RESULTS, write_json
+from demo import corpus
+
+GEN_LENGTH, BLOCK_LENGTH, THRESHOLD = 64, 32, 0.9
+#: Requests at once.
+LOADS = (1, 8, 32, 64)
+#: Of the questions, how many a baseline answers in a turn.
+ONE_BY_ONE = 16
+PARALLEL: dict[str, Any] = {"confidence_threshold": THRESHOLD, "ignore_eos": True}
+ENGINE: dict[str, dict[str, Any]] = {
+    "dual, a token per step": {"cache": "dual", "ignore_eos": True},
+    f"none, τ = {THRESHOLD}": PARALLEL,
+    f"dual, τ = {THRESHOLD}": {"cache": "dual", **PARALLEL},
+    f"dual, τ = {THRESHOLD}, ends at end of text": {
+        "cache": "dual",
+        "confidence_threshold": THRESHOLD,
+    },
+}
+REFERENCE = "reference, one by one"
+FAST_DLLM = f"Fast-dLLM dual cache, τ = {THRESHOLD}, one by one"
+
+
+class Bench:
+    """The checkpoint and its questions, for the engine and the baselines."""
+
+    def __init__(self, count: int) -> None:
+        self.plain = PlainLlama(DEMO_CHECKPOINT)
+        self.engines = {load: LLM(DEMO_CHECKPOINT, max_num_seqs=load).engine for load in LOADS}
+        engine = self.engines[1]
+        assert engine.codec is not None
+        each = -(-count // len(corpus.TASKS))
+        examples = [e for task in corpus.TASKS for e in corpus.held_out_set(task, each)][:count]
+        self.prompts = [engine.codec.encode_chat(example.question) for example in examples]
+        self.mask = engine.spec.mask_token_id
+
+    def baseline(self, generate: Callable[..., Any], threshold: float | None) -> float:
+        """Answers per second, one after another."""
+        work = Work(GEN_LENGTH, BLOCK_LENGTH, self.mask, threshold)
+        chosen = self.prompts[:: len(self.prompts) // ONE_BY_ONE][:ONE_BY_ONE]
+        began = time.perf_counter()
+        for prompt in chosen:
+            generate(self.plain, torch.tensor([prompt]), work)
+        return len(chosen) / (time.perf_counter() - began)
+
+    def engine(self, rule: dict[str, Any], load: int) -> float:
+        """Answers per second, with `load` requests at a time until all are answered."""
+        engine = self.engines[load]
+        params = SamplingParams(gen_length=GEN_LENGTH, block_length=BLOCK_LENGTH, **rule)
+        prompts = self.prompts if load > 1 else self.prompts[:ONE_BY_ONE]
+        began = time.perf_counter()
+        for prompt in prompts:
+            engine.add(engine.make_request(Prompt(prompt), params))
+        while engine.has_work:
+            engine.step()
+        return len(prompts) / (time.perf_counter() - began)
+
+
+def measure(bench: Bench, rounds: int) -> dict[str, float]:
+    """Median answers per second of every system."""
+    systems: dict[str, Callable[[], float]] = {
+        REFERENCE: lambda: bench.baseline(reference, None),
+        FAST_DLLM: lambda: bench.baseline(fast_dllm, THRESHOLD),
+    }
+    for name, rule in ENGINE.items():
+        for load in LOADS:
+            systems[f"{name}, {load} at once"] = functools.partial(bench.engine, rule, load)
+    samples: dict[str, list[float]] = {name: [] for name in systems}
+    for _ in range(rounds):
+        for name, run in systems.items():
+            samples[name].append(run())
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def table(answers: dict[str, float]) -> str:
+    """The figures as a Markdown table."""
+    slow, fast = answers[REFERENCE], answers[FAST_DLLM]
+    lines = ["| | answers/s | × reference | × Fast-dLLM |", "|---|--:|--:|--:|"]
+    lines += [
+        f"| {name} | {value:.1f} | {value / slow:.1f} | {value / fast:.1f} |"
+        for name, value in answers.items()
+    ]
+    return "\n".join(lines)
+
+
+def plot(answers: dict[str, float]) -> Path:
+    """Answers per second over requests at once, a curve for each rule."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    for rule in ENGINE:
+        speeds = [answers[f"{rule}, {load} at once"] for load in LOADS]
+        axis.plot(LOADS, speeds, marker="o", label=rule)
+    for name, style in ((REFERENCE, "--"), (FAST_DLLM, ":")):
+        axis.axhline(answers[name], color="gray", linestyle=style, label=name)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=2)
+    axis.set_xlabel("requests at once")
+    axis.set_ylabel("answers per second")
+    axis.set_title("Demo checkpoint, 64 tokens")
+    axis.legend(fontsize=7)
+    figure.tight_layout()
+    path = RESULTS / "parallel.png"
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def main() -> None:
+    """Measure, print, write JSON and plot."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--count", type=int, default=192, help="questions")
+    options = parser.parse_args()
+    answers = measure(Bench(options.count), options.rounds)
+    print(table(answers))
+    result = {
+        "gen_length": GEN_LENGTH,
+        "block_length": BLOCK_LENGTH,
+        "questions": options.count,
+        "rounds": options.rounds,
+        "threads": torch.get_num_threads(),
+        "answers_per_second": answers,
+    }
+    print(write_json("parallel", result), plot(answers))
+
+
+if __name__ == "__main__":
+    main()
