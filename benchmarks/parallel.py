@@ -1,10 +1,10 @@
 """Parallel decoding under load: `python -m benchmarks.parallel`.
 
 Held-out questions of the demo checkpoint's tasks, 64 tokens each, to the engine with as many at a
-time as it is given places for, each committing whatever is sure enough at every step; beside LLaDA's
-loop (a token per step) and Fast-dLLM's dual cache with the same threshold, both one question after
-another. All take turns in each round; ratios are of medians. An answer ends at its end-of-text token
-only where that is said: the baselines decode the whole canvas.
+time as it is given places for, each committing whatever is sure enough at every step; beside
+LLaDA's loop (a token per step) and Fast-dLLM's dual cache with the same threshold, both one
+question after another. All take turns in each round; ratios are of medians. An answer ends at its
+end-of-text token only where that is said: the baselines decode the whole canvas.
 """
 
 from __future__ import annotations
