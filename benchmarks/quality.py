@@ -56,12 +56,16 @@ RULES: list[tuple[str, str, dict[str, Any]]] = [
         for ratio in (1.0, 0.75, 0.5, 0.25, 0.1)
     ),
     *(
-        ("cache", f"sparse, ρ = 0.5, {label}", {"cache": "sparse", "retention_ratio": 0.5, **more})
-        for label, more in (
-            ("delay 1", {"delay_steps": 1}),
-            ("pool 3", {"pool_kernel": 3}),
-            ("refresh 8", {"refresh_interval": 8}),
+        (
+            "cache",
+            f"sparse, ρ = {ratio}, pool 1",
+            {"cache": "sparse", "retention_ratio": ratio, "pool_kernel": 1},
         )
+        for ratio in (0.75, 0.5, 0.25, 0.1)
+    ),
+    *(
+        ("cache", f"sparse, ρ = 0.5, {label}", {"cache": "sparse", "retention_ratio": 0.5, **more})
+        for label, more in (("delay 1", {"delay_steps": 1}), ("refresh 8", {"refresh_interval": 8}))
     ),
     *(
         (

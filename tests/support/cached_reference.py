@@ -33,7 +33,7 @@ class CacheRules:
     delay_steps: int = 0
     refresh_interval: int = 0
     retention_ratio: float = 0.5
-    pool_kernel: int = 1
+    pool_kernel: int = 3
 
     @classmethod
     def of(cls, params: SamplingParams) -> CacheRules:

@@ -55,7 +55,7 @@ class EngineConfig:
     #: Key/value reuse between steps, for requests that do not say (see `SamplingParams`).
     cache: str = "none"
     retention_ratio: float = 0.5
-    pool_kernel: int = 1
+    pool_kernel: int = 3
     delay_steps: int = 0
     refresh_interval: int = 0
     #: Memory of the device that the engine may take: a size ("6GiB") or a fraction of what is free.
