@@ -53,6 +53,10 @@ class Runner:
         )
         logger.info("model ready device=%s ranks=%d", self._shard.device, spec.num_ranks)
 
+    def bind_thread(self) -> None:
+        """See `ModelShard.bind_thread`."""
+        self._shard.bind_thread()
+
     def start(self, slot: int, prompt: Prompt, params: SamplingParams, pages: list[int]) -> None:
         """Lay out a new request in `slot`, with the pages that are its own from now on."""
         self.table.fill(slot, prompt, params)

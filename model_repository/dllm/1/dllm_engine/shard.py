@@ -82,6 +82,7 @@ class ModelShard:
         self._config, self._spec = config, spec
         device, self._dtype = resolve_device(config)
         self.device = device if group is None else group.device
+        self.bind_thread()
         self._budget_bytes = config.logits_budget_mb * 2**20
         on_cpu = self.device == "cpu"
         #: Rows that one step may push through the model.
@@ -142,6 +143,16 @@ class ModelShard:
         self.pages: KVPages
         self._layer_pages: list[LayerPages] = []
         self._graphs: ForwardGraphs | None = None
+
+    def bind_thread(self) -> None:
+        """Make the shard's GPU the calling thread's; needed on every thread that steps.
+
+        Kernels in the Triton language and CUDA graphs run on the current device, wherever their
+        tensors are, and that of a new thread is the first.
+        """
+        device = torch.device(self.device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
 
     def allocate(self, num_pages: int) -> None:
         """Make the pool of keys and values; no more pages than planned."""

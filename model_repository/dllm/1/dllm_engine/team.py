@@ -99,6 +99,10 @@ class ModelTeam:
         """Rank 0's part."""
         return self._shard.model
 
+    def bind_thread(self) -> None:
+        """See `ModelShard.bind_thread`; the other ranks have a thread each, which is bound."""
+        self._shard.bind_thread()
+
     def candidates(self, inputs: StepInputs) -> Candidates:
         """See `ModelShard.candidates`.
 
