@@ -1,11 +1,13 @@
 """Which GPU an engine is on, and which thread knows it. No GPU is needed: CUDA is patched."""
 
+import re
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from dllm_engine import LLM, Engine, EngineConfig, EngineWorker, SamplingParams
+from dllm_engine import LLM, Engine, EngineConfig, EngineWorker, InvalidConfig, SamplingParams
+from dllm_engine.shard import rank_device
 
 #: Devices made current, with the name of the thread they were made so for.
 Bindings = list[tuple[str, str]]
@@ -71,3 +73,46 @@ def test_no_device_is_made_current_where_none_is_named(
         worker = EngineWorker(Engine(EngineConfig(model_path=checkpoint, device=device)))
         worker.close()
     assert not bindings
+
+
+@pytest.mark.parametrize(
+    ("device", "devices"),
+    [
+        ("cpu", ["cpu", "cpu"]),
+        ("auto", ["cuda:0", "cuda:1"]),
+        ("cuda", ["cuda:0", "cuda:1"]),
+        ("cuda:2", ["cuda:2", "cuda:3"]),
+    ],
+)
+def test_ranks_have_gpus_in_a_row(
+    monkeypatch: pytest.MonkeyPatch, device: str, devices: list[str]
+) -> None:
+    """From the one that is named on."""
+    pretend_gpus(monkeypatch, 4)
+    config = EngineConfig(model_path=Path(), device=device, tensor_parallel_size=2)
+    assert [rank_device(config, rank) for rank in range(2)] == devices
+
+
+def test_the_second_instance_of_a_split_model_is_told_what_to_write(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Triton gives instances neighbouring GPUs, of which each wants several."""
+    pretend_gpus(monkeypatch, 5)
+    config = EngineConfig(model_path=Path(), device="cuda:4", tensor_parallel_size=2)
+    groups = (
+        "instance_group [ { count: 1 kind: KIND_GPU gpus: [ 0 ] }, "
+        "{ count: 1 kind: KIND_GPU gpus: [ 2 ] } ]"
+    )
+    with pytest.raises(
+        InvalidConfig,
+        match=rf"^DLLM_TENSOR_PARALLEL_SIZE: 2 ranks from cuda:4 .* has 5\..*{re.escape(groups)}$",
+    ):
+        rank_device(config, 0)
+
+
+def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No way to write it helps."""
+    pretend_gpus(monkeypatch, 2)
+    config = EngineConfig(model_path=Path(), device="auto", tensor_parallel_size=4)
+    with pytest.raises(InvalidConfig, match="4 ranks from cuda:0 on need a GPU each; .* has 2$"):
+        rank_device(config, 0)

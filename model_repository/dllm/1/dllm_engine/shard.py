@@ -325,12 +325,25 @@ def rank_device(config: EngineConfig, rank: int) -> str:
     if not device.startswith("cuda"):
         return device
     first, size = torch.device(device).index or 0, config.tensor_parallel_size
-    if first + size > torch.cuda.device_count():
-        raise InvalidConfig(
+    count = torch.cuda.device_count()
+    if first + size > count:
+        message = (
             f"DLLM_TENSOR_PARALLEL_SIZE: {size} ranks from cuda:{first} on need a GPU each; this "
-            f"machine has {torch.cuda.device_count()}"
+            f"machine has {count}"
         )
+        if size <= count:
+            message += (
+                ". Triton makes an instance for every GPU by itself; give each instance the first "
+                f"of its GPUs in config.pbtxt: instance_group [ {_instances(size, count)} ]"
+            )
+        raise InvalidConfig(message)
     return f"cuda:{first + rank}"
+
+
+def _instances(size: int, count: int) -> str:
+    """An instance for each `size` of `count` GPUs, in the words of config.pbtxt."""
+    firsts = range(0, count - size + 1, size)
+    return ", ".join(f"{{ count: 1 kind: KIND_GPU gpus: [ {first} ] }}" for first in firsts)
 
 
 def _log_progress(done: int, total: int) -> None:
