@@ -5,8 +5,10 @@ import queue
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Self
+from unittest.mock import MagicMock
 
 import psutil
 import pytest
@@ -23,10 +25,11 @@ from dllm_engine import (
     Prompt,
     SamplingParams,
 )
-from dllm_engine.models import load_model, read_spec
+from dllm_engine.models import load_model, loader, read_spec
 from dllm_engine.parallel import Group, Ranks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from tests.support.cases import Case, cases, run_with_arrivals
 from tests.support.checkpoints import write_dream, write_llada
@@ -126,6 +129,57 @@ def test_every_rank_reads_its_part_of_the_weights(tmp_path: Path, write: object)
             joined = mine[0]
         assert torch.equal(joined, full), name
     assert half.num_parameters < 0.65 * spec.num_parameters
+
+
+class Counted:
+    """A file of tensors that counts the numbers that are taken from it."""
+
+    def __init__(self, file: Any, taken: list[int]) -> None:
+        self._file, self._taken = file, taken
+
+    def __enter__(self) -> Self:
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.__exit__(*error)
+
+    def keys(self) -> list[str]:
+        """Names of the tensors."""
+        return list(self._file.keys())
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        """A whole one."""
+        return self._count(self._file.get_tensor(name))
+
+    def get_slice(self, name: str) -> Any:
+        """What is known of a tensor, and parts of it by index."""
+        view = self._file.get_slice(name)
+        counted = MagicMock(wraps=view)
+        counted.__getitem__.side_effect = lambda index: self._count(view[index])
+        return counted
+
+    def _count(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._taken.append(tensor.numel())
+        return tensor
+
+
+@pytest.mark.parametrize("write", [write_llada, write_dream])
+def test_no_rank_reads_the_part_of_another(
+    tmp_path: Path, write: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the files come as many numbers as the rank has parameters, and not one more."""
+    taken: list[int] = []
+    monkeypatch.setattr(
+        loader, "safe_open", lambda *args, **named: Counted(safe_open(*args, **named), taken)
+    )
+    folder = write(tmp_path)
+    half = read_spec(folder).split(2)
+    for rank in range(2):
+        taken.clear()
+        group = Group(rank, 2, "cpu", None)
+        load_model(folder, half, device="cpu", dtype=torch.float64, group=group)
+        assert sum(taken) == half.num_parameters
 
 
 @pytest.mark.parametrize(
