@@ -5,6 +5,7 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -26,7 +27,7 @@ from dllm_engine import (
     SamplingParams,
 )
 from dllm_engine.models import load_model, loader, read_spec
-from dllm_engine.parallel import Group, Ranks
+from dllm_engine.parallel import Alarm, Group, Ranks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -250,6 +251,54 @@ def test_a_lost_rank_ends_the_engine(
     with pytest.raises(EngineDead, match="rank 1 of 2"):
         ask()
     assert has_ended(rank)
+
+
+def test_a_rank_that_hangs_a_gpu_ends_the_engine(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There it is the device that waits, and knows no time-out: a step that takes too long is given
+    up, the requests are told which rank is silent, and the device is let go."""
+    aborted = threading.Event()
+
+    def wait_for_ever(_: Group, part: torch.Tensor) -> torch.Tensor:
+        assert aborted.wait(60)
+        return part
+
+    monkeypatch.setattr(Group, "waits", False)
+    monkeypatch.setattr(Group, "abort", lambda _: aborted.set())
+    config = EngineConfig(
+        model_path=checkpoint, tensor_parallel_size=2, tensor_parallel_timeout=1.0
+    )
+    before = {p.pid for p in ranks_of(os.getpid())}
+    deaths: queue.Queue[EngineDead] = queue.Queue()
+    worker = EngineWorker(Engine(config), on_death=deaths.put)
+    (rank,) = [p for p in ranks_of(os.getpid()) if p.pid not in before]
+    updates: queue.Queue[CanvasUpdate] = queue.Queue()
+    rank.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr(Group, "sum", wait_for_ever)
+    worker.submit(worker.engine.make_request(Prompt([1]), SamplingParams()), updates.put)
+    error = updates.get(timeout=60).error
+    assert isinstance(error, EngineDead)
+    assert str(error).startswith(f"rank 1 of 2 (process {rank.pid}) did not answer within 1 s")
+    assert str(deaths.get(timeout=60)) == str(error)
+    assert has_ended(rank)
+
+
+def test_an_alarm_rings_for_long_blocks_only() -> None:
+    """However many short ones there were; once; and never when it is closed."""
+    rung = threading.Event()
+    alarm = Alarm(0.4, rung.set)
+    for _ in range(1000):
+        with alarm:
+            pass
+    assert not rung.wait(0.6)
+    with alarm:
+        assert rung.wait(30)
+    rung.clear()
+    closed = Alarm(0.01, rung.set)
+    closed.close()
+    with closed, alarm:
+        assert not rung.wait(0.6)
 
 
 def test_what_a_rank_cannot_do_is_told(checkpoint: Path) -> None:
