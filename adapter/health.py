@@ -2,11 +2,12 @@
 
 import asyncio
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from adapter.doubts import Doubts
 from adapter.errors import EngineDead, EngineError, InvalidRequest, StoreUnavailable
 from adapter.generation import Engine
 from adapter.heal import EngineRecord, HealStore
@@ -44,6 +45,10 @@ class Verdict:
     state: EngineState
     #: There was no answer, which a busy engine may be forgiven.
     silent: bool = False
+    #: Who has answered.
+    process: str | None = None
+    #: Of how many; looked up when there is a reason to.
+    processes: int = 1
 
 
 class EngineMonitor:
@@ -76,6 +81,7 @@ class EngineMonitor:
         self._last_life = 0.0
         self._published = 0.0
         self._suspected = False
+        self._doubts = Doubts()
         self._probed = 0.0
         self._probe: asyncio.Task[Verdict] | None = None
         self._listeners: list[Callable[[], None]] = []
@@ -105,10 +111,16 @@ class EngineMonitor:
         """A stream brought an event."""
         self._last_life = _now()
 
-    def suspect(self) -> None:
+    def suspect(self, error: EngineError | None = None) -> None:
         """A request failed in a way that may say something about the engine: probe it soon."""
+        if isinstance(error, EngineDead):
+            self._doubts.report(str(error), _now())
         self._suspected = True
         self._loop.wake()
+
+    def known_dead(self, reason: str) -> float:
+        """Since when the process that this names is said to be dead; ∞: it is not."""
+        return self._doubts.reported(reason)
 
     async def __aenter__(self) -> Self:
         self._last_life = _now()
@@ -181,10 +193,10 @@ class EngineMonitor:
 
     async def _run_probe(self, epoch: int) -> Verdict:
         began = _now()
-        silent = False
+        silent, process, processes = False, None, 1
         try:
             async with asyncio.timeout(self._silence):
-                await self._engine.probe()
+                process = await self._engine.probe()
             state = READY
         except TimeoutError:
             reason = f"the engine has not answered for {self._silence:g} s"
@@ -192,16 +204,25 @@ class EngineMonitor:
         except EngineDead as error:
             state = EngineState(ok=False, reason=str(error), dead=True)
         except InvalidRequest:  # it does not like the probe, but it has read it
-            state = READY
+            state, process = READY, ""
         except EngineError as error:
             state = EngineState(ok=False, reason=str(error))
         finally:
             self._probed = _now()
-        return Verdict(epoch, began, state, silent)
+        if self._doubts or state.dead:
+            with suppress(EngineError):
+                processes = await self._engine.processes()
+        return Verdict(epoch, began, state, silent, process, processes)
 
     def _judge(self, verdict: Verdict, record: EngineRecord) -> None:
         if verdict.epoch != record.epoch:
             return
+        said_dead = verdict.state.dead and not verdict.silent
+        if said_dead:
+            self._doubts.report(verdict.state.reason, verdict.began)
+        if said_dead or verdict.state.ok:
+            self._doubts.probed(verdict.process, processes=verdict.processes)
+        self._suspected |= bool(self._doubts)
         if verdict.state.ok:
             self.saw_life()
             if self._died_in == self._generation:
@@ -211,11 +232,13 @@ class EngineMonitor:
         elif verdict.silent:
             if min(_now() - self._last_life, record.silent_for) >= self._silence:
                 self._become(verdict.state)
-        elif verdict.state.dead and self._last_life > verdict.began:
-            # On a host short of CPU, Triton takes a process for dead that goes on answering.
-            self._suspected = True
-        else:
-            if verdict.state.dead:
+        elif (
+            not said_dead
+            or self._last_life <= verdict.began
+            or self._doubts.confirmed(processes=verdict.processes)
+        ):
+            # Of several processes, one that answers later is another, and no successor.
+            if said_dead and verdict.processes == 1:
                 self._died_in = self._generation
             self._become(verdict.state)
 
@@ -224,6 +247,7 @@ class EngineMonitor:
 
     def _next_generation(self) -> None:
         self._generation += 1
+        self._doubts.clear()
         self._notify()
 
     def _become(self, state: EngineState) -> None:

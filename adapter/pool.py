@@ -81,7 +81,7 @@ class Member:
             span.fail(error)
             self._back_off()
             if not isinstance(error, Overloaded):
-                self.monitor.suspect()
+                self.monitor.suspect(error)
             raise
         finally:
             self.inflight -= 1

@@ -26,7 +26,7 @@ from adapter.tracing import TRACEPARENT
 from adapter.triton_tensors import CANVAS_OUTPUTS, INPUT_TYPES, OUTPUTS, make_tensor, read_event
 
 CHECK_OUTPUTS = ("finish_reason", "text_output")
-CANCEL_OUTPUTS = ("finish_reason",)
+CANCEL_OUTPUTS = ("finish_reason", "text_output")
 
 # Left alone, gRPC waits for up to two minutes before it looks for a server that went away.
 CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
@@ -130,9 +130,20 @@ class TritonEngine:
         self._cancelling.add(task)
         task.add_done_callback(self._cancelling.discard)
 
-    async def probe(self) -> None:
+    async def probe(self) -> str:
         """See whether the engine takes steps: it answers between two of them, however many wait."""
-        await self._end(NOBODY)
+        return await self._end(NOBODY)
+
+    async def processes(self) -> int:
+        """Of how many instances the model is; those on GPUs are counted for each GPU."""
+        try:
+            answer = await self._client.get_model_config(
+                self._model_name, client_timeout=INDEX_SECONDS
+            )
+        except InferenceServerException as error:
+            raise map_error(error.status(), error.message()) from error
+        groups = answer.config.instance_group
+        return sum(group.count * max(1, len(group.gpus)) for group in groups)
 
     async def loading(self) -> bool:
         """Whether Triton loads or unloads the model now: it goes on when who asked for it dies."""
@@ -194,12 +205,12 @@ class TritonEngine:
             async with asyncio.timeout(CANCEL_SECONDS):
                 await self._end(request_id)
 
-    async def _end(self, request_id: str) -> None:
-        """End the requests of this id; returns once the engine has done it."""
+    async def _end(self, request_id: str) -> str:
+        """End the requests of this id; returns once the engine has, with when it was started."""
         request = self._request({"cancel": request_id}, request_id="cancel", outputs=CANCEL_OUTPUTS)
         async with aclosing(self._stream(request)) as events:
-            async for _ in events:
-                return
+            async for _, event in events:
+                return event.text
         msg = "the stream of a cancel ended without an event"
         raise StreamLost(msg)
 

@@ -43,6 +43,9 @@ SHARES = {
     "fp8": 0.3,
     "int8": 0.3,
 }
+_ROOT = Path(__file__).parents[1]
+#: Where `dllm_engine` is found, installed or not.
+_ENGINE = _ROOT / "model_repository/dllm/1"
 #: A section that is over its time by so many seconds is ended.
 _GRACE_SECONDS = 30.0
 
@@ -88,7 +91,11 @@ def main(arguments: list[str] | None = None) -> None:
     if options.tiny:
         # Read when the package triton is imported for the first time.
         os.environ["TRITON_INTERPRET"] = "1"
-    # Not at the top: these import triton.
+    if str(_ENGINE) not in sys.path:
+        sys.path.insert(0, str(_ENGINE))
+    # Not at the top: these import triton. Before anything is forgotten: without the engine there
+    # is nothing to measure.
+    import dllm_engine  # noqa: F401
     import torch
 
     from benchmarks.common import RESULTS
@@ -135,6 +142,8 @@ def _run_each(options: argparse.Namespace, record: Any) -> None:
     for name in ("fast-dllm", "dllm-serve"):
         if name in names:
             command += [f"--{name}", str(getattr(options, name.replace("-", "_")))]
+    paths = [str(_ENGINE), str(_ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     for place, name in enumerate(names):
         left = end - time.monotonic()
         mine = left * SHARES[name] / sum(SHARES[later] for later in names[place:])
@@ -143,7 +152,12 @@ def _run_each(options: argparse.Namespace, record: Any) -> None:
             return
         minutes = ["--minutes", str(mine / 60), "--only", name]
         try:
-            ended = subprocess.run([*command, *minutes], timeout=mine + _GRACE_SECONDS, check=False)
+            ended = subprocess.run(
+                [*command, *minutes],
+                env=environment,
+                timeout=mine + _GRACE_SECONDS,
+                check=False,
+            )
             if ended.returncode:
                 record.fail(name, f"ended with status {ended.returncode}")
         except subprocess.TimeoutExpired:

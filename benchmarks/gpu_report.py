@@ -29,33 +29,41 @@ class Record:
 
     def read(self) -> dict[str, Any]:
         """What is in it; of another machine's, or of a run of the other kind, nothing."""
-        empty = self._heading() | {"sections": {}}
-        if not self.path.exists():
-            return empty
-        found: dict[str, Any] = json.loads(self.path.read_text())
-        same = all(found.get(key) == value for key, value in self._heading().items())
-        return found if same and "sections" in found else empty
-
-    def _heading(self) -> dict[str, Any]:
-        kind = {"measured": False, "why": _TINY} if self._tiny else {"measured": True}
-        return {"machine": machine()} | kind
+        if self.path.exists():
+            found: dict[str, Any] = json.loads(self.path.read_text())
+            same_kind = (found.get("why") == _TINY) == self._tiny
+            if same_kind and found["machine"] == machine() and "sections" in found:
+                return found
+        return {"machine": machine(), "sections": {}}
 
     def begin(self) -> None:
         """Forget what was there."""
-        write_json("gpu", self._heading() | {"sections": {}}, self._directory)
+        self._save({"sections": {}})
 
     def write(self, section: str, found: Any) -> None:
         """Put a section in the place of what was known of it."""
         known = self.read()
         known["sections"][section] = found
-        write_json("gpu", known, self._directory)
+        known.get("failed", {}).pop(section, None)
+        self._save(known)
 
     def fail(self, section: str, why: str) -> None:
         """A section did not end well; what it had found stays."""
         print(f"{section}: {why}")
         known = self.read()
         known.setdefault("failed", {})[section] = why
-        write_json("gpu", known, self._directory)
+        self._save(known)
+
+    def _save(self, known: dict[str, Any]) -> None:
+        """Write it, headed by whether anything in it is a measurement."""
+        sections, failed = known["sections"], known.get("failed", {})
+        heading: dict[str, Any] = {"machine": machine(), "measured": bool(sections)}
+        if self._tiny:
+            heading |= {"measured": False, "why": _TINY}
+        elif not sections:
+            heading["why"] = "; ".join(_failures(failed)) or "no section has found anything yet"
+        parts = {"sections": sections} | ({"failed": failed} if failed else {})
+        write_json("gpu", heading | parts, self._directory)
 
     def unmeasured(self, why: str) -> str:
         """Write that nothing was measured, unless a measurement is there; what to tell."""
@@ -81,7 +89,9 @@ def label(row: dict[str, Any]) -> str:
 def table(result: dict[str, Any]) -> list[str]:
     """Lines to print."""
     sections = result["sections"]
-    lines = [] if result["measured"] else [result["why"]]
+    lines = _failures(result.get("failed", {}))
+    if not result["measured"] and result["why"] != "; ".join(lines):
+        lines.insert(0, result["why"])
     ceilings = sections.get("ceilings")
     if ceilings:
         lines.append(
@@ -103,6 +113,11 @@ def table(result: dict[str, Any]) -> list[str]:
             ]
             lines.append(f"{section:<10} {found['requests']} requests: {what[0]}")
     return lines + _ratios(sections)
+
+
+def _failures(failed: dict[str, str]) -> list[str]:
+    """What did not end well, a line each."""
+    return [f"{section} failed: {why}" for section, why in failed.items()]
 
 
 def _kernel_line(row: dict[str, Any]) -> str:

@@ -307,7 +307,11 @@ class JobRunner:
 def _failure(drive: Drive, error: EngineError) -> Outcome:
     if isinstance(error, Overloaded | Unavailable):
         return Postponed(str(error))
-    if isinstance(error, EngineDead) and drive.opened_at > drive.member.monitor.last_life:
+    monitor = drive.member.monitor
+    dead_since = monitor.last_life
+    if drive.last_event == drive.opened_at:  # it has seen nothing of the engine
+        dead_since = min(dead_since, monitor.known_dead(str(error)))
+    if isinstance(error, EngineDead) and drive.opened_at > dead_since:
         # It was dead before it could see the request. Otherwise the request may have done it.
         return Postponed(str(error))
     return Lost(str(error))

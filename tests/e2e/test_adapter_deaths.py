@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 import requests
 
 from launcher.tritonserver import TritonServer
 from tests.conftest import StartAdapter
-from tests.support.servers import AdapterServer, eventually, stub_of
+from tests.support.servers import (
+    REPOSITORY,
+    AdapterServer,
+    eventually,
+    kept_running,
+    stub_of,
+    triton_server,
+)
 
 #: Death is noticed within seconds, with margins for a slow machine.
 QUICK = {
@@ -87,6 +99,39 @@ def test_killed_engine(start_adapter: StartAdapter, undying: TritonServer) -> No
         assert [line for line in lines if line.startswith(b"event: ")][-1] == b"event: error"
     eventually(lambda: adapter.health() == 503, "the death is noticed")
     eventually(lambda: adapter.health() == 200, "the engine is replaced")
+    assert len({adapter.finished(job) for job in jobs}) == len(jobs)
+
+
+@pytest.fixture
+def paired(checkpoint: Path, tmp_path: Path) -> Iterator[TritonServer]:
+    """A tritonserver with two instances of the model, started again by itself when it dies."""
+    repository = tmp_path / "repository"
+    shutil.copytree(REPOSITORY, repository, ignore=shutil.ignore_patterns("__pycache__"))
+    config = repository / "dllm/config.pbtxt"
+    config.write_text(
+        config.read_text().replace("count: 1 kind: KIND_AUTO", "count: 2 kind: KIND_CPU")
+    )
+    settings = {"OMP_NUM_THREADS": "1"}
+    with (
+        triton_server(checkpoint, repository=repository, settings=settings) as server,
+        kept_running(server),
+    ):
+        yield server
+
+
+def test_killed_instance(start_adapter: StartAdapter, paired: TritonServer) -> None:
+    """kill -9 of one of two instances, while the other one never stops sending events.
+
+    It is noticed all the same, both are replaced, and no job is lost.
+    """
+    adapter = start_adapter(paired, DLLM_MAX_INFLIGHT="8", **QUICK)
+    jobs = adapter.submit_batch([f"prompt {i}" for i in range(60)], **UNIQUE | {"gen_length": 200})
+    some_finished(adapter, jobs)
+    stub_of(paired, "dllm", 1).kill()
+    eventually(lambda: adapter.health() == 503, "the death is noticed")
+    assert "running" in adapter.statuses(jobs), "too late: all jobs were done"
+    eventually(lambda: adapter.health() == 200, "both are replaced")
+    assert stub_of(paired, "dllm", 1).is_running()
     assert len({adapter.finished(job) for job in jobs}) == len(jobs)
 
 

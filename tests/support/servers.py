@@ -115,11 +115,11 @@ def settled_counters(server: TritonServer) -> dict[str, float]:
     return now
 
 
-def stub_of(server: TritonServer, model: str) -> psutil.Process:
+def stub_of(server: TritonServer, model: str, instance: int = 0) -> psutil.Process:
     """The process in which the server runs the Python of a model."""
     for process in psutil.Process(server.pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):  # one that has just been killed
-            if f"{model}_0_0" in process.cmdline():
+            if f"{model}_0_{instance}" in process.cmdline():
                 return process
     raise AssertionError(f"the server runs no process for {model}")
 

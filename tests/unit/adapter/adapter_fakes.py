@@ -134,7 +134,7 @@ class ScriptedEngine:
         """Note it."""
         self.cancels.append(request_id)
 
-    async def probe(self) -> None:
+    async def probe(self) -> str:
         """Answer as the engine is."""
         if not self.alive:
             raise EngineDead("Stub process 'dllm_0_0' is not healthy.")
@@ -142,6 +142,11 @@ class ScriptedEngine:
             await asyncio.Event().wait()
         if self.probe_error is not None:
             raise self.probe_error
+        return "dllm_0_0"
+
+    async def processes(self) -> int:
+        """One, as far as it knows."""
+        return 1
 
     async def loading(self) -> bool:
         """Say so a few times, if told to."""

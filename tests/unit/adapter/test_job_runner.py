@@ -1,8 +1,10 @@
 """What becomes of jobs when engine, worker or database misbehave."""
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator
+from typing import Literal
 
 import pytest
 from adapter_fakes import (
@@ -18,6 +20,7 @@ from adapter_fakes import (
 
 from adapter.database import Database
 from adapter.errors import (
+    EngineDead,
     EngineFailure,
     ModelControlRefused,
     Overloaded,
@@ -176,6 +179,81 @@ async def test_engine_that_sends_events_is_not_dead(
     await asyncio.sleep(0.3)
 
     assert (monitor.state.ok, engine.reloads) == (True, 0)
+
+
+def make_pair(engine: ScriptedEngine, api: RunningApp, *, starved: bool) -> None:
+    """Two processes that are probed in turn, while events never cease.
+
+    Of the first Triton says that it is dead, always or, `starved`, every other time; of the second
+    never.
+    """
+    turns = itertools.count()
+
+    async def probe() -> str:
+        await asyncio.sleep(0.001)
+        api.monitor.saw_life()
+        turn = next(turns)
+        if turn % 2:
+            return "dllm_0_1"
+        if not engine.alive and (turn % 4 == 0 or not starved):
+            raise EngineDead("Stub process 'dllm_0_0' is not healthy.")
+        return "dllm_0_0"
+
+    async def processes() -> int:
+        return 2
+
+    engine.probe = probe  # type: ignore[method-assign]
+    engine.processes = processes  # type: ignore[method-assign]
+
+
+async def test_dead_process_beside_a_busy_one(api: RunningApp, engine: ScriptedEngine) -> None:
+    """Events of one process do not hide that another one never answers."""
+    await until(lambda: api.monitor.state.ok)
+    make_pair(engine, api, starved=False)
+    engine.alive = False
+    api.monitor.suspect()
+    await until(lambda: engine.reloads == 1)
+    await until(lambda: api.monitor.state.ok)
+    await asyncio.sleep(0.3)
+
+    assert engine.reloads == 1
+
+
+async def test_starved_process_beside_a_busy_one(api: RunningApp, engine: ScriptedEngine) -> None:
+    """Two processes that both answer are alive, whatever Triton says about them in between."""
+    await until(lambda: api.monitor.state.ok)
+    make_pair(engine, api, starved=True)
+    engine.alive = False
+    for _ in range(30):
+        api.monitor.suspect()
+        await asyncio.sleep(0.02)
+
+    assert (api.monitor.state.ok, engine.reloads) == (True, 0)
+
+
+async def test_a_process_that_is_known_to_be_dead_costs_no_attempt(
+    database_url: str, engine: ScriptedEngine
+) -> None:
+    """A job that meets it again and again, beside one that goes on answering, is only postponed."""
+
+    class Life(asyncio.Event):
+        async def wait(self) -> Literal[True]:
+            api.monitor.saw_life()
+            return True
+
+    async def probe() -> str:
+        return "dllm_0_1"
+
+    dead = EngineDead("Stub process 'dllm_0_0' is not healthy.")
+    engine.scripts = [[Life(), dead], [Life(), dead], [Life(), dead], [DONE]]
+    settings = fast_settings(database_url, job_max_attempts=2)
+    async with running_app(settings, engine) as api:
+        await until(lambda: api.monitor.state.ok)
+        make_pair(engine, api, starved=False)
+        engine.probe = probe  # type: ignore[method-assign]
+
+        assert DONE.text == (await api.result(await api.submit()))["text"]
+    assert len(engine.requests) == 4
 
 
 async def test_refused_reload_is_tried_once(

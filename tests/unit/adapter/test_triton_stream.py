@@ -25,6 +25,9 @@ from adapter.errors import (
 from adapter.generation import Detail, Event, Verdict
 from adapter.triton import TritonEngine
 
+#: When the engine was started, as it says itself.
+STARTED = "4711.25"
+
 Step = Event | str | tuple[grpc.StatusCode, str]
 
 
@@ -56,7 +59,7 @@ class ScriptedTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
                 if request.inputs[0].name == "cancel":
                     self.ends.append(request.raw_input_contents[0][4:].decode())
                     if not self.mute:
-                        yield _answer(Event("", "cancelled"))
+                        yield _answer(Event(STARTED, "cancelled"))
                     continue
                 self.requests.append(request)
                 if self.verdicts:
@@ -88,6 +91,11 @@ class ScriptedTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
             await context.abort(*self.refusal)
         self.control.append(f"unload {request.model_name}")
         return service_pb2.RepositoryModelUnloadResponse()
+
+    async def ModelConfig(self, _request: Any, _context: Any) -> Any:  # noqa: N802
+        """One group of two, and one of one on each of two GPUs."""
+        groups = [{"count": 2}, {"count": 1, "gpus": [0, 2]}]
+        return service_pb2.ModelConfigResponse(config={"instance_group": groups})
 
     async def RepositoryModelLoad(self, request: Any, _context: Any) -> Any:  # noqa: N802
         """Note it."""
@@ -252,6 +260,12 @@ async def test_probe_needs_no_place(engine: TritonEngine, triton: ScriptedTriton
     await engine.probe()
 
     assert (triton.requests, triton.ends) == ([], ["nobody"])
+
+
+async def test_instances_are_told_apart(engine: TritonEngine) -> None:
+    """Triton knows how many there are, and an answered probe which it was that answered."""
+    assert await engine.processes() == 4
+    assert await engine.probe() == STARTED
 
 
 async def test_probe_wants_an_answer(engine: TritonEngine, triton: ScriptedTriton) -> None:

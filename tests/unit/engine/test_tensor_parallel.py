@@ -5,8 +5,11 @@ import queue
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Self
+from unittest.mock import MagicMock
 
 import psutil
 import pytest
@@ -23,10 +26,11 @@ from dllm_engine import (
     Prompt,
     SamplingParams,
 )
-from dllm_engine.models import load_model, read_spec
-from dllm_engine.parallel import Group, Ranks
+from dllm_engine.models import load_model, loader, read_spec
+from dllm_engine.parallel import Alarm, Group, Ranks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from tests.support.cases import Case, cases, run_with_arrivals
 from tests.support.checkpoints import write_dream, write_llada
@@ -128,6 +132,57 @@ def test_every_rank_reads_its_part_of_the_weights(tmp_path: Path, write: object)
     assert half.num_parameters < 0.65 * spec.num_parameters
 
 
+class Counted:
+    """A file of tensors that counts the numbers that are taken from it."""
+
+    def __init__(self, file: Any, taken: list[int]) -> None:
+        self._file, self._taken = file, taken
+
+    def __enter__(self) -> Self:
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.__exit__(*error)
+
+    def keys(self) -> list[str]:
+        """Names of the tensors."""
+        return list(self._file.keys())
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        """A whole one."""
+        return self._count(self._file.get_tensor(name))
+
+    def get_slice(self, name: str) -> Any:
+        """What is known of a tensor, and parts of it by index."""
+        view = self._file.get_slice(name)
+        counted = MagicMock(wraps=view)
+        counted.__getitem__.side_effect = lambda index: self._count(view[index])
+        return counted
+
+    def _count(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._taken.append(tensor.numel())
+        return tensor
+
+
+@pytest.mark.parametrize("write", [write_llada, write_dream])
+def test_no_rank_reads_the_part_of_another(
+    tmp_path: Path, write: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the files come as many numbers as the rank has parameters, and not one more."""
+    taken: list[int] = []
+    monkeypatch.setattr(
+        loader, "safe_open", lambda *args, **named: Counted(safe_open(*args, **named), taken)
+    )
+    folder = write(tmp_path)
+    half = read_spec(folder).split(2)
+    for rank in range(2):
+        taken.clear()
+        group = Group(rank, 2, "cpu", None)
+        load_model(folder, half, device="cpu", dtype=torch.float64, group=group)
+        assert sum(taken) == half.num_parameters
+
+
 @pytest.mark.parametrize(
     ("size", "message"),
     [
@@ -196,6 +251,54 @@ def test_a_lost_rank_ends_the_engine(
     with pytest.raises(EngineDead, match="rank 1 of 2"):
         ask()
     assert has_ended(rank)
+
+
+def test_a_rank_that_hangs_a_gpu_ends_the_engine(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There it is the device that waits, and knows no time-out: a step that takes too long is given
+    up, the requests are told which rank is silent, and the device is let go."""
+    aborted = threading.Event()
+
+    def wait_for_ever(_: Group, part: torch.Tensor) -> torch.Tensor:
+        assert aborted.wait(60)
+        return part
+
+    monkeypatch.setattr(Group, "waits", False)
+    monkeypatch.setattr(Group, "abort", lambda _: aborted.set())
+    config = EngineConfig(
+        model_path=checkpoint, tensor_parallel_size=2, tensor_parallel_timeout=1.0
+    )
+    before = {p.pid for p in ranks_of(os.getpid())}
+    deaths: queue.Queue[EngineDead] = queue.Queue()
+    worker = EngineWorker(Engine(config), on_death=deaths.put)
+    (rank,) = [p for p in ranks_of(os.getpid()) if p.pid not in before]
+    updates: queue.Queue[CanvasUpdate] = queue.Queue()
+    rank.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr(Group, "sum", wait_for_ever)
+    worker.submit(worker.engine.make_request(Prompt([1]), SamplingParams()), updates.put)
+    error = updates.get(timeout=60).error
+    assert isinstance(error, EngineDead)
+    assert str(error).startswith(f"rank 1 of 2 (process {rank.pid}) did not answer within 1 s")
+    assert str(deaths.get(timeout=60)) == str(error)
+    assert has_ended(rank)
+
+
+def test_an_alarm_rings_for_long_blocks_only() -> None:
+    """However many short ones there were; once; and never when it is closed."""
+    rung = threading.Event()
+    alarm = Alarm(0.4, rung.set)
+    for _ in range(1000):
+        with alarm:
+            pass
+    assert not rung.wait(0.6)
+    with alarm:
+        assert rung.wait(30)
+    rung.clear()
+    closed = Alarm(0.01, rung.set)
+    closed.close()
+    with closed, alarm:
+        assert not rung.wait(0.6)
 
 
 def test_what_a_rank_cannot_do_is_told(checkpoint: Path) -> None:

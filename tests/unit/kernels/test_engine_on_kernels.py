@@ -57,3 +57,19 @@ def test_batch_invariance(tmp_path: Path) -> None:
         alone = llm.generate([PROMPTS[i]], MIXTURE[i], progress=False)[0]
         assert alone.token_ids.tolist() == together[i].token_ids.tolist()
         assert alone.confidence.tolist() == together[i].confidence.tolist()
+
+
+def test_two_ranks_on_kernels(tmp_path: Path) -> None:
+    """A model split over two ranks, each on kernels, decodes what it does on torch's operations."""
+    checkpoint = write_llada(tmp_path)
+    options = {"dtype": "float32", "kv_page_size": 8, "max_num_seqs": 6, "device": "cpu"}
+    options |= {"max_model_len": 64, "max_num_batched_tokens": 128}
+    chosen = [0, 1, 3]
+    prompts, params = [PROMPTS[i] for i in chosen], [MIXTURE[i] for i in chosen]
+    wanted = LLM(checkpoint, kernels="torch", **options).generate(prompts, params, progress=False)
+    with LLM(checkpoint, kernels="triton", tensor_parallel_size=2, **options) as llm:
+        assert llm.engine._runner._shard.tile_rows
+        found = llm.generate(prompts, params, progress=False)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine.token_ids.tolist() == theirs.token_ids.tolist()
+        np.testing.assert_allclose(mine.confidence, theirs.confidence, rtol=1e-4, atol=1e-6)

@@ -1,6 +1,9 @@
 """The benchmark of a GPU: what it counts, and that every section of it runs."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +157,60 @@ def _check_kernels(sections: dict[str, Any]) -> None:
         assert row["share_of_roofline"] == row["roofline_seconds"] / row["seconds"]
         if row["model"] == TINY.shapes[0].name:
             assert costs.get((row["kernel"], row["case"]), cost) == cost
+
+
+def test_the_command_needs_nothing_installed(tmp_path: Path) -> None:
+    """From the repository's root it finds the engine beside it, and so do the sections' processes;
+    a section that fails is named in the file and on the screen, and the others run."""
+    program = (
+        "import sys; from benchmarks import gpu; gpu.main(sys.argv[1:])\n"
+        "import dllm_engine; print(dllm_engine.__file__)"
+    )
+    (tmp_path / "no folder").touch()
+    options = ["--tiny", "--only", "engine", "ceilings", "--results", str(tmp_path)]
+    options += ["--checkpoints", str(tmp_path / "no folder")]
+    root = RESULTS.parents[1]
+    ran = subprocess.run(
+        [sys.executable, "-c", program, *options],
+        cwd=root,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = ran.stdout.splitlines()
+    assert Path(lines[-1]).is_relative_to(root / "model_repository")
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(result["sections"]) == ["ceilings"]
+    assert result["failed"] == {"engine": "ended with status 1"}
+    assert "engine failed: ended with status 1" in lines
+    assert "NotADirectoryError" in ran.stderr or "FileExistsError" in ran.stderr
+
+
+def test_a_run_that_finds_nothing_is_no_measurement(tmp_path: Path) -> None:
+    """The file says so and why, until a section has found something."""
+    record = Record(tmp_path, tiny=False)
+    record.begin()
+    assert record.read()["measured"] is False
+    record.fail("kernels", "ended with status 1")
+    record.fail("engine", "took more than 30 s")
+    why = ["kernels failed: ended with status 1", "engine failed: took more than 30 s"]
+    result = record.read()
+    assert (result["measured"], result["why"]) == (False, "; ".join(why))
+    assert table(result) == why
+    record.write("kernels", [])
+    result = record.read()
+    assert result["measured"] is True
+    assert "why" not in result
+    assert table(result) == why[1:]
+    assert Record(tmp_path, tiny=True).read()["sections"] == {}
+
+
+def test_the_published_file_claims_no_measurement_that_is_not_in_it() -> None:
+    """It has sections, or says that nothing was measured."""
+    published = json.loads((RESULTS / "gpu.json").read_text())
+    assert published["measured"] == bool(published.get("sections"))
+    assert published["measured"] or published["why"]
 
 
 def test_a_section_of_a_checkout_needs_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,17 +4,20 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from dllm_engine import LLM, shard
 from dllm_engine.cache import KVPages
-from dllm_engine.graphs import ForwardGraphs, cuda_recorder, graph_sizes
+from dllm_engine.graphs import GRAPH_BYTES, ForwardGraphs, cuda_recorder, graph_sizes
 from dllm_engine.models import DiffusionModel, load_model, read_spec
 from dllm_engine.ops import FlatLayout, LayerPages, choose_operations
 from dllm_engine.ops.layout import FlatSelection, tiles_of
 from torch import Tensor
 
-from tests.support.checkpoints import write_llada
+from tests.support.checkpoints import write_dream, write_llada
 from tests.unit.kernels.cases import DEVICE, near
+from tests.unit.kernels.test_engine_on_kernels import MIXTURE, PROMPTS
 
 MAX_SEQUENCES, MAX_PAGES, PAGE_SIZE = 6, 5, 8
 
@@ -144,3 +147,64 @@ def test_sizes() -> None:
     for smaller, larger in itertools.pairwise(sizes):
         assert smaller < larger <= 2 * smaller
     assert graph_sizes(0) == graph_sizes(15) == []
+
+
+def test_the_largest_is_recorded_first(model: DiffusionModel) -> None:
+    """The pool that they share is then as large as the largest needs, as planned."""
+    recorded = []
+
+    def record(work: Callable[[], None]) -> Callable[[], None]:
+        recorded.append(work.args[0])  # type: ignore[attr-defined]
+        return work
+
+    ForwardGraphs(
+        model,
+        by_layer(random_pages(model)),
+        sizes=[16, 32, 48],
+        tile_rows=32,
+        max_sequences=MAX_SEQUENCES,
+        max_pages=MAX_PAGES,
+        record=record,
+    )
+    assert recorded == [48, 32, 16]
+
+
+@pytest.mark.parametrize("write", [write_llada, write_dream])
+def test_an_engine_with_graphs(
+    write: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It decodes what one without them does, by replays, and its memory plan has room for them."""
+    checkpoint = write(tmp_path)
+    options = {"dtype": "float32", "kv_page_size": 8, "max_num_seqs": 6, "device": DEVICE}
+    options |= {"memory_limit": "400MiB", "max_model_len": 64, "max_num_batched_tokens": 128}
+    plain = LLM(checkpoint, kernels="torch", **options)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(shard, "_largest_graph", lambda *_: 32)
+        monkeypatch.setattr(shard, "cuda_recorder", lambda: run_again)
+    else:
+        options["cuda_graph_rows"] = 32
+    llm = LLM(checkpoint, kernels="triton", **options)
+    graphs = llm.engine._runner._shard._graphs  # type: ignore[union-attr]
+    assert graphs is not None
+    replays, run = [], graphs.run
+
+    def count(*step: object) -> Tensor | None:
+        hidden = run(*step)  # type: ignore[arg-type]
+        replays.append(hidden is not None)
+        return hidden
+
+    monkeypatch.setattr(graphs, "run", count)
+    pairs = zip(
+        llm.generate(PROMPTS[1:4], MIXTURE[1:4], progress=False),
+        plain.generate(PROMPTS[1:4], MIXTURE[1:4], progress=False),
+        strict=True,
+    )
+    for mine, theirs in pairs:
+        assert mine.token_ids.tolist() == theirs.token_ids.tolist()
+        np.testing.assert_allclose(mine.confidence, theirs.confidence, rtol=1e-4, atol=1e-6)
+    assert set(replays) == {True, False}
+    plan, without = llm.engine.memory_plan, plain.engine.memory_plan
+    assert plan.graphs >= len(graph_sizes(32)) * GRAPH_BYTES > without.graphs == 0
+    used = plan.weights + plan.activations + plan.logits + plan.graphs
+    assert used + plan.pages <= plan.limit == without.limit
+    assert "DLLM_CUDA_GRAPH_ROWS" in str(plan)

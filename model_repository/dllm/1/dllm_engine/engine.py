@@ -106,6 +106,10 @@ class Engine:
         """Whether any request is unfinished."""
         return bool(self._requests)
 
+    def bind_thread(self) -> None:
+        """Prepare the calling thread for steps; the one that made the engine is prepared."""
+        self._runner.bind_thread()
+
     def check(self) -> None:
         """Raise EngineDead if a rank of the model has failed since the last step."""
         self._runner.check()

@@ -41,16 +41,17 @@ def graph_sizes(largest: int) -> list[int]:
 def cuda_recorder() -> Recorder:
     """Records CUDA graphs that share one pool of memory, since only one runs at a time."""
     pool = torch.cuda.graph_pool_handle()
+    # The same for all graphs: memory that a stream gives back is had again by that stream alone.
+    first, recorded = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def record(work: Callable[[], None]) -> Callable[[], None]:
-        # Once on a stream of its own first: kernels are compiled and libraries set up outside.
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        # Once as it is: kernels are compiled and libraries set up outside the recording.
+        first.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(first):
             work()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(first)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=recorded):
             work()
         return graph.replay
 
@@ -99,7 +100,10 @@ class ForwardGraphs:
         self._hidden = torch.zeros(
             rows, model.spec.hidden_size, dtype=model.embedding.dtype, device=device
         )
-        self._replay = {size: record(functools.partial(self._forward, size)) for size in sizes}
+        # The largest first: what it has given back to the pool is enough for each of the others.
+        self._replay = {
+            size: record(functools.partial(self._forward, size)) for size in reversed(sizes)
+        }
         logger.info("recorded forward passes of %s rows", ", ".join(map(str, sizes)))
 
     def run(self, input_ids: Tensor, positions: Tensor, layout: FlatLayout) -> Tensor | None:

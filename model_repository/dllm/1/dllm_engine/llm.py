@@ -57,6 +57,8 @@ class LLM:
             self.engine.make_request(self._encode(prompt, chat), p)
             for prompt, p in zip(prompts, each, strict=True)
         ]
+        # This thread may not be the one that loaded the model, or have run another since.
+        self.engine.bind_thread()
         for request in requests:
             self.engine.add(request)
         finished: dict[int, CanvasUpdate] = {}

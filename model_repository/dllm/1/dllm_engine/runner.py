@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -53,6 +54,10 @@ class Runner:
         )
         logger.info("model ready device=%s ranks=%d", self._shard.device, spec.num_ranks)
 
+    def bind_thread(self) -> None:
+        """See `ModelShard.bind_thread`."""
+        self._shard.bind_thread()
+
     def start(self, slot: int, prompt: Prompt, params: SamplingParams, pages: list[int]) -> None:
         """Lay out a new request in `slot`, with the pages that are its own from now on."""
         self.table.fill(slot, prompt, params)
@@ -69,16 +74,22 @@ class Runner:
         Returns:
             For `finish`.
         """
-        batch = build_batch(self.table, self._pages, slots, self._shard.tile_rows)
-        candidates = self._shard.candidates(StepInputs.of(batch))
-        self._commit(batch, candidates)
-        return self.table.advance(batch.state, slots)
+        with self._watched():
+            batch = build_batch(self.table, self._pages, slots, self._shard.tile_rows)
+            candidates = self._shard.candidates(StepInputs.of(batch))
+            self._commit(batch, candidates)
+            return self.table.advance(batch.state, slots)
 
     def finish(self, report: Tensor) -> StepResult:
         """Wait for the step to end."""
-        result = self.table.result(report)
-        self.check()
-        return result
+        try:
+            with self._watched():
+                return self.table.result(report)
+        finally:  # a rank that has failed is the reason of whatever the device says
+            self.check()
+
+    def _watched(self) -> AbstractContextManager[None]:
+        return self._shard.watched() if isinstance(self._shard, ModelTeam) else nullcontext()
 
     def check(self) -> None:
         """Raise EngineDead if a rank has failed: what was computed without it means nothing."""

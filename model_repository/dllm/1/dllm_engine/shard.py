@@ -82,6 +82,7 @@ class ModelShard:
         self._config, self._spec = config, spec
         device, self._dtype = resolve_device(config)
         self.device = device if group is None else group.device
+        self.bind_thread()
         self._budget_bytes = config.logits_budget_mb * 2**20
         on_cpu = self.device == "cpu"
         #: Rows that one step may push through the model.
@@ -142,6 +143,16 @@ class ModelShard:
         self.pages: KVPages
         self._layer_pages: list[LayerPages] = []
         self._graphs: ForwardGraphs | None = None
+
+    def bind_thread(self) -> None:
+        """Make the shard's GPU the calling thread's; needed on every thread that steps.
+
+        Kernels in the Triton language and CUDA graphs run on the current device, wherever their
+        tensors are, and that of a new thread is the first.
+        """
+        device = torch.device(self.device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
 
     def allocate(self, num_pages: int) -> None:
         """Make the pool of keys and values; no more pages than planned."""
@@ -314,12 +325,25 @@ def rank_device(config: EngineConfig, rank: int) -> str:
     if not device.startswith("cuda"):
         return device
     first, size = torch.device(device).index or 0, config.tensor_parallel_size
-    if first + size > torch.cuda.device_count():
-        raise InvalidConfig(
+    count = torch.cuda.device_count()
+    if first + size > count:
+        message = (
             f"DLLM_TENSOR_PARALLEL_SIZE: {size} ranks from cuda:{first} on need a GPU each; this "
-            f"machine has {torch.cuda.device_count()}"
+            f"machine has {count}"
         )
+        if size <= count:
+            message += (
+                ". Triton makes an instance for every GPU by itself; give each instance the first "
+                f"of its GPUs in config.pbtxt: instance_group [ {_instances(size, count)} ]"
+            )
+        raise InvalidConfig(message)
     return f"cuda:{first + rank}"
+
+
+def _instances(size: int, count: int) -> str:
+    """An instance for each `size` of `count` GPUs, in the words of config.pbtxt."""
+    firsts = range(0, count - size + 1, size)
+    return ", ".join(f"{{ count: 1 kind: KIND_GPU gpus: [ {first} ] }}" for first in firsts)
 
 
 def _log_progress(done: int, total: int) -> None:

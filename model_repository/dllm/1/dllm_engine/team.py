@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -10,7 +11,7 @@ from .cache import KVPages
 from .config import EngineConfig
 from .memory import MemoryPlan
 from .models import DiffusionModel, ModelSpec
-from .parallel import Group, Ranks, take_apart, thread_share
+from .parallel import Alarm, Group, Ranks, take_apart, thread_share
 from .rank import RankTask
 from .sampling import Candidates, SpecialTokens
 from .shard import ModelShard, StepInputs, import_libraries, rank_device
@@ -39,6 +40,7 @@ class ModelTeam:
             task=RankTask(config, spec, stop_token_ids),
         )
         seat = self._ranks.seat
+        self._alarm: Alarm | None = None
         try:
             if device == "cpu":
                 torch.set_num_threads(share)
@@ -48,6 +50,8 @@ class ModelTeam:
             self._ranks.on_failure(self._group.abort)
             self._shard = ModelShard(config, spec, stop_token_ids, self._group)
             self._allocate()
+            if not self._group.waits:
+                self._alarm = Alarm(seat.timeout, self._late)
         except (RuntimeError, OSError) as error:
             why = self._ranks.explain(error)
             self.close(at_once=True)
@@ -99,6 +103,10 @@ class ModelTeam:
         """Rank 0's part."""
         return self._shard.model
 
+    def bind_thread(self) -> None:
+        """See `ModelShard.bind_thread`; the other ranks have a thread each, which is bound."""
+        self._shard.bind_thread()
+
     def candidates(self, inputs: StepInputs) -> Candidates:
         """See `ModelShard.candidates`.
 
@@ -113,6 +121,13 @@ class ModelTeam:
         except (RuntimeError, ValueError, OSError, MemoryError) as error:
             raise self._ranks.explain(error) from error
 
+    def watched(self) -> AbstractContextManager[None]:
+        """Around whatever may wait for the other ranks: if it takes too long, `check` raises."""
+        return self._alarm or nullcontext()
+
+    def _late(self) -> None:
+        self._ranks.explain(TimeoutError("a step has not ended"))
+
     def check(self) -> None:
         """Raise EngineDead if a rank has failed."""
         self._ranks.check()
@@ -123,5 +138,7 @@ class ModelTeam:
 
     def close(self, *, at_once: bool = False) -> None:
         """End the other ranks."""
+        if self._alarm is not None:
+            self._alarm.close()
         self._ranks.close(at_once=at_once)
         torch.set_num_threads(self._threads)

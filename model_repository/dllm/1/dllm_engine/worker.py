@@ -83,6 +83,7 @@ class EngineWorker:
 
     def _loop(self) -> None:
         try:
+            self.engine.bind_thread()
             while self._take_commands():
                 for update in self.engine.step():
                     self._deliver(update)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from . import wire
 class Group:
     """The ranks of one model, as one of them sees them.
 
-    Every call is a collective: it returns once all ranks have made it, and raises RuntimeError
-    when one of them is gone or does not come within the time-out.
+    Every call is a collective. On CPUs it returns once all ranks have made it, and raises
+    RuntimeError when one of them is gone or does not come within the time-out. On GPUs it returns
+    at once, and it is the device that waits, for ever if need be: see `abort`.
     """
 
     rank: int
@@ -36,6 +38,9 @@ class Group:
         # engines.
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
+            # By default torch ends the process when a rank does not come, or is given up; then
+            # nobody could tell the requests why they failed.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
             nccl = dist.ProcessGroupNCCL
             settings: Any = nccl.Options()
             settings._timeout = bound
@@ -46,6 +51,11 @@ class Group:
         # in many containers, and listens to the outside.
         options._devices = [dist.ProcessGroupGloo.create_device(interface="lo")]
         return cls(rank, size, device, dist.ProcessGroupGloo(store, rank, size, options))
+
+    @property
+    def waits(self) -> bool:
+        """Whether calls wait, and know of the time-out, instead of the device."""
+        return not self.device.startswith("cuda")
 
     def sum(self, part: Tensor) -> Tensor:
         """Σ over the ranks, in place; the same on all of them."""
@@ -74,7 +84,7 @@ class Group:
 
         A waiting NCCL kernel would hold the device for ever; gloo raises by itself.
         """
-        if self.device.startswith("cuda"):
+        if not self.waits:
             self._process_group.abort()
 
 

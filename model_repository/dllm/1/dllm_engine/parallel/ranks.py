@@ -75,7 +75,7 @@ class _Rank:
 
 
 class Ranks:
-    """The other ranks of one model. Not thread-safe, but for `on_failure`.
+    """The other ranks of one model. Not thread-safe, but for `on_failure` and `explain`.
 
     Args:
         size: of the group, rank 0 included.
@@ -93,6 +93,7 @@ class Ranks:
         self._closing = False
         self._listeners: list[Callable[[], None]] = []
         self._lock = threading.Lock()
+        self._asking = threading.Lock()
         self._others: list[_Rank] = []
         self._watcher = threading.Thread(target=self._watch, name="dllm-ranks", daemon=True)
         try:
@@ -129,14 +130,15 @@ class Ranks:
 
     def explain(self, error: Exception) -> DllmError:
         """Why a collective call raised `error`; the group is of no use after it."""
-        if not self._failed.wait(_NOTICE_SECONDS):
-            silent = self._silent()
-            what = f"{type(error).__name__}: {error}"
-            if silent:
-                what = f"{', '.join(silent)} did not answer within {self.seat.timeout:g} s: {what}"
-            else:
-                what = f"rank 0 of {self.seat.size}: {what}"
-            self._fail(EngineDead(what))
+        with self._asking:
+            if not self._failed.wait(_NOTICE_SECONDS):
+                silent = ", ".join(self._silent())
+                what = f"{type(error).__name__}: {error}"
+                if silent:
+                    what = f"{silent} did not answer within {self.seat.timeout:g} s: {what}"
+                else:
+                    what = f"rank 0 of {self.seat.size}: {what}"
+                self._fail(EngineDead(what))
         assert self.failure is not None
         return self.failure
 
