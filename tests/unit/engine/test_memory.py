@@ -1,5 +1,6 @@
 """The memory plan, pages, and what happens when there are few of them."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def test_other_limits_are_refused_by_name(text: str) -> None:
 
 
 def test_the_plan_adds_up_and_is_kept(checkpoint: Path) -> None:
-    """Weights, activations, logits and pages stay within the limit; the rest is as asked."""
+    """All uses together stay within the limit; each is as asked."""
     engine = Engine(
         EngineConfig(model_path=checkpoint, memory_limit="40MiB", logits_budget_mb=4, cache="dual")
     )
@@ -49,7 +50,9 @@ def test_the_plan_adds_up_and_is_kept(checkpoint: Path) -> None:
     assert plan.logits == 4 * MIB
     spec = read_spec(checkpoint)
     assert plan.weights == 4 * spec.num_parameters
-    assert plan.weights + plan.activations + plan.logits + plan.pages <= plan.limit
+    assert plan.requests == engine._runner.table.num_bytes > 0
+    used = plan.weights + plan.requests + plan.activations + plan.logits + plan.pages
+    assert used <= plan.limit
     assert plan.page == 32 * 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 4
     assert "pages of 32 tokens" in str(plan)
 
@@ -62,6 +65,30 @@ def test_a_model_that_does_not_fit_is_refused(checkpoint: Path, limit: str) -> N
     )
     with pytest.raises(InvalidConfig, match=r"^DLLM_MEMORY_LIMIT: .*(DLLM_DTYPE|NUM_BATCHED)"):
         Engine(config)
+
+
+def test_a_table_of_requests_that_does_not_fit_is_refused(checkpoint: Path) -> None:
+    """With what it takes and the settings to change; credit is by block, so a shorter longest
+    canvas helps as much as fewer requests."""
+    settings = {"memory_limit": "32MiB", "logits_budget_mb": 1, "max_num_batched_tokens": 64}
+    config = EngineConfig(model_path=checkpoint, max_num_seqs=2048, **settings)  # type: ignore[arg-type]
+    with pytest.raises(
+        InvalidConfig, match=r"requests 7\d\.\d+ MiB.*DLLM_MAX_NUM_SEQS .*MODEL_LEN"
+    ):
+        Engine(config)
+    shorter = dataclasses.replace(config, max_gen_length=16)
+    for fits in (dataclasses.replace(config, max_num_seqs=64), shorter):
+        assert Engine(fits).memory_plan.requests < 24 * MIB
+
+
+def test_nothing_is_added_to_the_table_of_requests_while_they_run(checkpoint: Path) -> None:
+    """Not by the first request with credit, nor by one as long as may be."""
+    engine = Engine(EngineConfig(model_path=checkpoint, max_num_seqs=4))
+    for length in (8, 250):
+        params = Params(gen_length=length, confidence_threshold=0.9, credit=True)
+        engine.add(engine.make_request(Prompt([1, 2, 3]), params))
+        engine.step()
+    assert engine._runner.table.num_bytes == engine.memory_plan.requests
 
 
 def test_a_peak_is_measured() -> None:

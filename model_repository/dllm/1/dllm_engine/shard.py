@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .batch import StepBatch
 from .cache import KVPages
+from .canvas import CanvasTable
 from .config import EngineConfig
 from .errors import InvalidConfig
 from .graphs import GRAPH_BYTES, LARGEST_ROWS, ForwardGraphs, cuda_recorder, graph_sizes
@@ -113,6 +114,13 @@ class ModelShard:
             operations=operations,
             quantization=config.quantization,
         )
+        self.special = SpecialTokens(
+            mask=spec.mask_token_id,
+            eos=torch.tensor(spec.eos_token_ids, dtype=torch.int64, device=self.device),
+            stop=torch.tensor(stop_token_ids, dtype=torch.int64, device=self.device),
+        )
+        # Rank 0 alone has it; but every rank has as many pages as the one with the least room.
+        requests = CanvasTable.of(config, spec, special=self.special, device="meta").num_bytes
         longest = spec.max_model_len  # two of them: a request and its twin
         activations = self._peak_activations(max(2 * longest, self.token_budget))
         self._graph_sizes = graph_sizes(_largest_graph(config, operations, self.device, group))
@@ -126,6 +134,7 @@ class ModelShard:
             available=available,
             limit=limit,
             weights=weights,
+            requests=requests,
             activations=activations,
             logits=self._budget_bytes,
             graphs=graphs,
@@ -133,11 +142,6 @@ class ModelShard:
             element_size=self._dtype.itemsize,
             max_num_seqs=config.max_num_seqs,
             needs_pages=config.cache != "none",
-        )
-        self.special = SpecialTokens(
-            mask=spec.mask_token_id,
-            eos=torch.tensor(spec.eos_token_ids, dtype=torch.int64, device=self.device),
-            stop=torch.tensor(stop_token_ids, dtype=torch.int64, device=self.device),
         )
         self.pages: KVPages
         self._layer_pages: list[LayerPages] = []
