@@ -5,6 +5,7 @@ Made once at start; after it no request that was admitted can run out of memory.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import re
 from pathlib import Path
@@ -118,13 +119,21 @@ def plan_memory(
     )
 
 
-def check_weights(spec: ModelSpec, *, limit: int, element_size: int, quantization: str) -> int:
+def check_weights(
+    spec: ModelSpec, *, limit: int, element_size: int, quantization: str, copies: int = 0
+) -> int:
     """Bytes of the weights, before they are loaded.
+
+    Args:
+        limit: bytes that there are.
+        element_size: bytes of a weight that is not quantised.
+        quantization: see `ModelSpec.weight_bytes`.
+        copies: bytes of weights that are there twice.
 
     Raises:
         InvalidConfig: they alone do not fit.
     """
-    weights = spec.weight_bytes(element_size, quantization)
+    weights = spec.weight_bytes(element_size, quantization) + copies
     if weights > limit:
         raise InvalidConfig(
             f"DLLM_MEMORY_LIMIT: the weights alone take {_gib(weights)}, the limit is "
@@ -187,6 +196,7 @@ class PeakMeter:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before = torch.cuda.memory_allocated(self._device)
         else:
+            _return_freed_memory()
             # Linux: makes the high-water mark start again from what is used now.
             Path("/proc/self/clear_refs").write_text("5")
             self._before = _status_bytes("VmRSS")
@@ -198,6 +208,13 @@ class PeakMeter:
         else:
             top = _status_bytes("VmHWM")
         self.peak = max(0, top - self._before)
+
+
+def _return_freed_memory() -> None:
+    """What was freed goes back to the system; otherwise its next use raises no peak."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, other libraries do not
+    if trim is not None:
+        trim(0)
 
 
 def _status_bytes(field: str) -> int:

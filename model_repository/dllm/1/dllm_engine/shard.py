@@ -20,7 +20,7 @@ from .config import EngineConfig
 from .errors import InvalidConfig
 from .graphs import GRAPH_BYTES, LARGEST_ROWS, ForwardGraphs, cuda_recorder, graph_sizes
 from .memory import PeakMeter, available_bytes, check_weights, parse_limit, plan_memory
-from .models import DiffusionModel, ModelSpec, load_model
+from .models import DiffusionModel, ModelSpec, head_copy_bytes, load_model
 from .ops import (
     Choice,
     FlatLayout,
@@ -32,7 +32,14 @@ from .ops import (
     make_quantizer,
 )
 from .parallel import Group
-from .sampling import Candidates, Credits, RowSampling, SpecialTokens, sample_candidates
+from .sampling import (
+    Candidates,
+    Credits,
+    RowSampling,
+    SpecialTokens,
+    least_bytes,
+    sample_candidates,
+)
 from .sampling.rows import ROW_MULTIPLE
 
 logger = logging.getLogger("dllm_engine")
@@ -103,6 +110,9 @@ class ModelShard:
             limit=limit,
             element_size=self._dtype.itemsize,
             quantization=config.quantization,
+            copies=head_copy_bytes(
+                spec, device=self.device, dtype=self._dtype, operations=operations
+            ),
         )
         self.model: DiffusionModel = load_model(
             config.model_path,
@@ -136,7 +146,7 @@ class ModelShard:
             weights=weights,
             requests=requests,
             activations=activations,
-            logits=self._budget_bytes,
+            logits=max(self._budget_bytes, least_bytes(spec.vocab_size, self._dtype.itemsize)),
             graphs=graphs,
             page_size=config.kv_page_size,
             element_size=self._dtype.itemsize,
