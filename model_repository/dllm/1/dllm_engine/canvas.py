@@ -84,10 +84,7 @@ class CanvasTable:
     def of(
         cls, config: EngineConfig, spec: ModelSpec, *, special: SpecialTokens, device: str
     ) -> CanvasTable:
-        """For as many requests as `config` lets run, as long as it and the model let them be.
-
-        On the device "meta" it takes no memory, and only `num_bytes` is of use.
-        """
+        """For as many requests as `config` lets run, as long as it and the model let them be."""
         longest = spec.max_model_len
         block = min(config.max_gen_length or longest, longest)
         return cls(

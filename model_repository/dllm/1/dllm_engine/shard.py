@@ -129,8 +129,6 @@ class ModelShard:
             eos=torch.tensor(spec.eos_token_ids, dtype=torch.int64, device=self.device),
             stop=torch.tensor(stop_token_ids, dtype=torch.int64, device=self.device),
         )
-        # Rank 0 alone has it; but every rank has as many pages as the one with the least room.
-        requests = CanvasTable.of(config, spec, special=self.special, device="meta").num_bytes
         longest = spec.max_model_len  # two of them: a request and its twin
         activations = self._peak_activations(max(2 * longest, self.token_budget))
         self._graph_sizes = graph_sizes(_largest_graph(config, operations, self.device, group))
@@ -144,7 +142,7 @@ class ModelShard:
             available=available,
             limit=limit,
             weights=weights,
-            requests=requests,
+            requests=self._request_bytes(),
             activations=activations,
             logits=max(self._budget_bytes, least_bytes(spec.vocab_size, self._dtype.itemsize)),
             graphs=graphs,
@@ -253,6 +251,15 @@ class ModelShard:
             wanted=F.pad(wanted, (0, -len(wanted) % ROW_MULTIPLE)),
         )
         return self.model.head_input(hidden)[: len(wanted)]
+
+    def _request_bytes(self) -> int:
+        """Bytes of the table of all requests, in which every slot takes the same.
+
+        Rank 0 alone has one; but every rank has as many pages as the one with the least room.
+        """
+        one = dataclasses.replace(self._config, max_num_seqs=1)
+        table = CanvasTable.of(one, self._spec, special=self.special, device=self.device)
+        return self._config.max_num_seqs * table.num_bytes
 
     @torch.inference_mode()
     def _peak_activations(self, rows: int) -> int:
