@@ -8,14 +8,7 @@ from typing import Any
 import pytest
 import torch
 from dllm_engine import Engine, EngineConfig, Prompt, SamplingParams
-from dllm_engine.ops import Head
-from dllm_engine.sampling import (
-    RowSampling,
-    SamplingFlags,
-    SpecialTokens,
-    least_bytes,
-    sample_candidates,
-)
+from dllm_engine.sampling import Candidates, least_bytes, sample_candidates
 
 from benchmarks.allocations import AllocationMeter
 from tests.support.checkpoints import write_llada
@@ -114,31 +107,24 @@ def test_weights_take_what_was_planned(tmp_path: Path, sizes: dict[str, int], ti
     assert held_by_weights(engine) == engine.memory_plan.weights
 
 
-def test_whole_rows_take_no_more_than_was_planned(tmp_path: Path) -> None:
+def test_whole_rows_take_no_more_than_was_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a budget too small for the rows that the head makes at once, these are planned for."""
     words = 2**15
     engine = make_engine(tmp_path, vocab_size=words, embedding_size=words, n_layers=1)
     assert engine.memory_plan.logits == least_bytes(words, 4) == 4 * MIB
-    rows = 20
+    peaks = []
 
-    def column(value: float, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return torch.full((rows,), value, dtype=dtype)
+    def measured(*args: Any, **named: Any) -> Candidates:
+        with AllocationMeter() as meter:
+            found = sample_candidates(*args, **named)
+        peaks.append(meter.peak)
+        return found
 
-    sampling = RowSampling(
-        temperature=column(1.0, torch.float64),
-        seed=column(1),
-        step=column(0),
-        position=torch.arange(rows),
-        top_p=column(0.9, torch.float64),
-        top_k=column(5),
-        tempered=column(0, torch.bool),
-        no_eos=column(0, torch.bool),
-        late_eos=column(0, torch.bool),
-        flags=SamplingFlags(noisy=True, whole=True, no_eos=False, late_eos=False),
-    )
-    special = SpecialTokens(words - 1, torch.tensor([words - 2]), torch.tensor([words - 2]))
-    head, hidden = Head(torch.ones(words, 128)), torch.ones(rows, 128)
-    with torch.inference_mode(), AllocationMeter() as meter:
-        sample_candidates(hidden, head, sampling, special, budget_bytes=MIB, with_spread=True)
+    monkeypatch.setattr("dllm_engine.shard.sample_candidates", measured)
+    params = SamplingParams(gen_length=20, temperature=1.0, top_p=0.9, top_k=5, ignore_eos=True)
+    engine.add(engine.make_request(Prompt([1, 2, 3]), params))
+    engine.step()
     # Some KiB are the rows' own: keys, tokens, statistics.
-    assert meter.peak <= 1.02 * engine.memory_plan.logits
+    assert least_bytes(words, 4) / 2 < max(peaks) <= 1.02 * engine.memory_plan.logits
