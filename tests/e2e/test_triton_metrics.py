@@ -40,7 +40,7 @@ def test_gauges_show_the_present(triton: TritonServer) -> None:
     assert metric(triton, "dllm_max_running_requests") == 64
     assert metric(triton, "dllm_pages") > 0
     assert metric(triton, "dllm_used_pages") == 0
-    for use in ("limit", "weights", "activations", "logits", "pages"):
+    for use in ("limit", "weights", "requests", "activations", "logits", "pages"):
         assert metric(triton, "dllm_memory_bytes", use=use) > 0
     with GrpcStream(triton, LONG) as _one, GrpcStream(triton, LONG) as _two:
         eventually(lambda: metric(triton, "dllm_running_requests") == 2, "two requests run")

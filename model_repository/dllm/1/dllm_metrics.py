@@ -9,7 +9,7 @@ import triton_python_backend_utils as pb_utils
 from dllm_engine import EngineStats, EngineWorker
 
 #: Fields of the memory plan that are exported.
-MEMORY_USES = ("limit", "weights", "activations", "logits", "graphs", "pages")
+MEMORY_USES = ("limit", "weights", "requests", "activations", "logits", "graphs", "pages")
 
 
 class Metrics:

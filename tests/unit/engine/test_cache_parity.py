@@ -2,7 +2,9 @@
 
 import dataclasses
 import os
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support.cached_reference import PlainModel, generate_cached
-from tests.support.cases import IDS, Case, cases, run_with_arrivals
+from tests.support.cases import (
+    IDS,
+    RULES,
+    SAMPLINGS,
+    Case,
+    cases,
+    is_allowed,
+    run_with_arrivals,
+)
 from tests.support.checkpoints import write_dream, write_llada
 from tests.support.reference import ReferenceResult
 from tests.unit.engine.test_parity import NO_SHRINK
@@ -92,6 +102,56 @@ def test_float32_equals_the_definition_too(family: Path) -> None:
     answers = llm.generate(prompts, params, progress=False)
     for prompt, p, answer in zip(prompts, params, answers, strict=True):
         assert answer.token_ids.tolist() == expected(plain, Prompt(prompt), p).tokens
+
+
+def _assorted(count: int, seed: int) -> list[Case]:
+    """Short requests that go through all rules and policies, every third with guidance and every
+    fourth with a gap; the rest of each is drawn."""
+    draw = random.Random(seed)
+    found = []
+    for i in range(count):
+        rule, policy = RULES[i % len(RULES)], POLICIES[i % len(POLICIES)]
+        samplings = [each for each in SAMPLINGS if is_allowed(rule | each)]
+        length = draw.randint(4, 8)
+        block_length = draw.randint(2, length)
+        fields: dict[str, Any] = {}
+        if policy != "none":
+            fields = {"delay_steps": draw.choice([0, 1]), "refresh_interval": draw.choice([0, 3])}
+        if policy == "sparse":
+            fields |= {
+                "retention_ratio": draw.uniform(0.1, 0.9),
+                "pool_kernel": draw.choice([1, 3]),
+            }
+        params = SamplingParams(
+            gen_length=length,
+            block_length=block_length,
+            steps=draw.randint(-(-length // block_length), length),
+            cfg_scale=0.7 if i % 3 == 2 else 0.0,
+            seed=draw.getrandbits(40),
+            ignore_eos=True,
+            cache=policy,
+            **rule,
+            **draw.choice(samplings),
+            **fields,
+        )
+        ids = [draw.randrange(499) for _ in range(draw.randint(2, 10))]
+        gap: list[int | None] = [
+            draw.choice([None, draw.randrange(499)]) for _ in range(length - 1)
+        ]
+        suffix = [draw.randrange(499) for _ in range(draw.randint(1, 5))]
+        found.append(Case(draw.randint(0, 9), ids, params, *((gap, suffix) if i % 4 == 1 else ())))
+    return found
+
+
+def test_float32_equals_the_definition_whatever_is_asked_for(family: Path) -> None:
+    """In float32 too: identical tokens for every rule, policy and sampling, with and without
+    guidance and gaps, in batches that change from step to step."""
+    llm = LLM(family, max_num_batched_tokens=150, max_num_seqs=6, kv_page_size=8)
+    plain, batch = PlainModel(family, torch.float32), _assorted(30, seed=3)
+    for case, update in zip(batch, run_with_arrivals(llm, batch), strict=True):
+        reference = expected(plain, case.prompt(llm.engine.spec.mask_token_id), case.params)
+        assert update.token_ids.tolist() == reference.tokens, case
+        assert update.usage.forward_passes == reference.forward_passes, case
 
 
 def test_sparse_keeping_all_equals_dual_and_refreshing_always_equals_none(llm64: LLM) -> None:

@@ -1,10 +1,20 @@
 """The memory plan, pages, and what happens when there are few of them."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from dllm_engine import LLM, Engine, EngineConfig, InvalidConfig, InvalidRequest, Prompt
+from dllm_engine import (
+    LLM,
+    Engine,
+    EngineConfig,
+    FinishReason,
+    InvalidConfig,
+    InvalidRequest,
+    Prompt,
+)
 from dllm_engine import SamplingParams as Params
 from dllm_engine.cache import CachePolicy, PageAllocator, kept_rows, reserved_rows
 from dllm_engine.memory import PeakMeter, parse_limit
@@ -13,7 +23,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from tests.support.checkpoints import write_llada
+
 MIB = 2**20
+PROMPT = [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -40,7 +53,7 @@ def test_other_limits_are_refused_by_name(text: str) -> None:
 
 
 def test_the_plan_adds_up_and_is_kept(checkpoint: Path) -> None:
-    """Weights, activations, logits and pages stay within the limit; the rest is as asked."""
+    """All uses together stay within the limit; each is as asked."""
     engine = Engine(
         EngineConfig(model_path=checkpoint, memory_limit="40MiB", logits_budget_mb=4, cache="dual")
     )
@@ -49,7 +62,9 @@ def test_the_plan_adds_up_and_is_kept(checkpoint: Path) -> None:
     assert plan.logits == 4 * MIB
     spec = read_spec(checkpoint)
     assert plan.weights == 4 * spec.num_parameters
-    assert plan.weights + plan.activations + plan.logits + plan.pages <= plan.limit
+    assert plan.requests == engine._runner.table.num_bytes > 0
+    used = plan.weights + plan.requests + plan.activations + plan.logits + plan.pages
+    assert used <= plan.limit
     assert plan.page == 32 * 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 4
     assert "pages of 32 tokens" in str(plan)
 
@@ -64,6 +79,30 @@ def test_a_model_that_does_not_fit_is_refused(checkpoint: Path, limit: str) -> N
         Engine(config)
 
 
+def test_a_table_of_requests_that_does_not_fit_is_refused(checkpoint: Path) -> None:
+    """With what it takes and the settings to change; credit is by block, so a shorter longest
+    canvas helps as much as fewer requests."""
+    settings = {"memory_limit": "32MiB", "logits_budget_mb": 1, "max_num_batched_tokens": 64}
+    config = EngineConfig(model_path=checkpoint, max_num_seqs=2048, **settings)  # type: ignore[arg-type]
+    with pytest.raises(
+        InvalidConfig, match=r"requests 7\d\.\d+ MiB.*DLLM_MAX_NUM_SEQS .*MODEL_LEN"
+    ):
+        Engine(config)
+    shorter = dataclasses.replace(config, max_gen_length=16)
+    for fits in (dataclasses.replace(config, max_num_seqs=64), shorter):
+        assert Engine(fits).memory_plan.requests < 24 * MIB
+
+
+def test_nothing_is_added_to_the_table_of_requests_while_they_run(checkpoint: Path) -> None:
+    """Not by the first request with credit, nor by one as long as may be."""
+    engine = Engine(EngineConfig(model_path=checkpoint, max_num_seqs=4))
+    for length in (8, 250):
+        params = Params(gen_length=length, confidence_threshold=0.9, credit=True)
+        engine.add(engine.make_request(Prompt([1, 2, 3]), params))
+        engine.step()
+    assert engine._runner.table.num_bytes == engine.memory_plan.requests
+
+
 def test_a_peak_is_measured() -> None:
     """A tensor of 64 MiB that lives for a moment is seen."""
     with PeakMeter("cpu") as meter:
@@ -71,11 +110,16 @@ def test_a_peak_is_measured() -> None:
     assert 60 * MIB <= meter.peak <= 80 * MIB
 
 
+def _keep_pages(engine: Engine, pages: int) -> None:
+    """Leave an idle engine this many pages."""
+    engine.allocator._free = engine.allocator._free[-pages:]
+    engine.allocator.num_pages = pages
+
+
 def _few_pages(checkpoint: Path, pages: int) -> LLM:
     """An engine with this many pages of 8 tokens."""
     free = LLM(checkpoint, kv_page_size=8, logits_budget_mb=1)
-    free.engine.allocator._free = free.engine.allocator._free[-pages:]
-    free.engine.allocator.num_pages = pages
+    _keep_pages(free.engine, pages)
     return free
 
 
@@ -107,6 +151,48 @@ def test_cancelling_gives_the_pages_back(checkpoint: Path) -> None:
     assert engine.num_used_pages == request.num_pages > 0
     engine.cancel(request.request_id)
     assert engine.num_used_pages == 0
+
+
+def _ending_early(directory: Path, params: Params, by: str) -> Params:
+    """Write a checkpoint to `directory` on which a request for `PROMPT` ends in its second block,
+    by an end-of-text token or by a stop string; its parameters."""
+    write_llada(directory)
+    free = dataclasses.replace(params, ignore_eos=True)
+    llm = LLM(directory)
+    answer = llm.generate([PROMPT], free, progress=False)[0]
+    if by == "stop":
+        assert llm.engine.codec is not None
+        return dataclasses.replace(free, stop=(llm.engine.codec.decode(answer.token_ids[4:8]),))
+    config = json.loads((directory / "config.json").read_text())
+    config["eos_token_id"] = int(answer.token_ids[6])
+    (directory / "config.json").write_text(json.dumps(config))
+    return params
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual", "sparse", "delayed"])
+@pytest.mark.parametrize("by", ["end of text", "stop"])
+def test_an_early_end_gives_the_pages_back_in_its_own_step(
+    tmp_path: Path, cache: str, by: str
+) -> None:
+    """With pages for no more than one request, the next one begins in the step after."""
+    params = Params(gen_length=16, block_length=4, confidence_threshold=0.5, cache=cache)
+    params = _ending_early(tmp_path, params, by)
+    engine = LLM(tmp_path, kv_page_size=8, max_num_seqs=1).engine
+    first, second = (engine.make_request(Prompt(PROMPT), params) for _ in range(2))
+    _keep_pages(engine, first.num_pages)
+    engine.add(first)
+    engine.add(second)
+    while not (updates := engine.step()):
+        assert engine.num_used_pages == first.num_pages > 0
+    assert [(u.request_id, u.finish_reason) for u in updates] == [
+        (first.request_id, FinishReason.STOP)
+    ]
+    assert updates[0].num_ready < params.gen_length
+    assert engine.num_used_pages == 0
+    engine.scheduler.check_integrity()
+    engine.step()
+    assert (second.steps_run, engine.num_used_pages) == (1, second.num_pages)
+    engine.scheduler.check_integrity()
 
 
 def test_a_request_that_can_never_fit_is_refused(checkpoint: Path) -> None:

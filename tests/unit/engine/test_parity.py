@@ -157,6 +157,7 @@ def test_confidence_past_the_end_of_a_shorter_block_is_nobodys(subject: Subject)
     table = CanvasTable(
         2,
         16,
+        8,
         special=SpecialTokens(mask, torch.tensor([501]), torch.tensor([501])),
         shifted=subject.family == "dream",
         device="cpu",

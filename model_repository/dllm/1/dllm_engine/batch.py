@@ -107,7 +107,7 @@ def build_batch(
         ),
         plan=_plan(table, facts, state, block_masked),
         needs_spread=any(fact.needs_spread for fact in facts),
-        credits=table.credits(chosen, of_position.slots, position),
+        credits=table.credits(chosen, of_position, column),
     )
 
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from .cache.policy import ActiveState, CachePolicy, Phases
+from .config import EngineConfig
 from .decoding import Rule
+from .models import ModelSpec
 from .ops import upload
 from .request import Prompt, SamplingParams
 from .sampling import LISTED, Credits, SpecialTokens
@@ -55,13 +57,15 @@ class Canvas(NamedTuple):
 class CanvasTable:
     """`num_slots` sequences of up to `max_len` tokens and what their denoising needs.
 
-    All integers are int64, all on `device`.
+    All integers are int64 unless said otherwise, all on `device`. Blocks are no longer than
+    `max_block`.
     """
 
     def __init__(
         self,
         num_slots: int,
         max_len: int,
+        max_block: int,
         *,
         special: SpecialTokens,
         shifted: bool,
@@ -84,10 +88,34 @@ class CanvasTable:
         self.chance = torch.zeros(num_slots, max_len, device=device)
         #: [slots, max_len] bool; positions that the step before committed.
         self.recent = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)
-        #: [slots, max_len, listed] each; made when the first request asks for credit.
-        self._credit_tokens: Tensor | None = None
-        self._credit_values: Tensor | None = None
+        #: [slots, max_block, listed] int32 and float32; credit in the active block. Of a block's
+        #: first step, and of requests without credit, it means nothing and is never read.
+        listed = (num_slots, max_block, LISTED)
+        self._credit_tokens = torch.empty(listed, dtype=torch.int32, device=device)
+        self._credit_values = torch.empty(listed, device=device)
         self._facts: dict[int, SlotFacts] = {}
+
+    @classmethod
+    def of(
+        cls, config: EngineConfig, spec: ModelSpec, *, special: SpecialTokens, device: str
+    ) -> CanvasTable:
+        """For as many requests as `config` lets run, as long as it and the model let them be."""
+        longest = spec.max_model_len
+        block = min(config.max_gen_length or longest, longest)
+        return cls(
+            config.max_num_seqs,
+            longest,
+            block,
+            special=special,
+            shifted=spec.shifted,
+            device=device,
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the table, whatever runs: nothing is added later."""
+        mine = sum(each.nbytes for each in vars(self).values() if isinstance(each, Tensor))
+        return mine + self._slots.num_bytes
 
     def facts(self, slots: list[int]) -> list[SlotFacts]:
         """What the host knows of the requests in `slots`."""
@@ -109,40 +137,32 @@ class CanvasTable:
         if params.alg:
             chances = [dream_chances(steps) for _, _, steps in blocks_of(params)]
             self.chance[slot, : params.steps] = upload(torch.cat(chances), self.device)
-        self._fill_credit(slot, params)
         first = self.state([slot])
         self._slots.change(first.slots, self._enter_block(first, [slot])[0])
 
-    def _fill_credit(self, slot: int, params: SamplingParams) -> None:
-        if not params.credit:
-            return
-        if self._credit_tokens is None or self._credit_values is None:
-            shape = (*self.tokens.shape, LISTED)
-            self._credit_tokens = torch.full(shape, -1, dtype=torch.int64, device=self.device)
-            self._credit_values = torch.zeros(shape, device=self.device)
-        self._credit_tokens[slot], self._credit_values[slot] = -1, 0.0
+    def credits(self, chosen: list[int], state: SlotState, column: Tensor) -> Credits | None:
+        """Credit of positions in active blocks; None where none of `chosen` uses any.
 
-    def credits(self, chosen: list[int], slots: Tensor, positions: Tensor) -> Credits | None:
-        """Credit of the positions [n] of `slots` [n]; None where none of `chosen` uses any."""
+        Args:
+            state: of each position's request, [M].
+            column: [M]; where in its block it stands.
+        """
         used = [slot for slot in chosen if self._facts[slot].uses_credit]
         if not used:
             return None
-        assert self._credit_tokens is not None
-        assert self._credit_values is not None
         uses = torch.zeros(len(self.tokens), dtype=torch.bool)
         uses[used] = True
-        return Credits(
-            upload(uses, self.device)[slots],
-            self._credit_tokens[slots, positions],
-            self._credit_values[slots, positions],
-        )
+        uses = upload(uses, self.device)[state.slots]
+        # A block begins with none; what stands there is another block's.
+        empty = (~uses | (state.block_age == 0)).unsqueeze(1)
+        tokens = self._credit_tokens[state.slots, column].to(torch.int64)
+        values = self._credit_values[state.slots, column]
+        return Credits(uses, tokens.masked_fill_(empty, -1), values.masked_fill_(empty, 0.0))
 
-    def keep_credits(self, slots: Tensor, positions: Tensor, credits: Credits) -> None:
+    def keep_credits(self, slots: Tensor, column: Tensor, credits: Credits) -> None:
         """Write what `credits` has become; of slots that use none it means nothing."""
-        assert self._credit_tokens is not None
-        assert self._credit_values is not None
-        self._credit_tokens[slots, positions] = credits.tokens
-        self._credit_values[slots, positions] = credits.values
+        self._credit_tokens[slots, column] = credits.tokens.to(torch.int32)
+        self._credit_values[slots, column] = credits.values
 
     def state(self, slots: list[int]) -> SlotState:
         """The numbers of the requests in `slots`."""

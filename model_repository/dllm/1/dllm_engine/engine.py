@@ -99,7 +99,8 @@ class Engine:
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count()
         self._next_look = 0.0
-        self._ready_at_death: list[CanvasUpdate] = []
+        #: Updates that nobody has been given yet; a step that meets an error leaves some.
+        self._ready: list[CanvasUpdate] = []
 
     @property
     def has_work(self) -> bool:
@@ -199,18 +200,18 @@ class Engine:
         """Fail every unfinished request with `error`; touches no device.
 
         Returns:
-            Their final updates, and those that a step had ready when it met the error.
+            Their final updates, and those that were ready when the error was met.
         """
         self.stats.requests_failed += len(self._requests)
         failed = [self._finish(r, None, error) for r in list(self._requests.values())]
-        return self._ready_at_death + failed
+        return self._take_ready() + failed
 
     def turn_away(self, error: Exception) -> list[CanvasUpdate]:
         """Fail the requests that find no place now; their final updates."""
         self._admit()
         waiting = self.scheduler.waiting
         self.stats.requests_failed += len(waiting)
-        return [self._finish(request, None, error) for request in waiting]
+        return self._take_ready() + [self._finish(request, None, error) for request in waiting]
 
     def step(self) -> list[CanvasUpdate]:
         """One denoising step of as many requests as the budget allows.
@@ -222,13 +223,15 @@ class Engine:
             EngineDead: the device is lost; no request can go on.
         """
         self._admit()
-        updates = self._look_at_waiting()
+        self._ready += self._look_at_waiting()
         chosen = self.scheduler.schedule()
-        try:
-            return updates + self._run(chosen) if chosen else updates
-        except EngineDead:
-            self._ready_at_death = updates + self._ready_at_death
-            raise
+        if chosen:
+            self._run(chosen)
+        return self._take_ready()
+
+    def _take_ready(self) -> list[CanvasUpdate]:
+        ready, self._ready = self._ready, []
+        return ready
 
     def _look_at_waiting(self) -> list[CanvasUpdate]:
         now = time.monotonic()
@@ -246,14 +249,23 @@ class Engine:
         return updates
 
     def _admit(self) -> None:
+        """Give places to those that wait, and lay them out; one that cannot be fails alone."""
         now = time.monotonic()
         for request in self.scheduler.admit():
             assert request.slot is not None
-            self._runner.start(request.slot, request.prompt, request.params, request.pages)
+            try:
+                with _device_errors():
+                    self._runner.start(request.slot, request.prompt, request.params, request.pages)
+            except (RuntimeError, ValueError, MemoryError) as error:
+                # Its place is given back first: what stands there is no canvas of its own.
+                self.scheduler.requeue(request)
+                self._ready.append(self._fail(request, error))
+                continue
             self.stats.requests_admitted += 1
             self.stats.queue_seconds += now - request.queued_at
 
-    def _run(self, chosen: list[Request]) -> list[CanvasUpdate]:
+    def _run(self, chosen: list[Request]) -> None:
+        """One step of these; what it has to tell is added to what is ready."""
         by_slot = {r.slot: r for r in chosen if r.slot is not None}
         began = time.perf_counter()
         with _device_errors():
@@ -262,33 +274,28 @@ class Engine:
             except torch.AcceleratorError:
                 raise
             except (RuntimeError, ValueError, MemoryError) as error:
-                return self._isolate(chosen, error)
+                self._isolate(chosen, error)
+                return
             # While a GPU is at work, whoever joins the next step is laid out.
             self._admit()
             result = self._runner.finish(report)
         self._count(chosen, time.perf_counter() - began)
-        return self._settle_all(by_slot, result)
+        self._ready += self._settle_all(by_slot, result)
 
-    def _isolate(self, chosen: list[Request], error: Exception) -> list[CanvasUpdate]:
+    def _isolate(self, chosen: list[Request], error: Exception) -> None:
         """A step failed and wrote nothing: find whom it concerns by running each alone."""
         if len(chosen) > 1:
             logger.warning("step failed requests=%d; running each alone: %s", len(chosen), error)
-            return self._run_each(chosen)
-        request = chosen[0]
+            for request in chosen:
+                self._run([request])
+        else:
+            self._ready.append(self._fail(chosen[0], error))
+
+    def _fail(self, request: Request, error: Exception) -> CanvasUpdate:
+        """End a request that met an error that is no other's."""
         logger.error("request failed request_id=%s", request.name, exc_info=error)
         self.stats.requests_failed += 1
-        failure = RequestFailed(f"{type(error).__name__}: {error}")
-        return [self._finish(request, None, failure)]
-
-    def _run_each(self, chosen: list[Request]) -> list[CanvasUpdate]:
-        updates: list[CanvasUpdate] = []
-        for request in chosen:
-            try:
-                updates += self._run([request])
-            except EngineDead:
-                self._ready_at_death = updates
-                raise
-        return updates
+        return self._finish(request, None, RequestFailed(f"{type(error).__name__}: {error}"))
 
     def _count(self, chosen: list[Request], seconds: float) -> None:
         self.stats.steps += 1

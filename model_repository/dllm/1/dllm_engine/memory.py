@@ -1,10 +1,11 @@
-"""The memory plan: what weights, a step and logits take, and how many pages are left.
+"""The memory plan: what weights, requests, a step and logits take, and how many pages are left.
 
 Made once at start; after it no request that was admitted can run out of memory.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import re
 from pathlib import Path
@@ -27,6 +28,8 @@ class MemoryPlan:
     #: What the engine may take of it.
     limit: int
     weights: int
+    #: Canvases of the requests that run, and what denoising keeps of each.
+    requests: int
     #: Peak of a step at the full token budget, without logits.
     activations: int
     logits: int
@@ -45,6 +48,7 @@ class MemoryPlan:
         rows = [
             ("limit", self.limit, f"of {_gib(self.available)} on {self.device}"),
             ("weights", self.weights, ""),
+            ("requests", self.requests, "canvases of DLLM_MAX_NUM_SEQS requests"),
             ("activations", self.activations, "peak of a step at the full token budget"),
             ("logits", self.logits, "DLLM_LOGITS_BUDGET_MB"),
             ("graphs", self.graphs, "DLLM_CUDA_GRAPH_ROWS"),
@@ -64,6 +68,7 @@ def plan_memory(
     available: int,
     limit: int,
     weights: int,
+    requests: int,
     activations: int,
     logits: int,
     graphs: int = 0,
@@ -72,10 +77,10 @@ def plan_memory(
     max_num_seqs: int,
     needs_pages: bool,
 ) -> MemoryPlan:
-    """Share the limit out; what weights and a step leave becomes pages, up to what can be used.
+    """Share the limit out; what is left becomes pages, up to what can be used.
 
     Args:
-        available, limit, weights, activations, logits, graphs: bytes.
+        available, limit, weights, requests, activations, logits, graphs: bytes.
         element_size: bytes of one number of a key or value.
         needs_pages: whether the server's default cache policy stores anything.
 
@@ -83,7 +88,7 @@ def plan_memory(
         InvalidConfig: the model does not fit; names what to change.
     """
     page = page_bytes(spec, page_size, element_size)
-    left = limit - weights - activations - logits - graphs
+    left = limit - weights - requests - activations - logits - graphs
     sequence = -(-spec.max_model_len // page_size)
     useful = max_num_seqs * 2 * sequence  # guidance doubles a request
     num_pages = max(0, min(useful, left // page))
@@ -92,24 +97,43 @@ def plan_memory(
         missing = least * page - left
         raise InvalidConfig(
             f"DLLM_MEMORY_LIMIT: the model does not fit into {_gib(limit)} of {device}: weights "
-            f"{_gib(weights)}, activations {_gib(activations)}, logits {_gib(logits)}, graphs "
-            f"{_gib(graphs)}, keys and values of one sequence {_gib(least * page)}; "
-            f"{_gib(missing)} too much. Raise DLLM_MEMORY_LIMIT, or lower "
+            f"{_gib(weights)}, requests {_gib(requests)}, activations {_gib(activations)}, logits "
+            f"{_gib(logits)}, graphs {_gib(graphs)}, keys and values of one sequence "
+            f"{_gib(least * page)}; {_gib(missing)} too much. Raise DLLM_MEMORY_LIMIT, or lower "
+            "DLLM_MAX_NUM_SEQS (requests), DLLM_MAX_GEN_LENGTH (their credit), "
             "DLLM_MAX_NUM_BATCHED_TOKENS (activations), DLLM_LOGITS_BUDGET_MB, "
-            "DLLM_CUDA_GRAPH_ROWS or DLLM_MAX_MODEL_LEN"
+            "DLLM_CUDA_GRAPH_ROWS or DLLM_MAX_MODEL_LEN (all but weights and logits)"
         )
     return MemoryPlan(
-        device, available, limit, weights, activations, logits, graphs, page, num_pages, page_size
+        device=device,
+        available=available,
+        limit=limit,
+        weights=weights,
+        requests=requests,
+        activations=activations,
+        logits=logits,
+        graphs=graphs,
+        page=page,
+        num_pages=num_pages,
+        page_size=page_size,
     )
 
 
-def check_weights(spec: ModelSpec, *, limit: int, element_size: int, quantization: str) -> int:
+def check_weights(
+    spec: ModelSpec, *, limit: int, element_size: int, quantization: str, copies: int = 0
+) -> int:
     """Bytes of the weights, before they are loaded.
+
+    Args:
+        limit: bytes that there are.
+        element_size: bytes of a weight that is not quantised.
+        quantization: see `ModelSpec.weight_bytes`.
+        copies: bytes of weights that are there twice.
 
     Raises:
         InvalidConfig: they alone do not fit.
     """
-    weights = spec.weight_bytes(element_size, quantization)
+    weights = spec.weight_bytes(element_size, quantization) + copies
     if weights > limit:
         raise InvalidConfig(
             f"DLLM_MEMORY_LIMIT: the weights alone take {_gib(weights)}, the limit is "
@@ -172,6 +196,7 @@ class PeakMeter:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before = torch.cuda.memory_allocated(self._device)
         else:
+            _return_freed_memory()
             # Linux: makes the high-water mark start again from what is used now.
             Path("/proc/self/clear_refs").write_text("5")
             self._before = _status_bytes("VmRSS")
@@ -183,6 +208,13 @@ class PeakMeter:
         else:
             top = _status_bytes("VmHWM")
         self.peak = max(0, top - self._before)
+
+
+def _return_freed_memory() -> None:
+    """What was freed goes back to the system; otherwise its next use raises no peak."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, other libraries do not
+    if trim is not None:
+        trim(0)
 
 
 def _status_bytes(field: str) -> int:

@@ -45,12 +45,8 @@ class Runner:
         self.plan = self._shard.plan
         logger.info("memory plan%s\n%s", " of each rank" if parallel else "", self.plan)
         self._pages = self._shard.pages
-        self.table = CanvasTable(
-            config.max_num_seqs,
-            spec.max_model_len,
-            special=self._shard.special,
-            shifted=spec.shifted,
-            device=self._shard.device,
+        self.table = CanvasTable.of(
+            config, spec, special=self._shard.special, device=self._shard.device
         )
         logger.info("model ready device=%s ranks=%d", self._shard.device, spec.num_ranks)
 
@@ -129,7 +125,7 @@ class Runner:
         )
         picked = select_commits(block, batch.plan)[request, column]
         if candidates.credits is not None:
-            self.table.keep_credits(slots, positions, candidates.credits)
+            self.table.keep_credits(slots, column, candidates.credits)
         self.table.commit(
             stepped, slots, positions, picked, candidates.token, candidates.confidence
         )

@@ -205,6 +205,11 @@ class Scheduler:
     def _order(self, request: Request) -> int:
         return _turn(request) + REFRESH_HANDICAP * request.next_refresh
 
+    def requeue(self, request: Request) -> None:
+        """Take the place of a running request away; it waits, ahead of all others."""
+        self.remove(request)
+        self._waiting.insert(0, request)
+
     def remove(self, request: Request) -> None:
         """Forget a finished or cancelled request and free its slot and pages."""
         if request.slot is None:

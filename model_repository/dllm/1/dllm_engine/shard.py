@@ -15,11 +15,12 @@ from torch import Tensor
 
 from .batch import StepBatch
 from .cache import KVPages
+from .canvas import CanvasTable
 from .config import EngineConfig
 from .errors import InvalidConfig
 from .graphs import GRAPH_BYTES, LARGEST_ROWS, ForwardGraphs, cuda_recorder, graph_sizes
 from .memory import PeakMeter, available_bytes, check_weights, parse_limit, plan_memory
-from .models import DiffusionModel, ModelSpec, load_model
+from .models import DiffusionModel, ModelSpec, head_copy_bytes, load_model
 from .ops import (
     Choice,
     FlatLayout,
@@ -31,7 +32,14 @@ from .ops import (
     make_quantizer,
 )
 from .parallel import Group
-from .sampling import Candidates, Credits, RowSampling, SpecialTokens, sample_candidates
+from .sampling import (
+    Candidates,
+    Credits,
+    RowSampling,
+    SpecialTokens,
+    least_bytes,
+    sample_candidates,
+)
 from .sampling.rows import ROW_MULTIPLE
 
 logger = logging.getLogger("dllm_engine")
@@ -103,6 +111,9 @@ class ModelShard:
             limit=limit,
             element_size=self._dtype.itemsize,
             quantization=config.quantization,
+            copies=head_copy_bytes(
+                spec, device=self.device, dtype=self._dtype, operations=operations
+            ),
         )
         self.model: DiffusionModel = load_model(
             config.model_path,
@@ -113,6 +124,11 @@ class ModelShard:
             group=group,
             operations=operations,
             quantization=config.quantization,
+        )
+        self.special = SpecialTokens(
+            mask=spec.mask_token_id,
+            eos=torch.tensor(spec.eos_token_ids, dtype=torch.int64, device=self.device),
+            stop=torch.tensor(stop_token_ids, dtype=torch.int64, device=self.device),
         )
         longest = spec.max_model_len  # two of them: a request and its twin
         activations = self._peak_activations(max(2 * longest, self.token_budget))
@@ -127,18 +143,14 @@ class ModelShard:
             available=available,
             limit=limit,
             weights=weights,
+            requests=self._request_bytes(),
             activations=activations,
-            logits=self._budget_bytes,
+            logits=max(self._budget_bytes, least_bytes(spec.vocab_size, self._dtype.itemsize)),
             graphs=graphs,
             page_size=config.kv_page_size,
             element_size=self._dtype.itemsize,
             max_num_seqs=config.max_num_seqs,
             needs_pages=config.cache != "none",
-        )
-        self.special = SpecialTokens(
-            mask=spec.mask_token_id,
-            eos=torch.tensor(spec.eos_token_ids, dtype=torch.int64, device=self.device),
-            stop=torch.tensor(stop_token_ids, dtype=torch.int64, device=self.device),
         )
         self.pages: KVPages
         self._layer_pages: list[LayerPages] = []
@@ -250,6 +262,15 @@ class ModelShard:
             wanted=F.pad(wanted, (0, -len(wanted) % ROW_MULTIPLE)),
         )
         return self.model.head_input(hidden)[: len(wanted)]
+
+    def _request_bytes(self) -> int:
+        """Bytes of the table of all requests, in which every slot takes the same.
+
+        Rank 0 alone has one; but every rank has as many pages as the one with the least room.
+        """
+        one = dataclasses.replace(self._config, max_num_seqs=1)
+        table = CanvasTable.of(one, self._spec, special=self.special, device=self.device)
+        return self._config.max_num_seqs * table.num_bytes
 
     @torch.inference_mode()
     def _peak_activations(self, rows: int) -> int:

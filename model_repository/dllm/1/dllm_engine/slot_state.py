@@ -111,6 +111,12 @@ class SlotTable:
             columns(_BOOLS, torch.bool),
         )
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all of it."""
+        every = self._all
+        return sum(table.nbytes for table in (every.slots, every.ints, every.floats, every.bools))
+
     def read(self, slots: Tensor) -> SlotState:
         """What is known of int64 [R] slots."""
         return self._all.take(slots)

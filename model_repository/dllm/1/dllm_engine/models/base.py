@@ -102,6 +102,20 @@ class ModelSpec:
         )
 
 
+def head_copy_bytes(
+    spec: ModelSpec, *, device: str, dtype: torch.dtype, operations: Operations
+) -> int:
+    """Bytes that a rank's head takes besides the weights: a tied one, where it is packed.
+
+    The embedding that it is packed from stays, since rows are read from it.
+    """
+    shape = (spec.vocab_size // spec.num_ranks, spec.hidden_size)
+    weight = torch.empty((), device=device, dtype=dtype).expand(shape)  # takes no memory
+    if not spec.tied_head or not Head.packs(weight, kernels=operations.kernels):
+        return 0
+    return weight.numel() * dtype.itemsize
+
+
 def split_dim(parameter: str) -> int | None:
     """The dimension along which a parameter is split over ranks; None: each has all of it."""
     return next((_SPLIT[part] for part in parameter.split(".") if part in _SPLIT), None)

@@ -70,9 +70,14 @@ class Head:
         self.vocab_size, self.hidden_size = weight.shape
         self.kernels = kernels
         self._weight = weight if kernels else None
-        self._packed = can_pack(weight) and not kernels
+        self._packed = self.packs(weight, kernels=kernels)
         tiles = torch.split(weight, TILE)
         self._tiles = [pack(tile.contiguous()) for tile in tiles] if self._packed else list(tiles)
+
+    @staticmethod
+    def packs(weight: Tensor, *, kernels: bool) -> bool:
+        """Whether a head of this weight is a packed copy of it."""
+        return can_pack(weight) and not kernels
 
     @property
     def tile_starts(self) -> range:

@@ -8,6 +8,11 @@ from torch import Tensor
 
 from .layout import LayerPages, Selection
 
+#: Products of queries and keys that are made at once, and of how many keys at least: some MiB,
+#: which a step has room for, where all would take far more than the step itself.
+_SCORE_NUMBERS = 2**20
+_LEAST_KEYS = 64
+
 
 def select_positions(queries: Tensor, keys: Tensor, keep: int, pool_kernel: int) -> Tensor:
     """The `keep` candidates that each KV head keeps (dLLM-Serve; Sparse-dLLM, 3.2).
@@ -35,11 +40,18 @@ def select_positions(queries: Tensor, keys: Tensor, keep: int, pool_kernel: int)
 def _scores(queries: Tensor, keys: Tensor) -> Tensor:
     """Scores before pooling, of one sequence: [num_kv_heads, C].
 
-    All products of all sequences together would take far more memory than the step itself.
+    Some keys at a time; how many depends on the sequence alone, so its scores do not depend on the
+    batch by a bit.
     """
     num_kv_heads, head_dim = keys.shape[1:]
     grouped = queries.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3) / head_dim**0.5  # type: ignore[no-untyped-call]
-    products: Tensor = grouped @ keys.permute(1, 2, 0).unsqueeze(1)  # [KV heads, shared, B, C]
+    width = max(_LEAST_KEYS, _SCORE_NUMBERS // grouped.shape[:3].numel())
+    return torch.cat([_scores_of(grouped, some) for some in torch.split(keys, width)], dim=1)
+
+
+def _scores_of(grouped: Tensor, keys: Tensor) -> Tensor:
+    """Of keys [c, num_kv_heads, head_dim], for queries [num_kv_heads, shared, B, head_dim]."""
+    products: Tensor = grouped @ keys.permute(1, 2, 0).unsqueeze(1)  # [num_kv_heads, shared, B, c]
     wide = products.to(torch.promote_types(products.dtype, torch.float32))
     return wide.logsumexp(dim=2).amax(dim=1)
 

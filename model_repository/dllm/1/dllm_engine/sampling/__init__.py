@@ -4,6 +4,7 @@ from .candidates import sample_candidates
 from .commit import BlockStatistics, CommitPlan, select_commits
 from .credit import LISTED, Credits
 from .rows import Candidates, RowSampling, SamplingFlags, SpecialTokens, needs_whole_row
+from .whole_rows import least_bytes
 
 __all__ = [
     "LISTED",
@@ -14,6 +15,7 @@ __all__ = [
     "RowSampling",
     "SamplingFlags",
     "SpecialTokens",
+    "least_bytes",
     "needs_whole_row",
     "sample_candidates",
     "select_commits",

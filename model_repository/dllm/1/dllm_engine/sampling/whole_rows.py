@@ -7,10 +7,27 @@ from torch import Tensor
 
 from ..ops import Head
 from . import noise
-from .rows import Candidates, RowSampling, SpecialTokens, forbid, joined, pad_rows, widen
+from .rows import (
+    ROW_MULTIPLE,
+    Candidates,
+    RowSampling,
+    SpecialTokens,
+    forbid,
+    joined,
+    pad_rows,
+    widen,
+)
 
 #: Bytes per logit: itself, its float64 copies, their order and the noise.
 _BYTES = 64
+
+
+def least_bytes(vocab_size: int, element_size: int) -> int:
+    """Bytes that whole rows take at least, however small the budget.
+
+    The head makes `ROW_MULTIPLE` rows at once: their tiles, and the same joined.
+    """
+    return 2 * ROW_MULTIPLE * vocab_size * max(4, element_size)
 
 
 def by_whole_rows(

@@ -1,0 +1,130 @@
+"""What the memory plan says, held against what steps and weights take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dllm_engine import Engine, EngineConfig, Prompt, SamplingParams
+from dllm_engine.sampling import Candidates, least_bytes, sample_candidates
+
+from benchmarks.allocations import AllocationMeter
+from tests.support.checkpoints import write_llada
+
+MIB = 2**20
+LONGEST = 2048
+
+
+def make_engine(directory: Path, **overrides: Any) -> Engine:
+    """An engine on a checkpoint of a few MiB, whose logits have as little memory as may be."""
+    sizes = {
+        "d_model": 128,
+        "n_heads": 8,
+        "n_kv_heads": 4,
+        "mlp_hidden_size": 352,
+        "embedding_size": 8192,
+        "vocab_size": 8192,
+        "max_sequence_length": LONGEST,
+    }
+    write_llada(directory, tokenizer=False, **sizes | overrides)
+    return Engine(
+        EngineConfig(
+            model_path=directory,
+            device="cpu",
+            memory_limit="1GiB",
+            max_num_seqs=4,
+            max_num_batched_tokens=LONGEST,
+            logits_budget_mb=1,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """One whose steps may have 4,096 rows: a request as long as may be, and its twin."""
+    torch.set_num_threads(1)
+    return make_engine(tmp_path_factory.mktemp("steps"))
+
+
+def peak_of(engine: Engine, steps: int, gen_length: int, **params: Any) -> int:
+    """The most bytes of tensors that one of the first steps of a request takes."""
+    prompt = Prompt([1] * (LONGEST - gen_length))
+    asked = SamplingParams(gen_length=gen_length, ignore_eos=True, **params)
+    request = engine.make_request(prompt, asked)
+    engine.add(request)
+    peaks = []
+    for _ in range(steps):
+        with AllocationMeter() as meter:
+            engine.step()
+        peaks.append(meter.peak)
+    engine.cancel(request.request_id)
+    return max(peaks)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"cache": "none", "gen_length": 64},
+        {"cache": "dual", "gen_length": 64},
+        {"cache": "prefix", "gen_length": 1984, "block_length": 64},
+        {"cache": "sparse", "gen_length": 1024, "block_length": 1024},
+        {"cache": "delayed", "gen_length": 1024, "block_length": 1024},
+        {"temperature": 1.0, "top_p": 0.9, "gen_length": 24},
+        {"temperature": 1.0, "entropy_bound": 0.1, "gen_length": 256},
+        {"confidence_threshold": 0.9, "credit": True, "gen_length": 256},
+    ],
+    ids=str,
+)
+def test_a_step_takes_no_more_than_was_planned(engine: Engine, params: dict[str, Any]) -> None:
+    """A Refresh of the longest sequence and its twin, and the step after it, whatever is kept and
+    however tokens are chosen; and the plan is no more than twice of what the largest takes."""
+    plan = engine.memory_plan
+    peak = peak_of(engine, 2, cfg_scale=1.0, **params)
+    assert plan.activations / 2 < peak <= plan.activations + plan.logits
+
+
+def held_by_weights(engine: Engine) -> int:
+    """Bytes of parameters and of what was packed from them, each once."""
+    model = engine._runner._model
+    packed: list[torch.Tensor] = list(model.head._tiles) if model.head._packed else []
+    for module in model.modules():
+        form = getattr(module, "_packed", None)
+        packed += [form] if isinstance(form, torch.Tensor) else form or []
+    plain = list(model.parameters())
+    if not (model.head._packed or model.spec.tied_head):
+        plain += model.head._tiles
+    return sum(weight.nbytes for weight in [*plain, *packed])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("sizes", [{}, {"vocab_size": 512, "embedding_size": 512}], ids=str)
+def test_weights_take_what_was_planned(tmp_path: Path, sizes: dict[str, int], tied: bool) -> None:
+    """Packed ones too; of a head tied to the embedding both are there, where it is packed."""
+    engine = make_engine(tmp_path, weight_tying=tied, mlp_hidden_size=1024, **sizes)
+    assert engine._runner._model.head._packed == (not sizes)
+    assert held_by_weights(engine) == engine.memory_plan.weights
+
+
+def test_whole_rows_take_no_more_than_was_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a budget too small for the rows that the head makes at once, these are planned for."""
+    words = 2**15
+    engine = make_engine(tmp_path, vocab_size=words, embedding_size=words, n_layers=1)
+    assert engine.memory_plan.logits == least_bytes(words, 4) == 4 * MIB
+    peaks = []
+
+    def measured(*args: Any, **named: Any) -> Candidates:
+        with AllocationMeter() as meter:
+            found = sample_candidates(*args, **named)
+        peaks.append(meter.peak)
+        return found
+
+    monkeypatch.setattr("dllm_engine.shard.sample_candidates", measured)
+    params = SamplingParams(gen_length=20, temperature=1.0, top_p=0.9, top_k=5, ignore_eos=True)
+    engine.add(engine.make_request(Prompt([1, 2, 3]), params))
+    engine.step()
+    # Some KiB are the rows' own: keys, tokens, statistics.
+    assert least_bytes(words, 4) / 2 < max(peaks) <= 1.02 * engine.memory_plan.logits
