@@ -187,10 +187,7 @@ class Scheduler:
     def schedule(self) -> list[Request]:
         """The requests of the next step; empty only when nothing runs."""
         self._step += 1
-        target = max(
-            sum(request.mean_cost for request in self._running), self._token_budget * EVEN_SHARE
-        )
-        allowance = target + self._carry
+        allowance = self._even_load() + self._carry
         chosen: list[Request] = []
         used = 0
         for request in sorted(self._running, key=self._order):
@@ -207,6 +204,11 @@ class Scheduler:
             left = min(left, 0.0)  # nobody waits for what was left
         self._carry = min(max(left, -self._token_budget), self._token_budget)
         return chosen
+
+    def _even_load(self) -> float:
+        """Rows beyond which a step takes no more Refreshes that can wait."""
+        mean = sum(request.mean_cost for request in self._running)
+        return max(mean, self._token_budget * EVEN_SHARE)
 
     def _is_late(self, request: Request) -> bool:
         return self._step - request.ready_since > MAX_IDLE_STEPS
