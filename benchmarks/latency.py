@@ -4,8 +4,12 @@ Requests of mixed lengths arrive as a Poisson process and in bursts, at a share 
 can take. The engine (phase-multiplexed, requests join at every step) is compared with the same
 engine under first come, first served, with batches that run to completion, and with static batches:
 these run to completion too, and all of a batch have its longest canvas, as one call of a reference
-`generate` would give them. All run in real time, one after another, on the same arrivals; the
-simulator runs them too.
+`generate` would give them.
+
+Every step is a real one of a real engine. Each system has an engine and a clock of its own, which
+its steps move on by what they took; they take turns of a second, so that a machine that changes its
+speed changes it for all of them. How many requests it takes per second is measured before each load
+and after it. The simulator runs the same arrivals, with the cost of a step fitted to these steps.
 """
 
 from __future__ import annotations
@@ -13,11 +17,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dllm_engine import LLM, Engine, Prompt
+from dllm_engine import LLM, Prompt
 from dllm_engine.scheduler import Scheduler
 
 from benchmarks.common import DEMO_CHECKPOINT, RESULTS, write_json
@@ -37,6 +42,8 @@ GEN_LENGTHS = (32, 64, 128, 256)
 #: Shares of the canvas lengths: most answers are short.
 GEN_SHARES = (0.4, 0.3, 0.2, 0.1)
 SYSTEMS = ("phase-multiplexed", "first come, first served", "run to completion", "static batches")
+#: Seconds on its clock that a system runs before it is the next one's turn.
+TURN_SECONDS = 1.0
 
 
 def arrivals(rate: float, count: int, *, burst: int, seed: int) -> list[Arrival]:
@@ -51,73 +58,127 @@ def arrivals(rate: float, count: int, *, burst: int, seed: int) -> list[Arrival]
     ]
 
 
-class Driver:
-    """Runs arrivals on a real engine in real time."""
+class System:
+    """An engine with one of `SYSTEMS` for its scheduler, and a clock that only its steps move."""
 
-    def __init__(self, llm: LLM) -> None:
-        self.engine: Engine = llm.engine
-        #: (rows, seconds) of every step.
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.engine = LLM(DEMO_CHECKPOINT, memory_limit="2GiB").engine
+        self._scheduler = scheduler_of(
+            name, self.engine.config.max_num_seqs, self.engine.token_budget, self.engine.allocator
+        )
+        #: (rows, seconds) of every step since `begin`.
         self.steps: list[tuple[int, float]] = []
-        config = self.engine.config
-        self._schedulers = {
-            name: _kind(name)(config.max_num_seqs, self.engine.token_budget, self.engine.allocator)
-            for name in SYSTEMS
-        }
+        self.begin([])
 
-    def run(self, system: str, load: list[Arrival]) -> list[float]:
-        """Latencies in seconds, in the order of the arrivals."""
-        engine = self.engine
-        engine.scheduler = self._schedulers[system]
-        wave = _wave(system)
-        place: dict[int, int] = {}
-        latencies = [0.0] * len(load)
-        began = time.perf_counter()
-        added = 0
-        while added < len(load) or engine.has_work:
-            now = time.perf_counter() - began
-            if wave is None or not engine.has_work:
-                batch = [a for a in load[added:][:wave] if a.seconds <= now]
-                longest = max((a.gen_length for a in batch), default=0)
-                for arrival in batch:
-                    length = longest if system == SYSTEMS[3] else arrival.gen_length
-                    params = dataclasses.replace(arrival, gen_length=length).params()
-                    request = engine.make_request(Prompt([1] * arrival.prompt_length), params)
-                    engine.add(request)
-                    place[request.request_id] = added
-                    added += 1
-            if not engine.has_work:
-                time.sleep(max(0.0, load[added].seconds - now))
-                continue
-            rows, start = engine.stats.batched_tokens, time.perf_counter()
-            updates = engine.step()
-            end = time.perf_counter()
-            self.steps.append((engine.stats.batched_tokens - rows, end - start))
-            for update in updates:
-                i = place[update.request_id]
-                latencies[i] = end - began - load[i].seconds
-        return latencies
+    def begin(self, load: Sequence[Arrival]) -> None:
+        """Set the clock to 0 before a load."""
+        self.engine.scheduler = self._scheduler
+        self.steps = []
+        self.clock = 0.0
+        #: Seconds, in the order of the arrivals.
+        self.latencies = [0.0] * len(load)
+        self._load = load
+        self._added = 0
+        self._place: dict[int, int] = {}
+
+    @property
+    def done(self) -> bool:
+        """Whether every request of the load is answered."""
+        return self._added == len(self._load) and not self.engine.has_work
+
+    def run_until(self, seconds: float) -> None:
+        """Take steps until the clock shows `seconds`, or all is done."""
+        while self.clock < seconds and not self.done:
+            self._take_arrivals()
+            if self.engine.has_work:
+                self._step()
+            else:
+                self.clock = self._load[self._added].seconds
+
+    def _take_arrivals(self) -> None:
+        wave = wave_of(self.name)
+        if wave is not None and self.engine.has_work:
+            return
+        batch = [a for a in self._load[self._added :][:wave] if a.seconds <= self.clock]
+        longest = max((a.gen_length for a in batch), default=0)
+        for arrival in batch:
+            length = longest if self.name == SYSTEMS[3] else arrival.gen_length
+            params = dataclasses.replace(arrival, gen_length=length).params()
+            request = self.engine.make_request(Prompt([1] * arrival.prompt_length), params)
+            self.engine.add(request)
+            self._place[request.request_id] = self._added
+            self._added += 1
+
+    def _step(self) -> None:
+        rows, began = self.engine.stats.batched_tokens, time.perf_counter()
+        updates = self.engine.step()
+        seconds = time.perf_counter() - began
+        self.steps.append((self.engine.stats.batched_tokens - rows, seconds))
+        self.clock += seconds
+        for update in updates:
+            i = self._place[update.request_id]
+            self.latencies[i] = self.clock - self._load[i].seconds
 
 
-def _kind(system: str) -> type[Scheduler]:
-    return FcfsScheduler if system == SYSTEMS[1] else Scheduler
+def scheduler_of(system: str, *args: Any) -> Scheduler:
+    """The scheduler of one of `SYSTEMS`."""
+    kind = FcfsScheduler if system == SYSTEMS[1] else Scheduler
+    return kind(*args)
 
 
-def _wave(system: str) -> int | None:
+def wave_of(system: str) -> int | None:
     """How many requests run to completion together; None: they join at every step."""
     return STATIC_BATCH if system in SYSTEMS[2:] else None
 
 
-def simulated(system: str, load: list[Arrival], cost: CostModel, driver: Driver) -> Outcome:
+def simulated(system: System, load: list[Arrival], cost: CostModel) -> Outcome:
     """The same in the simulator."""
-    config = driver.engine.config
-    scheduler = _kind(system)(config.max_num_seqs, driver.engine.token_budget, without_pages())
-    padded = system == SYSTEMS[3]
-    return simulate(scheduler, load, cost, run_to_completion=_wave(system), padded=padded)
+    engine = system.engine
+    scheduler = scheduler_of(
+        system.name, engine.config.max_num_seqs, engine.token_budget, without_pages()
+    )
+    padded = system.name == SYSTEMS[3]
+    return simulate(scheduler, load, cost, run_to_completion=wave_of(system.name), padded=padded)
 
 
 def percentiles(latencies: list[float]) -> dict[str, float]:
     """p50, p95, p99 in seconds."""
     return {f"p{q}": float(np.percentile(latencies, q)) for q in (50, 95, 99)}
+
+
+def capacity(system: System, count: int) -> float:
+    """Requests per second that it answers when `count` are there from the beginning."""
+    system.begin(arrivals(1e9, count, burst=1, seed=1))
+    system.run_until(float("inf"))
+    return count / system.clock
+
+
+def measure(systems: list[System], load: list[Arrival]) -> dict[str, Any]:
+    """Latencies of all systems under one load, real and simulated."""
+    for system in systems:
+        system.begin(load)
+    turn = 0.0
+    while not all(system.done for system in systems):
+        turn += TURN_SECONDS
+        for system in systems:
+            system.run_until(turn)
+    cost = CostModel.fit([step for system in systems for step in system.steps])
+    outcomes = {system.name: simulated(system, load, cost) for system in systems}
+    latencies = {
+        system.name: {
+            "real": percentiles(system.latencies),
+            "simulated": percentiles(outcomes[system.name].latencies),
+        }
+        for system in systems
+    }
+    ours = latencies[SYSTEMS[0]]["real"]["p99"]
+    return {
+        "systems": latencies,
+        "p99_over_ours": {name: latencies[name]["real"]["p99"] / ours for name in SYSTEMS[1:]},
+        "cost_model": {"base_seconds": cost.base, "seconds_per_row": cost.per_row},
+        "rows_per_second": sum(outcomes[SYSTEMS[0]].rows) / load[-1].seconds,
+    }
 
 
 def plot(result: dict[str, Any]) -> Path:
@@ -157,37 +218,33 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(options.threads)
-    driver = Driver(LLM(DEMO_CHECKPOINT))
-    everything = arrivals(1e9, options.count, burst=1, seed=1)
-    began = time.perf_counter()
-    driver.run(SYSTEMS[0], everything)
-    capacity = options.count / (time.perf_counter() - began)
-    cost = CostModel.fit(driver.steps)
-    print(f"capacity {capacity:.1f} requests/s; a step costs {cost.base * 1e3:.1f} ms + "
-          f"{cost.per_row * 1e6:.1f} µs per row")  # fmt: skip
+    systems = [System(name) for name in SYSTEMS]
+    capacity(systems[0], STATIC_BATCH)  # what runs first is slower
+    before = capacity(systems[0], options.count)
     loads = []
     for name, burst in (("Poisson", 1), (f"bursts of {BURST}", BURST)):
-        load = arrivals(options.share * capacity, options.count, burst=burst, seed=2)
-        systems = {}
-        for system in SYSTEMS:
-            real = percentiles(driver.run(system, load))
-            outcome = simulated(system, load, cost, driver)
-            systems[system] = {"real": real, "simulated": percentiles(outcome.latencies)}
-            print(name, system, systems[system])
-        ratios = {
-            system: systems[system]["real"]["p99"] / systems[SYSTEMS[0]]["real"]["p99"]
-            for system in SYSTEMS[1:]
-        }
-        print(f"{name}: p99 of the others over ours: {ratios}")
+        load = arrivals(options.share * before, options.count, burst=burst, seed=2)
+        measured = measure(systems, load)
+        after = capacity(systems[0], options.count)
+        print(f"{name}: capacity {before:.1f} requests/s before, {after:.1f} after")
+        for system, latencies in measured["systems"].items():
+            print(name, system, latencies)
+        print(f"{name}: p99 of the others over ours: {measured['p99_over_ours']}")
+        cost = CostModel(*measured["cost_model"].values())
+        step = cost.sustainable_step(measured["rows_per_second"])
+        print(f"{name}: {max(GEN_LENGTHS)} steps take {max(GEN_LENGTHS) * step:.2f} s at least, "
+              f"of {step * 1e3:.1f} ms each, to keep up with this load")  # fmt: skip
         loads.append(
-            {"name": name, "share": options.share, "systems": systems, "p99_over_ours": ratios}
+            {
+                "name": name,
+                "share": options.share,
+                "capacity_before": before,
+                "capacity_after": after,
+            }
+            | measured
         )
-    result = {
-        "count": options.count,
-        "capacity_requests_per_second": capacity,
-        "cost_model": {"base_seconds": cost.base, "seconds_per_row": cost.per_row},
-        "loads": loads,
-    }
+        before = after
+    result = {"count": options.count, "loads": loads}
     print(write_json("latency", result), plot(result))
 
 

@@ -22,10 +22,24 @@ class CostModel:
 
     base: float
     per_row: float
+    #: Rows that come with the base: a GPU reads the weights for one row as for a few hundred.
+    free_rows: int = 0
 
     def seconds(self, rows: int) -> float:
         """One step."""
-        return self.base + self.per_row * rows
+        return self.base + self.per_row * max(0, rows - self.free_rows)
+
+    def sustainable_step(self, rows_per_second: float) -> float:
+        """Seconds of the mean step at which that many rows are just kept up with.
+
+        Shorter steps have fewer rows, and fewer of them per second, since each pays the base. So a
+        request that takes n steps takes n times this at least while such a load lasts. Infinite
+        where no step keeps up.
+        """
+        left = 1 - self.per_row * rows_per_second
+        if left <= 0:
+            return float("inf")
+        return max(self.base, (self.base - self.per_row * self.free_rows) / left)
 
     @classmethod
     def fit(cls, steps: Sequence[tuple[int, float]]) -> CostModel:
@@ -72,6 +86,8 @@ class SimulatedRequest:
         params = dataclasses.replace(arrival.params(), delay_steps=0, refresh_interval=0)
         self.request = Request(number, prompt, params)
         self._step = 0
+        #: Steps of the engine when it ran last, or was admitted.
+        self.seen = 0
 
     def take_step(self) -> bool:
         """Account for one step; whether the request is finished."""
@@ -98,10 +114,14 @@ class SimulatedRequest:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Latency of each request in seconds, in the order of the arrivals, and rows of each step."""
+    """What became of a load."""
 
+    #: Of each request, in seconds, in the order of the arrivals.
     latencies: list[float]
+    #: Of each step.
     rows: list[int]
+    #: Most steps in a row that a running request was left out of.
+    longest_idle: int
 
 
 def simulate(
@@ -125,6 +145,7 @@ def simulate(
     running: dict[int, SimulatedRequest] = {}
     latencies = [0.0] * len(waiting)
     rows: list[int] = []
+    longest_idle = 0
     now = 0.0
     while waiting or arrived or running:
         while waiting and waiting[0][0] <= now:
@@ -138,7 +159,8 @@ def simulate(
                 one = SimulatedRequest(number, dataclasses.replace(arrival, gen_length=length))
                 scheduler.add(one.request)
                 running[number] = one
-        scheduler.admit()
+        for request in scheduler.admit():
+            running[request.request_id].seen = len(rows)
         chosen = scheduler.schedule()
         if not chosen:
             now = waiting[0][0]
@@ -147,11 +169,13 @@ def simulate(
         now += cost.seconds(rows[-1])
         for request in chosen:
             one = running[request.request_id]
+            longest_idle = max(longest_idle, len(rows) - 1 - one.seen)
+            one.seen = len(rows)
             if one.take_step():
                 scheduler.remove(request)
                 del running[request.request_id]
                 latencies[request.request_id] = now - one.arrival.seconds
-    return Outcome(latencies, rows)
+    return Outcome(latencies, rows, longest_idle)
 
 
 class FcfsScheduler(Scheduler):

@@ -27,6 +27,23 @@ def test_latency_of_one_request_is_the_cost_of_its_steps(kind: type[Scheduler]) 
     assert outcome.latencies == [pytest.approx(8 * 1.0 + 0.5 * (24 + 7 * 8))]
 
 
+def test_idle_steps_are_counted() -> None:
+    """Two requests of 24 rows without a cache, and room for one of them in a step."""
+    load = [Arrival(0.0, 16, 8, cache="none")] * 2
+    outcome = simulate(FcfsScheduler(4, 40, without_pages()), load, CostModel(1.0, 0.0))
+    assert outcome.longest_idle == 8
+    assert outcome.latencies == [8.0, 16.0]
+
+
+def test_a_step_that_keeps_up_has_the_rows_that_arrive_while_it_runs() -> None:
+    """Any shorter one falls behind; where a row takes longer than its share, none keeps up."""
+    for cost in (CostModel(0.0037, 20.8e-6), CostModel(0.0042, 14e-6, free_rows=200)):
+        seconds = cost.sustainable_step(35_700)
+        assert cost.seconds(round(35_700 * seconds)) == pytest.approx(seconds, rel=0.01)
+        assert cost.seconds(round(35_700 * seconds * 0.9)) > 0.9 * seconds
+    assert CostModel(0.0037, 20.8e-6).sustainable_step(50_000) == float("inf")
+
+
 def test_batches_that_run_to_completion_keep_others_waiting() -> None:
     """A short request behind a long one waits for its end; with the engine it does not."""
     load = [Arrival(0.0, 16, 256), Arrival(0.1, 16, 8)]

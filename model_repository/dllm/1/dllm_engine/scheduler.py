@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 
 from .cache import PageAllocator
 from .request import Prompt, SamplingParams
 
-#: Steps that a Reuse goes ahead of a Refresh that became ready at the same time.
-REFRESH_HANDICAP = 8
-#: Steps by which one level of priority moves a request back; what has waited longer goes first.
+#: Steps by which one level of priority moves a request back; what is older by more goes first.
 PRIORITY_STEPS = 64
-#: Steps after which a Refresh is no longer held back to make the load even.
-MAX_HELD_STEPS = 32
+#: A request that was left out of this many steps in a row goes first, and is held no more.
+MAX_IDLE_STEPS = 32
 #: Seconds between updates of a request that waits for a place, at least: nothing happens to it.
 WAITING_INTERVAL = 1.0
 #: Steps of less than this share of the token budget are not worth making even.
@@ -29,7 +28,7 @@ class Request:
     params: SamplingParams
     #: Seconds between updates; 0: every step; None: only the final one.
     stream_interval: float | None = None
-    #: 0 goes first; each level more waits `PRIORITY_STEPS` steps longer.
+    #: 0 goes first; each level more counts as coming `PRIORITY_STEPS` steps later.
     priority: int = 0
     #: It runs while nothing else does.
     alone: bool = False
@@ -48,7 +47,9 @@ class Request:
     #: Rows of the next step of one sequence, and whether it is a Refresh; None: all, it is.
     next_rows: int | None = None
     next_refresh: bool = True
-    #: Scheduler's step since which it could have run, or waited for admission.
+    #: Scheduler's step of its arrival and what its priority adds: lower goes first.
+    turn: int = 0
+    #: Scheduler's step in which it ran last, or was admitted.
     ready_since: int = 0
     #: Tokens from the left that are final, short of an end-of-text token.
     num_ready: int = 0
@@ -77,22 +78,27 @@ class Request:
     @property
     def mean_cost(self) -> float:
         """Rows per step over its life: what it has cost, and one block as planned."""
-        refreshes, steps = self._planned_block()
-        block_length = self.params.block_length or self.params.gen_length
-        planned = refreshes * self.length + (steps - refreshes) * block_length
-        total = self.rows_run + planned * self.forwards_per_step
+        rows, steps = self._planned_block
+        total = self.rows_run + rows * self.forwards_per_step
         return total / (self.steps_run + steps)
 
-    def _planned_block(self) -> tuple[int, int]:
-        """Refreshes and steps of a block, by its parameters."""
+    @functools.cached_property
+    def _planned_block(self) -> tuple[float, int]:
+        """Rows of one sequence and steps of a block, by its parameters: a mean over its blocks."""
         params = self.params
         block_length = params.block_length or params.gen_length
         steps = max(1, (params.steps or params.gen_length) * block_length // params.gen_length)
         if params.cache in (None, "none"):
-            return steps, steps
+            return steps * self.length, steps
         first = 1 + (params.delay_steps or 0)
         again = (steps - first) // params.refresh_interval if params.refresh_interval else 0
-        return min(steps, first + max(0, again)), steps
+        refreshes = min(steps, first + max(0, again))
+        reuse: float = block_length
+        if params.cache == "prefix":  # and what is behind the block
+            reuse = (block_length + params.gen_length) / 2 + len(self.prompt.suffix_ids)
+        elif params.cache == "delayed":  # what is masked, and what was committed last
+            reuse = block_length / 2 + 1
+        return refreshes * self.length + (steps - refreshes) * reuse, steps
 
     def is_due(self, now: float) -> bool:
         """Whether an update is due at `now` (seconds, monotonic); if so, the next is later.
@@ -114,13 +120,16 @@ class Scheduler:
     Waiting requests are admitted in order; one that finds no slot or pages lets nobody pass. One
     that runs alone waits until nothing runs, and those behind it until it is done.
 
-    Steps are phase-multiplexed: whoever has waited longest comes first, Reuses a little ahead of
-    Refreshes, until the token budget is full. The first always runs, if need be alone: nobody
-    starves, and a request larger than the budget blocks nobody.
+    A step takes the oldest requests, later arrivals of more urgent ones counting as older, until
+    the token budget is full: those that are nearest their end get there, instead of all being slow
+    together. Who was left out of `MAX_IDLE_STEPS` steps goes before all others, longest first. The
+    first always runs, if need be alone: no running request is left out of more than
+    `MAX_IDLE_STEPS` steps and one for each other, and one larger than the budget blocks nobody.
 
-    Refreshes are spread so that every step is about as heavy: a step takes Refreshes up to the
-    mean load of what runs (plus what earlier steps left unspent: deficit carry-over, as in
-    Sangam's scheduler). A burst that arrives together drifts apart within a block or two.
+    Steps are phase-multiplexed: Refreshes are spread so that every step is about as heavy. A step
+    takes Refreshes up to the mean load of what runs (plus what earlier steps left unspent: deficit
+    carry-over, as in Sangam's scheduler). A burst that arrives together drifts apart within a block
+    or two.
     """
 
     def __init__(self, num_slots: int, token_budget: int, allocator: PageAllocator) -> None:
@@ -154,9 +163,9 @@ class Scheduler:
         return tuple(self._running)
 
     def add(self, request: Request) -> None:
-        """Queue a request behind those of its priority, and late ones of lower."""
-        request.ready_since = self._step
-        bisect.insort(self._waiting, request, key=_turn)
+        """Queue a request behind those of its priority, and older ones of lower."""
+        request.turn = self._step + PRIORITY_STEPS * request.priority
+        bisect.insort(self._waiting, request, key=lambda waiting: waiting.turn)
 
     def admit(self) -> list[Request]:
         """Give slots and pages to waiting requests, in order; returns the admitted."""
@@ -178,32 +187,35 @@ class Scheduler:
     def schedule(self) -> list[Request]:
         """The requests of the next step; empty only when nothing runs."""
         self._step += 1
-        target = max(
-            sum(request.mean_cost for request in self._running), self._token_budget * EVEN_SHARE
-        )
-        allowance = target + self._carry
+        allowance = self._even_load() + self._carry
         chosen: list[Request] = []
         used = 0
         for request in sorted(self._running, key=self._order):
             cost = request.step_cost
-            held = self._step - request.ready_since <= MAX_HELD_STEPS
             limit = self._token_budget
-            if request.next_refresh and held:
+            if request.next_refresh and not self._is_late(request):
                 limit = min(limit, int(allowance))
             if not chosen or used + cost <= limit:
                 chosen.append(request)
                 used += cost
                 request.ready_since = self._step
-                if used > self._token_budget:
-                    break  # larger than the budget: alone
         left = allowance - used
         if len(chosen) == len(self._running):
             left = min(left, 0.0)  # nobody waits for what was left
         self._carry = min(max(left, -self._token_budget), self._token_budget)
         return chosen
 
-    def _order(self, request: Request) -> int:
-        return _turn(request) + REFRESH_HANDICAP * request.next_refresh
+    def _even_load(self) -> float:
+        """Rows beyond which a step takes no more Refreshes that can wait."""
+        mean = sum(request.mean_cost for request in self._running)
+        return max(mean, self._token_budget * EVEN_SHARE)
+
+    def _is_late(self, request: Request) -> bool:
+        return self._step - request.ready_since > MAX_IDLE_STEPS
+
+    def _order(self, request: Request) -> tuple[bool, int]:
+        late = self._is_late(request)
+        return not late, request.ready_since if late else request.turn
 
     def requeue(self, request: Request) -> None:
         """Take the place of a running request away; it waits, ahead of all others."""
@@ -231,7 +243,3 @@ class Scheduler:
         assert slots == list(range(self._num_slots)), f"held {held}, free {self._free_slots}"
         assert all(r.slot is None and not r.pages for r in self._waiting)
         self._allocator.check_integrity([page for r in self._running for page in r.pages])
-
-
-def _turn(request: Request) -> int:
-    return request.ready_since + PRIORITY_STEPS * request.priority
