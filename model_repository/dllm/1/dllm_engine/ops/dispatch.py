@@ -16,9 +16,6 @@ from . import attention, norm, rotary
 from .layout import LayerPages, Layout
 from .linear import Product
 
-#: Rows, times the query heads that share a KV head, that one program of the attention kernel has.
-_TILE = 64
-
 
 class RmsNorm(Protocol):
     """See `norm.rms_norm`."""
@@ -50,11 +47,14 @@ class Operations:
     linear: Product
     #: Whether layouts are flat, and the head's statistics are made by its kernel.
     kernels: bool
+    #: Rows, times the query heads that share a KV head, that one program of the attention kernel
+    #: has.
+    lanes: int = 0
 
     def tile_rows(self, num_heads: int, num_kv_heads: int) -> int | None:
         """Rows per tile of a flat layout; None where layouts are grouped."""
         shared = 1 << (num_heads // num_kv_heads - 1).bit_length()
-        return max(1, _TILE // shared) if self.kernels else None
+        return max(1, self.lanes // shared) if self.kernels else None
 
 
 TORCH = Operations(
@@ -101,13 +101,13 @@ def _choose(choice: str, device: str, dtype: torch.dtype) -> Operations:
     elif not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         problem = f"needs a GPU; the device is {device} (TRITON_INTERPRET=1 runs them slowly)"
     if problem is None:
-        return _triton_operations()
+        return _triton_operations(dtype)
     if choice == "auto":
         return TORCH
     raise InvalidConfig(f"DLLM_KERNELS: {choice} {problem}")
 
 
-def _triton_operations() -> Operations:
+def _triton_operations(dtype: torch.dtype) -> Operations:
     # Not at the top: the package is optional.
     from .kernels import attention as attention_kernels
     from .kernels import norm as norm_kernels
@@ -118,4 +118,5 @@ def _triton_operations() -> Operations:
         norm_kernels.apply_rotary,
         F.linear,
         kernels=True,
+        lanes=attention_kernels.program_lanes(dtype),
     )

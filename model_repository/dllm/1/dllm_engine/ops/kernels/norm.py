@@ -11,7 +11,8 @@ from torch import Tensor
 _NUMBERS = 4096
 
 
-@triton.jit
+# One compilation for any number of rows, here and below.
+@triton.jit(do_not_specialize=["rows"])
 def _rms_norm(
     x, weight, out, rows, eps, DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr
 ):
@@ -39,7 +40,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _rotary(
     x,
     cos,
