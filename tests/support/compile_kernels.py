@@ -24,7 +24,7 @@ import triton
 from dllm_engine.ops import Choice, FlatLayout, Head, LayerPages, choose_operations
 from dllm_engine.ops.kernels.attention import packed_attention
 from dllm_engine.ops.kernels.linear import invariant_linear
-from dllm_engine.ops.kernels.norm import apply_rotary, rms_norm
+from dllm_engine.ops.kernels.norm import apply_rotary, rms_norm, silu_mul
 from dllm_engine.ops.layout import FlatSelection
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
@@ -140,6 +140,7 @@ def launch_all(dtype: torch.dtype, num_heads: int, num_kv_heads: int) -> None:
     apply_rotary(q, angles, angles)
     x = torch.zeros(rows, num_heads * head_dim, dtype=dtype)
     rms_norm(x, x[0], 1e-5)
+    silu_mul(torch.zeros(rows, 2 * 12288, dtype=dtype))
     weight = torch.zeros(1024, num_heads * head_dim, dtype=dtype)
     invariant_linear(x, weight)
     invariant_linear(x, weight, weight[:, 0].contiguous())

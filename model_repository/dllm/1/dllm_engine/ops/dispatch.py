@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InvalidConfig
-from . import attention, norm, rotary
+from . import attention, linear, norm, rotary
 from .layout import LayerPages, Layout
-from .linear import Product
+from .linear import AddedProduct, Product, SiluMul
 
 
 class RmsNorm(Protocol):
@@ -45,6 +45,8 @@ class Operations:
     rms_norm: RmsNorm
     apply_rotary: ApplyRotary
     linear: Product
+    add_linear: AddedProduct
+    silu_mul: SiluMul
     #: Whether layouts are flat, and the head's statistics are made by its kernel.
     kernels: bool
     #: Rows, times the query heads that share a KV head, that one program of the attention kernel
@@ -62,6 +64,8 @@ TORCH = Operations(
     norm.rms_norm,
     rotary.apply_rotary,
     F.linear,
+    linear.add_linear,
+    linear.silu_mul,
     kernels=False,
 )
 
@@ -80,9 +84,11 @@ def choose_operations(
     """
     operations = _choose(choice, device, dtype)
     if batch_invariant and operations.kernels:
-        from .kernels.linear import invariant_linear
+        from .kernels.linear import add_invariant_linear, invariant_linear
 
-        return dataclasses.replace(operations, linear=invariant_linear)
+        return dataclasses.replace(
+            operations, linear=invariant_linear, add_linear=add_invariant_linear
+        )
     if batch_invariant and device.startswith("cuda"):
         raise InvalidConfig("DLLM_BATCH_INVARIANT: on a GPU needs kernels (DLLM_KERNELS=triton)")
     return operations
@@ -117,6 +123,8 @@ def _triton_operations(dtype: torch.dtype) -> Operations:
         norm_kernels.rms_norm,
         norm_kernels.apply_rotary,
         F.linear,
+        linear.add_linear_in_place,
+        norm_kernels.silu_mul,
         kernels=True,
         lanes=attention_kernels.program_lanes(dtype),
     )

@@ -62,6 +62,11 @@ def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     return out
 
 
+def add_invariant_linear(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """residual + x @ weight.T, with the same promise."""
+    return residual + invariant_linear(x, weight)
+
+
 # One compilation for any number of rows.
 @triton.jit(do_not_specialize=["rows"])
 def _linear(
