@@ -4,6 +4,7 @@ Sections, each in a process of its own so that none leaves memory or a broken de
 
 - `ceilings`: bandwidth and bfloat16 rate of the card.
 - `kernels`: ours against the roofline, beside torch's operations and libraries.
+- `compile`: what `torch.compile` makes of the parts of a layer, beside torch's operations and ours.
 - `engine`: LLaDA-8B's shape with random weights, by load, policy, lengths and rule.
 - `baselines`: the reference generate and Fast-dLLM's dual cache in plain torch on the same card.
 - `no-graphs`, `torch`: the engine without CUDA graphs, and on torch's operations.
@@ -32,6 +33,7 @@ from typing import Any
 SHARES = {
     "ceilings": 0.2,
     "kernels": 1.6,
+    "compile": 0.3,
     "engine": 3.4,
     "baselines": 0.6,
     "no-graphs": 0.5,

@@ -167,6 +167,11 @@ def rotary(rows: int, heads: int, head_dim: int, element: int = ELEMENT) -> Cost
     return Cost(2 * numbers * element + 2 * 4 * rows * head_dim, 3 * numbers)
 
 
+def silu_mul(rows: int, width: int, element: int = ELEMENT) -> Cost:
+    """Two numbers read for each written; exponential, sum, quotient and product."""
+    return Cost(3 * rows * width * element, 4 * rows * width)
+
+
 def head(shape: Shape, rows: int, element: int = ELEMENT) -> Cost:
     """Logits of every word, never written, and seven statistics of each row (36 bytes)."""
     moved = (shape.vocab_size + rows) * shape.hidden_size * element + 36 * rows

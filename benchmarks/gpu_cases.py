@@ -195,6 +195,21 @@ def rotary_case(tensors: Tensors, operations: Operations, shape: Shape, rows: in
     )
 
 
+def gate_case(tensors: Tensors, operations: Operations, shape: Shape, rows: int) -> Case:
+    gate_up = tensors.normal(rows, 2 * shape.intermediate_size)
+    ours = functools.partial(operations.silu_mul, gate_up)
+    theirs = functools.partial(TORCH.silu_mul, gate_up)
+    return Case(
+        kernel="gate",
+        model=shape.name,
+        name=f"{rows} rows",
+        cost=arithmetic.silu_mul(rows, shape.intermediate_size),
+        ours=ours,
+        torch=theirs,
+        agreement=lambda: near(ours(), theirs()),
+    )
+
+
 def head_cases(tensors: Tensors, shape: Shape, counts: Sequence[int]) -> Iterator[Case]:
     """The language-model head with its statistics; `counts` rows, in three kinds each."""
     device = tensors.device

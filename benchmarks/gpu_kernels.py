@@ -15,6 +15,7 @@ from benchmarks.gpu_cases import (
     Case,
     Tensors,
     attention_case,
+    gate_case,
     head_cases,
     rms_norm_case,
     rotary_case,
@@ -88,6 +89,7 @@ def _cases(tensors: Tensors, operations: Operations, sizes: Sizes) -> Iterator[C
         for count in sizes.rows:
             yield rms_norm_case(tensors, operations, shape, count)
             yield rotary_case(tensors, operations, shape, count)
+            yield gate_case(tensors, operations, shape, count)
 
 
 @torch.inference_mode()

@@ -1,7 +1,7 @@
 """Attention as libraries have it, to stand beside our kernel; see `gpu_kernels`.
 
-torch's own, and FlashInfer where it is installed. Only for cases of one kind of sequence, which is
-what their interfaces take.
+torch's own, and FlashInfer where it is installed (the extra `flashinfer`). Only for cases of one
+kind of sequence, which is what their interfaces take.
 """
 
 from __future__ import annotations

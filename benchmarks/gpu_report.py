@@ -98,6 +98,7 @@ def table(result: dict[str, Any]) -> list[str]:
             f"card: {ceilings['bandwidth'] / 1e12:.2f} TB/s, {ceilings['rate'] / 1e12:.0f} TFLOP/s"
         )
     lines += [_kernel_line(row) for row in sections.get("kernels", [])]
+    lines += [_compiled_line(row) for row in sections.get("compile", [])]
     for section in ENGINES:
         for row in sections.get(section, {}).get("rows", []):
             lines.append(f"{section:<15} {label(row):<62}{_speed(row)}")
@@ -135,6 +136,12 @@ def _kernel_line(row: dict[str, Any]) -> str:
         f"{missed}; torch {row['torch_seconds'] * 1e6:.0f} µs{libraries}"
         f"; agreement {row['agreement']:.3f}"
     )
+
+
+def _compiled_line(row: dict[str, Any]) -> str:
+    times = [f"{how} {seconds * 1e6:.0f} µs" for how, seconds in row["seconds"].items()]
+    times += [f"{how}: {why}" for how, why in row["errors"].items()]
+    return f"compile    {row['part']:<12}{row['rows']} × {row['width']}: {', '.join(times)}"
 
 
 def _speed(row: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from benchmarks.baselines import Work
 from benchmarks.checkpoints import DREAM_7B, LLADA_8B, random_bf16
 from benchmarks.gpu_arithmetic import Ceilings
 from benchmarks.gpu_baselines import measure_baselines, random_prompts, run_checkout
+from benchmarks.gpu_compile import CARD_SIZES, HOST_SIZES, measure_compiled
 from benchmarks.gpu_engine import Measurement, Point, further_points, important_points
 from benchmarks.gpu_kernels import REAL, TINY, measure_kernels
 from benchmarks.gpu_report import Record, label
@@ -66,6 +67,7 @@ class Section:
             {
                 "ceilings": self._ceilings,
                 "kernels": self._kernels,
+                "compile": self._compile,
                 "baselines": self._baselines,
                 "fast-dllm": self._checkout,
                 "dllm-serve": self._checkout,
@@ -90,6 +92,13 @@ class Section:
             return self._left() > 0
 
         measure_kernels(Timer(self._device), ceilings, TINY if self._tiny else REAL, done)
+
+    def _compile(self) -> None:
+        def done(rows: list[dict[str, Any]]) -> bool:
+            self._save(rows)
+            return self._left() > 0
+
+        measure_compiled(self._device, HOST_SIZES if self._tiny else CARD_SIZES, done)
 
     def _checkpoint(self, family: str) -> Path:
         sizes = {"llada": LLADA_8B, "dream": DREAM_7B}[family]

@@ -28,7 +28,7 @@ class Timer:
         self.device = device
         self._repeats, self._seconds = repeats, seconds
         on_gpu = device.startswith("cuda")
-        self._cold = torch.empty(_COLD_BYTES if on_gpu else 0, dtype=torch.uint8, device=device)
+        self._cold = torch.zeros(_COLD_BYTES // 4 if on_gpu else 0, device=device)
 
     def seconds(self, work: Callable[[], object]) -> float:
         """Of some runs on a GPU, fewer where one is slow, after three; of one elsewhere."""
@@ -49,7 +49,8 @@ class Timer:
         pairs = []
         for _ in range(repeats):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._cold.zero_()
+            # Read, since what was written would be on its way to memory while the work runs.
+            self._cold.sum()
             torch.cuda._sleep(cycles)  # what torch's own tests keep a device waiting with
             begin.record()
             work()
@@ -61,6 +62,19 @@ class Timer:
     def _wait(self) -> None:
         if self.device.startswith("cuda"):
             torch.cuda.synchronize()
+
+
+def host_seconds(work: Callable[[], object], *, seconds: float = 0.3) -> float:
+    """Median time of some work on a CPU, of runs in so many seconds, after three."""
+    for _ in range(3):
+        work()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
 
 
 def measure_ceilings(timer: Timer, *, copied: int = 2**30, width: int = 8192) -> Ceilings:

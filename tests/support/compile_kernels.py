@@ -3,112 +3,180 @@
 `python -m tests.support.compile_kernels 90`.
 
 The kernels' own wrappers are called with tensors of real sizes; each launch is compiled down to
-machine code for the given card instead of being run. Prints the kernels, one a line.
+machine code for the given card, as a launch there would compile it, instead of being run. Prints
+what each compilation takes of a card, as one `Compiled` in JSON a line.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
+import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from dllm_engine.ops import Choice, FlatLayout, Head, LayerPages
+from dllm_engine.ops import Choice, FlatLayout, Head, LayerPages, choose_operations
 from dllm_engine.ops.kernels.attention import packed_attention
 from dllm_engine.ops.kernels.linear import invariant_linear
-from dllm_engine.ops.kernels.norm import apply_rotary, rms_norm
+from dllm_engine.ops.kernels.norm import apply_rotary, rms_norm, silu_mul
 from dllm_engine.ops.layout import FlatSelection
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
-_POINTERS = {
-    torch.float64: "*fp64",
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.bool: "*i1",
-}
+_BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
+#: What tells a launch's variant, by the kernel's own function; slow to make.
+_BINDERS: dict[Any, Callable[..., Any]] = {}
 
 
-def compile_launch(kernel: JITFunction[Any], capability: int, *args: Any, **options: Any) -> None:
-    """Compile `kernel` for the arguments of one launch, as a launch would."""
-    signature, constants, attributes = {}, {}, {}
-    for place, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
-        if parameter.is_constexpr or isinstance(value, bool):
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = _POINTERS[value.dtype]
-            attributes[(place,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int):
-            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(place,)] = [["tt.divisibility", 16]]
-        else:
-            signature[parameter.name] = "fp32"
-    source = ASTSource(kernel, signature, constants, attributes)
-    names = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=names)
-    assert len(compiled.asm["cubin"]) > 0
-    sys.stdout.write(f"{kernel.fn.__name__}\n")
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """One compilation of a kernel."""
+
+    kernel: str
+    #: Of the first tensor.
+    dtype: str
+    #: Of each thread: registers, and bytes of its stack, to which registers are spilled.
+    registers: int
+    stack: int
+    #: Bytes of shared memory of a program.
+    shared: int
+    #: Loads that are started ahead of their use.
+    async_copies: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What Triton compiles a kernel anew for: types, constants, and what it knows of numbers."""
+
+    kernel: JITFunction[Any]
+    signature: dict[str, str]
+    constants: dict[Any, Any]
+    attributes: dict[Any, Any]
+    options: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls, kernel: JITFunction[Any], capability: int, args: tuple[Any, ...], options: Any
+    ) -> Variant:
+        """The variant of a launch, found as `JITFunction.run` does."""
+        backend = CUDABackend(GPUTarget("cuda", capability, 32))
+        if kernel.fn not in _BINDERS:
+            _BINDERS[kernel.fn] = create_function_from_signature(
+                kernel.signature, kernel.params, backend
+            )
+        bound, specialization, named = _BINDERS[kernel.fn](*args, **options)
+        _, signature, constants, attributes = kernel._pack_args(
+            backend, dict(named), bound, specialization, named
+        )
+        return cls(kernel, signature, constants, attributes, named)
+
+    @property
+    def key(self) -> str:
+        """Equal of launches that share a compilation."""
+        parts = (self.signature, self.constants, self.attributes, self.options)
+        return f"{self.kernel.fn.__name__} {parts}"
+
+    def compile(self, capability: int) -> Compiled:
+        """Down to machine code."""
+        source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
+        target = GPUTarget("cuda", capability, 32)
+        made = triton.compile(source, target=target, options=self.options)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(made.asm["cubin"])
+            file.flush()
+            command = [_BINARIES / "cuobjdump", "-res-usage", file.name]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        taken = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        assert taken is not None, usage
+        return Compiled(
+            kernel=self.kernel.fn.__name__,
+            dtype=next(iter(self.signature.values())).removeprefix("*"),
+            registers=int(taken[1]),
+            stack=int(taken[2]),
+            shared=made.metadata.shared,
+            async_copies=made.asm["ttgir"].count("async_copy_global_to_local"),
+        )
+
+
+def instead_of_running(capability: int, seen: Callable[[Variant], None]) -> None:
+    """From here on launches of kernels only tell which variant they want."""
+
+    def run(kernel: JITFunction[Any], *args: Any, **options: Any) -> None:
+        for name in ("grid", "warmup"):
+            options.pop(name, None)
+        seen(Variant.of(kernel, capability, args, options))
+
+    JITFunction.run = run  # type: ignore[method-assign]
 
 
 def launch_all(dtype: torch.dtype, num_heads: int, num_kv_heads: int) -> None:
-    """Launch what a step of a model of these sizes launches."""
-    head_dim, rows, sequences = 128, 96, 3
+    """Launch what a step of a model of these sizes launches, but for the head."""
+    head_dim = 128
+    rows, sequences, longest = 96, 3, 4096
     qkv = torch.zeros(rows, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
     q, k, v = qkv.split([num_heads, num_kv_heads, num_kv_heads], 1)
     pages = LayerPages(*torch.zeros(2, 40, 32, num_kv_heads, head_dim, dtype=dtype))
-    shared = 1 << (num_heads // num_kv_heads - 1).bit_length()
-    layout = FlatLayout.of([32] * sequences, 64 // shared, "cpu")
+    tile_rows = choose_operations("triton", "cuda", dtype).tile_rows(num_heads, num_kv_heads)
+    assert tile_rows is not None
+    layout = FlatLayout.of([rows // sequences] * sequences, tile_rows, "cpu")
+    packed_attention(q, k, v, layout)
     some = torch.ones(sequences, dtype=torch.int64)
-    whole = FlatLayout(
-        **{
-            **vars(layout),
-            "write_places": torch.zeros(rows, dtype=torch.int64),
-            "selection": FlatSelection(some, some, some, some, some, 1024),
-        }
+    whole = dataclasses.replace(
+        layout,
+        tables=torch.zeros(sequences, -(-longest // 32), dtype=torch.int64),
+        write_places=torch.zeros(rows, dtype=torch.int64),
+        selection=FlatSelection(some, some, some, some, some, longest),
     )
     packed_attention(q, k, v, whole, pages)
     angles = torch.zeros(rows, 1, head_dim)
     apply_rotary(q, angles, angles)
     x = torch.zeros(rows, num_heads * head_dim, dtype=dtype)
     rms_norm(x, x[0], 1e-5)
+    silu_mul(torch.zeros(rows, 2 * 12288, dtype=dtype))
     weight = torch.zeros(1024, num_heads * head_dim, dtype=dtype)
     invariant_linear(x, weight)
     invariant_linear(x, weight, weight[:, 0].contiguous())
-    launch_head(x, weight)
 
 
-def launch_head(hidden: Tensor, weight: Tensor) -> None:
-    """Every form of the head: greedy or with noise, with entropies or without, with credit."""
+def launch_head(dtype: torch.dtype, width: int, *, noise: bool) -> None:
+    """Forms of the head: with entropies or without, with credit, greedy; with noise too."""
+    hidden, weight = torch.zeros(96, width, dtype=dtype), torch.zeros(1024, width, dtype=dtype)
     head = Head(weight, kernels=True)
     ids = torch.zeros(2, dtype=torch.int64)
     keys = torch.zeros(len(hidden), dtype=torch.int64)
     heat = torch.zeros(len(hidden), dtype=torch.float64)
     forbids = torch.zeros(len(hidden), dtype=torch.bool)
-    for noisy in (False, True):
+    for noisy in (False, True)[: 1 + noise]:
         for spread in (False, True):
-            noise = (heat, keys) if noisy else (None, None)
-            choice = Choice(1, ids, ids, forbids, forbids, *noise, spread=spread)
+            random = (heat, keys) if noisy else (None, None)
+            choice = Choice(1, ids, ids, forbids, forbids, *random, spread=spread)
             head.statistics(hidden, choice, torch.zeros(len(hidden), 16, dtype=torch.int64))
 
 
 def main(capability: int) -> None:
-    """Compile for a card: 80 is an A100, 90 an H100."""
+    """Compile for a card: 80 is an A100, 89 an L40, 90 an H100."""
+    done: set[str] = set()
 
-    def run(kernel: JITFunction[Any], *args: Any, **options: Any) -> None:
-        names = {parameter.name for parameter in kernel.params}
-        assert not names & set(options), "kernels are launched with arguments by place"
-        compile_launch(kernel, capability, *args, **options)
+    def compile_once(variant: Variant) -> None:
+        if variant.key not in done:
+            done.add(variant.key)
+            found = variant.compile(capability)
+            sys.stdout.write(json.dumps(dataclasses.asdict(found)) + "\n")
 
-    JITFunction.run = run  # type: ignore[method-assign]
-    launch_all(torch.bfloat16, 32, 32)
+    instead_of_running(capability, compile_once)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        launch_all(dtype, 32, 32)
     launch_all(torch.bfloat16, 28, 4)
-    launch_all(torch.float32, 8, 8)
+    launch_head(torch.bfloat16, 4096, noise=True)
+    launch_head(torch.float32, 4096, noise=False)
 
 
 if __name__ == "__main__":

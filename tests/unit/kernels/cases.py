@@ -7,7 +7,7 @@ import os
 
 import torch
 import torch.nn.functional as F
-from dllm_engine.ops import FlatLayout, LayerPages
+from dllm_engine.ops import FlatLayout, LayerPages, choose_operations
 from dllm_engine.ops.layout import FlatSelection, tiles_of
 from hypothesis import strategies as st
 from torch import Tensor
@@ -82,7 +82,9 @@ class Step:
     ) -> FlatLayout:
         """The step's layout; `places` and `selection` say what is stored."""
         counts = torch.tensor([s.rows for s in self.sequences], device=DEVICE)
-        tile_rows = max(1, 64 // (1 << (self.heads.group - 1).bit_length()))
+        operations = choose_operations("triton", DEVICE, self.heads.dtype)
+        tile_rows = operations.tile_rows(self.heads.group, 1)
+        assert tile_rows is not None
         tile_sequence, tile_row = tiles_of(counts, self.num_rows, tile_rows)
         if places is not None:
             places = F.pad(places, (0, len(self.k) - len(places)), value=-1)

@@ -17,6 +17,7 @@ from benchmarks.checkpoints import random_bf16
 from benchmarks.common import RESULTS
 from benchmarks.gpu_arithmetic import DREAM, LLADA, Ceilings, Cost, Sequences, Shape
 from benchmarks.gpu_cases import Case
+from benchmarks.gpu_compile import measure_compiled
 from benchmarks.gpu_engine import Load, Point, further_points, important_points
 from benchmarks.gpu_kernels import TINY, measure_case
 from benchmarks.gpu_report import Record, plot, table
@@ -50,6 +51,8 @@ def test_bytes_and_operations_are_those_counted_by_hand() -> None:
     assert selection == Cost(2 * (2 * (24 + 24 + 4 * 16) + 2 * 4 * 12), 2 * 2 * 24 * 6)
     assert arithmetic.rms_norm(3, 8) == Cost(2 * (24 + 24 + 8), 4 * 24)
     # 3 rows of 6 heads, in and out; a float32 cosine and sine for each number of a head.
+    # 3 rows of 8 gates and 8 numbers that they gate in, 8 out.
+    assert arithmetic.silu_mul(3, 8) == Cost(2 * 72, 4 * 24)
     assert arithmetic.rotary(3, 6, 2) == Cost(2 * 72 + 4 * 12, 3 * 36)
     assert arithmetic.head(SMALL, 5) == Cost(2 * (10 + 5) * 8 + 5 * 36, 2 * 5 * 80)
     # A layer: 8 × 16 for queries, keys and values, 8 × 8 out, three of 8 × 6.
@@ -114,6 +117,24 @@ def test_a_case_that_fails_is_recorded() -> None:
     assert set(row["library_seconds"]) == {"theirs"}
 
 
+def test_compiled_parts_stand_beside_torch_s() -> None:
+    """With a compiler that leaves everything as it is, and with one that does not exist."""
+    for backend, ways in (("eager", {"torch", "compiled"}), ("none such", {"torch"})):
+        saved: list[list[dict[str, Any]]] = []
+
+        def done(found: list[dict[str, Any]], saved: list[Any] = saved) -> bool:
+            saved.append(found)
+            return True
+
+        measure_compiled("cpu", [(3, 16)], done, backend=backend)
+        rows = saved[-1]
+        assert [row["part"] for row in rows] == ["norm", "silu · up", "rotary", "MLP"]
+        for row in rows:
+            assert set(row["seconds"]) == ways
+            assert set(row["seconds"]) | set(row["errors"]) == {"torch", "compiled"}
+            assert min(row["seconds"].values()) > 0
+
+
 def test_every_section_runs_at_toy_sizes(tmp_path: Path) -> None:
     """All but checkouts, whose code is not ours; nothing is written among the results."""
     before = {path.name: path.stat().st_mtime_ns for path in RESULTS.iterdir()}
@@ -146,7 +167,7 @@ def _check_kernels(sections: dict[str, Any]) -> None:
     costs = {("RMSNorm", "5 rows"): arithmetic.rms_norm(5, TINY.shapes[0].hidden_size)}
     costs["attention", "1 × 40 rows"] = arithmetic.attention(TINY.shapes[0], [Sequences(1, 40)])
     kinds = {row["kernel"] for row in rows}
-    assert kinds == {"attention", "selection", "RMSNorm", "rotary", "head"}
+    assert kinds == {"attention", "selection", "RMSNorm", "rotary", "gate", "head"}
     assert {row["model"] for row in rows} == {shape.name for shape in TINY.shapes}
     for row in rows:
         # Which positions are kept is decided by scores that torch rounds to bfloat16.

@@ -2,7 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from dllm_engine.ops.kernels.linear import invariant_linear
+from dllm_engine.ops.kernels.linear import add_invariant_linear, invariant_linear
+from dllm_engine.ops.linear import add_linear, add_linear_in_place
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +29,30 @@ def test_product(
     added = torch.randn(columns).to(DEVICE, dtype) if bias else None
     wanted = F.linear(x.double(), weight.double(), None if added is None else added.double())
     near(invariant_linear(x, weight, added), wanted, dtype)
+
+
+@given(
+    st.integers(1, 50),
+    st.integers(1, 100),
+    st.integers(1, 100),
+    st.sampled_from(DTYPES),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=15, deadline=None)
+def test_a_residual_is_added_where_it_lies(
+    rows: int, inner: int, columns: int, dtype: torch.dtype, seed: int
+) -> None:
+    """By the library's product, and by the batch-invariant one, which leaves it alone."""
+    torch.manual_seed(seed)
+    x, residual = torch.randn(rows, inner), torch.randn(rows, columns)
+    x, residual = x.to(DEVICE, dtype), residual.to(DEVICE, dtype)
+    weight = (torch.randn(columns, inner) / inner**0.5).to(DEVICE, dtype)
+    wanted = residual.double() + x.double() @ weight.double().T
+    near(add_invariant_linear(residual, x, weight), wanted, dtype)
+    near(add_linear(residual, x, weight), wanted, dtype)
+    found = add_linear_in_place(residual, x, weight)
+    near(found, wanted, dtype)
+    assert found.data_ptr() == residual.data_ptr()
 
 
 def test_a_row_has_the_same_result_in_any_company() -> None:

@@ -1,8 +1,9 @@
-"""RMSNorm and rotary kernels against torch's own operations."""
+"""RMSNorm, rotary and gate kernels against torch's own operations."""
 
 import torch
 from dllm_engine.ops import RotaryTable
 from dllm_engine.ops.kernels import norm as kernels
+from dllm_engine.ops.linear import silu_mul
 from dllm_engine.ops.norm import rms_norm
 from dllm_engine.ops.rotary import apply_rotary
 from hypothesis import given, settings
@@ -39,3 +40,17 @@ def test_rotary(rows: int, heads: int, head_dim: int, dtype: torch.dtype, seed: 
     found = kernels.apply_rotary(x[:, :heads], cos, sin)
     near(found, apply_rotary(before[:, :heads], cos, sin), dtype)
     assert torch.equal(x[:, heads:], before[:, heads:])
+
+
+@given(
+    st.integers(0, 9),
+    st.integers(1, 100) | st.sampled_from([2047, 2048, 4097]),
+    st.sampled_from(DTYPES),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=25, deadline=None)
+def test_silu_mul(rows: int, dim: int, dtype: torch.dtype, seed: int) -> None:
+    """Any number of rows, any width, gates of any size among them."""
+    torch.manual_seed(seed)
+    gate_up = (8 * torch.randn(rows, 2 * dim)).to(DEVICE, dtype)
+    near(kernels.silu_mul(gate_up), silu_mul(gate_up), dtype)

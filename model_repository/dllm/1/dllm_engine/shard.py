@@ -24,6 +24,7 @@ from .models import DiffusionModel, ModelSpec, head_copy_bytes, load_model
 from .ops import (
     Choice,
     FlatLayout,
+    FlatSelection,
     LayerPages,
     Layout,
     Operations,
@@ -40,6 +41,7 @@ from .sampling import (
     least_bytes,
     sample_candidates,
 )
+from .sampling.credit import LISTED
 from .sampling.rows import ROW_MULTIPLE
 
 logger = logging.getLogger("dllm_engine")
@@ -197,7 +199,28 @@ class ModelShard:
                     record=cuda_recorder(),
                 )
         if self.model.head.kernels:
+            self._compile_layers()
             self._compile_head()
+
+    @torch.inference_mode()
+    def _compile_layers(self) -> None:
+        """Compile the layers' kernels now, not in somebody's first request."""
+        # Not at the top: the package triton is optional.
+        from .ops.kernels.selection import candidate_sizes
+
+        assert self.tile_rows is not None
+        nothing = torch.zeros(ROW_MULTIPLE, dtype=torch.int64, device=self.device)
+        plain = FlatLayout.of([ROW_MULTIPLE], self.tile_rows, self.device)
+        for candidates in candidate_sizes(self._spec.max_model_len):
+            # A sequence of which no row is stored, and of a selection none.
+            none = torch.zeros_like(plain.row_counts)
+            layout = dataclasses.replace(
+                plain,
+                write_places=nothing - 1,
+                selection=FlatSelection(none, none, none, none, none, candidates),
+            )
+            hidden = self.model(nothing, nothing, layout, pages=self._layer_pages, depth=1)
+        self.model.head_input(hidden)
 
     @torch.inference_mode()
     def _compile_head(self) -> None:
@@ -217,6 +240,7 @@ class ModelShard:
                 spread=spread,
             )
             self.model.head.statistics(hidden, choice)
+        self.model.head.statistics(hidden, choice, keys.new_zeros(1, LISTED))
 
     @torch.inference_mode()
     def candidates(self, inputs: StepInputs) -> Candidates:

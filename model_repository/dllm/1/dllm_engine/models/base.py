@@ -153,13 +153,13 @@ class Layer(nn.Module):
         inner = spec.intermediate_size // spec.num_ranks
         qkv_size = (self._num_heads + 2 * self._num_kv_heads) * spec.head_dim
         self.attention_norm = nn.Parameter(torch.empty(spec.hidden_size))
-        product = operations.linear
+        product, added = operations.linear, operations.add_linear
         self.qkv = Linear(spec.hidden_size, qkv_size, bias=spec.qkv_bias, product=product)
         inside = self._num_heads * spec.head_dim
-        self.out = Linear(inside, spec.hidden_size, bias=False, product=product)
+        self.out = Linear(inside, spec.hidden_size, bias=False, product=product, added=added)
         self.mlp_norm = nn.Parameter(torch.empty(spec.hidden_size))
-        self.gate_up = GatedLinear(spec.hidden_size, inner, product)
-        self.down = Linear(inner, spec.hidden_size, bias=False, product=product)
+        self.gate_up = GatedLinear(spec.hidden_size, inner, product, operations.silu_mul)
+        self.down = Linear(inner, spec.hidden_size, bias=False, product=product, added=added)
 
     def forward(
         self,
@@ -170,7 +170,10 @@ class Layer(nn.Module):
         pages: LayerPages | None,
         wanted: Tensor | None = None,
     ) -> Tensor:
-        """[rows, hidden_size] to the same, or to [n, hidden_size] of the `wanted` rows."""
+        """[rows, hidden_size] to the same, or to [n, hidden_size] of the `wanted` rows.
+
+        `x` may be overwritten.
+        """
         spec, do = self.spec, self._operations
         normed = do.rms_norm(x, self.attention_norm, spec.rms_norm_eps)
         heads = self.qkv(normed).view(x.shape[0], -1, spec.head_dim)
@@ -185,7 +188,10 @@ class Layer(nn.Module):
         return self._add(x, self.down, self.gate_up(normed))
 
     def _add(self, residual: Tensor, projection: Linear, inner: Tensor) -> Tensor:
-        """residual + projection(inner), of which each rank has a part."""
+        """residual + projection(inner), of which each rank has a part.
+
+        The residual may be overwritten.
+        """
         if self._group is None:
             out: Tensor = projection(inner, residual)
             return out

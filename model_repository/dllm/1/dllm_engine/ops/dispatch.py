@@ -12,12 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InvalidConfig
-from . import attention, norm, rotary
+from . import attention, linear, norm, rotary
 from .layout import LayerPages, Layout
-from .linear import Product
-
-#: Rows, times the query heads that share a KV head, that one program of the attention kernel has.
-_TILE = 64
+from .linear import AddedProduct, Product, SiluMul
 
 
 class RmsNorm(Protocol):
@@ -48,13 +45,18 @@ class Operations:
     rms_norm: RmsNorm
     apply_rotary: ApplyRotary
     linear: Product
+    add_linear: AddedProduct
+    silu_mul: SiluMul
     #: Whether layouts are flat, and the head's statistics are made by its kernel.
     kernels: bool
+    #: Rows, times the query heads that share a KV head, that one program of the attention kernel
+    #: has.
+    lanes: int = 0
 
     def tile_rows(self, num_heads: int, num_kv_heads: int) -> int | None:
         """Rows per tile of a flat layout; None where layouts are grouped."""
         shared = 1 << (num_heads // num_kv_heads - 1).bit_length()
-        return max(1, _TILE // shared) if self.kernels else None
+        return max(1, self.lanes // shared) if self.kernels else None
 
 
 TORCH = Operations(
@@ -62,6 +64,8 @@ TORCH = Operations(
     norm.rms_norm,
     rotary.apply_rotary,
     F.linear,
+    linear.add_linear,
+    linear.silu_mul,
     kernels=False,
 )
 
@@ -80,9 +84,11 @@ def choose_operations(
     """
     operations = _choose(choice, device, dtype)
     if batch_invariant and operations.kernels:
-        from .kernels.linear import invariant_linear
+        from .kernels.linear import add_invariant_linear, invariant_linear
 
-        return dataclasses.replace(operations, linear=invariant_linear)
+        return dataclasses.replace(
+            operations, linear=invariant_linear, add_linear=add_invariant_linear
+        )
     if batch_invariant and device.startswith("cuda"):
         raise InvalidConfig("DLLM_BATCH_INVARIANT: on a GPU needs kernels (DLLM_KERNELS=triton)")
     return operations
@@ -101,13 +107,13 @@ def _choose(choice: str, device: str, dtype: torch.dtype) -> Operations:
     elif not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         problem = f"needs a GPU; the device is {device} (TRITON_INTERPRET=1 runs them slowly)"
     if problem is None:
-        return _triton_operations()
+        return _triton_operations(dtype)
     if choice == "auto":
         return TORCH
     raise InvalidConfig(f"DLLM_KERNELS: {choice} {problem}")
 
 
-def _triton_operations() -> Operations:
+def _triton_operations(dtype: torch.dtype) -> Operations:
     # Not at the top: the package is optional.
     from .kernels import attention as attention_kernels
     from .kernels import norm as norm_kernels
@@ -117,5 +123,8 @@ def _triton_operations() -> Operations:
         norm_kernels.rms_norm,
         norm_kernels.apply_rotary,
         F.linear,
+        linear.add_linear_in_place,
+        norm_kernels.silu_mul,
         kernels=True,
+        lanes=attention_kernels.program_lanes(dtype),
     )

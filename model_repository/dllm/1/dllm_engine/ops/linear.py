@@ -18,11 +18,34 @@ from .quantization import is_quantized
 
 #: x [rows, in_features], weight [out_features, in_features] and bias to x @ weight.T + bias.
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+#: Residual [rows, out_features], x and weight to residual + x @ weight.T, of which the residual may
+#: be overwritten.
+AddedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
+#: See `silu_mul`.
+SiluMul = Callable[[Tensor], Tensor]
 
 #: Row count that the packed layout is chosen for; others work too.
 _ROWS_HINT = 256
 #: Of smaller weights a call of oneDNN costs more than it gains.
 _SMALLEST = 2**17
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up: [rows, 2 × n], gates before what they gate, to [rows, n]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def add_linear(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """residual + x @ weight.T; the weight may be quantised."""
+    return residual + F.linear(x, weight)
+
+
+def add_linear_in_place(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """The same where the residual lies, in one call, whose sum is rounded once."""
+    if is_quantized(weight):
+        return add_linear(residual, x, weight)
+    return residual.addmm_(x, weight.T)
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -59,13 +82,20 @@ class Linear(nn.Module):
 
     Args:
         product: makes it, where the weight is not packed.
+        added: the same where there is a residual.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, bias: bool, product: Product = F.linear
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        product: Product = F.linear,
+        added: AddedProduct = add_linear,
     ) -> None:
         super().__init__()
-        self._product = product
+        self._product, self._added = product, added
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self._packed: Tensor | None = None
@@ -77,25 +107,34 @@ class Linear(nn.Module):
             del self.weight
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """[rows, in_features] to [rows, out_features]; no residual where there is a bias."""
+        """[rows, in_features] to [rows, out_features]; no residual where there is a bias.
+
+        The residual may be overwritten.
+        """
         if residual is None:
             if self._packed is None:
                 return self._product(x, self.weight, self.bias)
             return packed_linear(x, self._packed, self.bias)
         if self._packed is None:
-            return residual + self._product(x, self.weight, None)
+            return self._added(residual, x, self.weight)
         return _packed_combined(x, residual, self._packed, "add")
 
 
 class GatedLinear(nn.Module):
     """silu(x @ gate.T) * (x @ up.T), the first half of a SwiGLU MLP; both in one weight.
 
-    See `Linear` for `product`.
+    See `Linear` for `product`; `gate` multiplies its halves where the weight is not packed.
     """
 
-    def __init__(self, in_features: int, out_features: int, product: Product = F.linear) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        product: Product = F.linear,
+        gate: SiluMul = silu_mul,
+    ) -> None:
         super().__init__()
-        self._product = product
+        self._product, self._gate = product, gate
         self.weight = nn.Parameter(torch.empty(2 * out_features, in_features))
         self._packed: tuple[Tensor, Tensor] | None = None
 
@@ -109,7 +148,6 @@ class GatedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[rows, in_features] to [rows, out_features]."""
         if self._packed is None:
-            gate, up = self._product(x, self.weight, None).chunk(2, dim=-1)
-            return F.silu(gate) * up
+            return self._gate(self._product(x, self.weight, None))
         gate, up = self._packed
         return _packed_combined(x, packed_linear(x, gate, None, "swish"), up, "mul")

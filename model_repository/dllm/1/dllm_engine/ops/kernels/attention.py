@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
@@ -11,9 +13,41 @@ from ..layout import FlatLayout, LayerPages
 from .operands import operand_type, precision
 from .selection import store_selection
 
-_BLOCK_KEYS = 64
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """What one program multiplies at once, and how."""
+
+    #: Rows, times the query heads that share a KV head.
+    lanes: int
+    keys: int
+    warps: int
+    #: Blocks of keys on their way from memory: the next is fetched while one is multiplied.
+    stages: int
+
+
+# float32 is multiplied without tensor cores, with whole operands in registers: larger tiles spill.
+_SHAPES = {4: _Shape(32, 32, 8, 2), 2: _Shape(64, 64, 4, 2)}
+
+#: Which variants there are must not depend on the batch: what lies next to each other for each
+#: sequence or tile may begin anywhere, and its number varies.
+_BY_BATCH = [
+    "tile_sequence",
+    "tile_row",
+    "row_starts",
+    "row_counts",
+    "held",
+    "tables",
+    "num_sequences",
+    "table_stride",
+]
 #: Numbers of keys, and as many of values, that one program stores.
 _STORE_NUMBERS = 2048
+
+
+def program_lanes(dtype: torch.dtype) -> int:
+    """Rows, times the query heads that share a KV head, of one program: what a tile has."""
+    return _SHAPES[dtype.itemsize].lanes
 
 
 def packed_attention(
@@ -27,6 +61,7 @@ def packed_attention(
         _store_rows(k, v, layout, pages)
     # Without pages nothing is stored, and these pointers are never followed.
     keys, values = (k, v) if pages is None else (pages.keys, pages.values)
+    shape = _SHAPES[q.element_size()]
     group = num_heads // num_kv_heads
     padded = triton.next_power_of_2(group)
     _attend[(len(layout.tile_sequence), num_kv_heads)](
@@ -56,10 +91,12 @@ def packed_attention(
         # A tile of the tensor cores has at least 16 rows.
         max(layout.tile_rows, 16 // padded),
         layout.tile_rows,
-        _BLOCK_KEYS,
+        shape.keys,
         1 if pages is None else pages.keys.shape[1],
         operand_type(q.dtype),
         precision(q.dtype),
+        num_warps=shape.warps,
+        num_stages=shape.stages,
     )
     if layout.selection is not None:
         assert pages is not None
@@ -68,6 +105,31 @@ def packed_attention(
 
 
 @triton.jit
+def _fold(
+    query,
+    keys,
+    values,
+    there,
+    scale,
+    peak,
+    total,
+    mixed,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A block of keys and values added to the online softmax; `there` [keys] says which exist."""
+    product = tl.dot(query, tl.trans(keys.to(OPERAND)), input_precision=PRECISION)
+    scores = tl.where(there[None, :], product * scale, float("-inf"))
+    highest = tl.maximum(peak, tl.max(scores, axis=1))
+    weight = tl.exp(scores - highest[:, None])
+    rescale = tl.exp(peak - highest)
+    mixed = mixed * rescale[:, None] + tl.dot(
+        weight.to(values.dtype).to(OPERAND), values.to(OPERAND), input_precision=PRECISION
+    )
+    return highest, total * rescale + tl.sum(weight, axis=1), mixed
+
+
+@triton.jit(do_not_specialize=_BY_BATCH)
 def _attend(
     q,
     k,
@@ -125,34 +187,30 @@ def _attend(
         peak = tl.full([ROW_BLOCK * GROUP_BLOCK], float("-inf"), tl.float32)
         total = tl.zeros([ROW_BLOCK * GROUP_BLOCK], tl.float32)
         mixed = tl.zeros([ROW_BLOCK * GROUP_BLOCK, DIM_BLOCK], tl.float32)
-        num_keys = tl.where(stored > 0, stored, count)
-        for first in range(0, num_keys, KEY_BLOCK):
+        # A loop for either place of the keys, since a load under a condition is not pipelined; the
+        # one that is not meant has no rounds.
+        for first in range(0, stored, KEY_BLOCK):
             n = first + tl.arange(0, KEY_BLOCK)
-            there = n < num_keys
+            there = n < stored
             both = there[:, None] & inside[None, :]
-            if stored > 0:
-                page = tl.load(
-                    tables + sequence * table_stride + n // PAGE_SIZE, mask=there, other=0
-                )
-                place = ((page * PAGE_SIZE + n % PAGE_SIZE) * KV_HEADS + kv_head) * HEAD_DIM
-                keys = tl.load(page_keys + place[:, None] + d[None, :], mask=both, other=0.0)
-                values = tl.load(page_values + place[:, None] + d[None, :], mask=both, other=0.0)
-            else:
-                key_place = (start + n) * k_stride + kv_head * HEAD_DIM
-                value_place = (start + n) * v_stride + kv_head * HEAD_DIM
-                keys = tl.load(k + key_place[:, None] + d[None, :], mask=both, other=0.0)
-                values = tl.load(v + value_place[:, None] + d[None, :], mask=both, other=0.0)
-            product = tl.dot(query, tl.trans(keys.to(OPERAND)), input_precision=PRECISION)
-            scores = product * scale
-            scores = tl.where(there[None, :], scores, float("-inf"))
-            highest = tl.maximum(peak, tl.max(scores, axis=1))
-            weight = tl.exp(scores - highest[:, None])
-            rescale = tl.exp(peak - highest)
-            total = total * rescale + tl.sum(weight, axis=1)
-            mixed = mixed * rescale[:, None] + tl.dot(
-                weight.to(values.dtype).to(OPERAND), values.to(OPERAND), input_precision=PRECISION
+            page = tl.load(tables + sequence * table_stride + n // PAGE_SIZE, mask=there, other=0)
+            place = ((page * PAGE_SIZE + n % PAGE_SIZE) * KV_HEADS + kv_head) * HEAD_DIM
+            keys = tl.load(page_keys + place[:, None] + d[None, :], mask=both, other=0.0)
+            values = tl.load(page_values + place[:, None] + d[None, :], mask=both, other=0.0)
+            peak, total, mixed = _fold(
+                query, keys, values, there, scale, peak, total, mixed, OPERAND, PRECISION
             )
-            peak = highest
+        for first in range(0, tl.where(stored > 0, 0, count), KEY_BLOCK):
+            n = first + tl.arange(0, KEY_BLOCK)
+            there = n < count
+            both = there[:, None] & inside[None, :]
+            key_place = (start + n) * k_stride + kv_head * HEAD_DIM
+            value_place = (start + n) * v_stride + kv_head * HEAD_DIM
+            keys = tl.load(k + key_place[:, None] + d[None, :], mask=both, other=0.0)
+            values = tl.load(v + value_place[:, None] + d[None, :], mask=both, other=0.0)
+            peak, total, mixed = _fold(
+                query, keys, values, there, scale, peak, total, mixed, OPERAND, PRECISION
+            )
         out_place = (start + row) * (KV_HEADS * GROUP * HEAD_DIM) + query_place
         tl.store(
             out + out_place[:, None] + d[None, :],
@@ -161,7 +219,7 @@ def _attend(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["places", "rows"])
 def _store(
     k,
     v,

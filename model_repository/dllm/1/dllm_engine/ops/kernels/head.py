@@ -210,8 +210,19 @@ def _noised_best(logits, keys, temperature, first, start, token, score, logit):
     return token, tl.where(better, highest, score), tl.where(better, value, logit)
 
 
-# The same code for any number of rows, so that it rounds the same.
-@triton.jit(do_not_specialize=["num_rows", "num_eos", "num_stop"])
+# The same code for any number of rows, so that it rounds the same; what lies next to each other for
+# each row may begin anywhere.
+@triton.jit(
+    do_not_specialize=[
+        "keys",
+        "temperature",
+        "no_eos",
+        "late_eos",
+        "num_rows",
+        "num_eos",
+        "num_stop",
+    ]
+)
 def _reduce(
     hidden,
     weight,
@@ -428,7 +439,7 @@ def _logits_of(
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _listed(
     hidden,
     weight,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
@@ -9,9 +11,20 @@ from torch import Tensor
 
 from .operands import operand_type, precision
 
-#: One choice for every number of rows: with another tile a row's sum may be taken in another
-#: order, as it is by libraries that choose by shape.
-_ROWS, _COLUMNS, _INNER = 64, 128, 64
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """Rows, columns and inner dimensions that are multiplied at once, and by how many warps."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+
+
+# One choice for every number of rows: with another tile a row's sum may be taken in another order,
+# as it is by libraries that choose by shape. Operands of float32 lie in registers.
+_SHAPES = {4: _Shape(64, 128, 32, 8), 2: _Shape(64, 128, 64, 4)}
 
 
 def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -25,10 +38,11 @@ def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     x, weight = x.contiguous(), weight.contiguous()
     rows, inner = x.shape
     columns = weight.shape[0]
+    shape = _SHAPES[x.element_size()]
     out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     if rows:
         # Rows go first: programs that run together share columns of the weight.
-        grid = (triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS))
+        grid = (triton.cdiv(rows, shape.rows), triton.cdiv(columns, shape.columns))
         _linear[grid](
             x,
             weight,
@@ -38,16 +52,23 @@ def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
             columns,
             inner,
             bias is not None,
-            _ROWS,
-            _COLUMNS,
-            _INNER,
+            shape.rows,
+            shape.columns,
+            shape.inner,
             operand_type(x.dtype),
             precision(x.dtype),
+            num_warps=shape.warps,
         )
     return out
 
 
-@triton.jit
+def add_invariant_linear(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """residual + x @ weight.T, with the same promise."""
+    return residual + invariant_linear(x, weight)
+
+
+# One compilation for any number of rows.
+@triton.jit(do_not_specialize=["rows"])
 def _linear(
     x,
     weight,

@@ -1,4 +1,4 @@
-"""RMSNorm and rotary embedding, each in one pass over its rows."""
+"""RMSNorm, rotary embedding and the gate of an MLP, each in one pass over its rows."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from torch import Tensor
 
 #: Numbers that one program works on: enough to keep its threads busy, few enough for registers.
 _NUMBERS = 4096
+#: Gated numbers of a row that one program makes; it reads two for each.
+_GATED = 2048
 
 
-@triton.jit
+# One compilation for any number of rows, here and below.
+@triton.jit(do_not_specialize=["rows"])
 def _rms_norm(
     x, weight, out, rows, eps, DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr
 ):
@@ -39,7 +42,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _rotary(
     x,
     cos,
@@ -82,3 +85,29 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         grid = (triton.cdiv(pairs, per_program),)
         _rotary[grid](x, cos, sin, pairs, x.stride(0), heads, half, columns, per_program)
     return x
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _silu_mul(gate_up, out, rows, DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    there = (row < rows) & (column < DIM)
+    place = gate_up + row * (2 * DIM) + column
+    gate = tl.load(place, mask=there, other=0.0).to(tl.float32)
+    up = tl.load(place + DIM, mask=there, other=0.0).to(tl.float32)
+    # Rounded before it is multiplied, as torch's two operations do.
+    silu = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + row * DIM + column, (silu * up).to(out.dtype.element_ty), mask=there)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """See `ops.linear.silu_mul`."""
+    gate_up = gate_up.contiguous()
+    rows, dim = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(rows, dim, dtype=gate_up.dtype, device=gate_up.device)
+    columns = min(_GATED, triton.next_power_of_2(dim))
+    per_program = _GATED // columns
+    if rows:
+        grid = (triton.cdiv(rows, per_program), triton.cdiv(dim, columns))
+        _silu_mul[grid](gate_up, out, rows, dim, columns, per_program)
+    return out

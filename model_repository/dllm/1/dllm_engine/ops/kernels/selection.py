@@ -10,7 +10,36 @@ from torch import Tensor
 from ..layout import FlatLayout, FlatSelection, LayerPages
 from .operands import operand_type, precision
 
-_BLOCK = 32
+#: Rows and candidates that are multiplied at once, and by how many warps, by bytes of a number:
+#: float32 is multiplied with whole operands in registers.
+_SCORED = {4: (16, 8), 2: (32, 4)}
+#: Candidates that are moved at once.
+_MOVED = 32
+#: A kernel that keeps the best is compiled for powers of two of candidates, from this one on.
+_LEAST_CANDIDATES = 1024
+#: Candidates for each warp of it, within what its threads have registers for.
+_WARP_CANDIDATES = 512
+#: What lies next to each other for each sequence may begin anywhere, and its number varies.
+_BY_SEQUENCE = [
+    "row_starts",
+    "row_counts",
+    "tables",
+    "keep",
+    "block_start",
+    "window_start",
+    "window_end",
+    "pool_kernel",
+    "max_candidates",
+    "table_stride",
+]
+
+
+def candidate_sizes(longest: int) -> list[int]:
+    """Largest numbers of candidates of each compilation that sequences of up to `longest` need."""
+    sizes = [_LEAST_CANDIDATES]
+    while sizes[-1] < longest:
+        sizes.append(2 * sizes[-1])
+    return sizes
 
 
 def store_selection(q: Tensor, k: Tensor, v: Tensor, layout: FlatLayout, pages: LayerPages) -> None:
@@ -31,7 +60,8 @@ def score_positions(q: Tensor, k: Tensor, layout: FlatLayout, selection: FlatSel
     sequences = len(layout.row_starts)
     shape = (sequences, num_kv_heads, selection.max_candidates)
     scores = torch.empty(shape, dtype=torch.float32, device=q.device)
-    blocks = triton.cdiv(selection.max_candidates, _BLOCK)
+    block, warps = _SCORED[q.element_size()]
+    blocks = triton.cdiv(selection.max_candidates, block)
     _score[(blocks, sequences, num_kv_heads)](
         q,
         k,
@@ -50,14 +80,15 @@ def score_positions(q: Tensor, k: Tensor, layout: FlatLayout, selection: FlatSel
         num_heads // num_kv_heads,
         head_dim,
         max(16, triton.next_power_of_2(head_dim)),
-        _BLOCK,
+        block,
         operand_type(q.dtype),
         precision(q.dtype),
+        num_warps=warps,
     )
     return scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_BY_SEQUENCE)
 def _score(
     q,
     k,
@@ -135,6 +166,7 @@ def store_best(
     """Pool the scores, keep the best, and write their keys and values, in one launch."""
     sequences, num_kv_heads, max_candidates = scores.shape
     head_dim = k.shape[2]
+    size = candidate_sizes(max_candidates)[-1]
     order = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
     _keep[(sequences, num_kv_heads)](
         scores,
@@ -157,13 +189,14 @@ def store_best(
         num_kv_heads,
         head_dim,
         triton.next_power_of_2(head_dim),
-        triton.next_power_of_2(max_candidates),
-        _BLOCK,
+        size,
+        _MOVED,
         pages.keys.shape[1],
+        num_warps=min(16, max(4, size // _WARP_CANDIDATES)),
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_BY_SEQUENCE)
 def _keep(
     scores,
     order,
