@@ -1,0 +1,34 @@
+"""The interpreter multiplies matrices as a GPU does: a row's result depends on that row alone.
+
+It hands `tl.dot` to numpy's BLAS, whose kernels for some processors round a row differently from
+one place in the matrix to another, which no tensor core does. In float64, rounded once, the place
+does not matter.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def products_of_rows_alone() -> Iterator[None]:
+    """Replace the interpreter's product where it is in use."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from triton.runtime import interpreter
+
+    def dot(_: Any, a: Any, b: Any, d: Any, *_precision: Any) -> Any:
+        assert a.data.dtype.kind == b.data.dtype.kind == "f"
+        product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64))
+        total = product.astype(d.data.dtype) + d.data
+        return interpreter.TensorHandle(total, d.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+        yield
