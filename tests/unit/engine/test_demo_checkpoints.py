@@ -18,7 +18,7 @@ RULES: list[dict[str, Any]] = [
     {"confidence_threshold": 0.9},
     {"alg": "origin"},
     {"alg": "entropy", "alg_temp": 0.1},
-    {"cache": "sparse"},
+    {"cache": "sparse", "retention_ratio": 0.75},
     {"cache": "dual", "confidence_threshold": 0.9},
 ]
 
