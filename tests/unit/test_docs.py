@@ -10,7 +10,7 @@ import pytest
 from dllm_engine import EngineConfig
 
 from adapter.settings import Settings as AdapterSettings
-from benchmarks import precision, quality
+from benchmarks import parallel, precision, quality
 from launcher.settings import Settings as LauncherSettings
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +68,21 @@ def test_the_latencies_on_the_page_are_those_of_the_results() -> None:
             real = [f"{figures['real'][q]:.2f} s" for q in ("p50", "p95", "p99")]
             row = [load["name"], system, *real, f"{figures['simulated']['p99']:.2f} s"]
             assert f"| {' | '.join(row)} |" in page
+
+
+def test_the_performance_page_shows_parallel_decoding_as_measured() -> None:
+    """Its table is the one that benchmarks/parallel.py makes of its results."""
+    result = json.loads((ROOT / "benchmarks/results/parallel.json").read_text())
+    table = parallel.table(result["answers_per_second"])
+    assert f"\n\n{table}\n\n" in (ROOT / "docs/performance.md").read_text()
+
+
+def test_the_performance_page_shows_where_a_step_goes_as_measured() -> None:
+    """Every share of step_profile.json has its row."""
+    page = (ROOT / "docs/performance.md").read_text()
+    shares = json.loads((ROOT / "benchmarks/results/step_profile.json").read_text())["shares"]
+    shown = re.findall(r"^\| .+ \| (\d+\.\d%) \|$", page.partition("## Throughput")[0], re.M)
+    assert shown == [f"{share:.1%}" for share in shares.values()]
 
 
 def test_the_first_release_of_the_changelog_is_the_packages() -> None:
