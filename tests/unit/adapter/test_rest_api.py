@@ -23,8 +23,6 @@ from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute, iter_route_contexts
 
 from adapter.errors import InvalidRequest
-from adapter.generation import Verdict
-from adapter.jobs.service import CHECK_SECONDS
 
 
 @pytest.fixture
@@ -82,89 +80,6 @@ async def test_batch_gets_consecutive_ids(api: RunningApp) -> None:
 
     assert answer.json() == {"request_ids": [0, 1], "status": "submitted"}
     assert [(await api.result(n))["status"] for n in (0, 1)] == ["finished"] * 2
-
-
-async def test_what_the_engine_would_refuse_is_not_queued(
-    api: RunningApp, engine: ScriptedEngine
-) -> None:
-    """What only the engine can judge is refused at submission, in its words."""
-    await until(lambda: api.monitor.state.ok)
-    engine.verdicts["bad"] = Verdict("steps: must be at least 2; got 1")
-    found = await problems(api, "/v1/generate", {"prompt": "bad", "steps": 1})
-
-    assert found == [("body.steps", "must be at least 2; got 1")]
-    assert engine.requests == []
-    assert await api.submit() == 0
-
-
-async def test_refused_prompt_of_a_batch_is_named(api: RunningApp, engine: ScriptedEngine) -> None:
-    """The first that would be refused is named, unless all would be, and none is queued."""
-    await until(lambda: api.monitor.state.ok)
-    engine.verdicts["long"] = Verdict("gen_length: too much")
-    engine.room = 3
-    for prompts, problem in (
-        (["short", "long", "short", "long"], ("body.prompts.1", "gen_length: too much")),
-        (["long", "long"], ("body.gen_length", "too much")),
-    ):
-        found = await problems(api, "/v1/generate_batch", {"prompts": prompts})
-        assert found == [problem]
-    assert await api.submit() == 0
-
-
-async def test_engine_is_asked_once_about_what_fits(
-    api: RunningApp, engine: ScriptedEngine
-) -> None:
-    """Other words and seeds are no reason to ask again; more words than fit are, and new ids."""
-    await until(lambda: api.monitor.state.ok)
-    engine.room = 10
-    for fields in (
-        {"prompt": "a first one", "seed": 1},
-        {"prompt": "any other", "seed": 2},
-        {"prompt": "more than ten bytes"},
-        {"prompt": "any other", "steps": 8},
-        {"prompt": "any other", "raw": True},
-        {"messages": [{"role": "user", "content": "any other"}]},
-        {"messages": [{"role": "system", "content": "any other"}]},
-        {"input_ids": [1, 2]},
-        {"input_ids": [1, 2]},
-    ):
-        assert (await api.client.post("/v1/generate", json=fields)).status_code == 200
-
-    asked = [{k: v for k, v in request.items() if k != "seed"} for request in engine.checked]
-    rest = {"temperature": 0.0, "gen_length": 32}
-    user = '[{"role": "user", "content": "%s"}]'
-    assert asked == [
-        rest | {"messages": user % "a first one"},
-        rest | {"messages": user % "more than ten bytes"},
-        rest | {"steps": 8, "messages": user % "any other"},
-        rest | {"text_input": "any other"},
-        rest | {"messages": '[{"role": "system", "content": "any other"}]'},
-        rest | {"input_ids": [1, 2]},
-        rest | {"input_ids": [1, 2]},
-    ]
-
-
-async def test_another_engine_is_asked_again(api: RunningApp, engine: ScriptedEngine) -> None:
-    """What the one before it said does not hold for an engine that was started since."""
-    await until(lambda: api.monitor.state.ok)
-    await api.submit()
-    engine.alive = False
-    api.monitor.suspect()
-    await until(lambda: engine.reloads == 1 and api.monitor.state.ok)
-    await api.submit()
-
-    assert len(engine.checked) == 2
-
-
-@pytest.mark.parametrize("trouble", ["dead", "silent"])
-async def test_engine_that_does_not_answer_keeps_nobody_from_submitting(
-    api: RunningApp, engine: ScriptedEngine, trouble: str
-) -> None:
-    """Jobs are taken while the engine is away, and judged when they run."""
-    await until(lambda: api.monitor.state.ok)
-    engine.alive, engine.check_hangs = trouble != "dead", True
-    async with asyncio.timeout(CHECK_SECONDS + 2):
-        assert await api.submit() == 0
 
 
 async def test_engine_refusal_fails_the_job(api: RunningApp, engine: ScriptedEngine) -> None:
