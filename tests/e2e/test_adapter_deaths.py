@@ -141,6 +141,7 @@ def test_killed_instance(start_adapter: StartAdapter, paired: TritonServer) -> N
     some_finished(adapter, jobs)
     stub_of(paired, "dllm", 1).kill()
     eventually(noticed, "the death is noticed")
+    assert "running" in adapter.statuses(jobs), "too late: all jobs were done"
     eventually(lambda: adapter.health() == 200, "both are replaced")
     assert stub_of(paired, "dllm", 1).is_running()
     assert len({adapter.finished(job) for job in jobs}) == len(jobs)
