@@ -4,12 +4,13 @@ import itertools
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from dllm_engine import LLM, SamplingParams
 from dllm_engine.decoding import ALG, REMASKING, Rule, Score
 from dllm_engine.sampling import BlockStatistics, CommitPlan, select_commits
-from dllm_engine.sampling.commit import dream_chances, dream_count, linear_count
+from dllm_engine.sampling.schedule import dream_chances, dream_count, linear_count
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,9 +54,7 @@ def chosen(statistics: BlockStatistics, **columns: float) -> list[int]:
 @given(st.integers(0, 300), st.integers(1, 300))
 def test_llada_splits_masks_evenly_remainder_first(num_masks: int, steps: int) -> None:
     """The counts of all steps are the even split of the block's masks (LLaDA)."""
-    counts = linear_count(
-        torch.full((steps,), num_masks), torch.full((steps,), steps), torch.arange(steps)
-    )
+    counts = linear_count(np.full(steps, num_masks), np.full(steps, steps), np.arange(steps))
     assert counts.tolist() == split_evenly(num_masks, steps)
 
 
@@ -68,7 +67,7 @@ def test_dreams_schedule_is_its_own_loop(num_masks: int, steps: int) -> None:
         masks = torch.tensor(float(left))
         share = 1 - times[i + 1] / times[i]
         expected = left if i == steps - 1 else int(masks * share)
-        assert dream_count(torch.tensor([left]), chance[None]).tolist() == [expected]
+        assert dream_count(np.array([left]), chance).tolist() == [expected]
         left -= expected
     assert left == 0
 

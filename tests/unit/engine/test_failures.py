@@ -66,7 +66,6 @@ def break_layouts(engine: Engine, monkeypatch: pytest.MonkeyPatch, error: Except
 
     def fail_on_nine(slot: int, prompt: Prompt, params: SamplingParams) -> None:
         if params.gen_length == 9:
-            table._facts.pop(slot, None)
             table.tokens[slot] = -1
             raise error
         fill(slot, prompt, params)

@@ -5,11 +5,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from dllm_engine import LLM, CanvasUpdate, Completion, EngineConfig, Prompt, SamplingParams
 from dllm_engine.canvas import CanvasTable
-from dllm_engine.sampling import SpecialTokens
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -153,12 +153,12 @@ def test_every_rule_equals_the_reference_beside_longer_blocks(
 def test_confidence_past_the_end_of_a_shorter_block_is_nobodys(subject: Subject) -> None:
     """Columns that only a longer neighbour has hold −1, whatever the block's start was committed
     with, since they repeat its position."""
-    mask = IDS[subject.family].mask
     table = CanvasTable(
         2,
         16,
         8,
-        special=SpecialTokens(mask, torch.tensor([501]), torch.tensor([501])),
+        mask=IDS[subject.family].mask,
+        stop=np.array([501]),
         shifted=subject.family == "dream",
         device="cpu",
     )
@@ -167,13 +167,14 @@ def test_confidence_past_the_end_of_a_shorter_block_is_nobodys(subject: Subject)
         params = SamplingParams(gen_length=8, block_length=length).with_cache_defaults(defaults)
         table.fill(slot, Prompt([5, 6]), params.resolved())
     state = table.state([0, 1])
-    at = torch.tensor([2, 2]), torch.tensor([True, True]), torch.tensor([7, 7])
-    table.commit(state.slots, state.slots, *at, torch.tensor([0.5, 0.25]))
-    positions, masked = table.block_positions(state, 8)
-    assert positions[0].tolist() == [2, 3, 4] + [2] * 5
-    assert masked.sum(dim=1).tolist() == [2, 7]
-    confidence = table.block_confidence(state, positions)
-    assert confidence.tolist() == [[0.5] + [-1.0] * 7, [0.25] + [-1.0] * 7]
+    blocks = table.blocks(state)
+    assert blocks.masked.sum(axis=1).tolist() == [3, 8]
+    first = blocks.column == 0
+    confidence = np.where(blocks.request == 0, 0.5, 0.25)
+    table.advance(state, blocks, np.where(first, 7, -1), confidence)
+    state = table.state([0, 1])
+    assert table.blocks(state).masked.sum(axis=1).tolist() == [2, 7]
+    assert table.block_confidence(state).tolist() == [[0.5] + [-1.0] * 7, [0.25] + [-1.0] * 7]
 
 
 def test_credit_equals_its_definition_and_touches_no_neighbour(subject: Subject) -> None:

@@ -4,36 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
-import torch.nn.functional as F
+import numpy as np
 from torch import Tensor
 
 from .cache import KVPages
-from .canvas import CanvasTable
-from .layout import Sequences, StepSize, flat_layout, grouped_layout
-from .ops import Layout
-from .sampling import CommitPlan, Credits, RowSampling, SamplingFlags
+from .canvas import Blocks, CanvasTable
+from .decoding import Rule, Score
+from .layout import Sequences, flat_layout, grouped_layout
+from .ops import Array, Layout, Upload
+from .sampling import CommitPlan, CreditRows, RowSampling, SamplingFlags
 from .sampling.rows import ROW_MULTIPLE
-from .slot_facts import SlotFacts
-from .slot_state import SlotState
+from .slots import SlotState
 
 
 @dataclasses.dataclass(frozen=True)
 class StepBatch:
-    """Everything one step needs, as tensors; R requests, M masked positions in active blocks."""
+    """Everything one step needs; R requests, M masked positions in active blocks.
 
-    #: Of the R requests, ordered as the rows are.
+    Tensors hold it once the upload they were made with is sent.
+    """
+
+    #: Of the R requests, ordered as the rows are, on the host.
     state: SlotState
+    blocks: Blocks
     #: [rows] int64; inputs of the model, padded to a multiple of `ROW_MULTIPLE`.
     input_ids: Tensor
     positions: Tensor
     layout: Layout
-    #: [R, block] int64 and bool: positions of the active blocks, and which are masked.
-    block_positions: Tensor
-    block_masked: Tensor
-    #: [M] int64: where each masked position stands in these, in row-major order.
-    request: Tensor
-    column: Tensor
+    #: [R, block] bool: positions of the active blocks that are masked.
+    masked: Tensor
+    #: [M] int64: where in these each of them stands.
+    place: Tensor
     #: [M] int64: packed row whose hidden state predicts each masked position.
     rows: Tensor
     #: [M] int64: packed row of its unconditional twin; equal to `rows` without guidance.
@@ -44,12 +45,18 @@ class StepBatch:
     plan: CommitPlan
     #: Whether any request needs entropies or margins.
     needs_spread: bool
-    #: Credit of the M positions, or None where no request uses it.
-    credits: Credits | None
+    #: [R, block] float32, what committed positions were committed with; None: no rule asks.
+    committed: Tensor | None
+    #: Where the credit of the M positions is, or None where no request uses it.
+    credit_rows: CreditRows | None
 
 
 def build_batch(
-    table: CanvasTable, pages: KVPages, chosen: list[int], tile_rows: int | None = None
+    table: CanvasTable,
+    pages: KVPages,
+    chosen: list[int],
+    upload: Upload,
+    tile_rows: int | None = None,
 ) -> StepBatch:
     """Lay out one step of the requests in these slots.
 
@@ -58,89 +65,109 @@ def build_batch(
     position is predicted from the one before it, the first from itself (Dream).
 
     Args:
-        tile_rows: rows per tile of a flat layout; None: sequences are grouped by shape. A flat
-            layout is made without waiting for the device.
+        tile_rows: rows per tile of a flat layout; None: sequences are grouped by shape.
     """
-    facts = table.facts(chosen)
-    size = StepSize.of(facts)
-    sequences = Sequences.of(table, pages, table.state(chosen), size, grouped=tile_rows is None)
+    sequences = Sequences.of(table, pages, table.state(chosen), grouped=tile_rows is None)
     state = sequences.requests
     if tile_rows is None:
-        layout: Layout = grouped_layout(pages, sequences)
+        layout: Layout = grouped_layout(pages, sequences, upload)
     else:
-        layout = flat_layout(pages, sequences, size, tile_rows)
-
-    block_positions, block_masked = table.block_positions(state, size.block)
-    num_masked = sum(fact.masked for fact in facts)
-    request, column = torch.nonzero_static(block_masked, size=num_masked).unbind(1)
-    position = block_positions[request, column]
-    predictor = (position - 1).clamp(min=0) if table.shifted else position
-    of_position = state.take(request)
-    rows = uncond_rows = sequences.row_of[sequences.first_copy[request], predictor]
-    if size.guided:
-        twin = sequences.first_copy[request] + (of_position.cfg_scale > 0).to(torch.int64)
-        uncond_rows = sequences.row_of[twin, predictor]
+        layout = flat_layout(pages, sequences, tile_rows, upload)
+    blocks = table.blocks(state)
+    request, positions = blocks.request, blocks.positions
+    predictor = np.maximum(positions - 1, 0) if table.shifted else positions
+    first = sequences.first_copy[request]
+    rows = uncond_rows = upload(sequences.row_of(first, predictor))
+    guided = (state.cfg_scale > 0).any()
+    if guided:
+        twin = first + (state.cfg_scale[request] > 0)
+        uncond_rows = upload(sequences.row_of(twin, predictor))
+    plan = _plan(table, state, blocks, upload)
     return StepBatch(
         state=state,
-        input_ids=_pad(_input_ids(table, sequences, guided=size.guided)),
-        positions=_pad(sequences.positions),
+        blocks=blocks,
+        input_ids=upload(_padded(_input_ids(table, sequences))),
+        positions=upload(_padded(sequences.positions)),
         layout=layout,
-        block_positions=block_positions,
-        block_masked=block_masked,
-        request=request,
-        column=column,
+        masked=upload(blocks.masked),
+        place=upload(blocks.place),
         rows=rows,
         uncond_rows=uncond_rows,
-        cfg_scale=of_position.cfg_scale if size.guided else None,
-        sampling=RowSampling(
-            temperature=of_position.temperature,
-            seed=of_position.seed,
-            step=of_position.step,
-            position=position,
-            top_p=of_position.top_p,
-            top_k=of_position.top_k,
-            tempered=of_position.tempered,
-            no_eos=of_position.no_eos,
-            late_eos=of_position.late_eos,
-            flags=SamplingFlags.of_all(fact.sampling for fact in facts),
-            num_whole=sum(fact.masked for fact in facts if fact.sampling.whole),
+        cfg_scale=upload(state.cfg_scale[request]) if guided else None,
+        sampling=_sampling(state, blocks, upload),
+        plan=plan,
+        needs_spread=bool(state.needs_spread.any()),
+        committed=upload(table.block_confidence(state))
+        if Rule.LOCAL_LEAP in plan.rules_in_use
+        else None,
+        credit_rows=_credit_rows(state, blocks, upload) if state.uses_credit.any() else None,
+    )
+
+
+def _sampling(state: SlotState, blocks: Blocks, upload: Upload) -> RowSampling:
+    request = blocks.request
+
+    def column(values: Array) -> Tensor:
+        return upload(values[request])
+
+    return RowSampling(
+        temperature=column(state.temperature),
+        seed=column(state.seed),
+        step=column(state.step),
+        position=upload(blocks.positions),
+        top_p=column(state.top_p),
+        top_k=column(state.top_k),
+        tempered=column(state.tempered),
+        no_eos=column(state.no_eos),
+        late_eos=column(state.late_eos),
+        flags=SamplingFlags(
+            noisy=bool((state.temperature > 0).any()),
+            whole=bool(state.whole.any()),
+            top_p=bool((state.top_p < 1).any()),
+            top_k=int(state.top_k.max()),
+            no_eos=bool(state.no_eos.any()),
+            late_eos=bool(state.late_eos.any()),
         ),
-        plan=_plan(table, facts, state, block_masked),
-        needs_spread=any(fact.needs_spread for fact in facts),
-        credits=table.credits(chosen, of_position, column),
+        num_whole=int(state.whole[request].sum()),
     )
 
 
-def _plan(
-    table: CanvasTable, facts: list[SlotFacts], state: SlotState, block_masked: Tensor
-) -> CommitPlan:
-    tempered = any(fact.tempered for fact in facts)
-    count, chance = table.commit_counts(state, block_masked, tempered=tempered)
+def _plan(table: CanvasTable, state: SlotState, blocks: Blocks, upload: Upload) -> CommitPlan:
+    count, chance = table.commit_counts(state, blocks)
     return CommitPlan(
-        score=state.score,
-        rule=state.rule,
-        rules_in_use=frozenset(fact.rule for fact in facts),
-        scores_in_use=frozenset(fact.score for fact in facts),
-        draws=any(fact.draws for fact in facts),
-        count=count,
-        chance=chance,
-        bound=state.bound,
-        second_bound=state.second_bound,
-        alg_temp=state.alg_temp,
-        seed=state.seed,
-        step=state.step,
-        block_start=state.block_start,
+        score=upload(state.score),
+        rule=upload(state.rule),
+        rules_in_use=frozenset(map(Rule, set(state.rule.tolist()))),
+        scores_in_use=frozenset(map(Score, set(state.score.tolist()))),
+        draws=bool((state.alg_temp > 0).any()),
+        count=upload(count),
+        chance=upload(chance),
+        bound=upload(state.bound),
+        second_bound=upload(state.second_bound),
+        alg_temp=upload(state.alg_temp),
+        seed=upload(state.seed),
+        step=upload(state.step),
+        block_start=upload(state.block_start),
     )
 
 
-def _input_ids(table: CanvasTable, sequences: Sequences, *, guided: bool) -> Tensor:
+def _credit_rows(state: SlotState, blocks: Blocks, upload: Upload) -> CreditRows:
+    uses = state.uses_credit[blocks.request]
+    # A block begins with none; what stands there is another block's.
+    empty = ~uses | (state.block_age[blocks.request] == 0)
+    return CreditRows(upload(blocks.slots), upload(blocks.column), upload(uses), upload(empty))
+
+
+def _input_ids(table: CanvasTable, sequences: Sequences) -> Array:
     slots, positions = sequences.state.slots[sequences.owner], sequences.positions
-    ids = table.tokens[slots, positions]
-    if not guided:
-        return ids
-    hidden_prompt = (sequences.twin[sequences.owner] == 1) & table.given[slots, positions]
-    return ids.masked_fill(hidden_prompt, table.special.mask)
+    ids: Array = table.tokens[slots, positions]
+    if sequences.twin.any():
+        hidden = (sequences.twin[sequences.owner] == 1) & table.given[slots, positions]
+        ids[hidden] = table.mask
+    return ids
 
 
-def _pad(rows: Tensor) -> Tensor:
-    return F.pad(rows, (0, -len(rows) % ROW_MULTIPLE))
+def _padded(rows: Array) -> Array:
+    padded = np.zeros(len(rows) + -len(rows) % ROW_MULTIPLE, np.int64)
+    padded[: len(rows)] = rows
+    return padded

@@ -1,7 +1,8 @@
-"""The state of every running request, as tensors: one row ("slot") per request.
+"""The state of every running request, as arrays on the host: one row ("slot") per request.
 
-Canvases, masks, schedules and parameters lie side by side so that a step reads and commits all
-requests with the same few tensor operations, however many there are.
+Canvases, masks, schedules and parameters lie side by side so that a step is planned and committed
+for all requests with the same few operations, however many there are. The device is sent what a
+step is made of and says what it has decoded (docs/decisions/022).
 """
 
 from __future__ import annotations
@@ -9,24 +10,21 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from .cache.policy import ActiveState, CachePolicy, Phases
+from .cache import Phases, unfinished
 from .config import EngineConfig
-from .decoding import Rule
 from .models import ModelSpec
-from .ops import upload
+from .ops import Array
 from .request import Prompt, SamplingParams
-from .sampling import LISTED, Credits, SpecialTokens
-from .sampling.commit import dream_chances, dream_count, linear_count
-from .slot_facts import SlotFacts
-from .slot_state import SlotState, SlotTable
+from .sampling import CreditLists
+from .sampling.schedule import dream_chances, dream_count, linear_count
+from .slots import SlotState, SlotTable
 
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What the host must know of each stepped request after a step."""
+    """What has become of each stepped request."""
 
     slots: list[int]
     #: Whether no mask is left in the canvas.
@@ -41,390 +39,306 @@ class StepResult:
 
 
 class Canvas(NamedTuple):
-    """What stands on one request's canvas, on the CPU: [gen_length] int32 and float32."""
+    """What stands on one request's canvas: [gen_length] int32 and float32."""
 
-    tokens: Tensor
+    tokens: Array
     #: −1 where masked.
-    confidence: Tensor
+    confidence: Array
 
     @classmethod
     def empty(cls, gen_length: int, mask: int) -> Canvas:
         """Nothing but masks."""
-        tokens = torch.full((gen_length,), mask, dtype=torch.int32)
-        return cls(tokens, torch.full((gen_length,), -1.0))
+        return cls(np.full(gen_length, mask, np.int32), np.full(gen_length, -1.0, np.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """The active blocks of R requests, and the M positions that are masked in them.
+
+    Those are in row-major order of the [R, width] matrix of blocks; all int64 unless said
+    otherwise.
+    """
+
+    #: [R, width] bool.
+    masked: Array
+    #: [M]; request, and where in its block it stands; place in the matrix.
+    request: Array
+    column: Array
+    place: Array
+    #: [M]; slot, and position in the sequence.
+    slots: Array
+    positions: Array
 
 
 class CanvasTable:
     """`num_slots` sequences of up to `max_len` tokens and what their denoising needs.
 
-    All integers are int64 unless said otherwise, all on `device`. Blocks are no longer than
-    `max_block`.
+    Canvases, and so blocks, are no longer than `max_canvas`. All arrays by canvas begin with its
+    first position, wherever in the sequence that is.
     """
 
     def __init__(
         self,
         num_slots: int,
         max_len: int,
-        max_block: int,
+        max_canvas: int,
         *,
-        special: SpecialTokens,
+        mask: int,
+        stop: Array,
         shifted: bool,
         device: str,
     ) -> None:
-        self.special = special
-        self.shifted = shifted
-        self.device = device
-        #: [slots, max_len]; prompt, canvas, suffix; the mask token where masked.
-        self.tokens = torch.zeros(num_slots, max_len, dtype=torch.int64, device=device)
-        #: [slots, max_len] bool; positions still to be decoded. Not read off the tokens, so
-        #: that a mask token in a prompt stays what it is.
-        self.masked = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)
+        self.mask, self.shifted = mask, shifted
+        self._stop = stop
+        self._device = device
+
+        def by_canvas(value: float, dtype: type) -> Array:
+            return np.full((num_slots, max_canvas), value, dtype)
+
+        #: [slots, max_len] int64; prompt, canvas, suffix; the mask token where masked.
+        self.tokens = np.zeros((num_slots, max_len), np.int64)
         #: [slots, max_len] bool; positions that the request came with.
-        self.given = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)
-        #: [slots, max_len]; probability at commit, −1 elsewhere.
-        self.confidence = torch.zeros(num_slots, max_len, device=device)
-        self._slots = SlotTable(num_slots, device)
+        self.given = np.zeros((num_slots, max_len), np.bool_)
+        #: [slots, max_canvas] bool; positions still to be decoded. Not read off the tokens, so
+        #: that a mask token in a prompt stays what it is.
+        self._masked = by_canvas(False, np.bool_)
+        #: [slots, max_canvas] bool; positions that the step before committed.
+        self._recent = by_canvas(False, np.bool_)
+        #: [slots, max_canvas] bool; committed tokens that end the request.
+        self._ends = by_canvas(False, np.bool_)
+        #: [slots, max_canvas] float32; probability at commit, −1 elsewhere.
+        self._confidence = by_canvas(-1.0, np.float32)
         #: [slots, max_len] float32; Dream's share of the masks for each step of the schedule.
-        self.chance = torch.zeros(num_slots, max_len, device=device)
-        #: [slots, max_len] bool; positions that the step before committed.
-        self.recent = torch.zeros(num_slots, max_len, dtype=torch.bool, device=device)
-        #: [slots, max_block, listed] int32 and float32; credit in the active block. Of a block's
-        #: first step, and of requests without credit, it means nothing and is never read.
-        listed = (num_slots, max_block, LISTED)
-        self._credit_tokens = torch.empty(listed, dtype=torch.int32, device=device)
-        self._credit_values = torch.empty(listed, device=device)
-        self._facts: dict[int, SlotFacts] = {}
+        self._chance = np.zeros((num_slots, max_len), np.float32)
+        self._slots = SlotTable(num_slots)
+        #: Credit of the active blocks, on the device.
+        self.credits = CreditLists(num_slots, max_canvas, device)
 
     @classmethod
     def of(
-        cls, config: EngineConfig, spec: ModelSpec, *, special: SpecialTokens, device: str
+        cls, config: EngineConfig, spec: ModelSpec, stop_token_ids: tuple[int, ...], *, device: str
     ) -> CanvasTable:
         """For as many requests as `config` lets run, as long as it and the model let them be."""
         longest = spec.max_model_len
-        block = min(config.max_gen_length or longest, longest)
         return cls(
             config.max_num_seqs,
             longest,
-            block,
-            special=special,
+            min(config.max_gen_length or longest, longest),
+            mask=spec.mask_token_id,
+            stop=np.array(stop_token_ids, np.int64),
             shifted=spec.shifted,
             device=device,
         )
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the table, whatever runs: nothing is added later."""
-        mine = sum(each.nbytes for each in vars(self).values() if isinstance(each, Tensor))
-        return mine + self._slots.num_bytes
-
-    def facts(self, slots: list[int]) -> list[SlotFacts]:
-        """What the host knows of the requests in `slots`."""
-        return [self._facts[slot] for slot in slots]
+        """Device memory of the table, whatever runs: nothing is added later."""
+        if self._device != "cpu":
+            return self.credits.num_bytes
+        here = [each.nbytes for each in vars(self).values() if isinstance(each, np.ndarray)]
+        return self.credits.num_bytes + sum(here) + self._slots.num_bytes
 
     def fill(self, slot: int, prompt: Prompt, params: SamplingParams) -> None:
         """Lay out a new request in `slot`; `params` must be resolved."""
-        facts = self._facts[slot] = SlotFacts.of(prompt, params, self.special.mask)
-        region = facts.canvas
-        canvas = prompt.canvas_ids or [self.special.mask] * params.gen_length
-        everything = torch.tensor([*prompt.ids, *canvas, *prompt.suffix_ids])
-        self.tokens[slot, : facts.length] = upload(everything, self.device)
-        self.masked[slot] = False
-        self.masked[slot, region] = self.tokens[slot, region] == self.special.mask
-        self.given[slot] = ~self.masked[slot]
-        self.confidence[slot] = -1.0
-        self.recent[slot] = False
-        self._slots.fill(slot, _numbers(prompt, params, facts))
+        canvas = prompt.canvas_ids or [self.mask] * params.gen_length
+        everything = np.array([*prompt.ids, *canvas, *prompt.suffix_ids], np.int64)
+        start, length = len(prompt.ids), params.gen_length
+        masked = everything[start : start + length] == self.mask
+        self.tokens[slot, : len(everything)] = everything
+        self.given[slot] = True
+        self.given[slot, start : start + length] = ~masked
+        self._masked[slot] = False
+        self._masked[slot, :length] = masked
+        self._recent[slot] = False
+        self._ends[slot] = False
+        self._confidence[slot] = -1.0
         if params.alg:
             chances = [dream_chances(steps) for _, _, steps in blocks_of(params)]
-            self.chance[slot, : params.steps] = upload(torch.cat(chances), self.device)
-        first = self.state([slot])
-        self._slots.change(first.slots, self._enter_block(first, [slot])[0])
-
-    def credits(self, chosen: list[int], state: SlotState, column: Tensor) -> Credits | None:
-        """Credit of positions in active blocks; None where none of `chosen` uses any.
-
-        Args:
-            state: of each position's request, [M].
-            column: [M]; where in its block it stands.
-        """
-        used = [slot for slot in chosen if self._facts[slot].uses_credit]
-        if not used:
-            return None
-        uses = torch.zeros(len(self.tokens), dtype=torch.bool)
-        uses[used] = True
-        uses = upload(uses, self.device)[state.slots]
-        # A block begins with none; what stands there is another block's.
-        empty = (~uses | (state.block_age == 0)).unsqueeze(1)
-        tokens = self._credit_tokens[state.slots, column].to(torch.int64)
-        values = self._credit_values[state.slots, column]
-        return Credits(uses, tokens.masked_fill_(empty, -1), values.masked_fill_(empty, 0.0))
-
-    def keep_credits(self, slots: Tensor, column: Tensor, credits: Credits) -> None:
-        """Write what `credits` has become; of slots that use none it means nothing."""
-        self._credit_tokens[slots, column] = credits.tokens.to(torch.int32)
-        self._credit_values[slots, column] = credits.values
+            self._chance[slot, : params.steps] = np.concatenate(chances)
+        self._slots.fill(slot, prompt, params)
+        state, _ = self._enter_block(self.state([slot]))
+        self._slots.change(state)
 
     def state(self, slots: list[int]) -> SlotState:
         """The numbers of the requests in `slots`."""
-        return self._slots.read(upload(slots, self.device))
+        return self._slots.read(np.array(slots, np.int64))
 
     def phases(self, state: SlotState) -> Phases:
         """What the next step of these requests is."""
         return Phases.of(state.cache, state.block_age, state.delay_steps, state.refresh_interval)
 
-    def window(self, state: SlotState) -> tuple[Tensor, Tensor]:
+    def window(self, state: SlotState) -> tuple[Array, Array]:
         """First position and end of the active blocks' windows (see `cache.policy`), [R]."""
         start = state.block_start
-        return (start - 1).clamp(min=0) if self.shifted else start, state.block_end
+        return (np.maximum(start - 1, 0) if self.shifted else start), state.block_end
 
-    def active(self, state: SlotState, phases: Phases, width: int) -> Tensor:
-        """Positions below `width` that go through the model in the next step: bool [R, width]."""
-        start, end = self.window(state)
-        return phases.active(
-            ActiveState(
-                state.length,
-                start,
-                end,
-                self.masked[state.slots, :width],
-                self.recent[state.slots, :width],
-                self.shifted,
+    def unfinished(self, state: SlotState) -> Array:
+        """What `delayed` computes of the windows (see `cache.policy`): bool [R, width + 1].
+
+        The first column is the position before the block, which there must be if it is true.
+        """
+        inside, place = _block_places(state, first=-1)
+        slots = state.slots[:, None]
+        masked = inside & self._masked[slots, place]
+        found = unfinished(masked, inside & self._recent[slots, place], shifted=self.shifted)
+        found[:, 0] &= state.block_start > 0
+        return found
+
+    def blocks(self, state: SlotState) -> Blocks:
+        """The active blocks of these requests."""
+        inside, place = _block_places(state)
+        masked = inside & self._masked[state.slots[:, None], place]
+        request, column = masked.nonzero()
+        return Blocks(
+            masked=masked,
+            request=request,
+            column=column,
+            place=request * masked.shape[1] + column,
+            slots=state.slots[request],
+            positions=state.block_start[request] + column,
+        )
+
+    def block_confidence(self, state: SlotState) -> Array:
+        """What the active blocks were committed with: float32 [R, width], −1 where they are not."""
+        inside, place = _block_places(state)
+        known = self._confidence[state.slots[:, None], place]
+        return np.where(inside, known, np.float32(-1.0))
+
+    def commit_counts(self, state: SlotState, blocks: Blocks) -> tuple[Array, Array]:
+        """What the schedules say for the step at hand: counts int64 and Dream's chances, [R].
+
+        The chances mean nothing for a request that is not tempered.
+        """
+        linear = linear_count(state.block_masks, state.block_steps, state.block_step)
+        if not state.tempered.any():
+            return linear, np.zeros(len(linear), np.float32)
+        # A threshold may take more steps than the schedule has; its chances do not matter then.
+        place = state.block_first_step + state.block_step
+        chance = self._chance[state.slots, np.minimum(place, self._chance.shape[1] - 1)]
+        dream = dream_count(blocks.masked.sum(axis=1), chance)
+        return np.where(state.tempered, dream, linear), chance
+
+    def advance(
+        self, state: SlotState, blocks: Blocks, tokens: Array, confidence: Array
+    ) -> StepResult:
+        """Commit what a step has decoded, and open the next block where one is done.
+
+        Args:
+            state, blocks: of the requests that took part, as they were before the step.
+            tokens: int [M]; of each masked position the token, −1 where it stays masked.
+            confidence: float32 [M]; what it is committed with.
+        """
+        picked = tokens >= 0
+        slots, positions, tokens = blocks.slots[picked], blocks.positions[picked], tokens[picked]
+        places = positions - state.canvas_start[blocks.request[picked]]
+        self._recent[state.slots] = False
+        self._recent[slots, places] = True
+        self._masked[slots, places] = False
+        self._ends[slots, places] = np.isin(tokens, self._stop)
+        self._confidence[slots, places] = confidence[picked]
+        self.tokens[slots, positions] = tokens
+        state, first_masked = self._enter_block(
+            state._replace(
+                step=state.step + 1,
+                block_step=state.block_step + 1,
+                block_age=state.block_age + 1,
             )
         )
-
-    def block_positions(self, state: SlotState, width: int) -> tuple[Tensor, Tensor]:
-        """Positions of the active blocks, none longer than `width`; which are masked.
-
-        Returns:
-            int64 and bool, both [R, width]. Columns past the end of a shorter block repeat a
-            valid position and are not masked.
-        """
-        start = state.block_start.unsqueeze(1)
-        positions = start + torch.arange(width, device=self.device)
-        inside = positions < state.block_end.unsqueeze(1)
-        positions = torch.where(inside, positions, start)
-        return positions, inside & self.masked[state.slots.unsqueeze(1), positions]
-
-    def block_confidence(self, state: SlotState, positions: Tensor) -> Tensor:
-        """What positions from `block_positions` were committed with: [R, width].
-
-        −1 where they are masked, and in columns past the end of a shorter block.
-        """
-        width = torch.arange(positions.shape[1], device=self.device)
-        inside = width < (state.block_end - state.block_start).unsqueeze(1)
-        known = self.confidence[state.slots.unsqueeze(1), positions]
-        return torch.where(inside, known, -1.0)
-
-    def commit(
-        self,
-        stepped: Tensor,
-        slots: Tensor,
-        positions: Tensor,
-        picked: Tensor,
-        tokens: Tensor,
-        confidence: Tensor,
-    ) -> None:
-        """Write what a step of the slots `stepped` decoded.
-
-        Args:
-            stepped: [R]; all that took part.
-            slots, positions: [M]; one entry per position that was masked.
-            picked: bool [M]; whether it is decoded now, …
-            tokens, confidence: [M]; … and with what.
-        """
-        self.recent[stepped] = False
-        self.recent[slots, positions] = picked
-        self.masked[slots, positions] = ~picked
-        self.tokens[slots, positions] = torch.where(picked, tokens, self.special.mask)
-        known = confidence.to(self.confidence.dtype)
-        self.confidence[slots, positions] = torch.where(picked, known, -1.0)
-
-    def advance(self, state: SlotState, stepped: list[int]) -> Tensor:
-        """Count the step, open the next block where one is done, and report what is finished.
-
-        Args:
-            state: of the slots in `stepped`, in any order, as it was before the step.
-
-        Returns:
-            What `result` reads; on the device.
-        """
-        state = state._replace(
-            step=state.step + 1,
-            block_step=state.block_step + 1,
-            block_age=state.block_age + 1,
-        )
-        columns, first_masked, num_masked = self._enter_block(state, stepped)
-        self._slots.change(state.slots, columns)
-        state = state.changed(columns)
+        self._slots.change(state)
+        first_end = self._first_end(state)
         phases = self.phases(state)
-        width = self._longest(stepped)
-        next_rows = self.active(state, phases, width).sum(dim=1)
-        first_eos = self._first_eos(state, width)
-        return torch.stack(
-            [
-                state.slots,
-                first_masked == state.canvas_end,
-                torch.minimum(first_masked, first_eos) - state.prompt_len,
-                first_eos < first_masked,
-                next_rows,
-                phases.refresh,
-                num_masked,
-            ]
-        )
-
-    def result(self, report: Tensor) -> StepResult:
-        """Read what `advance` returned: a step's one wait for the device."""
-        order, complete, num_ready, ended, rows, refresh, masked = report.tolist()
-        for slot, *size in zip(order, rows, refresh, masked, strict=True):
-            facts = self._facts[slot]
-            facts.rows, facts.refresh, facts.masked = size[0], bool(size[1]), size[2]
         return StepResult(
-            order,
-            list(map(bool, complete)),
-            num_ready,
-            list(map(bool, ended)),
-            rows,
-            list(map(bool, refresh)),
+            state.slots.tolist(),
+            (first_masked == state.canvas_end).tolist(),
+            (np.minimum(first_masked, first_end) - state.canvas_start).tolist(),
+            (first_end < first_masked).tolist(),
+            self.num_rows(state, phases).tolist(),
+            phases.refresh.tolist(),
         )
 
-    def _first_eos(self, state: SlotState, width: int) -> Tensor:
-        """Place of the first committed end-of-text token, the canvas's end where none is: [R]."""
-        columns = torch.arange(width, device=self.device)
-        end = state.canvas_end.unsqueeze(1)
-        in_canvas = (columns >= state.prompt_len.unsqueeze(1)) & (columns < end)
-        ends = torch.isin(self.tokens[state.slots, :width], self.special.stop) & in_canvas
-        ends &= ~self.masked[state.slots, :width] & state.honours_eos.unsqueeze(1)
-        return torch.where(ends, columns, end).amin(dim=1)
+    def num_rows(self, state: SlotState, phases: Phases) -> Array:
+        """Rows that go through the model in the next step, of one sequence: [R]."""
+        start, end = phases.span(state.length, *self.window(state))
+        if not phases.partial.any():
+            return end - start
+        return np.where(phases.partial, self.unfinished(state).sum(axis=1), end - start)
 
-    def _longest(self, slots: list[int]) -> int:
-        return max(self._facts[slot].length for slot in slots)
+    def canvas(self, slot: int) -> Canvas:
+        """A copy of the canvas in `slot`."""
+        state = self._slots.read(np.array([slot]))
+        start, end = int(state.canvas_start[0]), int(state.canvas_end[0])
+        confidence = self._confidence[slot, : end - start].copy()
+        return Canvas(self.tokens[slot, start:end].astype(np.int32), confidence)
 
-    def canvases(self, slots: list[int]) -> dict[int, Canvas]:
-        """Copies of the canvases in `slots`; one wait for the device, however many there are."""
-        if not slots:
-            return {}
-        index, width = upload(slots, self.device), self._longest(slots)
-        held = self.tokens[index, :width].to(torch.int32)
-        known = self.confidence[index, :width].to(torch.float32)
-        tokens, known = torch.stack([held, known.view(torch.int32)]).to("cpu").unbind(0)
-        regions = [self._facts[slot].canvas for slot in slots]
-        return {
-            slot: Canvas(tokens[i, region], known[i, region].view(torch.float32))
-            for i, (slot, region) in enumerate(zip(slots, regions, strict=True))
-        }
+    def _width(self, state: SlotState) -> int:
+        return int((state.canvas_end - state.canvas_start).max())
 
-    def _enter_block(self, state: SlotState, stepped: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def _first_end(self, state: SlotState) -> Array:
+        """Position of the first committed end-of-text token, the canvas's end where none is."""
+        ends = self._ends[state.slots, : self._width(state)]
+        ended = ends.any(axis=1) & state.honours_eos
+        return np.where(ended, state.canvas_start + ends.argmax(axis=1), state.canvas_end)
+
+    def _enter_block(self, state: SlotState) -> tuple[SlotState, Array]:
         """Move each request whose block holds no mask to its next block that holds one.
 
         Blocks and their shares of the steps are those of `blocks_of`.
 
         Returns:
-            Columns to write, [len(CHANGING), R]; int64 [R]: position of the first mask, the
-            canvas's end where there is none; and masks in the block that is active now.
+            The state then; int64 [R]: position of the first mask, the canvas's end where there is
+            none.
         """
-        columns = torch.arange(self._longest(stepped), device=self.device)
-        masked = self.masked[state.slots, : len(columns)]
-        first, canvas_end = state.prompt_len, state.canvas_end
-        first_masked = torch.where(masked, columns, canvas_end.unsqueeze(1)).amin(dim=1)
+        masked = self._masked[state.slots, : self._width(state)]
+        first, canvas_end = state.canvas_start, state.canvas_end
+        first_masked = np.where(masked.any(axis=1), first + masked.argmax(axis=1), canvas_end)
         opens = (first_masked >= state.block_end) & (first_masked < canvas_end)
-        start = first + (first_masked - first) // state.block_length * state.block_length
-        start = torch.where(opens, start, state.block_start)
-        end = torch.minimum(start + state.block_length, canvas_end)
-        inside = (columns >= start.unsqueeze(1)) & (columns < end.unsqueeze(1))
-        num_masked = (masked & inside).sum(dim=1)
-        before = (start - first) * state.steps // (canvas_end - first)
-        after = (end - first) * state.steps // (canvas_end - first)
-        zero = torch.zeros_like(start)
-        opened = state._replace(
-            block_step=zero,
-            block_steps=after - before,
-            block_masks=num_masked,
-            block_first_step=before,
-            block_age=zero,
-            block_start=start,
-            block_end=end,
-        )
-        written = torch.where(opens, opened.changing, state.changing)
-        if any(self._facts[slot].skips for slot in stepped):
-            written = self._skip_empty_steps(state.changed(written), num_masked)
-        return written, first_masked, num_masked
+        if opens.any():
+            start = first + (first_masked - first) // state.block_length * state.block_length
+            start = np.where(opens, start, state.block_start)
+            end = np.minimum(start + state.block_length, canvas_end)
+            columns = first[:, None] + np.arange(masked.shape[1])
+            inside = (columns >= start[:, None]) & (columns < end[:, None])
+            before = (start - first) * state.steps // (canvas_end - first)
+            after = (end - first) * state.steps // (canvas_end - first)
+            state = state._replace(
+                block_step=np.where(opens, 0, state.block_step),
+                block_steps=np.where(opens, after - before, state.block_steps),
+                block_masks=np.where(opens, (masked & inside).sum(axis=1), state.block_masks),
+                block_first_step=np.where(opens, before, state.block_first_step),
+                block_age=np.where(opens, 0, state.block_age),
+                block_start=start,
+                block_end=np.where(opens, end, state.block_end),
+            )
+        if state.skips.any():
+            state = self._skip_empty_steps(state)
+        return state, first_masked
 
-    def commit_counts(
-        self, state: SlotState, block_masked: Tensor, *, tempered: bool
-    ) -> tuple[Tensor, Tensor]:
-        """What the schedules say for the step at hand: counts int64 and Dream's chances, [R].
-
-        The chances mean nothing where no request is `tempered`.
-        """
-        linear = linear_count(state.block_masks, state.block_steps, state.block_step)
-        if not tempered:
-            return linear, torch.zeros_like(linear, dtype=torch.float32)
-        # A threshold may take more steps than the schedule has; its chances do not matter then.
-        place = state.block_first_step + state.block_step
-        chance = self.chance[state.slots, place.clamp(max=self.chance.shape[1] - 1)]
-        dream = dream_count(block_masked.sum(dim=1), chance)
-        return torch.where(state.tempered, dream, linear), chance
-
-    def _skip_empty_steps(self, state: SlotState, num_masked: Tensor) -> Tensor:
+    def _skip_empty_steps(self, state: SlotState) -> SlotState:
         """Pass over steps in which Dream's schedule commits nothing: no forward pass is needed.
 
         A block's last step commits all that is left, so one is always found.
-
-        Returns:
-            Columns to write, [len(CHANGING), R].
         """
-        chance = self.chance[state.slots]
-        places = torch.arange(chance.shape[1], device=self.device)
+        num_masked = self.blocks(state).masked.sum(axis=1)
+        chance = self._chance[state.slots]
+        places = np.arange(chance.shape[1])
         place = state.block_first_step + state.block_step
-        commits = dream_count(num_masked.unsqueeze(1), chance) > 0
-        later = places >= place.unsqueeze(1)
-        found = torch.where(commits & later, places, chance.shape[1]).amin(dim=1)
-        skips = state.tempered & (state.rule == int(Rule.COUNT)) & (num_masked > 0)
-        skipped = torch.where(skips, found - place, 0)
-        passed = state._replace(step=state.step + skipped, block_step=state.block_step + skipped)
-        return passed.changing
+        commits = dream_count(num_masked[:, None], chance) > 0
+        later = commits & (places >= place[:, None])
+        found = np.where(later.any(axis=1), later.argmax(axis=1), chance.shape[1])
+        skipped = np.where(state.skips & (num_masked > 0), found - place, 0)
+        return state._replace(step=state.step + skipped, block_step=state.block_step + skipped)
 
 
-def _numbers(prompt: Prompt, params: SamplingParams, facts: SlotFacts) -> dict[str, float | bool]:
-    """The columns of a request, before its first block is opened."""
-    assert params.block_length is not None
-    assert params.steps is not None
-    assert params.seed is not None
-    assert params.cache is not None
-    assert params.retention_ratio is not None
-    assert params.pool_kernel is not None
-    assert params.delay_steps is not None
-    assert params.refresh_interval is not None
-    start, end = facts.canvas.start, facts.canvas.stop
-    # In a gap, what stands behind it goes on whatever is decoded before.
-    is_gap = bool(prompt.suffix_ids or prompt.canvas_ids)
-    return {
-        "block_start": start,
-        "block_end": start,
-        "length": facts.length,
-        "prompt_len": start,
-        "canvas_end": end,
-        "block_length": params.block_length,
-        "steps": params.steps,
-        "top_k": params.top_k or 0,
-        "seed": params.seed,
-        "score": int(facts.score),
-        "rule": int(facts.rule),
-        "cache": int(CachePolicy[params.cache.upper()]),
-        "delay_steps": params.delay_steps,
-        "refresh_interval": params.refresh_interval,
-        "pool_kernel": params.pool_kernel,
-        "temperature": params.temperature,
-        "cfg_scale": params.cfg_scale,
-        "bound": facts.bounds[0],
-        "second_bound": facts.bounds[1],
-        "top_p": 1.0 if params.top_p is None else params.top_p,
-        "alg_temp": params.alg_temp,
-        "retention_ratio": params.retention_ratio,
-        "tempered": params.alg is not None,
-        "honours_eos": not (params.ignore_eos or is_gap),
-        "no_eos": params.logits_eos_inf,
-        "late_eos": params.confidence_eos_eot_inf,
-    }
+def _block_places(state: SlotState, first: int = 0) -> tuple[Array, Array]:
+    """Which columns of the blocks, from the `first` on, are in them, and where on the canvas.
+
+    Returns:
+        bool and int64, both [R, longest block − first]; of columns that are not in it, 0.
+    """
+    columns = np.arange(first, int(state.block_length.max()))
+    inside = (columns >= 0) & (columns < (state.block_end - state.block_start)[:, None])
+    start = state.block_start - state.canvas_start
+    return inside, np.where(inside, start[:, None] + columns, 0)
 
 
 def blocks_of(params: SamplingParams) -> list[tuple[int, int, int]]:

@@ -8,7 +8,6 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 
@@ -51,25 +50,6 @@ class EngineStats:
     queue_seconds: float = 0.0
     #: Seconds spent in steps.
     step_seconds: float = 0.0
-
-
-class Outcome(NamedTuple):
-    """What a step has made of one request."""
-
-    request: Request
-    #: Nothing is masked any more.
-    complete: bool
-    #: Tokens from the left that are final, short of an end-of-text token; whether there is one.
-    num_ready: int
-    ended: bool
-    #: An update is due.
-    due: bool
-
-    @property
-    def needs_canvas(self) -> bool:
-        """Whether it cannot be settled without looking at the tokens."""
-        looks_for_stop = self.request.params.stop and self.num_ready > self.request.num_ready
-        return bool(self.complete or self.ended or self.due or looks_for_stop)
 
 
 class Engine:
@@ -308,45 +288,33 @@ class Engine:
             self.stats.refreshes += request.next_refresh
 
     def _settle_all(self, by_slot: dict[int, Request], result: StepResult) -> list[CanvasUpdate]:
+        """The updates of a step; ends the requests that are to end."""
         now = time.monotonic()
-        outcomes = {}
+        updates = []
         for i, slot in enumerate(result.slots):
             request = by_slot[slot]
             request.next_rows, request.next_refresh = result.next_rows[i], result.next_refresh[i]
-            complete, num_ready, ended = result.complete[i], result.num_ready[i], result.ended[i]
-            due = request.is_due(now)
-            outcomes[slot] = Outcome(request, complete, num_ready, ended, due)
-        shown = [slot for slot, outcome in outcomes.items() if outcome.needs_canvas]
-        canvases = self._runner.table.canvases(shown)
-        updates = [self._settle(o, canvases.get(slot)) for slot, o in outcomes.items()]
-        return [update for update in updates if update is not None]
+            before, request.num_ready = request.num_ready, result.num_ready[i]
+            stop = self._stop_in(request, before) if request.num_ready > before else None
+            if stop is not None:
+                request.num_ready = stop
+                updates.append(self._finish(request, FinishReason.STOP))
+            elif result.ended[i]:
+                request.ended_by_token = True
+                updates.append(self._finish(request, FinishReason.STOP))
+            elif result.complete[i]:
+                updates.append(self._finish(request, FinishReason.LENGTH))
+            elif request.is_due(now):
+                updates.append(self._update(request))
+        return updates
 
-    def _settle(self, outcome: Outcome, canvas: Canvas | None) -> CanvasUpdate | None:
-        """End the request if it is to end; its update, if it is to have one.
-
-        Without `canvas` it is neither.
-        """
-        request = outcome.request
-        before, request.num_ready = request.num_ready, outcome.num_ready
-        if canvas is None:
-            return None
-        stop = self._stop_in(request, canvas, before) if request.num_ready > before else None
-        if stop is not None:
-            request.num_ready = stop
-            return self._finish(request, FinishReason.STOP, canvas=canvas)
-        if outcome.ended:
-            request.ended_by_token = True
-            return self._finish(request, FinishReason.STOP, canvas=canvas)
-        if outcome.complete:
-            return self._finish(request, FinishReason.LENGTH, canvas=canvas)
-        return self._update(request, canvas=canvas) if outcome.due else None
-
-    def _stop_in(self, request: Request, canvas: Canvas, before: int) -> int | None:
+    def _stop_in(self, request: Request, before: int) -> int | None:
         """Tokens up to the one that completes a stop string; those up to `before` held none."""
         if not request.params.stop:
             return None
         assert self.codec is not None
-        ready = canvas.tokens[: request.num_ready].numpy()
+        assert request.slot is not None
+        ready = self._runner.table.canvas(request.slot).tokens[: request.num_ready]
         if find_stop(self.codec.decode(ready), request.params.stop) is None:
             return None
         for count in range(before + 1, request.num_ready):
@@ -355,14 +323,9 @@ class Engine:
         return request.num_ready
 
     def _finish(
-        self,
-        request: Request,
-        reason: FinishReason | None,
-        error: Exception | None = None,
-        *,
-        canvas: Canvas | None = None,
+        self, request: Request, reason: FinishReason | None, error: Exception | None = None
     ) -> CanvasUpdate:
-        update = self._update(request, reason, error, canvas=canvas)
+        update = self._update(request, reason, error)
         del self._requests[request.request_id]
         self.scheduler.remove(request)
         self.stats.requests_finished += reason in (FinishReason.STOP, FinishReason.LENGTH)
@@ -374,13 +337,11 @@ class Engine:
         request: Request,
         reason: FinishReason | None = None,
         error: Exception | None = None,
-        *,
-        canvas: Canvas | None = None,
     ) -> CanvasUpdate:
-        if request.slot is None or isinstance(error, EngineDead):  # no canvas, or out of reach
+        if request.slot is None:
             canvas = Canvas.empty(request.params.gen_length, self.spec.mask_token_id)
-        elif canvas is None:
-            canvas = self._runner.table.canvases([request.slot])[request.slot]
+        else:
+            canvas = self._runner.table.canvas(request.slot)
         usage = Usage(
             prompt_tokens=request.prompt.num_tokens,
             completion_tokens=request.num_ready + request.ended_by_token,
@@ -390,8 +351,8 @@ class Engine:
         assert request.params.seed is not None
         return CanvasUpdate(
             request.request_id,
-            canvas.tokens.numpy(),
-            canvas.confidence.numpy(),
+            canvas.tokens,
+            canvas.confidence,
             request.num_ready,
             usage,
             request.params.seed,

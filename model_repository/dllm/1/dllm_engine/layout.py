@@ -3,49 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+import numpy as np
 
 from .cache import CachePolicy, KVPages, Phases
 from .canvas import CanvasTable
-from .ops import FlatLayout, FlatSelection, FreshGroup, PackedLayout, PagedGroup, Selection
+from .ops import (
+    Array,
+    FlatLayout,
+    FlatSelection,
+    FreshGroup,
+    PackedLayout,
+    PagedGroup,
+    Selection,
+    Upload,
+)
 from .ops.layout import tiles_of
 from .sampling.rows import ROW_MULTIPLE
-from .slot_facts import SlotFacts
-from .slot_state import SlotState
+from .slots import SlotState
 
 #: Rows of Reuses are grouped by their number rounded up to a multiple of this.
 _QUERY_MULTIPLE = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class StepSize:
-    """How large a step is, as the host knows it."""
-
-    sequences: int
-    #: Packed rows of all sequences.
-    rows: int
-    #: Tokens of the longest sequence, and of the longest block.
-    longest: int
-    block: int
-    #: Whether any sequence may store a selection of its keys and values, and whether any is the
-    #: twin of another.
-    selects: bool
-    guided: bool
-
-    @classmethod
-    def of(cls, facts: list[SlotFacts]) -> StepSize:
-        """Of a step of these requests."""
-        return cls(
-            sequences=sum(fact.sequences for fact in facts),
-            rows=sum(fact.rows * fact.sequences for fact in facts),
-            longest=max(fact.length for fact in facts),
-            block=max(fact.block_length for fact in facts),
-            selects=any(fact.sparse and fact.refresh for fact in facts),
-            guided=any(fact.guided for fact in facts),
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,232 +37,235 @@ class Sequences:
 
     #: Of the R requests; and [R], the first sequence of each.
     requests: SlotState
-    first_copy: Tensor
+    first_copy: Array
     #: Of the S sequences; and [S], 1 for the unconditional twin.
     state: SlotState
-    twin: Tensor
+    twin: Array
     phases: Phases
-    #: [S]; the window, and how many rows go through the model.
-    window_start: Tensor
-    window_end: Tensor
-    num_rows: Tensor
+    #: [S]; the window, how many rows go through the model, and the first of them.
+    window_start: Array
+    window_end: Array
+    num_rows: Array
+    row_starts: Array
     #: [S]; stored rows: what `sparse` keeps outside the window, and all that a Reuse attends to.
-    keep: Tensor
-    held: Tensor
+    keep: Array
+    held: Array
     #: [S, 6]; sequences with equal keys form a group; None: they are not grouped.
-    shape: Tensor | None
+    shape: Array | None
     #: [N]; sequence and position of each row.
-    owner: Tensor
-    positions: Tensor
-    #: [S, width]; packed row of each position, where it has one.
-    row_of: Tensor
+    owner: Array
+    positions: Array
+    #: [S]; position of the first row, where all up to the last go through the model.
+    _begin: Array
+    #: [S, width + 1] int64 and bool; of partial windows the place of each position among their
+    #: rows, from the one before the block on; and which windows are partial. None: none is.
+    _partial: tuple[Array, Array] | None
 
     @classmethod
     def of(
-        cls, table: CanvasTable, pages: KVPages, state: SlotState, size: StepSize, *, grouped: bool
+        cls, table: CanvasTable, pages: KVPages, state: SlotState, *, grouped: bool
     ) -> Sequences:
         """The sequences of some requests, ordered by shape where they are grouped."""
-        phases = table.phases(state)
-        start, end = table.window(state)
-        active = table.active(state, phases, size.longest)
-        num_rows = active.sum(dim=1)
-        keep, held = _stored_rows(state, end - start)
-        order = torch.arange(len(active), device=active.device)
         shape = None
         if grouped:
-            shape = _shape(pages, state, phases, start, num_rows, keep, held)
-            order = torch.unique(shape, dim=0, return_inverse=True)[1].argsort(stable=True)
-            state = state.take(order)
-        of_request = first = order
-        first_copy = torch.arange(len(active), device=active.device)
-        sequences = state
-        if size.guided:
+            shape = _shape(table, pages, state)
+            order = np.lexsort(shape.T[::-1])
+            state, shape = state.take(order), shape[order]
+        requests = state
+        first_copy = np.arange(len(state.slots))
+        twin = np.zeros_like(first_copy)
+        if (state.cfg_scale > 0).any():
             # Twins stand right behind their sequence, so that equal shapes stay together.
-            copies = 1 + (state.cfg_scale > 0).to(torch.int64)
-            first_copy = copies.cumsum(0) - copies
-            which = torch.repeat_interleave(copies, output_size=size.sequences)
-            of_request, first = order[which], first_copy[which]
-            sequences = state.take(which)
-        active = active[of_request]
-        owner, positions = torch.nonzero_static(active, size=size.rows).unbind(1)
-        numbers = torch.arange(len(active), device=active.device)
+            copies = 1 + (state.cfg_scale > 0)
+            first_copy = copies.cumsum() - copies
+            which = np.repeat(np.arange(len(copies)), copies)
+            twin = np.arange(len(which)) - first_copy[which]
+            state = state.take(which)
+            shape = None if shape is None else shape[which]
+        phases = table.phases(state)
+        start, end = table.window(state)
+        begin, _ = phases.span(state.length, start, end)
+        num_rows = table.num_rows(state, phases)
+        keep, held = _stored_rows(state, end - start)
+        row_starts = num_rows.cumsum() - num_rows
+        owner = np.repeat(np.arange(len(num_rows)), num_rows)
+        positions = np.arange(len(owner)) + (begin - row_starts)[owner]
+        partial = None
+        if phases.partial.any():
+            wanted = table.unfinished(state) & phases.partial[:, None]
+            sequence, column = wanted.nonzero()
+            positions[phases.partial[owner]] = state.block_start[sequence] - 1 + column
+            partial = wanted.cumsum(axis=1) - 1, phases.partial
         return cls(
-            requests=state,
+            requests=requests,
             first_copy=first_copy,
-            state=sequences,
-            twin=numbers - first if size.guided else torch.zeros_like(numbers),
-            phases=phases.take(of_request),
-            window_start=start[of_request],
-            window_end=end[of_request],
-            num_rows=num_rows[of_request],
-            keep=keep[of_request],
-            held=held[of_request],
-            shape=None if shape is None else shape[of_request],
+            state=state,
+            twin=twin,
+            phases=phases,
+            window_start=start,
+            window_end=end,
+            num_rows=num_rows,
+            row_starts=row_starts,
+            keep=keep,
+            held=held,
+            shape=shape,
             owner=owner,
             positions=positions,
-            row_of=(active.flatten().cumsum(0) - 1).view(active.shape),
+            _begin=begin,
+            _partial=partial,
         )
 
-    @property
-    def row_starts(self) -> Tensor:
-        """[S]; first packed row."""
-        return self.num_rows.cumsum(0) - self.num_rows
+    def row_of(self, sequence: Array, position: Array) -> Array:
+        """Packed row of a position that goes through the model; all [n]."""
+        row: Array = position - self._begin[sequence]
+        if self._partial is not None:
+            places, partial = self._partial
+            column = np.clip(
+                position - self.state.block_start[sequence] + 1, 0, places.shape[1] - 1
+            )
+            row = np.where(partial[sequence], places[sequence, column], row)
+        packed: Array = self.row_starts[sequence] + row
+        return packed
 
-    def stores(self) -> Tensor:
+    def stores(self) -> Array:
         """[S] bool; whether the rows that go through the model are stored as they are."""
         return ~self.phases.refresh | (self.phases.store & ~self.phases.selects)
 
-    def stored_row(self, owner: Tensor, position: Tensor) -> Tensor:
-        """Which of a sequence's stored rows takes the one at `position`, where any does; [n].
+    def stored_places(self, pages: KVPages, rows: Array) -> Array:
+        """Places in the pool of packed rows that are stored as they are; all [n]."""
+        owner, position = self.owner[rows], self.positions[rows]
+        # Of a sparse request the window stands behind what is kept, of others all in its place.
+        sparse = self.phases.policy == CachePolicy.SPARSE
+        moved = np.where(sparse, self.keep - self.window_start, 0)
+        return pages.places(self.state.slots[owner], self.twin[owner], position + moved[owner])
 
-        Of a sparse request the window stands behind what is kept, of others all in its place.
-        """
-        sparse = self.phases.policy[owner] == int(CachePolicy.SPARSE)
-        behind = self.keep[owner] + position - self.window_start[owner]
-        return torch.where(sparse, behind, position)
 
-
-def _stored_rows(state: SlotState, window: Tensor) -> tuple[Tensor, Tensor]:
+def _stored_rows(state: SlotState, window: Array) -> tuple[Array, Array]:
     """Rows that `sparse` keeps outside the window (else 0), and all that a Reuse attends to."""
+    sparse = state.cache == CachePolicy.SPARSE
+    if not sparse.any():
+        return np.zeros_like(window), state.length
     candidates = state.length - window
-    kept = (state.retention_ratio * candidates).to(torch.int64).clamp(min=1)
-    sparse = state.cache == int(CachePolicy.SPARSE)
-    keep = torch.where(sparse, torch.minimum(kept, candidates), 0)
-    return keep, torch.where(sparse, keep + window, state.length)
+    kept = np.maximum((state.retention_ratio * candidates).astype(np.int64), 1)
+    keep = np.where(sparse, np.minimum(kept, candidates), 0)
+    return keep, np.where(sparse, keep + window, state.length)
 
 
-def _shape(
-    pages: KVPages,
-    state: SlotState,
-    phases: Phases,
-    window_start: Tensor,
-    num_rows: Tensor,
-    keep: Tensor,
-    held: Tensor,
-) -> Tensor:
+def _shape(table: CanvasTable, pages: KVPages, state: SlotState) -> Array:
     """[R, 6] int64; what must be equal for two sequences to share a kernel call.
 
     Of a Refresh: 0, length and, where it selects, block, window, kept rows and pooling. Of a
     Reuse: 1, rows rounded up, pages, and whether the last page is full.
     """
-    end, zero = state.block_end, torch.zeros_like(keep)
-    selecting = torch.stack([end - state.block_start, end - window_start, keep, state.pool_kernel])
-    fresh = torch.cat([state.length.unsqueeze(0), torch.where(phases.selects, selecting, 0)])
-    paged = torch.stack(
-        [
-            -(-num_rows // _QUERY_MULTIPLE) * _QUERY_MULTIPLE,
-            -(-held // pages.page_size),
-            (held % pages.page_size == 0).to(torch.int64),
-            zero,
-            zero,
-        ]
+    phases = table.phases(state)
+    start, end = table.window(state)
+    keep, held = _stored_rows(state, end - start)
+    num_rows = table.num_rows(state, phases)
+    shape = np.zeros((len(keep), 6), np.int64)
+    shape[:, 0] = ~phases.refresh
+    shape[:, 1] = np.where(
+        phases.refresh, state.length, -(-num_rows // _QUERY_MULTIPLE) * _QUERY_MULTIPLE
     )
-    merged = torch.where(phases.refresh, fresh, paged)
-    return torch.cat([(~phases.refresh).to(torch.int64).unsqueeze(0), merged]).T
+    selects = phases.selects
+    if selects.any():
+        selecting = [end - state.block_start, end - start, keep, state.pool_kernel]
+        shape[:, 2:] = np.where(selects, selecting, 0).T
+    shape[:, 2] = np.where(phases.refresh, shape[:, 2], -(-held // pages.page_size))
+    shape[:, 3] = np.where(phases.refresh, shape[:, 3], held % pages.page_size == 0)
+    return shape
 
 
-def flat_layout(pages: KVPages, sequences: Sequences, size: StepSize, tile_rows: int) -> FlatLayout:
-    """One entry per sequence and tile; nothing of it needs an answer from the device."""
-    refresh, owner = sequences.phases.refresh, sequences.owner
-    num_pages = -(-size.longest // pages.page_size)
-    row = sequences.stored_row(owner, sequences.positions).clamp(min=0)
-    places = pages.places(sequences.state.slots[owner], sequences.twin[owner], row)
-    places = torch.where(sequences.stores()[owner], places, -1)
-    tile_sequence, tile_row = tiles_of(sequences.num_rows, size.rows, tile_rows)
+def flat_layout(pages: KVPages, sequences: Sequences, tile_rows: int, upload: Upload) -> FlatLayout:
+    """One entry per sequence and tile."""
+    phases, state = sequences.phases, sequences.state
+    longest, num_rows = int(state.length.max()), len(sequences.owner)
+    num_pages = -(-longest // pages.page_size)
+    places = np.full(num_rows + -num_rows % ROW_MULTIPLE, -1)
+    stored = sequences.stores()[sequences.owner].nonzero()[0]
+    places[stored] = sequences.stored_places(pages, stored)
+    tile_sequence, tile_row = tiles_of(sequences.num_rows, num_rows, tile_rows)
     selection = None
-    if size.selects:
+    if phases.selects.any():
         selection = FlatSelection(
-            keep=torch.where(sequences.phases.selects, sequences.keep, 0),
-            block_start=sequences.state.block_start,
-            window_start=sequences.window_start,
-            window_end=sequences.window_end,
-            pool_kernel=sequences.state.pool_kernel,
-            max_candidates=size.longest,
+            keep=upload(np.where(phases.selects, sequences.keep, 0)),
+            block_start=upload(state.block_start),
+            window_start=upload(sequences.window_start),
+            window_end=upload(sequences.window_end),
+            pool_kernel=upload(state.pool_kernel),
+            max_candidates=longest,
         )
     return FlatLayout(
         tile_rows=tile_rows,
-        row_starts=sequences.row_starts,
-        row_counts=sequences.num_rows,
-        held=torch.where(refresh, 0, sequences.held),
-        tables=pages.table[sequences.state.slots, sequences.twin, :num_pages],
-        tile_sequence=tile_sequence,
-        tile_row=tile_row,
-        write_places=F.pad(places, (0, -size.rows % ROW_MULTIPLE), value=-1),
+        row_starts=upload(sequences.row_starts),
+        row_counts=upload(sequences.num_rows),
+        held=upload(np.where(phases.refresh, 0, sequences.held)),
+        tables=upload(pages.table[state.slots, sequences.twin, :num_pages]),
+        tile_sequence=upload(tile_sequence),
+        tile_row=upload(tile_row),
+        write_places=upload(places),
         selection=selection,
     )
 
 
-def grouped_layout(pages: KVPages, sequences: Sequences) -> PackedLayout:
+def grouped_layout(pages: KVPages, sequences: Sequences, upload: Upload) -> PackedLayout:
     """Group the sequences by shape and say where each row is stored."""
     assert sequences.shape is not None
-    starts = sequences.row_starts
-    shapes, counts = torch.unique_consecutive(sequences.shape, dim=0, return_counts=True)
-    sizes = torch.stack([counts, starts[counts.cumsum(0) - counts]], dim=1)
+    differs = (sequences.shape[1:] != sequences.shape[:-1]).any(axis=1)
+    bounds = [0, *(differs.nonzero()[0] + 1).tolist(), len(sequences.shape)]
     fresh, paged = [], []
-    first = 0
-    for (reuse, *shape), (count, row) in zip(shapes.tolist(), sizes.tolist(), strict=True):
-        members = torch.arange(first, first + count, device=starts.device)
+    for first, end in itertools.pairwise(bounds):
+        members = slice(first, end)
+        reuse, *shape = sequences.shape[first].tolist()
         if reuse:
-            paged.append(_paged_group(pages, sequences, members, row, starts, shape))
+            paged.append(_paged_group(pages, sequences, members, shape, upload))
         else:
+            row = int(sequences.row_starts[first])
             select = shape[3] > 0
-            selection = _selection(pages, sequences, members, shape) if select else None
-            fresh.append(FreshGroup(row, count, shape[0], selection))
-        first += count
-    rows, places = _writes(pages, sequences)
+            selection = _selection(pages, sequences, members, shape, upload) if select else None
+            fresh.append(FreshGroup(row, end - first, shape[0], selection))
     layout = PackedLayout(len(sequences.owner), tuple(fresh), tuple(paged))
-    if not len(rows):
+    stored = sequences.stores()[sequences.owner].nonzero()[0]
+    if not len(stored):
         return layout
-    return dataclasses.replace(layout, write_rows=rows, write_places=places)
-
-
-def _writes(pages: KVPages, sequences: Sequences) -> tuple[Tensor, Tensor]:
-    """Packed rows that are stored as they are, and their places in the pool; both [n]."""
-    rows = sequences.stores()[sequences.owner].nonzero().squeeze(1)
-    owner = sequences.owner[rows]
-    row = sequences.stored_row(owner, sequences.positions[rows])
-    return rows, pages.places(sequences.state.slots[owner], sequences.twin[owner], row)
+    places = sequences.stored_places(pages, stored)
+    return dataclasses.replace(layout, write_rows=upload(stored), write_places=upload(places))
 
 
 def _paged_group(
-    pages: KVPages,
-    sequences: Sequences,
-    members: Tensor,
-    first_row: int,
-    starts: Tensor,
-    shape: list[int],
+    pages: KVPages, sequences: Sequences, members: slice, shape: list[int], upload: Upload
 ) -> PagedGroup:
     width, num_pages, full = shape[:3]
-    columns = torch.arange(width, device=members.device)
-    num_rows = sequences.num_rows[members].unsqueeze(1)
-    slots = sequences.state.slots[members]
+    columns = np.arange(width)
+    num_rows, starts = sequences.num_rows[members, None], sequences.row_starts[members, None]
     held = None
     if not full:
-        places = torch.arange(num_pages * pages.page_size, device=members.device)
-        held = (places < sequences.held[members].unsqueeze(1))[:, None, None, :]
-    kept = (columns < num_rows).flatten().nonzero().squeeze(1)
+        places = np.arange(num_pages * pages.page_size)
+        held = upload((places < sequences.held[members, None])[:, None, None, :])
+    kept = (columns < num_rows).reshape(-1).nonzero()[0]
+    first = int(starts[0, 0])
     return PagedGroup(
-        query_rows=starts[members].unsqueeze(1) + torch.minimum(columns, num_rows - 1),
-        kept=None if len(kept) == width * len(members) else kept,
-        rows=slice(first_row, first_row + len(kept)),
-        pages=pages.table[slots, sequences.twin[members], :num_pages],
+        query_rows=upload(starts + np.minimum(columns, num_rows - 1)),
+        kept=None if len(kept) == width * len(num_rows) else upload(kept),
+        rows=slice(first, first + len(kept)),
+        pages=upload(
+            pages.table[sequences.state.slots[members], sequences.twin[members], :num_pages]
+        ),
         held=held,
     )
 
 
 def _selection(
-    pages: KVPages, sequences: Sequences, members: Tensor, shape: list[int]
+    pages: KVPages, sequences: Sequences, members: slice, shape: list[int], upload: Upload
 ) -> Selection:
     length, block, window, keep, pool_kernel = shape
     start, end = sequences.window_start[members, None], sequences.window_end[members, None]
-    columns = torch.arange(length - window, device=members.device)
-    candidates = torch.where(columns < start, columns, columns + window)
-    blocks = end - block + torch.arange(block, device=members.device)
-    row_of, slots = sequences.row_of[members], sequences.state.slots[members]
-    kept = torch.arange(keep, device=members.device).expand(len(members), -1)
+    columns = np.arange(length - window)
+    candidates = np.where(columns < start, columns, columns + window)
+    first = sequences.row_starts[members, None]
+    slots, twin = sequences.state.slots[members, None], sequences.twin[members, None]
     return Selection(
-        block_rows=row_of.gather(1, blocks),
-        candidate_rows=row_of.gather(1, candidates),
-        places=pages.places(slots[:, None], sequences.twin[members, None], kept),
+        block_rows=upload(first + end - block + np.arange(block)),
+        candidate_rows=upload(first + candidates),
+        places=upload(pages.places(slots, twin, np.arange(keep)[None])),
         pool_kernel=pool_kernel,
     )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .batch import StepBatch, build_batch
 from .canvas import CanvasTable, StepResult
 from .config import EngineConfig
-from .decoding import Rule
 from .models import ModelSpec
+from .ops import Upload
 from .request import Prompt, SamplingParams
 from .sampling import BlockStatistics, Candidates, select_commits
 from .shard import ModelShard, StepInputs
@@ -45,9 +47,7 @@ class Runner:
         self.plan = self._shard.plan
         logger.info("memory plan%s\n%s", " of each rank" if parallel else "", self.plan)
         self._pages = self._shard.pages
-        self.table = CanvasTable.of(
-            config, spec, special=self._shard.special, device=self._shard.device
-        )
+        self.table = CanvasTable.of(config, spec, stop_token_ids, device=self._shard.device)
         logger.info("model ready device=%s ranks=%d", self._shard.device, spec.num_ranks)
 
     def bind_thread(self) -> None:
@@ -60,29 +60,40 @@ class Runner:
         self._pages.assign(slot, pages, 2 if params.cfg_scale > 0 else 1)
 
     @torch.inference_mode()
-    def launch(self, slots: list[int]) -> Tensor:
+    def launch(self, slots: list[int]) -> Launched:
         """Begin a denoising step for the requests in `slots`; a GPU is still at work on return.
 
-        No canvas changes before the whole forward pass has succeeded, and the keys and values
-        that it stores are read only together with these canvases: a step that raised can be
-        tried again.
+        Canvases change in `finish` alone, and the keys and values that the step stores are read
+        only together with these canvases: one that raised can be tried again.
 
         Returns:
             For `finish`.
         """
         with self._watched():
-            batch = build_batch(self.table, self._pages, slots, self._shard.tile_rows)
-            candidates = self._shard.candidates(StepInputs.of(batch))
-            self._commit(batch, candidates)
-            return self.table.advance(batch.state, slots)
+            upload = Upload(self._shard.device)
+            batch = build_batch(self.table, self._pages, slots, upload, self._shard.tile_rows)
+            upload.send()
+            credits = None
+            if batch.credit_rows is not None:
+                credits = self.table.credits.read(batch.credit_rows)
+            found = self._shard.candidates(StepInputs.of(batch, credits))
+            tokens = torch.where(_pick(batch, found), found.token, -1).to(torch.int32)
+            confidence = found.confidence.to(torch.float32)
+            launched = Launched(batch, torch.stack([tokens, confidence.view(torch.int32)]))
+            if batch.credit_rows is not None and found.credits is not None:
+                self.table.credits.write(batch.credit_rows, found.credits)
+            return launched
 
-    def finish(self, report: Tensor) -> StepResult:
-        """Wait for the step to end."""
+    def finish(self, launched: Launched) -> StepResult:
+        """Wait for the step to end, and commit what it has decoded."""
         try:
             with self._watched():
-                return self.table.result(report)
+                decoded = launched.decoded.cpu()
         finally:  # a rank that has failed is the reason of whatever the device says
             self.check()
+        tokens, confidence = decoded.numpy()
+        batch = launched.batch
+        return self.table.advance(batch.state, batch.blocks, tokens, confidence.view(np.float32))
 
     def _watched(self) -> AbstractContextManager[None]:
         return self._shard.watched() if isinstance(self._shard, ModelTeam) else nullcontext()
@@ -102,30 +113,32 @@ class Runner:
         if isinstance(self._shard, ModelTeam):
             self._shard.close()
 
-    def _commit(self, batch: StepBatch, candidates: Candidates) -> None:
-        masked, request, column = batch.block_masked, batch.request, batch.column
-        stepped = batch.state.slots
-        slots, positions = stepped[request], batch.block_positions[request, column]
 
-        def spread(values: Tensor) -> Tensor:
-            """[M] values at their places in the [R, block] matrix."""
-            return values.new_zeros(masked.shape).masked_scatter_(masked, values)
+@dataclasses.dataclass(frozen=True)
+class Launched:
+    """A step that is under way."""
 
-        confidence = spread(candidates.confidence)
-        nothing = torch.zeros_like(confidence)
-        leaps = Rule.LOCAL_LEAP in batch.plan.rules_in_use
-        block = BlockStatistics(
-            masked=masked,
-            confidence=confidence,
-            entropy=spread(candidates.entropy) if batch.needs_spread else nothing,
-            margin=spread(candidates.margin) if batch.needs_spread else nothing,
-            committed=self.table.block_confidence(batch.state, batch.block_positions)
-            if leaps
-            else nothing,
-        )
-        picked = select_commits(block, batch.plan)[request, column]
-        if candidates.credits is not None:
-            self.table.keep_credits(slots, column, candidates.credits)
-        self.table.commit(
-            stepped, slots, positions, picked, candidates.token, candidates.confidence
-        )
+    batch: StepBatch
+    #: [2, M] int32 on the device: of each masked position the token that it is committed with, −1
+    #: where it is not; and the bits of its confidence.
+    decoded: Tensor
+
+
+def _pick(batch: StepBatch, candidates: Candidates) -> Tensor:
+    """Which of the masked positions the step commits: [M] bool."""
+
+    def spread(values: Tensor) -> Tensor:
+        """[M] values at their places in the [R, block] matrix."""
+        matrix = values.new_zeros(batch.masked.numel()).index_copy_(0, batch.place, values)
+        return matrix.view(batch.masked.shape)
+
+    confidence = spread(candidates.confidence)
+    nothing = torch.zeros_like(confidence)
+    block = BlockStatistics(
+        masked=batch.masked,
+        confidence=confidence,
+        entropy=spread(candidates.entropy) if batch.needs_spread else nothing,
+        margin=spread(candidates.margin) if batch.needs_spread else nothing,
+        committed=nothing if batch.committed is None else batch.committed,
+    )
+    return select_commits(block, batch.plan).flatten().index_select(0, batch.place)

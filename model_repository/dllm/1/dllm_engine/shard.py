@@ -67,9 +67,10 @@ class StepInputs:
     credits: Credits | None
 
     @classmethod
-    def of(cls, batch: StepBatch) -> StepInputs:
+    def of(cls, batch: StepBatch, credits: Credits | None) -> StepInputs:
         """Of a batch everything that does not concern canvases."""
-        return cls(**{f.name: getattr(batch, f.name) for f in dataclasses.fields(cls)})
+        names = [f.name for f in dataclasses.fields(cls) if f.name != "credits"]
+        return cls(**{name: getattr(batch, name) for name in names}, credits=credits)
 
 
 class ModelShard:
@@ -90,6 +91,7 @@ class ModelShard:
         group: Group | None = None,
     ) -> None:
         self._config, self._spec = config, spec
+        self._stop_token_ids = stop_token_ids
         device, self._dtype = resolve_device(config)
         self.device = device if group is None else group.device
         self.bind_thread()
@@ -293,7 +295,7 @@ class ModelShard:
         Rank 0 alone has one; but every rank has as many pages as the one with the least room.
         """
         one = dataclasses.replace(self._config, max_num_seqs=1)
-        table = CanvasTable.of(one, self._spec, special=self.special, device=self.device)
+        table = CanvasTable.of(one, self._spec, self._stop_token_ids, device=self.device)
         return self._config.max_num_seqs * table.num_bytes
 
     @torch.inference_mode()

@@ -13,7 +13,7 @@ from .memory import MemoryPlan
 from .models import DiffusionModel, ModelSpec
 from .parallel import Alarm, Group, Ranks, take_apart, thread_share
 from .rank import RankTask
-from .sampling import Candidates, SpecialTokens
+from .sampling import Candidates
 from .shard import ModelShard, StepInputs, import_libraries, rank_device
 
 
@@ -92,11 +92,6 @@ class ModelTeam:
     def pages(self) -> KVPages:
         """Rank 0's part of them; who holds what is the same on all."""
         return self._shard.pages
-
-    @property
-    def special(self) -> SpecialTokens:
-        """Ids that sampling treats apart."""
-        return self._shard.special
 
     @property
     def model(self) -> DiffusionModel:

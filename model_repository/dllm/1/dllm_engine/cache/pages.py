@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops import upload
+from ..ops import Array
 
 
 class PageAllocator:
@@ -58,8 +59,8 @@ class KVPages:
     #: [layers, pages, page_size, num_kv_heads, head_dim].
     keys: Tensor
     values: Tensor
-    #: [slots, 2, pages of the longest sequence] int64.
-    table: Tensor
+    #: [slots, 2, pages of the longest sequence] int64, on the host.
+    table: Array
 
     @classmethod
     def allocate(
@@ -81,7 +82,7 @@ class KVPages:
         return cls(
             torch.zeros(shape, device=device, dtype=dtype),
             torch.zeros(shape, device=device, dtype=dtype),
-            torch.zeros(num_slots, 2, longest, dtype=torch.int64, device=device),
+            np.zeros((num_slots, 2, longest), np.int64),
         )
 
     @property
@@ -91,11 +92,11 @@ class KVPages:
 
     def assign(self, slot: int, pages: list[int], num_sequences: int) -> None:
         """Give a slot its pages, shared out evenly between its sequences."""
-        if pages:
-            mine = upload(pages, self.table.device).view(num_sequences, -1)
-            self.table[slot, :num_sequences, : mine.shape[1]] = mine
+        each = len(pages) // num_sequences
+        self.table[slot, :num_sequences, :each] = np.reshape(pages, (num_sequences, each))
 
-    def places(self, slots: Tensor, twin: Tensor, rows: Tensor) -> Tensor:
+    def places(self, slots: Array, twin: Array, rows: Array) -> Array:
         """Place in the pool of the numbered rows of these sequences; all int64 [n]."""
         page = self.table[slots, twin, rows // self.page_size]
-        return page * self.page_size + rows % self.page_size
+        places: Array = page * self.page_size + rows % self.page_size
+        return places

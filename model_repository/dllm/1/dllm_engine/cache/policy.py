@@ -22,8 +22,9 @@ from __future__ import annotations
 import dataclasses
 import enum
 
-import torch
-from torch import Tensor
+import numpy as np
+
+from ..ops import Array
 
 
 class CachePolicy(enum.IntEnum):
@@ -41,66 +42,59 @@ class Phases:
     """How requests stand in their blocks, and what that means for the next step; all [R]."""
 
     #: int64, `CachePolicy`.
-    policy: Tensor
+    policy: Array
     #: bool; the whole sequence goes through the model.
-    refresh: Tensor
+    refresh: Array
     #: bool; and its keys and values are stored.
-    store: Tensor
+    store: Array
 
     @classmethod
-    def of(cls, policy: Tensor, age: Tensor, delay: Tensor, interval: Tensor) -> Phases:
+    def of(cls, policy: Array, age: Array, delay: Array, interval: Array) -> Phases:
         """Phases of the step that is `age` steps into its block.
 
         The first `delay` steps of a block only look at everything; the next one also stores. From
         there on every `interval`-th step stores anew, or none where it is 0. All int64 [R].
         """
         since = age - delay
-        again = (interval > 0) & (since % interval.clamp(min=1) == 0)
-        cached = policy != int(CachePolicy.NONE)
+        again = (interval > 0) & (since % np.maximum(interval, 1) == 0)
+        cached = policy != CachePolicy.NONE
         refresh = ~cached | (since <= 0) | again
         return cls(policy, refresh, cached & refresh & (since >= 0))
 
-    def take(self, index: Tensor) -> Phases:
+    def take(self, index: Array) -> Phases:
         """Those of some requests."""
         return Phases(self.policy[index], self.refresh[index], self.store[index])
 
     @property
-    def selects(self) -> Tensor:
+    def selects(self) -> Array:
         """bool; what is stored is a selection."""
-        return self.store & (self.policy == int(CachePolicy.SPARSE))
+        selects: Array = self.store & (self.policy == CachePolicy.SPARSE)
+        return selects
 
-    def active(self, canvas: ActiveState) -> Tensor:
-        """Positions that go through the model: bool [R, width]."""
-        columns = torch.arange(canvas.masked.shape[1], device=self.policy.device)
-        inside = columns < canvas.length.unsqueeze(1)
-        behind = columns >= canvas.window_start.unsqueeze(1)
-        window = behind & (columns < canvas.window_end.unsqueeze(1))
-        predicts = canvas.masked
-        if canvas.shifted:
-            predicts = torch.nn.functional.pad(canvas.masked[:, 1:], (0, 1))
-        unfinished = window & (canvas.masked | canvas.recent | predicts)
+    @property
+    def partial(self) -> Array:
+        """bool; only some positions of the window go through the model (`unfinished`)."""
+        partial: Array = ~self.refresh & (self.policy == CachePolicy.DELAYED)
+        return partial
 
-        def policy_is(policy: CachePolicy) -> Tensor:
-            return (self.policy == int(policy)).unsqueeze(1)
-
-        reuse = torch.where(policy_is(CachePolicy.PREFIX), inside & behind, window)
-        reuse = torch.where(policy_is(CachePolicy.DELAYED), unfinished, reuse)
-        return torch.where(self.refresh.unsqueeze(1), inside, reuse)
+    def span(self, length: Array, window_start: Array, window_end: Array) -> tuple[Array, Array]:
+        """First position and end of what goes through the model, or of what it is part of."""
+        behind = self.refresh | (self.policy == CachePolicy.PREFIX)
+        return np.where(self.refresh, 0, window_start), np.where(behind, length, window_end)
 
 
-@dataclasses.dataclass(frozen=True)
-class ActiveState:
-    """What `Phases.active` must know of each request; [R] int64, or bool [R, width]."""
+def unfinished(masked: Array, recent: Array, *, shifted: bool) -> Array:
+    """What `delayed` computes of a window: bool [R, width], as the arguments are.
 
-    length: Tensor
-    window_start: Tensor
-    window_end: Tensor
-    #: Still to be decoded.
-    masked: Tensor
-    #: Committed by the step before.
-    recent: Tensor
-    #: Whether a hidden state predicts the next position.
-    shifted: bool
+    Args:
+        masked: still to be decoded.
+        recent: committed by the step before.
+        shifted: whether a hidden state predicts the next position.
+    """
+    found = masked | recent
+    if shifted:
+        found[:, :-1] |= masked[:, 1:]
+    return found
 
 
 def kept_rows(num_candidates: int, retention_ratio: float) -> int:

@@ -18,12 +18,13 @@ from .norm import rms_norm
 from .quantization import make_quantizer, quantized_bytes
 from .rotary import RotaryTable, apply_rotary
 from .selection import select_positions
-from .transfer import upload
+from .transfer import Array, Upload
 
 __all__ = [
     "LOWEST",
     "TILE",
     "TORCH",
+    "Array",
     "Choice",
     "FlatLayout",
     "FlatSelection",
@@ -39,6 +40,7 @@ __all__ = [
     "PagedGroup",
     "RotaryTable",
     "Selection",
+    "Upload",
     "apply_rotary",
     "choose_operations",
     "make_quantizer",
@@ -46,5 +48,4 @@ __all__ = [
     "quantized_bytes",
     "rms_norm",
     "select_positions",
-    "upload",
 ]

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from .transfer import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,35 +126,38 @@ class FlatLayout:
     @classmethod
     def of(cls, lengths: list[int], tile_rows: int, device: str) -> FlatLayout:
         """Sequences of these lengths, none of which reads or writes stored keys and values."""
-        counts = torch.tensor(lengths, device=device)
+        counts = np.array(lengths, np.int64)
+
+        def on_device(values: Array) -> Tensor:
+            return torch.from_numpy(values).to(device)
+
         tile_sequence, tile_row = tiles_of(counts, sum(lengths), tile_rows)
         return cls(
             tile_rows=tile_rows,
-            row_starts=counts.cumsum(0) - counts,
-            row_counts=counts,
-            held=torch.zeros_like(counts),
-            tables=counts.new_zeros(len(lengths), 1),
-            tile_sequence=tile_sequence,
-            tile_row=tile_row,
+            row_starts=on_device(counts.cumsum() - counts),
+            row_counts=on_device(counts),
+            held=on_device(np.zeros_like(counts)),
+            tables=on_device(np.zeros((len(lengths), 1), np.int64)),
+            tile_sequence=on_device(tile_sequence),
+            tile_row=on_device(tile_row),
         )
 
 
 Layout = PackedLayout | FlatLayout
 
 
-def tiles_of(row_counts: Tensor, num_rows: int, tile_rows: int) -> tuple[Tensor, Tensor]:
-    """Tiles that cover sequences of [S] `row_counts`, `num_rows` at most, without overlap.
-
-    As many as there may be at most, so that nobody has to ask the device how many there are.
+def tiles_of(row_counts: Array, num_rows: int, tile_rows: int) -> tuple[Array, Array]:
+    """Tiles that cover sequences of [S] `row_counts`, `num_rows` together, without overlap.
 
     Returns:
-        [T] sequence of each tile, S for those that are too many; [T] first row in the sequence.
+        As many as sequences of so many rows can need, so that a launch depends on less: [T]
+        sequence of each tile, S for those that are too many; [T] first row in the sequence.
     """
     counts = -(-row_counts // tile_rows)
-    ends = counts.cumsum(0)
-    tiles = torch.arange(num_rows // tile_rows + len(row_counts), device=row_counts.device)
-    sequence = torch.searchsorted(ends, tiles, right=True)
-    before = (ends - counts)[sequence.clamp(max=len(row_counts) - 1)]
+    ends = counts.cumsum()
+    tiles = np.arange(num_rows // tile_rows + len(row_counts))
+    sequence = np.searchsorted(ends, tiles, side="right")
+    before = (ends - counts)[np.minimum(sequence, len(row_counts) - 1)]
     return sequence, (tiles - before) * tile_rows
 
 

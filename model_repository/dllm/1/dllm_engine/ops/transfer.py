@@ -2,16 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+#: Numbers on the host.
+Array = npt.NDArray[Any]
 
-def upload(values: Sequence[int] | Tensor, device: torch.device | str) -> Tensor:
-    """`values` on the device, int64 if they are numbers; the host does not wait for the copy.
+#: Each array begins at a multiple of this on the device, as those do that torch allocates: kernels
+#: are compiled anew for others.
+_ALIGNMENT = 512
+#: Room for what one step sends; whatever is left over goes by itself.
+_BYTES = 2**21
 
-    A plain copy would also wait for all that the device has still to do.
+
+class Upload:
+    """Sends arrays to the device with one copy, for which the host does not wait.
+
+    What a call returns holds nothing before `send`. On the CPU it is the array itself.
+
+    Args:
+        staged: whether arrays are copied at all.
     """
-    tensor = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.int64)
-    return tensor.to(device, non_blocking=True)
+
+    def __init__(self, device: str, *, staged: bool | None = None) -> None:
+        self._device = device
+        self._here: Tensor | None = None
+        self._used = 0
+        if device != "cpu" if staged is None else staged:
+            pinned = device.startswith("cuda")
+            # The allocators keep both until the copy has been made.
+            self._here = torch.empty(_BYTES, dtype=torch.uint8, pin_memory=pinned)
+            self._there = torch.empty(_BYTES, dtype=torch.uint8, device=device)
+            self._bytes = self._here.numpy()
+
+    def __call__(self, array: Array) -> Tensor:
+        """Where `array` will be, of its shape and type."""
+        array = np.ascontiguousarray(array)
+        if self._here is None:
+            return torch.from_numpy(array)
+        start, end = self._used, self._used + array.nbytes
+        if end > _BYTES:
+            return torch.from_numpy(array).to(self._device, non_blocking=True)
+        self._bytes[start:end] = array.reshape(-1).view(np.uint8)
+        self._used = -(-end // _ALIGNMENT) * _ALIGNMENT
+        dtype = torch.from_numpy(array).dtype
+        return self._there[start:end].view(dtype).view(array.shape)
+
+    def send(self) -> None:
+        """Begin the copy."""
+        if self._here is not None:
+            used = min(self._used, _BYTES)
+            self._there[:used].copy_(self._here[:used], non_blocking=True)

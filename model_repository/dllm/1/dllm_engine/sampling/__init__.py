@@ -2,7 +2,7 @@
 
 from .candidates import sample_candidates
 from .commit import BlockStatistics, CommitPlan, select_commits
-from .credit import LISTED, Credits
+from .credit import LISTED, CreditLists, CreditRows, Credits
 from .rows import Candidates, RowSampling, SamplingFlags, SpecialTokens, needs_whole_row
 from .whole_rows import least_bytes
 
@@ -11,6 +11,8 @@ __all__ = [
     "BlockStatistics",
     "Candidates",
     "CommitPlan",
+    "CreditLists",
+    "CreditRows",
     "Credits",
     "RowSampling",
     "SamplingFlags",

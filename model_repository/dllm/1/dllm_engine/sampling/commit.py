@@ -57,32 +57,6 @@ class CommitPlan:
     block_start: Tensor
 
 
-def linear_count(num_masks: Tensor, steps: Tensor, step: Tensor) -> Tensor:
-    """How many positions step `step` of `steps` commits in a block that began with `num_masks`.
-
-    Equal shares, the remainder to the first steps (LLaDA, `get_num_transfer_tokens`).
-    All int64 [R].
-    """
-    return num_masks // steps + (step < num_masks % steps).to(torch.int64)
-
-
-def dream_chances(steps: int, eps: float = 1e-3) -> Tensor:
-    """The share 1 − s/t of the masked positions that each of `steps` steps decodes.
-
-    t and s are neighbours in linspace(1, eps, steps + 1), and the last step decodes everything
-    (Dream, generation_utils.py). float32 [steps], since counts made of it must round as there.
-    """
-    times = torch.linspace(1, eps, steps + 1)
-    chances = 1 - times[1:] / times[:-1]
-    chances[-1] = 1.0
-    return chances
-
-
-def dream_count(num_masked: Tensor, chance: Tensor) -> Tensor:
-    """⌊masked positions · chance⌋ in float32, as the reference counts: int64 [R]."""
-    return (num_masked.to(torch.float32) * chance).to(torch.int64)
-
-
 def select_commits(block: BlockStatistics, plan: CommitPlan) -> Tensor:
     """Positions to commit: bool [R, block]."""
     counted = torch.zeros_like(block.masked)

@@ -49,6 +49,47 @@ class Fused:
     credits: Credits
 
 
+@dataclasses.dataclass(frozen=True)
+class CreditRows:
+    """Which rows of a step have which places in `CreditLists`."""
+
+    #: [rows] int64.
+    slots: Tensor
+    column: Tensor
+    #: [rows] bool; whether it is decided by fused logits, and whether its list is empty.
+    used: Tensor
+    empty: Tensor
+
+
+class CreditLists:
+    """The lists of all requests: of every position of each active block, on the device.
+
+    Of a block's first step, and of requests without credit, a list means nothing.
+    """
+
+    def __init__(self, num_slots: int, max_block: int, device: str) -> None:
+        shape = (num_slots, max_block, LISTED)
+        self._tokens = torch.empty(shape, dtype=torch.int32, device=device)
+        self._values = torch.empty(shape, device=device)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all of it."""
+        return self._tokens.nbytes + self._values.nbytes
+
+    def read(self, rows: CreditRows) -> Credits:
+        """The lists of some rows."""
+        empty = rows.empty.unsqueeze(1)
+        tokens = self._tokens[rows.slots, rows.column].to(torch.int64)
+        values = self._values[rows.slots, rows.column]
+        return Credits(rows.used, tokens.masked_fill_(empty, -1), values.masked_fill_(empty, 0.0))
+
+    def write(self, rows: CreditRows, credits: Credits) -> None:
+        """What they have become; of rows that use none it means nothing."""
+        self._tokens[rows.slots, rows.column] = credits.tokens.to(torch.int32)
+        self._values[rows.slots, rows.column] = credits.values
+
+
 def decide(
     credits: Credits, logits: Tensor, token: Tensor, logit: Tensor, peak: Tensor, total: Tensor
 ) -> Fused:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -35,13 +35,6 @@ class SamplingFlags:
     top_k: int
     no_eos: bool
     late_eos: bool
-
-    @classmethod
-    def of_all(cls, parts: Iterable[SamplingFlags]) -> SamplingFlags:
-        """What occurs in any of the parts."""
-        parts = list(parts)
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: max(getattr(part, name) for part in parts) for name in names})
 
 
 def needs_whole_row(noisy: Truth, filtered: Truth, tempered: Truth) -> Truth:
