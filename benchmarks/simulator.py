@@ -187,6 +187,8 @@ class FcfsScheduler(Scheduler):
 
     def schedule(self) -> list[Request]:
         """Requests in order of arrival, up to the first that does not fit."""
+        if any(request.under_way for request in self._running):
+            return []
         chosen: list[Request] = []
         used = 0
         for request in sorted(self._running, key=lambda r: r.request_id):

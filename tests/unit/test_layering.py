@@ -23,7 +23,7 @@ LAYERS = [
     {"batch"},
     {"layout"},
     {"canvas", "text"},
-    {"slot_state", "slot_facts"},
+    {"slots"},
     {"memory"},
     {"cache", "sampling", "models"},
     {"parallel"},

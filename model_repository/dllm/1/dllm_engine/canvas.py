@@ -135,8 +135,9 @@ class CanvasTable:
         """Device memory of the table, whatever runs: nothing is added later."""
         if self._device != "cpu":
             return self.credits.num_bytes
-        here = [each.nbytes for each in vars(self).values() if isinstance(each, np.ndarray)]
-        return self.credits.num_bytes + sum(here) + self._slots.num_bytes
+        by_slot = (self.tokens, self.given, self._masked, self._recent, self._ends)
+        here = sum(each.nbytes for each in (*by_slot, self._confidence, self._chance))
+        return self.credits.num_bytes + here + self._slots.num_bytes
 
     def fill(self, slot: int, prompt: Prompt, params: SamplingParams) -> None:
         """Lay out a new request in `slot`; `params` must be resolved."""
@@ -234,7 +235,7 @@ class CanvasTable:
         self._recent[state.slots] = False
         self._recent[slots, places] = True
         self._masked[slots, places] = False
-        self._ends[slots, places] = np.isin(tokens, self._stop)
+        self._ends[slots, places] = (tokens[:, None] == self._stop).any(axis=1)
         self._confidence[slots, places] = confidence[picked]
         self.tokens[slots, positions] = tokens
         state, first_masked = self._enter_block(
@@ -259,9 +260,10 @@ class CanvasTable:
     def num_rows(self, state: SlotState, phases: Phases) -> Array:
         """Rows that go through the model in the next step, of one sequence: [R]."""
         start, end = phases.span(state.length, *self.window(state))
-        if not phases.partial.any():
+        partial = phases.partial
+        if not partial.any():
             return end - start
-        return np.where(phases.partial, self.unfinished(state).sum(axis=1), end - start)
+        return np.where(partial, self.unfinished(state).sum(axis=1), end - start)
 
     def canvas(self, slot: int) -> Canvas:
         """A copy of the canvas in `slot`."""

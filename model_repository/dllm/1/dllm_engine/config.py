@@ -46,6 +46,9 @@ class EngineConfig:
     max_queue_size: int = 4096
     #: Token budget: rows that one denoising step may push through the model; None: by device.
     max_num_batched_tokens: int | None = None
+    #: Rows from which on a step is launched while another is under way, so that a GPU does not wait
+    #: for the host; 0: never; None: 1,024 on a GPU, never on a CPU or with several ranks.
+    overlap_rows: int | None = None
     #: Prompt plus canvas, in tokens; None: what the checkpoint was trained for.
     max_model_len: int | None = None
     #: Largest canvas, in tokens; None: whatever fits into `max_model_len`.
@@ -83,8 +86,13 @@ class EngineConfig:
                 raise InvalidConfig(f"{_setting(name)}: must be at least 1, or empty")
         if self.max_queue_size < 0:
             raise InvalidConfig("DLLM_MAX_QUEUE_SIZE: must be at least 0")
-        if self.cuda_graph_rows is not None and self.cuda_graph_rows < 0:
-            raise InvalidConfig("DLLM_CUDA_GRAPH_ROWS: must be at least 0, or empty")
+        for name in ("cuda_graph_rows", "overlap_rows"):
+            if (getattr(self, name) or 0) < 0:
+                raise InvalidConfig(f"{_setting(name)}: must be at least 0, or empty")
+        if self.overlap_rows and self.tensor_parallel_size > 1:
+            raise InvalidConfig(
+                "DLLM_OVERLAP_ROWS: ranks take one step at a time (DLLM_TENSOR_PARALLEL_SIZE)"
+            )
         if not 0 < self.tensor_parallel_timeout < math.inf:
             raise InvalidConfig("DLLM_TENSOR_PARALLEL_TIMEOUT: must be above 0")
 

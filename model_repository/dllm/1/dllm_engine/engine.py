@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -19,7 +21,7 @@ from .limits import RequestLimits, longest_sequence
 from .memory import MemoryPlan
 from .models import read_spec
 from .request import CanvasUpdate, FinishReason, Prompt, SamplingParams, Usage
-from .runner import Runner
+from .runner import Launched, Runner
 from .scheduler import Request, Scheduler
 from .text import TextCodec, find_stop
 
@@ -27,6 +29,8 @@ logger = logging.getLogger("dllm_engine")
 
 #: How often requests that wait are looked at: has one waited for too long, is an update due.
 WAITING_LOOK_SECONDS = 0.1
+#: Steps that are launched and have not ended, at most.
+MAX_UNDER_WAY = 2
 
 
 @dataclasses.dataclass
@@ -52,6 +56,14 @@ class EngineStats:
     step_seconds: float = 0.0
 
 
+class _Step(NamedTuple):
+    """A step that is under way."""
+
+    by_slot: dict[int, Request]
+    launched: Launched
+    began: float
+
+
 class Engine:
     """One model and the requests running on it. Not thread-safe: see `EngineWorker`.
 
@@ -75,17 +87,25 @@ class Engine:
         self.token_budget = self._runner.token_budget
         self.allocator = PageAllocator(self._runner.plan.num_pages, config.kv_page_size)
         self._limits = RequestLimits(config, spec, self.allocator, has_text=self.codec is not None)
-        self.scheduler = Scheduler(config.max_num_seqs, self.token_budget, self.allocator)
+        self.scheduler = Scheduler(
+            config.max_num_seqs,
+            self.token_budget,
+            self.allocator,
+            overlap_rows=self._runner.overlap_rows,
+        )
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count()
         self._next_look = 0.0
         #: Updates that nobody has been given yet; a step that meets an error leaves some.
         self._ready: list[CanvasUpdate] = []
+        #: Steps that are launched and have not ended, oldest first; and when the last one ended.
+        self._under_way: collections.deque[_Step] = collections.deque()
+        self._last_end = 0.0
 
     @property
     def has_work(self) -> bool:
-        """Whether any request is unfinished."""
-        return bool(self._requests)
+        """Whether any request is unfinished, or has an update that nobody was given."""
+        return bool(self._requests or self._ready)
 
     def bind_thread(self) -> None:
         """Prepare the calling thread for steps; the one that made the engine is prepared."""
@@ -171,6 +191,9 @@ class Engine:
     def cancel(self, request_id: int) -> CanvasUpdate | None:
         """End a request now; None if it has finished already."""
         request = self._requests.get(request_id)
+        if request is not None and request.under_way:  # its place may not be another's before
+            self._end_steps()
+            request = self._requests.get(request_id)
         if request is None:
             return None
         self.stats.requests_cancelled += 1
@@ -182,6 +205,7 @@ class Engine:
         Returns:
             Their final updates, and those that were ready when the error was met.
         """
+        self._under_way.clear()
         self.stats.requests_failed += len(self._requests)
         failed = [self._finish(r, None, error) for r in list(self._requests.values())]
         return self._take_ready() + failed
@@ -194,7 +218,7 @@ class Engine:
         return self._take_ready() + [self._finish(request, None, error) for request in waiting]
 
     def step(self) -> list[CanvasUpdate]:
-        """One denoising step of as many requests as the budget allows.
+        """End a denoising step of as many requests as the budget allows, or two, in turns.
 
         Returns:
             Updates of the requests that finished, failed, or are due for one, waiting ones too.
@@ -204,9 +228,13 @@ class Engine:
         """
         self._admit()
         self._ready += self._look_at_waiting()
-        chosen = self.scheduler.schedule()
-        if chosen:
-            self._run(chosen)
+        for _ in range(MAX_UNDER_WAY - len(self._under_way)):
+            if chosen := self.scheduler.schedule():
+                self._launch(chosen)
+        if self._under_way:
+            # While a GPU is at work, whoever joins a later step is laid out.
+            self._admit()
+            self._end_step()
         return self._take_ready()
 
     def _take_ready(self) -> list[CanvasUpdate]:
@@ -244,30 +272,44 @@ class Engine:
             self.stats.requests_admitted += 1
             self.stats.queue_seconds += now - request.queued_at
 
-    def _run(self, chosen: list[Request]) -> None:
-        """One step of these; what it has to tell is added to what is ready."""
+    def _launch(self, chosen: list[Request]) -> None:
         by_slot = {r.slot: r for r in chosen if r.slot is not None}
         began = time.perf_counter()
         with _device_errors():
             try:
-                report = self._runner.launch(list(by_slot))
+                launched = self._runner.launch(list(by_slot))
             except torch.AcceleratorError:
                 raise
             except (RuntimeError, ValueError, MemoryError) as error:
                 self._isolate(chosen, error)
                 return
-            # While a GPU is at work, whoever joins the next step is laid out.
-            self._admit()
-            result = self._runner.finish(report)
-        self._count(chosen, time.perf_counter() - began)
-        self._ready += self._settle_all(by_slot, result)
+        for request in chosen:
+            request.under_way = True
+        self._under_way.append(_Step(by_slot, launched, began))
+
+    def _end_step(self) -> None:
+        """Wait for the oldest step; what it has to tell is added to what is ready."""
+        step = self._under_way.popleft()
+        with _device_errors():
+            result = self._runner.finish(step.launched)
+        now = time.perf_counter()
+        for request in step.by_slot.values():
+            request.under_way = False
+        self._count(step.by_slot.values(), now - max(step.began, self._last_end))
+        self._last_end = now
+        self._ready += self._settle_all(step.by_slot, result)
+
+    def _end_steps(self) -> None:
+        while self._under_way:
+            self._end_step()
 
     def _isolate(self, chosen: list[Request], error: Exception) -> None:
         """A step failed and wrote nothing: find whom it concerns by running each alone."""
         if len(chosen) > 1:
             logger.warning("step failed requests=%d; running each alone: %s", len(chosen), error)
             for request in chosen:
-                self._run([request])
+                self._launch([request])
+                self._end_steps()
         else:
             self._ready.append(self._fail(chosen[0], error))
 
@@ -277,7 +319,7 @@ class Engine:
         self.stats.requests_failed += 1
         return self._finish(request, None, RequestFailed(f"{type(error).__name__}: {error}"))
 
-    def _count(self, chosen: list[Request], seconds: float) -> None:
+    def _count(self, chosen: Collection[Request], seconds: float) -> None:
         self.stats.steps += 1
         self.stats.step_seconds += seconds
         for request in chosen:

@@ -66,36 +66,40 @@ class Sequences:
         cls, table: CanvasTable, pages: KVPages, state: SlotState, *, grouped: bool
     ) -> Sequences:
         """The sequences of some requests, ordered by shape where they are grouped."""
+        phases = table.phases(state)
+        start, end = table.window(state)
+        num_rows = table.num_rows(state, phases)
+        keep, held = _stored_rows(state, end - start)
         shape = None
         if grouped:
-            shape = _shape(table, pages, state)
+            shape = _shape(pages, state, phases, start, end, num_rows, keep, held)
             order = np.lexsort(shape.T[::-1])
-            state, shape = state.take(order), shape[order]
-        requests = state
-        first_copy = np.arange(len(state.slots))
+        else:
+            order = np.arange(len(keep))
+        requests = state.take(order)
+        first_copy = np.arange(len(order))
         twin = np.zeros_like(first_copy)
-        if (state.cfg_scale > 0).any():
+        state = requests
+        if (requests.cfg_scale > 0).any():
             # Twins stand right behind their sequence, so that equal shapes stay together.
-            copies = 1 + (state.cfg_scale > 0)
+            copies = 1 + (requests.cfg_scale > 0)
             first_copy = copies.cumsum() - copies
             which = np.repeat(np.arange(len(copies)), copies)
             twin = np.arange(len(which)) - first_copy[which]
-            state = state.take(which)
-            shape = None if shape is None else shape[which]
-        phases = table.phases(state)
-        start, end = table.window(state)
+            state, order = requests.take(which), order[which]
+        phases, start, end = phases.take(order), start[order], end[order]
+        num_rows, keep, held = num_rows[order], keep[order], held[order]
+        shape = None if shape is None else shape[order]
         begin, _ = phases.span(state.length, start, end)
-        num_rows = table.num_rows(state, phases)
-        keep, held = _stored_rows(state, end - start)
         row_starts = num_rows.cumsum() - num_rows
         owner = np.repeat(np.arange(len(num_rows)), num_rows)
         positions = np.arange(len(owner)) + (begin - row_starts)[owner]
         partial = None
-        if phases.partial.any():
-            wanted = table.unfinished(state) & phases.partial[:, None]
+        if (is_partial := phases.partial).any():
+            wanted = table.unfinished(state) & is_partial[:, None]
             sequence, column = wanted.nonzero()
-            positions[phases.partial[owner]] = state.block_start[sequence] - 1 + column
-            partial = wanted.cumsum(axis=1) - 1, phases.partial
+            positions[is_partial[owner]] = state.block_start[sequence] - 1 + column
+            partial = wanted.cumsum(axis=1) - 1, is_partial
         return cls(
             requests=requests,
             first_copy=first_copy,
@@ -135,14 +139,14 @@ class Sequences:
         """Places in the pool of packed rows that are stored as they are; all [n]."""
         owner, position = self.owner[rows], self.positions[rows]
         # Of a sparse request the window stands behind what is kept, of others all in its place.
-        sparse = self.phases.policy == CachePolicy.SPARSE
+        sparse = self.phases.policy == int(CachePolicy.SPARSE)
         moved = np.where(sparse, self.keep - self.window_start, 0)
         return pages.places(self.state.slots[owner], self.twin[owner], position + moved[owner])
 
 
 def _stored_rows(state: SlotState, window: Array) -> tuple[Array, Array]:
     """Rows that `sparse` keeps outside the window (else 0), and all that a Reuse attends to."""
-    sparse = state.cache == CachePolicy.SPARSE
+    sparse = state.cache == int(CachePolicy.SPARSE)
     if not sparse.any():
         return np.zeros_like(window), state.length
     candidates = state.length - window
@@ -151,16 +155,21 @@ def _stored_rows(state: SlotState, window: Array) -> tuple[Array, Array]:
     return keep, np.where(sparse, keep + window, state.length)
 
 
-def _shape(table: CanvasTable, pages: KVPages, state: SlotState) -> Array:
+def _shape(
+    pages: KVPages,
+    state: SlotState,
+    phases: Phases,
+    start: Array,
+    end: Array,
+    num_rows: Array,
+    keep: Array,
+    held: Array,
+) -> Array:
     """[R, 6] int64; what must be equal for two sequences to share a kernel call.
 
     Of a Refresh: 0, length and, where it selects, block, window, kept rows and pooling. Of a
     Reuse: 1, rows rounded up, pages, and whether the last page is full.
     """
-    phases = table.phases(state)
-    start, end = table.window(state)
-    keep, held = _stored_rows(state, end - start)
-    num_rows = table.num_rows(state, phases)
     shape = np.zeros((len(keep), 6), np.int64)
     shape[:, 0] = ~phases.refresh
     shape[:, 1] = np.where(

@@ -15,13 +15,17 @@ from .batch import StepBatch, build_batch
 from .canvas import CanvasTable, StepResult
 from .config import EngineConfig
 from .models import ModelSpec
-from .ops import Upload
+from .ops import Download, Upload
 from .request import Prompt, SamplingParams
 from .sampling import BlockStatistics, Candidates, select_commits
 from .shard import ModelShard, StepInputs
 from .team import ModelTeam
 
 logger = logging.getLogger("dllm_engine")
+
+#: Rows of a step that is launched beside another on a GPU, where none are set: with half as many as
+#: before each, both must still be limited by arithmetic, not by reading the weights (H100: 295).
+OVERLAP_ROWS = 1024
 
 
 class Runner:
@@ -42,6 +46,10 @@ class Runner:
         self._model = self._shard.model
         #: Rows that one step may push through the model.
         self.token_budget = self._shard.token_budget
+        #: Rows from which on a step is launched while another is under way; 0: never.
+        self.overlap_rows = 0 if parallel else config.overlap_rows or 0
+        if config.overlap_rows is None and not parallel and self._shard.device != "cpu":
+            self.overlap_rows = OVERLAP_ROWS
         if isinstance(self._shard, ModelShard):
             self._shard.allocate(self._shard.plan.num_pages)
         self.plan = self._shard.plan
@@ -79,19 +87,18 @@ class Runner:
             found = self._shard.candidates(StepInputs.of(batch, credits))
             tokens = torch.where(_pick(batch, found), found.token, -1).to(torch.int32)
             confidence = found.confidence.to(torch.float32)
-            launched = Launched(batch, torch.stack([tokens, confidence.view(torch.int32)]))
+            decoded = torch.stack([tokens, confidence.view(torch.int32)])
             if batch.credit_rows is not None and found.credits is not None:
                 self.table.credits.write(batch.credit_rows, found.credits)
-            return launched
+            return Launched(batch, Download(decoded))
 
     def finish(self, launched: Launched) -> StepResult:
         """Wait for the step to end, and commit what it has decoded."""
         try:
             with self._watched():
-                decoded = launched.decoded.cpu()
+                tokens, confidence = launched.decoded.array()
         finally:  # a rank that has failed is the reason of whatever the device says
             self.check()
-        tokens, confidence = decoded.numpy()
         batch = launched.batch
         return self.table.advance(batch.state, batch.blocks, tokens, confidence.view(np.float32))
 
@@ -119,9 +126,9 @@ class Launched:
     """A step that is under way."""
 
     batch: StepBatch
-    #: [2, M] int32 on the device: of each masked position the token that it is committed with, −1
+    #: [2, M] int32: of each masked position the token that it is committed with, −1
     #: where it is not; and the bits of its confidence.
-    decoded: Tensor
+    decoded: Download
 
 
 def _pick(batch: StepBatch, candidates: Candidates) -> Tensor:

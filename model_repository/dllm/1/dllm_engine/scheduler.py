@@ -42,6 +42,8 @@ class Request:
     #: Row of the canvas table while running; None while waiting.
     slot: int | None = None
     steps_run: int = 0
+    #: It is in a step that has not ended.
+    under_way: bool = False
     #: Rows pushed through the model so far.
     rows_run: int = 0
     #: Rows of the next step of one sequence, and whether it is a Refresh; None: all, it is.
@@ -130,10 +132,26 @@ class Scheduler:
     takes Refreshes up to the mean load of what runs (plus what earlier steps left unspent: deficit
     carry-over, as in Sangam's scheduler). A burst that arrives together drifts apart within a block
     or two.
+
+    While a step is under way, those that are not in it make another, if there are enough of them
+    for it to keep the device as busy: the host then settles the one and lays out the next while
+    the device is at the other. For that a step takes no more than half of all the rows, as soon as
+    there are enough for two.
+
+    Args:
+        overlap_rows: rows that are enough; 0: there is one step at a time.
     """
 
-    def __init__(self, num_slots: int, token_budget: int, allocator: PageAllocator) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        token_budget: int,
+        allocator: PageAllocator,
+        *,
+        overlap_rows: int = 0,
+    ) -> None:
         self._token_budget = token_budget
+        self._overlap_rows = overlap_rows
         self._allocator = allocator
         self._waiting: list[Request] = []
         self._running: list[Request] = []
@@ -185,14 +203,18 @@ class Scheduler:
         return admitted
 
     def schedule(self) -> list[Request]:
-        """The requests of the next step; empty only when nothing runs."""
+        """The requests of the next step; empty only when nothing runs, or a step is under way."""
+        ready = [request for request in self._running if not request.under_way]
+        budget = self._budget(ready)
+        if not ready or not budget:
+            return []
         self._step += 1
-        allowance = self._even_load() + self._carry
+        allowance = self._even_load(ready) + self._carry
         chosen: list[Request] = []
         used = 0
-        for request in sorted(self._running, key=self._order):
+        for request in sorted(ready, key=self._order):
             cost = request.step_cost
-            limit = self._token_budget
+            limit = budget
             if request.next_refresh and not self._is_late(request):
                 limit = min(limit, int(allowance))
             if not chosen or used + cost <= limit:
@@ -200,14 +222,23 @@ class Scheduler:
                 used += cost
                 request.ready_since = self._step
         left = allowance - used
-        if len(chosen) == len(self._running):
+        if len(chosen) == len(ready):
             left = min(left, 0.0)  # nobody waits for what was left
         self._carry = min(max(left, -self._token_budget), self._token_budget)
         return chosen
 
-    def _even_load(self) -> float:
-        """Rows beyond which a step takes no more Refreshes that can wait."""
-        mean = sum(request.mean_cost for request in self._running)
+    def _budget(self, ready: list[Request]) -> int:
+        """Rows that a step of some of these may have; 0: it is not worth its while."""
+        enough, load = self._overlap_rows, sum(request.step_cost for request in ready)
+        if len(ready) < len(self._running):  # beside one that is under way
+            return self._token_budget if enough and load >= enough else 0
+        if enough and load >= 2 * enough:
+            return min(self._token_budget, -(-load // 2))
+        return self._token_budget
+
+    def _even_load(self, ready: list[Request]) -> float:
+        """Rows beyond which a step of these takes no more Refreshes that can wait."""
+        mean = sum(request.mean_cost for request in ready)
         return max(mean, self._token_budget * EVEN_SHARE)
 
     def _is_late(self, request: Request) -> bool:

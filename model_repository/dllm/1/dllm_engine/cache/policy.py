@@ -57,7 +57,7 @@ class Phases:
         """
         since = age - delay
         again = (interval > 0) & (since % np.maximum(interval, 1) == 0)
-        cached = policy != CachePolicy.NONE
+        cached = policy != int(CachePolicy.NONE)
         refresh = ~cached | (since <= 0) | again
         return cls(policy, refresh, cached & refresh & (since >= 0))
 
@@ -68,18 +68,18 @@ class Phases:
     @property
     def selects(self) -> Array:
         """bool; what is stored is a selection."""
-        selects: Array = self.store & (self.policy == CachePolicy.SPARSE)
+        selects: Array = self.store & (self.policy == int(CachePolicy.SPARSE))
         return selects
 
     @property
     def partial(self) -> Array:
         """bool; only some positions of the window go through the model (`unfinished`)."""
-        partial: Array = ~self.refresh & (self.policy == CachePolicy.DELAYED)
+        partial: Array = ~self.refresh & (self.policy == int(CachePolicy.DELAYED))
         return partial
 
     def span(self, length: Array, window_start: Array, window_end: Array) -> tuple[Array, Array]:
         """First position and end of what goes through the model, or of what it is part of."""
-        behind = self.refresh | (self.policy == CachePolicy.PREFIX)
+        behind = self.refresh | (self.policy == int(CachePolicy.PREFIX))
         return np.where(self.refresh, 0, window_start), np.where(behind, length, window_end)
 
 

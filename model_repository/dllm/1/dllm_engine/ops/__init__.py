@@ -18,7 +18,7 @@ from .norm import rms_norm
 from .quantization import make_quantizer, quantized_bytes
 from .rotary import RotaryTable, apply_rotary
 from .selection import select_positions
-from .transfer import Array, Upload
+from .transfer import Array, Download, Upload
 
 __all__ = [
     "LOWEST",
@@ -26,6 +26,7 @@ __all__ = [
     "TORCH",
     "Array",
     "Choice",
+    "Download",
     "FlatLayout",
     "FlatSelection",
     "FreshGroup",

@@ -1,4 +1,4 @@
-"""From the host to the device."""
+"""From the host to the device, and back."""
 
 from __future__ import annotations
 
@@ -57,3 +57,25 @@ class Upload:
         if self._here is not None:
             used = min(self._used, _BYTES)
             self._there[:used].copy_(self._here[:used], non_blocking=True)
+
+
+class Download:
+    """Brings a tensor to the host.
+
+    The host waits in `array` alone, and for what the device was asked for before, not for more.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._here = tensor
+        if tensor.device.type == "cuda":
+            self._here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._here.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def array(self) -> Array:
+        """What it holds."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._here.numpy()
