@@ -224,7 +224,7 @@ def grouped_layout(pages: KVPages, sequences: Sequences) -> PackedLayout:
     for (reuse, *shape), (count, row) in zip(shapes.tolist(), sizes.tolist(), strict=True):
         members = torch.arange(first, first + count, device=starts.device)
         if reuse:
-            paged.append(_paged_group(pages, sequences, members, row, starts, shape))
+            paged.append(_paged_group(pages, sequences, members, starts, shape))
         else:
             select = shape[3] > 0
             selection = _selection(pages, sequences, members, shape) if select else None
@@ -249,23 +249,20 @@ def _paged_group(
     pages: KVPages,
     sequences: Sequences,
     members: Tensor,
-    first_row: int,
     starts: Tensor,
     shape: list[int],
 ) -> PagedGroup:
     width, num_pages, full = shape[:3]
     columns = torch.arange(width, device=members.device)
-    num_rows = sequences.num_rows[members].unsqueeze(1)
+    first, num_rows = starts[members].unsqueeze(1), sequences.num_rows[members].unsqueeze(1)
     slots = sequences.state.slots[members]
     held = None
     if not full:
         places = torch.arange(num_pages * pages.page_size, device=members.device)
         held = (places < sequences.held[members].unsqueeze(1))[:, None, None, :]
-    kept = (columns < num_rows).flatten().nonzero().squeeze(1)
     return PagedGroup(
-        query_rows=starts[members].unsqueeze(1) + torch.minimum(columns, num_rows - 1),
-        kept=None if len(kept) == width * len(members) else kept,
-        rows=slice(first_row, first_row + len(kept)),
+        query_rows=first + torch.minimum(columns, num_rows - 1),
+        out_rows=torch.where(columns < num_rows, first + columns, len(sequences.owner)),
         pages=pages.table[slots, sequences.twin[members], :num_pages],
         held=held,
     )
