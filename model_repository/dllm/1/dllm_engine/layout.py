@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cache import CachePolicy, KVPages, Phases
+from .cache import LEAST_KEPT, CachePolicy, KVPages, Phases
 from .canvas import CanvasTable
 from .ops import FlatLayout, FlatSelection, FreshGroup, PackedLayout, PagedGroup, Selection
 from .ops.layout import tiles_of
@@ -146,7 +146,7 @@ class Sequences:
 def _stored_rows(state: SlotState, window: Tensor) -> tuple[Tensor, Tensor]:
     """Rows that `sparse` keeps outside the window (else 0), and all that a Reuse attends to."""
     candidates = state.length - window
-    kept = (state.retention_ratio * candidates).to(torch.int64).clamp(min=1)
+    kept = (state.retention_ratio * candidates).to(torch.int64).clamp(min=LEAST_KEPT)
     sparse = state.cache == int(CachePolicy.SPARSE)
     keep = torch.where(sparse, torch.minimum(kept, candidates), 0)
     return keep, torch.where(sparse, keep + window, state.length)

@@ -1,6 +1,14 @@
 """Keys and values kept between steps: which (policies) and where (pages)."""
 
 from .pages import KVPages, PageAllocator
-from .policy import CachePolicy, Phases, kept_rows, reserved_rows
+from .policy import LEAST_KEPT, CachePolicy, Phases, kept_rows, reserved_rows
 
-__all__ = ["CachePolicy", "KVPages", "PageAllocator", "Phases", "kept_rows", "reserved_rows"]
+__all__ = [
+    "LEAST_KEPT",
+    "CachePolicy",
+    "KVPages",
+    "PageAllocator",
+    "Phases",
+    "kept_rows",
+    "reserved_rows",
+]
