@@ -39,7 +39,8 @@ def packed_layout(groups: Sequence[Sequences], tables: Tensor) -> PackedLayout:
             assert group.held % PAGE_SIZE == 0
             members = tables[sequence : sequence + group.count, : group.held // PAGE_SIZE]
             inside = torch.arange(rows.start, rows.stop, device=tables.device)
-            paged.append(PagedGroup(inside.view(group.count, -1), None, rows, members, None))
+            inside = inside.view(group.count, -1)
+            paged.append(PagedGroup(inside, inside, members, None))
         else:
             fresh.append(FreshGroup(row, group.count, group.rows))
         row, sequence = rows.stop, sequence + group.count

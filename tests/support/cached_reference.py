@@ -19,6 +19,9 @@ from .decoder import Decoder, Ids
 from .oracle import checkpoint_config, checkpoint_tensors
 from .reference import Canvas, ReferenceResult
 
+#: Of positions outside the window, that a KV head keeps whatever the ratio.
+LEAST_KEPT = 32
+
 #: Of one layer and KV head: position to (key, value).
 Stored = dict[int, tuple[Tensor, Tensor]]
 #: Tokens and positions to compute, and what is stored; hidden states and fresh keys and values.
@@ -145,7 +148,7 @@ class PlainModel:
                 pooled = [
                     max(scores[max(0, i - reach) : i + reach + 1]) for i in range(len(scores))
                 ]
-                count = max(1, int(rules.retention_ratio * len(outside)))
+                count = max(LEAST_KEPT, int(rules.retention_ratio * len(outside)))
                 best = sorted(range(len(outside)), key=lambda i: (-pooled[i], i))[:count]
                 kept[layer][head] = {outside[i]: fresh[layer][head][outside[i]] for i in best}
         return kept

@@ -80,7 +80,8 @@ def _mixed(count: int, seed: int) -> tuple[list[list[int]], list[SamplingParams]
     """Requests of all policies and several shapes."""
     generator = torch.Generator().manual_seed(seed)
     prompts = [
-        torch.randint(0, 499, (4 + 5 * (i % 7),), generator=generator).tolist()
+        # Of all but one `sparse` keeps everything outside the window.
+        torch.randint(0, 499, (4 + 5 * (i % 7) + 40 * (i % 10 == 3),), generator=generator).tolist()
         for i in range(count)
     ]
     params = []
@@ -134,7 +135,9 @@ def _assorted(count: int, seed: int) -> list[Case]:
             **draw.choice(samplings),
             **fields,
         )
-        ids = [draw.randrange(499) for _ in range(draw.randint(2, 10))]
+        short = draw.randint(2, 10)
+        more = 40 if policy == "sparse" else 0  # of short ones it keeps all
+        ids = [draw.randrange(499) for _ in range(short + more)]
         gap: list[int | None] = [
             draw.choice([None, draw.randrange(499)]) for _ in range(length - 1)
         ]

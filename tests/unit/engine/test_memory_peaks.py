@@ -17,7 +17,9 @@ MIB = 2**20
 LONGEST = 2048
 
 
-def make_engine(directory: Path, **overrides: Any) -> Engine:
+def make_engine(
+    directory: Path, settings: dict[str, Any] | None = None, **overrides: Any
+) -> Engine:
     """An engine on a checkpoint of a few MiB, whose logits have as little memory as may be."""
     sizes = {
         "d_model": 128,
@@ -29,16 +31,14 @@ def make_engine(directory: Path, **overrides: Any) -> Engine:
         "max_sequence_length": LONGEST,
     }
     write_llada(directory, tokenizer=False, **sizes | overrides)
-    return Engine(
-        EngineConfig(
-            model_path=directory,
-            device="cpu",
-            memory_limit="1GiB",
-            max_num_seqs=4,
-            max_num_batched_tokens=LONGEST,
-            logits_budget_mb=1,
-        )
-    )
+    common: dict[str, Any] = {
+        "device": "cpu",
+        "memory_limit": "1GiB",
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": LONGEST,
+        "logits_budget_mb": 1,
+    }
+    return Engine(EngineConfig(model_path=directory, **common | (settings or {})))
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,51 @@ def test_a_step_takes_no_more_than_was_planned(engine: Engine, params: dict[str,
     plan = engine.memory_plan
     peak = peak_of(engine, 2, cfg_scale=1.0, **params)
     assert plan.activations / 2 < peak <= plan.activations + plan.logits
+
+
+#: Of steps of Reuses: tokens of a sequence, rows of a step, and a model whose steps take little
+#: else.
+HELD, ROWS = 250, 512
+NARROW = {
+    "max_sequence_length": 256,
+    "mlp_hidden_size": 64,
+    "embedding_size": 512,
+    "vocab_size": 512,
+}
+
+
+@pytest.mark.parametrize(
+    ("count", "params"),
+    [
+        (ROWS // 32, {"cache": "dual", "block_length": 32}),
+        (ROWS // 2, {"cache": "dual", "block_length": 2}),
+        (ROWS // 33, {"cache": "delayed", "block_length": 33}),
+        (2, {"cache": "prefix", "gen_length": HELD - 1}),
+        (ROWS // 32, {"cache": "sparse", "block_length": 32, "retention_ratio": 1.0}),
+    ],
+    ids=str,
+)
+def test_a_step_of_reuses_takes_no_more_than_was_planned(
+    tmp_path: Path, count: int, params: dict[str, Any]
+) -> None:
+    """As many sequences in the midst of their blocks as the token budget has room for, whatever
+    they hold and however few rows each has."""
+    settings = {"max_num_seqs": count, "max_num_batched_tokens": ROWS}
+    engine = make_engine(tmp_path, settings, **NARROW)
+    asked = {"gen_length": 66, "ignore_eos": True} | params
+    prompt = Prompt([1] * (HELD - asked["gen_length"]))
+    for _ in range(count):
+        engine.add(engine.make_request(prompt, SamplingParams(**asked)))
+    engine._admit()
+    slots = [request.slot for request in engine.scheduler.running if request.slot is not None]
+    assert len(slots) == count
+    runner = engine._runner
+    for slot in slots:
+        runner.finish(runner.launch([slot]))
+    with AllocationMeter() as meter:
+        runner.finish(runner.launch(slots))
+    plan = engine.memory_plan
+    assert meter.peak <= plan.activations + plan.logits
 
 
 def held_by_weights(engine: Engine) -> int:

@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 
-from .cache import CachePolicy, KVPages, Phases
+from .cache import LEAST_KEPT, CachePolicy, KVPages, Phases
 from .canvas import CanvasTable
 from .ops import (
     Array,
@@ -150,7 +150,7 @@ def _stored_rows(state: SlotState, window: Array) -> tuple[Array, Array]:
     if not sparse.any():
         return np.zeros_like(window), state.length
     candidates = state.length - window
-    kept = np.maximum((state.retention_ratio * candidates).astype(np.int64), 1)
+    kept = np.maximum((state.retention_ratio * candidates).astype(np.int64), LEAST_KEPT)
     keep = np.where(sparse, np.minimum(kept, candidates), 0)
     return keep, np.where(sparse, keep + window, state.length)
 
@@ -245,17 +245,14 @@ def _paged_group(
 ) -> PagedGroup:
     width, num_pages, full = shape[:3]
     columns = np.arange(width)
-    num_rows, starts = sequences.num_rows[members, None], sequences.row_starts[members, None]
+    first, num_rows = sequences.row_starts[members, None], sequences.num_rows[members, None]
     held = None
     if not full:
         places = np.arange(num_pages * pages.page_size)
         held = upload((places < sequences.held[members, None])[:, None, None, :])
-    kept = (columns < num_rows).reshape(-1).nonzero()[0]
-    first = int(starts[0, 0])
     return PagedGroup(
-        query_rows=upload(starts + np.minimum(columns, num_rows - 1)),
-        kept=None if len(kept) == width * len(num_rows) else upload(kept),
-        rows=slice(first, first + len(kept)),
+        query_rows=upload(first + np.minimum(columns, num_rows - 1)),
+        out_rows=upload(np.where(columns < num_rows, first + columns, len(sequences.owner))),
         pages=upload(
             pages.table[sequences.state.slots[members], sequences.twin[members], :num_pages]
         ),

@@ -22,6 +22,7 @@ from .graphs import GRAPH_BYTES, LARGEST_ROWS, ForwardGraphs, cuda_recorder, gra
 from .memory import PeakMeter, available_bytes, check_weights, parse_limit, plan_memory
 from .models import DiffusionModel, ModelSpec, head_copy_bytes, load_model
 from .ops import (
+    GATHER_BYTES,
     Choice,
     FlatLayout,
     FlatSelection,
@@ -29,8 +30,10 @@ from .ops import (
     Layout,
     Operations,
     PackedLayout,
+    PagedGroup,
     choose_operations,
     make_quantizer,
+    sequences_at_once,
 )
 from .parallel import Group
 from .sampling import (
@@ -136,6 +139,8 @@ class ModelShard:
         )
         longest = spec.max_model_len  # two of them: a request and its twin
         activations = self._peak_activations(max(2 * longest, self.token_budget))
+        if self.tile_rows is None:
+            activations += self._peak_gathered(operations)
         self._graph_sizes = graph_sizes(_largest_graph(config, operations, self.device, group))
         graphs = len(self._graph_sizes) * GRAPH_BYTES
         if self._graph_sizes:
@@ -314,6 +319,32 @@ class ModelShard:
                 layout = FlatLayout.of(lengths, self.tile_rows, self.device)
             self.model(torch.zeros_like(positions), positions, layout, depth=1)
         return meter.peak
+
+    @torch.inference_mode()
+    def _peak_gathered(self, operations: Operations) -> int:
+        """Bytes that attention to stored rows takes besides what attention to fresh ones does.
+
+        Of two kinds of sequences, as long as may be: one of which every row asks, and as many of
+        few rows as are taken at once.
+        """
+        spec, longest = self._spec, self._spec.max_model_len
+        heads, kv_heads = (n // spec.num_ranks for n in (spec.num_heads, spec.num_kv_heads))
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, spec.head_dim, device=self.device, dtype=self._dtype)
+
+        q, fresh = zeros(longest, heads), zeros(longest, kv_heads)
+        page = zeros(1, self._config.kv_page_size, kv_heads)
+        pages = LayerPages(page, page)
+        num_pages = -(-longest // self._config.kv_page_size)
+        whole = PagedGroup.of(1, longest, num_pages, self.device)
+        single = PagedGroup.of(1, 1, num_pages, self.device)
+        count = sequences_at_once(q, single, pages)
+        narrow = PagedGroup.of(count, 1, num_pages, self.device)
+        layout = PackedLayout(longest, (), (whole, narrow))
+        with PeakMeter(self.device) as meter:
+            operations.packed_attention(q, fresh, fresh, layout, pages)
+        return max(meter.peak, GATHER_BYTES[torch.device(self.device).type])
 
 
 def _largest_graph(

@@ -9,7 +9,7 @@ state predicts the block's first token. What a Reuse computes:
 - `prefix` (Fast-dLLM, 3.2): the window and everything behind it;
 - `dual` (Fast-dLLM, 3.2): the window;
 - `sparse` (Sparse-dLLM; dLLM-Serve): the window; of the positions outside it each KV head keeps
-  only its best (`ops.selection`);
+  only its best, and at least `LEAST_KEPT` (`ops.selection`);
 - `delayed` (dKV-Cache, 3.2): of the window what is masked, what was committed by the step before,
   and, shifted, what predicts a masked position. A position is thus stored with its final token one
   step after that was committed.
@@ -25,6 +25,12 @@ import enum
 import numpy as np
 
 from ..ops import Array
+
+#: Positions outside the window that `sparse` keeps whatever the ratio. Of a short sequence a ratio
+#: leaves so few that answers go wrong (docs/decisions/012), and saves next to nothing: a block with
+#: so many positions besides it takes two pages of the default size. Sparse-dLLM and dLLM-Serve keep
+#: at least one.
+LEAST_KEPT = 32
 
 
 class CachePolicy(enum.IntEnum):
@@ -98,8 +104,11 @@ def unfinished(masked: Array, recent: Array, *, shifted: bool) -> Array:
 
 
 def kept_rows(num_candidates: int, retention_ratio: float) -> int:
-    """Of how many of `num_candidates` positions a head keeps keys and values under `sparse`."""
-    return min(num_candidates, max(1, int(retention_ratio * num_candidates)))
+    """Of how many of `num_candidates` positions a head keeps keys and values under `sparse`.
+
+    See `layout`, which says the same of tensors.
+    """
+    return min(num_candidates, max(LEAST_KEPT, int(retention_ratio * num_candidates)))
 
 
 def reserved_rows(

@@ -1,6 +1,6 @@
 """Numerical building blocks; they know tensors and nothing of requests."""
 
-from .attention import packed_attention
+from .attention import GATHER_BYTES, packed_attention, sequences_at_once
 from .dispatch import TORCH, Operations, choose_operations
 from .head import LOWEST, TILE, Choice, Head, HeadStatistics
 from .layout import (
@@ -21,6 +21,7 @@ from .selection import select_positions
 from .transfer import Array, Download, Upload
 
 __all__ = [
+    "GATHER_BYTES",
     "LOWEST",
     "TILE",
     "TORCH",
@@ -49,4 +50,5 @@ __all__ = [
     "quantized_bytes",
     "rms_norm",
     "select_positions",
+    "sequences_at_once",
 ]

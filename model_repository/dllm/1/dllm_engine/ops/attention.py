@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import FreshGroup, LayerPages, PackedLayout, PagedGroup
 from .selection import store_selection
 
-#: Keys and values that are gathered at once on a CPU.
-_GATHER_BYTES = 2**21
+#: What attention to stored rows takes at once, unless one sequence takes more: on a CPU little,
+#: so that what is gathered is still in cache when it is read; on a GPU enough to keep it busy.
+#: The memory plan has room for it.
+GATHER_BYTES = {"cpu": 2**21, "cuda": 2**28}
 
 
 def packed_attention(
@@ -27,8 +28,7 @@ def packed_attention(
     Returns:
         [rows, num_heads * head_dim].
     """
-    out = torch.empty_like(q)
-    out[layout.num_rows :] = 0
+    out = q.new_empty(q.shape[0] + 1, *q.shape[1:])  # the last takes what is of no use
     if layout.write_rows is not None and layout.write_places is not None:
         assert pages is not None
         rows = layout.write_rows
@@ -41,7 +41,8 @@ def packed_attention(
     for paged in layout.paged:
         assert pages is not None
         _attend_paged(out, q, paged, pages)
-    return out.flatten(1)
+    out[layout.num_rows :] = 0
+    return out[:-1].flatten(1)
 
 
 def _attend_fresh(out: Tensor, q: Tensor, k: Tensor, v: Tensor, group: FreshGroup) -> None:
@@ -57,13 +58,9 @@ def _attend_fresh(out: Tensor, q: Tensor, k: Tensor, v: Tensor, group: FreshGrou
 
 
 def _attend_paged(out: Tensor, q: Tensor, group: PagedGroup, pages: LayerPages) -> None:
-    count, num_pages = group.pages.shape
-    sequence_bytes = 2 * num_pages * pages.keys[0].nbytes
-    # On a CPU a few sequences at a time: what is gathered is still in cache when it is read.
-    chunk = max(1, _GATHER_BYTES // sequence_bytes) if q.device.type == "cpu" else count
-    parts = []
-    for first in range(0, count, chunk):
-        some = slice(first, first + chunk)
+    at_once = sequences_at_once(q, group, pages)
+    for first in range(0, len(group.pages), at_once):
+        some = slice(first, first + at_once)
         # Whole pages and rows are copied by index_select; plain indexing goes number by number.
         mixed = F.scaled_dot_product_attention(
             _take(q, group.query_rows[some]).transpose(1, 2),
@@ -72,9 +69,14 @@ def _attend_paged(out: Tensor, q: Tensor, group: PagedGroup, pages: LayerPages) 
             attn_mask=None if group.held is None else group.held[some],
             enable_gqa=q.shape[1] != pages.keys.shape[2],
         )
-        parts.append(mixed.transpose(1, 2).flatten(0, 1))
-    rows = torch.cat(parts)
-    out[group.rows] = rows if group.kept is None else rows.index_select(0, group.kept)
+        out.index_copy_(0, group.out_rows[some].flatten(), mixed.transpose(1, 2).flatten(0, 1))
+
+
+def sequences_at_once(q: Tensor, group: PagedGroup, pages: LayerPages) -> int:
+    """Of how many of a group's sequences the stored rows are gathered at once."""
+    stored = 2 * group.pages.shape[1] * pages.keys[0].nbytes
+    fresh = 2 * group.query_rows.shape[1] * q[0].nbytes  # what asks and what comes of it
+    return max(1, GATHER_BYTES[q.device.type] // (stored + fresh))
 
 
 def _take(source: Tensor, index: Tensor) -> Tensor:

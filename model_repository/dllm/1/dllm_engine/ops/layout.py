@@ -9,6 +9,7 @@ one entry per sequence or tile, for kernels that take sequences of any shapes in
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import torch
@@ -52,14 +53,19 @@ class PagedGroup:
 
     #: [G, Q] int64; packed rows. Shorter sequences repeat a row.
     query_rows: Tensor
-    #: [n] int64; where among the G × Q the group's n packed rows are, in order; None: all are.
-    kept: Tensor | None
-    #: Packed rows of the group.
-    rows: slice
+    #: [G, Q] int64; the same, but for repeated ones the step's number of rows, where nothing is
+    #: read.
+    out_rows: Tensor
     #: [G, P] int64.
     pages: Tensor
     #: [G, 1, 1, P × page_size] bool, the rows that are held; None when all are.
     held: Tensor | None
+
+    @classmethod
+    def of(cls, count: int, width: int, num_pages: int, device: str) -> PagedGroup:
+        """So many sequences of `width` rows; all have the first rows, and only the first page."""
+        rows = torch.arange(width, device=device).expand(count, -1)
+        return cls(rows, rows, pages=rows.new_zeros(count, num_pages), held=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +83,11 @@ class PackedLayout:
     @classmethod
     def of(cls, lengths: list[int]) -> PackedLayout:
         """Sequences of these lengths, none of which reads or writes stored keys and values."""
-        starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
-        groups = (FreshGroup(start, 1, n) for start, n in zip(starts, lengths, strict=False))
-        return cls(sum(lengths), tuple(groups))
+        groups, start = [], 0
+        for length, equal in itertools.groupby(lengths):
+            groups.append(FreshGroup(start, len(list(equal)), length))
+            start += groups[-1].count * length
+        return cls(start, tuple(groups))
 
 
 @dataclasses.dataclass(frozen=True)
