@@ -5,6 +5,7 @@ from collections import defaultdict
 from types import TracebackType
 from typing import Self
 
+from adapter.jobs.job import Job
 from adapter.jobs.store import JobStore
 from adapter.loops import Loop
 
@@ -20,32 +21,32 @@ class JobWatcher:
 
     def __init__(self, store: JobStore) -> None:
         self._store = store
-        self._waiting: defaultdict[int, set[asyncio.Event]] = defaultdict(set)
+        self._waiting: defaultdict[int, set[asyncio.Future[Job | None]]] = defaultdict(set)
         self._loop = Loop("job-watch", self._poll)
         self.stopped = False
 
-    async def wait(self, job_id: int, seconds: float) -> bool:
-        """Return True when it is worth looking at the job again, False when the time is over."""
+    async def wait(self, job_id: int, seconds: float) -> Job | None:
+        """Wait until the job is done; None: look at it again, or the time is over."""
         if self.stopped:
-            return True
-        event = asyncio.Event()
-        self._waiting[job_id].add(event)
+            return None
+        done: asyncio.Future[Job | None] = asyncio.get_running_loop().create_future()
+        self._waiting[job_id].add(done)
         self._loop.wake()
         try:
             async with asyncio.timeout(seconds):
-                await event.wait()
+                return await done
         except TimeoutError:
-            return False
+            return None
         finally:
-            self._waiting[job_id].discard(event)
+            self._waiting[job_id].discard(done)
             if not self._waiting[job_id]:
                 del self._waiting[job_id]
-        return True
 
-    def notify(self, job_id: int) -> None:
-        """This worker has settled the job."""
-        for event in self._waiting.get(job_id, ()):
-            event.set()
+    def notify(self, job_id: int, job: Job | None = None) -> None:
+        """It is worth looking at the job again, or this is what it will be from now on."""
+        for done in self._waiting.get(job_id, ()):
+            if not done.done():
+                done.set_result(job)
 
     def stop(self) -> None:
         """Let everybody go who waits: nobody is to be held up by them."""
