@@ -29,7 +29,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from adapter.errors import StoreUnavailable
 from adapter.loops import Loop
-from adapter.metrics import timed
+from adapter.metrics import took
 from adapter.schema import is_current, upgrade_schema
 
 T = TypeVar("T")
@@ -71,7 +71,7 @@ class Database:
 
     async def read(self, query: Select[Any], values: Values | None = None) -> Sequence[Row[Any]]:
         """The rows of one query, which is a transaction by itself."""
-        with timed("read"), _mapped_errors():
+        with _transaction("read"):
             return await self._connections.read(
                 lambda connection: connection.execute(query, values).all()
             )
@@ -81,7 +81,7 @@ class Database:
 
         It may be called again when the database was busy, the first time then changed nothing.
         """
-        with timed("write"), _mapped_errors():
+        with _transaction("write"):
             return await self._connections.write(change)
 
     async def change(self, statement: UpdateBase, values: Values | None = None) -> int:
@@ -95,7 +95,7 @@ class Database:
         """
         for attempt in range(1, OPEN_ATTEMPTS + 1):
             try:
-                with _mapped_errors():
+                with _transaction("write"):
                     if not await self._connections.read(is_current):
                         await self._connections.write(_upgrade)
                 return
@@ -269,7 +269,9 @@ class Server:
 
 
 @contextmanager
-def _mapped_errors() -> Iterator[None]:
+def _transaction(kind: str) -> Iterator[None]:
+    """Its time is taken, and its errors are ours."""
+    began = time.perf_counter()
     try:
         yield
     except (OperationalError, InterfaceError) as error:
@@ -286,6 +288,8 @@ def _mapped_errors() -> Iterator[None]:
     except (PoolTimeoutError, OSError) as error:
         msg = f"the job store cannot be reached: {error}"
         raise StoreUnavailable(msg) from error
+    finally:
+        took(kind, time.perf_counter() - began)
 
 
 @asynccontextmanager

@@ -40,6 +40,8 @@ from adapter.tracing import TRACEPARENT
 
 log = get_logger()
 
+Listener = Callable[[int, Job | None], None]
+
 MAX_TICK_SECONDS = 1.0
 PURGE_BATCH = 500
 CLAIM_BATCH = 16
@@ -87,7 +89,6 @@ class JobRunner:
         *,
         owner: str,
         settings: Settings,
-        on_done: Callable[[int, Job | None], None],
     ) -> None:
         self._store = store
         self._pool = pool
@@ -99,7 +100,7 @@ class JobRunner:
         self._result_ttl = settings.result_ttl
         self._lost_before_last = lost_before_last(settings.job_max_attempts)
         self._drain = settings.drain_seconds
-        self._on_done = on_done
+        self._listeners: list[Listener] = []
         self._drives: dict[int, Drive] = {}
         self._promised = 0
         self._settling = asyncio.Semaphore(SETTLED_AT_ONCE)
@@ -114,8 +115,15 @@ class JobRunner:
         """How many jobs this worker drives now."""
         return len(self._drives)
 
-    def drives(self, job_id: int, api_key: str | None) -> bool:
-        """This worker has the job, which is this key's: `on_done` will tell what becomes of it."""
+    def listen(self, listener: Listener) -> None:
+        """Call it whenever a job leaves this worker, with the job if nothing changes it any more.
+
+        Without, it may be another worker's, or wait again.
+        """
+        self._listeners.append(listener)
+
+    def drives(self, job_id: int, api_key: str | None = None) -> bool:
+        """This worker has the job, which is this key's if one is given; listeners will be told."""
         drive = self._drives.get(job_id)
         return drive is not None and api_key in (None, drive.job.terms.api_key)
 
@@ -246,7 +254,8 @@ class JobRunner:
                 log.error("job_broken", job=drive.job.id, exc_info=error)
             else:
                 done = task.result()
-        self._on_done(drive.job.id, done)
+        for listener in self._listeners:
+            listener(drive.job.id, done)
         if self._full:
             self._claiming.wake()
 

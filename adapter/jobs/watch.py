@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Self
 
 from adapter.jobs.job import Job
+from adapter.jobs.runner import JobRunner
 from adapter.jobs.store import JobStore
 from adapter.loops import Loop
 
@@ -15,12 +16,14 @@ POLL_SECONDS = 0.05
 class JobWatcher:
     """Lets any number of callers wait; a context manager.
 
-    A job of this worker is reported by `notify`. For all others together there is one query
+    A job of this worker is reported by its runner. For all others together there is one query
     per poll, however many callers wait.
     """
 
-    def __init__(self, store: JobStore) -> None:
+    def __init__(self, store: JobStore, runner: JobRunner) -> None:
         self._store = store
+        self._runner = runner
+        runner.listen(self.notify)
         self._waiting: defaultdict[int, set[asyncio.Future[Job | None]]] = defaultdict(set)
         self._loop = Loop("job-watch", self._poll)
         self.stopped = False
@@ -31,7 +34,8 @@ class JobWatcher:
             return None
         done: asyncio.Future[Job | None] = asyncio.get_running_loop().create_future()
         self._waiting[job_id].add(done)
-        self._loop.wake()
+        if not self._runner.drives(job_id):
+            self._loop.wake()
         try:
             async with asyncio.timeout(seconds):
                 return await done
@@ -67,9 +71,10 @@ class JobWatcher:
         await self._loop.__aexit__(kind, error, trace)
 
     async def _poll(self) -> float | None:
-        if not self._waiting:
+        elsewhere = [job_id for job_id in self._waiting if not self._runner.drives(job_id)]
+        if not elsewhere:
             return None
         await asyncio.sleep(POLL_SECONDS)  # also keeps `wake` from hurrying the query
-        for job_id in await self._store.done_among(list(self._waiting)):
+        for job_id in await self._store.done_among(elsewhere):
             self.notify(job_id)
         return 0.0
