@@ -121,8 +121,8 @@ async def _open(
             for url, engine in engines.items()
         ]
     )
-    watcher = JobWatcher(store)
-    runner = JobRunner(store, pool, owner=worker, settings=settings, on_done=watcher.notify)
+    runner = JobRunner(store, pool, owner=worker, settings=settings)
+    watcher = JobWatcher(store, runner)
     live = LiveRequests(pool, limit=settings.max_live, silence=settings.engine_silence)
     for service in (pool, watcher, runner, live):
         await stack.enter_async_context(service)

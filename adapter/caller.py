@@ -24,7 +24,7 @@ class Caller:
         return Terms(priority, timeout, self.api_key, self.request_id or None, self.traceparent)
 
 
-async def caller_of(request: Request) -> Caller:
+def caller_of(request: Request) -> Caller:
     """The caller of this request."""
     state = request.state
     return Caller(

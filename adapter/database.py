@@ -4,9 +4,10 @@ import asyncio
 import math
 import os
 import random
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Protocol, Self, TypeVar
 
 from sqlalchemy import (
@@ -28,7 +29,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from adapter.errors import StoreUnavailable
 from adapter.loops import Loop
-from adapter.metrics import timed
+from adapter.metrics import took
 from adapter.schema import is_current, upgrade_schema
 
 T = TypeVar("T")
@@ -70,7 +71,7 @@ class Database:
 
     async def read(self, query: Select[Any], values: Values | None = None) -> Sequence[Row[Any]]:
         """The rows of one query, which is a transaction by itself."""
-        with timed("read"), _mapped_errors():
+        with _transaction("read"):
             return await self._connections.read(
                 lambda connection: connection.execute(query, values).all()
             )
@@ -80,7 +81,7 @@ class Database:
 
         It may be called again when the database was busy, the first time then changed nothing.
         """
-        with timed("write"), _mapped_errors():
+        with _transaction("write"):
             return await self._connections.write(change)
 
     async def change(self, statement: UpdateBase, values: Values | None = None) -> int:
@@ -94,7 +95,7 @@ class Database:
         """
         for attempt in range(1, OPEN_ATTEMPTS + 1):
             try:
-                with _mapped_errors():
+                with _transaction("write"):
                     if not await self._connections.read(is_current):
                         await self._connections.write(_upgrade)
                 return
@@ -133,9 +134,8 @@ class SqliteFile:
     def __init__(self, url: str) -> None:
         file = make_url(url).set(drivername="sqlite")
         self._log = f"{file.database}-wal"
-        self._reader = _sqlite_engine(file, isolation_level="AUTOCOMMIT")
-        self._writer = _sqlite_engine(file)
-        event.listen(self._writer, "begin", _begin_writing)
+        self._reader = _Kept(_sqlite_engine(file))
+        self._writer = _Kept(_sqlite_engine(file))
         self._syncing = _sqlite_engine(
             file, lock_wait=EMPTYING_SECONDS, isolation_level="AUTOCOMMIT"
         )
@@ -146,26 +146,22 @@ class SqliteFile:
 
     async def read(self, query: Callable[[Connection], T]) -> T:
         """Read, and again while the file is locked, as it is for moments when it is opened."""
-        return await self._unlocked(self._reader.connect, query)
+        return await self._unlocked(lambda: query(self._reader.connection))
 
     async def write(self, change: Callable[[Connection], T]) -> T:
         """Write, and again while another process does."""
         self._written = True
-        return await self._unlocked(self._writer.begin, change)
+        return await self._unlocked(lambda: self._writer.write(change))
 
-    async def _unlocked(
-        self,
-        connect: Callable[[], AbstractContextManager[Connection]],
-        work: Callable[[Connection], T],
-    ) -> T:
-        now = asyncio.get_running_loop().time
-        give_up = now() + LOCK_WAIT_SECONDS
+    async def _unlocked(self, work: Callable[[], T]) -> T:
+        give_up = None
         while True:
             try:
-                with connect() as connection:
-                    return work(connection)
-            except OperationalError as error:
-                if "locked" not in str(error.orig) or now() > give_up:
+                return work()
+            except (OperationalError, sqlite3.OperationalError) as error:
+                now = asyncio.get_running_loop().time()
+                give_up = now + LOCK_WAIT_SECONDS if give_up is None else give_up
+                if "locked" not in str(getattr(error, "orig", error)) or now > give_up:
                     raise
             # Not all who wait at the same moments.
             await asyncio.sleep(LOCKED_PAUSE * random.uniform(0.2, 1.0))
@@ -201,8 +197,47 @@ class SqliteFile:
 
     def close(self) -> None:
         """Let go of the file."""
-        for engine in (self._reader, self._writer, self._syncing):
-            engine.dispose()
+        self._reader.close()
+        self._writer.close()
+        self._syncing.dispose()
+
+
+class _Kept:
+    """A connection that stays open: lending it anew takes longer than what is done with it.
+
+    To SQLAlchemy it is in one transaction for all its life; SQLite's own begin and end here.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._connection: Connection | None = None
+
+    @property
+    def connection(self) -> Connection:
+        """The connection, opened at first use."""
+        if self._connection is None:
+            self._connection = self._engine.connect()
+            self._connection.begin()
+        return self._connection
+
+    def write(self, change: Callable[[Connection], T]) -> T:
+        """Call it in a transaction. Raises what it raises, and errors of `sqlite3`."""
+        connection = self.connection
+        driver: sqlite3.Connection = connection.connection.dbapi_connection  # type: ignore[assignment]
+        driver.execute("BEGIN IMMEDIATE")
+        try:
+            result = change(connection)
+            driver.commit()
+        except BaseException:
+            driver.rollback()
+            raise
+        return result
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._connection is not None:
+            self._connection.close()
+        self._engine.dispose()
 
 
 class Server:
@@ -234,11 +269,16 @@ class Server:
 
 
 @contextmanager
-def _mapped_errors() -> Iterator[None]:
+def _transaction(kind: str) -> Iterator[None]:
+    """Its time is taken, and its errors are ours."""
+    began = time.perf_counter()
     try:
         yield
     except (OperationalError, InterfaceError) as error:
         msg = f"the job store does not answer: {error.orig}"
+        raise StoreUnavailable(msg) from error
+    except sqlite3.Error as error:
+        msg = f"the job store does not answer: {error}"
         raise StoreUnavailable(msg) from error
     except DBAPIError as error:
         if not error.connection_invalidated:
@@ -248,6 +288,8 @@ def _mapped_errors() -> Iterator[None]:
     except (PoolTimeoutError, OSError) as error:
         msg = f"the job store cannot be reached: {error}"
         raise StoreUnavailable(msg) from error
+    finally:
+        took(kind, time.perf_counter() - began)
 
 
 @asynccontextmanager
@@ -303,7 +345,3 @@ def _checkpoint(connection: Connection, mode: str) -> tuple[bool, int, int]:
     """Whether somebody was in the way; pages in the log, and how many of them are in the file."""
     row = connection.exec_driver_sql(f"PRAGMA wal_checkpoint({mode})").one()
     return bool(row[0]), row[1], row[2]
-
-
-def _begin_writing(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")

@@ -133,6 +133,11 @@ class EnginePool:
         return EngineState(ok=False, reason="; ".join(reasons))
 
     @property
+    def available(self) -> bool:
+        """Whether `pick` has one."""
+        return any(member.available for member in self.members)
+
+    @property
     def rest(self) -> float:
         """Seconds until one of those that answer may be asked again."""
         return min((m.rest for m in self.members if m.monitor.state.ok), default=0.0)

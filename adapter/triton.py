@@ -2,13 +2,12 @@
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from typing import Any
 
 import grpc
-from tritonclient.grpc import InferenceServerException, InferRequestedOutput
-from tritonclient.grpc.aio import InferenceServerClient
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from adapter.errors import (
     AdapterError,
@@ -23,7 +22,13 @@ from adapter.errors import (
 )
 from adapter.generation import DEFAULT_PRIORITY, Detail, Event, Inputs, Verdict
 from adapter.tracing import TRACEPARENT
-from adapter.triton_tensors import CANVAS_OUTPUTS, INPUT_TYPES, OUTPUTS, make_tensor, read_event
+from adapter.triton_tensors import (
+    CANVAS_OUTPUTS,
+    INPUT_TYPES,
+    OUTPUTS,
+    make_request,
+    read_event,
+)
 
 CHECK_OUTPUTS = ("finish_reason", "text_output")
 CANCEL_OUTPUTS = ("finish_reason", "text_output")
@@ -71,7 +76,8 @@ class TritonEngine:
     def __init__(
         self, url: str, model_name: str, *, stream_interval: float, reload_timeout: float
     ) -> None:
-        self._client = InferenceServerClient(url, channel_args=list(CHANNEL_OPTIONS))
+        self._channel = grpc.aio.insecure_channel(url, options=CHANNEL_OPTIONS)
+        self._triton = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._model_name = model_name
         self._stream_interval = stream_interval
         self._reload_timeout = reload_timeout
@@ -81,7 +87,7 @@ class TritonEngine:
         """Close the channel, and with it every stream."""
         if self._cancelling:
             await asyncio.wait(self._cancelling, timeout=CANCEL_SECONDS)
-        await self._client.close()
+        await self._channel.close()
 
     async def generate(
         self,
@@ -136,35 +142,31 @@ class TritonEngine:
 
     async def processes(self) -> int:
         """Of how many instances the model is; those on GPUs are counted for each GPU."""
-        try:
-            answer = await self._client.get_model_config(
-                self._model_name, client_timeout=INDEX_SECONDS
-            )
-        except InferenceServerException as error:
-            raise map_error(error.status(), error.message()) from error
+        request = service_pb2.ModelConfigRequest(name=self._model_name)
+        with _mapped_errors():
+            answer = await self._triton.ModelConfig(request, timeout=INDEX_SECONDS)
         groups = answer.config.instance_group
         return sum(group.count * max(1, len(group.gpus)) for group in groups)
 
     async def loading(self) -> bool:
         """Whether Triton loads or unloads the model now: it goes on when who asked for it dies."""
-        try:
-            index = await self._client.get_model_repository_index(client_timeout=INDEX_SECONDS)
-        except InferenceServerException as error:
-            raise map_error(error.status(), error.message()) from error
+        request = service_pb2.RepositoryIndexRequest()
+        with _mapped_errors():
+            index = await self._triton.RepositoryIndex(request, timeout=INDEX_SECONDS)
         states = {model.state for model in index.models if model.name == self._model_name}
         return bool(states & {"LOADING", "UNLOADING"})
 
     async def reload(self) -> None:
         """Unload and load the model: loading alone does nothing while its files are the same."""
-        bound = self._reload_timeout
+        name, bound = self._model_name, self._reload_timeout
+        unload = service_pb2.RepositoryModelUnloadRequest(model_name=name)
+        load = service_pb2.RepositoryModelLoadRequest(model_name=name)
         try:
-            await self._client.unload_model(self._model_name, client_timeout=bound)
-            await self._client.load_model(self._model_name, client_timeout=bound)
-        except InferenceServerException as error:
-            failure = map_error(error.status(), error.message())
-            if isinstance(failure, InvalidRequest):  # so Triton calls a model that does not load
-                failure = EngineFailure(str(failure))
-            raise failure from error
+            with _mapped_errors():
+                await self._triton.RepositoryModelUnload(unload, timeout=bound)
+                await self._triton.RepositoryModelLoad(load, timeout=bound)
+        except InvalidRequest as error:  # so Triton calls a model that does not load
+            raise EngineFailure(str(error)) from error
 
     def _request(
         self,
@@ -172,33 +174,29 @@ class TritonEngine:
         *,
         request_id: str,
         outputs: Sequence[str] = OUTPUTS,
-    ) -> dict[str, Any]:
-        return {
-            "model_name": self._model_name,
-            "inputs": [make_tensor(name, value) for name, value in inputs.items()],
-            "outputs": [InferRequestedOutput(name) for name in outputs],
-            "request_id": request_id,
-        }
+    ) -> service_pb2.ModelInferRequest:
+        return make_request(self._model_name, inputs, request_id=request_id, outputs=outputs)
 
-    async def _stream(self, *requests: dict[str, Any]) -> AsyncGenerator[tuple[str, Event], None]:
+    async def _stream(
+        self, *requests: service_pb2.ModelInferRequest
+    ) -> AsyncGenerator[tuple[str, Event], None]:
         """Events of requests that share a stream, each with its request's id."""
         traceparent = TRACEPARENT.get()
-        headers = {"traceparent": traceparent} if traceparent else None
-        responses = self._client.stream_infer(_each(requests), headers=headers)
+        headers = (("traceparent", traceparent),) if traceparent else None
+        call = self._triton.ModelStreamInfer(_each(requests), metadata=headers)
         unanswered = len(requests)
         try:
-            async for result, error in responses:
-                if error is not None:
-                    raise map_error(error.status(), error.message())
-                event = read_event(result)
-                unanswered -= bool(event.finish_reason)
-                if not unanswered:
-                    await _drain(responses)
-                yield result.get_response().id, event
-        except grpc.aio.AioRpcError as error:
-            raise map_error(error.code().name, error.details() or "") from error
+            with _mapped_errors():
+                async for response in call:
+                    if response.error_message:
+                        raise map_error(None, response.error_message)
+                    event = read_event(response.infer_response)
+                    unanswered -= bool(event.finish_reason)
+                    if not unanswered:
+                        await _drain(call)
+                    yield response.infer_response.id, event
         finally:
-            responses.cancel()
+            call.cancel()
 
     async def _cancel(self, request_id: str) -> None:
         with suppress(TimeoutError, EngineError):
@@ -226,8 +224,15 @@ def map_error(code: str | None, message: str) -> AdapterError:
     for fragment, kind in ERROR_TEXTS:
         if fragment in text.lower():
             return kind(text)
-    name = (code or "").removeprefix("StatusCode.")
-    return ERROR_CODES.get(name, EngineFailure)(text)
+    return ERROR_CODES.get(code or "", EngineFailure)(text)
+
+
+@contextmanager
+def _mapped_errors() -> Iterator[None]:
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise map_error(error.code().name, error.details() or "") from error
 
 
 async def _drain(responses: AsyncIterator[Any]) -> None:
@@ -238,6 +243,8 @@ async def _drain(responses: AsyncIterator[Any]) -> None:
                 pass
 
 
-async def _each(requests: Sequence[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
+async def _each(
+    requests: Sequence[service_pb2.ModelInferRequest],
+) -> AsyncIterator[service_pb2.ModelInferRequest]:
     for request in requests:
         yield request

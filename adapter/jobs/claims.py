@@ -47,6 +47,10 @@ _SITUATION = select(
     .scalar_subquery()
     .label("suspects"),
 )
+_QUEUE = select(
+    select(func.count()).select_from(jobs).where(QUEUED).scalar_subquery().label("queued"),
+    exists().where(RUNNING, _LAST).label("last_runs"),
+)
 _COUNTER = select(counters.c.name).where(counters.c.name == "jobs").with_for_update()
 
 
@@ -91,6 +95,16 @@ _TAKE_LAST, _TAKE_LOST_BEFORE, _TAKE_NEW = map(_taking, (_LAST, _LOST_BEFORE, _N
 def lost_before_last(max_attempts: int) -> int:
     """How many attempts a job has lost whose next one is the last, to be made alone."""
     return max(1, max_attempts - 1)
+
+
+def look_at_queue(connection: Connection, *, max_attempts: int) -> tuple[int, bool]:
+    """How many jobs are queued, and whether a new one may run now: nobody has to go first.
+
+    Whoever asks holds the counter, or what was true is not for long.
+    """
+    bound = {"lost_before_last": lost_before_last(max_attempts)}
+    queued, last_runs = connection.execute(_QUEUE, bound).one()
+    return queued, not queued and not last_runs
 
 
 def hold_counter(connection: Connection) -> None:

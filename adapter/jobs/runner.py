@@ -1,8 +1,8 @@
 """Drives jobs through the engine: claims them, follows their streams, settles what became."""
 
 import asyncio
-from collections.abc import Callable
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self, assert_never
@@ -17,8 +17,9 @@ from adapter.errors import (
     StoreUnavailable,
     Unavailable,
 )
+from adapter.generation import Inputs
 from adapter.jobs.claims import lost_before_last
-from adapter.jobs.job import ClaimedJob, Job, late
+from adapter.jobs.job import ClaimedJob, Job, JobState, Terms, late
 from adapter.jobs.outcome import (
     Dropped,
     Failed,
@@ -38,6 +39,8 @@ from adapter.settings import Settings
 from adapter.tracing import TRACEPARENT
 
 log = get_logger()
+
+Listener = Callable[[int, Job | None], None]
 
 MAX_TICK_SECONDS = 1.0
 PURGE_BATCH = 500
@@ -60,7 +63,7 @@ class Drive:
     started: bool = False
     settling: bool = False
     imposed: Outcome | None = None
-    task: asyncio.Task[None] | None = field(default=None, repr=False)
+    task: asyncio.Task[Job | None] | None = field(default=None, repr=False)
 
     def impose(self, outcome: Outcome) -> None:
         """Close the stream and let this be the outcome, unless it has one already."""
@@ -86,7 +89,6 @@ class JobRunner:
         *,
         owner: str,
         settings: Settings,
-        on_done: Callable[[int], None],
     ) -> None:
         self._store = store
         self._pool = pool
@@ -98,8 +100,9 @@ class JobRunner:
         self._result_ttl = settings.result_ttl
         self._lost_before_last = lost_before_last(settings.job_max_attempts)
         self._drain = settings.drain_seconds
-        self._on_done = on_done
+        self._listeners: list[Listener] = []
         self._drives: dict[int, Drive] = {}
+        self._promised = 0
         self._settling = asyncio.Semaphore(SETTLED_AT_ONCE)
         self._full = False
         self._stopped_at: float | None = None
@@ -111,6 +114,39 @@ class JobRunner:
     def inflight(self) -> int:
         """How many jobs this worker drives now."""
         return len(self._drives)
+
+    def listen(self, listener: Listener) -> None:
+        """Call it whenever a job leaves this worker, with the job if nothing changes it any more.
+
+        Without, it may be another worker's, or wait again.
+        """
+        self._listeners.append(listener)
+
+    def drives(self, job_id: int, api_key: str | None = None) -> bool:
+        """This worker has the job, which is this key's if one is given; listeners will be told."""
+        drive = self._drives.get(job_id)
+        return drive is not None and api_key in (None, drive.job.terms.api_key)
+
+    async def take_in(self, request: Inputs, terms: Terms, *, max_queued: int) -> int:
+        """Store a new job, and begin it at once where it need not wait; its id.
+
+        Raises `TooManyJobs`.
+        """
+        if self._stopped_at is not None or not self._pool.available or self._room <= 0:
+            (job_id,) = await self._store.add([request], max_queued=max_queued, terms=terms)
+            self.wake()
+            return job_id
+        with self._promise(1):
+            job_id, claimed = await self._store.add_claimed(
+                request, self._owner, lease=self._lease, max_queued=max_queued, terms=terms
+            )
+        if claimed is None:
+            self.wake()
+            return job_id
+        self._start(claimed)
+        # The engine gets it now, and computes while the caller is told.
+        await asyncio.sleep(0)
+        return job_id
 
     def wake(self) -> None:
         """There is a new job."""
@@ -168,20 +204,34 @@ class JobRunner:
 
     async def _claim(self) -> float:
         """Take up as many queued jobs as there is room for."""
-        if self._stopped_at is not None or self._pool.pick() is None:
+        if self._stopped_at is not None or not self._pool.available:
             return max(self._pool.rest, self._poll_interval)
-        room = self._max_inflight - len(self._drives)
+        room = self._room
         self._full = room <= 0
         if self._full:
             return self._poll_interval
         limit = min(room, CLAIM_BATCH)
-        claimed = await self._store.claim(self._owner, limit=limit, lease=self._lease)
-        for job in claimed:
-            self._start(job)
-            # Opening a stream takes a millisecond or so: let others in between.
-            await asyncio.sleep(0)
+        with self._promise(limit):
+            claimed = await self._store.claim(self._owner, limit=limit, lease=self._lease)
+            for job in claimed:
+                self._start(job)
+                # Opening a stream takes a millisecond or so: let others in between.
+                await asyncio.sleep(0)
         self._full = len(claimed) == room
         return self._poll_interval if len(claimed) < limit or self._full else 0.0
+
+    @property
+    def _room(self) -> int:
+        return self._max_inflight - len(self._drives) - self._promised
+
+    @contextmanager
+    def _promise(self, places: int) -> Iterator[None]:
+        """Keep them from others while it is being found out which jobs they are for."""
+        self._promised += places
+        try:
+            yield
+        finally:
+            self._promised -= places
 
     def _start(self, job: ClaimedJob) -> None:
         if (stale := self._drives.get(job.id)) is not None:
@@ -194,17 +244,23 @@ class JobRunner:
         drive.task = asyncio.create_task(self._run(drive), name=f"job-{job.id}")
         drive.task.add_done_callback(lambda task: self._ended(drive, task))
 
-    def _ended(self, drive: Drive, task: asyncio.Task[None]) -> None:
+    def _ended(self, drive: Drive, task: asyncio.Task[Job | None]) -> None:
         """Forget the drive; one that broke keeps its row until the lease runs out."""
         if self._drives.get(drive.job.id) is drive:
             del self._drives[drive.job.id]
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("job_broken", job=drive.job.id, exc_info=error)
-        self._on_done(drive.job.id)
+        done = None
+        if not task.cancelled():
+            if (error := task.exception()) is not None:
+                log.error("job_broken", job=drive.job.id, exc_info=error)
+            else:
+                done = task.result()
+        for listener in self._listeners:
+            listener(drive.job.id, done)
         if self._full:
             self._claiming.wake()
 
-    async def _run(self, drive: Drive) -> None:
+    async def _run(self, drive: Drive) -> Job | None:
+        """Drive it; the job as it is then, if that is known for good."""
         drive.started = True
         job = drive.job
         structlog.contextvars.bind_contextvars(job=job.id, request_id=job.terms.request_id)
@@ -222,7 +278,8 @@ class JobRunner:
         JOBS_SETTLED.labels(kind_of(outcome)).inc()
         if isinstance(outcome, Finished):
             JOB_RUN_SECONDS.observe(_now() - drive.opened_at)
-        await self._settle(job, outcome)
+        ours = await self._settle(job, outcome)
+        return _done(job, outcome) if ours else None
 
     async def _follow(self, drive: Drive) -> Outcome:
         """Read the stream to its end, or until the job's deadline."""
@@ -248,7 +305,7 @@ class JobRunner:
             return _failure(drive, error)
         return Lost("the engine ended the stream without a result")
 
-    async def _settle(self, job: ClaimedJob, outcome: Outcome) -> None:
+    async def _settle(self, job: ClaimedJob, outcome: Outcome) -> bool:
         """Write the outcome down. If the database stays away, the lease runs out and it reruns."""
         for attempt in range(1, SAVE_ATTEMPTS + 1):
             try:
@@ -262,7 +319,8 @@ class JobRunner:
                 log.info(
                     "job_settled", ours=ours, outcome=kind_of(outcome), reason=reason_of(outcome)
                 )
-                return
+                return ours
+        return False
 
     async def _write(self, job: ClaimedJob, outcome: Outcome) -> bool:
         match outcome:
@@ -302,6 +360,17 @@ class JobRunner:
             silent = _now() - drive.last_event > self._silence
             if silent and drive.member.monitor.last_life > drive.last_event + self._silence / 2:
                 drive.impose(Lost(f"its stream was silent for {self._silence:g} s"))
+
+
+def _done(job: ClaimedJob, outcome: Outcome) -> Job | None:
+    """What the database says of the job from now on, once the outcome is written."""
+    match outcome:
+        case Finished(event):
+            return Job(job.id, JobState.FINISHED, job.attempts, event.text, None)
+        case Failed(error):
+            return Job(job.id, JobState.FAILED, job.attempts, None, error)
+        case _:
+            return None
 
 
 def _failure(drive: Drive, error: EngineError) -> Outcome:

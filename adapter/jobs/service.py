@@ -53,13 +53,16 @@ class JobService:
         """
         await self._check(requests)
         room, new = self._max_queued, True
-        if key is None:
-            ids = await self._store.add(requests, max_queued=room, terms=terms)
-        else:
+        if key is not None:
             ids, new = await self._store.add_once(requests, key=key, max_queued=room, terms=terms)
+            self._runner.wake()
+        elif len(requests) == 1:
+            ids = [await self._runner.take_in(requests[0], terms, max_queued=room)]
+        else:
+            ids = await self._store.add(requests, max_queued=room, terms=terms)
+            self._runner.wake()
         if new:
             JOBS_SUBMITTED.inc(len(ids))
-        self._runner.wake()
         return ids
 
     async def result(self, job_id: int, *, api_key: str | None = None, wait: float = 0.0) -> Job:
@@ -68,9 +71,11 @@ class JobService:
         A worker that is about to end answers at once. Raises `JobNotFound`, and `TooManyCalls` if
         it would have to wait beside as many others as may.
         """
-        job = await self._get(job_id, api_key)
-        if wait <= 0 or self._is_final(job):
-            return job
+        job = None
+        if wait <= 0 or not self._runner.drives(job_id, api_key):
+            job = await self._get(job_id, api_key)
+            if wait <= 0 or self._is_final(job):
+                return job
         if self.held >= self._max_held:
             msg = f"{self.held} polls are held, as many as may (DLLM_MAX_HELD_POLLS)"
             raise TooManyCalls(msg)
@@ -78,9 +83,9 @@ class JobService:
         deadline = now() + wait
         self.held += 1
         try:
-            while not self._is_final(job) and now() < deadline:
-                await self._watcher.wait(job_id, deadline - now())
-                job = await self._get(job_id, api_key)
+            while job is None or (not self._is_final(job) and now() < deadline):
+                done = await self._watcher.wait(job_id, deadline - now())
+                job = done or await self._get(job_id, api_key)
         finally:
             self.held -= 1
         return job

@@ -24,7 +24,7 @@ from sqlalchemy import (
 from adapter.database import Database
 from adapter.errors import TooManyJobs
 from adapter.generation import Event, Inputs
-from adapter.jobs.claims import QUEUED, RUNNING, hold_counter, take_up
+from adapter.jobs.claims import QUEUED, RUNNING, hold_counter, look_at_queue, take_up
 from adapter.jobs.job import (
     STANDARD_TERMS,
     UNDONE,
@@ -65,6 +65,36 @@ class JobStore:
         return await self._database.write(
             lambda connection: self._add(connection, requests, max_queued, terms)
         )
+
+    async def add_claimed(
+        self,
+        request: Inputs,
+        owner: str,
+        *,
+        lease: float,
+        max_queued: int,
+        terms: Terms = STANDARD_TERMS,
+    ) -> tuple[int, ClaimedJob | None]:
+        """As `add` and `claim` in one, for a worker with a free place.
+
+        The job's id, and the job if it is the owner's now; where others are first it is queued.
+        Raises `TooManyJobs`.
+        """
+
+        def add(connection: Connection) -> tuple[int, ClaimedJob | None]:
+            (job_id,) = self._next_ids(connection, 1)
+            queued, free = look_at_queue(connection, max_attempts=self._max_attempts)
+            _refuse_beyond(max_queued, queued, 1)
+            (row,) = self._new_rows([job_id], [request], terms)
+            if not free:
+                connection.execute(_INSERT, row)
+                return job_id, None
+            now = row["created_at"]
+            taken = {"state": JobState.RUNNING, "owner": owner, "lease_expires": now + lease}
+            connection.execute(_INSERT, row | taken | {"started_at": now})
+            return job_id, ClaimedJob(job_id, owner, request, 0, terms, time_left=terms.timeout)
+
+        return await self._database.write(add)
 
     async def add_once(
         self,
@@ -248,12 +278,16 @@ class JobStore:
         max_queued: int,
         terms: Terms,
     ) -> list[int]:
-        end = connection.scalar(_COUNT_ON, {"more": len(requests)})
-        assert end is not None
-        _refuse_beyond(connection, max_queued, len(requests))
-        ids = list(range(end - len(requests), end))
+        ids = self._next_ids(connection, len(requests))
+        _refuse_beyond(max_queued, connection.scalar(_COUNT_QUEUED) or 0, len(requests))
         connection.execute(_INSERT, self._new_rows(ids, requests, terms))
         return ids
+
+    def _next_ids(self, connection: Connection, count: int) -> list[int]:
+        """Taking them holds the counter, too."""
+        end = connection.scalar(_COUNT_ON, {"more": count})
+        assert end is not None
+        return list(range(end - count, end))
 
     def _new_rows(
         self, ids: Sequence[int], requests: Sequence[Inputs], terms: Terms
@@ -335,8 +369,7 @@ def _claimed(row: Row[Any], owner: str, now: float) -> ClaimedJob:
     )
 
 
-def _refuse_beyond(connection: Connection, max_queued: int, extra: int) -> None:
-    queued = connection.scalar(_COUNT_QUEUED) or 0
+def _refuse_beyond(max_queued: int, queued: int, extra: int) -> None:
     if queued + extra > max_queued:
         msg = f"{queued} jobs are waiting, and at most {max_queued} may (DLLM_MAX_QUEUED_JOBS)"
         raise TooManyJobs(msg)

@@ -5,6 +5,8 @@ from collections import defaultdict
 from types import TracebackType
 from typing import Self
 
+from adapter.jobs.job import Job
+from adapter.jobs.runner import JobRunner
 from adapter.jobs.store import JobStore
 from adapter.loops import Loop
 
@@ -14,38 +16,41 @@ POLL_SECONDS = 0.05
 class JobWatcher:
     """Lets any number of callers wait; a context manager.
 
-    A job of this worker is reported by `notify`. For all others together there is one query
+    A job of this worker is reported by its runner. For all others together there is one query
     per poll, however many callers wait.
     """
 
-    def __init__(self, store: JobStore) -> None:
+    def __init__(self, store: JobStore, runner: JobRunner) -> None:
         self._store = store
-        self._waiting: defaultdict[int, set[asyncio.Event]] = defaultdict(set)
+        self._runner = runner
+        runner.listen(self.notify)
+        self._waiting: defaultdict[int, set[asyncio.Future[Job | None]]] = defaultdict(set)
         self._loop = Loop("job-watch", self._poll)
         self.stopped = False
 
-    async def wait(self, job_id: int, seconds: float) -> bool:
-        """Return True when it is worth looking at the job again, False when the time is over."""
+    async def wait(self, job_id: int, seconds: float) -> Job | None:
+        """Wait until the job is done; None: look at it again, or the time is over."""
         if self.stopped:
-            return True
-        event = asyncio.Event()
-        self._waiting[job_id].add(event)
-        self._loop.wake()
+            return None
+        done: asyncio.Future[Job | None] = asyncio.get_running_loop().create_future()
+        self._waiting[job_id].add(done)
+        if not self._runner.drives(job_id):
+            self._loop.wake()
         try:
             async with asyncio.timeout(seconds):
-                await event.wait()
+                return await done
         except TimeoutError:
-            return False
+            return None
         finally:
-            self._waiting[job_id].discard(event)
+            self._waiting[job_id].discard(done)
             if not self._waiting[job_id]:
                 del self._waiting[job_id]
-        return True
 
-    def notify(self, job_id: int) -> None:
-        """This worker has settled the job."""
-        for event in self._waiting.get(job_id, ()):
-            event.set()
+    def notify(self, job_id: int, job: Job | None = None) -> None:
+        """It is worth looking at the job again, or this is what it will be from now on."""
+        for done in self._waiting.get(job_id, ()):
+            if not done.done():
+                done.set_result(job)
 
     def stop(self) -> None:
         """Let everybody go who waits: nobody is to be held up by them."""
@@ -66,9 +71,10 @@ class JobWatcher:
         await self._loop.__aexit__(kind, error, trace)
 
     async def _poll(self) -> float | None:
-        if not self._waiting:
+        elsewhere = [job_id for job_id in self._waiting if not self._runner.drives(job_id)]
+        if not elsewhere:
             return None
         await asyncio.sleep(POLL_SECONDS)  # also keeps `wake` from hurrying the query
-        for job_id in await self._store.done_among(list(self._waiting)):
+        for job_id in await self._store.done_among(elsewhere):
             self.notify(job_id)
         return 0.0

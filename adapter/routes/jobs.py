@@ -4,8 +4,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request
 
+from adapter.caller import caller_of
 from adapter.connection import unless_gone
-from adapter.deps import CallerDep, JobsDep, SettingsDep
+from adapter.deps import jobs_of, settings_of
 from adapter.limits import check_limits
 from adapter.problems import problems
 from adapter.schemas import BatchRequest, GenerateRequest, Result, Submitted
@@ -37,42 +38,35 @@ IdempotencyKey = Annotated[
 
 @router.post("/generate")
 async def generate(
-    body: GenerateRequest,
-    jobs: JobsDep,
-    settings: SettingsDep,
-    caller: CallerDep,
-    key: IdempotencyKey = None,
+    body: GenerateRequest, request: Request, key: IdempotencyKey = None
 ) -> Submitted:
     """Submit one prompt."""
-    check_limits(body, settings)
-    terms = caller.terms(body.priority, body.timeout)
-    return Submitted(request_ids=await jobs.submit([body.inputs()], terms, key=key))
+    check_limits(body, settings_of(request))
+    terms = caller_of(request).terms(body.priority, body.timeout)
+    ids = await jobs_of(request).submit([body.inputs()], terms, key=key)
+    return Submitted(request_ids=ids)
 
 
 @router.post("/generate_batch")
 async def generate_batch(
-    body: BatchRequest,
-    jobs: JobsDep,
-    settings: SettingsDep,
-    caller: CallerDep,
-    key: IdempotencyKey = None,
+    body: BatchRequest, request: Request, key: IdempotencyKey = None
 ) -> Submitted:
     """Submit several prompts: all are accepted, or none."""
-    check_limits(body, settings)
-    terms = caller.terms(body.priority, body.timeout)
-    return Submitted(request_ids=await jobs.submit(body.inputs(), terms, key=key))
+    check_limits(body, settings_of(request))
+    terms = caller_of(request).terms(body.priority, body.timeout)
+    ids = await jobs_of(request).submit(body.inputs(), terms, key=key)
+    return Submitted(request_ids=ids)
 
 
 @router.get("/result/{request_id}", response_model_exclude_unset=True)
-async def result(
-    request_id: int, request: Request, jobs: JobsDep, caller: CallerDep, wait: Wait = 0.0
-) -> Result:
+async def result(request_id: int, request: Request, wait: Wait = 0.0) -> Result:
     """The state of a job, and its text once it is finished."""
-    job = jobs.result(request_id, api_key=caller.api_key, wait=wait)
+    job = jobs_of(request).result(request_id, api_key=caller_of(request).api_key, wait=wait)
     return Result.of(await (unless_gone(request, job) if wait else job))
 
 
 @router.delete("/result/{request_id}", response_model_exclude_unset=True)
-async def cancel(request_id: int, jobs: JobsDep, caller: CallerDep) -> Result:
+async def cancel(request_id: int, request: Request) -> Result:
     """Cancel a job; one that is done stays as it is."""
-    return Result.of(await jobs.cancel(request_id, api_key=caller.api_key))
+    job = await jobs_of(request).cancel(request_id, api_key=caller_of(request).api_key)
+    return Result.of(job)

@@ -338,20 +338,27 @@ async def test_priority_reaches_the_engine(api: RunningApp, engine: ScriptedEngi
 async def test_cancel_from_another_worker_closes_the_stream(
     database_url: str, engine: ScriptedEngine
 ) -> None:
-    """The worker that is asked tells the engine at once; the one that drives the job notices."""
+    """The worker that is asked tells the engine at once; the one that drives the job notices.
+
+    So does who waits for it there.
+    """
     engine.scripts = [[HANG]]
     bystander = ScriptedEngine(alive=False)
     async with (
         running_app(fast_settings(database_url, heal=False), bystander) as other,
-        running_app(fast_settings(database_url), engine),
+        running_app(fast_settings(database_url), engine) as driver,
     ):
         await other.submit()
         await until(lambda: len(engine.requests) == 1)
-        await other.client.delete("/v1/result/0")
+        async with asyncio.TaskGroup() as tasks:
+            held = tasks.create_task(driver.result(0))
+            await asyncio.sleep(0.05)
+            await other.client.delete("/v1/result/0")
         assert bystander.cancels == engine.request_ids
         await until(lambda: engine.closed == 1)
 
-        assert (await other.result(0))["status"] == "cancelled"
+        for result in (held.result(), await other.result(0)):
+            assert result["status"] == "cancelled"
 
 
 async def test_stopping_worker_puts_its_jobs_back(
@@ -461,6 +468,24 @@ async def test_no_more_than_max_inflight_at_a_time(
 
         await api.client.delete("/v1/result/1")
         assert DONE.text == (await api.result(2))["text"]
+
+
+async def test_jobs_that_arrive_at_once_find_no_more_places(
+    database_url: str, engine: ScriptedEngine
+) -> None:
+    """Calls that come together fill the places that there are; the others wait their turn."""
+    engine.scripts = [[HANG], [HANG], [DONE]]
+    async with running_app(fast_settings(database_url, max_inflight=2), engine) as api:
+        await until(lambda: api.monitor.state.ok)
+        await asyncio.gather(*(api.submit() for _ in range(6)))
+        await until(lambda: len(engine.requests) == 2)
+        await asyncio.sleep(0.1)
+        assert len(engine.requests) == 2
+
+        running = [int(name.partition("-")[0]) for name in engine.request_ids]
+        await api.client.delete(f"/v1/result/{running[0]}")
+        for job_id in set(range(6)) - set(running):
+            assert DONE.text == (await api.result(job_id))["text"]
 
 
 async def test_many_jobs_on_two_workers_run_exactly_once(

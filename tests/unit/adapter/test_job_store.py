@@ -134,6 +134,50 @@ async def test_claimed_job_carries_its_request_and_terms(store: JobStore, clock:
     assert [expected] == await store.claim("a", limit=1, lease=30)
 
 
+async def arrive(store: JobStore, owner: str = "a") -> tuple[int, ClaimedJob | None]:
+    return await store.add_claimed({"seed": 1}, owner, lease=30, max_queued=9)
+
+
+async def test_job_may_be_claimed_as_it_arrives(store: JobStore, clock: HandClock) -> None:
+    """It is then as if it had been claimed; if its worker dies, another one gets it."""
+    terms = Terms(3, 60.0, "team", "call-1", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b71-01")
+    arrived = await store.add_claimed({"seed": 1}, "a", lease=30, max_queued=1, terms=terms)
+
+    assert arrived == (0, ClaimedJob(0, "a", {"seed": 1}, 0, terms, time_left=60.0))
+    assert await claim(store, "b") == []
+    assert await store.renew("a", [0], lease=30) == {0}
+    clock.advance(31)
+    assert await store.recover() == 1
+    (again,) = await store.claim("b", limit=1, lease=30)
+    assert (again.inputs, again.terms, again.time_left) == ({"seed": 1}, terms, 29.0)
+
+
+async def test_job_that_arrives_overtakes_nobody(store: JobStore) -> None:
+    """Where jobs wait, or the last attempt of one runs, it is queued like any other."""
+    await add(store)
+    assert await arrive(store) == (1, None)
+    assert await claim(store) == [0, 1]
+    for _ in range(2):
+        await lose(store, 0)
+        await store.finish("a", 1, DONE)
+        assert await claim(store) == [0]
+    assert await arrive(store, "b") == (2, None)
+    await store.finish("a", 0, DONE)
+    assert await state(store, 2) == JobState.QUEUED
+    with pytest.raises(TooManyJobs, match="1 jobs are waiting, and at most 1 may"):
+        await store.add_claimed({}, "a", lease=30, max_queued=1)
+
+
+async def test_jobs_that_arrive_at_once_are_their_workers(store: JobStore) -> None:
+    """Each has an id of its own, and is run by the worker that it came to."""
+    arrived = await asyncio.gather(*(arrive(store, str(n)) for n in range(20)))
+
+    assert list(range(20)) == sorted(job_id for job_id, _ in arrived)
+    for number, (job_id, job) in enumerate(arrived):
+        assert job is not None
+        assert (job.id, job.owner) == (job_id, str(number))
+
+
 async def test_urgent_jobs_overtake(store: JobStore) -> None:
     """Claims go by priority first and by age second."""
     for priority in (3, 2, 1, 2, 1):

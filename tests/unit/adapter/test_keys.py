@@ -9,7 +9,15 @@ from pathlib import Path
 
 import httpx
 import pytest
-from adapter_fakes import DONE, RunningApp, ScriptedEngine, fast_settings, running_app
+from adapter_fakes import (
+    DONE,
+    HANG,
+    RunningApp,
+    ScriptedEngine,
+    fast_settings,
+    running_app,
+    until,
+)
 
 from adapter.app import create_app
 from adapter.errors import SettingsError
@@ -114,6 +122,18 @@ async def test_jobs_are_visible_to_their_owner_alone(api: RunningApp) -> None:
         assert answer.status_code == 404
     answer = await api.client.get(poll, headers=as_header(KEY))
     assert answer.json()["text"] == DONE.text
+
+
+async def test_nobody_waits_for_the_jobs_of_others(database_url: str) -> None:
+    """To another key a job that runs is unknown, too, and to its owner it is not."""
+    settings = fast_settings(database_url, api_keys=ENTRIES)
+    engine = ScriptedEngine([[HANG]])
+    async with running_app(settings, engine) as api:
+        await submit(api, as_header(KEY))
+        await until(lambda: len(engine.requests) == 1)
+        for key, status in ((OTHER, 404), (KEY, 200)):
+            answer = await api.client.get("/v1/result/0?wait=0.05", headers=as_header(key))
+            assert answer.status_code == status
 
 
 async def test_metrics_are_open_unless_told_otherwise(database_url: str) -> None:

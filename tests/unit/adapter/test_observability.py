@@ -48,8 +48,8 @@ def engine() -> ScriptedEngine:
 
 @pytest.fixture
 async def api(database_url: str, engine: ScriptedEngine) -> AsyncIterator[RunningApp]:
-    """A worker."""
-    async with running_app(fast_settings(database_url), engine) as running:
+    """A worker that has patience with its engine."""
+    async with running_app(fast_settings(database_url, engine_silence=30), engine) as running:
         await until(lambda: running.monitor.state.ok)
         yield running
 
