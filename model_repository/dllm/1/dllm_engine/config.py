@@ -40,15 +40,15 @@ class EngineConfig:
     #: Rows of the largest step that is replayed from a CUDA graph; 0: none is; None: 512 where
     #: kernels run on a GPU.
     cuda_graph_rows: int | None = None
+    #: Rows from which on a step is launched while another is under way, so that a GPU does not wait
+    #: for the host; 0: never; None: 1,024 on a GPU, never on a CPU or with several ranks.
+    overlap_rows: int | None = None
     #: Requests that run at once; more wait.
     max_num_seqs: int = 64
     #: Requests that wait; more are refused.
     max_queue_size: int = 4096
     #: Token budget: rows that one denoising step may push through the model; None: by device.
     max_num_batched_tokens: int | None = None
-    #: Rows from which on a step is launched while another is under way, so that a GPU does not wait
-    #: for the host; 0: never; None: 1,024 on a GPU, never on a CPU or with several ranks.
-    overlap_rows: int | None = None
     #: Prompt plus canvas, in tokens; None: what the checkpoint was trained for.
     max_model_len: int | None = None
     #: Largest canvas, in tokens; None: whatever fits into `max_model_len`.
