@@ -8,7 +8,7 @@ import os
 import torch
 import torch.nn.functional as F
 from dllm_engine.ops import FlatLayout, LayerPages, choose_operations
-from dllm_engine.ops.layout import FlatSelection, tiles_of
+from dllm_engine.ops.layout import FlatSelection
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -81,21 +81,15 @@ class Step:
         self, places: Tensor | None = None, selection: FlatSelection | None = None
     ) -> FlatLayout:
         """The step's layout; `places` and `selection` say what is stored."""
-        counts = torch.tensor([s.rows for s in self.sequences], device=DEVICE)
         operations = choose_operations("triton", DEVICE, self.heads.dtype)
         tile_rows = operations.tile_rows(self.heads.group, 1)
         assert tile_rows is not None
-        tile_sequence, tile_row = tiles_of(counts, self.num_rows, tile_rows)
         if places is not None:
             places = F.pad(places, (0, len(self.k) - len(places)), value=-1)
-        return FlatLayout(
-            tile_rows=tile_rows,
-            row_starts=counts.cumsum(0) - counts,
-            row_counts=counts,
+        return dataclasses.replace(
+            FlatLayout.of([s.rows for s in self.sequences], tile_rows, DEVICE),
             held=torch.tensor([s.held for s in self.sequences], device=DEVICE),
             tables=self.tables,
-            tile_sequence=tile_sequence,
-            tile_row=tile_row,
             write_places=places,
             selection=selection,
         )

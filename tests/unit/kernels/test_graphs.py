@@ -1,5 +1,6 @@
 """Forward passes replayed at a larger size, against the model called with the step as it is."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from dllm_engine.cache import KVPages
 from dllm_engine.graphs import GRAPH_BYTES, ForwardGraphs, cuda_recorder, graph_sizes
 from dllm_engine.models import DiffusionModel, load_model, read_spec
 from dllm_engine.ops import FlatLayout, LayerPages, choose_operations
-from dllm_engine.ops.layout import FlatSelection, tiles_of
+from dllm_engine.ops.layout import FlatSelection
 from torch import Tensor
 
 from tests.support.checkpoints import write_dream, write_llada
@@ -67,23 +68,17 @@ def by_layer(pages: KVPages) -> list[LayerPages]:
 
 def step_of(counts: list[int], held: list[int], rows: int) -> tuple[Tensor, Tensor, FlatLayout]:
     """Sequences with `counts` rows; those with `held` rows also store theirs behind these."""
-    row_counts = torch.tensor(counts, device=DEVICE)
     tables = torch.arange(len(counts) * MAX_PAGES, device=DEVICE).view(len(counts), MAX_PAGES)
     places = []
     for index, (count, stored) in enumerate(zip(counts, held, strict=True)):
         first = index * MAX_PAGES * PAGE_SIZE + stored - count
         places += range(first, first + count) if stored else [-1] * count
     places += [-1] * (rows - len(places))
-    tile_sequence, tile_row = tiles_of(row_counts, sum(counts), 32)
     generator = torch.Generator().manual_seed(sum(counts))
-    layout = FlatLayout(
-        tile_rows=32,
-        row_starts=row_counts.cumsum(0) - row_counts,
-        row_counts=row_counts,
+    layout = dataclasses.replace(
+        FlatLayout.of(counts, 32, DEVICE),
         held=torch.tensor(held, device=DEVICE),
         tables=tables[:, : MAX_PAGES - 1],
-        tile_sequence=tile_sequence,
-        tile_row=tile_row,
         write_places=torch.tensor(places, device=DEVICE),
     )
     ids = torch.randint(0, 500, (rows,), generator=generator).to(DEVICE)

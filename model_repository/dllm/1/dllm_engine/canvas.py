@@ -178,17 +178,22 @@ class CanvasTable:
 
         The first column is the position before the block, which there must be if it is true.
         """
-        inside, place = _block_places(state, first=-1)
+        inside, place = _block_places(state, before=1, behind=1)
         slots = state.slots[:, None]
-        masked = inside & self._masked[slots, place]
-        found = unfinished(masked, inside & self._recent[slots, place], shifted=self.shifted)
-        found[:, 0] &= state.block_start > 0
-        return found
+        # What is behind the block is predicted by its last position.
+        exists = (place >= 0) & (place < (state.canvas_end - state.canvas_start)[:, None])
+        masked = exists & self._masked[slots, np.where(exists, place, 0)]
+        recent = inside & self._recent[slots, np.where(inside, place, 0)]
+        found = unfinished(masked, recent, shifted=self.shifted)
+        found &= inside
+        if self.shifted:
+            found[:, 0] = (state.block_start > 0) & masked[:, 1]
+        return found[:, :-1]
 
     def blocks(self, state: SlotState) -> Blocks:
         """The active blocks of these requests."""
         inside, place = _block_places(state)
-        masked = inside & self._masked[state.slots[:, None], place]
+        masked = inside & self._masked[state.slots[:, None], np.where(inside, place, 0)]
         request, column = masked.nonzero()
         return Blocks(
             masked=masked,
@@ -202,7 +207,7 @@ class CanvasTable:
     def block_confidence(self, state: SlotState) -> Array:
         """What the active blocks were committed with: float32 [R, width], −1 where they are not."""
         inside, place = _block_places(state)
-        known = self._confidence[state.slots[:, None], place]
+        known = self._confidence[state.slots[:, None], np.where(inside, place, 0)]
         return np.where(inside, known, np.float32(-1.0))
 
     def commit_counts(self, state: SlotState, blocks: Blocks) -> tuple[Array, Array]:
@@ -331,16 +336,15 @@ class CanvasTable:
         return state._replace(step=state.step + skipped, block_step=state.block_step + skipped)
 
 
-def _block_places(state: SlotState, first: int = 0) -> tuple[Array, Array]:
-    """Which columns of the blocks, from the `first` on, are in them, and where on the canvas.
+def _block_places(state: SlotState, before: int = 0, behind: int = 0) -> tuple[Array, Array]:
+    """Which columns of the blocks are in them, and where on the canvas all columns are.
 
     Returns:
-        bool and int64, both [R, longest block − first]; of columns that are not in it, 0.
+        bool and int64, both [R, before + longest block + behind].
     """
-    columns = np.arange(first, int(state.block_length.max()))
+    columns = np.arange(-before, int(state.block_length.max()) + behind)
     inside = (columns >= 0) & (columns < (state.block_end - state.block_start)[:, None])
-    start = state.block_start - state.canvas_start
-    return inside, np.where(inside, start[:, None] + columns, 0)
+    return inside, (state.block_start - state.canvas_start)[:, None] + columns
 
 
 def blocks_of(params: SamplingParams) -> list[tuple[int, int, int]]:
