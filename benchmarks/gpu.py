@@ -7,7 +7,8 @@ Sections, each in a process of its own so that none leaves memory or a broken de
 - `compile`: what `torch.compile` makes of the parts of a layer, beside torch's operations and ours.
 - `engine`: LLaDA-8B's shape with random weights, by load, policy, lengths and rule.
 - `baselines`: the reference generate and Fast-dLLM's dual cache in plain torch on the same card.
-- `no-graphs`, `torch`: the engine without CUDA graphs, and on torch's operations.
+- `no-graphs`, `no-overlap`, `torch`: the engine without CUDA graphs, with one step at a time, and
+  on torch's operations.
 - `dream`: Dream-7B's shape.
 - `batch-invariant`, `fp8`, `int8`: the engine with these settings.
 - `fast-dllm`, `dllm-serve`: the systems themselves, where checkouts are given.
@@ -37,6 +38,7 @@ SHARES = {
     "engine": 3.4,
     "baselines": 0.6,
     "no-graphs": 0.5,
+    "no-overlap": 0.5,
     "torch": 0.5,
     "dream": 0.9,
     "fast-dllm": 0.6,

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.common import machine, write_json
 
 #: Sections whose rows are loads on the engine.
-ENGINES = ("engine", "no-graphs", "torch", "dream", "batch-invariant", "fp8", "int8")
+ENGINES = ("engine", "no-graphs", "no-overlap", "torch", "dream", "batch-invariant", "fp8", "int8")
 #: What was aimed at: share of the roofline.
 TARGETS = {"attention": 0.7, "head": 0.7}
 _TINY = "--tiny: toy sizes on the CPU, with Triton's interpreter; times mean nothing"

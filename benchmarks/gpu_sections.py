@@ -27,6 +27,7 @@ from tests.support.checkpoints import MASK
 SETTINGS: dict[str, dict[str, Any]] = {
     "engine": {},
     "no-graphs": {"cuda_graph_rows": 0},
+    "no-overlap": {"overlap_rows": 0},
     "torch": {"kernels": "torch"},
     "dream": {},
     "batch-invariant": {"batch_invariant": True},
