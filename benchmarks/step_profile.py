@@ -1,19 +1,23 @@
 """Where a step's time goes: `python -m benchmarks.step_profile`.
 
 32 requests on the 59M-parameter model with `dual`, profiled operation by operation. What is not
-inside a tensor operation is the engine's own: scheduling, laying out rows, bookkeeping.
+inside a tensor operation is the engine's own: scheduling, laying out rows, bookkeeping. Laying out
+is timed by itself, too: with groups of equal sequences, as on a CPU, and as kernels have it.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
 import torch
-from dllm_engine import LLM, Prompt, SamplingParams
+from dllm_engine import LLM, Engine, Prompt, SamplingParams
+from dllm_engine.batch import build_batch
+from dllm_engine.ops import Upload
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.checkpoints import llada_60m
@@ -31,6 +35,18 @@ def kind_of(name: str) -> str:
     """What an operation is counted as."""
     found = [kind for kind, starts in KINDS.items() if name.startswith(starts)]
     return found[0] if found else "other operations"
+
+
+def layout_seconds(engine: Engine, tile_rows: int | None, repeats: int = 300) -> float:
+    """Median time of laying out the next step of all that runs, on the host."""
+    runner = engine._runner
+    slots = [r.slot for r in engine.scheduler.running if r.slot is not None]
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        build_batch(runner.table, runner._pages, slots, Upload("cpu"), tile_rows)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
 
 
 def main() -> None:
@@ -65,12 +81,16 @@ def main() -> None:
     print(f"{wall / options.steps * 1e3:.0f} ms per step")
     for kind, share in shares.items():
         print(f"{kind:<20}{share:6.1%}")
+    layouts = {"grouped": layout_seconds(engine, None), "flat": layout_seconds(engine, 32)}
+    for form, each in layouts.items():
+        print(f"laying out, {form:<9}{each * 1e3:5.2f} ms")
     result = {
         "requests": options.requests,
         "cache": options.cache,
         "threads": torch.get_num_threads(),
         "seconds_per_step": wall / options.steps,
         "shares": shares,
+        "layout_seconds": layouts,
     }
     print(write_json("step_profile", result))
 

@@ -113,6 +113,47 @@ def test_no_question_inside_a_step(tmp_path: Path) -> None:
         engine._runner.finish(report)
 
 
+class Work(TorchDispatchMode):
+    """Counts operations that a device would be given: all but views and new memory."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Count it and go on."""
+        results = [r.alias_info for r in func._schema.returns]
+        is_view = any(alias is not None and not alias.is_write for alias in results)
+        allocates = func.overloadpacket in (aten.empty, aten.new_empty, aten.empty_like)
+        self.count += not (is_view or allocates)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("requests", [1, 8])
+def test_the_device_lays_out_nothing(tmp_path: Path, requests: int) -> None:
+    """Before the forward pass it is given what the host has sent, and next to nothing to do."""
+    engine = LLM(write_llada(tmp_path), kernels="triton", device=DEVICE, dtype="float32").engine
+    for i in range(requests):
+        params = SamplingParams(gen_length=6 + i, block_length=3, cache=("dual", "sparse")[i % 2])
+        engine.add(engine.make_request(Prompt([1, 2, 3]), params))
+    model, before = engine._runner._model, []
+    forward = model.forward
+    with pytest.MonkeyPatch.context() as patch, Work() as work:
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            before.append(work.count)
+            hidden = forward(*args, **kwargs)
+            work.count = 0
+            return hidden
+
+        patch.setattr(model, "forward", noted)
+        engine.step()
+        work.count = 0
+        engine.step()
+    assert len(before) == 2
+    assert before[1] <= 3
+
+
 def test_a_read_would_be_seen() -> None:
     """What the test above looks for, in a line that counts as the engine's."""
     source = "x.tolist(); x.to('cpu'); bool(x[0]); x.to(torch.int32)"
