@@ -73,7 +73,13 @@ SMALL_PLAN = {
     "sparse": [1, 8, 32, 64],
     "delayed": [1, 8, 32, 64],
 }
-LARGE_PLAN = {"none": [1], "prefix": [1], "dual": [1, 32], "sparse": [32], "delayed": [1, 32]}
+LARGE_PLAN = {
+    "none": [1],
+    "prefix": [1, 8],
+    "dual": [1, 8, 32, 64],
+    "sparse": [1, 8, 32, 64],
+    "delayed": [1, 8, 32, 64],
+}
 
 
 def measure(bench: Bench, plan: dict[str, list[int]], rounds: int) -> dict[str, Any]:
