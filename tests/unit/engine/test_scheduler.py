@@ -400,3 +400,71 @@ def test_nobody_starves_and_no_step_is_wasted(
         load.run(1500)
         assert load.longest_idle <= longest_idle
         assert load.longest_wait <= longest_wait
+
+
+@dataclasses.dataclass
+class Overlapped:
+    """A scheduler that always has six requests waiting, with two steps under way where it can."""
+
+    num_slots: int
+    budget: int
+    overlap_rows: int
+    rng: random.Random
+    longest_idle: int = 0
+    most_under_way: int = 0
+
+    def run(self, steps: int) -> None:
+        """Launch so many steps, and check each."""
+        scheduler = Scheduler(
+            self.num_slots, self.budget, PageAllocator(0, 1), overlap_rows=self.overlap_rows
+        )
+        live: dict[int, Denoising] = {}
+        last: dict[int, int] = {}
+        flights: list[list[Request]] = []
+        count = launched = 0
+        while launched < steps:
+            while scheduler.num_waiting < 6:
+                gen, cache = self.rng.choice([4, 32, 64]), self.rng.choice(["none", "dual"])
+                live[count] = cached(count, self.rng.randint(1, 600), gen, min(32, gen), cache)
+                scheduler.add(live[count].request)
+                count += 1
+            for request in scheduler.admit():
+                last[request.request_id] = launched
+            chosen = scheduler.schedule() if len(flights) < 2 else []
+            if chosen:
+                launched += 1
+                used = sum(request.step_cost for request in chosen)
+                assert used <= self.budget or len(chosen) == 1
+                for request in chosen:
+                    assert not request.under_way
+                    request.under_way = True
+                    idle = launched - last[request.request_id]
+                    self.longest_idle = max(self.longest_idle, idle)
+                    last[request.request_id] = launched
+                flights.append(chosen)
+                self.most_under_way = max(self.most_under_way, len(flights))
+                continue
+            assert flights, "nothing runs and nothing is launched"
+            for request in flights.pop(0):
+                request.under_way = False
+                if live[request.request_id].take_step():
+                    scheduler.remove(request)
+                    del live[request.request_id], last[request.request_id]
+            scheduler.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("num_slots", "budget", "overlap_rows", "longest_idle"),
+    [(4, 2048, 64, 38), (16, 2048, 256, 50), (64, 2048, 512, 98), (64, 16384, 1024, 98)],
+)
+def test_nobody_starves_while_two_steps_are_under_way(
+    num_slots: int, budget: int, overlap_rows: int, longest_idle: int
+) -> None:
+    """There is always one under way, often two, of different requests, each within its budget; a
+    running request is left out of 32 steps and one for each other, and a few while it was under
+    way."""
+    for seed in range(4):
+        load = Overlapped(num_slots, budget, overlap_rows, random.Random(seed))
+        load.run(1500)
+        assert load.most_under_way == 2
+        assert load.longest_idle <= longest_idle
