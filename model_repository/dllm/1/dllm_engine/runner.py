@@ -43,20 +43,20 @@ class Runner:
         self._shard: ModelShard | ModelTeam = (ModelTeam if parallel else ModelShard)(
             config, spec, stop_token_ids
         )
-        self._model = self._shard.model
+        self._model, self._device = self._shard.model, self._shard.device
         #: Rows that one step may push through the model.
         self.token_budget = self._shard.token_budget
         #: Rows from which on a step is launched while another is under way; 0: never.
         self.overlap_rows = 0 if parallel else config.overlap_rows or 0
-        if config.overlap_rows is None and not parallel and self._shard.device != "cpu":
+        if config.overlap_rows is None and not parallel and self._device != "cpu":
             self.overlap_rows = OVERLAP_ROWS
         if isinstance(self._shard, ModelShard):
             self._shard.allocate(self._shard.plan.num_pages)
         self.plan = self._shard.plan
         logger.info("memory plan%s\n%s", " of each rank" if parallel else "", self.plan)
         self._pages = self._shard.pages
-        self.table = CanvasTable.of(config, spec, stop_token_ids, device=self._shard.device)
-        logger.info("model ready device=%s ranks=%d", self._shard.device, spec.num_ranks)
+        self.table = CanvasTable.of(config, spec, stop_token_ids, device=self._device)
+        logger.info("model ready device=%s ranks=%d", self._device, spec.num_ranks)
 
     def bind_thread(self) -> None:
         """See `ModelShard.bind_thread`."""
@@ -78,7 +78,7 @@ class Runner:
             For `finish`.
         """
         with self._watched():
-            upload = Upload(self._shard.device)
+            upload = Upload(self._device)
             batch = build_batch(self.table, self._pages, slots, upload, self._shard.tile_rows)
             upload.send()
             credits = None
