@@ -144,7 +144,7 @@ class JobRunner:
             self.wake()
             return job_id
         self._start(claimed)
-        # Its stream is opened first: the engine can begin while the caller is told.
+        # Its task begins first, so that the stream is opened while the caller is told.
         await asyncio.sleep(0)
         return job_id
 
