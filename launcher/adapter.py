@@ -14,7 +14,9 @@ from launcher.settings import Settings
 from launcher.tritonserver import POLL_SECONDS, WaitCallback
 
 #: Open connections (a poll held by `?wait=`, a stream) are cut after this many seconds.
-DRAIN_SECONDS = 5
+CONNECTION_SECONDS = 5
+#: What it may take to end besides, once its connections are cut and its jobs have had their time.
+EXIT_SECONDS = 5.0
 #: An idle connection is kept for longer than proxies keep theirs (nginx: 60 s). A server that
 #: closes first does so now and then as the next call is on its way, which the proxy answers 502.
 KEEP_ALIVE_SECONDS = 75
@@ -56,7 +58,7 @@ class Adapter:
             self._command(),
             name="the adapter",
             env={**os.environ, "DLLM_TRITON_URL": self._triton_url, **self._env},
-            grace=DRAIN_SECONDS + 5.0,
+            grace=CONNECTION_SECONDS + settings.drain_seconds + EXIT_SECONDS,
             on_log=self._on_log,
         )
         self._process = process
@@ -82,7 +84,7 @@ class Adapter:
             *(sys.executable, "-m", "uvicorn", "adapter.app:app"),
             *("--host", settings.host, "--port", str(settings.port)),
             *("--workers", str(settings.workers)),
-            *("--timeout-graceful-shutdown", str(DRAIN_SECONDS)),
+            *("--timeout-graceful-shutdown", str(CONNECTION_SECONDS)),
             *("--timeout-keep-alive", str(KEEP_ALIVE_SECONDS)),
         ]
 

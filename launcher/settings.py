@@ -25,6 +25,12 @@ class Settings(BaseSettings):
         CHECKOUT / "model_repository", description="folder with the models `dllm` and `dllm_unary`"
     )
     start_timeout: float = Field(300.0, gt=0, description="seconds each part may take to be ready")
+    drain_seconds: float = Field(
+        5.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="time that the adapter takes for its running jobs when it is stopped",
+    )
 
     @property
     def url(self) -> str:

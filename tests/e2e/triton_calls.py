@@ -123,12 +123,13 @@ class GrpcStream:
         *,
         model: str = "dllm",
         timeout: int | None = None,
+        request_id: str = "",
     ) -> None:
         self._client = triton_grpc.InferenceServerClient(server.grpc_url)
         self._replies: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
         self._client.start_stream(lambda result, error: self._replies.put((result, error)))
         inputs = tensors(server, triton_grpc, fields)
-        self._client.async_stream_infer(model, inputs, timeout=timeout)
+        self._client.async_stream_infer(model, inputs, timeout=timeout, request_id=request_id)
 
     def __enter__(self) -> Self:
         return self

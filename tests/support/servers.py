@@ -151,6 +151,7 @@ class AdapterServer:
         self.url = f"http://127.0.0.1:{self.port}"
         self._workers = workers
         self._log_file = database.with_suffix(".log")
+        self._drain = float((settings or {}).get("DLLM_DRAIN_SECONDS", 5))
         self._env = {
             "DLLM_TRITON_URL": triton.grpc_url,
             "DLLM_DATABASE_URL": f"sqlite:///{database}",
@@ -181,7 +182,11 @@ class AdapterServer:
         command += ["--port", str(self.port), "--workers", str(self._workers)]
         command += ["--timeout-graceful-shutdown", "2"]
         self._process = GuardedProcess(
-            command, name="adapter", env={**os.environ, **self._env}, log_file=self._log_file
+            command,
+            name="adapter",
+            env={**os.environ, **self._env},
+            grace=self._drain + 10.0,
+            log_file=self._log_file,
         )
         try:
             eventually(self._healthy_or_dead, f"the adapter is healthy\n{self.log[-2000:]}")

@@ -202,7 +202,16 @@ def test_no_keys_admit_everybody() -> None:
     assert Keyring(ENTRIES).required
 
 
-@pytest.mark.parametrize("entry", [KEY, f"team:{KEY}", "team:", f"a b:{'0' * 64}", f":{'0' * 64}"])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param(KEY, id="the key itself"),
+        pytest.param(f"team:{KEY}", id="a name and the key itself"),
+        "team:",
+        f"a b:{'0' * 64}",
+        f":{'0' * 64}",
+    ],
+)
 def test_nonsense_stops_the_start_without_being_shown(entry: str) -> None:
     """What is no name and hash is refused by its place; it may be a key."""
     with pytest.raises(SettingsError, match="DLLM_API_KEYS: entry 2 should be name:hash") as caught:
