@@ -31,6 +31,20 @@ QUICK = {
 #: Sampled without a seed: a job that ran twice would not have the same text again.
 UNIQUE = {"temperature": 1.0, "gen_length": 64, "ignore_eos": True}
 
+#: An engine hangs in a step while there is a file of its process's name.
+HANG = """
+_step = Engine.step
+
+
+def _step_or_hang(engine):
+    while Path("FOLDER", f"hang-{os.getpid()}").exists():
+        time.sleep(0.1)
+    return _step(engine)
+
+
+Engine.step = _step_or_hang
+"""
+
 
 def some_finished(adapter: AdapterServer, jobs: list[int]) -> dict[int, str]:
     """Wait until some jobs are done but not all; the texts of those that are."""
@@ -112,7 +126,9 @@ def paired(checkpoint: Path, tmp_path: Path) -> Iterator[TritonServer]:
     config.write_text(
         config.read_text().replace("count: 1 kind: KIND_AUTO", "count: 2 kind: KIND_CPU")
     )
-    settings = {"OMP_NUM_THREADS": "1"}
+    with (repository / "dllm/1/model.py").open("a") as model:
+        model.write(HANG.replace("FOLDER", str(tmp_path)))
+    settings = {"OMP_NUM_THREADS": "1", "DLLM_STEP_TIMEOUT": "5"}
     with (
         triton_server(checkpoint, repository=repository, settings=settings) as server,
         kept_running(server),
@@ -120,8 +136,11 @@ def paired(checkpoint: Path, tmp_path: Path) -> Iterator[TritonServer]:
         yield server
 
 
-def test_killed_instance(start_adapter: StartAdapter, paired: TritonServer) -> None:
-    """kill -9 of one of two instances, while the other one never stops sending events.
+@pytest.mark.parametrize("how", ["killed", "hangs"])
+def test_lost_instance(
+    start_adapter: StartAdapter, paired: TritonServer, how: str, tmp_path: Path
+) -> None:
+    """One of two instances is killed, or hangs in a step, while the other one sends events.
 
     It is noticed all the same, both are replaced, and no job is lost.
     """
@@ -139,7 +158,11 @@ def test_killed_instance(start_adapter: StartAdapter, paired: TritonServer) -> N
 
     submit_some()
     some_finished(adapter, jobs)
-    stub_of(paired, "dllm", 1).kill()
+    victim = stub_of(paired, "dllm", 1)
+    if how == "killed":
+        victim.kill()
+    else:
+        (tmp_path / f"hang-{victim.pid}").touch()
     eventually(noticed, "the death is noticed")
     assert "running" in adapter.statuses(jobs), "too late: all jobs were done"
     eventually(lambda: adapter.health() == 200, "both are replaced")

@@ -26,8 +26,9 @@ from dllm_engine import (
     Prompt,
     SamplingParams,
 )
+from dllm_engine.alarm import Alarm
 from dllm_engine.models import load_model, loader, read_spec
-from dllm_engine.parallel import Alarm, Group, Ranks
+from dllm_engine.parallel import Group, Ranks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open

@@ -184,6 +184,49 @@ def test_close_gives_a_hanging_engine_up(checkpoint: Path, monkeypatch: pytest.M
     assert answers.qsize() == 1
 
 
+def test_a_step_that_does_not_end_is_given_up(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits for it is told why, once, the owner too, and `submit` raises; short steps that
+    take longer together are none."""
+    deaths: queue.Queue[EngineDead] = queue.Queue()
+    config = EngineConfig(model_path=checkpoint, max_num_seqs=1, step_timeout=0.5)
+    worker = EngineWorker(Engine(config), on_death=deaths.put)
+    answers: queue.Queue[CanvasUpdate] = queue.Queue()
+    entered, release = threading.Event(), threading.Event()
+    forward, delay = worker.engine._runner._model.forward, 0.05
+
+    def slow(*arguments: object, **named: object) -> torch.Tensor:
+        if not delay:
+            entered.set()
+            release.wait(60)
+        threading.Event().wait(delay)
+        return forward(*arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(worker.engine._runner._model, "forward", slow)
+
+    def ask() -> None:
+        params = SamplingParams(gen_length=20, ignore_eos=True)
+        worker.submit(worker.engine.make_request(Prompt([1]), params), answers.put)
+
+    ask()
+    assert answers.get(timeout=60).error is None
+    delay = 0
+    ask()
+    assert entered.wait(30)
+    ask()
+    for _ in range(2):  # one that runs, one that waits
+        error = answers.get(timeout=30).error
+        assert str(error) == "a step has not ended within 0.5 s (DLLM_STEP_TIMEOUT)"
+    assert deaths.get(timeout=30) is error
+    with pytest.raises(EngineDead, match="DLLM_STEP_TIMEOUT"):
+        ask()
+    release.set()
+    assert worker.close(timeout=30)
+    assert answers.empty()
+    assert deaths.empty()
+
+
 def test_a_dead_engine_fails_its_requests_and_refuses_new_ones(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from .alarm import Alarm
 from .cache import KVPages
 from .config import EngineConfig
 from .memory import MemoryPlan
 from .models import DiffusionModel, ModelSpec
-from .parallel import Alarm, Group, Ranks, take_apart, thread_share
+from .parallel import Group, Ranks, take_apart, thread_share
 from .rank import RankTask
 from .sampling import Candidates
 from .shard import ModelShard, StepInputs, import_libraries, rank_device

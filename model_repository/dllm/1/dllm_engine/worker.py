@@ -8,6 +8,7 @@ import queue
 import threading
 from collections.abc import Callable
 
+from .alarm import Alarm
 from .engine import Engine
 from .errors import EngineDead, NotRun, QueueFull
 from .request import CanvasUpdate
@@ -36,6 +37,8 @@ class EngineWorker:
         self._lock = threading.Lock()
         self._death: EngineDead | None = None
         self._closing = False
+        seconds = engine.config.step_timeout
+        self._alarm = Alarm(seconds, self._late) if seconds else None
         engine.on_failure(lambda: self._inbox.put(engine.check))
         self._thread = threading.Thread(target=self._loop, name="dllm-engine", daemon=True)
         self._thread.start()
@@ -85,7 +88,11 @@ class EngineWorker:
         try:
             self.engine.bind_thread()
             while self._take_commands():
-                for update in self.engine.step():
+                with self._alarm or contextlib.nullcontext():
+                    updates = self.engine.step()
+                if self._death is not None:
+                    break  # given up meanwhile
+                for update in updates:
                     self._deliver(update)
         except EngineDead as death:
             self._die(death)
@@ -93,6 +100,8 @@ class EngineWorker:
             logger.exception("engine loop failed")
             self._die(EngineDead(f"{type(error).__name__}: {error}"))
         finally:
+            if self._alarm is not None:
+                self._alarm.close()
             self.engine.close()
 
     def _take_commands(self) -> bool:
@@ -127,9 +136,24 @@ class EngineWorker:
             del self._callbacks[update.request_id]
         on_update(update)
 
+    def _late(self) -> None:
+        """The engine's thread is lost in a step; called on the alarm's."""
+        seconds = self.engine.config.step_timeout
+        self._die(EngineDead(f"a step has not ended within {seconds:g} s (DLLM_STEP_TIMEOUT)"))
+
     def _die(self, death: EngineDead) -> None:
         with self._lock:
+            if self._death is not None:
+                return
             self._death = death
+        try:
+            self._abandon(death)
+        finally:
+            if self._on_death:
+                self._on_death(death)
+
+    def _abandon(self, death: EngineDead) -> None:
+        """Fail all that is with the engine, and let go of it."""
         actions = []
         while not self._inbox.empty():
             command = self._inbox.get()
@@ -143,5 +167,3 @@ class EngineWorker:
             with contextlib.suppress(EngineDead):
                 action()
         self.engine.close()  # the owner may end the process at once
-        if self._on_death:
-            self._on_death(death)

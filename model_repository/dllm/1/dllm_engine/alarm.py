@@ -1,4 +1,4 @@
-"""A bound on how long a step may take, for devices that wait without their host."""
+"""A bound on how long a step may take."""
 
 from __future__ import annotations
 
