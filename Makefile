@@ -3,6 +3,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Processes that share the tests, with a thread each: their tensors are too small for more.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo serve test test-unit test-e2e soak lint format clean
@@ -21,10 +24,10 @@ serve: $(STAMP) ## run the service until Ctrl-C
 test: test-unit test-e2e ## all tests
 
 test-unit: $(STAMP) ## tests of the parts
-	$(BIN)/pytest tests/unit
+	$(PYTEST) --maxschedchunk 1 tests/unit
 
 test-e2e: $(STAMP) ## tests of the whole service, with a real tritonserver
-	$(BIN)/pytest tests/e2e
+	$(PYTEST) --dist loadfile --no-loadscope-reorder tests/e2e
 
 soak: $(STAMP) ## 10,000 jobs while workers are killed and clients vanish
 	$(BIN)/python -m benchmarks.soak

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import requests
 
 from launcher.tritonserver import TritonServer
 from tests.e2e.triton_calls import LONG, GrpcStream, generate, post
-from tests.support.servers import COUNTERS, eventually, metric, settled_counters
+from tests.support.servers import COUNTERS, eventually, metric, settled_counters, triton_server
 
 
 def page(server: TritonServer) -> str:
@@ -54,12 +56,16 @@ def test_refusals_are_not_counted(triton: TritonServer) -> None:
     assert settled_counters(triton) == before
 
 
-def test_metrics_leave_with_the_model(mortal: TritonServer) -> None:
-    """A model that is unloaded takes its metrics off the page, and brings them back."""
-    repository = f"http://{mortal.http_url}/v2/repository/models/dllm"
-    assert metric(mortal, "dllm_max_running_requests") == 64
-    assert requests.post(f"{repository}/unload", timeout=60).status_code == 200
-    eventually(lambda: "dllm_max_running_requests{" not in page(mortal), "its metrics are gone")
-    assert requests.post(f"{repository}/load", timeout=60).status_code == 200
-    generate(mortal, text_input="again", gen_length=8)
-    eventually(lambda: metric(mortal, "dllm_requests_finished_total") == 1, "it counts afresh")
+def test_metrics_leave_with_the_model(checkpoint: Path) -> None:
+    """A model that is unloaded takes its metrics off the page, and brings them back.
+
+    On a server of its own: Triton keeps what a killed process of the model had counted.
+    """
+    with triton_server(checkpoint) as server:
+        repository = f"http://{server.http_url}/v2/repository/models/dllm"
+        assert metric(server, "dllm_max_running_requests") == 64
+        assert requests.post(f"{repository}/unload", timeout=60).status_code == 200
+        eventually(lambda: "dllm_max_running_requests{" not in page(server), "its metrics are gone")
+        assert requests.post(f"{repository}/load", timeout=60).status_code == 200
+        generate(server, text_input="again", gen_length=8)
+        eventually(lambda: metric(server, "dllm_requests_finished_total") == 1, "it counts afresh")

@@ -26,7 +26,7 @@ LAYERS = [
     {"slots"},
     {"memory"},
     {"cache", "sampling", "models"},
-    {"parallel"},
+    {"alarm", "parallel"},
     {"ops"},
     {"config"},
     {"request"},

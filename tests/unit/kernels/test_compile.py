@@ -25,7 +25,8 @@ def defined_kernels() -> set[str]:
 
 @pytest.mark.parametrize(("capability", "shared"), [(80, 163), (89, 99), (90, 227)])
 def test_every_kernel_compiles(capability: int, shared: int, tmp_path: Path) -> None:
-    """Down to machine code of an A100, an L40 and an H100, at the sizes of LLaDA-8B and Dream-7B.
+    """Down to machine code of an A100, an L40 and an H100, at the sizes of LLaDA-8B and Dream-7B;
+    for the last of them in every form.
 
     Each fits into the card: `shared` KiB are what a program may have there, and what does not fit
     into registers is next to nothing. Kernels that multiply read ahead.
