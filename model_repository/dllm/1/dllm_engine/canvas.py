@@ -2,7 +2,7 @@
 
 Canvases, masks, schedules and parameters lie side by side so that a step is planned and committed
 for all requests with the same few operations, however many there are. The device is sent what a
-step is made of and says what it has decoded (docs/decisions/022).
+step is made of and says what it has decoded (docs/decisions/023).
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from .memory import PeakMeter, available_bytes, check_weights, parse_limit, plan
 from .models import DiffusionModel, ModelSpec, head_copy_bytes, load_model
 from .ops import (
     GATHER_BYTES,
+    UPLOAD_BYTES,
     Choice,
     FlatLayout,
     FlatSelection,
@@ -295,13 +296,14 @@ class ModelShard:
         return self.model.head_input(hidden)[: len(wanted)]
 
     def _request_bytes(self) -> int:
-        """Bytes of the table of all requests, in which every slot takes the same.
+        """Bytes of the table of all requests, in which every slot takes the same, and of uploads.
 
         Rank 0 alone has one; but every rank has as many pages as the one with the least room.
         """
         one = dataclasses.replace(self._config, max_num_seqs=1)
         table = CanvasTable.of(one, self._spec, self._stop_token_ids, device=self.device)
-        return self._config.max_num_seqs * table.num_bytes
+        uploads = 0 if self.device == "cpu" else 2 * UPLOAD_BYTES  # two steps may be under way
+        return self._config.max_num_seqs * table.num_bytes + uploads
 
     @torch.inference_mode()
     def _peak_activations(self, rows: int) -> int:

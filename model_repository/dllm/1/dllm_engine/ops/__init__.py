@@ -18,13 +18,14 @@ from .norm import rms_norm
 from .quantization import make_quantizer, quantized_bytes
 from .rotary import RotaryTable, apply_rotary
 from .selection import select_positions
-from .transfer import Array, Download, Upload
+from .transfer import UPLOAD_BYTES, Array, Download, Upload
 
 __all__ = [
     "GATHER_BYTES",
     "LOWEST",
     "TILE",
     "TORCH",
+    "UPLOAD_BYTES",
     "Array",
     "Choice",
     "Download",

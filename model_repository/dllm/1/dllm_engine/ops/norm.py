@@ -16,6 +16,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         [rows, dim], type of `x`.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    square = (wide * wide).sum(-1, keepdim=True)
-    scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
+    # One pass over the rows, where squaring and summing them are two.
+    norm: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return (wide * scale).to(x.dtype).mul_(weight)

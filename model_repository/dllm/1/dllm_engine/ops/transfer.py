@@ -16,7 +16,7 @@ Array = npt.NDArray[Any]
 #: are compiled anew for others.
 _ALIGNMENT = 512
 #: Room for what one step sends; whatever is left over goes by itself.
-_BYTES = 2**21
+UPLOAD_BYTES = 2**21
 
 
 class Upload:
@@ -35,8 +35,8 @@ class Upload:
         if device != "cpu" if staged is None else staged:
             pinned = device.startswith("cuda")
             # The allocators keep both until the copy has been made.
-            self._here = torch.empty(_BYTES, dtype=torch.uint8, pin_memory=pinned)
-            self._there = torch.empty(_BYTES, dtype=torch.uint8, device=device)
+            self._here = torch.empty(UPLOAD_BYTES, dtype=torch.uint8, pin_memory=pinned)
+            self._there = torch.empty(UPLOAD_BYTES, dtype=torch.uint8, device=device)
             self._bytes = self._here.numpy()
 
     def __call__(self, array: Array) -> Tensor:
@@ -45,7 +45,7 @@ class Upload:
         if self._here is None:
             return torch.from_numpy(array)
         start, end = self._used, self._used + array.nbytes
-        if end > _BYTES:
+        if end > UPLOAD_BYTES:
             return torch.from_numpy(array).to(self._device, non_blocking=True)
         self._bytes[start:end] = array.reshape(-1).view(np.uint8)
         self._used = -(-end // _ALIGNMENT) * _ALIGNMENT
@@ -55,7 +55,7 @@ class Upload:
     def send(self) -> None:
         """Begin the copy."""
         if self._here is not None:
-            used = min(self._used, _BYTES)
+            used = min(self._used, UPLOAD_BYTES)
             self._there[:used].copy_(self._here[:used], non_blocking=True)
 
 
