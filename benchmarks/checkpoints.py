@@ -88,7 +88,7 @@ def random_bf16(directory: Path, family: str, device: str = "cpu", **overrides: 
     (directory / "generation_config.json").write_text(json.dumps(ends))
     generator = torch.Generator(device).manual_seed(1)
     shards = _shards(shapes)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: _random(name, shapes[name], generator) for name in names}

@@ -151,9 +151,9 @@ class Load:
             seconds = time.perf_counter() - began
         cut = bool(waiting or came)
         for request_id in came:
-            update = engine.cancel(request_id)
-            assert update is not None
-            tokens += int((update.confidence >= 0).sum())
+            left = engine.cancel(request_id)
+            assert left is not None
+            tokens += int((left.confidence >= 0).sum())
         return Outcome(seconds, tokens, latencies, cut, meter.peak)
 
 

@@ -63,9 +63,10 @@ def _sdpa_stored(
         if not gathered:
             for pool in (pages.keys, pages.values):
                 gathered.append(pool[tables].flatten(1, 2).transpose(1, 2).contiguous())
-        queries = q.unflatten(0, (group.count, group.rows)).transpose(1, 2)  # type: ignore[no-untyped-call]
+        queries = q.unflatten(0, (group.count, group.rows)).transpose(1, 2)
         grouped = q.shape[1] != gathered[0].shape[1]
-        return F.scaled_dot_product_attention(queries, *gathered, enable_gqa=grouped)
+        keys, values = gathered
+        return F.scaled_dot_product_attention(queries, keys, values, enable_gqa=grouped)
 
     return run
 
@@ -78,8 +79,10 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, group: Sequences) -> Callable[[], o
     from torch.nn.attention.varlen import varlen_attn
 
     borders, longest = _borders(group.count, group.rows, q.device), group.rows
-    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-    return lambda: varlen_attn(q, k, v, borders, borders, longest, longest, **grouped)
+    lengths = (borders, borders, longest, longest)
+    if q.shape[1] != k.shape[1]:
+        return lambda: varlen_attn(q, k, v, *lengths, enable_gqa=True)
+    return lambda: varlen_attn(q, k, v, *lengths)
 
 
 def _flashinfer(

@@ -189,7 +189,12 @@ class Section:
 def _points(name: str, tiny: bool) -> tuple[list[Point], Point | None, list[Point]]:
     """Points to begin with, the one whose load comes one by one, and points to go on with."""
     if tiny:
-        small = {"requests": 2, "prompt_length": 6, "gen_length": 4, "block_length": 2}
+        small: dict[str, Any] = {
+            "requests": 2,
+            "prompt_length": 6,
+            "gen_length": 4,
+            "block_length": 2,
+        }
         first = {
             "engine": [Point(**small), Point("sparse", **small, tokens_per_step=2)],
             "torch": [Point(policy, **small, confidence_threshold=0.9) for policy in POLICIES],

@@ -268,7 +268,7 @@ def run(soak: Soak, jobs: int, kill_interval: float, patience: float) -> tuple[f
     backgrounds: list[Callable[[], None]] = [
         soak.watch,
         lambda: soak.kill(kill_interval, 1),
-        *(lambda seed=seed: soak.vanish(seed) for seed in range(10, 12)),  # type: ignore[misc]
+        *(lambda seed=seed: soak.vanish(seed) for seed in range(10, 12)),
     ]
     threads = [threading.Thread(target=target, daemon=True) for target in backgrounds]
     for thread in threads:

@@ -11,7 +11,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -73,11 +73,12 @@ def main() -> None:
         for _ in range(options.steps):
             engine.step()
         wall = time.perf_counter() - began
-    seconds: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
     for event in profiler.key_averages():
         seconds[kind_of(event.key)] += event.self_cpu_time_total / 1e6
     seconds["outside operations"] = wall - sum(seconds.values())
-    shares = {kind: value / wall for kind, value in seconds.most_common()}
+    most = sorted(seconds.items(), key=lambda item: -item[1])
+    shares = {kind: value / wall for kind, value in most}
     print(f"{wall / options.steps * 1e3:.0f} ms per step")
     for kind, share in shares.items():
         print(f"{kind:<20}{share:6.1%}")

@@ -82,9 +82,11 @@ class InProcess:
             SamplingParams(**work.fields()),
             stream_interval=interval,
         )
-        self._worker.submit(
-            request, lambda update: loop.call_soon_threadsafe(arrived.put_nowait, update)
-        )
+
+        def note(update: CanvasUpdate) -> None:
+            loop.call_soon_threadsafe(arrived.put_nowait, update)
+
+        self._worker.submit(request, note)
         while True:
             update = await arrived.get()
             if update.error is not None:

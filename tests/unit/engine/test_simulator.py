@@ -5,6 +5,7 @@ from dllm_engine import LLM, Prompt
 from dllm_engine.request import CACHE_POLICIES
 from dllm_engine.scheduler import Scheduler
 
+from benchmarks.scheduling import SYSTEMS, measure
 from benchmarks.simulator import Arrival, CostModel, FcfsScheduler, simulate, without_pages
 
 
@@ -77,3 +78,10 @@ def test_static_batches_have_their_longest_canvas() -> None:
 
     assert latencies(padded=False)[1] < 16
     assert min(latencies(padded=True)) >= 256
+
+
+def test_orders_stand_side_by_side() -> None:
+    """Every order gets through the same load, on a GPU too."""
+    found = measure("GPU, assumed", "dual", burst=8, share=0.8, count=10, seeds=1)
+    assert found.keys() == SYSTEMS.keys()
+    assert all(0 < got["p50"] <= got["p99"] for got in found.values())
