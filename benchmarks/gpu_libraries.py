@@ -47,7 +47,7 @@ def library_attention(
 
 def _sdpa_fresh(q: Tensor, k: Tensor, v: Tensor, group: Sequences) -> Callable[[], object]:
     def heads_first(x: Tensor) -> Tensor:
-        return x.unflatten(0, (group.count, group.rows)).transpose(1, 2)  # type: ignore[no-untyped-call,no-any-return]
+        return x.unflatten(0, (group.count, group.rows)).transpose(1, 2)
 
     return lambda: F.scaled_dot_product_attention(
         heads_first(q), heads_first(k), heads_first(v), enable_gqa=q.shape[1] != k.shape[1]
