@@ -2,7 +2,7 @@
 
 All is simulated (`benchmarks.simulator`), so it runs anywhere and gives the same figures: a CPU
 with the cost of a step that was measured on one, and a GPU with a cost that is assumed, at its own
-token budget and at four times that; every kind of cache but `sparse`, whose steps are those of
+token budget and at an eighth of it; every kind of cache but `sparse`, whose steps are those of
 `dual`; single arrivals and bursts; several shares of what the machine can take. Ours is compared
 
 - with nothing of it but the order: no Refresh is held back to make steps even;
@@ -30,8 +30,8 @@ NUM_SLOTS = 64
 GPU = CostModel(0.0042, 14e-6, free_rows=295)
 DEVICES = {
     "CPU": (CostModel(0.0037, 20.8e-6), 2048),
-    "GPU, assumed": (GPU, 4096),
-    "GPU, large budget": (GPU, 16384),
+    "GPU, assumed": (GPU, 16384),
+    "GPU, small budget": (GPU, 2048),
 }
 POLICIES = ("none", "prefix", "dual", "delayed")
 BURSTS = (1, 8, 64)

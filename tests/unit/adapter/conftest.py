@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from adapter_fakes import HandClock
+from adapter_fakes import HandClock, ScriptedEngine
 
 from adapter.database import Database
 from adapter.jobs.store import JobStore
@@ -47,6 +47,12 @@ async def database(database_url: str) -> AsyncIterator[Database]:
 def clock() -> HandClock:
     """A clock to be moved by hand."""
     return HandClock()
+
+
+@pytest.fixture
+def engine() -> ScriptedEngine:
+    """An engine that answers at once."""
+    return ScriptedEngine()
 
 
 @pytest.fixture

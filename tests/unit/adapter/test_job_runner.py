@@ -36,12 +36,6 @@ DATABASES = ("sqlite", "postgresql")
 
 
 @pytest.fixture
-def engine() -> ScriptedEngine:
-    """An engine that answers at once."""
-    return ScriptedEngine()
-
-
-@pytest.fixture
 async def api(database_url: str, engine: ScriptedEngine) -> AsyncIterator[RunningApp]:
     """A worker for which three seconds pass in some milliseconds."""
     async with running_app(fast_settings(database_url), engine) as running:

@@ -26,12 +26,6 @@ from adapter.errors import InvalidRequest
 
 
 @pytest.fixture
-def engine() -> ScriptedEngine:
-    """An engine that answers at once."""
-    return ScriptedEngine()
-
-
-@pytest.fixture
 async def api(database_url: str, engine: ScriptedEngine) -> AsyncIterator[RunningApp]:
     """A worker with the default limits."""
     async with running_app(fast_settings(database_url), engine) as running:

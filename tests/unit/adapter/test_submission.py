@@ -12,12 +12,6 @@ from adapter.jobs.service import CHECK_SECONDS
 
 
 @pytest.fixture
-def engine() -> ScriptedEngine:
-    """An engine that answers at once."""
-    return ScriptedEngine()
-
-
-@pytest.fixture
 async def api(database_url: str, engine: ScriptedEngine) -> AsyncIterator[RunningApp]:
     """A worker whose engine is ready."""
     async with running_app(fast_settings(database_url), engine) as running:

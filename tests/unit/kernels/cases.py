@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from torch import Tensor
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+#: Of an engine that starts quickly: it begins with as many rows as a step may have.
+SMALL: dict[str, Any] = {"max_model_len": 64, "max_num_batched_tokens": 128}
 #: Of the rounding of one number; sums of many are allowed some of them.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 

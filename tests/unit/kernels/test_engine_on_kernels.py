@@ -7,7 +7,7 @@ import pytest
 from dllm_engine import LLM, SamplingParams
 
 from tests.support.checkpoints import write_dream, write_llada
-from tests.unit.kernels.cases import DEVICE
+from tests.unit.kernels.cases import DEVICE, SMALL
 
 #: Every policy, with guidance, delays, thresholds, filters and noise among them; short blocks.
 MIXTURE = [
@@ -35,7 +35,7 @@ def test_same_tokens(write: object, tmp_path: Path) -> None:
     """All policies in one batch; confidences within float32's rounding."""
     assert callable(write)
     checkpoint = write(tmp_path)
-    options = {"dtype": "float32", "kv_page_size": 8, "max_num_seqs": 6}
+    options = {"dtype": "float32", "kv_page_size": 8, "max_num_seqs": 6, **SMALL}
     found = LLM(checkpoint, kernels="triton", device=DEVICE, **options)
     wanted = LLM(checkpoint, kernels="torch", device=DEVICE, **options)
     pairs = zip(
@@ -52,7 +52,7 @@ def test_batch_invariance(tmp_path: Path) -> None:
     """With `batch_invariant`, tokens and confidences are bitwise those of the request alone."""
     llm = LLM(
         write_llada(tmp_path), kernels="triton", device=DEVICE, dtype="float32", kv_page_size=8,
-        batch_invariant=True,
+        batch_invariant=True, **SMALL,
     )  # fmt: skip
     together = llm.generate(PROMPTS, MIXTURE, progress=False)
     for i in (1, 3):
@@ -64,8 +64,7 @@ def test_batch_invariance(tmp_path: Path) -> None:
 def test_two_ranks_on_kernels(tmp_path: Path) -> None:
     """A model split over two ranks, each on kernels, decodes what it does on torch's operations."""
     checkpoint = write_llada(tmp_path)
-    options = {"dtype": "float32", "kv_page_size": 8, "max_num_seqs": 6, "device": "cpu"}
-    options |= {"max_model_len": 64, "max_num_batched_tokens": 128}
+    options = {"dtype": "float32", "kv_page_size": 8, "max_num_seqs": 6, "device": "cpu", **SMALL}
     chosen = [0, 1, 3]
     prompts, params = [PROMPTS[i] for i in chosen], [MIXTURE[i] for i in chosen]
     wanted = LLM(checkpoint, kernels="torch", **options).generate(prompts, params, progress=False)

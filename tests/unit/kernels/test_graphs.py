@@ -17,7 +17,7 @@ from dllm_engine.ops.layout import FlatSelection
 from torch import Tensor
 
 from tests.support.checkpoints import write_dream, write_llada
-from tests.unit.kernels.cases import DEVICE, near
+from tests.unit.kernels.cases import DEVICE, SMALL, near
 from tests.unit.kernels.test_engine_on_kernels import MIXTURE, PROMPTS
 
 MAX_SEQUENCES, MAX_PAGES, PAGE_SIZE = 6, 5, 8
@@ -171,7 +171,7 @@ def test_an_engine_with_graphs(
     """It decodes what one without them does, by replays, and its memory plan has room for them."""
     checkpoint = write(tmp_path)
     options = {"dtype": "float32", "kv_page_size": 8, "max_num_seqs": 6, "device": DEVICE}
-    options |= {"memory_limit": "400MiB", "max_model_len": 64, "max_num_batched_tokens": 128}
+    options |= {"memory_limit": "400MiB", **SMALL}
     plain = LLM(checkpoint, kernels="torch", **options)
     if DEVICE == "cpu":
         monkeypatch.setattr(shard, "_largest_graph", lambda *_: 32)

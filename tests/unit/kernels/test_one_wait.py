@@ -13,7 +13,9 @@ from dllm_engine import LLM, Prompt, SamplingParams
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.checkpoints import write_llada
-from tests.unit.kernels.cases import DEVICE
+from tests.unit.kernels.cases import DEVICE, SMALL
+
+OPTIONS = {"device": DEVICE, "dtype": "float32", **SMALL}
 
 aten = torch.ops.aten
 #: Their result, or its size, depends on what a tensor holds.
@@ -90,7 +92,7 @@ def no_waiting() -> Iterator[list[str]]:
 
 def test_no_question_inside_a_step(tmp_path: Path) -> None:
     """Whatever the requests ask for."""
-    engine = LLM(write_llada(tmp_path), kernels="triton", device=DEVICE, dtype="float32").engine
+    engine = LLM(write_llada(tmp_path), kernels="triton", **OPTIONS).engine
     for params in (
         SamplingParams(gen_length=6, block_length=3, cfg_scale=1.0),
         SamplingParams(gen_length=6, block_length=3, cache="sparse", temperature=0.7),
@@ -132,7 +134,7 @@ class Work(TorchDispatchMode):
 @pytest.mark.parametrize("requests", [1, 8])
 def test_the_device_lays_out_nothing(tmp_path: Path, requests: int) -> None:
     """Before the forward pass it is given what the host has sent, and next to nothing to do."""
-    engine = LLM(write_llada(tmp_path), kernels="triton", device=DEVICE, dtype="float32").engine
+    engine = LLM(write_llada(tmp_path), kernels="triton", **OPTIONS).engine
     for i in range(requests):
         params = SamplingParams(gen_length=6 + i, block_length=3, cache=("dual", "sparse")[i % 2])
         engine.add(engine.make_request(Prompt([1, 2, 3]), params))
@@ -167,7 +169,7 @@ def test_a_read_would_be_seen() -> None:
 
 def test_a_step_reads_the_device_once(tmp_path: Path) -> None:
     """However many requests it ends and shows: what it has decoded comes with one copy."""
-    engine = LLM(write_llada(tmp_path), device=DEVICE, dtype="float32").engine
+    engine = LLM(write_llada(tmp_path), **OPTIONS).engine
     fetched = []
     for count in (1, 5):
         for length in range(2, 2 + count):
@@ -187,7 +189,7 @@ def test_a_step_reads_the_device_once(tmp_path: Path) -> None:
 
 def test_newcomers_are_laid_out_while_a_step_is_under_way(tmp_path: Path) -> None:
     """Whoever finds a place is put there between the step's launch and the wait for its end."""
-    engine = LLM(write_llada(tmp_path), device=DEVICE, dtype="float32").engine
+    engine = LLM(write_llada(tmp_path), **OPTIONS).engine
     runner, order = engine._runner, []
 
     def noted(name: str, call: Any) -> Any:

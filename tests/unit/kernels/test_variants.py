@@ -13,7 +13,7 @@ from triton.runtime.jit import JITFunction
 
 from tests.support.checkpoints import write_llada
 from tests.support.compile_kernels import Variant
-from tests.unit.kernels.cases import DEVICE
+from tests.unit.kernels.cases import DEVICE, SMALL
 
 #: Of every kind that has kernels of its own, or sizes.
 KINDS = [
@@ -54,7 +54,8 @@ def test_all_variants_are_compiled_at_start(tmp_path: Path) -> None:
     """Whatever the requests, their lengths and how many are in a batch."""
     checkpoint = write_llada(tmp_path)
     with variants() as seen:
-        llm = LLM(checkpoint, kernels="triton", device=DEVICE, dtype="float32", kv_page_size=4)
+        options = {"device": DEVICE, "dtype": "float32", "kv_page_size": 4, **SMALL}
+        llm = LLM(checkpoint, kernels="triton", **options)
         at_start = set(seen)
         assert at_start
         for count in (1, 3, 8):
