@@ -1,5 +1,7 @@
 """Root-mean-square normalisation."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -18,5 +20,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     # One pass over the rows, where squaring and summing them are two.
     norm: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    floor = _constant(eps, wide.dtype, wide.device)
+    scale = torch.addcmul(floor, norm, norm, value=1 / x.shape[-1]).rsqrt_()
     return (wide * scale).to(x.dtype).mul_(weight)
+
+
+@functools.cache
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number where it is used: one that Python holds is converted at every call."""
+    return torch.full((), value, dtype=dtype, device=device)
