@@ -65,8 +65,9 @@ class EngineConfig:
     memory_limit: str = "0.9"
     #: Rows of keys and values per page.
     kv_page_size: int = 32
-    #: Seconds after which a step that has not ended is given up, and the engine with it; 0: never.
-    step_timeout: float = 300.0
+    #: Seconds after which a step that has not ended is given up, and the engine with it; 0: never;
+    #: None: 300 on a GPU, never on a CPU, whose steps may take as long and do not hang.
+    step_timeout: float | None = None
     #: Ranks that share the model, each with a process of its own and a GPU, or a share of the CPU.
     tensor_parallel_size: int = 1
     #: Seconds that a rank waits for the others within a step before it is given up.
@@ -95,8 +96,8 @@ class EngineConfig:
             raise InvalidConfig(
                 "DLLM_OVERLAP_ROWS: ranks take one step at a time (DLLM_TENSOR_PARALLEL_SIZE)"
             )
-        if not 0 <= self.step_timeout < math.inf:
-            raise InvalidConfig("DLLM_STEP_TIMEOUT: must be at least 0")
+        if not 0 <= (self.step_timeout or 0) < math.inf:
+            raise InvalidConfig("DLLM_STEP_TIMEOUT: must be at least 0, or empty")
         if not 0 < self.tensor_parallel_timeout < math.inf:
             raise InvalidConfig("DLLM_TENSOR_PARALLEL_TIMEOUT: must be above 0")
 

@@ -85,6 +85,8 @@ class Engine:
         self._runner = Runner(config, spec, self.stop_token_ids)
         #: Rows that one step may push through the model.
         self.token_budget = self._runner.token_budget
+        #: Seconds after which a step that has not ended is to be given up; 0: never.
+        self.step_timeout = self._runner.step_timeout
         self.allocator = PageAllocator(self._runner.plan.num_pages, config.kv_page_size)
         self._limits = RequestLimits(config, spec, self.allocator, has_text=self.codec is not None)
         self.scheduler = Scheduler(

@@ -26,6 +26,8 @@ logger = logging.getLogger("dllm_engine")
 #: Rows of a step that is launched beside another on a GPU, where none are set: with half as many as
 #: before each, both must still be limited by arithmetic, not by reading the weights (H100: 295).
 OVERLAP_ROWS = 1024
+#: Seconds after which a GPU's step is given up, where none are set.
+STEP_TIMEOUT = 300.0
 
 
 class Runner:
@@ -50,6 +52,10 @@ class Runner:
         self.overlap_rows = 0 if parallel else config.overlap_rows or 0
         if config.overlap_rows is None and not parallel and self._device != "cpu":
             self.overlap_rows = OVERLAP_ROWS
+        #: Seconds after which a step that has not ended is to be given up; 0: never.
+        self.step_timeout = config.step_timeout or 0.0
+        if config.step_timeout is None and self._device != "cpu":
+            self.step_timeout = STEP_TIMEOUT
         if isinstance(self._shard, ModelShard):
             self._shard.allocate(self._shard.plan.num_pages)
         self.plan = self._shard.plan

@@ -37,7 +37,7 @@ class EngineWorker:
         self._lock = threading.Lock()
         self._death: EngineDead | None = None
         self._closing = False
-        seconds = engine.config.step_timeout
+        seconds = engine.step_timeout
         self._alarm = Alarm(seconds, self._late) if seconds else None
         engine.on_failure(lambda: self._inbox.put(engine.check))
         self._thread = threading.Thread(target=self._loop, name="dllm-engine", daemon=True)
@@ -138,7 +138,7 @@ class EngineWorker:
 
     def _late(self) -> None:
         """The engine's thread is lost in a step; called on the alarm's."""
-        seconds = self.engine.config.step_timeout
+        seconds = self.engine.step_timeout
         self._die(EngineDead(f"a step has not ended within {seconds:g} s (DLLM_STEP_TIMEOUT)"))
 
     def _die(self, death: EngineDead) -> None:
