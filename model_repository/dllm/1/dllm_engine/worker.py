@@ -155,12 +155,13 @@ class EngineWorker:
     def _abandon(self, death: EngineDead) -> None:
         """Fail all that is with the engine, and let go of it."""
         actions = []
-        while not self._inbox.empty():
-            command = self._inbox.get()
-            if isinstance(command, Request):
-                self.engine.add(command)  # to be abandoned with the others
-            elif command is not None:
-                actions.append(command)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                command = self._inbox.get_nowait()
+                if isinstance(command, Request):
+                    self.engine.add(command)  # to be abandoned with the others
+                elif command is not None:
+                    actions.append(command)
         for update in self.engine.abandon(death):
             self._deliver(update)
         for action in actions:  # somebody may wait for them; there is nothing left to cancel
