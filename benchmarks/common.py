@@ -33,6 +33,20 @@ def machine() -> dict[str, Any]:
     }
 
 
+def speed_table(
+    speeds: dict[str, float], *, unit: str, reference: str, fast_dllm: str, title: str = ""
+) -> str:
+    """Speeds of systems by name as a Markdown table, with their ratios to two of these."""
+    slow, fast = speeds[reference], speeds[fast_dllm]
+    name = f"| {title} " if title else "| "
+    lines = [f"{name}| {unit} | × reference | × Fast-dLLM |", "|---|--:|--:|--:|"]
+    lines += [
+        f"| {name} | {value:.1f} | {value / slow:.1f} | {value / fast:.1f} |"
+        for name, value in speeds.items()
+    ]
+    return "\n".join(lines)
+
+
 def write_json(name: str, result: dict[str, Any], directory: Path = RESULTS) -> Path:
     """Write a result beside its plot."""
     directory.mkdir(exist_ok=True)

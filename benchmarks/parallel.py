@@ -21,7 +21,7 @@ import torch
 from dllm_engine import LLM, Prompt, SamplingParams
 
 from benchmarks.baselines import PlainLlama, Work, fast_dllm, reference
-from benchmarks.common import DEMO_CHECKPOINT, RESULTS, write_json
+from benchmarks.common import DEMO_CHECKPOINT, RESULTS, speed_table, write_json
 from demo import corpus
 
 GEN_LENGTH, BLOCK_LENGTH, THRESHOLD = 64, 32, 0.9
@@ -96,13 +96,7 @@ def measure(bench: Bench, rounds: int) -> dict[str, float]:
 
 def table(answers: dict[str, float]) -> str:
     """The figures as a Markdown table."""
-    slow, fast = answers[REFERENCE], answers[FAST_DLLM]
-    lines = ["| | answers/s | × reference | × Fast-dLLM |", "|---|--:|--:|--:|"]
-    lines += [
-        f"| {name} | {value:.1f} | {value / slow:.1f} | {value / fast:.1f} |"
-        for name, value in answers.items()
-    ]
-    return "\n".join(lines)
+    return speed_table(answers, unit="answers/s", reference=REFERENCE, fast_dllm=FAST_DLLM)
 
 
 def plot(answers: dict[str, float]) -> Path:

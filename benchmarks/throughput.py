@@ -20,7 +20,7 @@ from dllm_engine import LLM, SamplingParams
 
 from benchmarks.baselines import LibraryLlama, PlainLlama, Work, fast_dllm, reference
 from benchmarks.checkpoints import llada_60m
-from benchmarks.common import DEMO_CHECKPOINT, RESULTS, write_json
+from benchmarks.common import DEMO_CHECKPOINT, RESULTS, speed_table, write_json
 
 POLICIES: dict[str, dict[str, Any]] = {
     "none": {"cache": "none"},
@@ -32,6 +32,8 @@ POLICIES: dict[str, dict[str, Any]] = {
 PROMPT_LENGTH = 128
 BLOCK_LENGTH = 32
 STATIC_BATCH = 16
+REFERENCE, FAST_DLLM = "reference, one by one", "Fast-dLLM dual cache, one by one"
+STATIC_FAST_DLLM = f"Fast-dLLM dual cache, static batch of {STATIC_BATCH}"
 
 
 class Bench:
@@ -85,18 +87,16 @@ LARGE_PLAN = {
 def measure(bench: Bench, plan: dict[str, list[int]], rounds: int) -> dict[str, Any]:
     """Medians of several rounds; in each round every system has one turn."""
     systems: dict[str, Callable[[], float]] = {
-        "reference, one by one": lambda: bench.baseline(reference, bench.plain, 1),
-        "Fast-dLLM dual cache, one by one": lambda: bench.baseline(fast_dllm, bench.plain, 1),
-        f"Fast-dLLM dual cache, static batch of {STATIC_BATCH}": lambda: bench.baseline(
-            fast_dllm, bench.plain, STATIC_BATCH
-        ),
+        REFERENCE: lambda: bench.baseline(reference, bench.plain, 1),
+        FAST_DLLM: lambda: bench.baseline(fast_dllm, bench.plain, 1),
+        STATIC_FAST_DLLM: lambda: bench.baseline(fast_dllm, bench.plain, STATIC_BATCH),
         "reference on transformers, one by one": lambda: bench.baseline(
             reference, bench.library, 1
         ),
     }
     for policy, concurrency in plan.items():
         for requests in concurrency:
-            name = f"{policy}, {requests} requests"
+            name = f"{policy}, {requests} request{'s' * (requests > 1)}"
             systems[name] = functools.partial(bench.engine, policy, requests)
     samples: dict[str, list[float]] = {name: [] for name in systems}
     for round_number in range(rounds):
@@ -104,7 +104,6 @@ def measure(bench: Bench, plan: dict[str, list[int]], rounds: int) -> dict[str, 
             samples[name].append(run())
             print(f"{bench.name} round={round_number} {name}: {samples[name][-1]:.1f} tok/s")
     medians = {name: statistics.median(values) for name, values in samples.items()}
-    slow, cached = (medians[name] for name in list(systems)[:2])
     return {
         "model": bench.name,
         "prompt_length": PROMPT_LENGTH,
@@ -112,9 +111,18 @@ def measure(bench: Bench, plan: dict[str, list[int]], rounds: int) -> dict[str, 
         "block_length": BLOCK_LENGTH,
         "rounds": rounds,
         "tokens_per_second": medians,
-        "over_reference": {name: value / slow for name, value in medians.items()},
-        "over_fast_dllm": {name: value / cached for name, value in medians.items()},
     }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures of one model as a Markdown table."""
+    return speed_table(
+        result["tokens_per_second"],
+        unit="tokens/s",
+        reference=REFERENCE,
+        fast_dllm=FAST_DLLM,
+        title=result["model"],
+    )
 
 
 def plot(results: list[dict[str, Any]]) -> Path:
@@ -126,7 +134,8 @@ def plot(results: list[dict[str, Any]]) -> Path:
 
     figure, axes = plt.subplots(1, len(results), figsize=(6.5 * len(results), 4.5), squeeze=False)
     for axis, result in zip(axes[0], results, strict=True):
-        ratios: dict[str, float] = result["over_reference"]
+        speeds: dict[str, float] = result["tokens_per_second"]
+        ratios = {name: speed / speeds[REFERENCE] for name, speed in speeds.items()}
         for policy in POLICIES:
             points = [
                 (int(name.split(", ")[1].split()[0]), ratio)
@@ -134,7 +143,7 @@ def plot(results: list[dict[str, Any]]) -> Path:
                 if name.startswith(f"{policy}, ")
             ]
             axis.plot(*zip(*sorted(points), strict=True), marker="o", label=policy)
-        for name, style in zip(list(ratios)[1:3], ("--", ":"), strict=True):
+        for name, style in ((FAST_DLLM, "--"), (STATIC_FAST_DLLM, ":")):
             axis.axhline(ratios[name], color="gray", linestyle=style, label=name)
         axis.set_xscale("log", base=2)
         axis.set_title(result["model"])
@@ -162,10 +171,7 @@ def main() -> None:
         large = Bench("random LLaDA, 59M parameters", llada_60m(Path(folder)), 128, 32000)
         results.append(measure(large, LARGE_PLAN, options.large_rounds))
     for result in results:
-        print(f"\n{result['model']}")
-        for name, speed in result["tokens_per_second"].items():
-            ratio, cached = result["over_reference"][name], result["over_fast_dllm"][name]
-            print(f"  {name:<48}{speed:9.1f} tok/s{ratio:8.1f}×{cached:8.1f}×")
+        print(f"\n{table(result)}")
     threads = torch.get_num_threads()
     print(write_json("throughput", {"threads": threads, "models": results}), plot(results))
 

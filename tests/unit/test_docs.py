@@ -10,7 +10,7 @@ import pytest
 from dllm_engine import EngineConfig
 
 from adapter.settings import Settings as AdapterSettings
-from benchmarks import parallel, precision, quality
+from benchmarks import parallel, precision, quality, throughput
 from launcher.settings import Settings as LauncherSettings
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +68,14 @@ def test_the_latencies_on_the_page_are_those_of_the_results() -> None:
             real = [f"{figures['real'][q]:.2f} s" for q in ("p50", "p95", "p99")]
             row = [load["name"], system, *real, f"{figures['simulated']['p99']:.2f} s"]
             assert f"| {' | '.join(row)} |" in page
+
+
+def test_the_performance_page_shows_throughput_as_measured() -> None:
+    """Its tables are those that benchmarks/throughput.py makes of its results."""
+    page = (ROOT / "docs/performance.md").read_text()
+    result = json.loads((ROOT / "benchmarks/results/throughput.json").read_text())
+    for model in result["models"]:
+        assert f"\n\n{throughput.table(model)}\n\n" in page
 
 
 def test_the_performance_page_shows_parallel_decoding_as_measured() -> None:
