@@ -335,6 +335,9 @@ def test_settings_come_from_strings_and_are_checked(checkpoint: Path) -> None:
         (base | {"DLLM_KERNELS": "cuda"}, "DLLM_KERNELS: must be one of auto, torch, triton"),
         (base | {"DLLM_BATCH_INVARIANT": "2"}, "DLLM_BATCH_INVARIANT: must be on or off"),
         (base | {"DLLM_CUDA_GRAPH_ROWS": "-1"}, "DLLM_CUDA_GRAPH_ROWS: must be at least 0"),
+        (base | {"DLLM_STEP_TIMEOUT": "-1"}, "DLLM_STEP_TIMEOUT: must be at least 0, or empty"),
+        (base | {"DLLM_STEP_TIMEOUT": "inf"}, "DLLM_STEP_TIMEOUT: must be at least 0, or empty"),
+        (base | {"DLLM_STEP_TIMEOUT": "nan"}, "DLLM_STEP_TIMEOUT: must be at least 0, or empty"),
     ):
         with pytest.raises(InvalidConfig, match=message):
             EngineConfig.from_mapping(settings)
