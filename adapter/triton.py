@@ -57,6 +57,7 @@ ERROR_TEXTS: Sequence[tuple[str, type[AdapterError]]] = (
     ("exceeds maximum queue size", Overloaded),
     ("request timeout expired", Overloaded),
     ("the server is stopping", Unavailable),  # it had not begun
+    ("the engine takes no more requests", Unavailable),  # it is about to end
     ("explicit model load / unload is not allowed", ModelControlRefused),
 )
 ERROR_CODES: Mapping[str, type[AdapterError]] = {

@@ -58,8 +58,12 @@ class TritonPythonModel:
                 self._submit(request, sender)
             except InvalidRequest as error:
                 _refuse(sender, error, pb_utils.TritonError.INVALID_ARG)
-            except (EngineDead, QueueFull) as error:
+            except QueueFull as error:
                 _refuse(sender, error, pb_utils.TritonError.UNAVAILABLE)
+            except EngineDead as error:
+                # Unlike those that were with the engine when it died, this one did not do it.
+                refusal = EngineDead(f"the engine takes no more requests: {error}")
+                _refuse(sender, refusal, pb_utils.TritonError.UNAVAILABLE)
             except Exception as error:
                 # A defect of ours that one request lays bare must not fail its whole batch.
                 logger.exception("request not understood")

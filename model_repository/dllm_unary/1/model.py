@@ -29,9 +29,10 @@ WATCH_SECONDS = 2.0
 PATIENCE_SECONDS = 10.0
 LOST = "the engine was lost while it had this request"
 STOPPING = "the server is stopping"
+REFUSED = "the engine takes no more requests"
 #: What is no fault of the request: it may be made again.
 TRY_AGAIN = re.compile(
-    f"exceeds maximum queue size|request timeout expired|not healthy|{LOST}|{STOPPING}"
+    f"exceeds maximum queue size|request timeout expired|not healthy|{LOST}|{STOPPING}|{REFUSED}"
 )
 
 

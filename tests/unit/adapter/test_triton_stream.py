@@ -207,6 +207,7 @@ async def test_closing_the_iterator_cancels(engine: TritonEngine, triton: Script
         ("Request for unknown model: 'dllm' is not found", Unavailable),
         ("Exceeds maximum queue size", Overloaded),
         ("the server is stopping", Unavailable),
+        ("the engine takes no more requests: device error: lost", Unavailable),
         ((grpc.StatusCode.UNAVAILABLE, "not ready"), Unavailable),
         ("an error without a code", EngineFailure),
     ],
