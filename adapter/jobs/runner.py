@@ -1,25 +1,18 @@
-"""Drives jobs through the engine: claims them, follows their streams, settles what became."""
+"""One worker's share of the jobs: claims them, has them driven, settles what became of them."""
 
 import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, aclosing, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack, contextmanager
 from types import TracebackType
 from typing import Self, assert_never
 
 import structlog
 
-from adapter.errors import (
-    EngineDead,
-    EngineError,
-    InvalidRequest,
-    Overloaded,
-    StoreUnavailable,
-    Unavailable,
-)
+from adapter.errors import StoreUnavailable
 from adapter.generation import Inputs
 from adapter.jobs.claims import lost_before_last
-from adapter.jobs.job import ClaimedJob, Job, JobState, Terms, late
+from adapter.jobs.drive import Drive
+from adapter.jobs.job import ClaimedJob, Job, JobState, Terms
 from adapter.jobs.outcome import (
     Dropped,
     Failed,
@@ -34,7 +27,7 @@ from adapter.jobs.store import JobStore
 from adapter.logs import get_logger
 from adapter.loops import Loop
 from adapter.metrics import JOB_QUEUE_SECONDS, JOB_RUN_SECONDS, JOBS_SETTLED
-from adapter.pool import EnginePool, Member
+from adapter.pool import EnginePool
 from adapter.settings import Settings
 from adapter.tracing import TRACEPARENT
 
@@ -49,30 +42,6 @@ SAVE_ATTEMPTS = 6
 #: An engine's step ends many jobs at once; so many of them are settled between two looks at what
 #: else is to be done, or polls would wait for all.
 SETTLED_AT_ONCE = 4
-
-
-@dataclass(slots=True, eq=False)
-class Drive:
-    """One job on its way through the engine."""
-
-    job: ClaimedJob
-    member: Member
-    generation: int
-    opened_at: float
-    last_event: float
-    started: bool = False
-    settling: bool = False
-    imposed: Outcome | None = None
-    task: asyncio.Task[Job | None] | None = field(default=None, repr=False)
-
-    def impose(self, outcome: Outcome) -> None:
-        """Close the stream and let this be the outcome, unless it has one already."""
-        if self.settling or self.imposed is not None:
-            return
-        self.imposed = outcome
-        # A task that is cancelled before its first step would never get to write anything.
-        if self.started and self.task is not None:
-            self.task.cancel()
 
 
 class JobRunner:
@@ -194,12 +163,7 @@ class JobRunner:
     def _engines_changed(self) -> None:
         elsewhere = self._pool.pick() is not None
         for drive in list(self._drives.values()):
-            monitor = drive.member.monitor
-            if drive.generation < monitor.generation:
-                drive.impose(Lost("the engine that ran it was replaced"))
-            elif monitor.state.dead and elsewhere:
-                # Where there is no other engine, the job may as well wait for the news to be sure.
-                drive.impose(Lost(monitor.state.reason))
+            drive.lose_to_replacement(elsewhere=elsewhere)
         self._claiming.wake()
 
     async def _claim(self) -> float:
@@ -238,9 +202,7 @@ class JobRunner:
             # Our own lease ran out, and we were the one to take the job up again.
             stale.impose(Dropped())
         member = self._pool.pick() or self._pool.members[0]
-        now = _now()
-        drive = Drive(job, member, member.monitor.generation, opened_at=now, last_event=now)
-        self._drives[job.id] = drive
+        drive = self._drives[job.id] = Drive.begin(job, member)
         drive.task = asyncio.create_task(self._run(drive), name=f"job-{job.id}")
         drive.task.add_done_callback(lambda task: self._ended(drive, task))
 
@@ -261,49 +223,17 @@ class JobRunner:
 
     async def _run(self, drive: Drive) -> Job | None:
         """Drive it; the job as it is then, if that is known for good."""
-        drive.started = True
         job = drive.job
         structlog.contextvars.bind_contextvars(job=job.id, request_id=job.terms.request_id)
         TRACEPARENT.set(job.terms.traceparent)
         JOB_QUEUE_SECONDS.observe(job.waited)
-        try:
-            outcome = drive.imposed or await self._follow(drive)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if drive.imposed is None or task is None:
-                raise
-            task.uncancel()
-            outcome = drive.imposed
-        drive.settling = True
+        # No other job runs then; the engine keeps streams and other callers of Triton's away too.
+        outcome = await drive.outcome(alone=job.attempts >= self._lost_before_last)
         JOBS_SETTLED.labels(kind_of(outcome)).inc()
         if isinstance(outcome, Finished):
-            JOB_RUN_SECONDS.observe(_now() - drive.opened_at)
+            JOB_RUN_SECONDS.observe(drive.seconds)
         ours = await self._settle(job, outcome)
         return _done(job, outcome) if ours else None
-
-    async def _follow(self, drive: Drive) -> Outcome:
-        """Read the stream to its end, or until the job's deadline."""
-        job = drive.job
-        # No other job runs now; the engine keeps streams and other callers of Triton's away too.
-        alone = {"alone": True} if job.attempts >= self._lost_before_last else {}
-        stream = drive.member.generate(
-            {**job.inputs, **alone}, request_id=job.engine_request_id, priority=job.terms.priority
-        )
-        try:
-            async with asyncio.timeout(job.time_left), aclosing(stream) as events:
-                async for event in events:
-                    drive.last_event = _now()
-                    if event.finish_reason == "cancelled":
-                        return Lost("the engine cancelled it")
-                    if event.finish_reason:
-                        return Finished(event)
-        except TimeoutError:
-            return Failed(late(job.terms.timeout or 0.0))
-        except InvalidRequest as error:
-            return Failed(str(error))
-        except EngineError as error:
-            return _failure(drive, error)
-        return Lost("the engine ended the stream without a result")
 
     async def _settle(self, job: ClaimedJob, outcome: Outcome) -> bool:
         """Write the outcome down. If the database stays away, the lease runs out and it reruns."""
@@ -344,7 +274,8 @@ class JobRunner:
             kept = await self._store.renew(self._owner, drives, lease=self._lease)
             for job_id in drives.keys() - kept:
                 drives[job_id].impose(Dropped())
-        self._lose_silent(list(drives.values()))
+        for drive in drives.values():
+            drive.lose_if_silent(self._silence)
         if recovered := await self._store.recover():
             log.warning("jobs_recovered", count=recovered)
             self._claiming.wake()
@@ -353,13 +284,6 @@ class JobRunner:
         await self._store.purge(ttl=self._result_ttl, limit=PURGE_BATCH)
         await self._store.forget_keys(ttl=self._result_ttl)
         return min(MAX_TICK_SECONDS, self._lease / 3)
-
-    def _lose_silent(self, drives: list[Drive]) -> None:
-        """A stream that fell silent long before the engine's last sign of life was lost."""
-        for drive in drives:
-            silent = _now() - drive.last_event > self._silence
-            if silent and drive.member.monitor.last_life > drive.last_event + self._silence / 2:
-                drive.impose(Lost(f"its stream was silent for {self._silence:g} s"))
 
 
 def _done(job: ClaimedJob, outcome: Outcome) -> Job | None:
@@ -371,19 +295,6 @@ def _done(job: ClaimedJob, outcome: Outcome) -> Job | None:
             return Job(job.id, JobState.FAILED, job.attempts, None, error)
         case _:
             return None
-
-
-def _failure(drive: Drive, error: EngineError) -> Outcome:
-    if isinstance(error, Overloaded | Unavailable):
-        return Postponed(str(error))
-    monitor = drive.member.monitor
-    dead_since = monitor.last_life
-    if drive.last_event == drive.opened_at:  # it has seen nothing of the engine
-        dead_since = min(dead_since, monitor.known_dead(str(error)))
-    if isinstance(error, EngineDead) and drive.opened_at > dead_since:
-        # It was dead before it could see the request. Otherwise the request may have done it.
-        return Postponed(str(error))
-    return Lost(str(error))
 
 
 def _now() -> float:
