@@ -45,7 +45,7 @@ def watch(engine: Engine, patch: pytest.MonkeyPatch) -> list[tuple[str, frozense
         return launch(slots)
 
     def noted_finish(launched: Any) -> Any:
-        seen.append(("finish", frozenset(launched.batch.state.slots.tolist())))
+        seen.append(("finish", frozenset(launched.state.slots.tolist())))
         return finish(launched)
 
     patch.setattr(engine._runner, "launch", noted_launch)

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from .batch import StepBatch, build_batch
-from .canvas import CanvasTable, StepResult
+from .canvas import Blocks, CanvasTable, StepResult
 from .config import EngineConfig
 from .models import ModelSpec
 from .ops import Download, Upload
 from .request import Prompt, SamplingParams
 from .sampling import BlockStatistics, Candidates, select_commits
 from .shard import ModelShard, StepInputs
+from .slots import SlotState
 from .team import ModelTeam
 
 logger = logging.getLogger("dllm_engine")
@@ -96,7 +97,7 @@ class Runner:
             decoded = torch.stack([tokens, confidence.view(torch.int32)])
             if batch.credit_rows is not None and found.credits is not None:
                 self.table.credits.write(batch.credit_rows, found.credits)
-            return Launched(batch, Download(decoded))
+            return Launched(batch.state, batch.blocks, Download(decoded))
 
     def finish(self, launched: Launched) -> StepResult:
         """Wait for the step to end, and commit what it has decoded."""
@@ -105,8 +106,9 @@ class Runner:
                 tokens, confidence = launched.decoded.array()
         finally:  # a rank that has failed is the reason of whatever the device says
             self.check()
-        batch = launched.batch
-        return self.table.advance(batch.state, batch.blocks, tokens, confidence.view(np.float32))
+        return self.table.advance(
+            launched.state, launched.blocks, tokens, confidence.view(np.float32)
+        )
 
     def _watched(self) -> AbstractContextManager[None]:
         return self._shard.watched() if isinstance(self._shard, ModelTeam) else nullcontext()
@@ -131,7 +133,9 @@ class Runner:
 class Launched:
     """A step that is under way."""
 
-    batch: StepBatch
+    #: Of the requests that take part, as they are before it.
+    state: SlotState
+    blocks: Blocks
     #: [2, M] int32: of each masked position the token that it is committed with, −1
     #: where it is not; and the bits of its confidence.
     decoded: Download
