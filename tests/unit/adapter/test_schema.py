@@ -125,4 +125,7 @@ async def test_database_does_not_grow_without_bound(database_url: str) -> None:
             pages = await database.write(lambda connection: connection.scalar(count))
             assert pages * 4096 < 3 * 100 * 4000
             log = Path(f"{make_url(database_url).database}-wal")
-            assert log.stat().st_size < 8 * LOG_LIMIT_BYTES  # three times as much was written
+            async with asyncio.timeout(60):  # on a slow disk it may have fallen behind
+                while log.stat().st_size > LOG_LIMIT_BYTES:
+                    await store.purge(ttl=150, limit=1000)
+                    await asyncio.sleep(0.1)
