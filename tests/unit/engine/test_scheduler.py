@@ -402,6 +402,23 @@ def test_nobody_starves_and_no_step_is_wasted(
         assert load.longest_wait <= longest_wait
 
 
+@pytest.mark.parametrize(("others", "beside"), [([40] * 5, 5), ([400] * 4, 0)])
+def test_a_large_request_does_not_keep_small_ones_out(others: list[int], beside: int) -> None:
+    """Where two steps may be under way, each has half; but the first may be more than that by
+    itself, and whoever fits beside it comes along unless the others make a step of their own."""
+    scheduler = Scheduler(8, 16384, PageAllocator(0, 1), overlap_rows=1024)
+    for i, size in enumerate([3000, *others]):
+        scheduler.add(make(i, size))
+    scheduler.admit()
+    for request in scheduler.running:
+        request.next_refresh = False
+    first = scheduler.schedule()
+    assert ids(first) == list(range(1 + beside))
+    for request in first:
+        request.under_way = True
+    assert ids(scheduler.schedule()) == ([] if beside else [1, 2, 3, 4])
+
+
 @dataclasses.dataclass
 class Overlapped:
     """A scheduler that always has six requests waiting, with two steps under way where it can."""

@@ -232,8 +232,13 @@ class Scheduler:
         enough, load = self._overlap_rows, sum(request.step_cost for request in ready)
         if len(ready) < len(self._running):  # beside one that is under way
             return self._token_budget if enough and load >= enough else 0
-        if enough and load >= 2 * enough:
-            return min(self._token_budget, -(-load // 2))
+        if ready and enough:
+            half = min(self._token_budget, -(-load // 2))
+            # The first may be more than that by itself; what it leaves must be worth a step, or
+            # those who would fit beside it wait for nothing.
+            first = min(ready, key=self._order).step_cost
+            if load - max(first, half) >= enough:
+                return half
         return self._token_budget
 
     def _even_load(self, ready: list[Request]) -> float:
