@@ -227,6 +227,28 @@ def test_a_step_that_does_not_end_is_given_up(
     assert deaths.empty()
 
 
+def test_a_cancel_that_waits_for_a_hanging_step_is_given_up(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a step under way, a cancel waits for its end, which may never come."""
+    config = EngineConfig(model_path=checkpoint, max_num_seqs=1, step_timeout=0.5)
+    worker = EngineWorker(Engine(config))
+    release = threading.Event()
+
+    def hang(_: int) -> None:
+        release.wait(60)
+
+    monkeypatch.setattr(worker.engine, "cancel", hang)
+    answers: queue.Queue[CanvasUpdate] = queue.Queue()
+    params = SamplingParams(gen_length=250, ignore_eos=True)
+    request = worker.engine.make_request(Prompt([1]), params)
+    worker.submit(request, answers.put)
+    worker.cancel(request.request_id)
+    assert "DLLM_STEP_TIMEOUT" in str(answers.get(timeout=30).error)
+    release.set()
+    assert worker.close(timeout=30)
+
+
 def test_a_dead_engine_fails_its_requests_and_refuses_new_ones(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,7 +122,8 @@ class EngineWorker:
             elif isinstance(command, Request):
                 self.engine.add(command)
             else:
-                command()
+                with self._alarm or contextlib.nullcontext():  # a cancel may wait for a step
+                    command()
         return not self._closing or self.engine.has_work
 
     def _cancel(self, request_id: int) -> None:
