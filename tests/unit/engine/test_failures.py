@@ -1,6 +1,7 @@
 """Who hears of it when a request fails, or the device."""
 
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,46 @@ def test_a_lost_device_is_the_end(checkpoint: Path, monkeypatch: pytest.MonkeyPa
     updates = engine.abandon(raised.value)
     assert [u.error for u in updates] == [raised.value] * 2
     assert not engine.has_work
+
+
+def test_a_lost_device_is_no_request_s_fault(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library that meets it says so in words of its own; the device is asked before anybody is
+    blamed."""
+    engine = make_engine(checkpoint)
+    submit(engine)
+
+    def broken(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    def lost() -> None:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(engine._runner._model, "forward", broken)
+    monkeypatch.setattr(engine._runner, "wait", lost)
+    with pytest.raises(EngineDead, match="device error: an illegal memory access"):
+        engine.step()
+
+
+def test_a_failed_step_keeps_no_memory(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While its requests are run alone, what it had allocated is free."""
+    engine = make_engine(checkpoint)
+    requests = [submit(engine, gen_length=length) for length in (1, 2)]
+    forward = engine._runner._model.forward
+    allocated: list[weakref.ref[torch.Tensor]] = []
+
+    def together_it_fails(*arguments: object, **named: object) -> torch.Tensor:
+        if not allocated:
+            activations = torch.zeros(8)
+            allocated.append(weakref.ref(activations))
+            raise RuntimeError("out of memory")
+        assert allocated[0]() is None
+        return forward(*arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine._runner._model, "forward", together_it_fails)
+    finished = run(engine)
+    assert [finished[request].error for request in requests] == [None, None]
 
 
 def test_nothing_finished_is_lost_when_the_device_goes(

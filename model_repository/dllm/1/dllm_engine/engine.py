@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import logging
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
@@ -102,6 +103,7 @@ class Engine:
         self._ready: list[CanvasUpdate] = []
         #: Steps that are launched and have not ended, oldest first; and when the last one ended.
         self._under_way: collections.deque[_Step] = collections.deque()
+        self._lost = self._under_way
         self._last_end = 0.0
 
     @property
@@ -207,7 +209,8 @@ class Engine:
         Returns:
             Their final updates, and those that were ready when the error was met.
         """
-        self._under_way.clear()
+        # Not given up: to free what a lost device may still write to ends the process.
+        self._lost, self._under_way = self._under_way, collections.deque()
         self.stats.requests_failed += len(self._requests)
         failed = [self._finish(r, None, error) for r in list(self._requests.values())]
         return self._take_ready() + failed
@@ -283,6 +286,10 @@ class Engine:
             except torch.AcceleratorError:
                 raise
             except (RuntimeError, ValueError, MemoryError) as error:
+                # A lost device may be met by a library first, which says so in words of its own.
+                self._runner.wait()
+                # What the step had in memory would be missing when each is run alone.
+                traceback.clear_frames(error.__traceback__)
                 self._isolate(chosen, error)
                 return
         for request in chosen:

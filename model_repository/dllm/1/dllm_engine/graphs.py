@@ -51,7 +51,9 @@ def cuda_recorder() -> Recorder:
             work()
         torch.cuda.current_stream().wait_stream(first)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=recorded):
+        # What other threads ask of the device meanwhile is none of this recording's.
+        mode = "thread_local"
+        with torch.cuda.graph(graph, pool=pool, stream=recorded, capture_error_mode=mode):
             work()
         return graph.replay
 

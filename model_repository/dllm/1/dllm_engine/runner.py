@@ -110,6 +110,15 @@ class Runner:
             launched.state, launched.blocks, tokens, confidence.view(np.float32)
         )
 
+    def wait(self) -> None:
+        """Return once a GPU has done what it was asked for.
+
+        Raises:
+            torch.AcceleratorError: it is lost.
+        """
+        if self._device != "cpu":
+            torch.cuda.synchronize(self._device)
+
     def _watched(self) -> AbstractContextManager[None]:
         return self._shard.watched() if isinstance(self._shard, ModelTeam) else nullcontext()
 
