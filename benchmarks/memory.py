@@ -46,7 +46,7 @@ def _sampling(rows: int, temperature: float) -> RowSampling:
         no_eos=column(0, torch.bool),
         late_eos=column(0, torch.bool),
         flags=SamplingFlags(
-            noisy=temperature > 0, whole=False, top_p=False, top_k=0, no_eos=False, late_eos=False
+            noisy=temperature > 0, top_p=False, top_k=0, no_eos=False, late_eos=False
         ),
         num_whole=0,
     )

@@ -35,7 +35,6 @@ def row_sampling(rows: int, device: str = "cpu", **columns: float | bool | Tenso
     whole = needs_whole_row(noisy, filtered, tensors["tempered"])
     flags = SamplingFlags(
         noisy=bool(noisy.any()),
-        whole=bool(whole.any()),
         top_p=bool((tensors["top_p"] < 1).any()),
         top_k=int(tensors["top_k"].max()),
         no_eos=bool(tensors["no_eos"].any()),

@@ -1,6 +1,7 @@
 """Tokens are drawn from the distribution asked for, by noise that belongs to the request."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -239,6 +240,36 @@ def test_chunking_changes_nothing(logits: Tensor) -> None:
     parts = draw(rows, sampling, budget_bytes=1)
     assert whole[0].tolist() == parts[0].tolist()
     assert torch.equal(whole[1], parts[1])
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """torch works with two, however many the tests are given."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_filtered_row_is_bitwise_the_same_alone() -> None:
+    """torch adds up a long row in another order where it is the only one."""
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(40_000, 8, generator=generator)
+    hidden = torch.randn(12, 8, generator=generator)
+    special = SpecialTokens(39_999, eos=torch.tensor([1]), stop=torch.tensor([1]))
+
+    def confidences(rows: slice) -> list[float]:
+        chosen = hidden[rows]
+        sampling = row_sampling(
+            len(chosen), temperature=0.7, top_p=0.9, position=torch.arange(12)[rows]
+        )
+        options = {"budget_bytes": 2**24, "with_spread": True}
+        found = sample_candidates(chosen, Head(weight), sampling, special, **options)
+        return torch.stack([found.confidence, found.entropy, found.margin], 1).tolist()
+
+    together = confidences(slice(None))
+    assert [confidences(slice(i, i + 1))[0] for i in range(12)] == together
 
 
 @pytest.mark.parametrize("vocabulary", [TILE - 7, TILE, TILE + 1, 2 * TILE + 100])

@@ -122,7 +122,6 @@ def _sampling(state: SlotState, blocks: Blocks, upload: Upload) -> RowSampling:
         late_eos=column(state.late_eos),
         flags=SamplingFlags(
             noisy=bool((state.temperature > 0).any()),
-            whole=bool(state.whole.any()),
             top_p=bool((state.top_p < 1).any()),
             top_k=int(state.top_k.max()),
             no_eos=bool(state.no_eos.any()),

@@ -28,8 +28,6 @@ class SamplingFlags:
 
     #: Temperatures above 0.
     noisy: bool
-    #: Rows that are needed whole (see `needs_whole_row`).
-    whole: bool
     #: A `top_p` below 1, and the largest `top_k`.
     top_p: bool
     top_k: int
@@ -105,6 +103,15 @@ class Candidates:
     margin: Tensor
     #: Credit after the step, where the step had any.
     credits: Credits | None = None
+
+    def first(self, count: int) -> Candidates:
+        """Those of the first rows; credit is left to the caller."""
+        return Candidates(
+            token=self.token[:count],
+            confidence=self.confidence[:count],
+            entropy=self.entropy[:count],
+            margin=self.margin[:count],
+        )
 
 
 def joined(parts: Sequence[Candidates]) -> Candidates:
