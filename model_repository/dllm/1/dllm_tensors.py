@@ -27,6 +27,8 @@ Inputs = Mapping[str, Any]
 PROMPT_INPUTS = ("text_input", "messages", "input_ids")
 #: Levels of the input `priority`; 1 goes first.
 DEFAULT_PRIORITY, LOWEST_PRIORITY = 2, 3
+#: Longest id to cancel by: the message that tells it to other instances has a bound.
+MAX_CANCEL_LENGTH = 4096
 #: Inputs that are sampling parameters of the same name.
 PARAM_INPUTS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
@@ -40,7 +42,7 @@ def parse_cancel(inputs: Inputs) -> str | None:
     """The id of the requests that this one is to end; None if it asks for text.
 
     Raises:
-        InvalidRequest: it is empty, or asks for text besides.
+        InvalidRequest: it is empty or too long, or asks for text besides.
     """
     if "cancel" not in inputs:
         return None
@@ -49,6 +51,8 @@ def parse_cancel(inputs: Inputs) -> str | None:
     name = str(_scalar(inputs, "cancel"))
     if not name:
         raise InvalidRequest("cancel", "must not be empty")
+    if len(name) > MAX_CANCEL_LENGTH:
+        raise InvalidRequest("cancel", f"must be at most {MAX_CANCEL_LENGTH} characters long")
     return name
 
 

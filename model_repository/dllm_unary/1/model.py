@@ -176,10 +176,10 @@ class TritonPythonModel:
             return 0.0
 
     def _ask_engine(self, call: Call) -> Any:
-        request, sender, waited = call.request, call.sender, call.began - call.came
+        request, waited = call.request, call.began - call.came
         if self._closing.is_set():
             return self._failed(STOPPING)
-        if waited > LONG_WAIT_SECONDS and sender.is_cancelled():
+        if waited > LONG_WAIT_SECONDS and self._has_left(call):
             return self._failed("the caller has left")
         timeout = request.timeout()  # microseconds; 0: none
         if timeout:
@@ -201,12 +201,18 @@ class TritonPythonModel:
         # A thread of the stub forgets the finished `responses`, again without the lock, so ours
         # must be the last reference. It takes its messages in order; once it has answered this
         # question, it has forgotten them.
-        sender.is_cancelled()
+        self._has_left(call)
         if not answers:
             return self._failed("the engine sent no answer")
         if answers[0].has_error():
             return self._failed(answers[0].error().message())
         return pb_utils.InferenceResponse(output_tensors=answers[0].output_tensors())
+
+    def _has_left(self, call: Call) -> bool:
+        """Whether the caller has left; asked of one who has been answered, it would be a crash:
+        that reaches into memory that the server has freed."""
+        with self._changed:
+            return not call.answered and bool(call.sender.is_cancelled())
 
     def _failed(self, message: str) -> Any:
         # A call inside the server loses the error's code. The engine's messages about an input
