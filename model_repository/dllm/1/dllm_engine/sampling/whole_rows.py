@@ -40,14 +40,22 @@ def by_whole_rows(
 ) -> Candidates:
     """Candidates of rows with filters or tempered statistics (see `sample_candidates`).
 
-    The budget bounds how many rows are worked on at once; one row is always.
+    The budget bounds how many rows are worked on at once; one row is always. How torch adds up a
+    row depends on how many there are: on a GPU always, on a CPU where it is one alone. There are
+    always as many, or two at least.
     """
     chunk = max(1, budget_bytes // (head.vocab_size * _BYTES))
-    parts = [
-        _choose(_logits(hidden[part], head), rows.take(part), special, with_spread)
-        for part in (slice(i, i + chunk) for i in range(0, len(hidden), chunk))
-    ]
-    return joined(parts)
+    least = min(chunk, 2)
+    if hidden.device.type != "cpu":
+        chunk = least = min(chunk, ROW_MULTIPLE)
+    count = len(hidden)
+    parts = []
+    for start in range(0, count, chunk):
+        end = start + max(least, min(chunk, count - start))
+        # Behind the last row it comes again.
+        part = torch.arange(start, end, device=hidden.device).clamp_(max=count - 1)
+        parts.append(_choose(_logits(hidden[part], head), rows.take(part), special, with_spread))
+    return joined(parts).first(count)
 
 
 def _logits(hidden: Tensor, head: Head) -> Tensor:
