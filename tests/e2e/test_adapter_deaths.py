@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -14,8 +13,8 @@ import requests
 
 from launcher.tritonserver import TritonServer
 from tests.conftest import StartAdapter
+from tests.support.repositories import changed_repository, hang
 from tests.support.servers import (
-    REPOSITORY,
     AdapterServer,
     eventually,
     kept_running,
@@ -32,20 +31,6 @@ QUICK = {
 }
 #: Sampled without a seed: a job that ran twice would not have the same text again.
 UNIQUE = {"temperature": 1.0, "gen_length": 64, "ignore_eos": True}
-
-#: An engine hangs in a step while there is a file of its process's name.
-HANG = """
-_step = Engine.step
-
-
-def _step_or_hang(engine):
-    while Path("FOLDER", f"hang-{os.getpid()}").exists():
-        time.sleep(0.1)
-    return _step(engine)
-
-
-Engine.step = _step_or_hang
-"""
 
 
 def some_finished(adapter: AdapterServer, jobs: list[int]) -> dict[int, str]:
@@ -122,14 +107,7 @@ def test_killed_engine(start_adapter: StartAdapter, undying: TritonServer) -> No
 @pytest.fixture
 def paired(checkpoint: Path, tmp_path: Path) -> Iterator[TritonServer]:
     """A tritonserver with two instances of the model, started again by itself when it dies."""
-    repository = tmp_path / "repository"
-    shutil.copytree(REPOSITORY, repository, ignore=shutil.ignore_patterns("__pycache__"))
-    config = repository / "dllm/config.pbtxt"
-    config.write_text(
-        config.read_text().replace("count: 1 kind: KIND_AUTO", "count: 2 kind: KIND_CPU")
-    )
-    with (repository / "dllm/1/model.py").open("a") as model:
-        model.write(HANG.replace("FOLDER", str(tmp_path)))
+    repository = changed_repository(tmp_path, instances=2, can_hang=True)
     settings = {"OMP_NUM_THREADS": "1", "DLLM_STEP_TIMEOUT": "5"}
     with (
         triton_server(checkpoint, repository=repository, settings=settings) as server,
@@ -164,7 +142,7 @@ def test_lost_instance(
     if how == "killed":
         victim.kill()
     else:
-        (tmp_path / f"hang-{victim.pid}").touch()
+        hang(tmp_path, victim.pid)
     eventually(noticed, "the death is noticed")
     assert "running" in adapter.statuses(jobs), "too late: all jobs were done"
 

@@ -10,7 +10,8 @@ import requests
 import tritonclient.http as triton_http
 from tritonclient.utils import InferenceServerException
 
-from tests.e2e.triton_calls import LONG, generate, tensors
+from tests.e2e.triton_calls import LONG, generate, post, tensors
+from tests.support.repositories import changed_repository, hang
 from tests.support.servers import eventually, metric, stub_of, triton_server
 
 CALLS = 4
@@ -37,3 +38,27 @@ def test_unary_calls_of_a_lost_engine_are_answered(checkpoint: Path) -> None:
                 call.result(timeout=60)
             assert error.value.status() == "503"
         assert generate(server, model="dllm_unary", text_input="hello", gen_length=8).text
+
+
+def test_a_dying_engine_refuses_who_comes(checkpoint: Path, tmp_path: Path) -> None:
+    """Who is with it is told why it dies. Who comes then is told that his request was not run,
+    which the adapter takes to mean that it may be run elsewhere as if it were new."""
+    repository = changed_repository(tmp_path, can_hang=True)
+    settings = {"DLLM_STEP_TIMEOUT": "2"}
+    with (
+        triton_server(checkpoint, repository=repository, settings=settings) as server,
+        ThreadPoolExecutor(CALLS) as pool,
+    ):
+
+        def ask_twice(model: str) -> tuple[requests.Response, requests.Response]:
+            return post(server, LONGER, model=model), post(server, LONGER, model=model)
+
+        calls = [pool.submit(ask_twice, model) for model in ["dllm", "dllm_unary"] * (CALLS // 2)]
+        eventually(lambda: metric(server, "dllm_running_requests") == CALLS, "all run")
+        hang(tmp_path, stub_of(server, "dllm").pid)
+        why = "a step has not ended within 2 s (DLLM_STEP_TIMEOUT)"
+        for call in calls:
+            lost, refused = call.result(timeout=60)
+            assert why in lost.json()["error"]
+            assert "takes no more" not in lost.json()["error"]
+            assert f"the engine takes no more requests: {why}" in refused.json()["error"]

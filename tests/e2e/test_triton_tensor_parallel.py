@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from tritonclient.utils import InferenceServerException
 from launcher.tritonserver import TritonServer
 from tests.conftest import StartAdapter
 from tests.e2e.triton_calls import LONG, GrpcStream, generate, post
+from tests.support.repositories import changed_repository
 from tests.support.servers import (
     REPOSITORY,
     eventually,
@@ -102,14 +102,7 @@ def test_two_instances_answer_as_one(llm: LLM, checkpoint: Path, tmp_path: Path)
     """With an instance group of two, both take their share and each answer is what one gives."""
     from dllm_engine import SamplingParams
 
-    repository = tmp_path / "repository"
-    shutil.copytree(REPOSITORY, repository, ignore=shutil.ignore_patterns("__pycache__"))
-    config = repository / "dllm/config.pbtxt"
-    one = "instance_group [ { count: 1 kind: KIND_AUTO } ]"
-    assert one in config.read_text()
-    config.write_text(
-        config.read_text().replace(one, "instance_group [ { count: 2 kind: KIND_CPU } ]")
-    )
+    repository = changed_repository(tmp_path, instances=2)
     prompts = [f"prompt {n}" for n in range(24)]
     params = SamplingParams(gen_length=32, ignore_eos=True)
     expected = [answer.token_ids.tolist() for answer in llm.generate(prompts, params)]
@@ -123,28 +116,36 @@ def test_two_instances_answer_as_one(llm: LLM, checkpoint: Path, tmp_path: Path)
             return generate(server, text_input=prompt, gen_length=32, ignore_eos=True).token_ids
 
         assert list(pool.map(ask, prompts)) == expected
-        shares = [f"dllm_0_{n}" for n in range(2)]
         eventually(
-            lambda: sum(finished(server, share) for share in shares) == 24, "all are counted"
+            lambda: sum(of_each(server, "dllm_requests_finished_total")) == 24, "all are counted"
         )
-        assert min(finished(server, share) for share in shares) > 0
-        check_cancel(server)
+        assert min(of_each(server, "dllm_requests_finished_total")) > 0
+        check_cancel(server, "dllm")
+        check_cancel(server, "dllm_unary")
 
 
-def check_cancel(server: TritonServer) -> None:
+def check_cancel(server: TritonServer, model: str) -> None:
     """Requests of either instance end by their ids, whichever is asked to end them."""
-    fields = LONG | {"cfg_scale": 1.0, "stream": True}
+    fields = LONG | {"cfg_scale": 1.0} | ({"stream": True} if model == "dllm" else {})
+    eventually(lambda: not any(of_each(server, "dllm_running_requests")), "none is left")
     with ExitStack() as stack:
-        running = [
-            iter(stack.enter_context(GrpcStream(server, fields, request_id=f"mine-{n}")))
+        calls = [
+            iter(
+                stack.enter_context(
+                    GrpcStream(server, fields, model=model, request_id=f"{model}-{n}")
+                )
+            )
             for n in range(6)
         ]
-        assert not any(next(events).finish_reason for events in running)
+        if model == "dllm":
+            assert not any(next(events).finish_reason for events in calls)
+        else:  # the engines say only once a second how many they run
+            eventually(lambda: sum(of_each(server, "dllm_running_requests")) == 6, "all run")
         for n in range(6):
-            assert post(server, {"cancel": f"mine-{n}"}).json()["finish_reason"] == "cancelled"
-        assert [list(events)[-1].finish_reason for events in running] == ["cancelled"] * 6
+            assert post(server, {"cancel": f"{model}-{n}"}).json()["finish_reason"] == "cancelled"
+        assert [list(events)[-1].finish_reason for events in calls] == ["cancelled"] * 6
 
 
-def finished(server: TritonServer, instance: str) -> float:
-    """Requests that an instance has answered."""
-    return metric(server, "dllm_requests_finished_total", instance=instance)
+def of_each(server: TritonServer, name: str) -> list[float]:
+    """A metric of either instance."""
+    return [metric(server, name, instance=f"dllm_0_{n}") for n in range(2)]
