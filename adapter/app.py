@@ -149,6 +149,7 @@ def _triton(settings: Settings, url: str) -> Engine:
         settings.model_name,
         stream_interval=settings.stream_interval,
         reload_timeout=settings.reload_timeout,
+        silence=settings.engine_silence,
     )
 
 

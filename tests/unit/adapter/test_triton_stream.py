@@ -3,9 +3,9 @@
 import asyncio
 import struct
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import pytest
@@ -27,6 +27,7 @@ from adapter.triton import TritonEngine
 
 #: When the engine was started, as it says itself.
 STARTED = "4711.25"
+PATIENCE = {"stream_interval": 0.5, "reload_timeout": 5, "silence": 20}
 
 Step = Event | str | tuple[grpc.StatusCode, str]
 
@@ -122,17 +123,65 @@ def triton() -> ScriptedTriton:
     return ScriptedTriton()
 
 
-@pytest.fixture
-async def engine(triton: ScriptedTriton) -> AsyncIterator[TritonEngine]:
-    """A client of a server that plays the script."""
+@asynccontextmanager
+async def grpc_server(triton: ScriptedTriton) -> AsyncIterator[int]:
+    """A server that plays the script; its port."""
     server = grpc.aio.server()
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(triton, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    client = TritonEngine(f"127.0.0.1:{port}", "dllm", stream_interval=0.5, reload_timeout=5)
-    yield client
-    await client.close()
+    yield port
     await server.stop(None)
+
+
+@pytest.fixture
+async def engine(triton: ScriptedTriton) -> AsyncIterator[TritonEngine]:
+    """Its client."""
+    async with grpc_server(triton) as port:
+        client = TritonEngine(f"127.0.0.1:{port}", "dllm", **PATIENCE)
+        yield client
+        await client.close()
+
+
+class Proxy:
+    """Stands between a client and a server, and can swallow what is sent on its connections."""
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+        self._silent: set[int] = set()
+        self._pumps: set[asyncio.Task[None]] = set()
+        self.connections = 0
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.port: int = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for pump in self._pumps:
+            pump.cancel()
+
+    def swallow(self) -> None:
+        """Let nothing through any more on the connections that there are."""
+        self._silent = set(range(self.connections))
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        number = self.connections
+        self.connections += 1
+        there, back = await asyncio.open_connection("127.0.0.1", self._target)
+        for source, sink in ((reader, back), (there, writer)):
+            pump = asyncio.create_task(self._pump(number, source, sink))
+            self._pumps.add(pump)
+            pump.add_done_callback(self._pumps.discard)
+
+    async def _pump(
+        self, number: int, source: asyncio.StreamReader, sink: asyncio.StreamWriter
+    ) -> None:
+        while content := await source.read(65536):
+            if number not in self._silent:
+                sink.write(content)
+                await sink.drain()
 
 
 async def events(engine: TritonEngine) -> list[Event]:
@@ -224,13 +273,28 @@ async def test_errors_are_raised_as_ours(
 
 async def test_server_that_is_away_is_unavailable() -> None:
     """A refused connection says that Triton is away, at once."""
-    engine = TritonEngine("127.0.0.1:9", "dllm", stream_interval=0.5, reload_timeout=5)
+    engine = TritonEngine("127.0.0.1:9", "dllm", **PATIENCE)
     async with asyncio.timeout(5):
         with pytest.raises(Unavailable):
             await engine.probe()
         with pytest.raises(Unavailable):
             await engine.reload()
     await engine.close()
+
+
+async def test_a_connection_that_died_without_a_word_is_replaced(triton: ScriptedTriton) -> None:
+    """Its host went away, or a firewall forgot it: no byte comes back, and none is refused. The
+    requests on it fail within the engine's silence, and the next one gets another connection."""
+    async with grpc_server(triton) as port, Proxy(port) as proxy:
+        engine = TritonEngine(f"127.0.0.1:{proxy.port}", "dllm", **PATIENCE | {"silence": 2})
+        assert await engine.probe() == STARTED
+        proxy.swallow()
+        async with asyncio.timeout(20):
+            with pytest.raises(EngineError):
+                await engine.probe()
+            assert await engine.probe() == STARTED
+        assert proxy.connections == 2
+        await engine.close()
 
 
 async def test_checks_share_a_stream(engine: TritonEngine, triton: ScriptedTriton) -> None:
