@@ -17,13 +17,15 @@ from dllm_client._types import Answer, Params, Result, Step
 
 DEFAULT_URL = "http://localhost:8000"
 DEFAULT_TIMEOUT = 30.0
+#: Every job that is waited for has a poll of its own under way: httpx's 100 would soon be in use.
+LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=100)
 
 T = TypeVar("T")
 
 
 def _options(base_url: str, api_key: str | None, timeout: float) -> dict[str, Any]:
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    return {"base_url": base_url, "headers": headers, "timeout": timeout}
+    return {"base_url": base_url, "headers": headers, "timeout": timeout, "limits": LIMITS}
 
 
 class _Exchange:

@@ -1,5 +1,6 @@
 """The blocking client against a scripted server; the asyncio client at the end."""
 
+import asyncio
 import json
 
 import dllm_client
@@ -267,3 +268,23 @@ async def test_asyncio_client_does_the_same(script: Script, quick: None) -> None
         assert await client.health() == "ok"
         with pytest.raises(NotFoundError, match="no such job"):
             await client.result(9)
+
+
+async def test_as_many_calls_at_once_as_the_caller_likes() -> None:
+    """A call that the server holds keeps no other from being sent."""
+    count = 120
+    together = asyncio.Barrier(count)
+    body = job("finished", "a text").content
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+    async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await together.wait()
+        writer.write(answer)
+        writer.close()
+
+    async with await asyncio.start_server(hold, "127.0.0.1", 0, backlog=count) as server:
+        host, port = server.sockets[0].getsockname()
+        async with AsyncClient(f"http://{host}:{port}", timeout=2.0) as client:
+            results = await asyncio.gather(*(client.result(number) for number in range(count)))
+    assert {result.text for result in results} == {"a text"}
