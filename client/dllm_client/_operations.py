@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import httpx
 
 from dllm_client._errors import (
+    DllmError,
     JobCancelledError,
     JobFailedError,
     RateLimitedError,
@@ -28,8 +29,11 @@ from dllm_client._types import Params, Result, Status
 POLL_SECONDS = 0.1
 #: Seconds a server is asked to hold a poll; proxies often cut a silent connection at 60.
 HOLD_SECONDS = 30.0
-#: Pauses before a call that found nobody is sent again.
+#: Pauses before a call that found nobody is sent again; polls go on at the last of them.
 RETRY_PAUSES = (0.1, 0.3, 1.0)
+#: Seconds without an answer after which who waits without a limit is told that nobody is there.
+#: A server that is started again, or moved, is back before.
+OUTAGE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,24 +96,11 @@ def health() -> Operation[str]:
 
 def wait(request_id: int, timeout: float | None) -> Operation[Result]:
     """The job once it is finished; see Client.wait."""
-    deadline = None if timeout is None else time.monotonic() + timeout
-    while True:
-        begun = time.monotonic()
-        left = HOLD_SECONDS if deadline is None else max(0.0, deadline - begun)
-        hold = min(HOLD_SECONDS, left)
-        pause = POLL_SECONDS
-        try:
-            current = yield from _poll(request_id, hold)
-        except RateLimitedError as error:
-            pause = error.retry_after or 1.0
-        else:
-            if current.done:
-                return _finished(current)
-        now = time.monotonic()
-        if deadline is not None and now >= deadline:
-            raise TimeoutError(f"job {request_id} was not finished after {timeout:g} s")
-        pause = max(0.0, pause - (now - begun))
-        yield Pause(pause if deadline is None else min(pause, deadline - now))
+    try:
+        return (yield from _wait(request_id, timeout))
+    except DllmError as error:
+        error.request_id = request_id
+        raise
 
 
 def wait_all(
@@ -168,10 +159,46 @@ def _send_again(call: Call) -> Operation[Any]:
     return (yield from _send(call))
 
 
+def _wait(request_id: int, timeout: float | None) -> Operation[Result]:
+    """Poll until the job is done. It outlives a restart of its server, and so does this."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    trouble: DllmError | None = None  # why there was no answer the last time
+    lost = 0.0  # since when there is none
+    pauses = iter(RETRY_PAUSES)
+    while True:
+        begun = time.monotonic()
+        left = HOLD_SECONDS if deadline is None else max(0.0, deadline - begun)
+        # Not held after a failure: a proxy may have cut the last one for its silence.
+        hold = min(HOLD_SECONDS, left) if trouble is None else 0.0
+        pause = POLL_SECONDS
+        try:
+            current = yield from _poll(request_id, hold)
+        except RateLimitedError as error:
+            trouble, pause = None, error.retry_after or 1.0
+        except (UnavailableError, TimeoutError) as error:
+            if trouble is None:
+                lost, pauses = time.monotonic(), iter(RETRY_PAUSES)
+            trouble, pause = error, next(pauses, RETRY_PAUSES[-1])
+        else:
+            if current.done:
+                return _finished(current)
+            trouble = None
+        now = time.monotonic()
+        if deadline is not None and now >= deadline:
+            reason = f": {trouble}" if trouble else ""
+            message = f"job {request_id} was not finished after {timeout:g} s{reason}"
+            raise TimeoutError(message) from trouble
+        if deadline is None and trouble and now - lost >= OUTAGE_SECONDS:
+            message = f"no word of job {request_id} for {OUTAGE_SECONDS:g} s: {trouble}"
+            raise UnavailableError(message) from trouble
+        pause = max(0.0, pause - (now - begun))
+        yield Pause(pause if deadline is None else min(pause, deadline - now))
+
+
 def _poll(request_id: int, hold: float) -> Operation[Result]:
     query = {"wait": f"{hold:g}"}
     call = Call("GET", f"/v1/result/{request_id}", query=query, extra_time=hold)
-    return _result_of((yield from _send_again(call)))
+    return _result_of((yield from _send(call)))
 
 
 def _request_ids(body: Any, count: int) -> list[int]:

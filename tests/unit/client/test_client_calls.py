@@ -21,6 +21,7 @@ from dllm_client import (
     Status,
     UnavailableError,
     UnexpectedResponseError,
+    _operations,
 )
 
 
@@ -75,6 +76,90 @@ def test_wait_outlasts_a_rate_limit(client: Client, script: Script) -> None:
     assert client.wait(0).text == "a text"
 
 
+AWAY = [
+    httpx.ConnectError("refused"),
+    httpx.ConnectTimeout("no answer"),
+    httpx.ReadError("reset"),
+    httpx.ReadTimeout("silence"),
+    httpx.RemoteProtocolError("disconnected"),
+    httpx.Response(503, json={"detail": "starting"}),
+    httpx.Response(502, content=b"<html>"),
+    httpx.Response(504, content=b"<html>"),
+]
+
+
+@pytest.mark.parametrize("timeout", [None, 30.0])
+def test_wait_outlasts_a_restart(client: Client, script: Script, timeout: float | None) -> None:
+    """However often nobody answers, and whichever way, the job is asked for again."""
+    script.answers = [submitted(4), *AWAY, job("running"), *AWAY, job("finished", "a text")]
+    assert client.generate("hi", wait_timeout=timeout) == "a text"
+    assert len(script.requests) == 3 + 2 * len(AWAY)
+
+
+def test_wait_asks_for_no_hold_after_a_failure(client: Client, script: Script) -> None:
+    """A proxy may have cut a poll for its silence: the next one is answered at once."""
+    script.answers = [httpx.Response(504), job("running"), job("finished", "a text")]
+    client.wait(0)
+    assert [request.url.params["wait"] for request in script.requests] == ["30", "0", "30"]
+
+
+def test_hold_is_granted_to_the_answer_alone(script: Script) -> None:
+    """A held poll may take longer to be answered, but no longer to be sent."""
+    script.answers = [job("finished", "a text")]
+    with Client("http://server", timeout=5, transport=httpx.MockTransport(script)) as client:
+        client.wait(0)
+    limits = {"connect": 5, "pool": 5, "write": 5, "read": 35}
+    assert script.requests[0].extensions["timeout"] == limits
+
+
+@pytest.mark.parametrize("trouble", AWAY)
+def test_dead_server_is_reported_in_the_end(
+    client: Client,
+    script: Script,
+    trouble: httpx.Response | Exception,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a limit nobody waits for ever; the error says which job to come back for."""
+    monkeypatch.setattr(_operations, "OUTAGE_SECONDS", 0.02)
+    script.answers = [submitted(4), trouble]
+    with pytest.raises(UnavailableError, match="no word of job 4 for 0.02 s: .+") as caught:
+        client.generate("hi")
+    assert caught.value.request_id == 4
+    assert len(script.requests) > 2
+
+
+def test_dead_server_at_the_deadline(
+    client: Client, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a limit it is the limit that counts; the error has the reason, too."""
+    monkeypatch.setattr(_operations, "OUTAGE_SECONDS", 0.0)
+    script.answers = [submitted(4), httpx.ConnectError("refused")]
+    message = r"job 4 was not finished after 0\.02 s: cannot reach http://server: refused"
+    with pytest.raises(dllm_client.TimeoutError, match=message) as caught:
+        client.generate("hi", wait_timeout=0.02)
+    assert caught.value.request_id == 4
+
+
+def test_what_ends_the_waiting_names_the_job(client: Client, script: Script) -> None:
+    """The id of a job that was submitted reaches the caller, whatever goes wrong then."""
+    for answer in (httpx.Response(500), httpx.Response(401), job("failed"), job("cancelled")):
+        script.answers = [submitted(4), answer]
+        with pytest.raises(dllm_client.DllmError) as caught:
+            client.generate("hi")
+        assert caught.value.request_id == 4
+
+
+def test_pauses_grow_while_nobody_answers() -> None:
+    """A blip costs a moment; a server that is away for longer is asked once a second."""
+    operation = _operations.wait(4, None)
+    steps = [next(operation)]
+    while len(steps) < 11:
+        poll = isinstance(steps[-1], _operations.Call)
+        steps.append(operation.throw(UnavailableError("")) if poll else operation.send(None))
+    pauses = [step.seconds for step in steps if isinstance(step, _operations.Pause)]
+    assert pauses == pytest.approx([0.1, 0.3, 1.0, 1.0, 1.0], abs=0.05)
+
+
 def test_generate_is_submit_and_wait(client: Client, script: Script) -> None:
     """The text of one prompt takes one POST and the polls."""
     script.answers = [submitted(4), job("finished", "a text", 4)]
@@ -115,12 +200,12 @@ def test_get_is_repeated_when_nobody_answers(client: Client, script: Script) -> 
 
 def test_submission_is_repeated_under_its_key(client: Client, script: Script) -> None:
     """A submission that may have arrived is sent again under the same key; the next has another."""
-    script.answers = [httpx.ReadError("reset"), submitted(0)]
+    script.answers = [httpx.ConnectTimeout("no answer"), httpx.ReadError("reset"), submitted(0)]
     assert client.submit("hi") == 0
     assert client.submit_batch(["hi"]) == [0]
     assert client.submit("hi", idempotency_key="mine") == 0
-    first, again, other, given = (r.headers["Idempotency-Key"] for r in script.requests)
-    assert first == again
+    first, second, third, other, given = (r.headers["Idempotency-Key"] for r in script.requests)
+    assert first == second == third
     assert len({first, other, given}) == 3
     assert given == "mine"
 
@@ -239,10 +324,17 @@ def test_page_instead_of_json(client: Client, script: Script) -> None:
         client.health()
 
 
-@pytest.mark.parametrize("url", ["nonsense", "http://[", "ftp://server"])
-def test_unusable_address(url: str) -> None:
-    """An address that cannot work is a DllmError, not one of httpx's."""
-    with pytest.raises(UnavailableError), Client(url) as client:
+@pytest.mark.parametrize("url", ["nonsense", "ftp://server", "http://", "http://a/\udcff"])
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_unusable_address(kind: type[Client | AsyncClient], url: str) -> None:
+    """An address that cannot work is told at once, not when a job has been waited for."""
+    with pytest.raises(UnavailableError, match="cannot reach '"):
+        kind(url)
+
+
+def test_address_of_nobody() -> None:
+    """A name that nobody has is a DllmError, not one of httpx's."""
+    with pytest.raises(UnavailableError, match="cannot reach"), Client("http://[") as client:
         client.health()
 
 
