@@ -129,6 +129,45 @@ def test_batch_goes_on_after_a_failure(dllm: Dllm, tmp_path: Path) -> None:
     assert dllm.sent == {"prompts": ["one", "two"], "gen_length": 8}
 
 
+def test_interrupt_cancels_the_job(dllm: Dllm) -> None:
+    """Ctrl-C leaves no job behind that nobody knows the id of."""
+    dllm.script.answers = [submitted(4), job("running"), KeyboardInterrupt(), job("cancelled")]
+    outcome = dllm("generate", "hi")
+    assert (outcome.exit_code, outcome.stdout) == (130, "")
+    assert outcome.stderr == "dllm: cancelling job 4\n"
+    assert dllm.script.asked[-1] == "DELETE /v1/result/4"
+
+
+def test_interrupt_of_a_job_that_cannot_be_cancelled(dllm: Dllm) -> None:
+    """Without a server, and at the second Ctrl-C, the id is there to cancel the job by later."""
+    interrupted = [submitted(4), KeyboardInterrupt()]
+    dllm.script.answers = [*interrupted, httpx.ConnectError("refused")]
+    outcome = dllm("generate", "hi")
+    assert outcome.exit_code == 130
+    assert "dllm: job 4 may go on: cannot reach http://server: refused\n" in outcome.stderr
+
+    dllm.script.answers = [*interrupted, KeyboardInterrupt()]
+    outcome = dllm("generate", "hi")
+    assert (outcome.exit_code, outcome.stderr) == (130, "dllm: cancelling job 4\n")
+
+
+def test_interrupt_cancels_what_is_left_of_a_batch(dllm: Dllm) -> None:
+    """The jobs that are done keep their texts; the others are cancelled."""
+    done = job("finished", "a", 4)
+    dllm.script.answers = [submitted(4, 5, 6), done, KeyboardInterrupt(), job("cancelled")]
+    outcome = dllm("batch", "-", stdin="one\ntwo\nthree\n")
+    assert (outcome.exit_code, outcome.stdout) == (130, "a\n")
+    assert dllm.script.asked[-2:] == ["DELETE /v1/result/5", "DELETE /v1/result/6"]
+
+
+def test_interrupt_of_a_stream_hangs_up(dllm: Dllm) -> None:
+    """A stream has no job: hanging up is all that there is to do."""
+    dllm.script.answers = [KeyboardInterrupt()]
+    outcome = dllm("generate", "hi", "--stream")
+    assert (outcome.exit_code, outcome.stderr) == (130, "")
+    assert dllm.script.asked == ["POST /v1/generate/stream"]
+
+
 def test_cancel_and_health(dllm: Dllm) -> None:
     """Both print one word."""
     dllm.script.answers = [job("cancelled"), httpx.Response(200, json={"status": "ok"})]
