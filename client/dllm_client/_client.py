@@ -9,8 +9,14 @@ from typing import Any, Self, TypeVar, Unpack
 import httpx
 
 from dllm_client import _operations as operations
-from dllm_client._errors import DllmError, UnavailableError, from_response, from_transport
-from dllm_client._operations import Call, Operation, Pause
+from dllm_client._errors import (
+    BadRequestError,
+    DllmError,
+    UnavailableError,
+    from_response,
+    from_transport,
+)
+from dllm_client._operations import Call, Operation, Pause, header
 from dllm_client._progress import progress_bar
 from dllm_client._streaming import StreamReader, open_stream
 from dllm_client._types import Answer, Params, Result, Step
@@ -24,7 +30,10 @@ T = TypeVar("T")
 
 
 def _options(base_url: str, api_key: str | None, timeout: float) -> dict[str, Any]:
-    """The arguments of httpx's clients. Raises UnavailableError for an address of no server."""
+    """The arguments of httpx's clients.
+
+    Raises UnavailableError for an address of no server, and BadRequestError for other values.
+    """
     try:
         address = httpx.URL(base_url)
     except (httpx.InvalidURL, UnicodeError) as error:
@@ -32,7 +41,9 @@ def _options(base_url: str, api_key: str | None, timeout: float) -> dict[str, An
     # Told now: whoever waits for a job would look for the server there for a minute.
     if address.scheme not in ("http", "https") or not address.host:
         raise UnavailableError(f"cannot reach {base_url!r}: it is no http:// or https:// address")
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    if not 0 < timeout < 1e9:  # more than a socket can be told
+        raise BadRequestError(f"timeout: {timeout:g} is no time to wait", 400, "timeout")
+    headers = {"Authorization": f"Bearer {header('api_key', api_key)}"} if api_key else {}
     return {"base_url": base_url, "headers": headers, "timeout": timeout, "limits": LIMITS}
 
 

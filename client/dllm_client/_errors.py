@@ -4,7 +4,8 @@ DllmError
  ├─ UnavailableError          nobody answers, or the server says that it cannot now (502 to 504)
  ├─ TimeoutError              no answer, or no finished job, within the time allowed
  ├─ ResponseError             the server refused; `status` is the HTTP status
- │   ├─ BadRequestError       a value is wrong (400, 413, 422); `field` names it where known
+ │   ├─ BadRequestError       a value is wrong (400, 413, 422); `field` names it where known;
+ │   │                        also what cannot even be sent, which this package refuses (400)
  │   ├─ AuthenticationError   no key, or not the right one (401, 403)
  │   ├─ NotFoundError         no such job, or its result has expired (404)
  │   ├─ RateLimitedError      too much at once (429); `retry_after` in seconds

@@ -5,6 +5,8 @@ sent nothing; what it returns is the outcome. Errors of the exchange are thrown 
 rules (retries, long polling, parsing) live here, and a client only sends and sleeps.
 """
 
+import json
+import re
 import time
 import uuid
 from collections.abc import Callable, Generator, Sequence
@@ -14,6 +16,7 @@ from typing import Any, TypeVar
 import httpx
 
 from dllm_client._errors import (
+    BadRequestError,
     DllmError,
     JobCancelledError,
     JobFailedError,
@@ -35,6 +38,9 @@ RETRY_PAUSES = (0.1, 0.3, 1.0)
 #: A server that is started again, or moved, is back before.
 OUTAGE_SECONDS = 60.0
 
+#: What a header holds: printable ASCII characters, no space at either end.
+_HEADER = re.compile(r"[!-~]([ -~]*[!-~])?")
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -47,6 +53,14 @@ class Call:
     headers: dict[str, str] = field(default_factory=dict)
     extra_time: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Raises BadRequestError, naming the field, for what JSON has no way to say."""
+        for name, value in (self.json or {}).items():
+            try:
+                json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+            except (TypeError, ValueError) as error:  # no type of JSON, or NaN, or half a character
+                raise BadRequestError(f"{name}: {error}", 400, name) from error
+
 
 @dataclass(frozen=True, slots=True)
 class Pause:
@@ -58,6 +72,14 @@ class Pause:
 T = TypeVar("T")
 Step = Call | Pause
 Operation = Generator[Step, httpx.Response | None, T]
+
+
+def header(name: str, value: str) -> str:
+    """The value, if a header can hold it; raises BadRequestError for the field `name` if not."""
+    if not _HEADER.fullmatch(value):
+        # Without the value: it may be a secret.
+        raise BadRequestError(f"{name}: must be printable ASCII characters", 400, name)
+    return value
 
 
 def submit(prompt: str, params: Params, key: str | None = None) -> Operation[int]:
@@ -145,7 +167,8 @@ def _send(call: Call) -> Operation[Any]:
 
 def _submit(path: str, body: dict[str, Any], key: str | None) -> Operation[Any]:
     """The answer of a submission, which the key allows to be sent twice."""
-    headers = {"Idempotency-Key": key or uuid.uuid4().hex}
+    chosen = header("idempotency_key", key) if key else uuid.uuid4().hex
+    headers = {"Idempotency-Key": chosen}
     return (yield from _send_again(Call("POST", path, json=body, headers=headers)))
 
 

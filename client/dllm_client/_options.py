@@ -98,7 +98,7 @@ def one_line_errors() -> Iterator[None]:
     """What can be expected to go wrong is one line on stderr and exit code 1; Ctrl-C is 130."""
     try:
         yield
-    except (DllmError, OSError, UnicodeDecodeError) as error:
+    except (DllmError, OSError, UnicodeError) as error:
         # Not markup: a server's message may hold square brackets.
         stderr.print("dllm:", " ".join(str(error).split()), markup=False)
         raise typer.Exit(1) from None

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from typing import Any
 
 import dllm_client
 import httpx
@@ -267,6 +268,51 @@ def test_bad_request_names_the_field(
     with pytest.raises(BadRequestError) as caught:
         client.submit("hi")
     assert (caught.value.field, str(caught.value), caught.value.status) == (field, message, 422)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "field"),
+    [
+        ("hi", {"temperature": float("nan")}, "temperature"),
+        ("hi", {"timeout": float("inf")}, "timeout"),
+        ("hi", {"stop": ["ok", "\ud800"]}, "stop"),
+        ("hi", {"canvas_ids": {1, 2}}, "canvas_ids"),
+        ("half a character: \udcff", {}, "prompt"),
+    ],
+)
+def test_value_that_cannot_be_sent(
+    client: Client, script: Script, prompt: str, params: Any, field: str
+) -> None:
+    """What is no JSON is refused as the server would refuse it, naming the field."""
+    with pytest.raises(BadRequestError, match=f"^{field}: ") as caught:
+        client.submit(prompt, **params)
+    assert caught.value.field == field
+    with pytest.raises(BadRequestError, match=f"^{field}: "):
+        next(client.stream(prompt, **params))
+    with pytest.raises(BadRequestError, match="^prompts: |^" + field):
+        client.generate_batch([prompt], **params)
+    assert not script.requests
+
+
+@pytest.mark.parametrize("timeout", [float("nan"), -1.0, 0.0, float("inf")])
+def test_time_that_nobody_can_wait(timeout: float) -> None:
+    """What no socket takes for a time limit is refused before one is asked."""
+    for kind in (Client, AsyncClient):
+        with pytest.raises(BadRequestError, match="^timeout: ") as caught:
+            kind("http://server", timeout=timeout)
+        assert caught.value.field == "timeout"
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "\udcff", "two\nlines", " spaced ", "\0"])
+def test_key_that_no_header_holds(client: Client, script: Script, key: str) -> None:
+    """Neither kind of key may have it; the message names which, and does not tell it."""
+    with pytest.raises(BadRequestError, match="^idempotency_key: must be") as caught:
+        client.submit("hi", idempotency_key=key)
+    assert caught.value.field == "idempotency_key"
+    for kind in (Client, AsyncClient):
+        with pytest.raises(BadRequestError, match="^api_key: must be printable ASCII characters$"):
+            kind("http://server", api_key=key)
+    assert not script.requests
 
 
 @pytest.mark.parametrize(

@@ -190,3 +190,24 @@ def test_errors_are_one_line(dllm: Dllm, tmp_path: Path) -> None:
     outcome = dllm("batch", str(tmp_path / "absent"))
     assert outcome.exit_code == 1
     assert "No such file" in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["generate", "hi", "--temperature", "nan"], "temperature"),
+        (["generate", "\udcff"], "prompt"),
+        (["generate", "\udcff", "--stream"], "prompt"),
+        (["health", "--answer-timeout", "nan"], "timeout"),
+        (["health", "--api-key", "schlüssel"], "api_key"),
+        (["batch", "-", "--stop", "\udcff"], "stop"),
+    ],
+)
+def test_values_that_cannot_be_sent_are_one_line(
+    dllm: Dllm, arguments: list[str], field: str
+) -> None:
+    """No traceback for what the shell passes on without a look at it."""
+    outcome = dllm(*arguments, stdin="one")
+    assert (outcome.exit_code, outcome.stdout) == (1, "")
+    assert outcome.stderr.startswith(f"dllm: {field}: ")
+    assert outcome.stderr.count("\n") == 1
