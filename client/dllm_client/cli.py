@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -60,20 +61,22 @@ def batch(
 ) -> None:
     """Generate a text for each line of a file and print them in order.
 
-    With --json, one line of JSON for each. A failed job does not stop the others; the exit code
-    is 1 then. Ctrl-C cancels those that are not done.
+    With --json, one line of JSON for each. --timeout is for all of them together. A failed job
+    does not stop the others; the exit code is 1 then. Ctrl-C cancels those that are not done.
     """
     text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
     prompts = [line for line in text.splitlines() if line.strip()]
     waiting = client.submit_batch(prompts, **params)
+    deadline = None if timeout is None else time.monotonic() + timeout
     failed = False
     with (
         _cancelled_on_interrupt(client, waiting),
         progress_bar(len(prompts), shown=True) as advance,
     ):
         while waiting:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
-                result = client.wait(waiting[0], timeout)
+                result = client.wait(waiting[0], left)
             except JobError as error:
                 failed, result = True, error.result
                 stderr.print("dllm:", str(error), markup=False)

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import dllm_client
 import httpx
 import pytest
 from client_fakes import Script, job, submitted
-from dllm_client import Block, Client, Committed, Step, _options
+from dllm_client import Block, Client, Committed, Status, Step, _options, cli
 from dllm_client._watch import canvas
 from dllm_client.cli import app
 from typer.testing import CliRunner, Result
@@ -127,6 +129,24 @@ def test_batch_goes_on_after_a_failure(dllm: Dllm, tmp_path: Path) -> None:
     assert (outcome.exit_code, outcome.stdout) == (1, "failed: out of luck\nb\n")
     assert outcome.stderr == "dllm: job 0 failed: out of luck\n"
     assert dllm.sent == {"prompts": ["one", "two"], "gen_length": 8}
+
+
+def test_batch_has_one_timeout(dllm: Dllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--timeout is the time for all jobs, not for each of them, as in `generate_batch`."""
+    allowed: list[float | None] = []
+
+    def wait(_: Client, request_id: int, timeout: float | None = None) -> dllm_client.Result:
+        allowed.append(timeout)
+        clock.append(clock[-1] + 2.0)
+        return dllm_client.Result(request_id, Status.FINISHED, "a text")
+
+    clock = [100.0]
+    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: clock[-1]))
+    monkeypatch.setattr(Client, "wait", wait)
+    dllm.script.answers = [submitted(4, 5, 6)]
+    outcome = dllm("batch", "-", "--timeout", "3", stdin="one\ntwo\nthree\n")
+    assert outcome.exit_code == 0
+    assert allowed == [3.0, 1.0, 0.0]
 
 
 def test_interrupt_cancels_the_job(dllm: Dllm) -> None:
