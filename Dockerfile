@@ -14,7 +14,11 @@ from pathlib import Path
 
 project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
 extras = project["optional-dependencies"]
-parts = {"engine": extras["engine"] + extras["quantization"], "adapter": extras["adapter"]}
+# What a setting alone may ask for, DLLM_QUANTIZATION or DLLM_TRACING, is there as well.
+parts = {
+    "engine": extras["engine"] + extras["quantization"],
+    "adapter": extras["adapter"] + extras["otel"],
+}
 for part, lines in parts.items():
     Path(f"{part}.txt").write_text("\n".join(lines) + "\n")
 END
