@@ -107,6 +107,14 @@ def test_a_stop_does_not_wait_for_streams(file: str) -> None:
     assert re.search(r"uvicorn +adapter\.app:app [^#]*--timeout-graceful-shutdown +10", text)
 
 
+def test_a_loading_engine_does_not_make_the_adapter_unhealthy() -> None:
+    """Swarm and the like kill what is unhealthy, which helps no engine: /v1/livez is asked."""
+    _, adapter = (ROOT / "Dockerfile").read_text().split(" AS adapter\n")
+    check = re.search(r"^HEALTHCHECK .*\\\n *CMD (.*)$", adapter, re.MULTILINE)
+    assert check is not None
+    assert "localhost:8000/v1/livez" in check[1]
+
+
 def test_nginx_lets_through_what_the_adapter_reads() -> None:
     """No body and no held poll is cut by the proxy that the adapter would accept."""
     text = (DEPLOY / "nginx.conf").read_text()
