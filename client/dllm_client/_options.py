@@ -100,10 +100,18 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (DllmError, OSError, UnicodeError) as error:
         # Not markup: a server's message may hold square brackets.
-        stderr.print("dllm:", " ".join(str(error).split()), markup=False)
+        stderr.print("dllm:", " ".join(_message(error).split()), markup=False)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _message(error: Exception) -> str:
+    """What went wrong; of a job that was waited for, with the id to come back for it with."""
+    request_id = error.request_id if isinstance(error, DllmError) else None
+    if request_id is None or f"job {request_id}" in str(error):
+        return str(error)
+    return f"job {request_id}: {error}"
 
 
 def command(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[..., None]]:

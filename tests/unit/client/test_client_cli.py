@@ -212,6 +212,16 @@ def test_errors_are_one_line(dllm: Dllm, tmp_path: Path) -> None:
     assert "No such file" in outcome.stderr
 
 
+def test_errors_of_the_waiting_name_the_job(dllm: Dllm) -> None:
+    """Whoever has not seen the id of the job can come back for it."""
+    for answer in (httpx.Response(401, json={"detail": "no key"}), job("failed", None, 0)):
+        dllm.script.answers = [submitted(0), answer]
+        outcome = dllm("generate", "hi")
+        assert outcome.exit_code == 1
+        assert outcome.stderr.startswith("dllm: job 0")
+        assert outcome.stderr.count("job 0") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [
