@@ -14,7 +14,11 @@ from pathlib import Path
 
 project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
 extras = project["optional-dependencies"]
-parts = {"engine": extras["engine"] + extras["quantization"], "adapter": extras["adapter"]}
+# What a setting alone may ask for, DLLM_QUANTIZATION or DLLM_TRACING, is there as well.
+parts = {
+    "engine": extras["engine"] + extras["quantization"],
+    "adapter": extras["adapter"] + extras["otel"],
+}
 for part, lines in parts.items():
     Path(f"{part}.txt").write_text("\n".join(lines) + "\n")
 END
@@ -69,8 +73,10 @@ USER 10001
 WORKDIR /var/lib/dllm-serve
 VOLUME /var/lib/dllm-serve
 EXPOSE 8000
+# Whether it lives: Swarm and the like kill what is unhealthy, and whoever waits for the engine is
+# helped by no new adapter. Where to send requests is a question for /v1/health.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s \
-    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://localhost:8000/v1/health')"]
+    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://localhost:8000/v1/livez')"]
 # WEB_CONCURRENCY sets the number of worker processes. A stop waits no longer for streams.
 CMD ["uvicorn", "adapter.app:app", "--host", "0.0.0.0", "--port", "8000", \
      "--timeout-graceful-shutdown", "10", "--timeout-keep-alive", "75"]

@@ -9,21 +9,42 @@ from typing import Any, Self, TypeVar, Unpack
 import httpx
 
 from dllm_client import _operations as operations
-from dllm_client._errors import DllmError, from_response, from_transport
-from dllm_client._operations import Call, Operation, Pause
+from dllm_client._errors import (
+    BadRequestError,
+    DllmError,
+    UnavailableError,
+    from_response,
+    from_transport,
+)
+from dllm_client._operations import Call, Operation, Pause, header
 from dllm_client._progress import progress_bar
 from dllm_client._streaming import StreamReader, open_stream
 from dllm_client._types import Answer, Params, Result, Step
 
 DEFAULT_URL = "http://localhost:8000"
 DEFAULT_TIMEOUT = 30.0
+#: Every job that is waited for has a poll of its own under way: httpx's 100 would soon be in use.
+LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=100)
 
 T = TypeVar("T")
 
 
 def _options(base_url: str, api_key: str | None, timeout: float) -> dict[str, Any]:
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    return {"base_url": base_url, "headers": headers, "timeout": timeout}
+    """The arguments of httpx's clients.
+
+    Raises UnavailableError for an address of no server, and BadRequestError for other values.
+    """
+    try:
+        address = httpx.URL(base_url)
+    except (httpx.InvalidURL, UnicodeError) as error:
+        raise UnavailableError(f"cannot reach {base_url!r}: {error}") from error
+    # Told now: whoever waits for a job would look for the server there for a minute.
+    if address.scheme not in ("http", "https") or not address.host:
+        raise UnavailableError(f"cannot reach {base_url!r}: it is no http:// or https:// address")
+    if not 0 < timeout < 1e9:  # more than a socket can be told
+        raise BadRequestError(f"timeout: {timeout:g} is no time to wait", 400, "timeout")
+    headers = {"Authorization": f"Bearer {header('api_key', api_key)}"} if api_key else {}
+    return {"base_url": base_url, "headers": headers, "timeout": timeout, "limits": LIMITS}
 
 
 class _Exchange:
@@ -40,7 +61,7 @@ class _Exchange:
             "json": call.json,
             "params": call.query or None,
             "headers": call.headers,
-            "timeout": self._timeout + call.extra_time,
+            "timeout": httpx.Timeout(self._timeout, read=self._timeout + call.extra_time),
         }
 
 
@@ -62,10 +83,7 @@ class Client(_Exchange):
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         super().__init__(base_url, timeout)
-        try:
-            self._http = httpx.Client(transport=transport, **_options(base_url, api_key, timeout))
-        except httpx.InvalidURL as error:
-            raise from_transport(error, base_url) from error
+        self._http = httpx.Client(transport=transport, **_options(base_url, api_key, timeout))
 
     def __enter__(self) -> Self:
         return self
@@ -106,17 +124,21 @@ class Client(_Exchange):
         return self._run(operations.result(request_id))
 
     def wait(self, request_id: int, timeout: float | None = None) -> Result:
-        """The job once it is finished.
+        """The job once it is finished, also where the server is away for a while, as at a restart.
 
-        Raises JobFailedError, JobCancelledError, or TimeoutError after `timeout` seconds; the
-        job itself goes on then.
+        Raises JobFailedError, JobCancelledError, or TimeoutError after `timeout` seconds; without
+        a timeout, UnavailableError when nobody has answered for a minute. The job itself goes on
+        then; the error has its id as `request_id`.
         """
         return self._run(operations.wait(request_id, timeout))
 
     def generate(
         self, prompt: str, *, wait_timeout: float | None = None, **params: Unpack[Params]
     ) -> str:
-        """Submit, wait, and return the text. Raises what `submit` and `wait` raise."""
+        """Submit, wait, and return the text. Raises what `submit` and `wait` raise.
+
+        An error with a `request_id` is of the waiting: that job can be waited for again.
+        """
         return self._run(operations.generate(prompt, params, wait_timeout))
 
     def stream(self, prompt: str, **params: Unpack[Params]) -> Generator[Step | Answer, None, None]:
@@ -200,11 +222,7 @@ class AsyncClient(_Exchange):
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         super().__init__(base_url, timeout)
-        options = _options(base_url, api_key, timeout)
-        try:
-            self._http = httpx.AsyncClient(transport=transport, **options)
-        except httpx.InvalidURL as error:
-            raise from_transport(error, base_url) from error
+        self._http = httpx.AsyncClient(transport=transport, **_options(base_url, api_key, timeout))
 
     async def __aenter__(self) -> Self:
         return self

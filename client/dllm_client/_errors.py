@@ -4,7 +4,8 @@ DllmError
  ├─ UnavailableError          nobody answers, or the server says that it cannot now (502 to 504)
  ├─ TimeoutError              no answer, or no finished job, within the time allowed
  ├─ ResponseError             the server refused; `status` is the HTTP status
- │   ├─ BadRequestError       a value is wrong (400, 413, 422); `field` names it where known
+ │   ├─ BadRequestError       a value is wrong (400, 413, 422); `field` names it where known;
+ │   │                        also what cannot even be sent, which this package refuses (400)
  │   ├─ AuthenticationError   no key, or not the right one (401, 403)
  │   ├─ NotFoundError         no such job, or its result has expired (404)
  │   ├─ RateLimitedError      too much at once (429); `retry_after` in seconds
@@ -14,6 +15,8 @@ DllmError
  │   └─ JobCancelledError
  ├─ StreamError               a stream broke before its answer, for the reason that it names
  └─ UnexpectedResponseError   an answer that this API does not have
+
+Whatever ends the waiting for a job has the job's id as `request_id`, to come back for it with.
 
 Errors of httpx are turned into these in `from_transport`, errors of tritonclient in
 `dllm_client.triton`, and nowhere else.
@@ -33,6 +36,8 @@ UNAVAILABLE = frozenset({502, 503, 504})
 
 class DllmError(Exception):
     """Base of all errors of this package."""
+
+    request_id: int | None = None  #: the job that was waited for; it may go on running
 
 
 class UnavailableError(DllmError):
@@ -105,7 +110,8 @@ class UnexpectedResponseError(DllmError):
 
 def from_transport(error: httpx.HTTPError | httpx.InvalidURL, url: str) -> DllmError:
     """The error that stands for a failed exchange with `url`."""
-    if isinstance(error, httpx.TimeoutException):
+    # Who cannot even be connected to is not there, for however long that was tried.
+    if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
         return TimeoutError(f"{url} did not answer in time ({type(error).__name__})")
     reason = str(error) or type(error).__name__
     return UnavailableError(f"cannot reach {url}: {reason}")

@@ -5,6 +5,8 @@ sent nothing; what it returns is the outcome. Errors of the exchange are thrown 
 rules (retries, long polling, parsing) live here, and a client only sends and sleeps.
 """
 
+import json
+import re
 import time
 import uuid
 from collections.abc import Callable, Generator, Sequence
@@ -14,6 +16,8 @@ from typing import Any, TypeVar
 import httpx
 
 from dllm_client._errors import (
+    BadRequestError,
+    DllmError,
     JobCancelledError,
     JobFailedError,
     RateLimitedError,
@@ -28,8 +32,14 @@ from dllm_client._types import Params, Result, Status
 POLL_SECONDS = 0.1
 #: Seconds a server is asked to hold a poll; proxies often cut a silent connection at 60.
 HOLD_SECONDS = 30.0
-#: Pauses before a call that found nobody is sent again.
+#: Pauses before a call that found nobody is sent again; polls go on at the last of them.
 RETRY_PAUSES = (0.1, 0.3, 1.0)
+#: Seconds without an answer after which who waits without a limit is told that nobody is there.
+#: A server that is started again, or moved, is back before.
+OUTAGE_SECONDS = 60.0
+
+#: What a header holds: printable ASCII characters, no space at either end.
+_HEADER = re.compile(r"[!-~]([ -~]*[!-~])?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +53,14 @@ class Call:
     headers: dict[str, str] = field(default_factory=dict)
     extra_time: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Raises BadRequestError, naming the field, for what JSON has no way to say."""
+        for name, value in (self.json or {}).items():
+            try:
+                json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+            except (TypeError, ValueError) as error:  # no type of JSON, or NaN, or half a character
+                raise BadRequestError(f"{name}: {error}", 400, name) from error
+
 
 @dataclass(frozen=True, slots=True)
 class Pause:
@@ -54,6 +72,14 @@ class Pause:
 T = TypeVar("T")
 Step = Call | Pause
 Operation = Generator[Step, httpx.Response | None, T]
+
+
+def header(name: str, value: str) -> str:
+    """The value, if a header can hold it; raises BadRequestError for the field `name` if not."""
+    if not _HEADER.fullmatch(value):
+        # Without the value: it may be a secret.
+        raise BadRequestError(f"{name}: must be printable ASCII characters", 400, name)
+    return value
 
 
 def submit(prompt: str, params: Params, key: str | None = None) -> Operation[int]:
@@ -92,24 +118,11 @@ def health() -> Operation[str]:
 
 def wait(request_id: int, timeout: float | None) -> Operation[Result]:
     """The job once it is finished; see Client.wait."""
-    deadline = None if timeout is None else time.monotonic() + timeout
-    while True:
-        begun = time.monotonic()
-        left = HOLD_SECONDS if deadline is None else max(0.0, deadline - begun)
-        hold = min(HOLD_SECONDS, left)
-        pause = POLL_SECONDS
-        try:
-            current = yield from _poll(request_id, hold)
-        except RateLimitedError as error:
-            pause = error.retry_after or 1.0
-        else:
-            if current.done:
-                return _finished(current)
-        now = time.monotonic()
-        if deadline is not None and now >= deadline:
-            raise TimeoutError(f"job {request_id} was not finished after {timeout:g} s")
-        pause = max(0.0, pause - (now - begun))
-        yield Pause(pause if deadline is None else min(pause, deadline - now))
+    try:
+        return (yield from _wait(request_id, timeout))
+    except DllmError as error:
+        error.request_id = request_id
+        raise
 
 
 def wait_all(
@@ -154,7 +167,8 @@ def _send(call: Call) -> Operation[Any]:
 
 def _submit(path: str, body: dict[str, Any], key: str | None) -> Operation[Any]:
     """The answer of a submission, which the key allows to be sent twice."""
-    headers = {"Idempotency-Key": key or uuid.uuid4().hex}
+    chosen = header("idempotency_key", key) if key else uuid.uuid4().hex
+    headers = {"Idempotency-Key": chosen}
     return (yield from _send_again(Call("POST", path, json=body, headers=headers)))
 
 
@@ -168,10 +182,46 @@ def _send_again(call: Call) -> Operation[Any]:
     return (yield from _send(call))
 
 
+def _wait(request_id: int, timeout: float | None) -> Operation[Result]:
+    """Poll until the job is done. It outlives a restart of its server, and so does this."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    trouble: DllmError | None = None  # why there was no answer the last time
+    lost = 0.0  # since when there is none
+    pauses = iter(RETRY_PAUSES)
+    while True:
+        begun = time.monotonic()
+        left = HOLD_SECONDS if deadline is None else max(0.0, deadline - begun)
+        # Not held after a failure: a proxy may have cut the last one for its silence.
+        hold = min(HOLD_SECONDS, left) if trouble is None else 0.0
+        pause = POLL_SECONDS
+        try:
+            current = yield from _poll(request_id, hold)
+        except RateLimitedError as error:
+            trouble, pause = None, error.retry_after or 1.0
+        except (UnavailableError, TimeoutError) as error:
+            if trouble is None:
+                lost, pauses = time.monotonic(), iter(RETRY_PAUSES)
+            trouble, pause = error, next(pauses, RETRY_PAUSES[-1])
+        else:
+            if current.done:
+                return _finished(current)
+            trouble = None
+        now = time.monotonic()
+        if deadline is not None and now >= deadline:
+            reason = f": {trouble}" if trouble else ""
+            message = f"job {request_id} was not finished after {timeout:g} s{reason}"
+            raise TimeoutError(message) from trouble
+        if deadline is None and trouble and now - lost >= OUTAGE_SECONDS:
+            message = f"no word of job {request_id} for {OUTAGE_SECONDS:g} s: {trouble}"
+            raise UnavailableError(message) from trouble
+        pause = max(0.0, pause - (now - begun))
+        yield Pause(pause if deadline is None else min(pause, deadline - now))
+
+
 def _poll(request_id: int, hold: float) -> Operation[Result]:
     query = {"wait": f"{hold:g}"}
     call = Call("GET", f"/v1/result/{request_id}", query=query, extra_time=hold)
-    return _result_of((yield from _send_again(call)))
+    return _result_of((yield from _send(call)))
 
 
 def _request_ids(body: Any, count: int) -> list[int]:

@@ -17,6 +17,9 @@ from dllm_client._client import DEFAULT_TIMEOUT, DEFAULT_URL, Client
 from dllm_client._errors import DllmError
 from dllm_client._types import Params
 
+#: The exit code of a command that Ctrl-C ended, as shells have it: 128 and the signal's number.
+INTERRUPTED = 130
+
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -92,13 +95,23 @@ PROVIDERS: dict[str, Callable[..., Any]] = {"client": connect, "params": samplin
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """What can be expected to go wrong becomes one line on stderr and exit code 1."""
+    """What can be expected to go wrong is one line on stderr and exit code 1; Ctrl-C is 130."""
     try:
         yield
-    except (DllmError, OSError, UnicodeDecodeError) as error:
+    except (DllmError, OSError, UnicodeError) as error:
         # Not markup: a server's message may hold square brackets.
-        stderr.print("dllm:", " ".join(str(error).split()), markup=False)
+        stderr.print("dllm:", " ".join(_message(error).split()), markup=False)
         raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _message(error: Exception) -> str:
+    """What went wrong; of a job that was waited for, with the id to come back for it with."""
+    request_id = error.request_id if isinstance(error, DllmError) else None
+    if request_id is None or f"job {request_id}" in str(error):
+        return str(error)
+    return f"job {request_id}: {error}"
 
 
 def command(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[..., None]]:

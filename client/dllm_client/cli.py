@@ -2,6 +2,9 @@
 
 import json
 import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +12,7 @@ from typing import Annotated
 import typer
 
 from dllm_client._client import Client
-from dllm_client._errors import JobError
+from dllm_client._errors import DllmError, JobError
 from dllm_client._options import command, stderr
 from dllm_client._progress import progress_bar
 from dllm_client._types import Params, Result
@@ -36,14 +39,16 @@ def generate(
         bool, typer.Option("--stream", help="Watch the denoising; with --json, event by event.")
     ] = False,
 ) -> None:
-    """Generate a text and print it."""
+    """Generate a text and print it. Ctrl-C cancels it."""
     if stream:
         if timeout is not None:
             raise typer.BadParameter("--timeout is for jobs; with --stream use --deadline")
         watch(client.stream(_read(prompt), **params), as_json=as_json)
         return
     request_id = client.submit(_read(prompt), **params)
-    _print(client.wait(request_id, timeout), as_json)
+    with _cancelled_on_interrupt(client, [request_id]):
+        finished = client.wait(request_id, timeout)
+    _print(finished, as_json)
 
 
 @command(app)
@@ -56,21 +61,27 @@ def batch(
 ) -> None:
     """Generate a text for each line of a file and print them in order.
 
-    With --json, one line of JSON for each. A failed job does not stop the others; the exit code
-    is 1 then.
+    With --json, one line of JSON for each. --timeout is for all of them together. A failed job
+    does not stop the others; the exit code is 1 then. Ctrl-C cancels those that are not done.
     """
     text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
     prompts = [line for line in text.splitlines() if line.strip()]
-    request_ids = client.submit_batch(prompts, **params)
+    waiting = client.submit_batch(prompts, **params)
+    deadline = None if timeout is None else time.monotonic() + timeout
     failed = False
-    with progress_bar(len(prompts), shown=True) as advance:
-        for request_id in request_ids:
+    with (
+        _cancelled_on_interrupt(client, waiting),
+        progress_bar(len(prompts), shown=True) as advance,
+    ):
+        while waiting:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
-                result = client.wait(request_id, timeout)
+                result = client.wait(waiting[0], left)
             except JobError as error:
                 failed, result = True, error.result
                 stderr.print("dllm:", str(error), markup=False)
             _print(result, as_json)
+            del waiting[0]
             advance()
     if failed:
         raise typer.Exit(1)
@@ -104,6 +115,23 @@ def cancel(request_id: Id, client: Client) -> None:
 def health(client: Client) -> None:
     """Print `ok`; exit code 1, with the reason, while the server cannot serve."""
     typer.echo(client.health())
+
+
+@contextmanager
+def _cancelled_on_interrupt(client: Client, request_ids: Sequence[int]) -> Iterator[None]:
+    """What nobody waits for any more need not run; `request_ids` are looked at only then."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for request_id in request_ids:
+            # First its id: whoever interrupts this, too, can still cancel it by hand.
+            stderr.print(f"dllm: cancelling job {request_id}")
+            try:
+                client.cancel(request_id)
+            except DllmError as error:
+                stderr.print("dllm:", f"job {request_id} may go on:", str(error), markup=False)
+                break
+        raise
 
 
 def _read(prompt: str) -> str:

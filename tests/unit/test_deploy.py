@@ -1,6 +1,10 @@
 """What `deploy/` sets is what the code reads; no engine of Docker is needed to see that."""
 
 import re
+import shutil
+import subprocess
+import sys
+import tomllib
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -82,11 +86,33 @@ def test_units_set_what_is_read(part: str) -> None:
     assert int(patience[1]) > Settings.model_fields["drain_seconds"].default + 10
 
 
+@pytest.mark.parametrize(
+    ("part", "names"), [("engine", ["engine", "quantization"]), ("adapter", ["adapter", "otel"])]
+)
+def test_an_image_has_what_settings_ask_for(part: str, names: list[str], tmp_path: Path) -> None:
+    """No setting, such as DLLM_TRACING, needs a package that the image lacks."""
+    script = re.search(r"(?ms)^RUN python <<'END'\n(.*?)^END$", (ROOT / "Dockerfile").read_text())
+    assert script is not None
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    subprocess.run([sys.executable, "-c", script[1]], cwd=tmp_path, check=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [line for name in names for line in project["optional-dependencies"][name]]
+    assert (tmp_path / f"{part}.txt").read_text().splitlines() == wanted
+
+
 @pytest.mark.parametrize("file", ["Dockerfile", "deploy/dllm-serve-adapter.service"])
 def test_a_stop_does_not_wait_for_streams(file: str) -> None:
     """uvicorn is told when to break off what still runs, or else it waits for the last stream."""
     text = re.sub(r"[\",\\\n]+ *", " ", (ROOT / file).read_text())
     assert re.search(r"uvicorn +adapter\.app:app [^#]*--timeout-graceful-shutdown +10", text)
+
+
+def test_a_loading_engine_does_not_make_the_adapter_unhealthy() -> None:
+    """Swarm and the like kill what is unhealthy, which helps no engine: /v1/livez is asked."""
+    _, adapter = (ROOT / "Dockerfile").read_text().split(" AS adapter\n")
+    check = re.search(r"^HEALTHCHECK .*\\\n *CMD (.*)$", adapter, re.MULTILINE)
+    assert check is not None
+    assert "localhost:8000/v1/livez" in check[1]
 
 
 def test_nginx_lets_through_what_the_adapter_reads() -> None:

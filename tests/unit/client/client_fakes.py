@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 
-Answer = httpx.Response | Exception
+Answer = httpx.Response | BaseException
 
 
 def job(status: str, text: str | None = None, request_id: int = 0, **more: Any) -> httpx.Response:
@@ -27,7 +27,7 @@ class Script:
     def __call__(self, request: httpx.Request) -> httpx.Response:
         self.requests.append(request)
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        if isinstance(answer, Exception):
+        if isinstance(answer, BaseException):
             raise answer
         return httpx.Response(answer.status_code, headers=answer.headers, content=answer.content)
 

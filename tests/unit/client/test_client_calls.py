@@ -1,6 +1,8 @@
 """The blocking client against a scripted server; the asyncio client at the end."""
 
+import asyncio
 import json
+from typing import Any
 
 import dllm_client
 import httpx
@@ -20,6 +22,7 @@ from dllm_client import (
     Status,
     UnavailableError,
     UnexpectedResponseError,
+    _operations,
 )
 
 
@@ -74,6 +77,90 @@ def test_wait_outlasts_a_rate_limit(client: Client, script: Script) -> None:
     assert client.wait(0).text == "a text"
 
 
+AWAY = [
+    httpx.ConnectError("refused"),
+    httpx.ConnectTimeout("no answer"),
+    httpx.ReadError("reset"),
+    httpx.ReadTimeout("silence"),
+    httpx.RemoteProtocolError("disconnected"),
+    httpx.Response(503, json={"detail": "starting"}),
+    httpx.Response(502, content=b"<html>"),
+    httpx.Response(504, content=b"<html>"),
+]
+
+
+@pytest.mark.parametrize("timeout", [None, 30.0])
+def test_wait_outlasts_a_restart(client: Client, script: Script, timeout: float | None) -> None:
+    """However often nobody answers, and whichever way, the job is asked for again."""
+    script.answers = [submitted(4), *AWAY, job("running"), *AWAY, job("finished", "a text")]
+    assert client.generate("hi", wait_timeout=timeout) == "a text"
+    assert len(script.requests) == 3 + 2 * len(AWAY)
+
+
+def test_wait_asks_for_no_hold_after_a_failure(client: Client, script: Script) -> None:
+    """A proxy may have cut a poll for its silence: the next one is answered at once."""
+    script.answers = [httpx.Response(504), job("running"), job("finished", "a text")]
+    client.wait(0)
+    assert [request.url.params["wait"] for request in script.requests] == ["30", "0", "30"]
+
+
+def test_hold_is_granted_to_the_answer_alone(script: Script) -> None:
+    """A held poll may take longer to be answered, but no longer to be sent."""
+    script.answers = [job("finished", "a text")]
+    with Client("http://server", timeout=5, transport=httpx.MockTransport(script)) as client:
+        client.wait(0)
+    limits = {"connect": 5, "pool": 5, "write": 5, "read": 35}
+    assert script.requests[0].extensions["timeout"] == limits
+
+
+@pytest.mark.parametrize("trouble", AWAY)
+def test_dead_server_is_reported_in_the_end(
+    client: Client,
+    script: Script,
+    trouble: httpx.Response | Exception,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a limit nobody waits for ever; the error says which job to come back for."""
+    monkeypatch.setattr(_operations, "OUTAGE_SECONDS", 0.02)
+    script.answers = [submitted(4), trouble]
+    with pytest.raises(UnavailableError, match="no word of job 4 for 0.02 s: .+") as caught:
+        client.generate("hi")
+    assert caught.value.request_id == 4
+    assert len(script.requests) > 2
+
+
+def test_dead_server_at_the_deadline(
+    client: Client, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a limit it is the limit that counts; the error has the reason, too."""
+    monkeypatch.setattr(_operations, "OUTAGE_SECONDS", 0.0)
+    script.answers = [submitted(4), httpx.ConnectError("refused")]
+    message = r"job 4 was not finished after 0\.02 s: cannot reach http://server: refused"
+    with pytest.raises(dllm_client.TimeoutError, match=message) as caught:
+        client.generate("hi", wait_timeout=0.02)
+    assert caught.value.request_id == 4
+
+
+def test_what_ends_the_waiting_names_the_job(client: Client, script: Script) -> None:
+    """The id of a job that was submitted reaches the caller, whatever goes wrong then."""
+    for answer in (httpx.Response(500), httpx.Response(401), job("failed"), job("cancelled")):
+        script.answers = [submitted(4), answer]
+        with pytest.raises(dllm_client.DllmError) as caught:
+            client.generate("hi")
+        assert caught.value.request_id == 4
+
+
+def test_pauses_grow_while_nobody_answers() -> None:
+    """A blip costs a moment; a server that is away for longer is asked once a second."""
+    operation = _operations.wait(4, None)
+    steps = [next(operation)]
+    while len(steps) < 11:
+        poll = isinstance(steps[-1], _operations.Call)
+        steps.append(operation.throw(UnavailableError("")) if poll else operation.send(None))
+    pauses = [step.seconds for step in steps if isinstance(step, _operations.Pause)]
+    assert pauses == pytest.approx([0.1, 0.3, 1.0, 1.0, 1.0], abs=0.05)
+
+
 def test_generate_is_submit_and_wait(client: Client, script: Script) -> None:
     """The text of one prompt takes one POST and the polls."""
     script.answers = [submitted(4), job("finished", "a text", 4)]
@@ -114,12 +201,12 @@ def test_get_is_repeated_when_nobody_answers(client: Client, script: Script) -> 
 
 def test_submission_is_repeated_under_its_key(client: Client, script: Script) -> None:
     """A submission that may have arrived is sent again under the same key; the next has another."""
-    script.answers = [httpx.ReadError("reset"), submitted(0)]
+    script.answers = [httpx.ConnectTimeout("no answer"), httpx.ReadError("reset"), submitted(0)]
     assert client.submit("hi") == 0
     assert client.submit_batch(["hi"]) == [0]
     assert client.submit("hi", idempotency_key="mine") == 0
-    first, again, other, given = (r.headers["Idempotency-Key"] for r in script.requests)
-    assert first == again
+    first, second, third, other, given = (r.headers["Idempotency-Key"] for r in script.requests)
+    assert first == second == third
     assert len({first, other, given}) == 3
     assert given == "mine"
 
@@ -184,6 +271,51 @@ def test_bad_request_names_the_field(
 
 
 @pytest.mark.parametrize(
+    ("prompt", "params", "field"),
+    [
+        ("hi", {"temperature": float("nan")}, "temperature"),
+        ("hi", {"timeout": float("inf")}, "timeout"),
+        ("hi", {"stop": ["ok", "\ud800"]}, "stop"),
+        ("hi", {"canvas_ids": {1, 2}}, "canvas_ids"),
+        ("half a character: \udcff", {}, "prompt"),
+    ],
+)
+def test_value_that_cannot_be_sent(
+    client: Client, script: Script, prompt: str, params: Any, field: str
+) -> None:
+    """What is no JSON is refused as the server would refuse it, naming the field."""
+    with pytest.raises(BadRequestError, match=f"^{field}: ") as caught:
+        client.submit(prompt, **params)
+    assert caught.value.field == field
+    with pytest.raises(BadRequestError, match=f"^{field}: "):
+        next(client.stream(prompt, **params))
+    with pytest.raises(BadRequestError, match="^prompts: |^" + field):
+        client.generate_batch([prompt], **params)
+    assert not script.requests
+
+
+@pytest.mark.parametrize("timeout", [float("nan"), -1.0, 0.0, float("inf")])
+def test_time_that_nobody_can_wait(timeout: float) -> None:
+    """What no socket takes for a time limit is refused before one is asked."""
+    for kind in (Client, AsyncClient):
+        with pytest.raises(BadRequestError, match="^timeout: ") as caught:
+            kind("http://server", timeout=timeout)
+        assert caught.value.field == "timeout"
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "\udcff", "two\nlines", " spaced ", "\0"])
+def test_key_that_no_header_holds(client: Client, script: Script, key: str) -> None:
+    """Neither kind of key may have it; the message names which, and does not tell it."""
+    with pytest.raises(BadRequestError, match="^idempotency_key: must be") as caught:
+        client.submit("hi", idempotency_key=key)
+    assert caught.value.field == "idempotency_key"
+    for kind in (Client, AsyncClient):
+        with pytest.raises(BadRequestError, match="^api_key: must be printable ASCII characters$"):
+            kind("http://server", api_key=key)
+    assert not script.requests
+
+
+@pytest.mark.parametrize(
     ("status", "error"),
     [
         (400, BadRequestError),
@@ -238,10 +370,17 @@ def test_page_instead_of_json(client: Client, script: Script) -> None:
         client.health()
 
 
-@pytest.mark.parametrize("url", ["nonsense", "http://[", "ftp://server"])
-def test_unusable_address(url: str) -> None:
-    """An address that cannot work is a DllmError, not one of httpx's."""
-    with pytest.raises(UnavailableError), Client(url) as client:
+@pytest.mark.parametrize("url", ["nonsense", "ftp://server", "http://", "http://a/\udcff"])
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_unusable_address(kind: type[Client | AsyncClient], url: str) -> None:
+    """An address that cannot work is told at once, not when a job has been waited for."""
+    with pytest.raises(UnavailableError, match="cannot reach '"):
+        kind(url)
+
+
+def test_address_of_nobody() -> None:
+    """A name that nobody has is a DllmError, not one of httpx's."""
+    with pytest.raises(UnavailableError, match="cannot reach"), Client("http://[") as client:
         client.health()
 
 
@@ -267,3 +406,23 @@ async def test_asyncio_client_does_the_same(script: Script, quick: None) -> None
         assert await client.health() == "ok"
         with pytest.raises(NotFoundError, match="no such job"):
             await client.result(9)
+
+
+async def test_as_many_calls_at_once_as_the_caller_likes() -> None:
+    """A call that the server holds keeps no other from being sent."""
+    count = 120
+    together = asyncio.Barrier(count)
+    body = job("finished", "a text").content
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+    async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await together.wait()
+        writer.write(answer)
+        writer.close()
+
+    async with await asyncio.start_server(hold, "127.0.0.1", 0, backlog=count) as server:
+        host, port = server.sockets[0].getsockname()
+        async with AsyncClient(f"http://{host}:{port}", timeout=2.0) as client:
+            results = await asyncio.gather(*(client.result(number) for number in range(count)))
+    assert {result.text for result in results} == {"a text"}

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import dllm_client
 import httpx
 import pytest
 from client_fakes import Script, job, submitted
-from dllm_client import Block, Client, Committed, Step, _options
+from dllm_client import Block, Client, Committed, Status, Step, _options, cli
 from dllm_client._watch import canvas
 from dllm_client.cli import app
 from typer.testing import CliRunner, Result
@@ -129,6 +131,63 @@ def test_batch_goes_on_after_a_failure(dllm: Dllm, tmp_path: Path) -> None:
     assert dllm.sent == {"prompts": ["one", "two"], "gen_length": 8}
 
 
+def test_batch_has_one_timeout(dllm: Dllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--timeout is the time for all jobs, not for each of them, as in `generate_batch`."""
+    allowed: list[float | None] = []
+
+    def wait(_: Client, request_id: int, timeout: float | None = None) -> dllm_client.Result:
+        allowed.append(timeout)
+        clock.append(clock[-1] + 2.0)
+        return dllm_client.Result(request_id, Status.FINISHED, "a text")
+
+    clock = [100.0]
+    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: clock[-1]))
+    monkeypatch.setattr(Client, "wait", wait)
+    dllm.script.answers = [submitted(4, 5, 6)]
+    outcome = dllm("batch", "-", "--timeout", "3", stdin="one\ntwo\nthree\n")
+    assert outcome.exit_code == 0
+    assert allowed == [3.0, 1.0, 0.0]
+
+
+def test_interrupt_cancels_the_job(dllm: Dllm) -> None:
+    """Ctrl-C leaves no job behind that nobody knows the id of."""
+    dllm.script.answers = [submitted(4), job("running"), KeyboardInterrupt(), job("cancelled")]
+    outcome = dllm("generate", "hi")
+    assert (outcome.exit_code, outcome.stdout) == (130, "")
+    assert outcome.stderr == "dllm: cancelling job 4\n"
+    assert dllm.script.asked[-1] == "DELETE /v1/result/4"
+
+
+def test_interrupt_of_a_job_that_cannot_be_cancelled(dllm: Dllm) -> None:
+    """Without a server, and at the second Ctrl-C, the id is there to cancel the job by later."""
+    interrupted = [submitted(4), KeyboardInterrupt()]
+    dllm.script.answers = [*interrupted, httpx.ConnectError("refused")]
+    outcome = dllm("generate", "hi")
+    assert outcome.exit_code == 130
+    assert "dllm: job 4 may go on: cannot reach http://server: refused\n" in outcome.stderr
+
+    dllm.script.answers = [*interrupted, KeyboardInterrupt()]
+    outcome = dllm("generate", "hi")
+    assert (outcome.exit_code, outcome.stderr) == (130, "dllm: cancelling job 4\n")
+
+
+def test_interrupt_cancels_what_is_left_of_a_batch(dllm: Dllm) -> None:
+    """The jobs that are done keep their texts; the others are cancelled."""
+    done = job("finished", "a", 4)
+    dllm.script.answers = [submitted(4, 5, 6), done, KeyboardInterrupt(), job("cancelled")]
+    outcome = dllm("batch", "-", stdin="one\ntwo\nthree\n")
+    assert (outcome.exit_code, outcome.stdout) == (130, "a\n")
+    assert dllm.script.asked[-2:] == ["DELETE /v1/result/5", "DELETE /v1/result/6"]
+
+
+def test_interrupt_of_a_stream_hangs_up(dllm: Dllm) -> None:
+    """A stream has no job: hanging up is all that there is to do."""
+    dllm.script.answers = [KeyboardInterrupt()]
+    outcome = dllm("generate", "hi", "--stream")
+    assert (outcome.exit_code, outcome.stderr) == (130, "")
+    assert dllm.script.asked == ["POST /v1/generate/stream"]
+
+
 def test_cancel_and_health(dllm: Dllm) -> None:
     """Both print one word."""
     dllm.script.answers = [job("cancelled"), httpx.Response(200, json={"status": "ok"})]
@@ -151,3 +210,34 @@ def test_errors_are_one_line(dllm: Dllm, tmp_path: Path) -> None:
     outcome = dllm("batch", str(tmp_path / "absent"))
     assert outcome.exit_code == 1
     assert "No such file" in outcome.stderr
+
+
+def test_errors_of_the_waiting_name_the_job(dllm: Dllm) -> None:
+    """Whoever has not seen the id of the job can come back for it."""
+    for answer in (httpx.Response(401, json={"detail": "no key"}), job("failed", None, 0)):
+        dllm.script.answers = [submitted(0), answer]
+        outcome = dllm("generate", "hi")
+        assert outcome.exit_code == 1
+        assert outcome.stderr.startswith("dllm: job 0")
+        assert outcome.stderr.count("job 0") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["generate", "hi", "--temperature", "nan"], "temperature"),
+        (["generate", "\udcff"], "prompt"),
+        (["generate", "\udcff", "--stream"], "prompt"),
+        (["health", "--answer-timeout", "nan"], "timeout"),
+        (["health", "--api-key", "schlüssel"], "api_key"),
+        (["batch", "-", "--stop", "\udcff"], "stop"),
+    ],
+)
+def test_values_that_cannot_be_sent_are_one_line(
+    dllm: Dllm, arguments: list[str], field: str
+) -> None:
+    """No traceback for what the shell passes on without a look at it."""
+    outcome = dllm(*arguments, stdin="one")
+    assert (outcome.exit_code, outcome.stdout) == (1, "")
+    assert outcome.stderr.startswith(f"dllm: {field}: ")
+    assert outcome.stderr.count("\n") == 1
