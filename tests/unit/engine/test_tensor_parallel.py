@@ -322,6 +322,21 @@ def test_what_a_rank_cannot_do_is_told(checkpoint: Path) -> None:
     assert len(ranks_of(os.getpid())) == before
 
 
+def test_a_rank_may_take_longer_to_load_than_a_step(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others wait for it; the time-out is for steps."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import safetensors, time\n"
+        "open_now = safetensors.safe_open\n"
+        "safetensors.safe_open = lambda *a, **k: (time.sleep(5), open_now(*a, **k))[1]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    params = SamplingParams(gen_length=1, ignore_eos=True)
+    with LLM(checkpoint, tensor_parallel_size=2, tensor_parallel_timeout=2.0) as llm:
+        assert len(llm.generate([[5]], params, progress=False)[0].token_ids) == 1
+
+
 def test_ranks_leave_with_the_engine(checkpoint: Path, tmp_path: Path) -> None:
     """They share its threads; after kill -9 of it they end, and no file of theirs stays."""
     program = (

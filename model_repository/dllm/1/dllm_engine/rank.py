@@ -42,7 +42,12 @@ def serve(link: Link) -> None:
     import_libraries(task.config)
     link.reply(READY)
     group = Group.join(seat.meeting, seat.rank, seat.size, device, seat.timeout)
-    shard = ModelShard(task.config, task.spec, task.stop_token_ids, group)
+
+    def loaded() -> None:
+        link.reply(READY)
+        assert link.next() == READY  # so are the others
+
+    shard = ModelShard(task.config, task.spec, task.stop_token_ids, group, loaded)
     link.reply(shard.plan.num_pages)
     num_pages = link.next()
     assert isinstance(num_pages, int)

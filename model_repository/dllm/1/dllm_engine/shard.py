@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,8 @@ class StepInputs:
 class ModelShard:
     """A loaded model, or a rank's part of one, with its keys and values.
 
-    Every method is a collective call of all ranks in `group`.
+    Every method is a collective call of all ranks in `group`, which have the time of a step for it;
+    `loaded` is called before the first, and may wait until all of them have loaded their parts.
 
     Raises:
         CheckpointError: the weights do not fit the config.
@@ -93,6 +95,7 @@ class ModelShard:
         spec: ModelSpec,
         stop_token_ids: tuple[int, ...],
         group: Group | None = None,
+        loaded: Callable[[], None] | None = None,
     ) -> None:
         self._config, self._spec = config, spec
         self._stop_token_ids = stop_token_ids
@@ -133,6 +136,8 @@ class ModelShard:
             operations=operations,
             quantization=config.quantization,
         )
+        if loaded is not None:
+            loaded()
         self.special = SpecialTokens(
             mask=spec.mask_token_id,
             eos=torch.tensor(spec.eos_token_ids, dtype=torch.int64, device=self.device),

@@ -13,7 +13,7 @@ from .config import EngineConfig
 from .memory import MemoryPlan
 from .models import DiffusionModel, ModelSpec
 from .parallel import Group, Ranks, take_apart, thread_share
-from .rank import RankTask
+from .rank import READY, RankTask
 from .sampling import Candidates
 from .shard import ModelShard, StepInputs, import_libraries, rank_device
 
@@ -49,7 +49,7 @@ class ModelTeam:
             self._ranks.collect()
             self._group = Group.join(seat.meeting, 0, seat.size, device, seat.timeout)
             self._ranks.on_failure(self._group.abort)
-            self._shard = ModelShard(config, spec, stop_token_ids, self._group)
+            self._shard = ModelShard(config, spec, stop_token_ids, self._group, self._loaded)
             self._allocate()
             if not self._group.waits:
                 self._alarm = Alarm(seat.timeout, self._late)
@@ -60,6 +60,11 @@ class ModelTeam:
         except BaseException:
             self.close(at_once=True)
             raise
+
+    def _loaded(self) -> None:
+        """Wait until all ranks have loaded their parts: one may take much longer than a step."""
+        self._ranks.collect()
+        self._ranks.post(READY)
 
     def _allocate(self) -> None:
         """As many pages as the rank with the least memory has room for."""
