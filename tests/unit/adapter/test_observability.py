@@ -60,7 +60,7 @@ async def test_request_id_of_the_caller_reaches_the_engine(
 
     assert answer.headers["x-request-id"] == "order-7.b"
     (request_id,) = engine.request_ids
-    assert re.fullmatch(r"0-order-7\.b-\S+-0", request_id)
+    assert re.fullmatch(r"0-order-7\.b-\S+-0-0", request_id)
 
 
 @pytest.mark.parametrize("given", [None, "", "a b", "x" * 129, 'a"b', "ü"])
