@@ -113,6 +113,11 @@ class DeadlineExceeded(AdapterError):
 
     status = 408
 
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """OpenAI's clients repeat what is answered 408 unless they are told not to."""
+        return {"x-should-retry": "false"}
+
 
 class CallerGone(AdapterError):
     """Whoever asked has hung up; nobody will read this."""

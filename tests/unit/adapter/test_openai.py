@@ -393,6 +393,18 @@ async def test_engines_errors_have_openais_shape(
         assert caught.value.param == "max_tokens"
 
 
+async def test_late_call_is_not_repeated_by_the_client(url: str, engine: ScriptedEngine) -> None:
+    """OpenAI's client makes a call again that was answered 408, which would be as late."""
+    engine.scripts = [[HANG]]
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="-") as persistent:
+        with pytest.raises(openai.APIStatusError, match="not done within the timeout") as caught:
+            await persistent.completions.create(
+                model="dllm", prompt="a", extra_body={"timeout": 0.1}
+            )
+    assert caught.value.status_code == 408
+    assert len(engine.requests) == 1
+
+
 async def test_error_in_a_stream_is_raised_by_the_client(
     client: AsyncOpenAI, engine: ScriptedEngine
 ) -> None:
