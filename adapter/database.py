@@ -48,6 +48,12 @@ LOG_LIMIT_BYTES = 4 * 2**20
 EMPTYING_SECONDS = 0.1
 LONGEST_PAUSE = 5.0
 OPEN_ATTEMPTS = 100
+#: Classes of SQLSTATE that say nothing against a statement: the connection is gone, a transaction
+#: must be repeated, something is used up, such as connections, the server starts or stops.
+PASSING = ("08", "40", "53", "57")
+#: Of each pool. Those who write mostly wait for one row, however many they are, and PostgreSQL has
+#: 100 connections for all workers together unless told otherwise.
+POOL_SIZE = 4
 SCHEMA_LOCK = 0x644C4C4D  # any number, as long as all workers use the same
 
 
@@ -247,10 +253,16 @@ class Server:
     """
 
     def __init__(self, url: str) -> None:
+        pool: dict[str, Any] = {
+            "pool_pre_ping": True,
+            "pool_size": POOL_SIZE,
+            "max_overflow": 0,
+            "hide_parameters": True,  # prompts, in errors that are logged
+        }
         self._reader = create_async_engine(
-            url, pool_pre_ping=True, isolation_level="AUTOCOMMIT", pool_reset_on_return=None
+            url, isolation_level="AUTOCOMMIT", pool_reset_on_return=None, **pool
         )
-        self._writer = create_async_engine(url, pool_pre_ping=True)
+        self._writer = create_async_engine(url, **pool)
 
     async def read(self, query: Callable[[Connection], T]) -> T:
         """Read over whichever connection is free."""
@@ -280,13 +292,17 @@ def _transaction(kind: str) -> Iterator[None]:
     except sqlite3.Error as error:
         msg = f"the job store does not answer: {error}"
         raise StoreUnavailable(msg) from error
-    except DBAPIError as error:
-        if not error.connection_invalidated:
-            raise
-        msg = f"the job store has gone away: {error.orig}"
-        raise StoreUnavailable(msg) from error
     except (PoolTimeoutError, OSError) as error:
         msg = f"the job store cannot be reached: {error}"
+        raise StoreUnavailable(msg) from error
+    except Exception as error:
+        # Not all that a driver raises while it connects is made SQLAlchemy's.
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        gone = isinstance(error, DBAPIError) and error.connection_invalidated
+        sqlstate = getattr(cause, "sqlstate", None) or ""
+        if not gone and not sqlstate.startswith(PASSING):
+            raise
+        msg = f"the job store has gone away: {cause}"
         raise StoreUnavailable(msg) from error
     finally:
         took(kind, time.perf_counter() - began)
@@ -322,6 +338,7 @@ def _sqlite_engine(file: URL, *, lock_wait: float = 0.0, **options: Any) -> Engi
         file,
         connect_args={"timeout": lock_wait, "check_same_thread": False},
         poolclass=StaticPool,
+        hide_parameters=True,  # prompts, in errors that are logged
         **options,
     )
     # At the pool: events of the engine itself would be joined to each connection's.

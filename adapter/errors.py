@@ -16,6 +16,7 @@ AdapterError
   EngineError          the engine could not answer
     Overloaded           its queue is full
     Unavailable          not there, or still loading
+      TurnedAway         it is about to end, and has not run the request
     EngineDead           its process has died
     EngineFailure        it answered with an error of its own
     StreamLost           the stream ended without a result
@@ -112,6 +113,11 @@ class DeadlineExceeded(AdapterError):
 
     status = 408
 
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """OpenAI's clients repeat what is answered 408 unless they are told not to."""
+        return {"x-should-retry": "false"}
+
 
 class CallerGone(AdapterError):
     """Whoever asked has hung up; nobody will read this."""
@@ -144,6 +150,10 @@ class Unavailable(EngineError):
 
     status = 503
     retry_after = 5
+
+
+class TurnedAway(Unavailable):
+    """The engine is about to end, and says itself that it has not run the request."""
 
 
 class EngineDead(EngineError):

@@ -29,6 +29,7 @@ class Healer:
         self._lease = lease
         self._enabled = enabled
         self._not_before = 0.0
+        self._superseded = False
         ENGINE_RELOADS.labels(store.engine)  # shown before the first
         self._task: asyncio.Task[None] | None = None
 
@@ -49,13 +50,14 @@ class Healer:
         self._collect()
         if await self._store.begin(epoch=epoch, lease=self._lease):
             self._not_before = now + RETRY_SECONDS
+            self._superseded = False
             self._task = asyncio.create_task(
                 self._replace(epoch, taken_over=taken_over), name="engine-reload"
             )
 
     async def renew(self) -> None:
-        """Tell the others that it is still being done."""
-        await self._store.renew(lease=self._lease)
+        """Tell the others that it is still being done, or leave it to who has taken it over."""
+        self._superseded = not await self._store.renew(lease=self._lease)
 
     async def stop(self) -> None:
         """Give up; if the model may be unloaded now, whoever comes next begins anew at once."""
@@ -70,8 +72,11 @@ class Healer:
             "engine_reload_started", engine=self._store.engine, epoch=epoch, taken_over=taken_over
         )
         try:
-            if not (taken_over and await self._answers_in_the_end()):
-                await self._engine.reload()
+            answers = taken_over and await self._answers_in_the_end()
+            while not answers:
+                if self._superseded:  # two that reload it in turn undo each other's work
+                    return
+                answers = await self._reload() or await self._comes_back()
         except ModelControlRefused as error:
             self._enabled = False
             log.error(
@@ -81,18 +86,38 @@ class Healer:
                 error=str(error),
             )
             await self._store.abort()
-        except EngineError as error:
-            # The model may be unloaded now: the record stays claimed until its lease runs out.
-            log.error("engine_reload_failed", engine=self._store.engine, error=str(error))
         else:
             await self._store.finish()
             ENGINE_RELOADS.labels(self._store.engine).inc()
             log.warning("engine_reload_finished", engine=self._store.engine, epoch=epoch + 1)
 
-    async def _answers_in_the_end(self) -> bool:
-        while await self._engine.loading():
-            await asyncio.sleep(LOOK_SECONDS)
+    async def _reload(self) -> bool:
         try:
+            await self._engine.reload()
+        except ModelControlRefused:
+            raise
+        except EngineError as error:
+            log.error("engine_reload_failed", engine=self._store.engine, error=str(error))
+            return False
+        return True
+
+    async def _comes_back(self) -> bool:
+        """Whether it answers before it is time to try again.
+
+        The model may be unloaded now, so that somebody must; but tritonserver may have been away
+        with it, and be started by others.
+        """
+        again = asyncio.get_running_loop().time() + RETRY_SECONDS
+        while asyncio.get_running_loop().time() < again:
+            await asyncio.sleep(LOOK_SECONDS)
+            if await self._answers_in_the_end():
+                return True
+        return False
+
+    async def _answers_in_the_end(self) -> bool:
+        try:
+            while await self._engine.loading():
+                await asyncio.sleep(LOOK_SECONDS)
             async with asyncio.timeout(PROBE_SECONDS):
                 await self._engine.probe()
         except (TimeoutError, EngineError):

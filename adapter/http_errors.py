@@ -32,7 +32,7 @@ async def _adapter_error(request: Request, error: Exception) -> JSONResponse:
         log.warning("call_failed", path=request.url.path, status=error.status, error=str(error))
     status, body = error.status, {"detail": _detail(error)}
     if openai.is_openai(request.url.path):
-        status, body = openai.status_and_body(error)
+        status, body = openai.status_and_body(error, openai.length_name(request))
     return JSONResponse(body, status_code=status, headers=dict(error.headers))
 
 
@@ -74,7 +74,8 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     """
     assert isinstance(error, RequestValidationError)
     if openai.is_openai(request.url.path):
-        return JSONResponse(openai.of_validation(error), status_code=400)
+        body = openai.of_validation(error, openai.length_name(request))
+        return JSONResponse(body, status_code=400)
     detail = [
         {
             "type": item["type"],

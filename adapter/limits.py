@@ -37,7 +37,7 @@ def _problems(body: GenerateRequest | BatchRequest, settings: Settings) -> Itera
     if body.timeout is not None:
         yield from _too_large("timeout", body.timeout, settings.max_timeout)
     if body.block_length is not None:
-        yield from _too_large("block_length", body.block_length, body.gen_length)
+        yield from _too_large("block_length", body.block_length, body.canvas_length)
 
 
 def _prompt_problems(body: GenerateRequest, limit: int) -> Iterator[Problem]:

@@ -1,6 +1,6 @@
 """The log: events with fields, as lines for people or as JSON for machines.
 
-Fields never hold what users write or what admits them: no prompt, no text, no key.
+Neither fields nor tracebacks hold what users write or what admits them: no prompt, no text, no key.
 """
 
 import logging
@@ -66,7 +66,12 @@ def _formatter(kind: str) -> logging.Formatter:
     if kind == "json":
         processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     else:
-        processors += [structlog.dev.ConsoleRenderer(colors=False, pad_event_to=0)]
+        # Its own choice shows what variables held, such as prompts, and takes seconds.
+        plain = structlog.dev.plain_traceback
+        console = structlog.dev.ConsoleRenderer(
+            colors=False, pad_event_to=0, exception_formatter=plain
+        )
+        processors += [console]
     return structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=[*SHARED, structlog.stdlib.ExtraAdder()], processors=processors
     )

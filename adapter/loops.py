@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Self
 
+from adapter.errors import StoreUnavailable
 from adapter.logs import get_logger
 
 log = get_logger()
@@ -60,7 +61,10 @@ class Loop:
             try:
                 pause = await self._step()
             except Exception as error:  # this frame must not die
-                log.exception("loop_failed", loop=self._name)
+                if isinstance(error, StoreUnavailable):  # foreseen, and it says all there is
+                    log.warning("loop_failed", loop=self._name, error=str(error))
+                else:
+                    log.exception("loop_failed", loop=self._name)
                 if self._on_error is not None:
                     self._on_error(error)
                 pause = self._error_pause

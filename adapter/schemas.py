@@ -97,6 +97,11 @@ class Sampling(Denoising):
     temperature: float = Field(0.0, ge=0, description="at most DLLM_MAX_TEMPERATURE")
     gen_length: int = Field(32, ge=1, description="tokens; at most DLLM_MAX_GEN_LENGTH")
 
+    @property
+    def canvas_length(self) -> int:
+        """How many tokens are decided on."""
+        return self.gen_length
+
     def sampling_inputs(self) -> dict[str, InputValue]:
         """What was given, by the names of the Triton model."""
         given = self.model_dump(include=set(Sampling.model_fields), exclude_none=True)
@@ -159,6 +164,13 @@ class GenerateRequest(Sampling, Queueing):
             )
         return self
 
+    @property
+    def canvas_length(self) -> int:
+        """That of the canvas where there is one, unless the request says otherwise."""
+        if self.canvas_ids is None or "gen_length" in self.model_fields_set:
+            return self.gen_length
+        return len(self.canvas_ids)
+
     def inputs(self) -> Inputs:
         """The request for the Triton model."""
         sampling = self.sampling_inputs() | self._gap_inputs()
@@ -175,8 +187,7 @@ class GenerateRequest(Sampling, Queueing):
             inputs["suffix"] = self.suffix
         if self.canvas_ids is not None:
             inputs["canvas_ids"] = self.canvas_ids
-            if "gen_length" not in self.model_fields_set:
-                inputs["gen_length"] = len(self.canvas_ids)
+            inputs["gen_length"] = self.canvas_length
         return inputs
 
     def _has(self, name: str) -> bool:

@@ -18,6 +18,7 @@ from adapter.errors import (
     ModelControlRefused,
     Overloaded,
     StreamLost,
+    TurnedAway,
     Unavailable,
 )
 from adapter.generation import DEFAULT_PRIORITY, Detail, Event, Inputs, Verdict
@@ -56,8 +57,8 @@ ERROR_TEXTS: Sequence[tuple[str, type[AdapterError]]] = (
     ("request for unknown model", Unavailable),
     ("exceeds maximum queue size", Overloaded),
     ("request timeout expired", Overloaded),
-    ("the server is stopping", Unavailable),  # it had not begun
-    ("the engine takes no more requests", Unavailable),  # it is about to end
+    ("the server is stopping", TurnedAway),
+    ("the engine takes no more requests", TurnedAway),
     ("explicit model load / unload is not allowed", ModelControlRefused),
 )
 ERROR_CODES: Mapping[str, type[AdapterError]] = {

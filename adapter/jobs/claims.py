@@ -79,6 +79,7 @@ def _taking(which: ColumnElement[bool]) -> Update:
             jobs.c.id,
             jobs.c.request,
             jobs.c.attempts,
+            jobs.c.orphaned,
             jobs.c.priority,
             jobs.c.created_at,
             jobs.c.deadline,

@@ -4,7 +4,14 @@ import asyncio
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from adapter.errors import EngineDead, EngineError, InvalidRequest, Overloaded, Unavailable
+from adapter.errors import (
+    EngineDead,
+    EngineError,
+    InvalidRequest,
+    Overloaded,
+    TurnedAway,
+    Unavailable,
+)
 from adapter.jobs.job import ClaimedJob, Job, late
 from adapter.jobs.outcome import Failed, Finished, Lost, Outcome, Postponed
 from adapter.pool import Member
@@ -21,6 +28,8 @@ class Drive:
     opened_at: float
     last_event: float
     started: bool = False
+    #: The engine has given it a place, and so may have died of it.
+    begun: bool = False
     settling: bool = False
     imposed: Outcome | None = None
     task: asyncio.Task[Job | None] | None = field(default=None, repr=False)
@@ -85,6 +94,7 @@ class Drive:
             async with asyncio.timeout(job.time_left), aclosing(stream) as events:
                 async for event in events:
                     self.last_event = _now()
+                    self.begun = self.begun or not event.waits
                     if event.finish_reason == "cancelled":
                         return Lost("the engine cancelled it")
                     if event.finish_reason:
@@ -99,8 +109,11 @@ class Drive:
 
     def _after(self, error: EngineError) -> Outcome:
         """What the engine's error means for the job: did it see the request at all?"""
-        if isinstance(error, Overloaded | Unavailable):
+        if isinstance(error, Overloaded | TurnedAway):
             return Postponed(str(error))
+        if isinstance(error, Unavailable):
+            # A connection breaks under what runs when tritonserver goes down with it.
+            return Lost(str(error)) if self.begun else Postponed(str(error))
         monitor = self.member.monitor
         dead_since = monitor.last_life
         if self.last_event == self.opened_at:  # it has seen nothing of the engine

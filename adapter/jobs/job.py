@@ -71,6 +71,8 @@ class ClaimedJob:
     inputs: Inputs
     attempts: int
     terms: Terms = STANDARD_TERMS
+    #: Workers that have lost it.
+    orphaned: int = 0
     #: Seconds until its deadline.
     time_left: float | None = None
     #: Seconds since it was submitted.
@@ -79,17 +81,21 @@ class ClaimedJob:
     @property
     def engine_request_id(self) -> str:
         """What Triton and the engine call it."""
-        return engine_request_id(self.id, self.terms.request_id, self.owner, self.attempts)
+        return engine_request_id(
+            self.id, self.terms.request_id, self.owner, self.attempts, self.orphaned
+        )
 
 
-def engine_request_id(job_id: int, request_id: str | None, owner: str, attempts: int) -> str:
+def engine_request_id(
+    job_id: int, request_id: str | None, owner: str, attempts: int, orphaned: int
+) -> str:
     """What Triton and the engine call a run of a job: by this any worker can cancel it there.
 
-    The job and the call that submitted it, for whoever reads the log; the worker and the attempt,
-    so that it is this run's alone.
+    The job and the call that submitted it, for whoever reads the log; the worker, the attempt and
+    how many workers have lost it, this one maybe, so that it is this run's alone.
     """
     call = f"-{request_id}" if request_id else ""
-    return f"{job_id}{call}-{owner}-{attempts}"
+    return f"{job_id}{call}-{owner}-{attempts}-{orphaned}"
 
 
 def late(timeout: float) -> str:

@@ -352,7 +352,7 @@ def _submitted_with(api_key: str | None) -> list[ColumnElement[bool]]:
 def _shown(row: Row[Any]) -> Job:
     state, name = JobState(row.state), None
     if state is JobState.RUNNING:
-        name = engine_request_id(row.id, row.request_id, row.owner, row.attempts)
+        name = engine_request_id(row.id, row.request_id, row.owner, row.attempts, row.orphaned)
     return Job(row.id, state, row.attempts, row.text, row.error, name)
 
 
@@ -363,6 +363,7 @@ def _claimed(row: Row[Any], owner: str, now: float) -> ClaimedJob:
         owner=owner,
         inputs=json.loads(row.request),
         attempts=row.attempts,
+        orphaned=row.orphaned,
         terms=Terms(row.priority, timeout, row.api_key, row.request_id, row.traceparent),
         time_left=None if row.deadline is None else row.deadline - now,
         waited=max(0.0, now - row.created_at),
@@ -380,6 +381,7 @@ _SHOWN = select(
     jobs.c.id,
     jobs.c.state,
     jobs.c.attempts,
+    jobs.c.orphaned,
     jobs.c.text,
     jobs.c.error,
     jobs.c.owner,

@@ -13,7 +13,7 @@ from adapter.connection import SETTLING_SECONDS, EventStream, sse, unless_gone
 from adapter.errors import AdapterError
 from adapter.generation import Detail, Event
 from adapter.live import LiveRequest, LiveRequests
-from adapter.openai.errors import status_and_body
+from adapter.openai.errors import length_name, status_and_body
 from adapter.openai.shapes import Shape
 from adapter.schemas import GenerateRequest
 
@@ -51,7 +51,13 @@ class Runner:
             # Begun together, refused together: the first one speaks for all.
             await unless_gone(self._http, running[0].settled_in(SETTLING_SECONDS))
             release = stack.pop_all().aclose
-        chunks = _chunks(running, shape, includes_usage=includes_usage, heartbeat=self._heartbeat)
+        chunks = _chunks(
+            running,
+            shape,
+            includes_usage=includes_usage,
+            heartbeat=self._heartbeat,
+            length=length_name(self._http),
+        )
         return EventStream(chunks, release)
 
     def _begin(
@@ -77,7 +83,12 @@ async def _results(running: Sequence[LiveRequest]) -> list[Event]:
 
 
 async def _chunks(
-    running: Sequence[LiveRequest], shape: Shape, *, includes_usage: bool, heartbeat: float
+    running: Sequence[LiveRequest],
+    shape: Shape,
+    *,
+    includes_usage: bool,
+    heartbeat: float,
+    length: str,
 ) -> AsyncGenerator[bytes, None]:
     def sent(chunk: BaseModel) -> bytes:
         # With the usage asked for, chunks without it say so; else none has the field.
@@ -106,7 +117,7 @@ async def _chunks(
                     results[index] = event
                     yield sent(shape.ending(index, event))
     except AdapterError as error:
-        yield sse(json.dumps(status_and_body(error)[1]))
+        yield sse(json.dumps(status_and_body(error, length)[1]))
         return
     if includes_usage:
         yield sent(shape.usage(list(results.values())))

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 
 from adapter.errors import AdapterError, InvalidRequest
@@ -25,7 +26,8 @@ KINDS: Mapping[int, tuple[str, str | None]] = {
     429: ("rate_limit_error", "rate_limit_exceeded"),
 }
 
-#: What our own requests call a parameter, and what it is called in these calls.
+#: What our own requests call a parameter, and what it is called in these calls; the length has two
+#: names in some, see `length_name`.
 NAMES: Mapping[str, str] = {
     "gen_length": "max_tokens",
     "text_input": "prompt",
@@ -47,21 +49,27 @@ def is_openai(path: str) -> bool:
     return PATHS.search(path) is not None
 
 
-def status_and_body(error: AdapterError) -> tuple[int, Body]:
+def length_name(request: Request) -> str:
+    """What this call has named the length, or would have."""
+    name: str = getattr(request.state, "length_name", NAMES["gen_length"])
+    return name
+
+
+def status_and_body(error: AdapterError, length: str) -> tuple[int, Body]:
     """An error of ours; what the engine refuses names the parameter before a colon."""
     message = str(error)
     if isinstance(error, InvalidRequest):
-        message = _renamed(message)
+        message = _renamed(message, length)
         field, colon, _ = message.partition(":")
         return 400, body(400, message, param=field if colon and field.isidentifier() else None)
     param = "model" if isinstance(error, ModelNotFound) else None
     return error.status, body(error.status, message, param=param)
 
 
-def of_validation(error: RequestValidationError) -> Body:
+def of_validation(error: RequestValidationError, length: str) -> Body:
     """The first thing that is wrong with a body, by the parameter's name."""
     problem = error.errors()[0]
-    path = _path(problem)
+    path = _path(problem, length)
     message = f"{path}: {problem['msg']}" if path else str(problem["msg"])
     return body(400, _printable(message), param=_printable(path) or None)
 
@@ -73,17 +81,18 @@ def body(status: int, message: str, *, param: str | None = None) -> Body:
     return ErrorAnswer(error=info).model_dump()
 
 
-def _path(problem: Mapping[str, Any]) -> str:
+def _path(problem: Mapping[str, Any], length: str) -> str:
     location: Sequence[str | int] = problem["loc"]
     fields = [str(part) for part in location[1:] if part not in _ALTERNATIVES]
     if problem["type"] == "json_invalid":
         return ""  # the rest is where in the text it is
     path = ".".join(fields)
-    return path if problem["type"] == "extra_forbidden" else _renamed(path)
+    return path if problem["type"] == "extra_forbidden" else _renamed(path, length)
 
 
-def _renamed(text: str) -> str:
-    return _NAMES.sub(lambda found: NAMES[found[1]], text)
+def _renamed(text: str, length: str) -> str:
+    names = {**NAMES, "gen_length": length}
+    return _NAMES.sub(lambda found: names[found[1]], text)
 
 
 def _printable(text: str) -> str:

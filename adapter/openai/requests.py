@@ -241,6 +241,11 @@ class ChatCall(Call):
             )
         return self
 
+    @property
+    def length_name(self) -> str:
+        """Which of the two names for it an error should have."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
     def request(self, default_max_tokens: int) -> GenerateRequest:
         """The request of ours."""
         max_tokens = self.max_completion_tokens or self.max_tokens or default_max_tokens

@@ -65,9 +65,10 @@ async def completions(
     "/chat/completions", response_model=ChatCompletion, responses=_chunks("ChatChunk") | _FAULTS
 )
 async def chat_completions(
-    body: ChatCall, runner: RunnerDep, settings: SettingsDep
+    call: Request, body: ChatCall, runner: RunnerDep, settings: SettingsDep
 ) -> ChatCompletion | EventStream:
     """Answer a conversation."""
+    call.state.length_name = body.length_name
     shape = ChatShape(_served(body.model, settings))
     request = body.request(min(settings.chat_max_tokens, settings.max_gen_length))
     check_limits(request, settings)

@@ -1,12 +1,14 @@
 """How workers agree on who replaces an engine."""
 
 import asyncio
+import time
 
 import pytest
 from adapter_fakes import HandClock, ScriptedEngine, fast_settings, running_app, until
 from sqlalchemy import select
 
 from adapter.database import Database
+from adapter.errors import EngineFailure, Unavailable
 from adapter.heal import FORGET_SECONDS, EngineRecord, HealStore, OldEngines, engine_name
 from adapter.tables import engine_heal
 
@@ -152,6 +154,55 @@ async def test_engine_that_was_begun_by_a_dead_worker_is_not_begun_again(
         assert (await api.result(await api.submit()))["status"] == "finished"
         assert (await ghost.read()).epoch == 1
     assert (engine.reloads, engine.loadings < 0) == (0, True)
+
+
+async def test_engine_that_comes_back_by_itself_is_noticed_at_once(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the server was away, so that nothing could be loaded, it may be started by others."""
+    monkeypatch.setattr("adapter.healer.LOOK_SECONDS", 0.01)
+    engine = ScriptedEngine(alive=False, reload_error=Unavailable("failed to connect"))
+    async with running_app(fast_settings(database_url, lease_seconds=30), engine) as api:
+        await until(lambda: engine.reloads == 1)
+        await asyncio.sleep(0.1)
+        engine.alive = True
+
+        assert (await api.result(await api.submit()))["status"] == "finished"
+        assert api.monitor.state.ok
+    assert engine.reloads == 1
+
+
+async def test_engine_that_does_not_load_is_tried_now_and_then(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of the workers does so until it loads, with a pause each time."""
+    monkeypatch.setattr("adapter.healer.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("adapter.healer.RETRY_SECONDS", 0.3)
+    engine = ScriptedEngine(alive=False, reload_error=EngineFailure("it does not load"))
+    settings = fast_settings(database_url)
+    async with running_app(settings, engine) as one, running_app(settings, engine) as two:
+        await until(lambda: engine.reloads == 1)
+        await asyncio.sleep(1.0)
+        assert 2 <= engine.reloads <= 4
+        engine.reload_error = None
+        await until(lambda: one.monitor.state.ok and two.monitor.state.ok)
+
+
+async def test_healer_that_has_lost_its_lease_leaves_the_engine_to_its_successor(
+    database_url: str, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that reload one engine in turn would undo each other's work."""
+    monkeypatch.setattr("adapter.healer.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("adapter.healer.RETRY_SECONDS", 0.1)
+    engine = ScriptedEngine(alive=False, reload_error=EngineFailure("it does not load"))
+    async with running_app(fast_settings(database_url), engine):
+        await until(lambda: engine.reloads == 1)
+        heir = engine_heal.update().values(healer="heir", lease_expires=time.time() + 30)
+        await database.change(heir)
+        await asyncio.sleep(0.2)
+        reloads = engine.reloads
+        await asyncio.sleep(0.4)
+        assert engine.reloads == reloads
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from adapter_fakes import (
     DONE,
     HANG,
     SIGN_OF_LIFE,
+    WAITING,
     RunningApp,
     ScriptedEngine,
     fast_settings,
@@ -25,6 +26,7 @@ from adapter.errors import (
     ModelControlRefused,
     Overloaded,
     StoreUnavailable,
+    TurnedAway,
     Unavailable,
 )
 from adapter.generation import Event
@@ -52,6 +54,33 @@ async def test_absence_of_the_engine_is_not_the_jobs_fault(
         assert DONE.text == (await api.result(await api.submit()))["text"]
 
     assert len(engine.requests) == 3
+
+
+async def test_job_that_takes_tritonserver_down_is_given_up(
+    api: RunningApp, engine: ScriptedEngine
+) -> None:
+    """What a connection breaks under that had begun may have done it, and is tried so often."""
+    engine.scripts = [[WAITING, SIGN_OF_LIFE, Unavailable("Socket closed")]]
+    result = await api.result(await api.submit())
+
+    assert result["error"] == "given up after 3 attempts: Socket closed"
+    assert len(engine.requests) == 3
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param([WAITING, Unavailable("Socket closed")], id="it waited"),
+        pytest.param([SIGN_OF_LIFE, TurnedAway("the server is stopping")], id="an orderly stop"),
+    ],
+)
+async def test_job_that_cannot_have_taken_tritonserver_down_keeps_its_attempts(
+    database_url: str, engine: ScriptedEngine, script: list[Event | str | Exception]
+) -> None:
+    """A job that had no place yet, or that the engine gives back itself, is only postponed."""
+    engine.scripts = [list(script), [DONE]]
+    async with running_app(fast_settings(database_url, job_max_attempts=1), engine) as api:
+        assert DONE.text == (await api.result(await api.submit()))["text"]
 
 
 async def test_nothing_is_claimed_while_the_engine_is_away(

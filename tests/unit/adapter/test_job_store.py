@@ -260,6 +260,28 @@ async def test_deaths_of_workers_cost_no_attempt_but_end(store: JobStore, clock:
     assert Job(0, JobState.FAILED, 0, None, error) == await store.get(0)
 
 
+async def test_each_run_of_a_job_has_a_name_of_its_own(store: JobStore, clock: HandClock) -> None:
+    """Even for a worker that lost it for a while: what ends the one run there spares the other.
+
+    Whoever looks the job up knows the name too.
+    """
+    names = []
+    await add(store)
+    for end in ("lease", "engine", "lease"):
+        (job,) = await store.claim("a", limit=1, lease=30)
+        shown = await store.get(0)
+        assert shown is not None
+        assert shown.engine_request_id == job.engine_request_id
+        names.append(job.engine_request_id)
+        if end == "engine":
+            await lose(store, 0)
+        else:
+            clock.advance(31)
+            assert await store.recover() == 1
+
+    assert len(set(names)) == 3
+
+
 async def lose(store: JobStore, *ids: int) -> None:
     for job_id in ids:
         assert await store.retry("a", job_id, "lost")

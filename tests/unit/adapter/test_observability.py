@@ -1,5 +1,6 @@
 """Watching the adapter: request ids, log, metrics, traces, dashboard."""
 
+import asyncio
 import gzip
 import json
 import re
@@ -31,7 +32,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from adapter import tracing
 from adapter.app import create_app
-from adapter.errors import EngineFailure, InvalidRequest
+from adapter.errors import EngineFailure, InvalidRequest, StoreUnavailable
+from adapter.loops import Loop
 from adapter.otel import OtelTracer
 from adapter.tracing import make_tracer
 from launcher.ports import free_port
@@ -58,7 +60,7 @@ async def test_request_id_of_the_caller_reaches_the_engine(
 
     assert answer.headers["x-request-id"] == "order-7.b"
     (request_id,) = engine.request_ids
-    assert re.fullmatch(r"0-order-7\.b-\S+-0", request_id)
+    assert re.fullmatch(r"0-order-7\.b-\S+-0-0", request_id)
 
 
 @pytest.mark.parametrize("given", [None, "", "a b", "x" * 129, 'a"b', "ü"])
@@ -317,3 +319,47 @@ def test_log_keeps_secrets(log_of: Any, kind: str) -> None:
     assert "call-1" in text
     assert "secret" not in text
     assert "sesame" not in text
+
+
+@pytest.mark.parametrize("kind", ["json", "text"])
+def test_log_of_an_exception_keeps_secrets(kind: str) -> None:
+    """An exception is logged with where it was raised, and without what variables held there."""
+    code = f"""
+from adapter.logs import configure_logging, get_logger
+configure_logging("INFO", {kind!r})
+def answer(prompt):
+    raise KeyError("surprise")
+try:
+    answer("sec" + "ret")
+except KeyError as error:
+    get_logger().error("job_broken", exc_info=error)
+"""
+    command = [sys.executable, "-c", code]
+    log = subprocess.run(command, check=True, timeout=60, capture_output=True, text=True).stderr
+    assert "in answer" in log
+    assert "surprise" in log
+    assert "secret" not in log
+
+
+@pytest.mark.parametrize(
+    ("error", "traced"), [(StoreUnavailable("away"), False), (KeyError("away"), True)]
+)
+async def test_loop_outlives_its_errors(
+    error: Exception, traced: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That the database is away is foreseen and takes one line; the rest tells where it was."""
+    steps = [error]
+
+    async def step() -> None:
+        if steps:
+            raise steps.pop()
+        done.set()
+
+    done = asyncio.Event()
+    async with Loop("looking", step, error_pause=0.01), asyncio.timeout(5):
+        await done.wait()
+
+    (record,) = caplog.records
+    assert "'loop': 'looking'" in record.getMessage()
+    assert "away" in caplog.text
+    assert ("Traceback" in caplog.text) == traced

@@ -309,6 +309,8 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"gen_length": 5}, "gen_length", "not permitted"),
     (CHAT, {"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
     (CHAT, {"max_tokens": 513}, "max_tokens", "less than or equal to 512"),
+    (CHAT, {"max_completion_tokens": 513}, "max_completion_tokens", "less than or equal to 512"),
+    (CHAT, {"max_tokens": 513, "max_completion_tokens": 513}, "max_completion_tokens", "512"),
     (CHAT, {"temperature": 2.5}, "temperature", "less than or equal to 2"),
     (CHAT, {"top_p": 0}, "top_p", "greater than 0"),
     (CHAT, {"stop": ["x"] * 17}, "stop", "at most 16"),
@@ -391,6 +393,31 @@ async def test_engines_errors_have_openais_shape(
 
     if kind is openai.BadRequestError:
         assert caught.value.param == "max_tokens"
+
+
+@pytest.mark.parametrize("sent", ["max_tokens", "max_completion_tokens"])
+async def test_engine_is_quoted_with_the_name_that_was_sent(
+    url: str, engine: ScriptedEngine, sent: str
+) -> None:
+    """Of the two names for the length, an error has the one that the caller knows."""
+    engine.scripts = [[InvalidRequest("gen_length: plus gen_length (16) must be at most 20")]]
+    for stream in (False, True):
+        body = {"model": "dllm", "messages": QUESTION, sent: 16, "stream": stream}
+        error = (await post(url, CHAT, body)).json()["error"]
+        assert error["message"] == f"{sent}: plus {sent} (16) must be at most 20"
+        assert error["param"] == sent
+
+
+async def test_late_call_is_not_repeated_by_the_client(url: str, engine: ScriptedEngine) -> None:
+    """OpenAI's client makes a call again that was answered 408, which would be as late."""
+    engine.scripts = [[HANG]]
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="-") as persistent:
+        with pytest.raises(openai.APIStatusError, match="not done within the timeout") as caught:
+            await persistent.completions.create(
+                model="dllm", prompt="a", extra_body={"timeout": 0.1}
+            )
+    assert caught.value.status_code == 408
+    assert len(engine.requests) == 1
 
 
 async def test_error_in_a_stream_is_raised_by_the_client(

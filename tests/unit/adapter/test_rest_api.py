@@ -159,6 +159,17 @@ async def test_canvas_says_how_long_it_is(api: RunningApp, engine: ScriptedEngin
     assert engine.requests[0]["gen_length"] == 3
 
 
+async def test_block_fits_the_canvas(api: RunningApp, engine: ScriptedEngine) -> None:
+    """A block may be as long as the canvas, whichever of the two fields says how long that is."""
+    await api.result(await api.submit(canvas_ids=[5] * 64, block_length=64))
+    assert engine.requests[0]["block_length"] == 64
+
+    long = {"prompt": "a", "canvas_ids": [5] * 3, "block_length": 4}
+    ((where, why),) = await problems(api, "/v1/generate", long)
+    assert where == "body.block_length"
+    assert "less than or equal to 3" in why
+
+
 async def test_single_stop_string(api: RunningApp, engine: ScriptedEngine) -> None:
     """One stop string may stand without a list."""
     await api.result(await api.submit(stop="END"))

@@ -20,6 +20,7 @@ from adapter.errors import (
     ModelControlRefused,
     Overloaded,
     StreamLost,
+    TurnedAway,
     Unavailable,
 )
 from adapter.generation import Detail, Event, Verdict
@@ -255,8 +256,8 @@ async def test_closing_the_iterator_cancels(engine: TritonEngine, triton: Script
         ("Stub process 'dllm_0_0' is not healthy.", EngineDead),
         ("Request for unknown model: 'dllm' is not found", Unavailable),
         ("Exceeds maximum queue size", Overloaded),
-        ("the server is stopping", Unavailable),
-        ("the engine takes no more requests: device error: lost", Unavailable),
+        ("the server is stopping", TurnedAway),
+        ("the engine takes no more requests: device error: lost", TurnedAway),
         ((grpc.StatusCode.UNAVAILABLE, "not ready"), Unavailable),
         ("an error without a code", EngineFailure),
     ],
