@@ -189,7 +189,7 @@ async def test_steps_without_text_are_silence_too(url: str, engine: ScriptedEngi
     ticks = [asyncio.Event() for _ in range(8)]
     loop = asyncio.get_running_loop()
     for number, tick in enumerate(ticks):
-        loop.call_later(0.015 * (number + 1), tick.set)
+        loop.call_later(0.08 * (number + 1), tick.set)
     nothing = Event("", usage=Usage(1, 0, 1, 1), seed=1)
     engine.scripts = [[item for tick in ticks for item in (WAITING, nothing, tick)] + [DONE]]
     text = (await post(url, TEXT, {"model": "dllm", "prompt": "a", "stream": True})).text

@@ -14,7 +14,6 @@ import logging
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .models import DiffusionModel
@@ -122,18 +121,22 @@ class ForwardGraphs:
         tables = layout.tables
         self._tables[: tables.shape[0], : tables.shape[1]] = tables
         sequences, tiles = self._sequences(size), self._tiles(size)
-        for buffer, values, width, rest in (
-            (self._input_ids, input_ids, size, 0),
-            (self._positions, positions, size, 0),
-            (self._write_places, layout.write_places, size, -1),
-            (self._row_starts, layout.row_starts, sequences, 0),
-            (self._row_counts, layout.row_counts, sequences, 0),
-            (self._held, layout.held, sequences, 0),
-            (self._tile_sequence, layout.tile_sequence, tiles, self._max_sequences),
-            (self._tile_row, layout.tile_row, tiles, 0),
+        for buffer, values in (
+            (self._input_ids, input_ids),
+            (self._positions, positions),
+            (self._write_places, layout.write_places),
+            (self._row_starts, layout.row_starts),
+            (self._row_counts, layout.row_counts),
+            (self._held, layout.held),
+            (self._tile_sequence, layout.tile_sequence),
+            (self._tile_row, layout.tile_row),
         ):
             assert values is not None
-            buffer[:width] = F.pad(values, (0, width - len(values)), value=rest)
+            buffer[: len(values)] = values
+        # Behind these stands what an earlier step has left; three numbers keep it out of this one.
+        self._write_places[rows:size] = -1
+        self._row_counts[len(layout.row_counts) : sequences] = 0
+        self._tile_sequence[len(layout.tile_sequence) : tiles] = self._max_sequences
         self._replay[size]()
         return self._hidden[:rows]
 
