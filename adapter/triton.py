@@ -76,7 +76,8 @@ def _keepalive(silence: float) -> Sequence[tuple[str, int]]:
     """Have a connection that has died without a word, as with its host, closed within `silence`
     seconds: gRPC would otherwise keep it, and every new stream on it, for a quarter of an hour.
 
-    Triton takes more than two pings for abuse while it sends nothing, which takes twice as long.
+    Triton takes the fourth ping for abuse where it has sent nothing meanwhile: that is after twice
+    `silence`, and after two minutes at least, since gRPC sends no more than one a minute then.
     """
     half = round(silence * 1000) // 2
     return (
@@ -98,6 +99,7 @@ class TritonEngine:
         reload_timeout: float,
         silence: float,
     ) -> None:
+        self._url = url
         options = (*CHANNEL_OPTIONS, *_keepalive(silence))
         self._channel = grpc.aio.insecure_channel(url, options=options)
         self._triton = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
@@ -180,14 +182,21 @@ class TritonEngine:
         return bool(states & {"LOADING", "UNLOADING"})
 
     async def reload(self) -> None:
-        """Unload and load the model: loading alone does nothing while its files are the same."""
+        """Unload and load the model: loading alone does nothing while its files are the same.
+
+        Over a connection of its own, since the one that there is may be what has died; and without
+        pings, which Triton would take for abuse when a model is loaded for minutes.
+        """
         name, bound = self._model_name, self._reload_timeout
         unload = service_pb2.RepositoryModelUnloadRequest(model_name=name)
         load = service_pb2.RepositoryModelLoadRequest(model_name=name)
         try:
             with _mapped_errors():
-                await self._triton.RepositoryModelUnload(unload, timeout=bound)
-                await self._triton.RepositoryModelLoad(load, timeout=bound)
+                options = (*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
+                async with grpc.aio.insecure_channel(self._url, options=options) as channel:
+                    triton = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+                    await triton.RepositoryModelUnload(unload, timeout=bound)
+                    await triton.RepositoryModelLoad(load, timeout=bound)
         except InvalidRequest as error:  # so Triton calls a model that does not load
             raise EngineFailure(str(error)) from error
 

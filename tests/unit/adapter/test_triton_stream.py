@@ -298,6 +298,18 @@ async def test_a_connection_that_died_without_a_word_is_replaced(triton: Scripte
         await engine.close()
 
 
+async def test_a_reload_has_a_connection_of_its_own(triton: ScriptedTriton) -> None:
+    """The one that the streams have may be what has died."""
+    async with grpc_server(triton) as port, Proxy(port) as proxy:
+        engine = TritonEngine(f"127.0.0.1:{proxy.port}", "dllm", **PATIENCE)
+        assert await engine.probe() == STARTED
+        proxy.swallow()
+        await engine.reload()
+        assert triton.control == ["unload dllm", "load dllm"]
+        assert proxy.connections == 2
+        await engine.close()
+
+
 async def test_checks_share_a_stream(engine: TritonEngine, triton: ScriptedTriton) -> None:
     """Verdicts are told apart by their ids; nothing runs, and only what says so is asked for."""
     triton.verdicts = [("valid", "17"), ("invalid", "steps: too few"), ("valid", "0")]
