@@ -11,29 +11,30 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from adapter.database import Database
-from adapter.description import complete_description
-from adapter.gate import Gate
-from adapter.generation import Engine
-from adapter.heal import HealStore, OldEngines, engine_name
-from adapter.health import EngineMonitor
-from adapter.http_errors import add_error_handlers
+from adapter.api import health, jobs, metrics, page, stream
+from adapter.api.error_handlers import add_error_handlers
+from adapter.api.openai import routes as openai
+from adapter.api.openapi import complete_description
+from adapter.auth.keys import Keyring
+from adapter.auth.middleware import Gate
+from adapter.auth.rate_limit import RateLimiter
+from adapter.db.database import Database
+from adapter.engine.monitor import EngineMonitor
+from adapter.engine.pool import EnginePool, Member
+from adapter.engine.reload_lease import HealStore, OldEngines, engine_name
+from adapter.engine.streaming import LiveRequests
+from adapter.engine.triton import TritonEngine
 from adapter.jobs.runner import JobRunner
 from adapter.jobs.service import JobService
 from adapter.jobs.store import JobStore
-from adapter.jobs.watch import JobWatcher
-from adapter.keys import Keyring
-from adapter.live import LiveRequests
-from adapter.logs import configure_logging, get_logger
-from adapter.loops import Loop
-from adapter.observe import Observe
-from adapter.pool import EnginePool, Member
-from adapter.rates import RateLimiter
-from adapter.routes import health, jobs, metrics, openai, page, stream
+from adapter.jobs.watcher import JobWatcher
+from adapter.periodic import Loop
 from adapter.settings import Settings, load_settings
 from adapter.shutdown import before_the_end
-from adapter.tracing import Tracer, make_tracer
-from adapter.triton import TritonEngine
+from adapter.telemetry.logs import configure_logging, get_logger
+from adapter.telemetry.middleware import Observe
+from adapter.telemetry.tracing import Tracer, make_tracer
+from adapter.types import Engine
 
 log = get_logger()
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from dllm_engine import LLM, Prompt
-from dllm_engine.scheduler import Scheduler
+from dllm_engine.loop.scheduler import Scheduler
 
 from benchmarks.common import DEMO_CHECKPOINT, RESULTS, write_json
 from benchmarks.simulator import (

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from dllm_engine.cache import CachePolicy, PageAllocator, reserved_rows
+from dllm_engine.memory import CachePolicy, PageAllocator, reserved_rows
 from dllm_engine.ops import Head
 from dllm_engine.request import CACHE_POLICIES
 from dllm_engine.sampling import RowSampling, SamplingFlags, SpecialTokens, sample_candidates

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dllm_engine.scheduler import Request, Scheduler
+from dllm_engine.loop.scheduler import Request, Scheduler
 
 from benchmarks.common import RESULTS, write_json
 from benchmarks.latency import STATIC_BATCH, arrivals

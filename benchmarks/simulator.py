@@ -11,9 +11,9 @@ import heapq
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from dllm_engine.cache import PageAllocator
+from dllm_engine.loop.scheduler import Request, Scheduler
+from dllm_engine.memory import PageAllocator
 from dllm_engine.request import Prompt, SamplingParams
-from dllm_engine.scheduler import Request, Scheduler
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 from dllm_engine import LLM, Engine, Prompt, SamplingParams
-from dllm_engine.batch import build_batch
 from dllm_engine.ops import Upload
+from dllm_engine.state.batch import build_batch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.checkpoints import llada_60m

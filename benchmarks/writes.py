@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from adapter import database
-from adapter.generation import Event
+from adapter.db import database
 from adapter.jobs.store import JobStore
+from adapter.types import Event
 from benchmarks.common import RESULTS, write_json
 
 MIB = 2**20

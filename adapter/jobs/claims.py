@@ -23,8 +23,8 @@ from sqlalchemy import (
     update,
 )
 
+from adapter.db.tables import counters, jobs
 from adapter.jobs.job import JobState
-from adapter.tables import counters, jobs
 
 #: So many jobs that were lost before may run at a time, all workers together.
 SUSPECTS_AT_ONCE = 8

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from adapter.generation import DEFAULT_PRIORITY, Inputs
+from adapter.types import DEFAULT_PRIORITY, Inputs
 
 
 class JobState(StrEnum):

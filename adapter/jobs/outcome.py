@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from adapter.generation import Event
+from adapter.types import Event
 
 
 @dataclass(frozen=True, slots=True)

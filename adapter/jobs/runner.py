@@ -8,10 +8,9 @@ from typing import Self, assert_never
 
 import structlog
 
+from adapter.engine.pool import EnginePool
 from adapter.errors import StoreUnavailable
-from adapter.generation import Inputs
 from adapter.jobs.claims import lost_before_last
-from adapter.jobs.drive import Drive
 from adapter.jobs.job import ClaimedJob, Job, JobState, Terms
 from adapter.jobs.outcome import (
     Dropped,
@@ -23,13 +22,14 @@ from adapter.jobs.outcome import (
     kind_of,
     reason_of,
 )
+from adapter.jobs.run import Drive
 from adapter.jobs.store import JobStore
-from adapter.logs import get_logger
-from adapter.loops import Loop
-from adapter.metrics import JOB_QUEUE_SECONDS, JOB_RUN_SECONDS, JOBS_SETTLED
-from adapter.pool import EnginePool
+from adapter.periodic import Loop
 from adapter.settings import Settings
-from adapter.tracing import TRACEPARENT
+from adapter.telemetry.logs import get_logger
+from adapter.telemetry.metrics import JOB_QUEUE_SECONDS, JOB_RUN_SECONDS, JOBS_SETTLED
+from adapter.telemetry.tracing import TRACEPARENT
+from adapter.types import Inputs
 
 log = get_logger()
 

@@ -3,15 +3,15 @@
 import asyncio
 from collections.abc import Sequence
 
+from adapter.engine.pool import EnginePool
 from adapter.errors import EngineError, InvalidRequest, JobNotFound, TooManyCalls
-from adapter.generation import Inputs
 from adapter.jobs.job import STANDARD_TERMS, Job, JobState, Terms
 from adapter.jobs.runner import JobRunner
 from adapter.jobs.store import JobStore
-from adapter.jobs.watch import JobWatcher
-from adapter.logs import get_logger
-from adapter.metrics import JOBS_SUBMITTED
-from adapter.pool import EnginePool
+from adapter.jobs.watcher import JobWatcher
+from adapter.telemetry.logs import get_logger
+from adapter.telemetry.metrics import JOBS_SUBMITTED
+from adapter.types import Inputs
 
 log = get_logger()
 

@@ -21,10 +21,11 @@ from sqlalchemy import (
     update,
 )
 
-from adapter.database import Database
+from adapter.db.database import Database
+from adapter.db.tables import counters, jobs, submissions
 from adapter.errors import TooManyJobs
-from adapter.generation import Event, Inputs
 from adapter.jobs.claims import QUEUED, RUNNING, hold_counter, look_at_queue, take_up
+from adapter.jobs.idempotency import Submission, forget, ids_of, remember
 from adapter.jobs.job import (
     STANDARD_TERMS,
     UNDONE,
@@ -35,9 +36,8 @@ from adapter.jobs.job import (
     engine_request_id,
     late,
 )
-from adapter.jobs.submissions import Submission, forget, ids_of, remember
-from adapter.metrics import JOBS_DONE
-from adapter.tables import counters, jobs, submissions
+from adapter.telemetry.metrics import JOBS_DONE
+from adapter.types import Event, Inputs
 
 Clock = Callable[[], float]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from adapter.keys import entry_of
+from adapter.auth.keys import entry_of
 from launcher.tritonserver import TritonServer
 from tests.conftest import StartAdapter
 from tests.support.servers import AdapterServer, eventually, metric, settled_counters

@@ -44,7 +44,7 @@ def split(tmp_path: Path) -> Iterator[TritonServer]:
 def rank_of(server: TritonServer) -> psutil.Process:
     """The process of the only rank besides the engine's own."""
     (rank,) = stub_of(server, "dllm").children()
-    assert any("dllm_engine.rank" in part for part in rank.cmdline())
+    assert any("dllm_engine.execution.rank_worker" in part for part in rank.cmdline())
     return rank
 
 

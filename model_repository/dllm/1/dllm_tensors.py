@@ -20,7 +20,7 @@ from dllm_engine import (
     SamplingParams,
     Usage,
 )
-from dllm_engine.scheduler import Request
+from dllm_engine.loop.scheduler import Request
 
 Inputs = Mapping[str, Any]
 

@@ -13,10 +13,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from adapter.app import create_app
+from adapter.engine.monitor import EngineMonitor
 from adapter.errors import AdapterError, EngineDead
-from adapter.generation import DEFAULT_PRIORITY, Canvas, Detail, Event, Inputs, Usage, Verdict
-from adapter.health import EngineMonitor
 from adapter.settings import Settings
+from adapter.types import DEFAULT_PRIORITY, Canvas, Detail, Event, Inputs, Usage, Verdict
 
 DONE = Event("an answer", "length", Usage(3, 32, 32, 32), seed=7)
 SIGN_OF_LIFE = Event("an")

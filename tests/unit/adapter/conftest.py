@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from adapter_fakes import HandClock, ScriptedEngine
 
-from adapter.database import Database
+from adapter.db.database import Database
 from adapter.jobs.store import JobStore
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ import httpx
 import pytest
 from adapter_fakes import DONE, SIGN_OF_LIFE, ScriptedEngine, fast_settings, running_app, until
 
-from adapter.generation import Event, Inputs
 from adapter.jobs.job import Job, JobState
 from adapter.jobs.store import JobStore
+from adapter.types import Event, Inputs
 from launcher.ports import free_port
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from dllm_engine import LLM, Engine, EngineConfig, EngineWorker, InvalidConfig, SamplingParams
-from dllm_engine.shard import rank_device
+from dllm_engine.execution.model_runner import rank_device
 
 #: Devices made current, with the name of the thread they were made so for.
 Bindings = list[tuple[str, str]]

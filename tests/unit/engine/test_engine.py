@@ -138,7 +138,7 @@ def test_who_waits_gives_signs_of_life_and_gives_up_in_time(
 ) -> None:
     """A request without a place sends updates too, all masks, until it has waited enough."""
     clock = time.monotonic()
-    monkeypatch.setattr("dllm_engine.engine.time.monotonic", lambda: clock)
+    monkeypatch.setattr("dllm_engine.loop.engine.time.monotonic", lambda: clock)
     engine = make_engine(checkpoint, max_num_seqs=1)
     params = SamplingParams(gen_length=40, ignore_eos=True)
     running, waiting, late = (

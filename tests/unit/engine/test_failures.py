@@ -6,14 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dllm_engine import (
-    Engine,
-    EngineDead,
-    Prompt,
-    QueueTimeout,
-    RequestFailed,
-    SamplingParams,
-)
+from dllm_engine import Engine, EngineDead, Prompt, QueueTimeout, RequestFailed, SamplingParams
 
 from tests.support.checkpoints import MASK
 from tests.support.engines import PROMPT, make_engine, run, submit
@@ -226,7 +219,7 @@ def test_whoever_waited_too_long_hears_of_it_though_the_device_goes(
 ) -> None:
     """An update that was ready before the step in which the device is lost is not lost with it."""
     clock = time.monotonic()
-    monkeypatch.setattr("dllm_engine.engine.time.monotonic", lambda: clock)
+    monkeypatch.setattr("dllm_engine.loop.engine.time.monotonic", lambda: clock)
     engine = make_engine(checkpoint, max_num_seqs=1)
     submit(engine, gen_length=8)
     params = SamplingParams(gen_length=8)

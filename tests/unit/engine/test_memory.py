@@ -16,8 +16,8 @@ from dllm_engine import (
     Prompt,
 )
 from dllm_engine import SamplingParams as Params
-from dllm_engine.cache import CachePolicy, PageAllocator, kept_rows, reserved_rows
-from dllm_engine.memory import PeakMeter, parse_limit
+from dllm_engine.memory import CachePolicy, PageAllocator, kept_rows, reserved_rows
+from dllm_engine.memory.plan import PeakMeter, parse_limit
 from dllm_engine.models import read_spec
 from hypothesis import given
 from hypothesis import strategies as st

@@ -167,7 +167,7 @@ def test_whole_rows_take_no_more_than_was_planned(
         peaks.append(meter.peak)
         return found
 
-    monkeypatch.setattr("dllm_engine.shard.sample_candidates", measured)
+    monkeypatch.setattr("dllm_engine.execution.model_runner.sample_candidates", measured)
     params = SamplingParams(gen_length=20, temperature=1.0, top_p=0.9, top_k=5, ignore_eos=True)
     engine.add(engine.make_request(Prompt([1, 2, 3]), params))
     engine.step()

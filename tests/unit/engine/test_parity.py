@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from dllm_engine import LLM, CanvasUpdate, Completion, EngineConfig, Prompt, SamplingParams
-from dllm_engine.canvas import CanvasTable
+from dllm_engine.state.canvas import CanvasTable
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 

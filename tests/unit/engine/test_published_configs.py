@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from dllm_engine.models import ModelSpec, dream, llada, read_spec
-from dllm_engine.text import TextCodec
+from dllm_engine.tokenizer import TextCodec
 
 from tests.support.checkpoints import DREAM_MASK, DREAM_SPECIALS, write_dream
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from dllm_engine import LLM, EngineConfig, InvalidConfig, SamplingParams
-from dllm_engine.memory import check_weights
+from dllm_engine.memory.plan import check_weights
 from dllm_engine.models import dream, llada, load_model, read_spec
 from dllm_engine.ops import GatedLinear, Linear, make_quantizer
 from dllm_engine.parallel import Group

@@ -11,7 +11,7 @@ import pytest
 import torch
 from dllm_engine import LLM, FinishReason, Prompt, SamplingParams
 from dllm_engine.request import CACHE_POLICIES
-from dllm_engine.text import TextCodec
+from dllm_engine.tokenizer import TextCodec
 
 from tests.support.cached_reference import PlainModel, generate_cached
 from tests.support.checkpoints import (

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from dllm_engine import LLM, Prompt, SamplingParams
-from dllm_engine.ops import TILE, Head
-from dllm_engine.sampling import RowSampling, SpecialTokens, noise, sample_candidates
+from dllm_engine.ops import TILE, Head, noise
+from dllm_engine.sampling import RowSampling, SpecialTokens, sample_candidates
 from torch import Tensor
 
 from benchmarks.allocations import AllocationMeter

@@ -5,9 +5,9 @@ import random
 from typing import Any
 
 import pytest
-from dllm_engine.cache import PageAllocator
+from dllm_engine.loop.scheduler import Request, Scheduler
+from dllm_engine.memory import PageAllocator
 from dllm_engine.request import Prompt, SamplingParams
-from dllm_engine.scheduler import Request, Scheduler
 
 
 def make(request_id: int, rows: int, **fields: int) -> Request:

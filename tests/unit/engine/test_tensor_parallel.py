@@ -26,9 +26,9 @@ from dllm_engine import (
     Prompt,
     SamplingParams,
 )
-from dllm_engine.alarm import Alarm
 from dllm_engine.models import load_model, loader, read_spec
 from dllm_engine.parallel import Group, Ranks
+from dllm_engine.watchdog import Alarm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -42,7 +42,11 @@ from tests.unit.engine.test_parity import NO_SHRINK
 def ranks_of(pid: int) -> list[psutil.Process]:
     """The rank processes that a process has started."""
     children = psutil.Process(pid).children()
-    return [p for p in children if any("dllm_engine.rank" in part for part in p.cmdline())]
+    return [
+        p
+        for p in children
+        if any("dllm_engine.execution.rank_worker" in part for part in p.cmdline())
+    ]
 
 
 @pytest.fixture(scope="module", params=["llada", "dream"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dllm_engine import CheckpointError, InvalidRequest
-from dllm_engine.text import TextCodec, find_stop
+from dllm_engine.tokenizer import TextCodec, find_stop
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models

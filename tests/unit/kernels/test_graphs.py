@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dllm_engine import LLM, shard
-from dllm_engine.cache import KVPages
-from dllm_engine.graphs import GRAPH_BYTES, ForwardGraphs, cuda_recorder, graph_sizes
+from dllm_engine import LLM
+from dllm_engine.execution import model_runner as shard
+from dllm_engine.execution.graphs import GRAPH_BYTES, ForwardGraphs, cuda_recorder, graph_sizes
+from dllm_engine.memory import KVPages
 from dllm_engine.models import DiffusionModel, load_model, read_spec
 from dllm_engine.ops import FlatLayout, LayerPages, choose_operations
 from dllm_engine.ops.layout import FlatSelection

@@ -6,10 +6,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from dllm_engine.ops import Choice, Head, HeadStatistics
+from dllm_engine.ops import Choice, Head, HeadStatistics, noise
 from dllm_engine.ops.kernels import head as kernels
-from dllm_engine.sampling import LISTED, Credits, SpecialTokens, noise, sample_candidates
-from dllm_engine.sampling.merge import _joined
+from dllm_engine.sampling import LISTED, Credits, SpecialTokens, sample_candidates
+from dllm_engine.sampling.rank_merge import _joined
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor

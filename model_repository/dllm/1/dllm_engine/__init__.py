@@ -1,8 +1,7 @@
 """The diffusion engine: continuous batching of LLaDA-class models at every denoising step."""
 
-from .config import EngineConfig
-from .engine import Engine, EngineStats
-from .errors import (
+from dllm_engine.config import EngineConfig
+from dllm_engine.errors import (
     CheckpointError,
     DllmError,
     EngineDead,
@@ -13,9 +12,17 @@ from .errors import (
     QueueTimeout,
     RequestFailed,
 )
-from .llm import LLM
-from .request import CanvasUpdate, Completion, FinishReason, Prompt, SamplingParams, Usage
-from .worker import EngineWorker
+from dllm_engine.llm import LLM
+from dllm_engine.loop.engine import Engine, EngineStats
+from dllm_engine.loop.engine_thread import EngineWorker
+from dllm_engine.request import (
+    CanvasUpdate,
+    Completion,
+    FinishReason,
+    Prompt,
+    SamplingParams,
+    Usage,
+)
 
 __all__ = [
     "LLM",

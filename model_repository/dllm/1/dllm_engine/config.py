@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from .errors import InvalidConfig, InvalidRequest
-from .request import CACHE_FIELDS, SamplingParams
+from dllm_engine.errors import InvalidConfig, InvalidRequest
+from dllm_engine.request import CACHE_FIELDS, SamplingParams
 
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "torch", "triton")

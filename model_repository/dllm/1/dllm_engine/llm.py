@@ -8,10 +8,10 @@ from typing import Any, Self
 
 from tqdm.auto import tqdm
 
-from .config import EngineConfig
-from .engine import Engine
-from .errors import InvalidRequest
-from .request import CanvasUpdate, Completion, Prompt, SamplingParams
+from dllm_engine.config import EngineConfig
+from dllm_engine.errors import InvalidRequest
+from dllm_engine.loop.engine import Engine
+from dllm_engine.request import CanvasUpdate, Completion, Prompt, SamplingParams
 
 
 class LLM:

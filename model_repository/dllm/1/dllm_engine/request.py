@@ -9,8 +9,8 @@ import secrets
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .decoding import ALG, COMMIT_FIELDS, COMPANIONS, REMASKING, is_given
-from .errors import InvalidRequest
+from dllm_engine.decoding import ALG, COMMIT_FIELDS, COMPANIONS, REMASKING, is_given
+from dllm_engine.errors import InvalidRequest
 
 if TYPE_CHECKING:
     import numpy as np

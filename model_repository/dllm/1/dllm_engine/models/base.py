@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import InvalidConfig
-from ..ops import (
+from dllm_engine.errors import InvalidConfig
+from dllm_engine.ops import (
     TORCH,
     GatedLinear,
     Head,
@@ -26,7 +26,7 @@ from ..ops import (
     RotaryTable,
     quantized_bytes,
 )
-from ..parallel import Group, SlicedHead
+from dllm_engine.parallel import Group, SlicedHead
 
 #: Our matrices that are split over ranks, and the dimension: outputs (0) of what a layer or the
 #: head begins with, inputs (1) of what puts a residual together again.

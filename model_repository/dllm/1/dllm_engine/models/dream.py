@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .base import ModelSpec
+from dllm_engine.models.base import ModelSpec
 
 ARCHITECTURES = ("DreamModel",)
 

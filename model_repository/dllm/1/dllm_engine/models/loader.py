@@ -19,11 +19,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import CheckpointError
-from ..ops import TORCH, Operations, make_quantizer
-from ..parallel import Group
-from . import dream, llada
-from .base import DiffusionModel, ModelSpec, is_quantizable, split_dim, stacked_rows
+from dllm_engine.errors import CheckpointError
+from dllm_engine.models import dream, llada
+from dllm_engine.models.base import (
+    DiffusionModel,
+    ModelSpec,
+    is_quantizable,
+    split_dim,
+    stacked_rows,
+)
+from dllm_engine.ops import TORCH, Operations, make_quantizer
+from dllm_engine.parallel import Group
 
 _FAMILIES: dict[str, ModuleType] = {
     **dict.fromkeys(llada.ARCHITECTURES, llada),

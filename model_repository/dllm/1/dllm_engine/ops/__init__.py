@@ -1,9 +1,9 @@
 """Numerical building blocks; they know tensors and nothing of requests."""
 
-from .attention import GATHER_BYTES, packed_attention, sequences_at_once
-from .dispatch import TORCH, Operations, choose_operations
-from .head import LOWEST, TILE, Choice, Head, HeadStatistics
-from .layout import (
+from dllm_engine.ops.attention import GATHER_BYTES, packed_attention, sequences_at_once
+from dllm_engine.ops.dispatch import TORCH, Operations, choose_operations
+from dllm_engine.ops.head import LOWEST, TILE, Choice, Head, HeadStatistics
+from dllm_engine.ops.layout import (
     FlatLayout,
     FlatSelection,
     FreshGroup,
@@ -13,12 +13,12 @@ from .layout import (
     PagedGroup,
     Selection,
 )
-from .linear import GatedLinear, Linear
-from .norm import rms_norm
-from .quantization import make_quantizer, quantized_bytes
-from .rotary import RotaryTable, apply_rotary
-from .selection import select_positions
-from .transfer import UPLOAD_BYTES, Array, Download, Upload
+from dllm_engine.ops.linear import GatedLinear, Linear
+from dllm_engine.ops.norm import rms_norm
+from dllm_engine.ops.quantization import make_quantizer, quantized_bytes
+from dllm_engine.ops.rotary import RotaryTable, apply_rotary
+from dllm_engine.ops.selection import select_positions
+from dllm_engine.ops.transfer import UPLOAD_BYTES, Array, Download, Upload
 
 __all__ = [
     "GATHER_BYTES",

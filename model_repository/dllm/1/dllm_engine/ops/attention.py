@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import FreshGroup, LayerPages, PackedLayout, PagedGroup
-from .selection import store_selection
+from dllm_engine.ops.layout import FreshGroup, LayerPages, PackedLayout, PagedGroup
+from dllm_engine.ops.selection import store_selection
 
 #: What attention to stored rows takes at once, unless one sequence takes more: on a CPU little,
 #: so that what is gathered is still in cache when it is read; on a GPU enough to keep it busy.

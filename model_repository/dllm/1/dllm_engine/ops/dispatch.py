@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import InvalidConfig
-from . import attention, linear, norm, rotary
-from .layout import LayerPages, Layout
-from .linear import AddedProduct, Product, SiluMul
+from dllm_engine.errors import InvalidConfig
+from dllm_engine.ops import attention, linear, norm, rotary
+from dllm_engine.ops.layout import LayerPages, Layout
+from dllm_engine.ops.linear import AddedProduct, Product, SiluMul
 
 
 class RmsNorm(Protocol):
@@ -84,7 +84,7 @@ def choose_operations(
     """
     operations = _choose(choice, device, dtype)
     if batch_invariant and operations.kernels:
-        from .kernels.linear import add_invariant_linear, invariant_linear
+        from dllm_engine.ops.kernels.linear import add_invariant_linear, invariant_linear
 
         return dataclasses.replace(
             operations, linear=invariant_linear, add_linear=add_invariant_linear
@@ -115,8 +115,8 @@ def _choose(choice: str, device: str, dtype: torch.dtype) -> Operations:
 
 def _triton_operations(dtype: torch.dtype) -> Operations:
     # Not at the top: the package is optional.
-    from .kernels import attention as attention_kernels
-    from .kernels import norm as norm_kernels
+    from dllm_engine.ops.kernels import attention as attention_kernels
+    from dllm_engine.ops.kernels import norm as norm_kernels
 
     return Operations(
         attention_kernels.packed_attention,  # type: ignore[arg-type]

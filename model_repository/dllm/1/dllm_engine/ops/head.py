@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .linear import can_pack, pack, packed_linear
+from dllm_engine.ops.linear import can_pack, pack, packed_linear
 
 #: Vocabulary per tile. The same for every batch: sums over tiles are then taken in the same order.
 TILE = 4096
@@ -104,14 +104,14 @@ class Head:
             listed: [rows, K] int64; tokens whose logits are wanted besides, −1 for none.
         """
         # Not at the top: the package triton is optional.
-        from .kernels.head import head_statistics
+        from dllm_engine.ops.kernels.head import head_statistics
 
         assert self._weight is not None, "the head was made without kernels"
         return head_statistics(hidden, self._weight, self.first, choice, listed)
 
     def statistics_bytes(self, *, noisy: bool, spread: bool) -> int:
         """Bytes per row that `statistics` takes while it runs."""
-        from .kernels.head import partial_bytes
+        from dllm_engine.ops.kernels.head import partial_bytes
 
         assert self._weight is not None, "the head was made without kernels"
         return partial_bytes(self._weight, noisy=noisy, spread=spread)

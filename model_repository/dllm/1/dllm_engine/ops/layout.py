@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .transfer import Array
+from dllm_engine.ops.transfer import Array
 
 
 @dataclasses.dataclass(frozen=True)

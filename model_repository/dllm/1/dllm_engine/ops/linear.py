@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .quantization import is_quantized
+from dllm_engine.ops.quantization import is_quantized
 
 #: x [rows, in_features], weight [out_features, in_features] and bias to x @ weight.T + bias.
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidConfig
+from dllm_engine.errors import InvalidConfig
 
 #: Bytes of each row besides its numbers: a float32 scale, to which int8 adds a zero point.
 _ROW_BYTES = {"int8": 5, "fp8": 4}

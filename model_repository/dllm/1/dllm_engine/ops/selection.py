@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import LayerPages, Selection
+from dllm_engine.ops.layout import LayerPages, Selection
 
 #: Products of queries and keys that are made at once, and of how many keys at least: some MiB,
 #: which a step has room for, where all would take far more than the step itself.

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import wire
+from dllm_engine.parallel import wire
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops import TILE, Head
-from .group import Group
+from dllm_engine.ops import TILE, Head
+from dllm_engine.parallel.group import Group
 
 
 class SlicedHead(Head):

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from ..errors import CheckpointError, DllmError, EngineDead, InvalidConfig
+from dllm_engine.errors import CheckpointError, DllmError, EngineDead, InvalidConfig
 
 logger = logging.getLogger("dllm_engine")
 
@@ -260,7 +260,7 @@ def _start(seat: Seat, task: object) -> _Rank:
         "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": str(seat.threads),
     }
-    entry = f"from {_PACKAGE.name}.rank import main; main"
+    entry = f"from {_PACKAGE.name}.execution.rank_worker import main; main"
     python = sys.executable or shutil.which("python3") or "python3"
     with theirs:
         process = subprocess.Popen(

@@ -1,10 +1,16 @@
 """From hidden states to committed tokens: candidates at masked positions, then a rule."""
 
-from .candidates import sample_candidates
-from .commit import BlockStatistics, CommitPlan, select_commits
-from .credit import LISTED, CreditLists, CreditRows, Credits
-from .rows import Candidates, RowSampling, SamplingFlags, SpecialTokens, needs_whole_row
-from .whole_rows import least_bytes
+from dllm_engine.sampling.candidates import sample_candidates
+from dllm_engine.sampling.commit import BlockStatistics, CommitPlan, select_commits
+from dllm_engine.sampling.credit import LISTED, CreditLists, CreditRows, Credits
+from dllm_engine.sampling.full_logits import least_bytes
+from dllm_engine.sampling.rows import (
+    Candidates,
+    RowSampling,
+    SamplingFlags,
+    SpecialTokens,
+    needs_whole_row,
+)
 
 __all__ = [
     "LISTED",

@@ -12,11 +12,17 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..ops import Head
-from .credit import Credits
-from .rows import Candidates, RowSampling, SpecialTokens, joined, needs_whole_row
-from .tiles import by_tiles
-from .whole_rows import by_whole_rows
+from dllm_engine.ops import Head
+from dllm_engine.sampling.credit import Credits
+from dllm_engine.sampling.full_logits import by_whole_rows
+from dllm_engine.sampling.rows import (
+    Candidates,
+    RowSampling,
+    SpecialTokens,
+    joined,
+    needs_whole_row,
+)
+from dllm_engine.sampling.tiles import by_tiles
 
 
 def sample_candidates(

@@ -11,8 +11,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..decoding import Rule, Score
-from . import noise, rules
+from dllm_engine.decoding import Rule, Score
+from dllm_engine.ops import noise
+from dllm_engine.sampling import rules
 
 
 @dataclasses.dataclass(frozen=True)

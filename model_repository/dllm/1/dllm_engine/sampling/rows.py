@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .credit import Credits
+from dllm_engine.sampling.credit import Credits
 
 #: Row counts are padded up to this. Matrix kernels choose their inner loops by row count for
 #: very few rows; from 8 rows on, a row's result was seen not to depend on its neighbours.

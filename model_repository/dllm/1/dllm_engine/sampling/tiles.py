@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import LOWEST, TILE, Choice, Head, HeadStatistics
-from ..parallel import SlicedHead
-from . import noise
-from .credit import Credits, decide
-from .merge import merge_over_ranks
-from .rows import (
+from dllm_engine.ops import LOWEST, TILE, Choice, Head, HeadStatistics, noise
+from dllm_engine.parallel import SlicedHead
+from dllm_engine.sampling.credit import Credits, decide
+from dllm_engine.sampling.rank_merge import merge_over_ranks
+from dllm_engine.sampling.rows import (
     ROW_MULTIPLE,
     Candidates,
     RowSampling,

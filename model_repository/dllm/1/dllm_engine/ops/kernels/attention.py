@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import FlatLayout, LayerPages
-from .operands import operand_type, precision
-from .selection import store_selection
+from dllm_engine.ops.kernels.operands import operand_type, precision
+from dllm_engine.ops.kernels.selection import store_selection
+from dllm_engine.ops.layout import FlatLayout, LayerPages
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..head import LOWEST, Choice, HeadStatistics
-from .operands import operand_type, precision
+from dllm_engine.ops.head import LOWEST, Choice, HeadStatistics
+from dllm_engine.ops.kernels.operands import operand_type, precision
 
 #: At most so many splits of the vocabulary: the multiprocessors of an H100.
 _SPLITS = 132

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .operands import operand_type, precision
+from dllm_engine.ops.kernels.operands import operand_type, precision
 
 
 @dataclasses.dataclass(frozen=True)

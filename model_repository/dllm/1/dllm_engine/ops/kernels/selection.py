@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import FlatLayout, FlatSelection, LayerPages
-from .operands import operand_type, precision
+from dllm_engine.ops.kernels.operands import operand_type, precision
+from dllm_engine.ops.layout import FlatLayout, FlatSelection, LayerPages
 
 #: Rows and candidates that are multiplied at once, and by how many warps, by bytes of a number:
 #: float32 is multiplied with whole operands in registers.

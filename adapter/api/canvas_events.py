@@ -1,0 +1,148 @@
+"""What somebody who watches a canvas is shown, event by event."""
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Self
+
+from fastapi.sse import KEEPALIVE_COMMENT
+from pydantic import BaseModel, Field
+
+from adapter.api.sse import sse
+from adapter.engine.streaming import LiveRequest
+from adapter.errors import AdapterError
+from adapter.types import Canvas, Event
+
+CONFIDENCE_DIGITS = 6  # all that a 32-bit float holds
+
+
+class Block(BaseModel):
+    """A block of the canvas; `end` is the position behind its last one."""
+
+    index: int
+    start: int
+    end: int
+
+
+class Committed(BaseModel):
+    """A position that was decoded since the event before, for good."""
+
+    position: int
+    token_id: int
+    text: str = Field(description='what it adds to the text; "" for special tokens')
+    confidence: float = Field(description="probability it was committed with")
+
+
+class Step(BaseModel):
+    """Event `step`: the canvas after a denoising step.
+
+    A reader that is slower than the steps gets fewer of these; `committed` then holds what all
+    the steps since the event before have committed.
+    """
+
+    step: int = Field(description="denoising steps run so far")
+    block: Block = Field(description="the block that the next step decodes")
+    canvas: list[str | None] = Field(
+        description="provisional: what each position adds to the text, null where it is masked"
+    )
+    committed: list[Committed]
+    final_text: str = Field(description="the beginning of the answer; it will not change")
+
+
+class Usage(BaseModel):
+    """What the request cost."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    steps: int
+    forward_passes: int
+
+
+class Done(BaseModel):
+    """Event `done`: the answer. Nothing follows."""
+
+    text: str
+    finish_reason: str
+    usage: Usage
+    seed: int
+
+    @classmethod
+    def of(cls, event: Event) -> Self:
+        """Show the last event of a request."""
+        assert event.usage is not None
+        assert event.seed is not None
+        usage = Usage.model_validate(event.usage, from_attributes=True)
+        return cls(text=event.text, finish_reason=event.finish_reason, usage=usage, seed=event.seed)
+
+
+class Failed(BaseModel):
+    """Event `error`: there will be no answer. Nothing follows."""
+
+    error: str
+
+
+class CanvasView:
+    """Tells from one event to the next what is new on a canvas.
+
+    Args:
+        given: the canvas as it was asked for, token by token; empty: all masks.
+    """
+
+    def __init__(self, given: Sequence[int]) -> None:
+        self._given = given
+        self._shown: set[int] = set()
+
+    def step(self, event: Event) -> Step:
+        """What to show of an event; each committed position appears in one of them."""
+        canvas, usage = event.canvas, event.usage
+        assert canvas is not None
+        assert usage is not None
+        index, start, end = canvas.block
+        return Step(
+            step=usage.steps,
+            block=Block(index=index, start=start, end=end),
+            canvas=[
+                text if confidence >= 0 else None
+                for text, confidence in zip(canvas.token_texts, canvas.confidence, strict=True)
+            ],
+            committed=self._committed(canvas),
+            final_text=event.text,
+        )
+
+    def _committed(self, canvas: Canvas) -> list[Committed]:
+        new = [
+            position
+            for position, confidence in enumerate(canvas.confidence)
+            if confidence >= 0 and position not in self._shown
+        ]
+        self._shown.update(new)
+        return [
+            Committed(
+                position=position,
+                token_id=canvas.token_ids[position],
+                text=canvas.token_texts[position],
+                confidence=round(canvas.confidence[position], CONFIDENCE_DIGITS),
+            )
+            for position in new
+            if not self._is_given(position, canvas.token_ids[position])
+        ]
+
+    def _is_given(self, position: int, token_id: int) -> bool:
+        # Where the caller asked for a token it holds the mask, which is never committed.
+        return bool(self._given) and self._given[position] == token_id
+
+
+async def denoising_events(
+    request: LiveRequest, view: CanvasView, *, heartbeat: float
+) -> AsyncGenerator[bytes, None]:
+    """A request as server-sent events: steps, then the answer or an error."""
+    try:
+        while True:
+            event = await request.next_event(heartbeat)
+            if event is None:
+                yield KEEPALIVE_COMMENT
+                continue
+            yield sse(view.step(event), "step")
+            if event.finish_reason:
+                yield sse(Done.of(event), "done")
+                return
+    except AdapterError as error:
+        yield sse(Failed(error=str(error)), "error")

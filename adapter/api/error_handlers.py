@@ -1,0 +1,91 @@
+"""The one place where errors become HTTP answers."""
+
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exception_handlers import http_exception_handler
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from adapter.api.openai import errors as openai
+from adapter.errors import AdapterError, InvalidRequest
+from adapter.telemetry.logs import get_logger
+
+log = get_logger()
+
+#: What the engine calls an input, and what it is called in a request.
+NAMES = {"text_input": "prompt"}
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer every error as `{"detail": ...}`, or in OpenAI's shape where OpenAI's clients call."""
+    app.add_exception_handler(AdapterError, _adapter_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _own_error)
+
+
+async def _adapter_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, AdapterError)
+    if error.status >= 500:
+        log.warning("call_failed", path=request.url.path, status=error.status, error=str(error))
+    status, body = error.status, {"detail": _detail(error)}
+    if openai.is_openai(request.url.path):
+        status, body = openai.status_and_body(error, openai.length_name(request))
+    return JSONResponse(body, status_code=status, headers=dict(error.headers))
+
+
+def _detail(error: AdapterError) -> str | list[dict[str, Any]]:
+    """What the engine refuses is reported like what is refused here: field by field."""
+    if not isinstance(error, InvalidRequest):
+        return str(error)
+    name, colon, reason = str(error).partition(": ")
+    path: list[str | int] = [NAMES.get(name, name)]
+    if error.prompt is not None:
+        path, reason = ["prompts", error.prompt], str(error)
+    elif not (colon and name.isidentifier()):
+        path, reason = [], str(error)
+    return [{"type": "engine_refusal", "loc": ["body", *path], "msg": reason}]
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """What the framework refuses: no such path, or no such method."""
+    assert isinstance(error, HTTPException)
+    if not openai.is_openai(request.url.path):
+        return await http_exception_handler(request, error)
+    body = openai.body(error.status_code, str(error.detail))
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+async def _own_error(request: Request, _error: Exception) -> JSONResponse:
+    """A defect of ours; the server writes what it is into the log, which is where it belongs."""
+    message = "the adapter met an error of its own"
+    is_openai = openai.is_openai(request.url.path)
+    body = openai.body(500, message) if is_openai else {"detail": message}
+    return JSONResponse(body, status_code=500)
+
+
+async def _validation_error(request: Request, error: Exception) -> JSONResponse:
+    """FastAPI's answer without the input.
+
+    Echoing a prompt helps nobody, and what is wrong with an input (NaN, half a character) may be
+    the very thing that cannot be written as JSON. A name that nobody knows may be so too.
+    """
+    assert isinstance(error, RequestValidationError)
+    if openai.is_openai(request.url.path):
+        body = openai.of_validation(error, openai.length_name(request))
+        return JSONResponse(body, status_code=400)
+    detail = [
+        {
+            "type": item["type"],
+            "loc": [part if isinstance(part, int) else _printable(part) for part in item["loc"]],
+            "msg": _printable(item["msg"]),
+        }
+        for item in error.errors()
+    ]
+    return JSONResponse({"detail": detail}, status_code=422)
+
+
+def _printable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()

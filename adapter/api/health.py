@@ -1,0 +1,26 @@
+"""For load balancers and orchestrators."""
+
+from typing import Literal
+
+from fastapi import APIRouter, Response
+
+from adapter.api.deps import PoolDep
+from adapter.api.schemas import Health
+
+router = APIRouter(prefix="/v1", tags=["health"])
+
+
+@router.get("/health", response_model_exclude_none=True, responses={503: {"model": Health}})
+async def health(pool: PoolDep, response: Response) -> Health:
+    """Ready to answer: send requests here."""
+    state = pool.state
+    if state.ok:
+        return Health(status="ok")
+    response.status_code = 503
+    return Health(status="unavailable", reason=state.reason)
+
+
+@router.get("/livez")
+async def livez() -> dict[str, Literal["ok"]]:
+    """Alive: restarting this process would help nobody, whatever the engine does."""
+    return {"status": "ok"}

@@ -1,0 +1,20 @@
+"""For Prometheus."""
+
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from adapter.api.deps import JobsDep
+from adapter.errors import StoreUnavailable
+from adapter.telemetry.metrics import exposition
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(jobs: JobsDep) -> Response:
+    """Counters and timings of all workers, in Prometheus's text format."""
+    try:
+        undone = {state.value: count for state, count in (await jobs.undone()).items()}
+    except StoreUnavailable:
+        undone = None  # the rest is worth knowing all the more
+    return Response(await exposition(undone), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,149 @@
+"""Running the requests of one OpenAI call: all of them, or none."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, aclosing
+
+from fastapi import Request
+from fastapi.sse import KEEPALIVE_COMMENT
+from pydantic import BaseModel
+
+from adapter.api.openai.errors import length_name, status_and_body
+from adapter.api.openai.formatters import Shape
+from adapter.api.schemas import GenerateRequest
+from adapter.api.sse import SETTLING_SECONDS, EventStream, sse, unless_gone
+from adapter.engine.streaming import LiveRequest, LiveRequests
+from adapter.errors import AdapterError
+from adapter.types import Detail, Event
+
+
+class Runner:
+    """Runs what one call asks for.
+
+    Args:
+        live: where requests run.
+        http: the call, whose end cancels them.
+        request_id: what they are called in the engine.
+        heartbeat: longest silence on a stream, in seconds.
+    """
+
+    def __init__(
+        self, live: LiveRequests, http: Request, *, request_id: str, heartbeat: float
+    ) -> None:
+        self._live = live
+        self._http = http
+        self._request_id = request_id
+        self._heartbeat = heartbeat
+
+    async def results(self, requests: Sequence[GenerateRequest]) -> list[Event]:
+        """The results, in order. Raises what ends any of the requests."""
+        async with AsyncExitStack() as stack:
+            running = self._begin(requests, Detail.RESULT, stack)
+            return await unless_gone(self._http, _results(running))
+
+    async def stream(
+        self, requests: Sequence[GenerateRequest], shape: Shape, *, includes_usage: bool
+    ) -> EventStream:
+        """The results as chunks. Raises what ends the requests at once."""
+        async with AsyncExitStack() as stack:
+            running = self._begin(requests, Detail.TEXT, stack)
+            # Begun together, refused together: the first one speaks for all.
+            await unless_gone(self._http, running[0].settled_in(SETTLING_SECONDS))
+            release = stack.pop_all().aclose
+        chunks = _chunks(
+            running,
+            shape,
+            includes_usage=includes_usage,
+            heartbeat=self._heartbeat,
+            length=length_name(self._http),
+        )
+        return EventStream(chunks, release)
+
+    def _begin(
+        self, requests: Sequence[GenerateRequest], detail: Detail, stack: AsyncExitStack
+    ) -> list[LiveRequest]:
+        """Begin the requests; leaving `stack` ends them."""
+        running = []
+        for index, request in enumerate(requests):
+            begun = self._live.start(
+                request.inputs(),
+                request_id=f"{self._request_id}-{index}" if index else self._request_id,
+                detail=detail,
+                priority=request.priority,
+                timeout=request.timeout,
+            )
+            stack.push_async_callback(begun.close)
+            running.append(begun)
+        return running
+
+
+async def _results(running: Sequence[LiveRequest]) -> list[Event]:
+    return [await request.result() for request in running]
+
+
+async def _chunks(
+    running: Sequence[LiveRequest],
+    shape: Shape,
+    *,
+    includes_usage: bool,
+    heartbeat: float,
+    length: str,
+) -> AsyncGenerator[bytes, None]:
+    def sent(chunk: BaseModel) -> bytes:
+        # With the usage asked for, chunks without it say so; else none has the field.
+        return sse(chunk.model_dump_json(exclude=None if includes_usage else {"usage"}))
+
+    now = asyncio.get_running_loop().time
+    spoke = now()
+    lengths = [0] * len(running)
+    results: dict[int, Event] = {}
+    try:
+        for index in range(len(running)):
+            if (opening := shape.opening(index)) is not None:
+                yield sent(opening)
+        async with aclosing(_merged(running, heartbeat)) as updates:
+            async for update in updates:
+                if update is None or now() - spoke >= heartbeat:
+                    yield KEEPALIVE_COMMENT
+                    spoke = now()
+                if update is None:
+                    continue
+                index, event = update
+                if len(event.text) > lengths[index]:
+                    yield sent(shape.piece(index, event.text[lengths[index] :]))
+                    lengths[index], spoke = len(event.text), now()
+                if event.finish_reason:
+                    results[index] = event
+                    yield sent(shape.ending(index, event))
+    except AdapterError as error:
+        yield sse(json.dumps(status_and_body(error, length)[1]))
+        return
+    if includes_usage:
+        yield sent(shape.usage(list(results.values())))
+    yield sse("[DONE]")
+
+
+async def _merged(
+    running: Sequence[LiveRequest], heartbeat: float
+) -> AsyncGenerator[tuple[int, Event] | None, None]:
+    """Events of all requests, with their numbers; None when there is none for so many seconds."""
+    waiting = {asyncio.create_task(r.next_event()): index for index, r in enumerate(running)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(
+                waiting, timeout=heartbeat, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not done:
+                yield None
+            for task in done:
+                index = waiting.pop(task)
+                event = task.result()
+                assert event is not None
+                yield index, event
+                if not event.finish_reason:
+                    waiting[asyncio.create_task(running[index].next_event())] = index
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)

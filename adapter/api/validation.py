@@ -1,0 +1,76 @@
+"""The limits that the settings put on a request, reported as FastAPI reports its own."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+
+from adapter.api.schemas import BatchRequest, GenerateRequest
+from adapter.settings import Settings
+
+Problem = dict[str, Any]
+
+
+def check_limits(body: GenerateRequest | BatchRequest, settings: Settings) -> None:
+    """Raise `RequestValidationError` naming every field that exceeds its limit, and the limit."""
+    if problems := list(_problems(body, settings)):
+        raise RequestValidationError(problems)
+
+
+def check_batch_size(field: str, items: Sequence[Any], settings: Settings) -> None:
+    """The same for the number of prompts in one call, under the name that the call has for them."""
+    if problems := list(_too_long(field, items, settings.max_batch_size, "List", "items")):
+        raise RequestValidationError(problems)
+
+
+def _problems(body: GenerateRequest | BatchRequest, settings: Settings) -> Iterator[Problem]:
+    if isinstance(body, BatchRequest):
+        yield from _too_long("prompts", body.prompts, settings.max_batch_size, "List", "items")
+        for index, prompt in enumerate(body.prompts[: settings.max_batch_size]):
+            yield from _too_long(("prompts", index), prompt, settings.max_prompt_chars)
+    else:
+        yield from _prompt_problems(body, settings.max_prompt_chars)
+        canvas = body.canvas_ids or []
+        yield from _too_long("canvas_ids", canvas, settings.max_gen_length, "List", "items")
+    yield from _too_large("temperature", body.temperature, settings.max_temperature)
+    yield from _too_large("gen_length", body.gen_length, settings.max_gen_length)
+    if body.timeout is not None:
+        yield from _too_large("timeout", body.timeout, settings.max_timeout)
+    if body.block_length is not None:
+        yield from _too_large("block_length", body.block_length, body.canvas_length)
+
+
+def _prompt_problems(body: GenerateRequest, limit: int) -> Iterator[Problem]:
+    if body.prompt is not None:
+        yield from _too_long("prompt", body.prompt, limit)
+    if body.suffix is not None:
+        yield from _too_long("suffix", body.suffix, limit)
+    if body.input_ids is not None:
+        yield from _too_long("input_ids", body.input_ids, limit, "List", "items")
+    if body.messages is not None:
+        # An empty message costs tokens too, so that every message counts for one character more.
+        content = "".join(message.content + "\n" for message in body.messages)
+        yield from _too_long("messages", content, limit, "All messages together", "characters")
+
+
+def _too_long(
+    field: str | tuple[str | int, ...],
+    value: Sequence[Any],
+    limit: int,
+    what: str = "String",
+    unit: str = "characters",
+) -> Iterator[Problem]:
+    if len(value) > limit:
+        message = f"{what} should have at most {limit} {unit}, not {len(value)}"
+        yield _problem("too_long", field, message)
+
+
+def _too_large(field: str, value: float, limit: float) -> Iterator[Problem]:
+    if value > limit:
+        message = f"Input should be less than or equal to {limit:g}"
+        yield _problem("less_than_equal", field, message)
+
+
+def _problem(kind: str, field: str | tuple[str | int, ...], message: str) -> Problem:
+    path = (field,) if isinstance(field, str) else field
+    return {"type": kind, "loc": ("body", *path), "msg": message}

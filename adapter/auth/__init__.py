@@ -1,0 +1,1 @@
+"""Who may call: API keys, rates, and the middleware that applies both."""

@@ -1,0 +1,119 @@
+"""Before any route: is the caller known, not too fast, and the body not too large?
+
+A middleware rather than a dependency, so that nothing of a body is read for a caller without a key,
+and no route can be forgotten.
+"""
+
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from adapter.auth.keys import Keyring
+from adapter.auth.rate_limit import RateLimiter
+from adapter.errors import AdapterError, BodyTooLarge, Unauthorized
+
+API = "/v1/"
+#: For load balancers and orchestrators, which have no key.
+OPEN = frozenset({"/v1/health", "/v1/livez"})
+METRICS = "/metrics"
+
+
+class Gate:
+    """Answers 401, 413 and 429 in the shape that the route's other errors have."""
+
+    def __init__(
+        self, app: ASGIApp, *, keyring: Keyring, max_body_bytes: int, guard_metrics: bool
+    ) -> None:
+        self._app = app
+        self._keyring = keyring
+        self._max_body_bytes = max_body_bytes
+        self._guard_metrics = guard_metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the call through, or answer it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        try:
+            path = _path_in_app(scope)
+            await self._admit(request, path)
+            body = await self._body(request)
+        except ClientDisconnect:
+            return
+        except AdapterError as error:
+            handler = request.app.exception_handlers[AdapterError]
+            response = await handler(request, error)
+            await response(scope, receive, send)
+            return
+        await self._app(scope, _Replay(body, receive), send)
+
+    async def _admit(self, request: Request, path: str) -> None:
+        guarded = path.startswith(API) and path not in OPEN
+        if not guarded and not (self._guard_metrics and path == METRICS):
+            return
+        name = None
+        if self._keyring.required:
+            name = self._keyring.name_of(_key(request))
+            if name is None:
+                msg = "a key is needed: X-API-Key: KEY, or Authorization: Bearer KEY"
+                raise Unauthorized(msg)
+        request.state.api_key = name
+        # Polls and cancellations cost the engine nothing.
+        if guarded and request.method == "POST":
+            limiter: RateLimiter | None = request.app.state.rate_limiter
+            if limiter is not None:
+                await limiter.hit(f"key:{name}" if name else f"address:{_address(request)}")
+
+    async def _body(self, request: Request) -> bytes | None:
+        """The whole body, which every route reads whole anyway; None where none is sent."""
+        length = request.headers.get("content-length", "")
+        if not length and "transfer-encoding" not in request.headers:
+            return None
+        if length.isdecimal() and int(length) > self._max_body_bytes:
+            raise self._too_large()
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > self._max_body_bytes:
+                raise self._too_large()
+        return bytes(body)
+
+    def _too_large(self) -> BodyTooLarge:
+        msg = f"the body may have {self._max_body_bytes} bytes at most (DLLM_MAX_BODY_BYTES)"
+        return BodyTooLarge(msg)
+
+
+class _Replay:
+    """`receive` of a request whose body has been read; later messages are passed on."""
+
+    def __init__(self, body: bytes | None, receive: Receive) -> None:
+        self._body = body
+        self._receive = receive
+
+    async def __call__(self) -> Message:
+        if self._body is None:
+            return await self._receive()
+        body, self._body = self._body, None
+        return {"type": "http.request", "body": body, "more_body": False}
+
+
+def _key(request: Request) -> str:
+    if key := request.headers.get("x-api-key"):
+        return key
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
+
+
+def _address(request: Request) -> str:
+    """Where the call comes from; behind a proxy, as uvicorn's `--forwarded-allow-ips` has it."""
+    return request.client.host if request.client else "unknown"
+
+
+def _path_in_app(scope: Scope) -> str:
+    """The path that routes are matched with: without the prefix a proxy has added."""
+    path: str = scope["path"]
+    prefix = scope.get("root_path", "").rstrip("/")
+    if prefix and path.startswith(f"{prefix}/"):
+        return path[len(prefix) :]
+    return path

@@ -1,0 +1,1 @@
+"""Jobs in SQL: connections, tables and migrations, for SQLite and PostgreSQL."""

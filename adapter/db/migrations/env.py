@@ -1,0 +1,13 @@
+"""Where alembic finds the connection: `adapter.db.database` hands it one, inside a transaction."""
+
+from alembic import context
+
+from adapter.db.tables import metadata
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    target_metadata=metadata,
+    render_as_batch=True,  # SQLite changes little about a table in place
+)
+with context.begin_transaction():
+    context.run_migrations()

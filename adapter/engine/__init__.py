@@ -1,0 +1,1 @@
+"""The engines behind the adapter: gRPC streams, their pool and their health."""

@@ -1,0 +1,192 @@
+"""Several tritonservers as one: each is watched on its own, and requests go where there is least.
+
+gRPC could balance by itself, but it knows servers only, not engines: a server whose model has died
+still takes connections, must be told by itself to load the model again, and takes only its own
+streams with it.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AsyncExitStack, aclosing
+from types import TracebackType
+from typing import Self
+
+from adapter.engine.monitor import EngineMonitor, EngineState
+from adapter.engine.validation_cache import Verdicts
+from adapter.errors import EngineError, InvalidRequest, Overloaded
+from adapter.telemetry.metrics import INFLIGHT, count_usage
+from adapter.telemetry.tracing import TRACEPARENT, Tracer
+from adapter.types import DEFAULT_PRIORITY, Detail, Engine, Event, Inputs
+
+FIRST_PAUSE = 0.25
+LONGEST_PAUSE = 8.0
+
+
+class Member:
+    """One engine, whoever watches it, and what this worker has running there."""
+
+    def __init__(
+        self, name: str, engine: Engine, monitor: EngineMonitor, *, tracer: Tracer
+    ) -> None:
+        self.name = name
+        self._tracer = tracer
+        self.engine = engine
+        self.monitor = monitor
+        self.inflight = 0
+        self._verdicts = Verdicts()
+        self._pause = 0.0
+        self._not_before = 0.0
+
+    @property
+    def available(self) -> bool:
+        """It answers, and has not turned a request away just now."""
+        return self.monitor.state.ok and self.rest <= 0
+
+    @property
+    def rest(self) -> float:
+        """Seconds that it is to be left alone."""
+        return self._not_before - _now()
+
+    async def generate(
+        self,
+        inputs: Inputs,
+        *,
+        request_id: str,
+        detail: Detail = Detail.RESULT,
+        priority: int = DEFAULT_PRIORITY,
+    ) -> AsyncGenerator[Event, None]:
+        """As `Engine.generate`, learning from what happens how the engine does."""
+        self.inflight += 1
+        INFLIGHT.inc()
+        span = self._tracer.request(request_id)
+        TRACEPARENT.set(span.traceparent)
+        try:
+            events = self.engine.generate(
+                inputs, request_id=request_id, detail=detail, priority=priority
+            )
+            async with aclosing(events):
+                async for event in events:
+                    self.monitor.saw_life()
+                    if not event.waits:
+                        span.step(event)
+                    if event.finish_reason:
+                        self._pause = 0.0
+                        if event.usage is not None:
+                            count_usage(event.usage)
+                    yield event
+        except InvalidRequest as error:
+            span.fail(error)
+            raise
+        except EngineError as error:
+            span.fail(error)
+            self._back_off()
+            if not isinstance(error, Overloaded):
+                self.monitor.suspect(error)
+            raise
+        finally:
+            self.inflight -= 1
+            INFLIGHT.dec()
+            span.end()
+
+    async def check(self, requests: Sequence[Inputs]) -> dict[int, str]:
+        """Why it would refuse which of these, by their indices. Raises an `EngineError`."""
+        incarnation = self.monitor.generation
+        unknown = [
+            index
+            for index, inputs in enumerate(requests)
+            if not self._verdicts.cover(inputs, incarnation)
+        ]
+        if not unknown:
+            return {}
+        found = await self.engine.check([requests[index] for index in unknown])
+        self.monitor.saw_life()
+        for index, verdict in zip(unknown, found, strict=True):
+            if not verdict.refusal:
+                self._verdicts.add(requests[index], incarnation, room=verdict.room)
+        return {i: v.refusal for i, v in zip(unknown, found, strict=True) if v.refusal}
+
+    def _back_off(self) -> None:
+        now = _now()
+        if now >= self._not_before:  # of many failures at once, only the first lengthens the pause
+            self._pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, 2 * self._pause))
+            self._not_before = now + self._pause
+
+
+class EnginePool:
+    """All engines; a context manager that keeps their monitors running, and closes them."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members = tuple(members)
+        self._turn = 0
+        self._exit = AsyncExitStack()
+
+    @property
+    def state(self) -> EngineState:
+        """Ready if one of them is; else the reasons of all."""
+        states = [member.monitor.state for member in self.members]
+        for state in states:
+            if state.ok:
+                return state
+        if len(states) == 1:
+            return states[0]
+        reasons = [f"{m.name}: {m.monitor.state.reason}" for m in self.members]
+        return EngineState(ok=False, reason="; ".join(reasons))
+
+    @property
+    def available(self) -> bool:
+        """Whether `pick` has one."""
+        return any(member.available for member in self.members)
+
+    @property
+    def rest(self) -> float:
+        """Seconds until one of those that answer may be asked again."""
+        return min((m.rest for m in self.members if m.monitor.state.ok), default=0.0)
+
+    @property
+    def why_none(self) -> str:
+        """Why `pick` has none."""
+        return self.state.reason or "the engine has turned requests away just now"
+
+    def pick(self, *, resting: bool = False) -> Member | None:
+        """The one with the least to do for this worker, or None while none is available.
+
+        `resting` ones, which are to be left alone for a while, are for those who cannot wait.
+        Of equals it is another one each time, since what is begun at once is not counted yet.
+        """
+        self._turn += 1
+        count = len(self.members)
+        in_turn = (self.members[(self._turn + step) % count] for step in range(count))
+        available = [
+            member
+            for member in in_turn
+            if member.available or (resting and member.monitor.state.ok)
+        ]
+        return min(available, key=lambda member: member.inflight, default=None)
+
+    def cancel(self, request_id: str) -> None:
+        """Have the requests of this id ended, wherever they run."""
+        for member in self.members:
+            member.engine.cancel(request_id)
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Call it after every change of an engine's state."""
+        for member in self.members:
+            member.monitor.listen(listener)
+
+    async def __aenter__(self) -> Self:
+        for member in self.members:
+            self._exit.push_async_callback(member.engine.close)
+            await self._exit.enter_async_context(member.monitor)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._exit.aclose()
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

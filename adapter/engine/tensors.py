@@ -1,0 +1,134 @@
+"""The model's tensors: what its inputs and outputs are called, made and read."""
+
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
+
+from adapter.types import Canvas, Event, Inputs, Usage
+
+#: Data type of every input (`model_repository/dllm/config.pbtxt`).
+INPUT_TYPES: Mapping[str, str] = {
+    "text_input": "BYTES",
+    "messages": "BYTES",
+    "input_ids": "INT32",
+    "suffix": "BYTES",
+    "canvas_ids": "INT32",
+    "temperature": "FP32",
+    "gen_length": "INT32",
+    "steps": "INT32",
+    "block_length": "INT32",
+    "cfg_scale": "FP32",
+    "remasking": "BYTES",
+    "confidence_threshold": "FP32",
+    "factor": "FP32",
+    "entropy_bound": "FP32",
+    "low_threshold": "FP32",
+    "credit": "BOOL",
+    "anchor_threshold": "FP32",
+    "neighbor_threshold": "FP32",
+    "alg": "BYTES",
+    "alg_temp": "FP32",
+    "top_p": "FP32",
+    "top_k": "INT32",
+    "seed": "INT64",
+    "logits_eos_inf": "BOOL",
+    "confidence_eos_eot_inf": "BOOL",
+    "stop": "BYTES",
+    "ignore_eos": "BOOL",
+    "cache": "BYTES",
+    "retention_ratio": "FP32",
+    "pool_kernel": "INT32",
+    "delay_steps": "INT32",
+    "refresh_interval": "INT32",
+    "priority": "INT32",
+    "alone": "BOOL",
+    "stream": "BOOL",
+    "stream_interval": "FP32",
+    "check": "BOOL",
+    "cancel": "BYTES",
+}
+#: How `struct` calls the numbers among them.
+FORMATS: Mapping[str, str] = {"INT32": "i", "INT64": "q", "FP32": "f", "BOOL": "?"}
+OUTPUTS = ("text_output", "finish_reason", "usage", "seed")
+CANVAS_OUTPUTS = ("token_ids", "token_texts", "confidence", "block")
+
+
+def make_request(
+    model_name: str, inputs: Inputs, *, request_id: str, outputs: Sequence[str]
+) -> ModelInferRequest:
+    """The inputs as a batch of one. Raises KeyError for a name that the model does not have.
+
+    Made as it goes over the wire: tritonclient's own inputs and outputs take numpy's arrays, which
+    costs more than all else about a small request.
+    """
+    request = ModelInferRequest(model_name=model_name, id=request_id)
+    for name, value in inputs.items():
+        datatype = INPUT_TYPES[name]
+        values = value if isinstance(value, list) else [value]
+        request.inputs.add(name=name, datatype=datatype, shape=(1, len(values)))
+        request.raw_input_contents.append(_content(datatype, values))
+    for name in outputs:
+        request.outputs.add(name=name)
+    return request
+
+
+def read_event(response: ModelInferResponse) -> Event:
+    """One response of the model; an output that it left out keeps its default."""
+    contents = {
+        output.name: content
+        for output, content in zip(response.outputs, response.raw_output_contents, strict=True)
+    }
+    usage = contents.get("usage")
+    seed = contents.get("seed")
+    return Event(
+        text=_text(contents.get("text_output")),
+        finish_reason=_text(contents.get("finish_reason")),
+        usage=None if usage is None else Usage(*_numbers("INT32", usage)),
+        seed=None if seed is None else _numbers("INT64", seed)[0],
+        canvas=_canvas(contents),
+    )
+
+
+def _canvas(contents: Mapping[str, bytes]) -> Canvas | None:
+    """The canvas, where the response has one."""
+    texts = contents.get("token_texts")
+    if texts is None:
+        return None
+    index, start, end = _numbers("INT32", contents["block"])
+    return Canvas(
+        token_ids=_numbers("INT32", contents["token_ids"]),
+        token_texts=[text.decode() for text in _strings(texts)],
+        confidence=_numbers("FP32", contents["confidence"]),
+        block=(index, start, end),
+    )
+
+
+def _content(datatype: str, values: Sequence[Any]) -> bytes:
+    if datatype == "BYTES":
+        encoded = [str(value).encode() for value in values]
+        return b"".join(len(text).to_bytes(4, "little") + text for text in encoded)
+    return struct.pack(f"<{len(values)}{FORMATS[datatype]}", *values)
+
+
+def _numbers(datatype: str, content: bytes) -> list[Any]:
+    kind = FORMATS[datatype]
+    return list(struct.unpack(f"<{len(content) // struct.calcsize(f'<{kind}')}{kind}", content))
+
+
+def _strings(content: bytes) -> list[bytes]:
+    """Each begins with its length."""
+    strings, start = [], 0
+    while start < len(content):
+        end = start + 4 + int.from_bytes(content[start : start + 4], "little")
+        strings.append(content[start + 4 : end])
+        start = end
+    return strings
+
+
+def _text(content: bytes | None) -> str:
+    if not content:
+        return ""
+    # PostgreSQL cannot keep a NUL.
+    return _strings(content)[0].decode(errors="replace").replace("\x00", "\ufffd")

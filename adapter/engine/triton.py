@@ -1,0 +1,276 @@
+"""The engine behind Triton: requests out, events in, gRPC errors mapped to ours."""
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager, suppress
+from typing import Any
+
+import grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from adapter.engine.tensors import CANVAS_OUTPUTS, INPUT_TYPES, OUTPUTS, make_request, read_event
+from adapter.errors import (
+    AdapterError,
+    EngineDead,
+    EngineError,
+    EngineFailure,
+    InvalidRequest,
+    ModelControlRefused,
+    Overloaded,
+    StreamLost,
+    TurnedAway,
+    Unavailable,
+)
+from adapter.telemetry.tracing import TRACEPARENT
+from adapter.types import DEFAULT_PRIORITY, Detail, Event, Inputs, Verdict
+
+CHECK_OUTPUTS = ("finish_reason", "text_output")
+CANCEL_OUTPUTS = ("finish_reason", "text_output")
+
+# Left alone, gRPC waits for up to two minutes before it looks for a server that went away.
+CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+)
+
+#: The id of no request: they all have a dash.
+NOBODY = "nobody"
+END_OF_STREAM_SECONDS = 1.0
+CANCEL_SECONDS = 5.0
+INDEX_SECONDS = 10.0
+
+#: What Triton says in a message; looked at first. On a stream an error has no code: the header
+#: `triton_grpc_error` would keep it, but with it a few refused requests in a row crash the server
+#: (2.51; docs/decisions/008-errors-by-text.md).
+ERROR_TEXTS: Sequence[tuple[str, type[AdapterError]]] = (
+    ("stub process", EngineDead),
+    ("request for unknown model", Unavailable),
+    ("exceeds maximum queue size", Overloaded),
+    ("request timeout expired", Overloaded),
+    ("the server is stopping", TurnedAway),
+    ("the engine takes no more requests", TurnedAway),
+    ("explicit model load / unload is not allowed", ModelControlRefused),
+)
+ERROR_CODES: Mapping[str, type[AdapterError]] = {
+    "INVALID_ARGUMENT": InvalidRequest,
+    "RESOURCE_EXHAUSTED": Overloaded,
+    "DEADLINE_EXCEEDED": Unavailable,
+    "UNAVAILABLE": Unavailable,
+    "NOT_FOUND": Unavailable,  # the model is not loaded
+    "CANCELLED": StreamLost,
+}
+REQUEST_ID_PREFIX = re.compile(r"^(in ensemble '[^']*', )?\[request id: [^\]]*\] ")
+
+
+def _keepalive(silence: float) -> Sequence[tuple[str, int]]:
+    """Have a connection that has died without a word, as with its host, closed within `silence`
+    seconds: gRPC would otherwise keep it, and every new stream on it, for a quarter of an hour.
+
+    Triton takes the fourth ping for abuse where it has sent nothing meanwhile: that is after twice
+    `silence`, and after two minutes at least, since gRPC sends no more than one a minute then.
+    """
+    half = round(silence * 1000) // 2
+    return (
+        ("grpc.keepalive_time_ms", half),
+        ("grpc.keepalive_timeout_ms", half),
+        ("grpc.http2.ping_timeout_ms", half),
+    )
+
+
+class TritonEngine:
+    """`generation.Engine` over Triton's gRPC API; make it inside a running event loop."""
+
+    def __init__(
+        self,
+        url: str,
+        model_name: str,
+        *,
+        stream_interval: float,
+        reload_timeout: float,
+        silence: float,
+    ) -> None:
+        self._url = url
+        options = (*CHANNEL_OPTIONS, *_keepalive(silence))
+        self._channel = grpc.aio.insecure_channel(url, options=options)
+        self._triton = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._model_name = model_name
+        self._stream_interval = stream_interval
+        self._reload_timeout = reload_timeout
+        self._cancelling: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        """Close the channel, and with it every stream."""
+        if self._cancelling:
+            await asyncio.wait(self._cancelling, timeout=CANCEL_SECONDS)
+        await self._channel.close()
+
+    async def generate(
+        self,
+        inputs: Inputs,
+        *,
+        request_id: str,
+        detail: Detail = Detail.RESULT,
+        priority: int = DEFAULT_PRIORITY,
+    ) -> AsyncGenerator[Event, None]:
+        """Stream the events of one request; see `generation.Engine.generate`."""
+        interval = self._stream_interval if detail is Detail.RESULT else 0.0
+        streaming: Inputs = {"stream": True, "stream_interval": interval, "priority": priority}
+        outputs = OUTPUTS + CANVAS_OUTPUTS if detail is Detail.CANVAS else OUTPUTS
+        request = self._request({**inputs, **streaming}, request_id=request_id, outputs=outputs)
+        ended = False
+        try:
+            async with aclosing(self._stream(request)) as events:
+                async for _, event in events:
+                    ended = bool(event.finish_reason)
+                    yield event
+                    if ended:
+                        return
+        except (asyncio.CancelledError, GeneratorExit):
+            if not ended:
+                self.cancel(request_id)
+            raise
+
+    async def check(self, requests: Sequence[Inputs]) -> list[Verdict]:
+        """Ask for all verdicts on one stream; see `generation.Engine.check`."""
+        questions = [
+            self._request({**inputs, "check": True}, request_id=str(index), outputs=CHECK_OUTPUTS)
+            for index, inputs in enumerate(requests)
+        ]
+        verdicts = [Verdict() for _ in requests]
+        async with aclosing(self._stream(*questions)) as events:
+            async for index, event in events:
+                valid = event.finish_reason == "valid"
+                verdicts[int(index)] = (
+                    Verdict(room=int(event.text)) if valid else Verdict(refusal=event.text)
+                )
+        return verdicts
+
+    def cancel(self, request_id: str) -> None:
+        """Tell the engine, which asks its callers now and then only whether they are there."""
+        task = asyncio.create_task(self._cancel(request_id), name="engine-cancel")
+        self._cancelling.add(task)
+        task.add_done_callback(self._cancelling.discard)
+
+    async def probe(self) -> str:
+        """See whether the engine takes steps: it answers between two of them, however many wait."""
+        return await self._end(NOBODY)
+
+    async def processes(self) -> int:
+        """Of how many instances the model is; those on GPUs are counted for each GPU."""
+        request = service_pb2.ModelConfigRequest(name=self._model_name)
+        with _mapped_errors():
+            answer = await self._triton.ModelConfig(request, timeout=INDEX_SECONDS)
+        groups = answer.config.instance_group
+        return sum(group.count * max(1, len(group.gpus)) for group in groups)
+
+    async def loading(self) -> bool:
+        """Whether Triton loads or unloads the model now: it goes on when who asked for it dies."""
+        request = service_pb2.RepositoryIndexRequest()
+        with _mapped_errors():
+            index = await self._triton.RepositoryIndex(request, timeout=INDEX_SECONDS)
+        states = {model.state for model in index.models if model.name == self._model_name}
+        return bool(states & {"LOADING", "UNLOADING"})
+
+    async def reload(self) -> None:
+        """Unload and load the model: loading alone does nothing while its files are the same.
+
+        Over a connection of its own, since the one that there is may be what has died; and without
+        pings, which Triton would take for abuse when a model is loaded for minutes.
+        """
+        name, bound = self._model_name, self._reload_timeout
+        unload = service_pb2.RepositoryModelUnloadRequest(model_name=name)
+        load = service_pb2.RepositoryModelLoadRequest(model_name=name)
+        try:
+            with _mapped_errors():
+                options = (*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
+                async with grpc.aio.insecure_channel(self._url, options=options) as channel:
+                    triton = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+                    await triton.RepositoryModelUnload(unload, timeout=bound)
+                    await triton.RepositoryModelLoad(load, timeout=bound)
+        except InvalidRequest as error:  # so Triton calls a model that does not load
+            raise EngineFailure(str(error)) from error
+
+    def _request(
+        self,
+        inputs: Inputs,
+        *,
+        request_id: str,
+        outputs: Sequence[str] = OUTPUTS,
+    ) -> service_pb2.ModelInferRequest:
+        return make_request(self._model_name, inputs, request_id=request_id, outputs=outputs)
+
+    async def _stream(
+        self, *requests: service_pb2.ModelInferRequest
+    ) -> AsyncGenerator[tuple[str, Event], None]:
+        """Events of requests that share a stream, each with its request's id."""
+        traceparent = TRACEPARENT.get()
+        headers = (("traceparent", traceparent),) if traceparent else None
+        call = self._triton.ModelStreamInfer(_each(requests), metadata=headers)
+        unanswered = len(requests)
+        try:
+            with _mapped_errors():
+                async for response in call:
+                    if response.error_message:
+                        raise map_error(None, response.error_message)
+                    event = read_event(response.infer_response)
+                    unanswered -= bool(event.finish_reason)
+                    if not unanswered:
+                        await _drain(call)
+                    yield response.infer_response.id, event
+        finally:
+            call.cancel()
+
+    async def _cancel(self, request_id: str) -> None:
+        with suppress(TimeoutError, EngineError):
+            async with asyncio.timeout(CANCEL_SECONDS):
+                await self._end(request_id)
+
+    async def _end(self, request_id: str) -> str:
+        """End the requests of this id; returns once the engine has, with when it was started."""
+        request = self._request({"cancel": request_id}, request_id="cancel", outputs=CANCEL_OUTPUTS)
+        async with aclosing(self._stream(request)) as events:
+            async for _, event in events:
+                return event.text
+        msg = "the stream of a cancel ended without an event"
+        raise StreamLost(msg)
+
+
+def map_error(code: str | None, message: str) -> AdapterError:
+    """Our error for a gRPC one: by its text where Triton's code says little, else by its code.
+
+    The engine's complaints about an input begin with the input's name and a colon.
+    """
+    text = REQUEST_ID_PREFIX.sub("", message).strip() or "no reason given"
+    if text.partition(":")[0] in INPUT_TYPES:
+        return InvalidRequest(text)
+    for fragment, kind in ERROR_TEXTS:
+        if fragment in text.lower():
+            return kind(text)
+    return ERROR_CODES.get(code or "", EngineFailure)(text)
+
+
+@contextmanager
+def _mapped_errors() -> Iterator[None]:
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise map_error(error.code().name, error.details() or "") from error
+
+
+async def _drain(responses: AsyncIterator[Any]) -> None:
+    """Let a stream end that has said all: Triton logs an error when it is cancelled instead."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(END_OF_STREAM_SECONDS):
+            async for _ in responses:
+                pass
+
+
+async def _each(
+    requests: Sequence[service_pb2.ModelInferRequest],
+) -> AsyncIterator[service_pb2.ModelInferRequest]:
+    for request in requests:
+        yield request

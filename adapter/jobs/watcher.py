@@ -1,0 +1,80 @@
+"""Waiting for jobs to be done, whichever worker drives them."""
+
+import asyncio
+from collections import defaultdict
+from types import TracebackType
+from typing import Self
+
+from adapter.jobs.job import Job
+from adapter.jobs.runner import JobRunner
+from adapter.jobs.store import JobStore
+from adapter.periodic import Loop
+
+POLL_SECONDS = 0.05
+
+
+class JobWatcher:
+    """Lets any number of callers wait; a context manager.
+
+    A job of this worker is reported by its runner. For all others together there is one query
+    per poll, however many callers wait.
+    """
+
+    def __init__(self, store: JobStore, runner: JobRunner) -> None:
+        self._store = store
+        self._runner = runner
+        runner.listen(self.notify)
+        self._waiting: defaultdict[int, set[asyncio.Future[Job | None]]] = defaultdict(set)
+        self._loop = Loop("job-watch", self._poll)
+        self.stopped = False
+
+    async def wait(self, job_id: int, seconds: float) -> Job | None:
+        """Wait until the job is done; None: look at it again, or the time is over."""
+        if self.stopped:
+            return None
+        done: asyncio.Future[Job | None] = asyncio.get_running_loop().create_future()
+        self._waiting[job_id].add(done)
+        if not self._runner.drives(job_id):
+            self._loop.wake()
+        try:
+            async with asyncio.timeout(seconds):
+                return await done
+        except TimeoutError:
+            return None
+        finally:
+            self._waiting[job_id].discard(done)
+            if not self._waiting[job_id]:
+                del self._waiting[job_id]
+
+    def notify(self, job_id: int, job: Job | None = None) -> None:
+        """It is worth looking at the job again, or this is what it will be from now on."""
+        for done in self._waiting.get(job_id, ()):
+            if not done.done():
+                done.set_result(job)
+
+    def stop(self) -> None:
+        """Let everybody go who waits: nobody is to be held up by them."""
+        self.stopped = True
+        for job_id in list(self._waiting):
+            self.notify(job_id)
+
+    async def __aenter__(self) -> Self:
+        await self._loop.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._loop.__aexit__(kind, error, trace)
+
+    async def _poll(self) -> float | None:
+        elsewhere = [job_id for job_id in self._waiting if not self._runner.drives(job_id)]
+        if not elsewhere:
+            return None
+        await asyncio.sleep(POLL_SECONDS)  # also keeps `wake` from hurrying the query
+        for job_id in await self._store.done_among(elsewhere):
+            self.notify(job_id)
+        return 0.0

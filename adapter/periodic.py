@@ -1,0 +1,78 @@
+"""A background loop that outlives whatever one of its steps raises."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Self
+
+from adapter.errors import StoreUnavailable
+from adapter.telemetry.logs import get_logger
+
+log = get_logger()
+
+
+class Loop:
+    """Runs `step` again and again; a context manager.
+
+    Between two steps it rests for as long as the step said, or for ever if it said None, unless
+    somebody calls `wake`. Leaving the context lets the running step end: a step that was cut
+    between a database write and its bookkeeping would leave a job that nobody drives.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        step: Callable[[], Awaitable[float | None]],
+        *,
+        on_error: Callable[[Exception], None] | None = None,
+        error_pause: float = 1.0,
+    ) -> None:
+        self._name = name
+        self._step = step
+        self._on_error = on_error
+        self._error_pause = error_pause
+        self._woken = asyncio.Event()
+        self._stopping = False
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._run(), name=self._name)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stopping = True
+        self._woken.set()
+        if self._task is not None:
+            await self._task
+
+    def wake(self) -> None:
+        """Begin the next step now."""
+        self._woken.set()
+
+    async def _run(self) -> None:
+        while not self._stopping:
+            self._woken.clear()
+            pause: float | None
+            try:
+                pause = await self._step()
+            except Exception as error:  # this frame must not die
+                if isinstance(error, StoreUnavailable):  # foreseen, and it says all there is
+                    log.warning("loop_failed", loop=self._name, error=str(error))
+                else:
+                    log.exception("loop_failed", loop=self._name)
+                if self._on_error is not None:
+                    self._on_error(error)
+                pause = self._error_pause
+            await self._rest(pause)
+
+    async def _rest(self, pause: float | None) -> None:
+        try:
+            async with asyncio.timeout(pause):
+                await self._woken.wait()
+        except TimeoutError:
+            return

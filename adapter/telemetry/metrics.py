@@ -1,0 +1,133 @@
+"""What is counted and timed, for Prometheus. Engine figures are on Triton's own port."""
+
+import asyncio
+import os
+from collections.abc import Iterator, Mapping
+
+from adapter.telemetry.multiprocess import VARIABLE, forget_the_dead  # before prometheus_client
+
+# isort: split
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.registry import Collector
+
+from adapter.types import Usage
+
+REGISTRY = CollectorRegistry()
+
+SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+LONG = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
+
+HTTP_REQUESTS = Counter(
+    "dllm_adapter_http_requests",
+    "Calls answered",
+    ["method", "route", "status"],
+    registry=REGISTRY,
+)
+HTTP_SECONDS = Histogram(
+    "dllm_adapter_http_request_seconds",
+    "Time until a call was answered; a held poll is held",
+    ["method", "route"],
+    buckets=(*SHORT, 30, 60, 300),
+    registry=REGISTRY,
+)
+JOBS_SUBMITTED = Counter("dllm_adapter_jobs_submitted", "Jobs accepted", registry=REGISTRY)
+JOBS_SETTLED = Counter(
+    "dllm_adapter_jobs_settled",
+    "What became of runs of jobs: finished, failed; lost or postponed, to run again; dropped",
+    ["outcome"],
+    registry=REGISTRY,
+)
+JOBS_DONE = Counter(
+    "dllm_adapter_jobs_done",
+    "Jobs by how they ended, each once, wherever it was then: finished, failed, cancelled",
+    ["state"],
+    registry=REGISTRY,
+)
+JOB_QUEUE_SECONDS = Histogram(
+    "dllm_adapter_job_queue_seconds",
+    "Time from a job's submission until a worker took it up",
+    buckets=LONG,
+    registry=REGISTRY,
+)
+JOB_RUN_SECONDS = Histogram(
+    "dllm_adapter_job_run_seconds",
+    "Time from then until it was finished, in the engine's queue and in its steps",
+    buckets=LONG,
+    registry=REGISTRY,
+)
+TOKENS = Counter("dllm_adapter_tokens", "Tokens of finished requests", ["kind"], registry=REGISTRY)
+STEPS = Counter(
+    "dllm_adapter_denoising_steps", "Denoising steps of finished requests", registry=REGISTRY
+)
+FORWARD_PASSES = Counter(
+    "dllm_adapter_forward_passes", "Forward passes of finished requests", registry=REGISTRY
+)
+INFLIGHT = Gauge(
+    "dllm_adapter_inflight_requests",
+    "Requests at Triton, waiting or running, of all workers",
+    multiprocess_mode="livesum",
+    registry=REGISTRY,
+)
+ENGINE_READY = Gauge(
+    "dllm_adapter_engine_ready",
+    "1 while the engine answers",
+    ["engine"],
+    multiprocess_mode="livemax",
+    registry=REGISTRY,
+)
+ENGINE_RELOADS = Counter(
+    "dllm_adapter_engine_reloads", "Engines replaced", ["engine"], registry=REGISTRY
+)
+STORE_SECONDS = Histogram(
+    "dllm_adapter_store_seconds",
+    "Time of transactions, with the wait for the database",
+    ["kind"],
+    buckets=SHORT,
+    registry=REGISTRY,
+)
+#: To find a label's figure takes longer than to change it.
+_STORE_SECONDS = {kind: STORE_SECONDS.labels(kind) for kind in ("read", "write")}
+_PROMPT_TOKENS, _COMPLETION_TOKENS = TOKENS.labels("prompt"), TOKENS.labels("completion")
+
+
+def count_usage(usage: Usage) -> None:
+    """A request has finished."""
+    _PROMPT_TOKENS.inc(usage.prompt_tokens)
+    _COMPLETION_TOKENS.inc(usage.completion_tokens)
+    STEPS.inc(usage.steps)
+    FORWARD_PASSES.inc(usage.forward_passes)
+
+
+def took(kind: str, seconds: float) -> None:
+    """A transaction is over."""
+    _STORE_SECONDS[kind].observe(seconds)
+
+
+async def exposition(jobs: Mapping[str, int] | None) -> bytes:
+    """The page that Prometheus reads: of all workers, with the jobs by state if they are known."""
+    registry = REGISTRY
+    if os.environ.get(VARIABLE):
+        forget_the_dead(mark_process_dead)
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    page = await asyncio.to_thread(generate_latest, registry)
+    if jobs is None:
+        return page
+    undone = CollectorRegistry()
+    undone.register(_Jobs(jobs))
+    return page + generate_latest(undone)
+
+
+class _Jobs(Collector):
+    """Jobs that are not done, as the database has them: those of all machines."""
+
+    def __init__(self, jobs: Mapping[str, int]) -> None:
+        self._jobs = jobs
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        family = GaugeMetricFamily("dllm_adapter_jobs", "Jobs that are not done", labels=["state"])
+        for state, count in self._jobs.items():
+            family.add_metric([state], count)
+        yield family

@@ -1,0 +1,85 @@
+"""Around every call: its id, its line in the log, its time, its span."""
+
+import re
+import time
+import uuid
+
+import structlog
+from fastapi import Request
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from adapter.telemetry.logs import get_logger
+from adapter.telemetry.metrics import HTTP_REQUESTS, HTTP_SECONDS
+from adapter.telemetry.tracing import TRACEPARENT, Tracer
+
+log = get_logger()
+
+HEADER = "X-Request-ID"
+#: What we take over from a caller; it goes into the log, the database and Triton's messages.
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+#: Asked for every few seconds by machines that keep their own record.
+ROUTINE = frozenset({"/v1/health", "/v1/livez", "/metrics"})
+
+
+class Observe:
+    """Gives every call an id, and tells log, metrics and traces what became of it."""
+
+    def __init__(self, app: ASGIApp, *, tracer: Tracer) -> None:
+        self._app = app
+        self._tracer = tracer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the call through and watch it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+        given = request.headers.get(HEADER, "")
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        span = self._tracer.call(f"{request.method} {scope['path']}", request.headers)
+        request.state.request_id = request_id
+        request.state.traceparent = span.traceparent
+        TRACEPARENT.set(span.traceparent)
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        began = time.perf_counter()
+        status = 0
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[HEADER] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except BaseException as error:
+            span.fail(error)
+            raise
+        finally:
+            seconds = time.perf_counter() - began
+            # A template, since ids would make a series of each job; unknown paths are all one.
+            route = getattr(scope.get("route"), "path", "none")
+            # 499 is nginx's word for a caller who left before the answer began.
+            HTTP_REQUESTS.labels(request.method, route, str(status or 499)).inc()
+            HTTP_SECONDS.labels(request.method, route).observe(seconds)
+            span.set(
+                {
+                    "http.route": route,
+                    "http.response.status_code": status,
+                    "request_id": request_id,
+                }
+            )
+            span.end()
+            write = log.debug if route in ROUTINE else log.info
+            write(
+                "call",
+                method=request.method,
+                path=scope["path"],
+                status=status,
+                milliseconds=round(1000 * seconds, 1),
+                client=request.client.host if request.client else None,
+                key=getattr(request.state, "api_key", None),
+            )
+            structlog.contextvars.unbind_contextvars("request_id")

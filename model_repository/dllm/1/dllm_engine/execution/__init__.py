@@ -1,0 +1,1 @@
+"""Runs the model: devices, one rank or several, recorded CUDA graphs."""

@@ -1,0 +1,164 @@
+"""The forward pass of small steps, recorded once for each size and replayed as one launch.
+
+A step of a few hundred rows is some ten kernels a layer, each shorter than the time the host takes
+to launch it. A CUDA graph launches them together. Its addresses and shapes are fixed, so a step is
+copied into buffers of the next larger size; what is added takes no part: sequences without rows,
+rows that are stored nowhere.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dllm_engine.models import DiffusionModel
+from dllm_engine.ops import FlatLayout, LayerPages
+
+logger = logging.getLogger("dllm_engine")
+
+#: Runs some work, and returns what does the same again.
+Recorder = Callable[[Callable[[], None]], Callable[[], None]]
+
+#: Rows of the largest graph where none are set: from about here on a GPU is busy with a kernel for
+#: longer than the host with its launch.
+LARGEST_ROWS = 512
+#: Device memory that a recorded graph takes besides its activations.
+GRAPH_BYTES = 16 * 2**20
+
+
+def graph_sizes(largest: int) -> list[int]:
+    """Rows of each graph up to `largest`: 16 · 2ⁿ and 48 · 2ⁿ, ascending."""
+    powers = [16 * 2**n for n in range(largest.bit_length())]
+    return sorted(size for size in {*powers, *(3 * size for size in powers)} if size <= largest)
+
+
+def cuda_recorder() -> Recorder:
+    """Records CUDA graphs that share one pool of memory, since only one runs at a time."""
+    pool = torch.cuda.graph_pool_handle()
+    # The same for all graphs: memory that a stream gives back is had again by that stream alone.
+    first, recorded = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    def record(work: Callable[[], None]) -> Callable[[], None]:
+        # Once as it is: kernels are compiled and libraries set up outside the recording.
+        first.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(first):
+            work()
+        torch.cuda.current_stream().wait_stream(first)
+        graph = torch.cuda.CUDAGraph()
+        # What other threads ask of the device meanwhile is none of this recording's.
+        mode = "thread_local"
+        with torch.cuda.graph(graph, pool=pool, stream=recorded, capture_error_mode=mode):
+            work()
+        return graph.replay
+
+    return record
+
+
+class ForwardGraphs:
+    """The recorded forward passes of one model.
+
+    Args:
+        pages: stored keys and values of each layer; graphs hold their addresses.
+        sizes: rows of each graph, ascending.
+        tile_rows: see `FlatLayout`.
+        max_sequences: that a step may have.
+        max_pages: of the longest sequence.
+        record: makes a replayable form of some work.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        pages: Sequence[LayerPages],
+        *,
+        sizes: list[int],
+        tile_rows: int,
+        max_sequences: int,
+        max_pages: int,
+        record: Recorder,
+    ) -> None:
+        device = model.embedding.device
+        self._model, self._pages = model, pages
+        self._tile_rows, self._max_sequences = tile_rows, max_sequences
+        self._sizes = sizes
+
+        def numbers(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        rows = sizes[-1]
+        sequences = self._sequences(rows)
+        self._input_ids, self._positions = numbers(rows), numbers(rows)
+        self._write_places = torch.full_like(self._input_ids, -1)
+        self._row_starts, self._row_counts = numbers(sequences), numbers(sequences)
+        self._held, self._tables = numbers(sequences), numbers(sequences, max_pages)
+        self._tile_sequence = numbers(self._tiles(rows))
+        self._tile_row = numbers(self._tiles(rows))
+        self._hidden = torch.zeros(
+            rows, model.spec.hidden_size, dtype=model.embedding.dtype, device=device
+        )
+        # The largest first: what it has given back to the pool is enough for each of the others.
+        self._replay = {
+            size: record(functools.partial(self._forward, size)) for size in reversed(sizes)
+        }
+        logger.info("recorded forward passes of %s rows", ", ".join(map(str, sizes)))
+
+    def run(self, input_ids: Tensor, positions: Tensor, layout: FlatLayout) -> Tensor | None:
+        """What `head_input` makes of the model's hidden states: [rows, hidden_size].
+
+        Valid until the next call. None: no graph is large enough, or the step stores a selection,
+        whose launches depend on it.
+        """
+        rows = len(input_ids)
+        place = bisect.bisect_left(self._sizes, rows)
+        if place == len(self._sizes) or layout.selection is not None:
+            return None
+        size = self._sizes[place]
+        tables = layout.tables
+        self._tables[: tables.shape[0], : tables.shape[1]] = tables
+        sequences, tiles = self._sequences(size), self._tiles(size)
+        for buffer, values in (
+            (self._input_ids, input_ids),
+            (self._positions, positions),
+            (self._write_places, layout.write_places),
+            (self._row_starts, layout.row_starts),
+            (self._row_counts, layout.row_counts),
+            (self._held, layout.held),
+            (self._tile_sequence, layout.tile_sequence),
+            (self._tile_row, layout.tile_row),
+        ):
+            assert values is not None
+            buffer[: len(values)] = values
+        # Behind these stands what an earlier step has left; three numbers keep it out of this one.
+        self._write_places[rows:size] = -1
+        self._row_counts[len(layout.row_counts) : sequences] = 0
+        self._tile_sequence[len(layout.tile_sequence) : tiles] = self._max_sequences
+        self._replay[size]()
+        return self._hidden[:rows]
+
+    def _sequences(self, rows: int) -> int:
+        return min(rows, self._max_sequences)
+
+    def _tiles(self, rows: int) -> int:
+        return rows // self._tile_rows + self._sequences(rows)
+
+    def _forward(self, size: int) -> None:
+        sequences, tiles = self._sequences(size), self._tiles(size)
+        layout = FlatLayout(
+            tile_rows=self._tile_rows,
+            row_starts=self._row_starts[:sequences],
+            row_counts=self._row_counts[:sequences],
+            held=self._held[:sequences],
+            tables=self._tables[:sequences],
+            tile_sequence=self._tile_sequence[:tiles],
+            tile_row=self._tile_row[:tiles],
+            write_places=self._write_places[:size],
+        )
+        hidden = self._model(
+            self._input_ids[:size], self._positions[:size], layout, pages=self._pages
+        )
+        self._hidden[:size] = self._model.head_input(hidden)

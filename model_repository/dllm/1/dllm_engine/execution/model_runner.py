@@ -1,0 +1,449 @@
+"""What one rank has of the model, and its part of a step: from input tokens to candidates.
+
+Without tensor parallelism there is one rank, and it has everything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dllm_engine.config import EngineConfig
+from dllm_engine.errors import InvalidConfig
+from dllm_engine.execution.graphs import (
+    GRAPH_BYTES,
+    LARGEST_ROWS,
+    ForwardGraphs,
+    cuda_recorder,
+    graph_sizes,
+)
+from dllm_engine.memory import KVPages
+from dllm_engine.memory.plan import (
+    PeakMeter,
+    available_bytes,
+    check_weights,
+    parse_limit,
+    plan_memory,
+)
+from dllm_engine.models import DiffusionModel, ModelSpec, head_copy_bytes, load_model
+from dllm_engine.ops import (
+    GATHER_BYTES,
+    UPLOAD_BYTES,
+    Choice,
+    FlatLayout,
+    FlatSelection,
+    LayerPages,
+    Layout,
+    Operations,
+    PackedLayout,
+    PagedGroup,
+    choose_operations,
+    make_quantizer,
+    sequences_at_once,
+)
+from dllm_engine.parallel import Group
+from dllm_engine.sampling import (
+    Candidates,
+    Credits,
+    RowSampling,
+    SpecialTokens,
+    least_bytes,
+    sample_candidates,
+)
+from dllm_engine.sampling.credit import LISTED
+from dllm_engine.sampling.rows import ROW_MULTIPLE
+from dllm_engine.state.batch import StepBatch
+from dllm_engine.state.canvas import CanvasTable
+
+logger = logging.getLogger("dllm_engine")
+
+#: Token budgets where none is set: enough rows to keep the device busy, few enough that a step is
+#: short.
+CPU_TOKEN_BUDGET = 2048
+GPU_TOKEN_BUDGET = 16384
+
+
+@dataclasses.dataclass(frozen=True)
+class StepInputs:
+    """What every rank must know of a step; see `StepBatch`."""
+
+    input_ids: Tensor
+    positions: Tensor
+    layout: Layout
+    rows: Tensor
+    uncond_rows: Tensor
+    cfg_scale: Tensor | None
+    sampling: RowSampling
+    needs_spread: bool
+    credits: Credits | None
+
+    @classmethod
+    def of(cls, batch: StepBatch, credits: Credits | None) -> StepInputs:
+        """Of a batch everything that does not concern canvases."""
+        names = [f.name for f in dataclasses.fields(cls) if f.name != "credits"]
+        return cls(**{name: getattr(batch, name) for name in names}, credits=credits)
+
+
+class ModelShard:
+    """A loaded model, or a rank's part of one, with its keys and values.
+
+    Every method is a collective call of all ranks in `group`, which have the time of a step for it;
+    `loaded` is called before the first, and may wait until all of them have loaded their parts.
+
+    Raises:
+        CheckpointError: the weights do not fit the config.
+        InvalidConfig: the device does not exist, or the model does not fit into its memory.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        spec: ModelSpec,
+        stop_token_ids: tuple[int, ...],
+        group: Group | None = None,
+        loaded: Callable[[], None] | None = None,
+    ) -> None:
+        self._config, self._spec = config, spec
+        self._stop_token_ids = stop_token_ids
+        device, self._dtype = resolve_device(config)
+        self.device = device if group is None else group.device
+        self.bind_thread()
+        self._budget_bytes = config.logits_budget_mb * 2**20
+        on_cpu = self.device == "cpu"
+        #: Rows that one step may push through the model.
+        self.token_budget = config.max_num_batched_tokens or (
+            CPU_TOKEN_BUDGET if on_cpu else GPU_TOKEN_BUDGET
+        )
+        available = available_bytes(self.device)
+        limit = parse_limit(config.memory_limit, available)
+        if on_cpu:  # which the ranks have in common, while each has a GPU of its own
+            available, limit = available // spec.num_ranks, limit // spec.num_ranks
+        operations = choose_operations(
+            config.kernels, self.device, self._dtype, batch_invariant=config.batch_invariant
+        )
+        #: Rows per tile of the flat layouts that kernels take; None: layouts are grouped.
+        self.tile_rows = operations.tile_rows(spec.num_heads, spec.num_kv_heads)
+        weights = check_weights(
+            spec,
+            limit=limit,
+            element_size=self._dtype.itemsize,
+            quantization=config.quantization,
+            copies=head_copy_bytes(
+                spec, device=self.device, dtype=self._dtype, operations=operations
+            ),
+        )
+        self.model: DiffusionModel = load_model(
+            config.model_path,
+            spec,
+            device=self.device,
+            dtype=self._dtype,
+            progress=_log_progress,
+            group=group,
+            operations=operations,
+            quantization=config.quantization,
+        )
+        if loaded is not None:
+            loaded()
+        self.special = SpecialTokens(
+            mask=spec.mask_token_id,
+            eos=torch.tensor(spec.eos_token_ids, dtype=torch.int64, device=self.device),
+            stop=torch.tensor(stop_token_ids, dtype=torch.int64, device=self.device),
+        )
+        longest = spec.max_model_len  # two of them: a request and its twin
+        activations = self._peak_activations(max(2 * longest, self.token_budget))
+        if self.tile_rows is None:
+            activations += self._peak_gathered(operations)
+        self._graph_sizes = graph_sizes(_largest_graph(config, operations, self.device, group))
+        graphs = len(self._graph_sizes) * GRAPH_BYTES
+        if self._graph_sizes:
+            graphs += self._peak_activations(self._graph_sizes[-1])
+        #: How this rank's memory is shared out.
+        self.plan = plan_memory(
+            spec,
+            device=self.device,
+            available=available,
+            limit=limit,
+            weights=weights,
+            requests=self._request_bytes(),
+            activations=activations,
+            logits=max(self._budget_bytes, least_bytes(spec.vocab_size, self._dtype.itemsize)),
+            graphs=graphs,
+            page_size=config.kv_page_size,
+            element_size=self._dtype.itemsize,
+            max_num_seqs=config.max_num_seqs,
+            needs_pages=config.cache != "none",
+        )
+        self.pages: KVPages
+        self._layer_pages: list[LayerPages] = []
+        self._graphs: ForwardGraphs | None = None
+
+    def bind_thread(self) -> None:
+        """Make the shard's GPU the calling thread's; needed on every thread that steps.
+
+        Kernels in the Triton language and CUDA graphs run on the current device, wherever their
+        tensors are, and that of a new thread is the first.
+        """
+        device = torch.device(self.device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+
+    def allocate(self, num_pages: int) -> None:
+        """Make the pool of keys and values; no more pages than planned."""
+        spec = self._spec
+        self.plan = dataclasses.replace(self.plan, num_pages=num_pages)
+        self.pages = KVPages.allocate(
+            num_layers=spec.num_layers,
+            num_pages=num_pages,
+            page_size=self._config.kv_page_size,
+            num_kv_heads=spec.num_kv_heads // spec.num_ranks,
+            head_dim=spec.head_dim,
+            num_slots=self._config.max_num_seqs,
+            max_rows=spec.max_model_len,
+            device=self.device,
+            dtype=self._dtype,
+        )
+        self._layer_pages = [
+            LayerPages(keys, values)
+            for keys, values in zip(self.pages.keys, self.pages.values, strict=True)
+        ]
+        if self._graph_sizes and self.tile_rows:
+            with torch.inference_mode():
+                self._graphs = ForwardGraphs(
+                    self.model,
+                    self._layer_pages,
+                    sizes=self._graph_sizes,
+                    tile_rows=self.tile_rows,
+                    max_sequences=2 * self._config.max_num_seqs,
+                    max_pages=self.pages.table.shape[2],
+                    record=cuda_recorder(),
+                )
+        if self.model.head.kernels:
+            self._compile_layers()
+            self._compile_head()
+
+    @torch.inference_mode()
+    def _compile_layers(self) -> None:
+        """Compile the layers' kernels now, not in somebody's first request."""
+        # Not at the top: the package triton is optional.
+        from dllm_engine.ops.kernels.selection import candidate_sizes
+
+        assert self.tile_rows is not None
+        nothing = torch.zeros(ROW_MULTIPLE, dtype=torch.int64, device=self.device)
+        plain = FlatLayout.of([ROW_MULTIPLE], self.tile_rows, self.device)
+        for candidates in candidate_sizes(self._spec.max_model_len):
+            # A sequence of which no row is stored, and of a selection none.
+            none = torch.zeros_like(plain.row_counts)
+            layout = dataclasses.replace(
+                plain,
+                write_places=nothing - 1,
+                selection=FlatSelection(none, none, none, none, none, candidates),
+            )
+            hidden = self.model(nothing, nothing, layout, pages=self._layer_pages, depth=1)
+        self.model.head_input(hidden)
+
+    @torch.inference_mode()
+    def _compile_head(self) -> None:
+        """Compile every form of the head's kernel now, not in somebody's first request."""
+        nothing = torch.zeros(1, device=self.device)
+        heat, keys = nothing.double(), nothing.long()
+        hidden = torch.zeros(1, self._spec.hidden_size, device=self.device, dtype=self._dtype)
+        for noisy, spread in itertools.product((False, True), repeat=2):
+            choice = Choice(
+                mask=self.special.mask,
+                eos=self.special.eos,
+                stop=self.special.stop,
+                no_eos=None,
+                late_eos=None,
+                temperature=heat if noisy else None,
+                keys=keys if noisy else None,
+                spread=spread,
+            )
+            self.model.head.statistics(hidden, choice)
+        self.model.head.statistics(hidden, choice, keys.new_zeros(1, LISTED))
+
+    @torch.inference_mode()
+    def candidates(self, inputs: StepInputs) -> Candidates:
+        """A token for each masked position of the step, and how sure the model is of it."""
+        return sample_candidates(
+            self._masked_hidden(inputs),
+            self.model.head,
+            inputs.sampling,
+            self.special,
+            budget_bytes=self._budget_bytes,
+            with_spread=inputs.needs_spread,
+            credits=inputs.credits,
+        )
+
+    def _masked_hidden(self, inputs: StepInputs) -> Tensor:
+        """Head inputs of the masked positions, [M, hidden_size], guidance applied.
+
+        The head is linear, so guiding its inputs, `u + (s + 1)(c − u)`, equals guiding the logits
+        (LLaDA, generate.py) at half the cost.
+        """
+        wanted = inputs.rows
+        if inputs.cfg_scale is not None:
+            wanted = torch.cat([inputs.rows, inputs.uncond_rows])
+        hidden = self._hidden(inputs, wanted)
+        if inputs.cfg_scale is None:
+            return hidden
+        conditional, unconditional = hidden.chunk(2)
+        scale = (inputs.cfg_scale + 1).to(hidden.dtype).unsqueeze(1)
+        guided = unconditional + scale * (conditional - unconditional)
+        return torch.where((inputs.cfg_scale > 0).unsqueeze(1), guided, conditional)
+
+    def _hidden(self, inputs: StepInputs, wanted: Tensor) -> Tensor:
+        """Head inputs of the `wanted` rows."""
+        if self._graphs is not None and isinstance(inputs.layout, FlatLayout):
+            hidden = self._graphs.run(inputs.input_ids, inputs.positions, inputs.layout)
+            if hidden is not None:
+                return hidden[wanted]
+        hidden = self.model(
+            inputs.input_ids,
+            inputs.positions,
+            inputs.layout,
+            pages=self._layer_pages,
+            wanted=F.pad(wanted, (0, -len(wanted) % ROW_MULTIPLE)),
+        )
+        return self.model.head_input(hidden)[: len(wanted)]
+
+    def _request_bytes(self) -> int:
+        """Bytes of the table of all requests, in which every slot takes the same, and of uploads.
+
+        Rank 0 alone has one; but every rank has as many pages as the one with the least room.
+        """
+        one = dataclasses.replace(self._config, max_num_seqs=1)
+        table = CanvasTable.of(one, self._spec, self._stop_token_ids, device=self.device)
+        uploads = 0 if self.device == "cpu" else 2 * UPLOAD_BYTES  # two steps may be under way
+        return self._config.max_num_seqs * table.num_bytes + uploads
+
+    @torch.inference_mode()
+    def _peak_activations(self, rows: int) -> int:
+        """Bytes that a step of so many rows, in sequences as long as may be, takes besides logits.
+
+        One layer is run on them: layers run one after another in the same memory, so one shows
+        the peak of all.
+        """
+        longest = self._spec.max_model_len
+        lengths = [longest] * (rows // longest) + [rows % longest] * (rows % longest > 0)
+        positions = torch.cat([torch.arange(n, device=self.device) for n in lengths])
+        with PeakMeter(self.device) as meter:
+            layout: Layout = PackedLayout.of(lengths)
+            if self.tile_rows is not None:
+                layout = FlatLayout.of(lengths, self.tile_rows, self.device)
+            self.model(torch.zeros_like(positions), positions, layout, depth=1)
+        return meter.peak
+
+    @torch.inference_mode()
+    def _peak_gathered(self, operations: Operations) -> int:
+        """Bytes that attention to stored rows takes besides what attention to fresh ones does.
+
+        Of two kinds of sequences, as long as may be: one of which every row asks, and as many of
+        few rows as are taken at once.
+        """
+        spec, longest = self._spec, self._spec.max_model_len
+        heads, kv_heads = (n // spec.num_ranks for n in (spec.num_heads, spec.num_kv_heads))
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, spec.head_dim, device=self.device, dtype=self._dtype)
+
+        q, fresh = zeros(longest, heads), zeros(longest, kv_heads)
+        page = zeros(1, self._config.kv_page_size, kv_heads)
+        pages = LayerPages(page, page)
+        num_pages = -(-longest // self._config.kv_page_size)
+        whole = PagedGroup.of(1, longest, num_pages, self.device)
+        single = PagedGroup.of(1, 1, num_pages, self.device)
+        count = sequences_at_once(q, single, pages)
+        narrow = PagedGroup.of(count, 1, num_pages, self.device)
+        layout = PackedLayout(longest, (), (whole, narrow))
+        with PeakMeter(self.device) as meter:
+            operations.packed_attention(q, fresh, fresh, layout, pages)
+        return max(meter.peak, GATHER_BYTES[torch.device(self.device).type])
+
+
+def _largest_graph(
+    config: EngineConfig, operations: Operations, device: str, group: Group | None
+) -> int:
+    """Rows of the largest step that is replayed; 0: none is.
+
+    Raises:
+        InvalidConfig: graphs are asked for and cannot be had.
+    """
+    possible = operations.kernels and device.startswith("cuda") and group is None
+    if config.cuda_graph_rows is None:
+        return LARGEST_ROWS if possible else 0
+    if config.cuda_graph_rows and not possible:
+        raise InvalidConfig(
+            "DLLM_CUDA_GRAPH_ROWS: graphs need kernels (DLLM_KERNELS) on a GPU, and a model that "
+            f"is not split over ranks; set 0, or nothing, on {device}"
+        )
+    return config.cuda_graph_rows
+
+
+def import_libraries(config: EngineConfig) -> None:
+    """Import what loading needs. It takes seconds, so ranks do it before they wait for each other.
+
+    Raises:
+        InvalidConfig: a library is missing.
+    """
+    if config.quantization != "none":
+        make_quantizer(config.quantization)
+
+
+def resolve_device(config: EngineConfig) -> tuple[str, torch.dtype]:
+    """Device (of the first rank) and number type that `config` means on this machine.
+
+    Raises:
+        InvalidConfig: the device does not exist here.
+    """
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InvalidConfig(f"DLLM_DEVICE: {device} asked for, but no CUDA device is visible")
+    name = config.dtype
+    if name == "auto":
+        name = "float32" if device == "cpu" else "bfloat16"
+    return device, getattr(torch, name)
+
+
+def rank_device(config: EngineConfig, rank: int) -> str:
+    """The device of one of several ranks: GPUs in a row from the first on, or the CPU.
+
+    Raises:
+        InvalidConfig: there are not that many.
+    """
+    device, _ = resolve_device(config)
+    if not device.startswith("cuda"):
+        return device
+    first, size = torch.device(device).index or 0, config.tensor_parallel_size
+    count = torch.cuda.device_count()
+    if first + size > count:
+        message = (
+            f"DLLM_TENSOR_PARALLEL_SIZE: {size} ranks from cuda:{first} on need a GPU each; this "
+            f"machine has {count}"
+        )
+        if size <= count:
+            message += (
+                ". Triton makes an instance for every GPU by itself; give each instance the first "
+                f"of its GPUs in config.pbtxt: instance_group [ {_instances(size, count)} ]"
+            )
+        raise InvalidConfig(message)
+    return f"cuda:{first + rank}"
+
+
+def _instances(size: int, count: int) -> str:
+    """An instance for each `size` of `count` GPUs, in the words of config.pbtxt."""
+    firsts = range(0, count - size + 1, size)
+    return ", ".join(f"{{ count: 1 kind: KIND_GPU gpus: [ {first} ] }}" for first in firsts)
+
+
+def _log_progress(done: int, total: int) -> None:
+    # Ten lines for a model of any size.
+    if done == total or done * 10 // total != (done - 1) * 10 // total:
+        logger.info("loading weights %d%%", 100 * done // total)

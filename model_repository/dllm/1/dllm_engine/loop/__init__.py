@@ -1,0 +1,1 @@
+"""The engine: its thread, its scheduler, and the checks at admission."""

@@ -1,0 +1,281 @@
+"""Picks the requests that take the next denoising step, under a token budget. No torch."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+
+from dllm_engine.memory import PageAllocator
+from dllm_engine.request import Prompt, SamplingParams
+
+#: Steps by which one level of priority moves a request back; what is older by more goes first.
+PRIORITY_STEPS = 64
+#: A request that was left out of this many steps in a row goes first, and is held no more.
+MAX_IDLE_STEPS = 32
+#: Seconds between updates of a request that waits for a place, at least: nothing happens to it.
+WAITING_INTERVAL = 1.0
+#: Steps of less than this share of the token budget are not worth making even.
+EVEN_SHARE = 1 / 8
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """One request inside the engine."""
+
+    request_id: int
+    prompt: Prompt
+    params: SamplingParams
+    #: Seconds between updates; 0: every step; None: only the final one.
+    stream_interval: float | None = None
+    #: 0 goes first; each level more counts as coming `PRIORITY_STEPS` steps later.
+    priority: int = 0
+    #: It runs while nothing else does.
+    alone: bool = False
+    #: Seconds that it is willing to wait for a place; None: for ever.
+    timeout: float | None = None
+    #: What its caller calls it, for the log and for cancelling; need not be unique.
+    name: str = ""
+    #: Pages that it holds while running.
+    num_pages: int = 0
+    pages: list[int] = dataclasses.field(default_factory=list)
+    #: Row of the canvas table while running; None while waiting.
+    slot: int | None = None
+    steps_run: int = 0
+    #: It is in a step that has not ended.
+    under_way: bool = False
+    #: Rows pushed through the model so far.
+    rows_run: int = 0
+    #: Rows of the next step of one sequence, and whether it is a Refresh; None: all, it is.
+    next_rows: int | None = None
+    next_refresh: bool = True
+    #: Scheduler's step of its arrival and what its priority adds: lower goes first.
+    turn: int = 0
+    #: Scheduler's step in which it ran last, or was admitted.
+    ready_since: int = 0
+    #: Tokens from the left that are final, short of an end-of-text token.
+    num_ready: int = 0
+    ended_by_token: bool = False
+    #: When it was queued, and when its last update was made (seconds, monotonic).
+    queued_at: float = 0.0
+    last_update: float = 0.0
+
+    @property
+    def length(self) -> int:
+        """Prompt, canvas and suffix, in tokens."""
+        given = self.prompt.num_tokens
+        return given + self.params.gen_length
+
+    @property
+    def forwards_per_step(self) -> int:
+        """Sequences per step: guidance needs an unconditional twin."""
+        return 2 if self.params.cfg_scale > 0 else 1
+
+    @property
+    def step_cost(self) -> int:
+        """Rows that its next step pushes through the model."""
+        rows = self.length if self.next_rows is None else self.next_rows
+        return rows * self.forwards_per_step
+
+    @property
+    def mean_cost(self) -> float:
+        """Rows per step over its life: what it has cost, and one block as planned."""
+        rows, steps = self._planned_block
+        total = self.rows_run + rows * self.forwards_per_step
+        return total / (self.steps_run + steps)
+
+    @functools.cached_property
+    def _planned_block(self) -> tuple[float, int]:
+        """Rows of one sequence and steps of a block, by its parameters: a mean over its blocks."""
+        params = self.params
+        block_length = params.block_length or params.gen_length
+        steps = max(1, (params.steps or params.gen_length) * block_length // params.gen_length)
+        if params.cache in (None, "none"):
+            return steps * self.length, steps
+        first = 1 + (params.delay_steps or 0)
+        again = (steps - first) // params.refresh_interval if params.refresh_interval else 0
+        refreshes = min(steps, first + max(0, again))
+        reuse: float = block_length
+        if params.cache == "prefix":  # and what is behind the block
+            reuse = (block_length + params.gen_length) / 2 + len(self.prompt.suffix_ids)
+        elif params.cache == "delayed":  # what is masked, and what was committed last
+            reuse = block_length / 2 + 1
+        return refreshes * self.length + (steps - refreshes) * reuse, steps
+
+    def is_due(self, now: float) -> bool:
+        """Whether an update is due at `now` (seconds, monotonic); if so, the next is later.
+
+        So it is while a request waits: whoever reads can tell a long queue from a dead engine.
+        """
+        if self.stream_interval is None:
+            return False
+        shortest = WAITING_INTERVAL if self.slot is None else 0.0
+        due = now - self.last_update >= max(self.stream_interval, shortest)
+        if due:
+            self.last_update = now
+        return due
+
+
+class Scheduler:
+    """Waiting requests, running requests, and the slots and pages between them.
+
+    Waiting requests are admitted in order; one that finds no slot or pages lets nobody pass. One
+    that runs alone waits until nothing runs, and those behind it until it is done.
+
+    A step takes the oldest requests, later arrivals of more urgent ones counting as older, until
+    the token budget is full: those that are nearest their end get there, instead of all being slow
+    together. Who was left out of `MAX_IDLE_STEPS` steps goes before all others, longest first. The
+    first always runs, if need be alone: no running request is left out of more than
+    `MAX_IDLE_STEPS` steps and one for each other, and one larger than the budget blocks nobody.
+
+    Steps are phase-multiplexed: Refreshes are spread so that every step is about as heavy. A step
+    takes Refreshes up to the mean load of what runs (plus what earlier steps left unspent: deficit
+    carry-over, as in Sangam's scheduler). A burst that arrives together drifts apart within a block
+    or two.
+
+    While a step is under way, those that are not in it make another, if there are enough of them
+    for it to keep the device as busy: the host then settles the one and lays out the next while
+    the device is at the other. For that a step takes no more than half of all the rows, as soon as
+    there are enough for two.
+
+    Args:
+        overlap_rows: rows that are enough; 0: there is one step at a time.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        token_budget: int,
+        allocator: PageAllocator,
+        *,
+        overlap_rows: int = 0,
+    ) -> None:
+        self._token_budget = token_budget
+        self._overlap_rows = overlap_rows
+        self._allocator = allocator
+        self._waiting: list[Request] = []
+        self._running: list[Request] = []
+        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._num_slots = num_slots
+        self._step = 0
+        self._carry = 0.0
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests with a slot."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> tuple[Request, ...]:
+        """Requests without a slot, in the order in which they will get one."""
+        return tuple(self._waiting)
+
+    @property
+    def running(self) -> tuple[Request, ...]:
+        """Requests with a slot; may be asked for on any thread."""
+        return tuple(self._running)
+
+    def add(self, request: Request) -> None:
+        """Queue a request behind those of its priority, and older ones of lower."""
+        request.turn = self._step + PRIORITY_STEPS * request.priority
+        bisect.insort(self._waiting, request, key=lambda waiting: waiting.turn)
+
+    def admit(self) -> list[Request]:
+        """Give slots and pages to waiting requests, in order; returns the admitted."""
+        admitted = []
+        while self._waiting and self._free_slots:
+            request = self._waiting[0]
+            if request.num_pages > self._allocator.num_free:
+                break
+            if self._running and (request.alone or self._running[0].alone):
+                break
+            self._waiting.pop(0)
+            request.slot = self._free_slots.pop()
+            request.pages = self._allocator.reserve(request.num_pages)
+            request.ready_since = self._step
+            self._running.append(request)
+            admitted.append(request)
+        return admitted
+
+    def schedule(self) -> list[Request]:
+        """The requests of the next step; empty only when nothing runs, or a step is under way."""
+        ready = [request for request in self._running if not request.under_way]
+        budget = self._budget(ready)
+        if not ready or not budget:
+            return []
+        self._step += 1
+        allowance = self._even_load(ready) + self._carry
+        chosen: list[Request] = []
+        used = 0
+        for request in sorted(ready, key=self._order):
+            cost = request.step_cost
+            limit = budget
+            if request.next_refresh and not self._is_late(request):
+                limit = min(limit, int(allowance))
+            if not chosen or used + cost <= limit:
+                chosen.append(request)
+                used += cost
+                request.ready_since = self._step
+        left = allowance - used
+        if len(chosen) == len(ready):
+            left = min(left, 0.0)  # nobody waits for what was left
+        self._carry = min(max(left, -self._token_budget), self._token_budget)
+        return chosen
+
+    def _budget(self, ready: list[Request]) -> int:
+        """Rows that a step of some of these may have; 0: it is not worth its while."""
+        enough, load = self._overlap_rows, sum(request.step_cost for request in ready)
+        if len(ready) < len(self._running):  # beside one that is under way
+            return self._token_budget if enough and load >= enough else 0
+        if ready and enough:
+            half = min(self._token_budget, -(-load // 2))
+            # The first may be more than that by itself; what it leaves must be worth a step, or
+            # those who would fit beside it wait for nothing.
+            first = min(ready, key=self._order).step_cost
+            if load - max(first, half) >= enough:
+                return half
+        return self._token_budget
+
+    def _even_load(self, ready: list[Request]) -> float:
+        """Rows beyond which a step of these takes no more Refreshes that can wait."""
+        mean = sum(request.mean_cost for request in ready)
+        return max(mean, self._token_budget * EVEN_SHARE)
+
+    def _is_late(self, request: Request) -> bool:
+        return self._step - request.ready_since > MAX_IDLE_STEPS
+
+    def _order(self, request: Request) -> tuple[bool, int]:
+        late = self._is_late(request)
+        return not late, request.ready_since if late else request.turn
+
+    def requeue(self, request: Request) -> None:
+        """Take the place of a running request away; it waits, ahead of all others."""
+        self.remove(request)
+        self._waiting.insert(0, request)
+
+    def remove(self, request: Request) -> None:
+        """Forget a finished or cancelled request and free its slot and pages."""
+        if request.slot is None:
+            self._waiting.remove(request)
+            return
+        self._running.remove(request)
+        self._free_slots.append(request.slot)
+        self._allocator.release(request.pages)
+        request.slot, request.pages = None, []
+
+    def check_integrity(self) -> None:
+        """Every slot and page is free or held by exactly one running request.
+
+        Raises:
+            AssertionError: it is not so.
+        """
+        held = [r.slot for r in self._running]
+        slots = sorted(s for s in [*held, *self._free_slots] if s is not None)
+        assert slots == list(range(self._num_slots)), f"held {held}, free {self._free_slots}"
+        assert all(r.slot is None and not r.pages for r in self._waiting)
+        self._allocator.check_integrity([page for r in self._running for page in r.pages])

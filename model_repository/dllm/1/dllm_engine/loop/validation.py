@@ -1,0 +1,134 @@
+"""What requests may ask of a model on this machine; every refusal names the field and the limit."""
+
+from __future__ import annotations
+
+import bisect
+
+from dllm_engine.config import EngineConfig
+from dllm_engine.errors import InvalidConfig, InvalidRequest
+from dllm_engine.memory import CachePolicy, PageAllocator, reserved_rows
+from dllm_engine.models import ModelSpec
+from dllm_engine.request import Prompt, SamplingParams
+
+
+def longest_sequence(config: EngineConfig, spec: ModelSpec) -> int:
+    """Tokens of the longest sequence: what is configured, or what the checkpoint allows.
+
+    Raises:
+        InvalidConfig: it allows less than is configured.
+    """
+    wanted = config.max_model_len or spec.max_model_len
+    if wanted > spec.max_model_len:
+        raise InvalidConfig(
+            f"DLLM_MAX_MODEL_LEN: the checkpoint was trained for {spec.max_model_len} tokens; "
+            f"got {wanted}"
+        )
+    return wanted
+
+
+class RequestLimits:
+    """Checks requests before they are queued; thread-safe.
+
+    Args:
+        config: the engine's settings.
+        spec: the model; its `max_model_len` is the longest sequence that is served.
+        allocator: of the pages of keys and values.
+        has_text: whether the checkpoint has a tokenizer.
+    """
+
+    def __init__(
+        self, config: EngineConfig, spec: ModelSpec, allocator: PageAllocator, *, has_text: bool
+    ) -> None:
+        self._config = config
+        self._spec = spec
+        self._allocator = allocator
+        self._has_text = has_text
+
+    def check(self, prompt: Prompt, params: SamplingParams) -> SamplingParams:
+        """The parameters with every default filled in.
+
+        Raises:
+            InvalidRequest: names the field and the limit.
+        """
+        params = params.with_cache_defaults(self._config.cache_defaults)
+        self._check_prompt(prompt, params)
+        self._check_lengths(prompt, params)
+        resolved = params.resolved()
+        assert resolved.steps is not None
+        most = self._spec.max_model_len
+        if resolved.steps > most:
+            raise InvalidRequest("steps", f"must be at most {most}; got {resolved.steps}")
+        return resolved
+
+    def pages(self, params: SamplingParams, length: int, *, copies: int) -> int:
+        """Pages of keys and values that a request of `length` tokens holds while it runs."""
+        assert params.cache is not None
+        assert params.block_length is not None
+        assert params.retention_ratio is not None
+        rows = reserved_rows(
+            CachePolicy[params.cache.upper()],
+            length,
+            params.block_length + self._spec.shifted,
+            params.retention_ratio,
+        )
+        return self._allocator.pages_for(rows) * copies
+
+    def check_pages(self, params: SamplingParams, length: int, *, copies: int) -> int:
+        """What `pages` says, if there are so many.
+
+        Raises:
+            InvalidRequest: the server has fewer.
+        """
+        count = self.pages(params, length, copies=copies)
+        if count > self._allocator.num_pages:
+            raise InvalidRequest(
+                "cache",
+                f"{params.cache} needs {count} pages of keys and values for a sequence of "
+                f"{length} tokens; the server has {self._allocator.num_pages}",
+            )
+        return count
+
+    def room(self, params: SamplingParams, length: int, *, copies: int) -> int:
+        """By how many tokens the prompt of a request of `length` tokens might be longer."""
+        longer = range(length + 1, self._spec.max_model_len + 1)
+        return bisect.bisect_right(
+            longer,
+            self._allocator.num_pages,
+            key=lambda tokens: self.pages(params, tokens, copies=copies),
+        )
+
+    def _check_prompt(self, prompt: Prompt, params: SamplingParams) -> None:
+        if not prompt.ids:
+            raise InvalidRequest("input_ids", "must not be empty")
+        size, mask = self._spec.vocab_size, self._spec.mask_token_id
+        for field, ids in (
+            ("input_ids", prompt.ids),
+            ("canvas_ids", prompt.canvas_ids),
+            ("suffix", prompt.suffix_ids),
+        ):
+            low, high = min(ids, default=0), max(ids, default=0)
+            if low < 0 or high >= size:
+                got = low if low < 0 else high
+                raise InvalidRequest(field, f"ids must lie in 0..{size - 1}; got {got}")
+        if prompt.canvas_ids and mask not in prompt.canvas_ids:
+            raise InvalidRequest("canvas_ids", f"holds no mask (id {mask})")
+        if prompt.canvas_ids and len(prompt.canvas_ids) != params.gen_length:
+            rule = f"must hold gen_length ({params.gen_length}) ids"
+            raise InvalidRequest("canvas_ids", f"{rule}; got {len(prompt.canvas_ids)}")
+        if params.stop and not self._has_text:
+            raise InvalidRequest("stop", "this checkpoint has no tokenizer")
+
+    def _check_lengths(self, prompt: Prompt, params: SamplingParams) -> None:
+        most = self._spec.max_model_len
+        longest = self._config.max_gen_length or most
+        if params.gen_length > longest:
+            raise InvalidRequest(
+                "gen_length", f"must be at most {longest}; got {params.gen_length}"
+            )
+        given = prompt.num_tokens
+        if given + params.gen_length > most:
+            raise InvalidRequest(
+                "gen_length",
+                f"prompt ({given} tokens) plus gen_length ({params.gen_length}) "
+                f"must be at most {most}",
+            )

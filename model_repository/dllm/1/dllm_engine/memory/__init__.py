@@ -1,0 +1,22 @@
+"""Keys and values kept between steps: which (policies) and where (pages)."""
+
+from dllm_engine.memory.cache_policy import (
+    LEAST_KEPT,
+    CachePolicy,
+    Phases,
+    kept_rows,
+    reserved_rows,
+    unfinished,
+)
+from dllm_engine.memory.kv_cache import KVPages, PageAllocator
+
+__all__ = [
+    "LEAST_KEPT",
+    "CachePolicy",
+    "KVPages",
+    "PageAllocator",
+    "Phases",
+    "kept_rows",
+    "reserved_rows",
+    "unfinished",
+]

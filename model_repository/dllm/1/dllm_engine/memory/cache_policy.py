@@ -1,0 +1,122 @@
+"""What each cache policy computes in a step and what it keeps.
+
+A step of a request is a **Refresh**, its whole sequence goes through the model, or a **Reuse**,
+only its active rows do, and attend to what is stored besides their own fresh keys and values.
+
+The *window* is the active block; of a shifted model also the position before it, whose hidden
+state predicts the block's first token. What a Reuse computes:
+
+- `prefix` (Fast-dLLM, 3.2): the window and everything behind it;
+- `dual` (Fast-dLLM, 3.2): the window;
+- `sparse` (Sparse-dLLM; dLLM-Serve): the window; of the positions outside it each KV head keeps
+  only its best, and at least `LEAST_KEPT` (`ops.selection`);
+- `delayed` (dKV-Cache, 3.2): of the window what is masked, what was committed by the step before,
+  and, shifted, what predicts a masked position. A position is thus stored with its final token one
+  step after that was committed.
+
+Fresh keys and values always replace the stored ones of their positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+import numpy as np
+
+from dllm_engine.ops import Array
+
+#: Positions outside the window that `sparse` keeps whatever the ratio. Of a short sequence a ratio
+#: leaves so few that answers go wrong (docs/decisions/012), and saves next to nothing: a block with
+#: so many positions besides it takes two pages of the default size. Sparse-dLLM and dLLM-Serve keep
+#: at least one.
+LEAST_KEPT = 32
+
+
+class CachePolicy(enum.IntEnum):
+    """What is kept between steps; the names of `SamplingParams.cache`."""
+
+    NONE = 0
+    PREFIX = 1
+    DUAL = 2
+    SPARSE = 3
+    DELAYED = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Phases:
+    """How requests stand in their blocks, and what that means for the next step; all [R]."""
+
+    #: int64, `CachePolicy`.
+    policy: Array
+    #: bool; the whole sequence goes through the model.
+    refresh: Array
+    #: bool; and its keys and values are stored.
+    store: Array
+
+    @classmethod
+    def of(cls, policy: Array, age: Array, delay: Array, interval: Array) -> Phases:
+        """Phases of the step that is `age` steps into its block.
+
+        The first `delay` steps of a block only look at everything; the next one also stores. From
+        there on every `interval`-th step stores anew, or none where it is 0. All int64 [R].
+        """
+        since = age - delay
+        again = (interval > 0) & (since % np.maximum(interval, 1) == 0)
+        cached = policy != int(CachePolicy.NONE)
+        refresh = ~cached | (since <= 0) | again
+        return cls(policy, refresh, cached & refresh & (since >= 0))
+
+    def take(self, index: Array) -> Phases:
+        """Those of some requests."""
+        return Phases(self.policy[index], self.refresh[index], self.store[index])
+
+    @property
+    def selects(self) -> Array:
+        """bool; what is stored is a selection."""
+        selects: Array = self.store & (self.policy == int(CachePolicy.SPARSE))
+        return selects
+
+    @property
+    def partial(self) -> Array:
+        """bool; only some positions of the window go through the model (`unfinished`)."""
+        partial: Array = ~self.refresh & (self.policy == int(CachePolicy.DELAYED))
+        return partial
+
+    def span(self, length: Array, window_start: Array, window_end: Array) -> tuple[Array, Array]:
+        """First position and end of what goes through the model, or of what it is part of."""
+        behind = self.refresh | (self.policy == int(CachePolicy.PREFIX))
+        return np.where(self.refresh, 0, window_start), np.where(behind, length, window_end)
+
+
+def unfinished(masked: Array, recent: Array, *, shifted: bool) -> Array:
+    """What `delayed` computes of a window: bool [R, width], as the arguments are.
+
+    Args:
+        masked: still to be decoded.
+        recent: committed by the step before.
+        shifted: whether a hidden state predicts the next position.
+    """
+    found = masked | recent
+    if shifted:
+        found[:, :-1] |= masked[:, 1:]
+    return found
+
+
+def kept_rows(num_candidates: int, retention_ratio: float) -> int:
+    """Of how many of `num_candidates` positions a head keeps keys and values under `sparse`.
+
+    See `layout`, which says the same of tensors.
+    """
+    return min(num_candidates, max(LEAST_KEPT, int(retention_ratio * num_candidates)))
+
+
+def reserved_rows(
+    policy: CachePolicy, length: int, widest_window: int, retention_ratio: float
+) -> int:
+    """Rows of keys and values that a sequence of `length` tokens holds at most."""
+    if policy is CachePolicy.NONE:
+        return 0
+    if policy is not CachePolicy.SPARSE:
+        return length
+    return kept_rows(length - widest_window, retention_ratio) + widest_window

@@ -1,0 +1,230 @@
+"""The memory plan: what weights, requests, a step and logits take, and how many pages are left.
+
+Made once at start; after it no request that was admitted can run out of memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import re
+from pathlib import Path
+
+import torch
+
+from dllm_engine.errors import InvalidConfig
+from dllm_engine.models import ModelSpec
+
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by use. `str()` is the table that is logged at start."""
+
+    device: str
+    #: What the device has (of a CPU: what was free at start, or its container's limit).
+    available: int
+    #: What the engine may take of it.
+    limit: int
+    weights: int
+    #: Canvases of the requests that run, and what denoising keeps of each.
+    requests: int
+    #: Peak of a step at the full token budget, without logits.
+    activations: int
+    logits: int
+    #: Recorded forward passes (CUDA graphs).
+    graphs: int
+    page: int
+    num_pages: int
+    page_size: int
+
+    @property
+    def pages(self) -> int:
+        """Bytes of all pages."""
+        return self.page * self.num_pages
+
+    def __str__(self) -> str:
+        rows = [
+            ("limit", self.limit, f"of {_gib(self.available)} on {self.device}"),
+            ("weights", self.weights, ""),
+            ("requests", self.requests, "canvases of DLLM_MAX_NUM_SEQS requests"),
+            ("activations", self.activations, "peak of a step at the full token budget"),
+            ("logits", self.logits, "DLLM_LOGITS_BUDGET_MB"),
+            ("graphs", self.graphs, "DLLM_CUDA_GRAPH_ROWS"),
+            ("keys and values", self.pages, f"{self.num_pages} pages of {self.page_size} tokens"),
+        ]
+        return "\n".join(
+            f"{name:<16}{_gib(size):>12}  {note}".rstrip()
+            for name, size, note in rows
+            if size or name != "graphs"
+        )
+
+
+def plan_memory(
+    spec: ModelSpec,
+    *,
+    device: str,
+    available: int,
+    limit: int,
+    weights: int,
+    requests: int,
+    activations: int,
+    logits: int,
+    graphs: int = 0,
+    page_size: int,
+    element_size: int,
+    max_num_seqs: int,
+    needs_pages: bool,
+) -> MemoryPlan:
+    """Share the limit out; what is left becomes pages, up to what can be used.
+
+    Args:
+        available, limit, weights, requests, activations, logits, graphs: bytes.
+        element_size: bytes of one number of a key or value.
+        needs_pages: whether the server's default cache policy stores anything.
+
+    Raises:
+        InvalidConfig: the model does not fit; names what to change.
+    """
+    page = page_bytes(spec, page_size, element_size)
+    left = limit - weights - requests - activations - logits - graphs
+    sequence = -(-spec.max_model_len // page_size)
+    useful = max_num_seqs * 2 * sequence  # guidance doubles a request
+    num_pages = max(0, min(useful, left // page))
+    least = sequence if needs_pages else 0
+    if left < 0 or num_pages < least:
+        missing = least * page - left
+        raise InvalidConfig(
+            f"DLLM_MEMORY_LIMIT: the model does not fit into {_gib(limit)} of {device}: weights "
+            f"{_gib(weights)}, requests {_gib(requests)}, activations {_gib(activations)}, logits "
+            f"{_gib(logits)}, graphs {_gib(graphs)}, keys and values of one sequence "
+            f"{_gib(least * page)}; {_gib(missing)} too much. Raise DLLM_MEMORY_LIMIT, or lower "
+            "DLLM_MAX_NUM_SEQS (requests), DLLM_MAX_GEN_LENGTH (their credit), "
+            "DLLM_MAX_NUM_BATCHED_TOKENS (activations), DLLM_LOGITS_BUDGET_MB, "
+            "DLLM_CUDA_GRAPH_ROWS or DLLM_MAX_MODEL_LEN (all but weights and logits)"
+        )
+    return MemoryPlan(
+        device=device,
+        available=available,
+        limit=limit,
+        weights=weights,
+        requests=requests,
+        activations=activations,
+        logits=logits,
+        graphs=graphs,
+        page=page,
+        num_pages=num_pages,
+        page_size=page_size,
+    )
+
+
+def check_weights(
+    spec: ModelSpec, *, limit: int, element_size: int, quantization: str, copies: int = 0
+) -> int:
+    """Bytes of the weights, before they are loaded.
+
+    Args:
+        limit: bytes that there are.
+        element_size: bytes of a weight that is not quantised.
+        quantization: see `ModelSpec.weight_bytes`.
+        copies: bytes of weights that are there twice.
+
+    Raises:
+        InvalidConfig: they alone do not fit.
+    """
+    weights = spec.weight_bytes(element_size, quantization) + copies
+    if weights > limit:
+        raise InvalidConfig(
+            f"DLLM_MEMORY_LIMIT: the weights alone take {_gib(weights)}, the limit is "
+            f"{_gib(limit)}; raise it, or set DLLM_DTYPE to a smaller type, or DLLM_QUANTIZATION"
+        )
+    return weights
+
+
+def page_bytes(spec: ModelSpec, page_size: int, element_size: int) -> int:
+    """Bytes of one page of keys and values over all layers; of one rank."""
+    num_kv_heads = spec.num_kv_heads // spec.num_ranks
+    per_token = 2 * spec.num_layers * num_kv_heads * spec.head_dim * element_size
+    return page_size * per_token
+
+
+def parse_limit(text: str, available: int) -> int:
+    """Bytes that `DLLM_MEMORY_LIMIT` means where `available` bytes are to be had.
+
+    Raises:
+        InvalidConfig: it is neither a size nor a fraction.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
+    if not found:
+        raise InvalidConfig(
+            f"DLLM_MEMORY_LIMIT: must be a size such as 6GiB or a fraction such as 0.9; got {text}"
+        )
+    number, unit = float(found[1]), found[2]
+    if not unit and number <= 1:
+        return int(number * available)
+    return int(number * _UNITS[unit])
+
+
+def available_bytes(device: str) -> int:
+    """Memory that is to be had on `device`: free, or up to the container's limit."""
+    if device.startswith("cuda"):
+        free, _ = torch.cuda.mem_get_info(torch.device(device))
+        return free
+    meminfo = Path("/proc/meminfo").read_text()
+    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo)
+    assert found
+    free = int(found[1]) * 1024
+    limit = Path("/sys/fs/cgroup/memory.max")
+    used = Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        free = min(free, int(text) - int(used.read_text()))
+    return free
+
+
+class PeakMeter:
+    """Measures by how much memory rises at most inside a `with` block."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._before = 0
+        #: Bytes, once the block is left.
+        self.peak = 0
+
+    def __enter__(self) -> PeakMeter:
+        if self._device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+        else:
+            _return_freed_memory()
+            # Linux: makes the high-water mark start again from what is used now.
+            Path("/proc/self/clear_refs").write_text("5")
+            self._before = _status_bytes("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._device.startswith("cuda"):
+            top = torch.cuda.max_memory_allocated(self._device)
+        else:
+            top = _status_bytes("VmHWM")
+        self.peak = max(0, top - self._before)
+
+
+def _return_freed_memory() -> None:
+    """What was freed goes back to the system; otherwise its next use raises no peak."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, other libraries do not
+    if trim is not None:
+        trim(0)
+
+
+def _status_bytes(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+def _gib(size: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if abs(size) >= scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size / 2**10:.1f} KiB"

@@ -1,0 +1,141 @@
+"""Candidates from filtered and tempered distributions, for which a row is needed as a whole."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dllm_engine.ops import Head, noise
+from dllm_engine.sampling.rows import (
+    ROW_MULTIPLE,
+    Candidates,
+    RowSampling,
+    SpecialTokens,
+    forbid,
+    joined,
+    pad_rows,
+    widen,
+)
+
+#: Bytes per logit: itself, its float64 copies, their order and the noise.
+_BYTES = 64
+
+
+def least_bytes(vocab_size: int, element_size: int) -> int:
+    """Bytes that whole rows take at least, however small the budget.
+
+    The head makes `ROW_MULTIPLE` rows at once: their tiles, and the same joined.
+    """
+    return 2 * ROW_MULTIPLE * vocab_size * max(4, element_size)
+
+
+def by_whole_rows(
+    hidden: Tensor,
+    head: Head,
+    rows: RowSampling,
+    special: SpecialTokens,
+    budget_bytes: int,
+    with_spread: bool,
+) -> Candidates:
+    """Candidates of rows with filters or tempered statistics (see `sample_candidates`).
+
+    The budget bounds how many rows are worked on at once; one row is always. How torch adds up a
+    row depends on how many there are: on a GPU always, on a CPU where it is one alone. There are
+    always as many, or two at least.
+    """
+    chunk = max(1, budget_bytes // (head.vocab_size * _BYTES))
+    least = min(chunk, 2)
+    if hidden.device.type != "cpu":
+        chunk = least = min(chunk, ROW_MULTIPLE)
+    count = len(hidden)
+    parts = []
+    for start in range(0, count, chunk):
+        end = start + max(least, min(chunk, count - start))
+        # Behind the last row it comes again.
+        part = torch.arange(start, end, device=hidden.device).clamp_(max=count - 1)
+        parts.append(_choose(_logits(hidden[part], head), rows.take(part), special, with_spread))
+    return joined(parts).first(count)
+
+
+def _logits(hidden: Tensor, head: Head) -> Tensor:
+    """At least float32 [rows, vocab_size]."""
+    return widen(head.all_logits(pad_rows(hidden))[: len(hidden)])
+
+
+def _choose(
+    logits: Tensor, rows: RowSampling, special: SpecialTokens, with_spread: bool
+) -> Candidates:
+    if rows.flags.no_eos:
+        forbid(logits, rows.no_eos, special.eos)
+    mask_logit = logits[:, special.mask].clone()
+    logits[:, special.mask] = -torch.inf
+    filtered = _tempered(logits, rows)
+    token = _draw(filtered, rows)
+    logits[:, special.mask] = mask_logit
+    if rows.flags.late_eos:
+        forbid(logits, rows.late_eos, special.stop)
+    clean = _statistics(logits, token, with_spread)
+    inner = _statistics(filtered, token, with_spread)
+
+    def pick(name: str) -> Tensor:
+        outer: Tensor = getattr(clean, name)
+        return torch.where(rows.tempered, getattr(inner, name).to(outer.dtype), outer)
+
+    return Candidates(token, pick("confidence"), pick("entropy"), pick("margin"))
+
+
+def _statistics(logits: Tensor, token: Tensor, with_spread: bool) -> Candidates:
+    """Confidence of `token`, entropy and margin under softmax(logits). Overwrites `logits`."""
+    peak = logits.amax(dim=-1, keepdim=True)
+    shifted = logits.sub_(peak)
+    chosen = shifted.gather(1, token.unsqueeze(1)).squeeze(1)
+    if not with_spread:
+        total = shifted.exp_().sum(dim=-1)
+        confidence = chosen.exp() / total
+        nothing = torch.zeros_like(confidence)
+        return Candidates(token, confidence, nothing, nothing)
+    second = shifted.topk(2, dim=-1).values[:, 1]
+    weight = shifted.exp()
+    total = weight.sum(dim=-1)
+    # A filtered token has logit −inf and weight 0; it adds nothing, not NaN.
+    mean = (weight * shifted.masked_fill_(weight == 0, 0.0)).sum(dim=-1) / total
+    return Candidates(token, chosen.exp() / total, total.log() - mean, (1 - second.exp()) / total)
+
+
+def _tempered(logits: Tensor, rows: RowSampling) -> Tensor:
+    """logits / T, then top-p, then top-k (the order of Dream's generation_utils.py); float64."""
+    temperature = torch.where(rows.temperature > 0, rows.temperature, 1.0)
+    scaled = logits.to(torch.float64) / temperature.unsqueeze(1)
+    if rows.flags.top_p:
+        scaled = _filter_top_p(scaled, rows.top_p.unsqueeze(1))
+    most = min(rows.flags.top_k, logits.shape[1])
+    return _filter_top_k(scaled, rows.top_k, most) if most else scaled
+
+
+def _draw(logits: Tensor, rows: RowSampling) -> Tensor:
+    token = logits.argmax(dim=-1)
+    if not rows.flags.noisy:
+        return token
+    keys = noise.row_keys(rows.seed, rows.step, rows.position, noise.STREAM_TOKEN)
+    drawn = (logits + noise.gumbel(keys, logits.shape[1])).argmax(dim=-1)
+    return torch.where(rows.temperature > 0, drawn, token)
+
+
+def _filter_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
+    """Keep the smallest set of best tokens whose probability reaches `top_p` (Holtzman 2020).
+
+    [rows, 1]; 1 keeps all, whatever the probabilities round to.
+    """
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    probability = ordered.softmax(dim=-1)
+    before = probability.cumsum(dim=-1) - probability
+    dropped = (before >= top_p) & (top_p < 1)
+    return logits.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), -torch.inf)
+
+
+def _filter_top_k(logits: Tensor, top_k: Tensor, most: int) -> Tensor:
+    """Keep the `top_k` best tokens of each row, nowhere more than `most`; 0 keeps all."""
+    best = logits.topk(most, dim=-1).values
+    kth = best.gather(1, (top_k.clamp(1, most) - 1).unsqueeze(1))
+    dropped = (logits < kth) & (top_k > 0).unsqueeze(1)
+    return logits.masked_fill(dropped, -torch.inf)

@@ -1,0 +1,63 @@
+"""Running statistics of vocabulary slices, merged over the ranks that hold them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from dllm_engine.ops import HeadStatistics
+from dllm_engine.parallel import Group
+
+
+def merge_over_ranks(mine: HeadStatistics, group: Group) -> HeadStatistics:
+    """What one rank with the whole vocabulary would hold.
+
+    A handful of numbers per row travels, whatever the vocabulary: float64 holds each of them, and
+    every token id, exactly.
+    """
+    fields = [f.name for f in dataclasses.fields(mine) if getattr(mine, f.name) is not None]
+    columns = [_column(getattr(mine, name)) for name in fields]
+    widths = [column.shape[1] for column in columns]
+    merged: HeadStatistics | None = None
+    for table in group.gather(torch.cat(columns, dim=1)):
+        part = dict(zip(fields, torch.split(table, widths, dim=1), strict=True))
+        theirs = dataclasses.replace(
+            mine, **{name: _like(getattr(mine, name), column) for name, column in part.items()}
+        )
+        merged = theirs if merged is None else _joined(merged, theirs)
+    assert merged is not None
+    return merged
+
+
+def _column(values: Tensor) -> Tensor:
+    """float64 [rows, K] of [rows] or [rows, K]."""
+    return values.to(torch.float64).view(len(values), -1)
+
+
+def _like(values: Tensor, column: Tensor) -> Tensor:
+    return column.to(values.dtype).view(values.shape)
+
+
+def _joined(left: HeadStatistics, right: HeadStatistics) -> HeadStatistics:
+    """Both together; `left` has the lower token ids, which win where scores are equal."""
+    better = right.score > left.score
+    peak = torch.maximum(left.peak, right.peak)
+    second = torch.maximum(left.second, right.second)
+    listed = None
+    if left.listed is not None and right.listed is not None:
+        listed = torch.maximum(left.listed, right.listed)  # −∞ where the token is another rank's
+    scale_left, scale_right = (left.peak - peak).exp(), (right.peak - peak).exp()
+    return dataclasses.replace(
+        left,
+        token=torch.where(better, right.token, left.token),
+        score=torch.where(better, right.score, left.score),
+        logit=torch.where(better, right.logit, left.logit),
+        peak=peak,
+        second=torch.maximum(second, torch.minimum(left.peak, right.peak)),
+        total=scale_left * left.total + scale_right * right.total,
+        weighted=scale_left * (left.weighted + (left.peak - peak) * left.total)
+        + scale_right * (right.weighted + (right.peak - peak) * right.total),
+        listed=listed,
+    )

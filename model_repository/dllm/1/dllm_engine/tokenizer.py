@@ -1,0 +1,248 @@
+"""Prompts to token ids and back: the checkpoint's own tokenizer and chat template."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+
+from dllm_engine.errors import CheckpointError, InvalidRequest
+
+#: File that tells a tokenizer's format, and the class that reads it without code of the
+#: checkpoint's own. Dream has Qwen2's two files under a class of its own name.
+_FORMATS = {"tokenizer.json": PreTrainedTokenizerFast, "vocab.json": Qwen2Tokenizer}
+#: Stands for the n-th piece of user text that must not be read as a special token.
+_SENTINEL = "\ue000{}\ue001"
+_SENTINEL_PATTERN = re.compile("\ue000(\\d+)\ue001")
+_INCOMPLETE = "\ufffd"
+_MAX_CHARACTER_TOKENS = 4  # one for each byte that UTF-8 may take
+
+
+class TextCodec:
+    """Encodes prompts and decodes canvases.
+
+    Text that a user writes never becomes a control token: in messages no special token is
+    recognised inside `content`; in a raw prompt only the mask token is taken literally, since
+    hand-written templates need the others. Thread-safe.
+    """
+
+    def __init__(self, tokenizer: Any, mask_token_id: int) -> None:
+        self._tokenizer = tokenizer
+        self._pieces: dict[int, str] = {}  # of every token shown so far
+        # Whether control tokens are recognised is a switch on the tokenizer, not an argument.
+        self._lock = threading.Lock()
+        specials = sorted(set(tokenizer.get_added_vocab()), key=len, reverse=True)
+        self._special_pattern = re.compile("|".join(map(re.escape, specials)) or "(?!)")
+        self._mask_pattern = re.compile(re.escape(tokenizer.convert_ids_to_tokens(mask_token_id)))
+
+    @classmethod
+    def load(cls, directory: Path, mask_token_id: int) -> TextCodec | None:
+        """The tokenizer of a checkpoint directory; None if it has none.
+
+        Raises:
+            CheckpointError: the tokenizer cannot be read, or lacks the mask token.
+        """
+        reader = next((r for file, r in _FORMATS.items() if (directory / file).exists()), None)
+        if reader is None:
+            return None
+        try:
+            tokenizer = reader.from_pretrained(directory, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{directory}: tokenizer: {error}") from error
+        if tokenizer.convert_ids_to_tokens(mask_token_id) is None:
+            problem = f"has no token {mask_token_id}, which config.json calls the mask"
+            raise CheckpointError(f"{directory}: tokenizer: {problem}")
+        return cls(tokenizer, mask_token_id)
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Ends of text and of turn that the tokenizer knows beside the config's own.
+
+        DiffuCoder-Instruct fills what follows its answer with `<|dlm_pad|>`.
+        """
+        vocabulary = self._tokenizer.get_added_vocab()
+        names = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>", "<|dlm_pad|>")
+        return tuple(vocabulary[name] for name in names if name in vocabulary)
+
+    def encode_text(self, text: str) -> list[int]:
+        """A raw prompt, no template.
+
+        Raises:
+            InvalidRequest: the text is empty or not encodable.
+        """
+        if not text:
+            raise InvalidRequest("text_input", "must not be empty")
+        return self._encode("text_input", *_protect(text, self._mask_pattern, []))
+
+    def encode_suffix(self, text: str) -> list[int]:
+        """Text behind a gap; control tokens in it are recognised as in a raw prompt.
+
+        Raises:
+            InvalidRequest: the text is not encodable.
+        """
+        return self._encode("suffix", *_protect(text, self._mask_pattern, []))
+
+    def encode_chat(self, text: str) -> list[int]:
+        """One user message; see `encode_messages`."""
+        return self.encode_messages(json.dumps([{"role": "user", "content": text}]))
+
+    def encode_messages(self, messages_json: str) -> list[int]:
+        """Chat messages (JSON list of role and content), rendered by the chat template.
+
+        A checkpoint without a template takes a single user message as it is.
+
+        Raises:
+            InvalidRequest: not such a list, or the template refuses it.
+        """
+        messages = _parse_messages(messages_json)
+        literals: list[str] = []
+        for message in messages:
+            protected, literals = _protect(message["content"], self._special_pattern, literals)
+            message["content"] = protected
+        return self._encode("messages", self._render(messages), literals)
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        if self._tokenizer.chat_template is None:
+            if len(messages) > 1:
+                problem = "this checkpoint has no chat template; send one message, or text_input"
+                raise InvalidRequest("messages", problem)
+            return messages[0]["content"]
+        try:
+            rendered: str = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except jinja2.TemplateError as error:
+            raise InvalidRequest("messages", f"chat template: {error}") from error
+        return rendered
+
+    def decode(self, token_ids: Sequence[int] | npt.NDArray[np.int32]) -> str:
+        """Text of these tokens, without special tokens and without half a character at the end."""
+        return self._decode(token_ids).rstrip(_INCOMPLETE)
+
+    def answer(self, ready_ids: npt.NDArray[np.int32], stop: tuple[str, ...]) -> str:
+        """A finished answer's text: `decode`, cut before the first stop string."""
+        text = self.decode(ready_ids)
+        cut = find_stop(text, stop)
+        return text if cut is None else text[:cut]
+
+    def prefix(self, ready_ids: npt.NDArray[np.int32], stop: tuple[str, ...]) -> str:
+        """What is certain of an unfinished answer's text: the answer will begin with it.
+
+        Left out are the end that may yet turn out to begin a stop string, and half a character.
+        """
+        text = self.answer(ready_ids, stop)
+        return text[: len(text) - _pending_stop(text, stop)]
+
+    def pieces(self, token_ids: npt.NDArray[np.int32], shown: npt.NDArray[np.bool_]) -> list[str]:
+        """What each shown position adds to the text; "" where not shown, and for special tokens.
+
+        A character that spans several tokens stands with the last of them, once all are shown;
+        until then, and where bytes never become a character, nothing stands for it: half a
+        character is never shown, nor is U+FFFD, which decoders write for it.
+        """
+        pieces: list[str] = []
+        partial: list[int] = []  # the latest tokens, as long as each holds part of a character
+        for token_id, is_shown in zip(token_ids.tolist(), shown.tolist(), strict=True):
+            piece = self._piece(token_id) if is_shown else ""
+            pieces.append(piece.replace(_INCOMPLETE, ""))
+            if _INCOMPLETE not in piece:
+                partial = []
+                continue
+            partial = [*partial, token_id][-_MAX_CHARACTER_TOKENS:]
+            for start in range(len(partial) - 1):
+                joined = self._decode(partial[start:])
+                gained = self._gained(partial[start:], joined.strip(_INCOMPLETE))
+                if gained:
+                    count = len(partial) - start
+                    pieces[1 - count :] = [*[""] * (count - 2), gained]
+                    partial = [token_id] if joined.endswith(_INCOMPLETE) else []
+                    break
+        return pieces
+
+    def _gained(self, token_ids: list[int], joined: str) -> str:
+        """What whole characters these tokens make that none of them makes alone: `joined`, their
+        text, without what the first shows alone; "" if there are none, or if they are not whole."""
+        alone = [self._piece(token_id).replace(_INCOMPLETE, "") for token_id in token_ids]
+        if not joined.startswith(alone[0]):
+            alone[0] = alone[0].lstrip()  # a space that the decoder drops at the start
+        is_whole = joined.startswith(alone[0]) and _INCOMPLETE not in joined
+        is_more = len(joined) > sum(map(len, alone))
+        return joined[len(alone[0]) :] if is_whole and is_more else ""
+
+    def _piece(self, token_id: int) -> str:
+        """What one token adds to a text: some decoders drop the space that begins the first."""
+        piece = self._pieces.get(token_id)
+        if piece is None:
+            alone = self._decode([token_id])
+            piece = self._decode([token_id, token_id])[len(alone) :]
+            self._pieces[token_id] = piece
+        return piece
+
+    def _decode(self, token_ids: Sequence[int] | npt.NDArray[np.int32]) -> str:
+        text: str = self._tokenizer.decode(
+            np.asarray(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _encode(self, field: str, text: str, literals: list[str]) -> list[int]:
+        ids: list[int] = []
+        try:
+            for i, piece in enumerate(_SENTINEL_PATTERN.split(text)):
+                is_literal = i % 2 == 1
+                source = literals[int(piece)] if is_literal else piece
+                if source:
+                    with self._lock:
+                        ids += self._tokenizer.encode(
+                            source, add_special_tokens=False, split_special_tokens=is_literal
+                        )
+        except (UnicodeEncodeError, TypeError) as error:
+            raise InvalidRequest(field, f"not encodable as UTF-8: {error}") from error
+        return ids
+
+
+def find_stop(text: str, stop: tuple[str, ...]) -> int | None:
+    """Where the first of the stop strings begins in `text`, if any does."""
+    found = [at for s in stop if (at := text.find(s)) >= 0]
+    return min(found, default=None)
+
+
+def _pending_stop(text: str, stop: tuple[str, ...]) -> int:
+    """Length of the longest end of `text` that begins a stop string without completing it."""
+    longest = min(len(text), max((len(s) for s in stop), default=1) - 1)
+    ends = (n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in stop))
+    return next(ends, 0)
+
+
+def _protect(text: str, pattern: re.Pattern[str], literals: list[str]) -> tuple[str, list[str]]:
+    """Replace matches (and anything that looks like a sentinel) by sentinels; append them."""
+    literals = list(literals)
+
+    def replace(match: re.Match[str]) -> str:
+        literals.append(match.group())
+        return _SENTINEL.format(len(literals) - 1)
+
+    either = re.compile(f"{_SENTINEL_PATTERN.pattern.replace('(', '(?:')}|{pattern.pattern}")
+    return either.sub(replace, text), literals
+
+
+def _parse_messages(messages_json: str) -> list[dict[str, str]]:
+    shape = 'must be a JSON list of {"role": string, "content": string}'
+    try:
+        messages = json.loads(messages_json)
+    except ValueError as error:
+        raise InvalidRequest("messages", f"{shape}: {error}") from error
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRequest("messages", f"{shape}, not empty")
+    for i, message in enumerate(messages):
+        ok = isinstance(message, dict) and set(message) == {"role", "content"}
+        if not ok or not all(isinstance(value, str) for value in message.values()):
+            raise InvalidRequest("messages", f"{shape}; item {i} is not")
+    return messages

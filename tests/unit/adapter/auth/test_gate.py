@@ -1,0 +1,140 @@
+"""Limits of the whole API: rates, sizes, and who may call from a browser."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import httpx
+import pytest
+from adapter_fakes import (
+    HandClock,
+    RunningApp,
+    ScriptedEngine,
+    fast_settings,
+    running_app,
+)
+
+from adapter.auth.keys import entry_of
+from adapter.auth.rate_limit import DatabaseStorage
+from adapter.db.database import Database
+
+#: Each test that uses a database runs on both kinds.
+DATABASES = ("sqlite", "postgresql")
+
+
+@asynccontextmanager
+async def running(database_url: str, **settings: object) -> AsyncIterator[RunningApp]:
+    async with running_app(fast_settings(database_url, **settings), ScriptedEngine()) as api:
+        yield api
+
+
+async def submit(api: RunningApp, **headers: str) -> httpx.Response:
+    return await api.client.post("/v1/generate", json={"prompt": "a"}, headers=headers)
+
+
+async def test_rate_is_shared_between_workers(database_url: str) -> None:
+    """Calls to all workers count together; one too many is told when to come again."""
+    async with (
+        running(database_url, rate_limit="4/minute") as one,
+        running(database_url, rate_limit="4/minute") as two,
+    ):
+        answers = [await submit(api) for api in (one, two) * 3]
+
+        assert [answer.status_code for answer in answers] == [200] * 4 + [429] * 2
+        assert 0 < int(answers[-1].headers["retry-after"]) <= 60
+        assert "4 per 1 minute (DLLM_RATE_LIMIT)" in answers[-1].json()["detail"]
+
+
+async def test_polling_is_free(database_url: str) -> None:
+    """Only calls that make work are counted."""
+    async with running(database_url, rate_limit="1/minute") as api:
+        await submit(api)
+        for _ in range(5):
+            assert (await api.client.get("/v1/result/0")).status_code == 200
+        assert (await api.client.delete("/v1/result/0")).status_code == 200
+
+
+async def test_every_key_has_its_own_rate(database_url: str) -> None:
+    """What one key does is not held against another, nor against those without one."""
+    keys = f"{entry_of('one', 'k1')},{entry_of('two', 'k2')}"
+    async with running(database_url, rate_limit="1/minute", api_keys=keys) as api:
+        codes = [(await submit(api, **{"x-api-key": k})).status_code for k in ("k1", "k1", "k2")]
+        assert codes == [200, 429, 200]
+        assert (await submit(api)).status_code == 401
+
+
+async def test_every_address_has_its_own_rate(database_url: str) -> None:
+    """Without keys, callers are told apart by their addresses."""
+    async with running(database_url, rate_limit="1/minute") as api, AsyncExitStack() as stack:
+        codes = []
+        for address in ("10.0.0.1", "10.0.0.1", "10.0.0.2"):
+            transport = httpx.ASGITransport(api.app, client=(address, 1))
+            client = httpx.AsyncClient(transport=transport, base_url="http://adapter")
+            await stack.enter_async_context(client)
+            answer = await client.post("/v1/generate", json={"prompt": "a"})
+            codes.append(answer.status_code)
+        assert codes == [200, 429, 200]
+
+
+async def test_window_ends(database: Database, clock: HandClock) -> None:
+    """A caller's count begins anew when its window is over, and is forgotten in the end."""
+    storage = DatabaseStorage(database, clock)
+    assert [await storage.incr("a", 60) for _ in range(3)] == [1, 2, 3]
+    assert await storage.get_expiry("a") == clock.now + 60
+    clock.advance(60)
+    assert await storage.get("a") == 0
+    assert await storage.incr("a", 60) == 1
+
+    await storage.incr("b", 10)
+    clock.advance(30)
+    await storage.purge()
+    assert [await storage.get("a"), await storage.reset()] == [1, 1]
+
+
+async def test_first_calls_at_once_are_all_counted(database: Database) -> None:
+    """Many calls of a new caller at the same time make one count."""
+    storage = DatabaseStorage(database)
+    counts = await asyncio.gather(*(storage.incr("a", 60) for _ in range(10)))
+
+    assert sorted(counts) == list(range(1, 11))
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_too_large_a_body_is_413(database_url: str, chunked: bool) -> None:
+    """A body beyond the limit is refused with the limit, whether its size was told or not."""
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(3):
+            yield b" " * 500
+
+    async with running(database_url, max_body_bytes=1000) as api:
+        body = chunks() if chunked else b" " * 1001
+        answer = await api.client.post("/v1/generate", content=body)
+        assert answer.status_code == 413
+        assert "1000 bytes at most (DLLM_MAX_BODY_BYTES)" in answer.json()["detail"]
+
+        padded = b'{"prompt": "a"}'.ljust(1000)
+        answer = await api.client.post(
+            "/v1/generate", content=padded, headers={"content-type": "application/json"}
+        )
+        assert answer.status_code == 200
+
+
+async def test_browsers_of_other_pages_are_kept_out(database_url: str) -> None:
+    """Unless a page's origin is in the settings, no answer allows it to call."""
+    asking = {"Origin": "https://chat.example", "Access-Control-Request-Method": "POST"}
+    async with running(database_url) as api:
+        answer = await api.client.options("/v1/generate", headers=asking)
+        assert "access-control-allow-origin" not in answer.headers
+
+    keys = entry_of("one", "k1")
+    origins = "https://chat.example, https://b.example"
+    async with running(database_url, cors_origins=origins, api_keys=keys) as api:
+        answer = await api.client.options("/v1/generate", headers=asking)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "https://chat.example"
+        refused = await submit(api, Origin="https://chat.example")
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == "https://chat.example"
+        other = await submit(api, Origin="https://evil.example")
+        assert "access-control-allow-origin" not in other.headers

@@ -1,0 +1,131 @@
+"""The schema: upgraded at start from every earlier release, by many workers at once."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Connection, make_url, text
+
+from adapter.db.database import LOG_LIMIT_BYTES, Database, connect
+from adapter.db.tables import metadata
+from adapter.errors import SettingsError
+from adapter.jobs.job import Job, JobState
+from adapter.jobs.store import JobStore
+from adapter.types import Event
+
+DATABASES = ("sqlite", "postgresql")
+
+#: What release 0.1 made, and what it may have left.
+RELEASE_0_1 = [
+    """CREATE TABLE jobs (
+        id {id} NOT NULL PRIMARY KEY, state VARCHAR(16) NOT NULL, request TEXT NOT NULL, text TEXT,
+        error TEXT, finish_reason VARCHAR(16), prompt_tokens INTEGER, completion_tokens INTEGER,
+        steps INTEGER, forward_passes INTEGER, seed BIGINT, attempts INTEGER NOT NULL,
+        owner VARCHAR(160), lease_expires {double}, created_at {double} NOT NULL,
+        started_at {double}, finished_at {double})""",
+    "CREATE INDEX ix_jobs_state ON jobs (state, id)",
+    "CREATE INDEX ix_jobs_finished_at ON jobs (finished_at)",
+    """CREATE TABLE counters (
+        name VARCHAR(16) NOT NULL PRIMARY KEY, next_id BIGINT NOT NULL)""",
+    """CREATE TABLE engine_heal (
+        engine VARCHAR(255) NOT NULL PRIMARY KEY, epoch INTEGER NOT NULL, healer VARCHAR(160),
+        lease_expires {double}, last_life {double} NOT NULL)""",
+    "INSERT INTO counters VALUES ('jobs', 3)",
+    """INSERT INTO jobs (id, state, request, attempts, created_at, text, finished_at)
+        VALUES (0, 'finished', '{{}}', 1, 1.0, 'kept', 3.0)""",
+    """INSERT INTO jobs (id, state, request, attempts, created_at, owner, lease_expires)
+        VALUES (1, 'running', '{{"seed": 7}}', 1, 1.0, 'a worker that is no more', 2.0)""",
+    """INSERT INTO jobs (id, state, request, attempts, created_at)
+        VALUES (2, 'queued', '{{}}', 0, 1.0)""",
+]
+
+
+async def make_release_0_1(url: str) -> None:
+    def make(connection: Connection) -> None:
+        postgresql = connection.dialect.name == "postgresql"
+        double = "DOUBLE PRECISION" if postgresql else "DOUBLE"
+        kinds = {"id": "BIGINT" if postgresql else "INTEGER", "double": double}
+        for statement in RELEASE_0_1:
+            connection.execute(text(statement.format(**kinds).replace(": ", "\\: ")))
+
+    async with connect(url) as connections:
+        await connections.write(make)
+
+
+def differences(connection: Connection) -> list[object]:
+    return list(compare_metadata(MigrationContext.configure(connection), metadata))
+
+
+async def test_migrations_make_the_tables(database: Database) -> None:
+    """The changes, applied one after the other, give exactly the tables that the code has."""
+    assert await database.write(differences) == []
+
+
+async def test_database_of_the_first_release_is_upgraded(database_url: str) -> None:
+    """Jobs of a database from before there were versions go on, and ids count on."""
+    await make_release_0_1(database_url)
+    async with Database.open(database_url) as database:
+        assert await database.write(differences) == []
+        store = JobStore(database, max_attempts=3)
+        assert await store.get(0) == Job(0, JobState.FINISHED, 1, "kept", None)
+        assert await store.recover() == 1
+        claimed = await store.claim("a", limit=9, lease=30)
+        assert [(job.id, job.inputs, job.attempts) for job in claimed] == [
+            (1, {"seed": 7}, 0),
+            (2, {}, 0),
+        ]
+        assert await store.finish("a", 1, Event("new", "stop"))
+        assert await store.add([{}], max_queued=9) == [3]
+
+
+async def test_many_workers_upgrade_at_once(database_url: str) -> None:
+    """Whichever worker is first upgrades; the others wait for it and go on."""
+    await make_release_0_1(database_url)
+
+    async def start() -> Job | None:
+        async with Database.open(database_url) as database:
+            return await JobStore(database, max_attempts=3).get(0)
+
+    kept = Job(0, JobState.FINISHED, 1, "kept", None)
+    assert await asyncio.gather(*(start() for _ in range(6))) == [kept] * 6
+
+
+async def test_database_of_a_later_release_is_refused(database_url: str) -> None:
+    """A schema that this release does not know is left alone, and the start says so."""
+    later = text("UPDATE alembic_version SET version_num = '9999'")
+    async with Database.open(database_url) as database:
+        await database.write(lambda connection: connection.execute(later))
+
+    with pytest.raises(SettingsError, match=r"DLLM_DATABASE_URL: .*9999"):
+        async with Database.open(database_url):
+            pass
+
+
+async def test_database_does_not_grow_without_bound(database_url: str) -> None:
+    """With results removed in time, fifty times the jobs take no more room than the first."""
+    async with Database.open(database_url) as database:
+        now = 0.0
+        store = JobStore(database, max_attempts=3, clock=lambda: now)
+        rows = []
+        for _ in range(50):
+            ids = await store.add([{"text_input": "x" * 2000}] * 50, max_queued=1000)
+            await store.claim("a", limit=50, lease=30)
+            for job_id in ids:
+                await store.finish("a", job_id, Event("y" * 2000, "stop"))
+                await asyncio.sleep(0)  # transactions of SQLite by themselves let nobody in between
+            now += 100
+            await store.purge(ttl=150, limit=1000)
+            count = text("SELECT count(*) FROM jobs")
+            rows.append(await database.write(lambda connection: connection.scalar(count)))  # noqa: B023
+        assert rows == [50] * 50
+        if database_url.startswith("sqlite"):
+            count = text("PRAGMA page_count")
+            pages = await database.write(lambda connection: connection.scalar(count))
+            assert pages * 4096 < 3 * 100 * 4000
+            log = Path(f"{make_url(database_url).database}-wal")
+            async with asyncio.timeout(60):  # on a slow disk it may have fallen behind
+                while log.stat().st_size > LOG_LIMIT_BYTES:
+                    await store.purge(ttl=150, limit=1000)
+                    await asyncio.sleep(0.1)

@@ -1,0 +1,548 @@
+"""What becomes of jobs when engine, worker or database misbehave."""
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator
+from typing import Literal
+
+import pytest
+from adapter_fakes import (
+    DONE,
+    HANG,
+    SIGN_OF_LIFE,
+    WAITING,
+    RunningApp,
+    ScriptedEngine,
+    fast_settings,
+    running_app,
+    until,
+)
+
+from adapter.db.database import Database
+from adapter.errors import (
+    EngineDead,
+    EngineFailure,
+    ModelControlRefused,
+    Overloaded,
+    StoreUnavailable,
+    TurnedAway,
+    Unavailable,
+)
+from adapter.jobs.job import Job, JobState
+from adapter.jobs.store import JobStore
+from adapter.types import Event
+
+#: Each test that uses a database runs on both kinds.
+DATABASES = ("sqlite", "postgresql")
+
+
+@pytest.fixture
+async def api(database_url: str, engine: ScriptedEngine) -> AsyncIterator[RunningApp]:
+    """A worker for which three seconds pass in some milliseconds."""
+    async with running_app(fast_settings(database_url), engine) as running:
+        yield running
+
+
+@pytest.mark.parametrize("error", [Unavailable("connection refused"), Overloaded("queue full")])
+async def test_absence_of_the_engine_is_not_the_jobs_fault(
+    database_url: str, engine: ScriptedEngine, error: Exception
+) -> None:
+    """A job is tried until Triton takes it, however few attempts it has."""
+    engine.scripts = [[error], [error], [DONE]]
+    async with running_app(fast_settings(database_url, job_max_attempts=1), engine) as api:
+        assert DONE.text == (await api.result(await api.submit()))["text"]
+
+    assert len(engine.requests) == 3
+
+
+async def test_job_that_takes_tritonserver_down_is_given_up(
+    api: RunningApp, engine: ScriptedEngine
+) -> None:
+    """What a connection breaks under that had begun may have done it, and is tried so often."""
+    engine.scripts = [[WAITING, SIGN_OF_LIFE, Unavailable("Socket closed")]]
+    result = await api.result(await api.submit())
+
+    assert result["error"] == "given up after 3 attempts: Socket closed"
+    assert len(engine.requests) == 3
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param([WAITING, Unavailable("Socket closed")], id="it waited"),
+        pytest.param([SIGN_OF_LIFE, TurnedAway("the server is stopping")], id="an orderly stop"),
+    ],
+)
+async def test_job_that_cannot_have_taken_tritonserver_down_keeps_its_attempts(
+    database_url: str, engine: ScriptedEngine, script: list[Event | str | Exception]
+) -> None:
+    """A job that had no place yet, or that the engine gives back itself, is only postponed."""
+    engine.scripts = [list(script), [DONE]]
+    async with running_app(fast_settings(database_url, job_max_attempts=1), engine) as api:
+        assert DONE.text == (await api.result(await api.submit()))["text"]
+
+
+async def test_nothing_is_claimed_while_the_engine_is_away(
+    api: RunningApp, engine: ScriptedEngine
+) -> None:
+    """Jobs wait in the store while probes fail, and run once they are answered."""
+    await until(lambda: api.monitor.state.ok)
+    engine.probe_error = Unavailable("failed to connect")
+    await until(lambda: not api.monitor.state.ok)
+    await api.submit()
+    await asyncio.sleep(0.1)
+    assert await api.health() == (503, {"status": "unavailable", "reason": "failed to connect"})
+    assert engine.requests == []
+
+    engine.probe_error = None
+    assert (await api.result(0))["status"] == "finished"
+
+
+async def test_failing_engine_uses_up_attempts(api: RunningApp, engine: ScriptedEngine) -> None:
+    """Errors of the engine are retried, and the last one is the job's."""
+    engine.scripts = [[EngineFailure("CUDA error")]]
+    result = await api.result(await api.submit())
+
+    assert result["error"] == "given up after 3 attempts: CUDA error"
+    assert len(engine.requests) == 3
+
+
+async def test_engine_is_told_that_the_last_attempt_runs_alone(
+    api: RunningApp, engine: ScriptedEngine
+) -> None:
+    """Streams run beside jobs, which only the engine can keep away from a last attempt."""
+    engine.scripts = [[EngineFailure("CUDA error")]]
+    await api.result(await api.submit())
+
+    assert [inputs.get("alone") for inputs in engine.requests] == [None, None, True]
+
+
+@pytest.mark.parametrize("end", [[], [SIGN_OF_LIFE], [Event("", "cancelled")]])
+async def test_stream_without_result_is_run_again(
+    api: RunningApp, engine: ScriptedEngine, end: list[Event | str | Exception]
+) -> None:
+    """A stream that ends without a result of its own is a lost attempt."""
+    engine.scripts = [list(end), [DONE]]
+
+    assert DONE.text == (await api.result(await api.submit()))["text"]
+
+
+async def test_killed_engine_is_replaced_and_its_jobs_run_once_more(
+    api: RunningApp, engine: ScriptedEngine
+) -> None:
+    """Streams into the dead process are closed, and each of their jobs runs exactly once again."""
+    engine.scripts = [[SIGN_OF_LIFE, HANG], [HANG], [DONE]]
+    await api.submit()
+    await until(lambda: len(engine.requests) == 1)
+    await api.submit()
+    await until(lambda: len(engine.requests) == 2)
+    engine.alive = False
+
+    assert [DONE.text] * 2 == [(await api.result(n))["text"] for n in (0, 1)]
+    assert (engine.reloads, len(engine.requests), engine.closed) == (1, 4, 4)
+
+
+async def test_one_worker_replaces_the_engine_for_all(
+    database_url: str, engine: ScriptedEngine
+) -> None:
+    """Of several workers one reloads the model, and all run their lost jobs again."""
+    engine.scripts = [[HANG], [HANG], [DONE]]
+    settings = fast_settings(database_url, max_inflight=1)
+    async with running_app(settings, engine) as one, running_app(settings, engine) as two:
+        await one.submit()
+        await two.submit()
+        await until(lambda: len(engine.requests) == 2)
+        engine.alive = False
+
+        assert [DONE.text] * 2 == [(await one.result(n))["text"] for n in (0, 1)]
+    assert (engine.reloads, len(engine.requests)) == (1, 4)
+
+
+async def test_hung_engine_is_replaced(api: RunningApp, engine: ScriptedEngine) -> None:
+    """An engine that answers neither streams nor probes for too long is as good as dead."""
+    engine.scripts = [[SIGN_OF_LIFE, HANG], [DONE]]
+    await api.submit()
+    await until(lambda: len(engine.requests) == 1)
+    engine.probe_hangs = True
+
+    assert DONE.text == (await api.result(0))["text"]
+    assert (engine.reloads, len(engine.requests)) == (1, 2)
+
+
+async def test_busy_engine_is_not_taken_for_hung(database_url: str, engine: ScriptedEngine) -> None:
+    """A probe may wait for as long as any worker gets events."""
+    engine.probe_hangs = True
+    async with (
+        running_app(fast_settings(database_url), engine) as busy,
+        running_app(fast_settings(database_url), engine) as idle,
+    ):
+        for _ in range(40):
+            busy.monitor.saw_life()
+            await asyncio.sleep(0.02)
+        assert engine.reloads == 0
+        assert idle.monitor.state.reason == "the engine has not answered yet"
+
+
+async def test_engine_that_sends_events_is_not_dead(
+    api: RunningApp, engine: ScriptedEngine
+) -> None:
+    """What Triton says about the process counts for less than the events that come from it."""
+    await until(lambda: api.monitor.state.ok)
+    probe, monitor = engine.probe, api.monitor
+
+    async def busy_probe() -> None:
+        await asyncio.sleep(0.01)
+        monitor.saw_life()
+        await asyncio.sleep(0.01)
+        await probe()
+
+    engine.probe = busy_probe  # type: ignore[method-assign]
+    engine.alive = False
+    await asyncio.sleep(0.3)
+
+    assert (monitor.state.ok, engine.reloads) == (True, 0)
+
+
+def make_pair(engine: ScriptedEngine, api: RunningApp, *, starved: bool) -> None:
+    """Two processes that are probed in turn, while events never cease.
+
+    Of the first Triton says that it is dead, always or, `starved`, every other time; of the second
+    never.
+    """
+    turns = itertools.count()
+
+    async def probe() -> str:
+        await asyncio.sleep(0.001)
+        api.monitor.saw_life()
+        turn = next(turns)
+        if turn % 2:
+            return "dllm_0_1"
+        if not engine.alive and (turn % 4 == 0 or not starved):
+            raise EngineDead("Stub process 'dllm_0_0' is not healthy.")
+        return "dllm_0_0"
+
+    async def processes() -> int:
+        return 2
+
+    engine.probe = probe  # type: ignore[method-assign]
+    engine.processes = processes  # type: ignore[method-assign]
+
+
+async def test_dead_process_beside_a_busy_one(api: RunningApp, engine: ScriptedEngine) -> None:
+    """Events of one process do not hide that another one never answers."""
+    await until(lambda: api.monitor.state.ok)
+    make_pair(engine, api, starved=False)
+    engine.alive = False
+    api.monitor.suspect()
+    await until(lambda: engine.reloads == 1)
+    await until(lambda: api.monitor.state.ok)
+    await asyncio.sleep(0.3)
+
+    assert engine.reloads == 1
+
+
+async def test_starved_process_beside_a_busy_one(api: RunningApp, engine: ScriptedEngine) -> None:
+    """Two processes that both answer are alive, whatever Triton says about them in between."""
+    await until(lambda: api.monitor.state.ok)
+    make_pair(engine, api, starved=True)
+    engine.alive = False
+    for _ in range(30):
+        api.monitor.suspect()
+        await asyncio.sleep(0.02)
+
+    assert (api.monitor.state.ok, engine.reloads) == (True, 0)
+
+
+async def test_a_process_that_is_known_to_be_dead_costs_no_attempt(
+    database_url: str, engine: ScriptedEngine
+) -> None:
+    """A job that meets it again and again, beside one that goes on answering, is only postponed."""
+
+    class Life(asyncio.Event):
+        async def wait(self) -> Literal[True]:
+            api.monitor.saw_life()
+            return True
+
+    async def probe() -> str:
+        return "dllm_0_1"
+
+    dead = EngineDead("Stub process 'dllm_0_0' is not healthy.")
+    engine.scripts = [[Life(), dead], [Life(), dead], [Life(), dead], [DONE]]
+    settings = fast_settings(database_url, job_max_attempts=2)
+    async with running_app(settings, engine) as api:
+        await until(lambda: api.monitor.state.ok)
+        make_pair(engine, api, starved=False)
+        engine.probe = probe  # type: ignore[method-assign]
+
+        assert DONE.text == (await api.result(await api.submit()))["text"]
+    assert len(engine.requests) == 4
+
+
+async def test_refused_reload_is_tried_once(
+    api: RunningApp, engine: ScriptedEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where models cannot be loaded, health stays 503 and the log says once what to do."""
+    engine.reload_error = ModelControlRefused("explicit model load / unload is not allowed")
+    engine.alive = False
+    await until(lambda: engine.reloads == 1)
+    await asyncio.sleep(0.3)
+
+    assert (await api.health())[0] == 503
+    assert engine.reloads == 1
+    assert caplog.text.count("engine_reload_refused") == 1
+
+
+async def test_engine_replaced_by_others_loses_the_streams_too(
+    database_url: str, engine: ScriptedEngine
+) -> None:
+    """When somebody else brings the engine back, the jobs of its former life run again."""
+    engine.scripts = [[HANG], [DONE]]
+    async with running_app(fast_settings(database_url, heal=False), engine) as api:
+        await api.submit()
+        await until(lambda: len(engine.requests) == 1)
+        engine.alive = False
+        await until(lambda: api.monitor.state.dead)
+        engine.alive = True
+
+        assert DONE.text == (await api.result(0))["text"]
+    assert len(engine.requests) == 2
+
+
+async def test_silent_stream_of_a_living_engine_is_lost(
+    api: RunningApp, engine: ScriptedEngine
+) -> None:
+    """A stream that fell silent while probes are answered is closed and its job runs again."""
+    engine.scripts = [[SIGN_OF_LIFE, HANG], [DONE]]
+
+    assert DONE.text == (await api.result(await api.submit()))["text"]
+    assert (engine.reloads, len(engine.requests), engine.closed) == (0, 2, 2)
+
+
+async def test_stream_without_any_event_is_lost(api: RunningApp, engine: ScriptedEngine) -> None:
+    """Whatever waits in the engine gives signs of life as well, so that silence means the same."""
+    engine.scripts = [[HANG], [DONE]]
+
+    assert DONE.text == (await api.result(await api.submit()))["text"]
+    assert (engine.reloads, len(engine.requests), engine.closed) == (0, 2, 2)
+
+
+async def test_deadline_closes_the_stream_and_fails_the_job(
+    api: RunningApp, engine: ScriptedEngine
+) -> None:
+    """A job that is not done in time fails with the time, and the engine is let go."""
+    engine.scripts = [[SIGN_OF_LIFE, HANG]]
+    result = await api.result(await api.submit(timeout=0.15))
+
+    assert result["error"] == "timeout: the job was not done within 0.15 s"
+    assert (len(engine.requests), engine.closed) == (1, 1)
+
+
+async def test_deadline_holds_in_the_queue(database_url: str, engine: ScriptedEngine) -> None:
+    """A job that no engine takes in time fails as well; the others go on waiting."""
+    engine.alive = False
+    async with running_app(fast_settings(database_url, heal=False), engine) as api:
+        late, patient = await api.submit(timeout=0.1), await api.submit()
+        error = (await api.result(late))["error"]
+        assert error == "timeout: the job was not done within 0.1 s"
+        assert (await api.result(patient, wait=0))["status"] == "running"
+
+
+async def test_priority_reaches_the_engine(api: RunningApp, engine: ScriptedEngine) -> None:
+    """The engine's queue is told how urgent a job is."""
+    await api.submit(priority=1)
+    await api.result(0)
+    await api.client.post("/v1/generate_batch", json={"prompts": ["a"], "priority": 3})
+    await api.result(1)
+
+    assert engine.priorities == [1, 3]
+
+
+async def test_cancel_from_another_worker_closes_the_stream(
+    database_url: str, engine: ScriptedEngine
+) -> None:
+    """The worker that is asked tells the engine at once; the one that drives the job notices.
+
+    So does who waits for it there.
+    """
+    engine.scripts = [[HANG]]
+    bystander = ScriptedEngine(alive=False)
+    async with (
+        running_app(fast_settings(database_url, heal=False), bystander) as other,
+        running_app(fast_settings(database_url), engine) as driver,
+    ):
+        await other.submit()
+        await until(lambda: len(engine.requests) == 1)
+        async with asyncio.TaskGroup() as tasks:
+            held = tasks.create_task(driver.result(0))
+            await asyncio.sleep(0.05)
+            await other.client.delete("/v1/result/0")
+        assert bystander.cancels == engine.request_ids
+        await until(lambda: engine.closed == 1)
+
+        for result in (held.result(), await other.result(0)):
+            assert result["status"] == "cancelled"
+
+
+async def test_stopping_worker_puts_its_jobs_back(
+    database_url: str, engine: ScriptedEngine, store: JobStore
+) -> None:
+    """A worker that stops leaves its jobs queued, without an attempt, for the next one."""
+    engine.scripts = [[SIGN_OF_LIFE, HANG]]
+    async with running_app(fast_settings(database_url), engine) as api:
+        await api.submit()
+        await until(lambda: len(engine.requests) == 1)
+    assert engine.closed == 1
+    assert Job(0, JobState.QUEUED, 0, None, None) == await store.get(0)
+
+    async with running_app(fast_settings(database_url), ScriptedEngine()) as api:
+        assert (await api.result(0))["status"] == "finished"
+
+
+async def test_jobs_of_a_dead_worker_are_taken_up(
+    database_url: str, engine: ScriptedEngine, database: Database
+) -> None:
+    """A job whose lease ran out is driven by whoever notices."""
+    store = JobStore(database, max_attempts=3)
+    await store.add([{"text_input": "a"}], max_queued=1)
+    await store.claim("a-dead-worker", limit=1, lease=0.05)
+    async with running_app(fast_settings(database_url), engine) as api:
+        assert (await api.result(0))["status"] == "finished"
+
+
+async def test_leases_of_living_workers_are_renewed(
+    database_url: str, engine: ScriptedEngine
+) -> None:
+    """A job that takes many times its lease stays with its worker."""
+    engine.scripts = [[HANG]]
+    settings = fast_settings(database_url, engine_silence=30)
+    async with (
+        running_app(settings, engine) as api,
+        running_app(settings, engine),
+    ):
+        await api.submit()
+        await asyncio.sleep(2.0)
+        assert len(engine.requests) == 1
+
+
+async def test_unforeseen_error_does_not_keep_the_job(
+    api: RunningApp, engine: ScriptedEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error that nobody thought of is logged, and the job runs again when its lease is over."""
+    engine.scripts = [[KeyError("surprise")], [DONE]]
+
+    assert DONE.text == (await api.result(await api.submit()))["text"]
+    assert "'job': 0, " in caplog.text
+    assert "job_broken" in caplog.text
+    assert "surprise" in caplog.text
+
+
+async def test_result_is_kept_when_the_database_was_away(
+    api: RunningApp, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A result that could not be written is written later, not generated again."""
+    finish, failures = JobStore.finish, [StoreUnavailable("away"), StoreUnavailable("away")]
+
+    async def flaky(self: JobStore, owner: str, job_id: int, result: Event) -> bool:
+        if failures:
+            raise failures.pop()
+        return await finish(self, owner, job_id, result)
+
+    monkeypatch.setattr(JobStore, "finish", flaky)
+    assert DONE.text == (await api.result(await api.submit()))["text"]
+    assert len(engine.requests) == 1
+
+
+async def test_jobs_that_end_at_once_leave_room_for_others(
+    api: RunningApp, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 40 jobs that one step ends only a few are settled between two turns of the event loop."""
+    finish, settled = JobStore.finish, 0
+
+    async def counted(self: JobStore, owner: str, job_id: int, result: Event) -> bool:
+        nonlocal settled
+        settled += 1
+        return await finish(self, owner, job_id, result)
+
+    monkeypatch.setattr(JobStore, "finish", counted)
+    the_end = asyncio.Event()
+    engine.scripts = [[SIGN_OF_LIFE, the_end, DONE]]
+    await api.client.post("/v1/generate_batch", json={"prompts": ["a"] * 40})
+    await until(lambda: len(engine.requests) == 40)
+    the_end.set()
+    most = before = 0
+    async with asyncio.timeout(5):
+        while settled < 40:
+            await asyncio.sleep(0)
+            most, before = max(most, settled - before), settled
+    assert 1 <= most <= 5
+
+
+async def test_no_more_than_max_inflight_at_a_time(
+    database_url: str, engine: ScriptedEngine
+) -> None:
+    """A worker drives as many jobs as it may, and goes on when one of them is done."""
+    engine.scripts = [[HANG], [HANG], [DONE]]
+    async with running_app(fast_settings(database_url, max_inflight=2), engine) as api:
+        await api.client.post("/v1/generate_batch", json={"prompts": ["a", "b", "c"]})
+        await until(lambda: len(engine.requests) == 2)
+        await asyncio.sleep(0.1)
+        assert len(engine.requests) == 2
+
+        await api.client.delete("/v1/result/1")
+        assert DONE.text == (await api.result(2))["text"]
+
+
+async def test_jobs_that_arrive_at_once_find_no_more_places(
+    database_url: str, engine: ScriptedEngine
+) -> None:
+    """Calls that come together fill the places that there are; the others wait their turn."""
+    engine.scripts = [[HANG], [HANG], [DONE]]
+    async with running_app(fast_settings(database_url, max_inflight=2), engine) as api:
+        await until(lambda: api.monitor.state.ok)
+        await asyncio.gather(*(api.submit() for _ in range(6)))
+        await until(lambda: len(engine.requests) == 2)
+        await asyncio.sleep(0.1)
+        assert len(engine.requests) == 2
+
+        running = [int(name.partition("-")[0]) for name in engine.request_ids]
+        await api.client.delete(f"/v1/result/{running[0]}")
+        for job_id in set(range(6)) - set(running):
+            assert DONE.text == (await api.result(job_id))["text"]
+
+
+async def test_many_jobs_on_two_workers_run_exactly_once(
+    database_url: str, engine: ScriptedEngine
+) -> None:
+    """However many jobs there are, each is run once and none is forgotten."""
+    settings = fast_settings(database_url, max_inflight=16, lease_seconds=30)
+    async with running_app(settings, engine) as one, running_app(settings, engine) as two:
+        for worker in (one, two) * 2:
+            await worker.client.post("/v1/generate_batch", json={"prompts": ["x"] * 50})
+        start = time.monotonic()
+        results = [await one.result(n, wait=30) for n in range(200)]
+        assert time.monotonic() - start < 30
+
+    assert {"finished"} == {result["status"] for result in results}
+    assert len(engine.requests) == 200
+
+
+async def test_expired_results_go(database_url: str, engine: ScriptedEngine) -> None:
+    """A result is kept for its time, and then unknown."""
+    async with running_app(fast_settings(database_url, result_ttl=0.05), engine) as api:
+        await api.submit()
+        async with asyncio.timeout(5):
+            while (await api.client.get("/v1/result/0")).status_code != 404:
+                await asyncio.sleep(0.02)
+
+
+async def test_log_names_the_job_and_not_the_prompt(
+    api: RunningApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What users write is nothing for the log."""
+    caplog.set_level("DEBUG", "adapter")
+    await api.result(await api.submit("a secret"))
+    await asyncio.sleep(0.02)
+
+    assert "'job': 0, " in caplog.text
+    assert "secret" not in caplog.text

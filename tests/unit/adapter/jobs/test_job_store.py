@@ -1,0 +1,535 @@
+"""The job store against a real database."""
+
+import asyncio
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from adapter_fakes import HandClock
+
+from adapter.db.database import Database
+from adapter.errors import KeyReused, TooManyJobs
+from adapter.jobs.job import ClaimedJob, Job, JobState, Terms
+from adapter.jobs.store import JobStore
+from adapter.telemetry.metrics import JOBS_DONE
+from adapter.types import Event, Usage
+
+#: Each test that uses a database runs on both kinds.
+DATABASES = ("sqlite", "postgresql")
+
+DONE = Event("text", "stop", Usage(1, 2, 3, 4), seed=5)
+
+
+async def add(store: JobStore, count: int = 1) -> list[int]:
+    return await store.add([{"text_input": f"p{n}"} for n in range(count)], max_queued=1000)
+
+
+async def claim(store: JobStore, owner: str = "a", limit: int = 10) -> list[int]:
+    return [job.id for job in await store.claim(owner, limit=limit, lease=30)]
+
+
+async def state(store: JobStore, job_id: int) -> JobState:
+    job = await store.get(job_id)
+    assert job is not None
+    return job.state
+
+
+async def test_ids_begin_at_zero_and_have_no_gaps(store: JobStore) -> None:
+    """The first job of a fresh database is 0, and every later one follows the one before."""
+    assert [await add(store), await add(store, 3), await add(store)] == [[0], [1, 2, 3], [4]]
+
+
+async def test_concurrent_submissions_get_distinct_ids(store: JobStore) -> None:
+    """Submissions at the same time share no id, and each batch is consecutive."""
+    batches = await asyncio.gather(*(add(store, 3) for _ in range(10)))
+
+    assert list(range(30)) == sorted(job_id for batch in batches for job_id in batch)
+    assert all([b[0], b[0] + 1, b[0] + 2] == b for b in batches)
+
+
+async def test_same_submission_is_made_once(store: JobStore) -> None:
+    """However often it is made, and however many at once, it makes its jobs once."""
+
+    async def submit() -> tuple[list[int], bool]:
+        return await store.add_once([{"seed": 1}, {}], key="k", max_queued=2)
+
+    given = await asyncio.gather(*(submit() for _ in range(8)))
+    assert [ids for ids, _ in given] == [[0, 1]] * 8
+    assert sum(new for _, new in given) == 1
+    # What was accepted is accepted, however full the queue is now.
+    assert await submit() == ([0, 1], False)
+
+
+async def test_refused_submission_leaves_its_key_free(store: JobStore) -> None:
+    """What found no room may be submitted again under its key."""
+    with pytest.raises(TooManyJobs):
+        await store.add_once([{}] * 2, key="k", max_queued=1)
+    assert await store.add_once([{}], key="k", max_queued=1) == ([0], True)
+
+
+async def test_submission_keys_are_their_owners(store: JobStore) -> None:
+    """The same key of somebody else is another key."""
+    for terms, ids in ((Terms(), [0]), (Terms(api_key="a"), [1]), (Terms(api_key="b"), [2])):
+        for new in (True, False):
+            given = await store.add_once([{}], key="k", max_queued=9, terms=terms)
+            assert given == (ids, new)
+
+
+async def test_submission_keys_are_forgotten(store: JobStore, clock: HandClock) -> None:
+    """A key is kept for as long as it is told, and may then stand for something else."""
+    await store.add_once([{}], key="k", max_queued=9)
+    clock.advance(10)
+    await store.forget_keys(ttl=10)
+    with pytest.raises(KeyReused):
+        await store.add_once([{"seed": 1}], key="k", max_queued=9)
+    clock.advance(1)
+    await store.forget_keys(ttl=10)
+    assert await store.add_once([{"seed": 1}], key="k", max_queued=9) == ([1], True)
+
+
+async def test_batch_that_exceeds_the_queue_is_refused_whole(store: JobStore) -> None:
+    """A batch of which one would be too many leaves no job and uses up no id."""
+    await store.add([{}] * 2, max_queued=3)
+
+    with pytest.raises(TooManyJobs, match="2 jobs are waiting, and at most 3 may"):
+        await store.add([{}] * 2, max_queued=3)
+
+    assert await store.add([{}], max_queued=3) == [2]
+
+
+async def test_running_jobs_do_not_count_as_queued(store: JobStore) -> None:
+    """The queue's limit is about jobs that wait."""
+    await store.add([{}] * 3, max_queued=3)
+    await claim(store, limit=1)
+
+    assert await store.add([{}], max_queued=3) == [3]
+
+
+@pytest.mark.parametrize("job_id", [0, -1, 2**63, 10**30])
+async def test_unknown_id_gives_none(store: JobStore, job_id: int) -> None:
+    """An id that no job has gives None, whatever its size."""
+    assert await store.get(job_id) is None
+    assert not await store.cancel(job_id)
+
+
+async def test_claim_takes_the_oldest_first_and_no_more_than_asked(store: JobStore) -> None:
+    """Jobs are claimed in the order of their ids, each by one owner only."""
+    await add(store, 5)
+
+    assert await claim(store, "a", limit=2) == [0, 1]
+    assert await claim(store, "b", limit=2) == [2, 3]
+    assert await claim(store, "a") == [4]
+    assert await claim(store, "b") == []
+
+
+async def test_claimed_job_carries_its_request_and_terms(store: JobStore, clock: HandClock) -> None:
+    """What was submitted comes back as it was, with the time that is left of it."""
+    request = {"messages": "[ü]", "temperature": 0.5, "stop": ["a"], "ignore_eos": True}
+    terms = Terms(3, 60.0, "team", "call-1", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b71-01")
+    await store.add([request], max_queued=10, terms=terms)
+    clock.advance(20)
+
+    expected = ClaimedJob(0, "a", request, 0, terms, time_left=40.0, waited=20.0)
+    assert [expected] == await store.claim("a", limit=1, lease=30)
+
+
+async def arrive(store: JobStore, owner: str = "a") -> tuple[int, ClaimedJob | None]:
+    return await store.add_claimed({"seed": 1}, owner, lease=30, max_queued=9)
+
+
+async def test_job_may_be_claimed_as_it_arrives(store: JobStore, clock: HandClock) -> None:
+    """It is then as if it had been claimed; if its worker dies, another one gets it."""
+    terms = Terms(3, 60.0, "team", "call-1", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b71-01")
+    arrived = await store.add_claimed({"seed": 1}, "a", lease=30, max_queued=1, terms=terms)
+
+    assert arrived == (0, ClaimedJob(0, "a", {"seed": 1}, 0, terms, time_left=60.0))
+    assert await claim(store, "b") == []
+    assert await store.renew("a", [0], lease=30) == {0}
+    clock.advance(31)
+    assert await store.recover() == 1
+    (again,) = await store.claim("b", limit=1, lease=30)
+    assert (again.inputs, again.terms, again.time_left) == ({"seed": 1}, terms, 29.0)
+
+
+async def test_job_that_arrives_overtakes_nobody(store: JobStore) -> None:
+    """Where jobs wait, or the last attempt of one runs, it is queued like any other."""
+    await add(store)
+    assert await arrive(store) == (1, None)
+    assert await claim(store) == [0, 1]
+    for _ in range(2):
+        await lose(store, 0)
+        await store.finish("a", 1, DONE)
+        assert await claim(store) == [0]
+    assert await arrive(store, "b") == (2, None)
+    await store.finish("a", 0, DONE)
+    assert await state(store, 2) == JobState.QUEUED
+    with pytest.raises(TooManyJobs, match="1 jobs are waiting, and at most 1 may"):
+        await store.add_claimed({}, "a", lease=30, max_queued=1)
+
+
+async def test_jobs_that_arrive_at_once_are_their_workers(store: JobStore) -> None:
+    """Each has an id of its own, and is run by the worker that it came to."""
+    arrived = await asyncio.gather(*(arrive(store, str(n)) for n in range(20)))
+
+    assert list(range(20)) == sorted(job_id for job_id, _ in arrived)
+    for number, (job_id, job) in enumerate(arrived):
+        assert job is not None
+        assert (job.id, job.owner) == (job_id, str(number))
+
+
+async def test_urgent_jobs_overtake(store: JobStore) -> None:
+    """Claims go by priority first and by age second."""
+    for priority in (3, 2, 1, 2, 1):
+        await store.add([{}], max_queued=10, terms=Terms(priority=priority))
+
+    assert [await claim(store, limit=2), await claim(store)] == [[2, 4], [1, 3, 0]]
+
+
+async def test_finish_keeps_the_result(store: JobStore) -> None:
+    """A finished job has its text and stays as it is."""
+    await add(store)
+    await claim(store)
+
+    assert await store.finish("a", 0, DONE)
+    assert Job(0, JobState.FINISHED, 0, "text", None) == await store.get(0)
+    assert not await store.finish("a", 0, DONE)
+    assert not await store.cancel(0)
+
+
+async def test_only_the_owner_of_a_running_job_changes_it(store: JobStore) -> None:
+    """Whoever is not the owner, or comes too late, changes nothing and learns so."""
+    await add(store)
+    assert not await store.finish("a", 0, DONE)
+    await claim(store, "a")
+
+    assert not await store.finish("b", 0, DONE)
+    assert not await store.fail("b", 0, "no")
+    assert not await store.retry("b", 0, "no")
+    assert not await store.put_back("b", 0)
+    assert await state(store, 0) == JobState.RUNNING
+
+
+async def test_renewal_tells_what_is_still_ours(store: JobStore) -> None:
+    """The answer to a renewal lacks what was cancelled, finished, or is another's."""
+    await add(store, 4)
+    await claim(store, "a", limit=3)
+    await claim(store, "b")
+    await store.cancel(1)
+    await store.finish("a", 2, DONE)
+
+    assert {0} == await store.renew("a", [0, 1, 2, 3], lease=30)
+
+
+async def test_expired_lease_frees_the_job(store: JobStore, clock: HandClock) -> None:
+    """A job whose worker fell silent is queued again; a renewed one is not."""
+    await add(store, 2)
+    await claim(store, "a")
+    clock.advance(20)
+    await store.renew("a", [1], lease=30)
+    clock.advance(20)
+
+    assert await store.recover() == 1
+    assert await claim(store, "b") == [0]
+    assert not await store.finish("a", 0, DONE)
+    assert await store.finish("b", 0, DONE)
+
+
+@pytest.mark.parametrize(("ahead", "lost"), [(28.0, 0), (31.0, 1)])
+async def test_clocks_of_machines_may_differ_by_less_than_what_is_left_of_a_lease(
+    store: JobStore, database: Database, clock: HandClock, ahead: float, lost: int
+) -> None:
+    """A lease that is renewed every second lasts on a machine whose clock is ahead by little."""
+    await add(store)
+    await claim(store)
+    clock.advance(1)
+    other = JobStore(database, max_attempts=3, clock=lambda: clock() + ahead)
+
+    assert await other.recover() == lost
+
+
+async def test_deaths_of_workers_cost_no_attempt_but_end(store: JobStore, clock: HandClock) -> None:
+    """A job may lose worker after worker, up to a number that no accident reaches."""
+    await add(store)
+    for _ in range(20):
+        assert await claim(store) == [0]
+        clock.advance(60)
+        assert await store.recover() == 1
+
+    error = "given up: 20 workers have died that ran it"
+    assert Job(0, JobState.FAILED, 0, None, error) == await store.get(0)
+
+
+async def test_each_run_of_a_job_has_a_name_of_its_own(store: JobStore, clock: HandClock) -> None:
+    """Even for a worker that lost it for a while: what ends the one run there spares the other.
+
+    Whoever looks the job up knows the name too.
+    """
+    names = []
+    await add(store)
+    for end in ("lease", "engine", "lease"):
+        (job,) = await store.claim("a", limit=1, lease=30)
+        shown = await store.get(0)
+        assert shown is not None
+        assert shown.engine_request_id == job.engine_request_id
+        names.append(job.engine_request_id)
+        if end == "engine":
+            await lose(store, 0)
+        else:
+            clock.advance(31)
+            assert await store.recover() == 1
+
+    assert len(set(names)) == 3
+
+
+async def lose(store: JobStore, *ids: int) -> None:
+    for job_id in ids:
+        assert await store.retry("a", job_id, "lost")
+
+
+async def test_few_suspects_run_at_a_time(store: JobStore) -> None:
+    """After an engine died with many jobs, these come back a few at a time, beside fresh ones."""
+    await add(store, 12)
+    await lose(store, *await claim(store, limit=20))
+    await add(store, 3)
+
+    assert await claim(store, limit=20) == [*range(8), 12, 13, 14]
+    assert await claim(store, "b", limit=20) == []
+    await store.finish("a", 0, DONE)
+    assert await claim(store, "b", limit=20) == [8]
+
+
+async def test_last_attempt_runs_alone(store: JobStore) -> None:
+    """Before a job is given up it runs by itself: nothing else is claimed before or beside it."""
+    await add(store, 2)
+    for _ in range(2):
+        await claim(store, limit=1)
+        await lose(store, 0)
+    assert await claim(store) == [0]
+    assert await claim(store, "b") == []
+    await store.put_back("a", 0)
+
+    await store.cancel(0)
+    await add(store, 1)
+    assert await claim(store, limit=1) == [1]
+    assert await store.retry("a", 1, "lost")
+    assert await claim(store, limit=1) == [1]
+    assert await claim(store, "b") == [2]
+    assert await store.retry("a", 1, "lost")
+    assert await claim(store) == []  # 2 is running
+    await store.finish("b", 2, DONE)
+    assert await claim(store) == [1]
+    await store.finish("a", 1, DONE)
+
+
+async def test_job_that_may_run_once_only_does_not_wait(database: Database) -> None:
+    """With one attempt for each job there is no last one to be set apart."""
+    store = JobStore(database, max_attempts=1)
+    await add(store, 2)
+
+    assert await claim(store) == [0, 1]
+    await lose(store, 0)
+    assert await state(store, 0) == JobState.FAILED
+
+
+async def test_late_jobs_fail_where_they_wait(store: JobStore, clock: HandClock) -> None:
+    """A job whose deadline passes in the queue is not claimed any more, and fails with the time."""
+    await store.add([{}], max_queued=10, terms=Terms(timeout=2.5))
+    await add(store)
+    assert await store.expire() == 0
+    clock.advance(3)
+
+    assert await claim(store) == [1]
+    assert [await store.expire(), await store.expire()] == [1, 0]
+    error = "timeout: the job was not done within 2.5 s"
+    assert Job(0, JobState.FAILED, 0, None, error) == await store.get(0)
+
+
+async def test_jobs_are_their_keys_alone(store: JobStore) -> None:
+    """With a key, jobs of other keys can neither be seen nor cancelled; without, all can."""
+    for name in ("one", "two", None):
+        await store.add([{}], max_queued=10, terms=Terms(api_key=name))
+
+    assert [await store.get(n, api_key="one") is not None for n in range(3)] == [True, False, False]
+    assert not await store.cancel(1, api_key="one")
+    assert await store.cancel(0, api_key="one")
+    assert await store.get(1) is not None
+
+
+async def test_undone_jobs_are_counted(store: JobStore) -> None:
+    """How many jobs wait and run, whatever else there is."""
+    assert await store.undone() == {JobState.QUEUED: 0, JobState.RUNNING: 0}
+    await add(store, 4)
+    await claim(store, limit=2)
+    await store.finish("a", 0, DONE)
+
+    assert await store.undone() == {JobState.QUEUED: 2, JobState.RUNNING: 1}
+
+
+async def test_retry_counts_and_put_back_does_not(store: JobStore) -> None:
+    """A lost job has used an attempt, a postponed one has not."""
+    await add(store)
+    await claim(store)
+    await store.put_back("a", 0)
+    assert Job(0, JobState.QUEUED, 0, None, None) == await store.get(0)
+
+    await claim(store)
+    await store.retry("a", 0, "lost")
+    assert Job(0, JobState.QUEUED, 1, None, None) == await store.get(0)
+
+
+async def test_last_retry_fails_with_the_reason(store: JobStore) -> None:
+    """The retry after the last attempt is a failure."""
+    await add(store)
+    for _ in range(3):
+        await claim(store)
+        assert await store.retry("a", 0, "lost")
+
+    assert Job(0, JobState.FAILED, 3, None, "given up after 3 attempts: lost") == await store.get(0)
+
+
+async def test_cancel_is_idempotent(store: JobStore) -> None:
+    """Queued and running jobs can be cancelled, once; their worker cannot finish them."""
+    await add(store, 2)
+    await claim(store, limit=1)
+
+    assert [await store.cancel(0), await store.cancel(1)] == [True, True]
+    assert [await store.cancel(0), await store.cancel(1)] == [False, False]
+    assert not await store.finish("a", 0, DONE)
+    assert await claim(store) == []
+    assert await state(store, 0) == JobState.CANCELLED
+
+
+async def test_done_among_names_the_done(store: JobStore) -> None:
+    """Of the ids asked for, those come back that will not change any more."""
+    await add(store, 4)
+    await claim(store, limit=3)
+    await store.finish("a", 0, DONE)
+    await store.cancel(1)
+
+    assert {0, 1} == await store.done_among([0, 1, 2, 3, 99])
+
+
+async def test_old_results_are_removed_in_small_batches(
+    store: JobStore,
+    clock: HandClock,
+) -> None:
+    """Only what was done for longer than the time to live goes, and ids are not used again."""
+    await add(store, 4)
+    await claim(store, limit=3)
+    for job_id in range(3):
+        await store.finish("a", job_id, DONE)
+    clock.advance(100)
+
+    assert await store.purge(ttl=101, limit=2) == 0
+    assert [await store.purge(ttl=99, limit=2) for _ in range(3)] == [2, 1, 0]
+    assert await store.get(2) is None
+    assert await state(store, 3) == JobState.QUEUED
+    assert await add(store) == [4]
+
+
+WORKER = """
+import asyncio, sys
+from adapter.db.database import Database
+from adapter.jobs.store import JobStore
+
+async def main(url, name):
+    async with Database.open(url) as database:
+        store = JobStore(database, max_attempts=3)
+        ids = await store.add([{"n": 1}] * 20, max_queued=1000)
+        taken = []
+        for _ in range(10):
+            taken += [job.id for job in await store.claim(name, limit=3, lease=60)]
+        print(ids[0], *taken)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+def test_processes_may_start_at_once_on_a_fresh_database(database_url: str) -> None:
+    """The schema is made once, submissions get their own ids, and no job has two owners."""
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, database_url, f"worker-{n}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for n in range(3)
+    ]
+    outputs = [worker.communicate(timeout=60) for worker in workers]
+
+    assert [error for _, error in outputs] == ["", "", ""]
+    numbers = [[int(word) for word in output.split()] for output, _ in outputs]
+    assert sorted(first for first, *_ in numbers) == [0, 20, 40]
+    taken = [job_id for _, *ids in numbers for job_id in ids]
+    assert len(taken) == len(set(taken))
+
+
+async def test_two_stores_see_the_same_jobs(database_url: str, store: JobStore) -> None:
+    """What one worker writes, another reads at once."""
+    await add(store)
+    async with Database.open(database_url) as other:
+        assert await state(JobStore(other, max_attempts=3), 0) == JobState.QUEUED
+
+
+class Ended:
+    """How many jobs were counted since this was made, by how they ended."""
+
+    def __init__(self) -> None:
+        self._before = self._now()
+
+    @staticmethod
+    def _now() -> Counter[str]:
+        (family,) = JOBS_DONE.collect()
+        return Counter(
+            {s.labels["state"]: int(s.value) for s in family.samples if s.name.endswith("_total")}
+        )
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return dict(self._now() - self._before)
+
+
+async def test_each_job_that_ends_is_counted_once(store: JobStore) -> None:
+    """Finished, failed or cancelled, by whoever drives it or while it waits; not once more."""
+    ended = Ended()
+    await add(store, 4)
+    await claim(store, limit=3)
+    for _ in range(2):
+        await store.finish("a", 0, DONE)
+        await store.fail("a", 1, "steps: no")
+        await store.cancel(2)
+        await store.cancel(3)
+        await store.finish("a", 2, DONE)
+
+    assert ended.counts == {"finished": 1, "failed": 1, "cancelled": 2}
+
+
+async def test_jobs_that_are_given_up_are_counted(store: JobStore, clock: HandClock) -> None:
+    """The last of a job's attempts, or of its workers, makes it a failure; the others nothing."""
+    ended = Ended()
+    await add(store)
+    for left in (2, 1, 0):
+        await claim(store)
+        await lose(store, 0)
+        assert ended.counts == ({} if left else {"failed": 1})
+
+    await add(store)
+    for left in reversed(range(20)):
+        await claim(store)
+        clock.advance(60)
+        await store.recover()
+        assert ended.counts == ({"failed": 1} if left else {"failed": 2})
+
+
+async def test_late_jobs_are_counted_once_by_all_workers(store: JobStore, clock: HandClock) -> None:
+    """Many workers find the same jobs late; each job is one failure."""
+    ended = Ended()
+    await store.add([{}] * 30, max_queued=100, terms=Terms(timeout=1))
+    await add(store)
+    clock.advance(2)
+    expired = await asyncio.gather(*(store.expire() for _ in range(5)))
+
+    assert sum(expired) == 30
+    assert ended.counts == {"failed": 30}

@@ -1,0 +1,105 @@
+"""What the engine says of a request before it becomes a job."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from adapter_fakes import RunningApp, ScriptedEngine, fast_settings, running_app, until
+
+from adapter.jobs.service import CHECK_SECONDS
+from adapter.types import Verdict
+
+
+@pytest.fixture
+async def api(database_url: str, engine: ScriptedEngine) -> AsyncIterator[RunningApp]:
+    """A worker whose engine is ready."""
+    async with running_app(fast_settings(database_url), engine) as running:
+        await until(lambda: running.monitor.state.ok)
+        yield running
+
+
+async def refusal(api: RunningApp, path: str, body: Any) -> tuple[str, str]:
+    """Field and reason of the only problem with a body."""
+    answer = await api.client.post(path, json=body)
+    assert answer.status_code == 422, answer.text
+    [problem] = answer.json()["detail"]
+    return ".".join(map(str, problem["loc"])), problem["msg"]
+
+
+async def test_what_the_engine_would_refuse_is_not_queued(
+    api: RunningApp, engine: ScriptedEngine
+) -> None:
+    """What only the engine can judge is refused at submission, in its words."""
+    engine.verdicts["bad"] = Verdict("steps: must be at least 2; got 1")
+    found = await refusal(api, "/v1/generate", {"prompt": "bad", "steps": 1})
+
+    assert found == ("body.steps", "must be at least 2; got 1")
+    assert engine.requests == []
+    assert await api.submit() == 0
+
+
+async def test_refused_prompt_of_a_batch_is_named(api: RunningApp, engine: ScriptedEngine) -> None:
+    """The first that would be refused is named, unless all would be, and none is queued."""
+    engine.verdicts["long"] = Verdict("gen_length: too much")
+    engine.room = 3
+    for prompts, problem in (
+        (["short", "long", "short", "long"], ("body.prompts.1", "gen_length: too much")),
+        (["long", "long"], ("body.gen_length", "too much")),
+    ):
+        found = await refusal(api, "/v1/generate_batch", {"prompts": prompts})
+        assert found == problem
+    assert await api.submit() == 0
+
+
+async def test_engine_is_asked_once_about_what_fits(
+    api: RunningApp, engine: ScriptedEngine
+) -> None:
+    """Other words and seeds are no reason to ask again; more words than fit are, and new ids."""
+    engine.room = 10
+    for fields in (
+        {"prompt": "a first one", "seed": 1},
+        {"prompt": "any other", "seed": 2},
+        {"prompt": "more than ten bytes"},
+        {"prompt": "any other", "steps": 8},
+        {"prompt": "any other", "raw": True},
+        {"messages": [{"role": "user", "content": "any other"}]},
+        {"messages": [{"role": "system", "content": "any other"}]},
+        {"input_ids": [1, 2]},
+        {"input_ids": [1, 2]},
+    ):
+        assert (await api.client.post("/v1/generate", json=fields)).status_code == 200
+
+    asked = [{k: v for k, v in request.items() if k != "seed"} for request in engine.checked]
+    rest = {"temperature": 0.0, "gen_length": 32}
+    user = '[{"role": "user", "content": "%s"}]'
+    assert asked == [
+        rest | {"messages": user % "a first one"},
+        rest | {"messages": user % "more than ten bytes"},
+        rest | {"steps": 8, "messages": user % "any other"},
+        rest | {"text_input": "any other"},
+        rest | {"messages": '[{"role": "system", "content": "any other"}]'},
+        rest | {"input_ids": [1, 2]},
+        rest | {"input_ids": [1, 2]},
+    ]
+
+
+async def test_another_engine_is_asked_again(api: RunningApp, engine: ScriptedEngine) -> None:
+    """What the one before it said does not hold for an engine that was started since."""
+    await api.submit()
+    engine.alive = False
+    api.monitor.suspect()
+    await until(lambda: engine.reloads == 1 and api.monitor.state.ok)
+    await api.submit()
+
+    assert len(engine.checked) == 2
+
+
+@pytest.mark.parametrize("trouble", ["dead", "silent"])
+async def test_engine_that_does_not_answer_keeps_nobody_from_submitting(
+    api: RunningApp, engine: ScriptedEngine, trouble: str
+) -> None:
+    """Jobs are taken while the engine is away, and judged when they run."""
+    engine.alive, engine.check_hangs = trouble != "dead", True
+    async with asyncio.timeout(CHECK_SECONDS + 2):
+        assert await api.submit() == 0

@@ -1,0 +1,365 @@
+"""Watching the adapter: request ids, log, metrics, traces, dashboard."""
+
+import asyncio
+import gzip
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from adapter_fakes import (
+    DONE,
+    HANG,
+    SIGN_OF_LIFE,
+    RunningApp,
+    ScriptedEngine,
+    fast_settings,
+    running_app,
+    until,
+)
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind
+from prometheus_client.parser import text_string_to_metric_families
+
+from adapter.app import create_app
+from adapter.errors import EngineFailure, InvalidRequest, StoreUnavailable
+from adapter.periodic import Loop
+from adapter.telemetry import tracing
+from adapter.telemetry.otel import OtelTracer
+from adapter.telemetry.tracing import make_tracer
+from launcher.ports import free_port
+
+ROOT = Path(__file__).parents[4]
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+@pytest.fixture
+async def api(database_url: str, engine: ScriptedEngine) -> AsyncIterator[RunningApp]:
+    """A worker that has patience with its engine."""
+    async with running_app(fast_settings(database_url, engine_silence=30), engine) as running:
+        await until(lambda: running.monitor.state.ok)
+        yield running
+
+
+async def test_request_id_of_the_caller_reaches_the_engine(
+    api: RunningApp, engine: ScriptedEngine
+) -> None:
+    """A call's id comes back with the answer, and the engine's request carries it with the job."""
+    headers = {"X-Request-ID": "order-7.b"}
+    answer = await api.client.post("/v1/generate", json={"prompt": "a"}, headers=headers)
+    await api.result(0)
+
+    assert answer.headers["x-request-id"] == "order-7.b"
+    (request_id,) = engine.request_ids
+    assert re.fullmatch(r"0-order-7\.b-\S+-0-0", request_id)
+
+
+@pytest.mark.parametrize("given", [None, "", "a b", "x" * 129, 'a"b', "ü"])
+async def test_calls_without_a_usable_id_get_one(api: RunningApp, given: str | None) -> None:
+    """An id that could disturb a log is not taken over, and every answer has one of its own."""
+    headers = {} if given is None else {"X-Request-ID": given.encode()}
+    answers = [await api.client.get("/v1/result/9", headers=headers) for _ in range(2)]
+
+    ids = [answer.headers["x-request-id"] for answer in answers]
+    assert len(set(ids)) == 2
+    assert all(re.fullmatch("[0-9a-f]{32}", one) for one in ids)
+
+
+async def samples(api: RunningApp) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    answer = await api.client.get("/metrics")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain")
+    return {
+        (sample.name.removeprefix("dllm_adapter_"), frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+
+
+class Growth:
+    """How much each sample has grown since this was made."""
+
+    def __init__(self, before: dict[Any, float]) -> None:
+        self.before = before
+
+    async def now(self, api: RunningApp, name: str, **labels: str) -> float:
+        key = (name, frozenset(labels.items()))
+        return (await samples(api)).get(key, 0.0) - self.before.get(key, 0.0)
+
+
+async def test_metrics_tell_what_happened(api: RunningApp, engine: ScriptedEngine) -> None:
+    """Jobs, tokens, passes and calls are counted, and their times are taken."""
+    engine.scripts = [[DONE], [InvalidRequest("steps: no")], [EngineFailure("x")], [DONE], [HANG]]
+    growth = Growth(await samples(api))
+    for number in range(3):
+        await api.submit()
+        await api.result(number)
+    await api.submit()
+    await until(lambda: len(engine.requests) == 5)
+
+    async def grown(name: str, **labels: str) -> float:
+        return await growth.now(api, name, **labels)
+
+    assert await grown("jobs_submitted_total") == 4
+    settled = [await grown("jobs_settled_total", outcome=o) for o in ("finished", "failed", "lost")]
+    assert settled == [2, 1, 1]
+    done = [await grown("jobs_done_total", state=s) for s in ("finished", "failed", "cancelled")]
+    assert done == [2, 1, 0]
+    assert await grown("tokens_total", kind="prompt") == 6
+    assert await grown("tokens_total", kind="completion") == 64
+    assert await grown("forward_passes_total") == 64
+    assert await grown("denoising_steps_total") == 64
+    assert await grown("job_queue_seconds_count") == 5
+    assert await grown("job_run_seconds_count") == 2
+    assert await grown("inflight_requests") == 1
+    posts = {"method": "POST", "route": "/v1/generate"}
+    assert await grown("http_requests_total", status="200", **posts) == 4
+    assert await grown("http_request_seconds_count", **posts) == 4
+    assert await grown("store_seconds_count", kind="write") > 4
+    now = await samples(api)
+    assert now[("jobs", frozenset({("state", "running")}))] == 1
+    assert now[("jobs", frozenset({("state", "queued")}))] == 0
+    assert any(name == "engine_ready" and value == 1 for (name, _), value in now.items())
+
+
+async def test_unknown_paths_make_one_series(api: RunningApp) -> None:
+    """Whoever asks for nonsense does not fill the metrics, nor do ids of jobs."""
+    growth = Growth(await samples(api))
+    for path in ("/a", "/b", "/v1/result/1", "/v1/result/2"):
+        await api.client.get(path)
+
+    get = {"method": "GET", "status": "404"}
+    assert await growth.now(api, "http_requests_total", route="none", **get) == 2
+    route = "/v1/result/{request_id}"
+    assert await growth.now(api, "http_requests_total", route=route, **get) == 2
+
+
+async def test_dashboard_shows_metrics_that_exist(api: RunningApp) -> None:
+    """Each metric that the Grafana dashboard names is exported, by us or by the engine."""
+    await api.result(await api.submit())
+    page = (await api.client.get("/metrics")).text
+    engine_side = (ROOT / "model_repository/dllm/1/dllm_metrics.py").read_text()
+    dashboard = json.loads((ROOT / "deploy/grafana-dashboard.json").read_text())
+    queries = [t["expr"] for panel in dashboard["panels"] for t in panel.get("targets", [])]
+    named = set(re.findall(r"\b(?:dllm|nv)_\w+", " ".join(queries)))
+    assert len(named) > 15
+    for name in named:
+        if name.startswith("dllm_adapter_"):
+            assert re.search(rf"^{name}[ {{]", page, re.MULTILINE), name
+        else:
+            assert f'"{name}"' in engine_side, name
+
+
+class Spans:
+    """A tracer whose spans stay here."""
+
+    def __init__(self) -> None:
+        self.exporter = InMemorySpanExporter()
+        provider = TracerProvider()
+        provider.add_span_processor(SimpleSpanProcessor(self.exporter))
+        self.tracer = OtelTracer(provider)
+
+    def of(self, kind: SpanKind) -> list[Any]:
+        return [span for span in self.exporter.get_finished_spans() if span.kind == kind]
+
+
+async def test_trace_leads_from_the_call_to_the_denoising_steps(database_url: str) -> None:
+    """A job's span is a child of the call that submitted it, in its caller's trace."""
+    spans = Spans()
+    engine = ScriptedEngine([[SIGN_OF_LIFE, SIGN_OF_LIFE, DONE]])
+    app = create_app(fast_settings(database_url), engines={"engine:1": engine}, tracer=spans.tracer)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://a") as client,
+    ):
+        await client.post(
+            "/v1/generate", json={"prompt": "a"}, headers={"traceparent": TRACEPARENT}
+        )
+        await client.get("/v1/result/0", params={"wait": 5})
+        await until(lambda: bool(spans.of(SpanKind.CLIENT)))
+        submit = next(s for s in spans.of(SpanKind.SERVER) if "generate" in s.name)
+        (denoise,) = spans.of(SpanKind.CLIENT)
+
+    assert submit.context.trace_id == denoise.context.trace_id == int(TRACEPARENT[3:35], 16)
+    assert submit.parent.span_id == int(TRACEPARENT[36:52], 16)
+    assert denoise.parent.span_id == submit.context.span_id
+    assert submit.attributes["http.route"] == "/v1/generate"
+    assert submit.attributes["http.response.status_code"] == 200
+    assert [event.name for event in denoise.events] == ["denoising"] * 3
+    assert denoise.events[-1].attributes["finish_reason"] == "length"
+    assert denoise.events[-1].attributes["forward_passes"] == 32
+    assert denoise.attributes["triton.request_id"].startswith("0-")
+
+
+async def test_failed_request_fails_its_span(database_url: str) -> None:
+    """What the engine says against a request is the status of its span."""
+    spans = Spans()
+    engine = ScriptedEngine([[InvalidRequest("steps: no")]])
+    app = create_app(fast_settings(database_url), engines={"engine:1": engine}, tracer=spans.tracer)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://a") as client,
+    ):
+        await client.post("/v1/generate", json={"prompt": "a"})
+        await until(lambda: bool(spans.of(SpanKind.CLIENT)))
+    (denoise,) = spans.of(SpanKind.CLIENT)
+    assert denoise.status.description == "InvalidRequest: steps: no"
+
+
+def test_spans_go_to_the_collector_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tracing on, spans are sent over OTLP to where OpenTelemetry's own variable says."""
+    received: list[tuple[str, bytes]] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            length = int(self.headers["content-length"])
+            received.append((self.path, self.rfile.read(length)))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Not on stderr."""
+
+    with HTTPServer(("127.0.0.1", 0), Collector) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
+        tracer = make_tracer(enabled=True)
+        span = tracer.call("GET /v1/health", {})
+        assert re.fullmatch("00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", span.traceparent or "")
+        span.end()
+        tracer.close()
+        server.shutdown()
+    ((path, body),) = received
+    assert path == "/v1/traces"
+    assert b"dllm-adapter" in (gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body)
+
+
+async def test_trace_context_passes_through_untraced(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without tracing a caller's trace context reaches the engine as it is, if it is one."""
+    seen: list[str | None] = []
+    monkeypatch.setattr(ScriptedEngine, "generate", _noting(seen, ScriptedEngine.generate))
+    async with running_app(fast_settings(database_url), ScriptedEngine()) as api:
+        for number, given in enumerate((TRACEPARENT, "nonsense")):
+            await api.client.post(
+                "/v1/generate", json={"prompt": "a"}, headers={"traceparent": given}
+            )
+            await api.result(number)
+    assert seen == [TRACEPARENT, None]
+
+
+def _noting(seen: list[str | None], generate: Any) -> Any:
+    async def noting(*arguments: Any, **options: Any) -> AsyncIterator[Any]:
+        seen.append(tracing.TRACEPARENT.get())
+        async for event in generate(*arguments, **options):
+            yield event
+
+    return noting
+
+
+def test_opentelemetry_is_loaded_only_when_asked_for() -> None:
+    """Without tracing the extra may be missing."""
+    code = "import sys, adapter.app; assert 'opentelemetry.sdk' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.fixture
+def log_of(tmp_path: Path, database_url: str):  # type: ignore[no-untyped-def]
+    """Run a real worker with these settings, make some calls, and return what it has written."""
+
+    def run(**settings: str) -> list[str]:
+        port = free_port()
+        environment = {
+            "DLLM_DATABASE_URL": database_url,
+            "DLLM_TRITON_URL": f"127.0.0.1:{free_port()}",
+            **settings,
+        }
+        command = [sys.executable, "-m", "uvicorn", "adapter.app:app", "--port", str(port)]
+        log = tmp_path / "log"
+        with log.open("wb") as file:
+            process = subprocess.Popen(command, env=environment, stderr=file, stdout=file)
+        try:
+            transport = httpx.HTTPTransport(retries=20)
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=transport) as client:
+                headers = {"X-Request-ID": "call-1", "X-API-Key": "sesame"}
+                body = {"prompt": "a secret"}
+                client.post("/v1/generate", json=body, headers=headers)
+        finally:
+            process.terminate()
+            process.wait(30)
+        return log.read_text().splitlines()
+
+    return run
+
+
+def test_json_log_has_one_object_a_line(log_of: Any) -> None:
+    """Every line, uvicorn's too, is JSON with time, level and event; calls have their ids."""
+    lines = [json.loads(line) for line in log_of(DLLM_LOG_FORMAT="json")]
+    assert all({"timestamp", "level", "event"} <= line.keys() for line in lines)
+    (call,) = [line for line in lines if line["event"] == "call"]
+    assert (call["request_id"], call["path"], call["status"]) == ("call-1", "/v1/generate", 200)
+    assert any("Uvicorn running" in line["event"] for line in lines)
+
+
+@pytest.mark.parametrize("kind", ["json", "text"])
+def test_log_keeps_secrets(log_of: Any, kind: str) -> None:
+    """Neither what users write nor what admits them is in the log, at any level."""
+    text = "\n".join(log_of(DLLM_LOG_FORMAT=kind, DLLM_LOG_LEVEL="DEBUG"))
+    assert "call-1" in text
+    assert "secret" not in text
+    assert "sesame" not in text
+
+
+@pytest.mark.parametrize("kind", ["json", "text"])
+def test_log_of_an_exception_keeps_secrets(kind: str) -> None:
+    """An exception is logged with where it was raised, and without what variables held there."""
+    code = f"""
+from adapter.telemetry.logs import configure_logging, get_logger
+configure_logging("INFO", {kind!r})
+def answer(prompt):
+    raise KeyError("surprise")
+try:
+    answer("sec" + "ret")
+except KeyError as error:
+    get_logger().error("job_broken", exc_info=error)
+"""
+    command = [sys.executable, "-c", code]
+    log = subprocess.run(command, check=True, timeout=60, capture_output=True, text=True).stderr
+    assert "in answer" in log
+    assert "surprise" in log
+    assert "secret" not in log
+
+
+@pytest.mark.parametrize(
+    ("error", "traced"), [(StoreUnavailable("away"), False), (KeyError("away"), True)]
+)
+async def test_loop_outlives_its_errors(
+    error: Exception, traced: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That the database is away is foreseen and takes one line; the rest tells where it was."""
+    steps = [error]
+
+    async def step() -> None:
+        if steps:
+            raise steps.pop()
+        done.set()
+
+    done = asyncio.Event()
+    async with Loop("looking", step, error_pause=0.01), asyncio.timeout(5):
+        await done.wait()
+
+    (record,) = caplog.records
+    assert "'loop': 'looking'" in record.getMessage()
+    assert "away" in caplog.text
+    assert ("Traceback" in caplog.text) == traced
