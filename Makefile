@@ -8,7 +8,7 @@ JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve test test-unit test-e2e soak lint format clean
+.PHONY: help venv demo serve test test-unit test-e2e test-slow soak lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -21,13 +21,18 @@ demo: $(STAMP) ## start everything, ask the example questions, stop
 serve: $(STAMP) ## run the service until Ctrl-C
 	$(BIN)/dllm-serve serve
 
-test: test-unit test-e2e ## all tests
+test: test-unit test-e2e ## what a change must pass; ten minutes on two cores
 
-test-unit: $(STAMP) ## tests of the parts
-	$(PYTEST) --maxschedchunk 1 tests/unit
+test-unit: $(STAMP) ## its tests of the parts
+	$(PYTEST) -m "not slow" --maxschedchunk 1 tests/unit
 
-test-e2e: $(STAMP) ## tests of the whole service, with a real tritonserver
-	$(PYTEST) --dist loadfile --no-loadscope-reorder tests/e2e
+test-e2e: $(STAMP) ## its tests of the whole service, with a real tritonserver
+	$(PYTEST) -m "not slow" --dist loadfile --no-loadscope-reorder tests/e2e
+
+# Property tests run again, with all their examples.
+test-slow: $(STAMP) ## the other tests; a quarter of an hour
+	$(PYTEST) -m "slow or hypothesis" --hypothesis-profile full --maxschedchunk 1 tests/unit
+	$(PYTEST) -m slow --dist loadfile --no-loadscope-reorder tests/e2e
 
 soak: $(STAMP) ## 10,000 jobs while workers are killed and clients vanish
 	$(BIN)/python -m benchmarks.soak
