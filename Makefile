@@ -49,11 +49,21 @@ format: $(STAMP) ## put the style right
 clean: ## remove the virtual environment and all caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
 
+# Where pip is configured to find packages, as options of uv, which reads no configuration of pip's.
+# From several indexes uv takes the best version, as pip does, and not the first one's.
+define UV_INSTALL
+$(BIN)/python -m pip config list \
+	| sed -nE "s/^[^=]*\.((extra-)?index-url|find-links)='(.*)'\$$/\1 \3/p" \
+	| while read -r name values; do printf -- "--$$name %s " $$values; done \
+	| xargs uv pip install --python $(BIN)/python --index-strategy unsafe-best-match
+endef
+INSTALL := $(if $(shell command -v uv),$(UV_INSTALL),$(BIN)/python -m pip install --progress-bar on)
+
 # The stamp is written last, so that an interrupted installation starts again.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dLLM-Serve needs Python 3.11 or newer; name one with: make PYTHON=python3.11")'
 	@echo "==> virtual environment in $(VENV), with $$($(PYTHON) --version)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "==> installing dLLM-Serve with everything it needs; the first time takes minutes"
-	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e '.[dev]'
+	$(INSTALL) -c constraints.txt -e '.[dev]'
 	@touch $@
