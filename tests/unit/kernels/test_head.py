@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.support.budget import examples
 from tests.support.sampling import row_sampling
 from tests.unit.kernels.cases import DEVICE, DTYPES
 
@@ -119,7 +118,7 @@ def check(found: HeadStatistics, hidden: Tensor, weight: Tensor, choice: Choice)
 @example(Case(0, 9, 5, torch.float32, 1, spread=True))
 @example(Case(3, 260, 130, torch.float32, 2, noisy=True, no_eos=True))
 @example(Case(130, 140, 3, torch.bfloat16, 3, noisy=True, spread=True, late_eos=True))
-@settings(max_examples=examples(30))
+@settings(max_examples=30, deadline=None)
 def test_statistics_are_those_of_the_logits(case: Case) -> None:
     """For any sizes, types and kinds of rows: exact tokens, and numbers near those of float64."""
     hidden, weight, choice = case.tensors()
@@ -184,7 +183,7 @@ def _store_uniform(keys, out, first, COUNT: tl.constexpr):  # type: ignore[no-un
     st.lists(st.integers(-(2**63), 2**63 - 1), min_size=3, max_size=3),
     st.integers(0, 2**20),
 )
-@settings(max_examples=examples(10))
+@settings(max_examples=10, deadline=None)
 def test_random_numbers_are_those_of_the_loop(parts: list[int], first: int) -> None:
     """Bit by bit the uniform numbers of `sampling.noise`, for any seed, step and position."""
     keys = noise.row_keys(*(torch.tensor([part], device=DEVICE) for part in parts), 1)
