@@ -284,7 +284,7 @@ async def test_server_that_is_away_is_unavailable() -> None:
 
 
 async def test_a_connection_that_died_without_a_word_is_replaced(triton: ScriptedTriton) -> None:
-    """A connection without answers fails within the idle timeout; the next request has a new one."""
+    """A connection without answers fails within the idle timeout; the next gets a new one."""
     async with grpc_server(triton) as port, Proxy(port) as proxy:
         engine = TritonEngine(f"127.0.0.1:{proxy.port}", "dllm", **PATIENCE | {"idle_timeout": 2})
         assert await engine.probe() == STARTED
