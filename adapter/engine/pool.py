@@ -15,7 +15,7 @@ from adapter.engine.monitor import EngineMonitor, EngineState
 from adapter.engine.validation_cache import Verdicts
 from adapter.errors import EngineError, InvalidRequest, Overloaded
 from adapter.telemetry.metrics import INFLIGHT, count_usage
-from adapter.telemetry.tracing import TRACEPARENT, Tracer
+from adapter.telemetry.tracing import add_step, request_span, set_failed
 from adapter.types import DEFAULT_PRIORITY, Detail, Engine, Event, Inputs
 
 FIRST_PAUSE = 0.25
@@ -25,11 +25,8 @@ LONGEST_PAUSE = 8.0
 class Member:
     """One engine, whoever watches it, and what this worker has running there."""
 
-    def __init__(
-        self, name: str, engine: Engine, monitor: EngineMonitor, *, tracer: Tracer
-    ) -> None:
+    def __init__(self, name: str, engine: Engine, monitor: EngineMonitor) -> None:
         self.name = name
-        self._tracer = tracer
         self.engine = engine
         self.monitor = monitor
         self.inflight = 0
@@ -58,8 +55,7 @@ class Member:
         """As `Engine.generate`, learning from what happens how the engine does."""
         self.inflight += 1
         INFLIGHT.inc()
-        span = self._tracer.request(request_id)
-        TRACEPARENT.set(span.traceparent)
+        span = request_span(request_id)
         try:
             events = self.engine.generate(
                 inputs, request_id=request_id, detail=detail, priority=priority
@@ -68,17 +64,17 @@ class Member:
                 async for event in events:
                     self.monitor.saw_life()
                     if not event.waits:
-                        span.step(event)
+                        add_step(span, event)
                     if event.finish_reason:
                         self._pause = 0.0
                         if event.usage is not None:
                             count_usage(event.usage)
                     yield event
         except InvalidRequest as error:
-            span.fail(error)
+            set_failed(span, error)
             raise
         except EngineError as error:
-            span.fail(error)
+            set_failed(span, error)
             self._back_off()
             if not isinstance(error, Overloaded):
                 self.monitor.suspect(error)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.support.budget import examples
 from tests.unit.kernels.cases import DEVICE, HEADS, Heads, Sequence, Step, near
 
 SEQUENCES = st.lists(
@@ -23,7 +24,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @given(HEADS, SEQUENCES, st.integers(0, 2**31))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 def test_every_sequence_attends_to_its_own(
     heads: Heads, sequences: list[Sequence], seed: int
 ) -> None:
@@ -41,7 +42,7 @@ def test_every_sequence_attends_to_its_own(
 
 
 @given(HEADS, st.integers(1, 20), st.integers(0, 2**31))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=examples(10))
 def test_rows_are_stored_before_they_are_read(heads: Heads, rows: int, seed: int) -> None:
     """A Reuse attends to its fresh rows in its pages; rows without a place are not stored."""
     step = Step(heads, [Sequence(rows, kv_len=rows), Sequence(5)], seed)

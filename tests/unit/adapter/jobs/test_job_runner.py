@@ -34,7 +34,7 @@ from adapter.jobs.store import JobStore
 from adapter.types import Event
 
 #: Each test that uses a database runs on both kinds.
-DATABASES = ("sqlite", "postgresql")
+DATABASES = ("sqlite", pytest.param("postgresql", marks=pytest.mark.slow))
 
 
 @pytest.fixture
