@@ -20,7 +20,7 @@ from adapter.auth.middleware import Gate
 from adapter.auth.rate_limit import RateLimiter
 from adapter.db.database import Database
 from adapter.engine.monitor import EngineMonitor
-from adapter.engine.pool import EnginePool, Member
+from adapter.engine.pool import Endpoint, EnginePool
 from adapter.engine.reload_lease import HealStore, OldEngines, engine_name
 from adapter.engine.streaming import LiveRequests
 from adapter.engine.triton import TritonEngine
@@ -116,13 +116,13 @@ async def _open(
     store = JobStore(database, max_attempts=settings.job_max_attempts)
     pool = EnginePool(
         [
-            Member(url, engine, _monitor(settings, url, engine, database, worker))
+            Endpoint(url, engine, _monitor(settings, url, engine, database, worker))
             for url, engine in engines.items()
         ]
     )
     runner = JobRunner(store, pool, owner=worker, settings=settings)
     watcher = JobWatcher(store, runner)
-    live = LiveRequests(pool, limit=settings.max_live, silence=settings.engine_silence)
+    live = LiveRequests(pool, limit=settings.max_live, idle_timeout=settings.engine_idle_timeout)
     for service in (pool, watcher, runner, live):
         await stack.enter_async_context(service)
     app.state.pool = pool
@@ -148,7 +148,7 @@ def _triton(settings: Settings, url: str) -> Engine:
         settings.model_name,
         stream_interval=settings.stream_interval,
         reload_timeout=settings.reload_timeout,
-        silence=settings.engine_silence,
+        idle_timeout=settings.engine_idle_timeout,
     )
 
 
@@ -159,7 +159,7 @@ def _monitor(
         engine,
         HealStore(database, engine=engine_name(url, settings.model_name), owner=worker),
         probe_interval=settings.probe_interval,
-        silence=settings.engine_silence,
+        idle_timeout=settings.engine_idle_timeout,
         lease=settings.lease_seconds,
         heal=settings.heal,
     )

@@ -44,7 +44,7 @@ TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 @pytest.fixture
 async def api(database_url: str, engine: ScriptedEngine) -> AsyncIterator[RunningApp]:
     """A worker that has patience with its engine."""
-    async with running_app(fast_settings(database_url, engine_silence=30), engine) as running:
+    async with running_app(fast_settings(database_url, engine_idle_timeout=30), engine) as running:
         await until(lambda: running.monitor.state.ok)
         yield running
 
