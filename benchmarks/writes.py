@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from adapter.db import database
+from adapter.db import database, sqlite
 from adapter.jobs.store import JobStore
 from adapter.types import Event
 from benchmarks.common import RESULTS, write_json
@@ -86,7 +86,7 @@ async def load(
 
 def process(out: Any, log_limit: float, *arguments: Any) -> None:
     """Run `load` in a process of its own; the log is emptied above `log_limit` bytes."""
-    database.LOG_LIMIT_BYTES = log_limit  # type: ignore[assignment]
+    sqlite.LOG_LIMIT_BYTES = log_limit  # type: ignore[assignment]
     out.put(asyncio.run(load(*arguments)))
 
 
@@ -169,7 +169,7 @@ def main() -> None:
     options = parser.parse_args()
     results = {
         BASELINE: measure(options, math.inf),
-        OURS: measure(options, database.LOG_LIMIT_BYTES),
+        OURS: measure(options, sqlite.LOG_LIMIT_BYTES),
     }
     show(results)
     print(write_json("writes", {"options": vars(options), "results": results}), plot(results))
