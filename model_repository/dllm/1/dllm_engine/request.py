@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from dllm_engine.decoding import ALG, COMMIT_FIELDS, COMPANIONS, REMASKING, is_given
+from dllm_engine.decoding import ALG, COMMIT_FIELDS, REMASKING, REQUIRED_WITH, is_given
 from dllm_engine.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def _check_combination(p: SamplingParams) -> None:
     given = [name for name in COMMIT_FIELDS if getattr(p, name) is not None]
     if len(given) > 1:
         raise InvalidRequest(given[1], f"cannot be combined with {given[0]}")
-    for name, needed in COMPANIONS.items():
+    for name, needed in REQUIRED_WITH.items():
         if is_given(getattr(p, name)) and getattr(p, needed) is None:
             raise InvalidRequest(name, f"needs {needed}")
     if p.credit:
@@ -263,7 +263,7 @@ class Usage:
 
 @dataclasses.dataclass(frozen=True)
 class CanvasUpdate:
-    """A request's canvas after a step. Text is made from it by `TextCodec.answer`."""
+    """A request's canvas after a step. Text is made from it by `Tokenizer.answer`."""
 
     request_id: int
     #: [gen_length] int32; positions not decoded yet hold the mask id.
