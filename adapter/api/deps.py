@@ -9,6 +9,7 @@ from typing import Annotated, cast
 from fastapi import Depends, Request
 
 from adapter.api.caller import Caller, caller_of
+from adapter.db.database import Database
 from adapter.engine.pool import EnginePool
 from adapter.engine.streaming import LiveRequests
 from adapter.jobs.service import JobService
@@ -41,6 +42,10 @@ async def _live(request: Request) -> LiveRequests:
     return cast(LiveRequests, request.app.state.live)
 
 
+async def _database(request: Request) -> Database:
+    return cast(Database, request.app.state.database)
+
+
 async def _pool(request: Request) -> EnginePool:
     return cast(EnginePool, request.app.state.pool)
 
@@ -49,4 +54,5 @@ CallerDep = Annotated[Caller, Depends(_caller)]
 SettingsDep = Annotated[Settings, Depends(_settings)]
 JobsDep = Annotated[JobService, Depends(_jobs)]
 LiveDep = Annotated[LiveRequests, Depends(_live)]
+DatabaseDep = Annotated[Database, Depends(_database)]
 PoolDep = Annotated[EnginePool, Depends(_pool)]

@@ -43,14 +43,8 @@ class LiveRequest:
         self._error: AdapterError | None = None
         self._changed = asyncio.Event()
         self._settled = asyncio.Event()
-        self._generation = monitor.epoch
         #: Ends with the engine's events.
         self.task = asyncio.create_task(self._run(events, timeout), name="live-request")
-
-    @property
-    def outlived(self) -> bool:
-        """The engine that runs it was replaced; its successor knows nothing of it."""
-        return self._generation < self._monitor.epoch
 
     async def settled_in(self, seconds: float) -> None:
         """Wait until the engine has taken it, but not for longer. Raises what went wrong."""
@@ -87,7 +81,7 @@ class LiveRequest:
             if event is not None and event.finish_reason:
                 return event
 
-    def lose(self, reason: str) -> None:
+    def fail(self, reason: str) -> None:
         """The engine will never answer: end the request with this reason."""
         self._fail(StreamInterrupted(reason))
         self.task.cancel()
@@ -183,7 +177,6 @@ class LiveRequests:
         return request
 
     async def __aenter__(self) -> Self:
-        self._pool.subscribe(self._engines_changed)
         return self
 
     async def __aexit__(
@@ -199,9 +192,4 @@ class LiveRequests:
         request = self._running.pop(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("live_request_broken", exc_info=error)
-            request.lose("the adapter met an error of its own")
-
-    def _engines_changed(self) -> None:
-        for request in list(self._running.values()):
-            if request.outlived:
-                request.lose("the engine that ran it was replaced")
+            request.fail("the adapter met an error of its own")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from adapter.engine.pool import Endpoint
 from adapter.errors import (
+    ConnectionLost,
     EngineDead,
     EngineDraining,
     EngineError,
@@ -23,8 +24,6 @@ class Drive:
 
     job: ClaimedJob
     endpoint: Endpoint
-    #: The engine's, at the start.
-    generation: int
     opened_at: float
     last_event: float
     started: bool = False
@@ -38,7 +37,7 @@ class Drive:
     def begin(cls, job: ClaimedJob, endpoint: Endpoint) -> "Drive":
         """From now on; its task is the caller's."""
         now = _now()
-        return cls(job, endpoint, endpoint.monitor.epoch, opened_at=now, last_event=now)
+        return cls(job, endpoint, opened_at=now, last_event=now)
 
     @property
     def seconds(self) -> float:
@@ -54,14 +53,11 @@ class Drive:
         if self.started and self.task is not None:
             self.task.cancel()
 
-    def lose_to_replacement(self, *, elsewhere: bool) -> None:
-        """Impose what the engine's death means for it; `elsewhere`: another engine could run it."""
-        monitor = self.endpoint.monitor
-        if self.generation < monitor.epoch:
-            self.impose(Lost("the engine that ran it was replaced"))
-        elif monitor.state.dead and elsewhere:
-            # Where there is no other engine, the job may as well wait for the news to be sure.
-            self.impose(Lost(monitor.state.reason))
+    def lose_if_dead(self, *, elsewhere: bool) -> None:
+        """Close the stream to a dead engine if another one could run the job (`elsewhere`)."""
+        state = self.endpoint.monitor.state
+        if state.dead and elsewhere:
+            self.impose(Lost(state.reason))
 
     def lose_if_silent(self, idle_timeout: float) -> None:
         """A stream that fell silent long before the engine's last sign of life was lost."""
@@ -111,15 +107,11 @@ class Drive:
         """What the engine's error means for the job: did it see the request at all?"""
         if isinstance(error, Overloaded | EngineDraining):
             return Postponed(str(error))
-        if isinstance(error, Unavailable):
-            # A connection breaks under what runs when tritonserver goes down with it.
-            return Lost(str(error)) if self.begun else Postponed(str(error))
-        monitor = self.endpoint.monitor
-        dead_since = monitor.last_heartbeat
-        if self.last_event == self.opened_at:  # it has seen nothing of the engine
-            dead_since = min(dead_since, monitor.dead_since(str(error)))
-        if isinstance(error, EngineDead) and self.opened_at > dead_since:
-            # It was dead before it could see the request. Otherwise the request may have done it.
+        unheard = self.last_event == self.opened_at
+        if isinstance(error, EngineDead) and unheard:
+            return Postponed(str(error))  # Triton says so of requests that came after the death
+        may_be_cause = self.begun or (unheard and isinstance(error, ConnectionLost))
+        if isinstance(error, Unavailable) and not may_be_cause:
             return Postponed(str(error))
         return Lost(str(error))
 

@@ -163,7 +163,7 @@ class JobRunner:
     def _engines_changed(self) -> None:
         elsewhere = self._pool.pick() is not None
         for drive in list(self._drives.values()):
-            drive.lose_to_replacement(elsewhere=elsewhere)
+            drive.lose_if_dead(elsewhere=elsewhere)
         self._claiming.wake()
 
     async def _claim(self) -> float:

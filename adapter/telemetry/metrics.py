@@ -77,9 +77,6 @@ ENGINE_READY = Gauge(
     multiprocess_mode="livemax",
     registry=REGISTRY,
 )
-ENGINE_RELOADS = Counter(
-    "dllm_adapter_engine_reloads", "Engines replaced", ["engine"], registry=REGISTRY
-)
 STORE_SECONDS = Histogram(
     "dllm_adapter_store_seconds",
     "Time of transactions, with the wait for the database",

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -57,6 +57,7 @@ def triton_server(
     repository: Path = REPOSITORY,
     log_file: Path | None = None,
     settings: Mapping[str, str] | None = None,
+    extra_args: Sequence[str] = (),
 ) -> TritonServer:
     """tritonserver with both of our models on free ports; not started yet."""
     return TritonServer(
@@ -67,6 +68,7 @@ def triton_server(
         start_timeout=PATIENCE,
         env={"MODEL_PATH": str(checkpoint), "DLLM_DEVICE": "cpu", **(settings or {})},
         log_file=log_file,
+        extra_args=extra_args,
     )
 
 

@@ -1,7 +1,7 @@
 """Ends tritonserver when the process of an engine ends.
 
-Triton never answers the requests of a model whose process was killed, and starts no new process for
-it. So each engine has a small process beside it, a watcher, that waits for the engine's end and then
+When the process of a model is killed, Triton never answers its requests and starts no new process.
+So each engine has a small process beside it, a watcher, that waits for the engine's end and then
 kills the server: open streams break at once, and a supervisor can start the server again.
 
 Run as a script, this file is the watcher. It needs the standard library only, and addresses other
@@ -93,7 +93,7 @@ def watch(engine: int, server: int, engine_pid: int, server_pid: int, region: st
             _remove(region)
             return
         if engine in ready:
-            _say(f"engine process {engine_pid} has ended; ending tritonserver, process {server_pid}")
+            _say(f"engine process {engine_pid} has ended; killing tritonserver {server_pid}")
             _end_server(server, server_pid, region)
             return
 
@@ -167,7 +167,8 @@ def _remove(region: str) -> None:
 
 def _say(message: str) -> None:
     with contextlib.suppress(OSError):  # the reader of the log may be gone
-        print(f"[dllm] {message}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"[dllm] {message}\n")
+        sys.stderr.flush()
 
 
 if __name__ == "__main__":

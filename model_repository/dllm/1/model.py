@@ -16,7 +16,15 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 from dllm_dispatcher import PendingRequest, ResponseDispatcher
-from dllm_engine import Engine, EngineConfig, EngineDead, EngineWorker, InvalidConfig, InvalidRequest, QueueFull
+from dllm_engine import (
+    Engine,
+    EngineConfig,
+    EngineDead,
+    EngineWorker,
+    InvalidConfig,
+    InvalidRequest,
+    QueueFull,
+)
 from dllm_fail_fast import FailFast
 from dllm_tensors import (
     check_response,
