@@ -17,10 +17,10 @@ from dllm_engine import (
     InvalidRequest,
     NotRun,
     Prompt,
+    Request,
     SamplingParams,
     Usage,
 )
-from dllm_engine.loop.scheduler import Request
 
 Inputs = Mapping[str, Any]
 

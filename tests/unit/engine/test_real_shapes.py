@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from dllm_engine import LLM, FinishReason, Prompt, SamplingParams
-from dllm_engine.request import CACHE_POLICIES
+from dllm_engine.sampling_params import CACHE_POLICIES
 from dllm_engine.tokenizer import TextCodec
 
 from tests.support.cached_reference import PlainModel, generate_cached
