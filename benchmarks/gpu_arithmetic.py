@@ -119,12 +119,12 @@ class Sequences:
     rows: int
     #: Of a Reuse: rows in its pages that it attends to, its own among them; 0: a Refresh, which
     #: attends to its own rows where they lie.
-    held: int = 0
+    kv_len: int = 0
 
     @property
     def keys(self) -> int:
         """Rows that each of its rows attends to."""
-        return self.held or self.rows
+        return self.kv_len or self.rows
 
 
 def attention(shape: Shape, sequences: Sequence[Sequences], element: int = ELEMENT) -> Cost:
@@ -136,7 +136,7 @@ def attention(shape: Shape, sequences: Sequence[Sequences], element: int = ELEME
     stored = 2 * shape.num_kv_heads * shape.head_dim  # a key and a value
     moved = flops = 0
     for group in sequences:
-        own = 2 * stored * group.rows if group.held else 0
+        own = 2 * stored * group.rows if group.kv_len else 0
         moved += group.count * (2 * queries * group.rows + stored * group.keys + own)
         flops += group.count * 4 * queries * group.rows * group.keys
     return Cost(moved * element, flops)

@@ -12,7 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from dllm_engine.ops import TORCH, Choice, Head, HeadStatistics, LayerPages, Operations, Selection
+from dllm_engine.ops import (
+    TORCH,
+    Head,
+    HeadOptions,
+    HeadStatistics,
+    LayerPages,
+    Operations,
+    Selection,
+)
 from dllm_engine.ops.layout import FlatSelection
 from dllm_engine.ops.rotary import RotaryTable
 from dllm_engine.ops.selection import store_selection
@@ -77,27 +85,28 @@ def attention_case(
 ) -> Case:
     rows = sum(group.count * group.rows for group in groups)
     q, k, v = tensors.heads(rows, shape)
-    widest = max(1, *(-(-group.held // PAGE_SIZE) for group in groups))
+    widest = max(1, *(-(-group.kv_len // PAGE_SIZE) for group in groups))
     sequences = sum(group.count for group in groups)
     pages = tensors.pages(sequences * widest, shape)
-    tables = torch.randperm(sequences * widest, device=tensors.device).view(sequences, widest)
-    tile_rows = operations.tile_rows(shape.num_heads, shape.num_kv_heads)
-    assert tile_rows is not None
-    flat = flat_layout(groups, tables, tile_rows)
-    packed = packed_layout(groups, tables)
+    block_tables = torch.randperm(sequences * widest, device=tensors.device).view(sequences, widest)
+    block_m = operations.block_m(shape.num_heads, shape.num_kv_heads)
+    assert block_m is not None
+    flat = flat_layout(groups, block_tables, block_m)
+    packed = packed_layout(groups, block_tables)
     ours = functools.partial(operations.packed_attention, q, k, v, flat, pages)
     theirs = functools.partial(TORCH.packed_attention, q, k, v, packed, pages)
     return Case(
         kernel="attention",
         model=shape.name,
         name=", ".join(
-            f"{g.count} × {g.rows} rows" + (f" / {g.held} stored" if g.held else "") for g in groups
+            f"{g.count} × {g.rows} rows" + (f" / {g.kv_len} stored" if g.kv_len else "")
+            for g in groups
         ),
         cost=arithmetic.attention(shape, groups),
         ours=ours,
         torch=theirs,
         agreement=lambda: near(ours(), theirs()),
-        libraries=library_attention(q, k, v, pages, tables, groups),
+        libraries=library_attention(q, k, v, pages, block_tables, groups),
     )
 
 
@@ -109,14 +118,14 @@ def selection_case(tensors: Tensors, shape: Shape, count: int, candidates: int) 
     q, k, v = tensors.heads(count * length, shape)
     num_pages = -(-keep // PAGE_SIZE)
     pages = tensors.pages(count * num_pages, shape)
-    tables = torch.arange(count * num_pages, device=device).view(count, num_pages)
+    block_tables = torch.arange(count * num_pages, device=device).view(count, num_pages)
     begin = candidates // 2
 
     def column(value: int) -> Tensor:
         return torch.full((count,), value, device=device)
 
     flat = dataclasses.replace(
-        flat_layout([Sequences(count, length)], tables, 1),
+        flat_layout([Sequences(count, length)], block_tables, 1),
         selection=FlatSelection(
             column(keep), column(begin), column(begin), column(begin + BLOCK), column(3), candidates
         ),
@@ -126,7 +135,7 @@ def selection_case(tensors: Tensors, shape: Shape, count: int, candidates: int) 
     grouped = Selection(
         block_rows=rows[:, begin : begin + BLOCK],
         candidate_rows=torch.cat([rows[:, :begin], rows[:, begin + BLOCK :]], dim=1),
-        places=tables[:, kept // PAGE_SIZE] * PAGE_SIZE + kept % PAGE_SIZE,
+        slot_mapping=block_tables[:, kept // PAGE_SIZE] * PAGE_SIZE + kept % PAGE_SIZE,
         pool_kernel=3,
     )
     ours = functools.partial(store_by_kernel, q, k, v, flat, pages)
@@ -137,7 +146,7 @@ def selection_case(tensors: Tensors, shape: Shape, count: int, candidates: int) 
         # other; all behind one stand a place apart. So kept keys are compared as a set.
         def kept_keys(work: Callable[[], object]) -> Tensor:
             work()
-            bits = pages.keys.flatten(0, 1)[grouped.places].view(torch.int16).to(torch.int64)
+            bits = pages.keys.flatten(0, 1)[grouped.slot_mapping].view(torch.int16).to(torch.int64)
             weights = torch.arange(1, bits.shape[-1] + 1, device=device) ** 5
             return (bits * weights).sum(dim=-1)
 
@@ -221,18 +230,18 @@ def head_cases(tensors: Tensors, shape: Shape, counts: Sequence[int]) -> Iterato
         for kind in ("greedy", "with spread", "with noise"):
             noisy = kind == "with noise"
             heat = torch.full((count,), 0.8, dtype=torch.float64, device=device)
-            choice = Choice(
+            options = HeadOptions(
                 mask=shape.vocab_size - 1,
                 eos=ids,
                 stop=ids,
-                no_eos=None,
-                late_eos=None,
+                logits_eos_inf=None,
+                confidence_eos_eot_inf=None,
                 temperature=heat if noisy else None,
                 keys=torch.arange(count, device=device) << 40 if noisy else None,
-                spread=kind == "with spread",
+                needs_entropy=kind == "with spread",
             )
-            ours = functools.partial(by_kernel.statistics, hidden, choice)
-            theirs = functools.partial(tiled_statistics, by_tiles, hidden, choice)
+            ours = functools.partial(by_kernel.statistics, hidden, options)
+            theirs = functools.partial(tiled_statistics, by_tiles, hidden, options)
             yield Case(
                 kernel="head",
                 model=shape.name,

@@ -40,7 +40,7 @@ REAL = Sizes(
     shapes=(LLADA, DREAM),
     attention=(
         *((Sequences(count, 1024),) for count in (1, 2, 4, 8, 16)),
-        *((Sequences(n, BLOCK, held),) for n in (32, 128) for held in (256, 1024, 4096)),
+        *((Sequences(n, BLOCK, stored),) for n in (32, 128) for stored in (256, 1024, 4096)),
         (
             Sequences(2, 1024),
             Sequences(3, 352),

@@ -15,39 +15,41 @@ from benchmarks.gpu_arithmetic import Sequences
 PAGE_SIZE = 32
 
 
-def flat_layout(groups: Sequence[Sequences], tables: Tensor, tile_rows: int) -> FlatLayout:
+def flat_layout(groups: Sequence[Sequences], block_tables: Tensor, block_m: int) -> FlatLayout:
     """Of sequences in this order; the rows of a Reuse are the last of what its pages hold."""
-    device = tables.device
+    device = block_tables.device
     lengths = [group.rows for group in groups for _ in range(group.count)]
-    held = torch.tensor([g.held for g in groups for _ in range(g.count)], device=device)
-    plain = FlatLayout.of(lengths, tile_rows, str(device))
-    counts, starts = plain.row_counts, plain.row_starts
+    kv_lens = torch.tensor([g.kv_len for g in groups for _ in range(g.count)], device=device)
+    plain = FlatLayout.of(lengths, block_m, str(device))
+    counts, starts = plain.query_lens, plain.query_starts
     owner = torch.arange(len(counts), device=device).repeat_interleave(counts)
-    place = (held - counts - starts)[owner] + torch.arange(len(owner), device=device)
-    page = tables[owner, place.clamp(min=0) // PAGE_SIZE]
-    places = torch.where(held[owner] > 0, page * PAGE_SIZE + place % PAGE_SIZE, -1)
-    return dataclasses.replace(plain, held=held, tables=tables, write_places=places)
+    place = (kv_lens - counts - starts)[owner] + torch.arange(len(owner), device=device)
+    page = block_tables[owner, place.clamp(min=0) // PAGE_SIZE]
+    places = torch.where(kv_lens[owner] > 0, page * PAGE_SIZE + place % PAGE_SIZE, -1)
+    return dataclasses.replace(
+        plain, kv_lens=kv_lens, block_tables=block_tables, slot_mapping=places
+    )
 
 
-def packed_layout(groups: Sequence[Sequences], tables: Tensor) -> PackedLayout:
+def packed_layout(groups: Sequence[Sequences], block_tables: Tensor) -> PackedLayout:
     """The same for torch's operations; all pages that are read are full."""
     fresh, paged = [], []
     row = sequence = 0
     for group in groups:
         rows = slice(row, row + group.count * group.rows)
-        if group.held:
-            assert group.held % PAGE_SIZE == 0
-            members = tables[sequence : sequence + group.count, : group.held // PAGE_SIZE]
-            inside = torch.arange(rows.start, rows.stop, device=tables.device)
+        if group.kv_len:
+            assert group.kv_len % PAGE_SIZE == 0
+            members = block_tables[sequence : sequence + group.count, : group.kv_len // PAGE_SIZE]
+            inside = torch.arange(rows.start, rows.stop, device=block_tables.device)
             inside = inside.view(group.count, -1)
             paged.append(PagedGroup(inside, inside, members, None))
         else:
             fresh.append(FreshGroup(row, group.count, group.rows))
         row, sequence = rows.stop, sequence + group.count
-    places = flat_layout(groups, tables, 1).write_places
+    places = flat_layout(groups, block_tables, 1).slot_mapping
     assert places is not None
     stored = (places >= 0).nonzero().squeeze(1)
     layout = PackedLayout(row, tuple(fresh), tuple(paged))
     if not len(stored):
         return layout
-    return dataclasses.replace(layout, write_rows=stored, write_places=places[stored])
+    return dataclasses.replace(layout, write_rows=stored, slot_mapping=places[stored])

@@ -42,13 +42,17 @@ def _sampling(rows: int, temperature: float) -> RowSampling:
         position=torch.arange(rows),
         top_p=column(1.0, torch.float64),
         top_k=column(0),
-        tempered=column(0, torch.bool),
-        no_eos=column(0, torch.bool),
-        late_eos=column(0, torch.bool),
+        dream_statistics=column(0, torch.bool),
+        logits_eos_inf=column(0, torch.bool),
+        confidence_eos_eot_inf=column(0, torch.bool),
         flags=SamplingFlags(
-            noisy=temperature > 0, top_p=False, top_k=0, no_eos=False, late_eos=False
+            noisy=temperature > 0,
+            top_p=False,
+            top_k=0,
+            logits_eos_inf=False,
+            confidence_eos_eot_inf=False,
         ),
-        num_whole=0,
+        num_full_logits=0,
     )
 
 
@@ -61,7 +65,7 @@ def logits_peaks(budget_mb: int) -> dict[str, Any]:
     head = Head(weight)
     special = SpecialTokens(MASK, torch.tensor([EOS]), torch.tensor([EOS]))
     peaks = {}
-    for name, temperature, spread in (
+    for name, temperature, needs_entropy in (
         ("greedy", 0.0, False),
         ("greedy, with entropy and margin", 0.0, True),
         ("temperature 0.7, with entropy and margin", 0.7, True),
@@ -69,7 +73,12 @@ def logits_peaks(budget_mb: int) -> dict[str, Any]:
         rows = _sampling(len(hidden), temperature)
         with AllocationMeter() as meter:
             found = sample_candidates(
-                hidden, head, rows, special, budget_bytes=budget_mb * 2**20, with_spread=spread
+                hidden,
+                head,
+                rows,
+                special,
+                budget_bytes=budget_mb * 2**20,
+                needs_entropy=needs_entropy,
             )
         peaks[name] = meter.peak
         if name == "greedy":

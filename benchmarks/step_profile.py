@@ -37,14 +37,14 @@ def kind_of(name: str) -> str:
     return found[0] if found else "other operations"
 
 
-def layout_seconds(engine: Engine, tile_rows: int | None, repeats: int = 300) -> float:
+def layout_seconds(engine: Engine, block_m: int | None, repeats: int = 300) -> float:
     """Median time of laying out the next step of all that runs, on the host."""
     runner = engine._runner
     slots = [r.slot for r in engine.scheduler.running if r.slot is not None]
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
-        build_batch(runner.table, runner._pages, slots, Upload("cpu"), tile_rows)
+        build_batch(runner.table, runner._pages, slots, Upload("cpu"), block_m)
         times.append(time.perf_counter() - began)
     return statistics.median(times)
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from dllm_engine.decoding import COMMIT_FIELDS, COMPANIONS
+from dllm_engine.decoding import COMMIT_FIELDS, REQUIRED_WITH
 from dllm_engine.sampling_params import CACHE_FIELDS, FIELDS, Field
 
 ROOT = Path(__file__).parents[1]
@@ -38,8 +38,8 @@ def description(field: Field) -> str:
     if field.name in COMMIT_FIELDS:
         others = [name for name in COMMIT_FIELDS if name != field.name]
         text += f"; not with alg, {', '.join(others)}"
-    if field.name in COMPANIONS:
-        text += f"; needs {COMPANIONS[field.name]}"
+    if field.name in REQUIRED_WITH:
+        text += f"; needs {REQUIRED_WITH[field.name]}"
     if field.name in CACHE_FIELDS:
         if field.name != "cache":
             text += f"; with cache {', '.join(CACHE_FIELDS[field.name])}"

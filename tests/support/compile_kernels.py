@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import triton
-from dllm_engine.ops import Choice, FlatLayout, Head, LayerPages, choose_operations
+from dllm_engine.ops import FlatLayout, Head, HeadOptions, LayerPages, choose_operations
 from dllm_engine.ops.kernels.attention import packed_attention
 from dllm_engine.ops.kernels.linear import invariant_linear
 from dllm_engine.ops.kernels.norm import apply_rotary, rms_norm, silu_mul
@@ -124,15 +124,15 @@ def launch_all(dtype: torch.dtype, num_heads: int, num_kv_heads: int) -> None:
     qkv = torch.zeros(rows, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
     q, k, v = qkv.split([num_heads, num_kv_heads, num_kv_heads], 1)
     pages = LayerPages(*torch.zeros(2, 40, 32, num_kv_heads, head_dim, dtype=dtype))
-    tile_rows = choose_operations("triton", "cuda", dtype).tile_rows(num_heads, num_kv_heads)
-    assert tile_rows is not None
-    layout = FlatLayout.of([rows // sequences] * sequences, tile_rows, "cpu")
+    block_m = choose_operations("triton", "cuda", dtype).block_m(num_heads, num_kv_heads)
+    assert block_m is not None
+    layout = FlatLayout.of([rows // sequences] * sequences, block_m, "cpu")
     packed_attention(q, k, v, layout)
     some = torch.ones(sequences, dtype=torch.int64)
     whole = dataclasses.replace(
         layout,
-        tables=torch.zeros(sequences, -(-longest // 32), dtype=torch.int64),
-        write_places=torch.zeros(rows, dtype=torch.int64),
+        block_tables=torch.zeros(sequences, -(-longest // 32), dtype=torch.int64),
+        slot_mapping=torch.zeros(rows, dtype=torch.int64),
         selection=FlatSelection(some, some, some, some, some, longest),
     )
     packed_attention(q, k, v, whole, pages)
@@ -155,10 +155,12 @@ def launch_head(dtype: torch.dtype, width: int, *, noise: bool) -> None:
     heat = torch.zeros(len(hidden), dtype=torch.float64)
     forbids = torch.zeros(len(hidden), dtype=torch.bool)
     for noisy in (False, True)[: 1 + noise]:
-        for spread in (False, True):
+        for needs_entropy in (False, True):
             random = (heat, keys) if noisy else (None, None)
-            choice = Choice(1, ids, ids, forbids, forbids, *random, spread=spread)
-            head.statistics(hidden, choice, torch.zeros(len(hidden), 16, dtype=torch.int64))
+            options = HeadOptions(
+                1, ids, ids, forbids, forbids, *random, needs_entropy=needs_entropy
+            )
+            head.statistics(hidden, options, torch.zeros(len(hidden), 16, dtype=torch.int64))
 
 
 def main(capability: int) -> None:

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dllm_engine.decoding import ALG, COMMIT_FIELDS, COMPANIONS, REMASKING, is_given
+from dllm_engine.decoding import ALG, COMMIT_FIELDS, REMASKING, REQUIRED_WITH, is_given
 from dllm_engine.errors import InvalidRequest
 
 CACHE_POLICIES = ("none", "prefix", "dual", "sparse", "delayed")
@@ -271,7 +271,7 @@ def _check_combination(p: SamplingParams) -> None:
     given = [name for name in COMMIT_FIELDS if getattr(p, name) is not None]
     if len(given) > 1:
         raise InvalidRequest(given[1], f"cannot be combined with {given[0]}")
-    for name, needed in COMPANIONS.items():
+    for name, needed in REQUIRED_WITH.items():
         if is_given(getattr(p, name)) and getattr(p, needed) is None:
             raise InvalidRequest(name, f"needs {needed}")
     if p.credit:
