@@ -20,7 +20,7 @@ QUICK = {
     "DLLM_LEASE_SECONDS": "3",
     "DLLM_PROBE_INTERVAL": "0.5",
     "DLLM_STREAM_INTERVAL": "0.5",
-    "DLLM_ENGINE_SILENCE": "20",
+    "DLLM_ENGINE_IDLE_TIMEOUT": "20",
     "DLLM_MAX_INFLIGHT": "8",
 }
 #: Sampled without a seed: a job that ran twice would not have the same text again.

@@ -87,7 +87,7 @@ def test_best_are_stored(heads: Heads, case: tuple[list[int], FlatSelection], se
             pooled = [max(row[max(0, c - reach) : c + reach + 1]) for c in range(len(row))]
             best = sorted(sorted(range(len(row)), key=lambda c: -pooled[c])[:keep])
             for place, candidate in enumerate(best):
-                page, line = step.tables[i, place // heads.page_size], place % heads.page_size
+                page, line = step.block_tables[i, place // heads.page_size], place % heads.page_size
                 source = start + candidates[candidate]
                 for pool, fresh in zip(expected, (step.k, step.v), strict=True):
                     pool[page, line, head] = fresh[source, head]
