@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 from tests.conftest import StartAdapter
+from tests.support.budget import examples
 from tests.support.servers import CHECKOUT
 
 CHECKS = (
@@ -25,7 +26,15 @@ def test_no_answer_leaves_the_description(start_adapter: StartAdapter) -> None:
         [
             *(sys.executable, "-m", "schemathesis.cli", "run", f"{adapter.url}/openapi.json"),
             *("--checks", ",".join(CHECKS), "--phases", "coverage,fuzzing"),
-            *("--max-examples", "10", "--request-timeout", "60", "--seed", "1", "--no-color"),
+            *(
+                "--max-examples",
+                str(examples(10)),
+                "--request-timeout",
+                "60",
+                "--seed",
+                "1",
+                "--no-color",
+            ),
         ],
         cwd=CHECKOUT,
         env={**os.environ, "SCHEMATHESIS_HOOKS": "tests.e2e.described_calls"},
