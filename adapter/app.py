@@ -28,9 +28,9 @@ from adapter.jobs.runner import JobRunner
 from adapter.jobs.service import JobService
 from adapter.jobs.store import JobStore
 from adapter.jobs.watcher import JobWatcher
-from adapter.periodic import Loop
+from adapter.periodic import PeriodicTask
 from adapter.settings import Settings, load_settings
-from adapter.shutdown import before_the_end
+from adapter.shutdown import on_shutdown_signal
 from adapter.telemetry.logs import configure_logging, get_logger
 from adapter.telemetry.middleware import Observe
 from adapter.telemetry.tracing import configure_tracing
@@ -59,7 +59,7 @@ def create_app(
             if flush_spans is not None:
                 stack.callback(flush_spans)
             await _open(app, chosen, found, stack)
-            with before_the_end(app.state.jobs.stop):
+            with on_shutdown_signal(app.state.jobs.stop):
                 yield
 
     app = FastAPI(
@@ -109,10 +109,10 @@ async def _open(
     app.state.rate_limiter = None
     if settings.rate_limit:
         app.state.rate_limiter = limiter = RateLimiter(database, settings.rate_limit)
-        await stack.enter_async_context(Loop("rate-limits", limiter.tidy))
+        await stack.enter_async_context(PeriodicTask("rate-limits", limiter.tidy))
     names = [engine_name(url, settings.model_name) for url in engines]
     old_engines = OldEngines(database, names)
-    await stack.enter_async_context(Loop("old-engines", old_engines.forget))
+    await stack.enter_async_context(PeriodicTask("old-engines", old_engines.forget))
     store = JobStore(database, max_attempts=settings.job_max_attempts)
     pool = EnginePool(
         [

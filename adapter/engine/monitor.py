@@ -11,7 +11,7 @@ from adapter.engine.doubts import Doubts
 from adapter.engine.reload_lease import EngineRecord, HealStore
 from adapter.engine.reloader import Healer
 from adapter.errors import EngineDead, EngineError, InvalidRequest, StoreUnavailable
-from adapter.periodic import Loop
+from adapter.periodic import PeriodicTask
 from adapter.telemetry.logs import get_logger
 from adapter.telemetry.metrics import ENGINE_READY
 from adapter.types import Engine
@@ -85,7 +85,7 @@ class EngineMonitor:
         self._probed = 0.0
         self._probe: asyncio.Task[ProbeResult] | None = None
         self._listeners: list[Callable[[], None]] = []
-        self._loop = Loop("engine-monitor", self._step, on_error=self._lost_track)
+        self._loop = PeriodicTask("engine-monitor", self._step, on_error=self._lost_track)
         self._exit = AsyncExitStack()
 
     @property

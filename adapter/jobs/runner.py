@@ -24,7 +24,7 @@ from adapter.jobs.outcome import (
 )
 from adapter.jobs.run import Drive
 from adapter.jobs.store import JobStore
-from adapter.periodic import Loop
+from adapter.periodic import PeriodicTask
 from adapter.settings import Settings
 from adapter.telemetry.logs import get_logger
 from adapter.telemetry.metrics import JOB_QUEUE_SECONDS, JOB_RUN_SECONDS, JOBS_SETTLED
@@ -75,8 +75,8 @@ class JobRunner:
         self._settling = asyncio.Semaphore(SETTLED_AT_ONCE)
         self._full = False
         self._stopped_at: float | None = None
-        self._claiming = Loop("job-claims", self._claim)
-        self._caring = Loop("job-care", self._care)
+        self._claiming = PeriodicTask("job-claims", self._claim)
+        self._caring = PeriodicTask("job-care", self._care)
         self._exit = AsyncExitStack()
 
     @property

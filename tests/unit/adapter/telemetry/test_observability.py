@@ -33,7 +33,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from adapter.app import create_app
 from adapter.errors import EngineFailure, InvalidRequest, StoreUnavailable
-from adapter.periodic import Loop
+from adapter.periodic import PeriodicTask
 from adapter.telemetry import tracing
 from launcher.ports import free_port
 
@@ -367,10 +367,10 @@ async def test_loop_outlives_its_errors(
         done.set()
 
     done = asyncio.Event()
-    async with Loop("looking", step, error_pause=0.01), asyncio.timeout(5):
+    async with PeriodicTask("looking", step, error_pause=0.01), asyncio.timeout(5):
         await done.wait()
 
     (record,) = caplog.records
-    assert "'loop': 'looking'" in record.getMessage()
+    assert "'task': 'looking'" in record.getMessage()
     assert "away" in caplog.text
     assert ("Traceback" in caplog.text) == traced

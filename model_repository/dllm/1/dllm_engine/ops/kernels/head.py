@@ -85,13 +85,9 @@ def head_statistics(
 
     # The kernel never reads what no row needs, but is compiled for the type of its pointer.
     unused = torch.empty(1, dtype=torch.bool, device=hidden.device)
-    logits_eos_inf = (
-        unused if options.logits_eos_inf is None else options.logits_eos_inf.contiguous()
-    )
-    confidence_eos_eot_inf = (
-        nobody
-        if options.confidence_eos_eot_inf is None
-        else options.confidence_eos_eot_inf.contiguous()
+    logits_eos_inf, confidence_eos_eot_inf = (
+        unused if rows_with is None else rows_with.contiguous()
+        for rows_with in (options.logits_eos_inf, options.confidence_eos_eot_inf)
     )
     _reduce[(triton.cdiv(rows, shape.rows), splits)](
         hidden,
@@ -156,20 +152,20 @@ def head_statistics(
 def _empty(
     shape: tuple[int, ...], like: Tensor, token: torch.dtype, *, noisy: bool, needs_entropy: bool
 ) -> HeadStatistics:
-    """Room for statistics; without `noisy` or `spread` what they need is not there."""
+    """Memory for statistics; those that the options do not need get one number."""
 
-    def room(dtype: torch.dtype, there: bool = True) -> Tensor:
-        return torch.empty(shape if there else (1,), dtype=dtype, device=like.device)
+    def memory(dtype: torch.dtype, needed: bool = True) -> Tensor:
+        return torch.empty(shape if needed else (1,), dtype=dtype, device=like.device)
 
     wide = torch.float32
     return HeadStatistics(
-        token=room(token),
-        score=room(torch.float64, noisy),
-        logit=room(wide),
-        max_logit=room(wide),
-        second=room(wide, needs_entropy),
-        sum_exp=room(wide),
-        sum_exp_logit=room(wide, needs_entropy),
+        token=memory(token),
+        score=memory(torch.float64, noisy),
+        logit=memory(wide),
+        max_logit=memory(wide),
+        second=memory(wide, needs_entropy),
+        sum_exp=memory(wide),
+        sum_exp_logit=memory(wide, needs_entropy),
     )
 
 
