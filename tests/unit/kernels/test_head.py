@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.support.budget import examples
 from tests.support.sampling import row_sampling
 from tests.unit.kernels.cases import DEVICE, DTYPES
 
@@ -122,7 +123,7 @@ def check(found: HeadStatistics, hidden: Tensor, weight: Tensor, options: HeadOp
         130, 140, 3, torch.bfloat16, 3, noisy=True, needs_entropy=True, confidence_eos_eot_inf=True
     )
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30))
 def test_statistics_are_those_of_the_logits(case: Case) -> None:
     """For any sizes, types and kinds of rows: exact tokens, and numbers near those of float64."""
     hidden, weight, options = case.tensors()
@@ -201,7 +202,7 @@ def _store_uniform(keys, out, first, COUNT: tl.constexpr):  # type: ignore[no-un
     st.lists(st.integers(-(2**63), 2**63 - 1), min_size=3, max_size=3),
     st.integers(0, 2**20),
 )
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=examples(10))
 def test_random_numbers_are_those_of_the_loop(parts: list[int], first: int) -> None:
     """Bit by bit the uniform numbers of `sampling.noise`, for any seed, step and position."""
     keys = noise.row_keys(*(torch.tensor([part], device=DEVICE) for part in parts), 1)
