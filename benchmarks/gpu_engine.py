@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from dllm_engine import Engine, Prompt, SamplingParams
-from dllm_engine.loop.scheduler import Request
 from dllm_engine.memory.plan import PeakMeter
+from dllm_engine.request import Request
 
 from benchmarks.throughput import POLICIES
 

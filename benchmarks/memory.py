@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from dllm_engine.memory import CachePolicy, PageAllocator, reserved_rows
 from dllm_engine.ops import Head
-from dllm_engine.request import CACHE_POLICIES
 from dllm_engine.sampling import RowSampling, SamplingFlags, SpecialTokens, sample_candidates
+from dllm_engine.sampling_params import CACHE_POLICIES
 
 from benchmarks.allocations import AllocationMeter
 from benchmarks.common import RESULTS, write_json

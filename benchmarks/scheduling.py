@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dllm_engine.loop.scheduler import Request, Scheduler
+from dllm_engine.loop.scheduler import Scheduler
+from dllm_engine.request import Request
 
 from benchmarks.common import RESULTS, write_json
 from benchmarks.latency import STATIC_BATCH, arrivals

@@ -11,9 +11,10 @@ import heapq
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from dllm_engine.loop.scheduler import Request, Scheduler
+from dllm_engine.loop.scheduler import Scheduler
 from dllm_engine.memory import PageAllocator
-from dllm_engine.request import Prompt, SamplingParams
+from dllm_engine.request import Prompt, Request
+from dllm_engine.sampling_params import SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)
