@@ -196,6 +196,8 @@ class TritonServer:
     def _arguments(self, shm_prefix: str) -> list[str]:
         return [
             f"--model-repository={self.repository}",
+            # Completing a configuration imports the model once more, which takes seconds of torch.
+            "--disable-auto-complete-config",
             f"--http-address={self.address}",
             f"--http-port={self.http_port}",
             f"--grpc-address={self.address}",

@@ -29,8 +29,8 @@ STUB_NAME = "triton_python_backend_stub"
 #: A server that SIGKILL has not ended after this long is process 1 of its container.
 KILL_SECONDS = 1.0
 #: An engine whose server is gone has this long to end by itself.
-ORPHAN_SECONDS = 10.0
-STDIN = 0
+ORPHAN_SECONDS = 5.0
+STDIN, STDOUT = 0, 1
 
 
 class FailFast:
@@ -61,9 +61,13 @@ class FailFast:
             [python, "-I", "-S", __file__, *map(str, arguments)],
             pass_fds=fds,
             stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
         for fd in fds:
             os.close(fd)
+        assert self._watcher.stdout is not None
+        if not self._watcher.stdout.read(1):
+            logger.warning("the server outlives its engine: the watcher has not started")
 
     def disarm(self) -> None:
         """Let the server outlive this process, which ends in order."""
@@ -175,4 +179,5 @@ if __name__ == "__main__":
     # A signal to the whole process group is for the server, which then ends its engines in order.
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
+    os.write(STDOUT, b".")  # from here on, signals are ignored
     watch(*map(int, sys.argv[1:5]), sys.argv[5])
