@@ -43,7 +43,7 @@ INPUT_TYPES: Mapping[str, str] = {
     "delay_steps": "INT32",
     "refresh_interval": "INT32",
     "priority": "INT32",
-    "alone": "BOOL",
+    "exclusive": "BOOL",
     "stream": "BOOL",
     "stream_interval": "FP32",
     "check": "BOOL",

@@ -31,7 +31,7 @@ class Request:
     #: 0 goes first; each level more counts as coming `PRIORITY_STEPS` steps later.
     priority: int = 0
     #: It runs while nothing else does.
-    alone: bool = False
+    exclusive: bool = False
     #: Seconds that it is willing to wait for a place; None: for ever.
     timeout: float | None = None
     #: What its caller calls it, for the log and for cancelling; need not be unique.
@@ -192,7 +192,7 @@ class Scheduler:
             request = self._waiting[0]
             if request.num_pages > self._allocator.num_free:
                 break
-            if self._running and (request.alone or self._running[0].alone):
+            if self._running and (request.exclusive or self._running[0].exclusive):
                 break
             self._waiting.pop(0)
             request.slot = self._free_slots.pop()
