@@ -8,7 +8,7 @@ JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve test test-unit test-e2e test-slow soak lint format clean
+.PHONY: help venv demo serve test test-unit test-e2e test-slow soak lint format fields clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -45,6 +45,9 @@ lint: $(STAMP) ## style and types
 format: $(STAMP) ## put the style right
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+fields: $(STAMP) ## write all lists of sampling fields from the engine's table
+	PYTHONPATH=model_repository/dllm/1 $(BIN)/python -m tools.fields
 
 clean: ## remove the virtual environment and all caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,7 +1,7 @@
-"""The calls that `gpu_kernels` measures: ours, torch's operations, and libraries'.
+"""The calls that `gpu_kernels` measures: our kernels, torch's operations, libraries.
 
-Each is one layer's call at the size of a real step. What ours and torch's return is compared too,
-so that a fast wrong kernel does not go unnoticed.
+Each is one layer's call at the size of a real step. The results of ours and torch's are compared
+too, so that a fast wrong kernel is noticed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from dllm_engine.ops import (
 from dllm_engine.ops.layout import FlatSelection
 from dllm_engine.ops.rotary import RotaryTable
 from dllm_engine.ops.selection import store_selection
-from dllm_engine.sampling.tiles import tiled_statistics
 from torch import Tensor
 
 from benchmarks import gpu_arithmetic as arithmetic
@@ -46,7 +45,7 @@ class Case:
     cost: Cost
     ours: Callable[[], object]
     torch: Callable[[], object]
-    #: How much of two results is equal or near, 0 to 1.
+    #: Share of two results that is equal or near, 0 to 1.
     agreement: Callable[[], float]
     libraries: dict[str, Callable[[], object]] = dataclasses.field(default_factory=dict)
 
@@ -59,12 +58,12 @@ class Tensors:
         self._generator = torch.Generator(device).manual_seed(1)
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        """Normally distributed."""
+        """Normally distributed numbers."""
         made = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
         return made.normal_(std=scale, generator=self._generator)
 
     def heads(self, rows: int, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values: slices of one product, as a layer has them."""
+        """Queries, keys and values: slices of one product, as in a layer."""
         sizes = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
         q, k, v = self.normal(rows, sum(sizes), shape.head_dim).split(sizes, dim=1)
         return q, k, v
@@ -76,7 +75,7 @@ class Tensors:
 
 
 def near(ours: Tensor, theirs: Tensor) -> float:
-    """Share of numbers that differ by no more than bfloat16's rounding of a sum."""
+    """Share of numbers that differ at most by bfloat16's rounding of a sum."""
     return float(torch.isclose(ours.float(), theirs.float(), rtol=3e-2, atol=3e-2).float().mean())
 
 
@@ -111,7 +110,7 @@ def attention_case(
 
 
 def selection_case(tensors: Tensors, shape: Shape, count: int, candidates: int) -> Case:
-    """`count` sequences whose active block stands before the last half of the candidates."""
+    """`count` sequences whose active block is before the last half of the candidates."""
     from dllm_engine.ops.kernels.selection import store_selection as store_by_kernel
 
     device, keep, length = tensors.device, candidates // 2, candidates + BLOCK
@@ -142,8 +141,8 @@ def selection_case(tensors: Tensors, shape: Shape, count: int, candidates: int) 
     theirs = functools.partial(store_selection, q, k, v, grouped, pages)
 
     def agreement() -> float:
-        # Torch rounds scores to bfloat16, so that some positions are kept by one and not by the
-        # other; all behind one stand a place apart. So kept keys are compared as a set.
+        # Torch rounds scores to bfloat16, so the two may keep different positions, which shifts
+        # all later ones. So kept keys are compared as a set.
         def kept_keys(work: Callable[[], object]) -> Tensor:
             work()
             bits = pages.keys.flatten(0, 1)[grouped.slot_mapping].view(torch.int16).to(torch.int64)
@@ -189,7 +188,7 @@ def rotary_case(tensors: Tensors, operations: Operations, shape: Shape, rows: in
     table = RotaryTable(shape.head_dim, 4096, 5e5, device=tensors.device, dtype=torch.bfloat16)
     cos, sin = table.at(torch.arange(rows, device=tensors.device) % 4096)
 
-    def agreement() -> float:  # ours rotates where the numbers lie
+    def agreement() -> float:  # ours rotates in place
         theirs = TORCH.apply_rotary(x.clone(), cos, sin)
         return near(operations.apply_rotary(x.clone(), cos, sin), theirs)
 
@@ -219,15 +218,17 @@ def gate_case(tensors: Tensors, operations: Operations, shape: Shape, rows: int)
     )
 
 
-def head_cases(tensors: Tensors, shape: Shape, counts: Sequence[int]) -> Iterator[Case]:
-    """The language-model head with its statistics; `counts` rows, in three kinds each."""
+def head_cases(
+    tensors: Tensors, operations: Operations, shape: Shape, counts: Sequence[int]
+) -> Iterator[Case]:
+    """The language-model head with its statistics: `counts` rows, three kinds each."""
     device = tensors.device
     weight = tensors.normal(shape.vocab_size, shape.hidden_size, scale=0.02)
-    by_kernel, by_tiles = Head(weight, kernels=True), Head(weight)
+    by_kernel, by_tiles = Head(weight, operations), Head(weight)
     ids = torch.tensor([shape.vocab_size - 2], device=device)
     for count in counts:
         hidden = tensors.normal(count, shape.hidden_size)
-        for kind in ("greedy", "with spread", "with noise"):
+        for kind in ("greedy", "with entropy", "with noise"):
             noisy = kind == "with noise"
             heat = torch.full((count,), 0.8, dtype=torch.float64, device=device)
             options = HeadOptions(
@@ -238,10 +239,10 @@ def head_cases(tensors: Tensors, shape: Shape, counts: Sequence[int]) -> Iterato
                 confidence_eos_eot_inf=None,
                 temperature=heat if noisy else None,
                 keys=torch.arange(count, device=device) << 40 if noisy else None,
-                needs_entropy=kind == "with spread",
+                needs_entropy=kind == "with entropy",
             )
             ours = functools.partial(by_kernel.statistics, hidden, options)
-            theirs = functools.partial(tiled_statistics, by_tiles, hidden, options)
+            theirs = functools.partial(by_tiles.statistics, hidden, options)
             yield Case(
                 kernel="head",
                 model=shape.name,
@@ -262,9 +263,9 @@ def _equally_good(
     hidden: Tensor,
     weight: Tensor,
 ) -> float:
-    """Share of rows whose token has the best score, and the logit it is said to have.
+    """Share of rows whose token has the best score and the reported logit.
 
-    The tokens themselves may differ: torch rounds logits to bfloat16, which makes many equal.
+    Tokens may differ: torch rounds logits to bfloat16, which makes many equal.
     """
     mine, other = ours(), theirs()
     logit = (hidden.float() * weight[mine.token].float()).sum(dim=1)
@@ -272,7 +273,7 @@ def _equally_good(
 
 
 def _materialised(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Best token and its probability, as a notebook would have them."""
+    """Best token and its probability from the whole tensor of logits, as in a notebook."""
     logits = F.linear(hidden, weight).float()
     peak, token = logits.max(dim=-1)
     return token, (peak - logits.logsumexp(dim=-1)).exp()

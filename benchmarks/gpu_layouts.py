@@ -1,4 +1,4 @@
-"""One step's layout in both forms, from the kinds of its sequences; see `gpu_cases`."""
+"""Makes one step's layout in both forms from groups of sequences; see `gpu_cases`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from benchmarks.gpu_arithmetic import Sequences
 
-#: Rows of keys and values per page, as the engine's default is.
+#: Rows of keys and values per page: the engine's default.
 PAGE_SIZE = 32
 
 
 def flat_layout(groups: Sequence[Sequences], block_tables: Tensor, block_m: int) -> FlatLayout:
-    """Of sequences in this order; the rows of a Reuse are the last of what its pages hold."""
+    """Flat layout of sequences in this order; a Reuse's rows are the last ones in its pages."""
     device = block_tables.device
     lengths = [group.rows for group in groups for _ in range(group.count)]
     kv_lens = torch.tensor([g.kv_len for g in groups for _ in range(g.count)], device=device)
@@ -32,7 +32,7 @@ def flat_layout(groups: Sequence[Sequences], block_tables: Tensor, block_m: int)
 
 
 def packed_layout(groups: Sequence[Sequences], block_tables: Tensor) -> PackedLayout:
-    """The same for torch's operations; all pages that are read are full."""
+    """Packed layout for torch's operations; all pages that are read are full."""
     fresh, paged = [], []
     row = sequence = 0
     for group in groups:

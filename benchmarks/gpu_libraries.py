@@ -1,7 +1,7 @@
-"""Attention as libraries have it, to stand beside our kernel; see `gpu_kernels`.
+"""Attention of libraries, to compare with our kernel; see `gpu_kernels`.
 
-torch's own, and FlashInfer where it is installed (the extra `flashinfer`). Only for cases of one
-kind of sequence, which is what their interfaces take.
+torch's own, and FlashInfer if it is installed (the extra `flashinfer`). Their interfaces take only
+one kind of sequence per call.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def library_attention(
     block_tables: Tensor,
     groups: Sequence[Sequences],
 ) -> dict[str, Callable[[], object]]:
-    """Calls by name; each makes what it needs beforehand at its first run."""
+    """Calls by name; each prepares itself at its first run."""
     if len(groups) != 1:
         return {}
     (group,) = groups

@@ -2,9 +2,9 @@
 
 `python -m tests.support.compile_kernels 90`.
 
-The kernels' own wrappers are called with tensors of real sizes; each launch is compiled down to
-machine code for the given card, as a launch there would compile it, instead of being run. Prints
-what each compilation takes of a card, as one `Compiled` in JSON a line.
+It calls the kernels' own wrappers with tensors of real sizes. Each launch is compiled to machine
+code for the given card, as a launch there would be, instead of running. Prints the resources of
+each compilation, one `Compiled` in JSON per line.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 _BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
-#: What tells a launch's variant, by the kernel's own function; slow to make.
+#: Computes a launch's variant, by the kernel's function; slow to make.
 _BINDERS: dict[Any, Callable[..., Any]] = {}
 
 
@@ -41,20 +41,20 @@ class Compiled:
     """One compilation of a kernel."""
 
     kernel: str
-    #: Of the first tensor.
+    #: Type of the first tensor.
     dtype: str
-    #: Of each thread: registers, and bytes of its stack, to which registers are spilled.
+    #: Per thread: registers, and bytes of stack for spilled registers.
     registers: int
     stack: int
     #: Bytes of shared memory of a program.
     shared: int
-    #: Loads that are started ahead of their use.
+    #: Loads that start ahead of their use.
     async_copies: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What Triton compiles a kernel anew for: types, constants, and what it knows of numbers."""
+    """A variant that Triton compiles separately: types, constants, properties of numbers."""
 
     kernel: JITFunction[Any]
     signature: dict[str, str]
@@ -66,7 +66,7 @@ class Variant:
     def of(
         cls, kernel: JITFunction[Any], capability: int, args: tuple[Any, ...], options: Any
     ) -> Variant:
-        """The variant of a launch, found as `JITFunction.run` does."""
+        """The variant of a launch, computed like `JITFunction.run`."""
         backend = CUDABackend(GPUTarget("cuda", capability, 32))
         if kernel.fn not in _BINDERS:
             _BINDERS[kernel.fn] = create_function_from_signature(
@@ -80,12 +80,12 @@ class Variant:
 
     @property
     def key(self) -> str:
-        """Equal of launches that share a compilation."""
+        """Key that is equal for launches that share a compilation."""
         parts = (self.signature, self.constants, self.attributes, self.options)
         return f"{self.kernel.fn.__name__} {parts}"
 
     def compile(self, capability: int) -> Compiled:
-        """Down to machine code."""
+        """Compile to machine code."""
         source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
         target = GPUTarget("cuda", capability, 32)
         made = triton.compile(source, target=target, options=self.options)
@@ -107,7 +107,7 @@ class Variant:
 
 
 def instead_of_running(capability: int, seen: Callable[[Variant], None]) -> None:
-    """From here on launches of kernels only tell which variant they want."""
+    """Replace kernel launches by recording their variants."""
 
     def run(kernel: JITFunction[Any], *args: Any, **options: Any) -> None:
         for name in ("grid", "warmup"):
@@ -118,7 +118,7 @@ def instead_of_running(capability: int, seen: Callable[[Variant], None]) -> None
 
 
 def launch_all(dtype: torch.dtype, num_heads: int, num_kv_heads: int) -> None:
-    """Launch what a step of a model of these sizes launches, but for the head."""
+    """Launch the kernels of a step of a model of these sizes, except the head."""
     head_dim = 128
     rows, sequences, longest = 96, 3, 4096
     qkv = torch.zeros(rows, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
@@ -147,9 +147,9 @@ def launch_all(dtype: torch.dtype, num_heads: int, num_kv_heads: int) -> None:
 
 
 def launch_head(dtype: torch.dtype, width: int, *, noise: bool) -> None:
-    """Forms of the head: with entropies or without, with credit, greedy; with noise too."""
+    """Launch forms of the head: with and without entropies, with credit, greedy, with noise."""
     hidden, weight = torch.zeros(96, width, dtype=dtype), torch.zeros(1024, width, dtype=dtype)
-    head = Head(weight, kernels=True)
+    head = Head(weight, choose_operations("triton", "cuda", dtype))
     ids = torch.zeros(2, dtype=torch.int64)
     keys = torch.zeros(len(hidden), dtype=torch.int64)
     heat = torch.zeros(len(hidden), dtype=torch.float64)
@@ -166,8 +166,8 @@ def launch_head(dtype: torch.dtype, width: int, *, noise: bool) -> None:
 def main(capability: int) -> None:
     """Compile for a card: 80 is an A100, 89 an L40, 90 an H100.
 
-    Noise takes a third of the time and float16 differs from bfloat16 in a name: once is enough.
-    float32 takes most of a card: an A100 has room for what an L40 has.
+    Noise takes a third of the time, and float16 differs from bfloat16 only in a name: compile them
+    once. float32 needs the most shared memory: what fits an L40 fits an A100.
     """
     all_of_them = capability == 90
     dtypes = {

@@ -1,4 +1,4 @@
-"""Sampling state of rows, for tests that draw candidates without an engine."""
+"""Makes sampling state of rows, for tests that draw candidates without an engine."""
 
 import torch
 from dllm_engine.sampling import RowSampling, SamplingFlags, needs_full_logits

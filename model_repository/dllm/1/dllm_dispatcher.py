@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
-from dllm_engine import CanvasUpdate, EngineDead, EngineWorker
-from dllm_engine.loop.scheduler import Request
+from dllm_engine import CanvasUpdate, EngineDead, EngineWorker, Request
 from dllm_metrics import Metrics
 from dllm_peers import InstanceBus
 from dllm_tensors import cancel_response, error_response, to_response

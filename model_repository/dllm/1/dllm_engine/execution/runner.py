@@ -16,8 +16,9 @@ from dllm_engine.execution.model_runner import ModelShard, StepInputs
 from dllm_engine.execution.tensor_parallel import ModelTeam
 from dllm_engine.models import ModelSpec
 from dllm_engine.ops import Download, Upload
-from dllm_engine.request import Prompt, SamplingParams
+from dllm_engine.request import Prompt
 from dllm_engine.sampling import BlockStatistics, Candidates, select_commits
+from dllm_engine.sampling_params import SamplingParams
 from dllm_engine.state.batch import StepBatch, build_batch
 from dllm_engine.state.canvas import Blocks, CanvasTable, StepResult
 from dllm_engine.state.slots import SlotState

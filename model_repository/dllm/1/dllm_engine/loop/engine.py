@@ -17,12 +17,13 @@ import torch
 from dllm_engine.config import EngineConfig
 from dllm_engine.errors import EngineDead, QueueTimeout, RequestFailed
 from dllm_engine.execution.runner import Launched, Runner
-from dllm_engine.loop.scheduler import Request, Scheduler
+from dllm_engine.loop.scheduler import Scheduler
 from dllm_engine.loop.validation import RequestLimits, longest_sequence
 from dllm_engine.memory import PageAllocator
 from dllm_engine.memory.plan import MemoryPlan
 from dllm_engine.models import read_spec
-from dllm_engine.request import CanvasUpdate, FinishReason, Prompt, SamplingParams, Usage
+from dllm_engine.request import CanvasUpdate, FinishReason, Prompt, Request, Usage
+from dllm_engine.sampling_params import SamplingParams
 from dllm_engine.state.canvas import Canvas, StepResult
 from dllm_engine.tokenizer import Tokenizer, find_stop
 

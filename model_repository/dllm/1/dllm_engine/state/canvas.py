@@ -16,9 +16,10 @@ from dllm_engine.config import EngineConfig
 from dllm_engine.memory import Phases, unfinished
 from dllm_engine.models import ModelSpec
 from dllm_engine.ops import Array
-from dllm_engine.request import Prompt, SamplingParams
+from dllm_engine.request import Prompt
 from dllm_engine.sampling import CreditLists
 from dllm_engine.sampling.schedule import dream_chances, dream_count, linear_count
+from dllm_engine.sampling_params import SamplingParams
 from dllm_engine.state.slots import SlotState, SlotTable
 
 

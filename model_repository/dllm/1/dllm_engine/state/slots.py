@@ -13,8 +13,9 @@ import numpy as np
 from dllm_engine.decoding import ENTROPY_SCORES, Rule, decoding_of, score_of
 from dllm_engine.memory import CachePolicy
 from dllm_engine.ops import Array
-from dllm_engine.request import Prompt, SamplingParams
+from dllm_engine.request import Prompt
 from dllm_engine.sampling import needs_full_logits
+from dllm_engine.sampling_params import SamplingParams
 
 
 class SlotState(NamedTuple):
