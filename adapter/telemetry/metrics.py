@@ -1,12 +1,15 @@
-"""What is counted and timed, for Prometheus. Engine figures are on Triton's own port."""
+"""Counters and timings for Prometheus. The engine's are on Triton's own metrics port.
+
+Several workers count together if PROMETHEUS_MULTIPROC_DIR names a directory that is empty when they
+start; without it each worker shows its own figures.
+"""
 
 import asyncio
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
 
-from adapter.telemetry.multiprocess import VARIABLE, forget_the_dead  # before prometheus_client
-
-# isort: split
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
@@ -108,8 +111,8 @@ def took(kind: str, seconds: float) -> None:
 async def exposition(jobs: Mapping[str, int] | None) -> bytes:
     """The page that Prometheus reads: of all workers, with the jobs by state if they are known."""
     registry = REGISTRY
-    if os.environ.get(VARIABLE):
-        forget_the_dead(mark_process_dead)
+    if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        _remove_gauges_of_dead_workers(Path(folder))
         registry = CollectorRegistry()
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     page = await asyncio.to_thread(generate_latest, registry)
@@ -118,6 +121,21 @@ async def exposition(jobs: Mapping[str, int] | None) -> bytes:
     undone = CollectorRegistry()
     undone.register(_Jobs(jobs))
     return page + generate_latest(undone)
+
+
+def _remove_gauges_of_dead_workers(folder: Path) -> None:
+    for pid in {int(file.stem.rpartition("_")[2]) for file in folder.glob("gauge_live*.db")}:
+        if not _is_alive(pid):
+            with suppress(FileNotFoundError):  # another worker does the same
+                mark_process_dead(pid)  # type: ignore[no-untyped-call]
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
 
 
 class _Jobs(Collector):
