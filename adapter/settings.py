@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Self
 
-from limits import parse_many
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from adapter.errors import SettingsError
+from adapter.rates import Rate
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -148,7 +148,7 @@ class Settings(BaseSettings):
     def _rate_is_one(cls, value: str) -> str:
         if value:
             try:
-                parse_many(value)
+                Rate.parse_all(value)
             except ValueError:
                 msg = "should be like 60/minute, or 5/second; 60/minute"
                 raise ValueError(msg) from None
