@@ -20,7 +20,7 @@ from adapter.auth.middleware import Gate
 from adapter.auth.rate_limit import RateLimiter
 from adapter.db.database import Database
 from adapter.engine.monitor import EngineMonitor
-from adapter.engine.pool import EnginePool, Member
+from adapter.engine.pool import Endpoint, EnginePool
 from adapter.engine.reload_lease import HealStore, OldEngines, engine_name
 from adapter.engine.streaming import LiveRequests
 from adapter.engine.triton import TritonEngine
@@ -28,9 +28,9 @@ from adapter.jobs.runner import JobRunner
 from adapter.jobs.service import JobService
 from adapter.jobs.store import JobStore
 from adapter.jobs.watcher import JobWatcher
-from adapter.periodic import Loop
+from adapter.periodic import PeriodicTask
 from adapter.settings import Settings, load_settings
-from adapter.shutdown import before_the_end
+from adapter.shutdown import on_shutdown_signal
 from adapter.telemetry.logs import configure_logging, get_logger
 from adapter.telemetry.middleware import Observe
 from adapter.telemetry.tracing import configure_tracing
@@ -59,7 +59,7 @@ def create_app(
             if flush_spans is not None:
                 stack.callback(flush_spans)
             await _open(app, chosen, found, stack)
-            with before_the_end(app.state.jobs.stop):
+            with on_shutdown_signal(app.state.jobs.stop):
                 yield
 
     app = FastAPI(
@@ -109,20 +109,20 @@ async def _open(
     app.state.rate_limiter = None
     if settings.rate_limit:
         app.state.rate_limiter = limiter = RateLimiter(database, settings.rate_limit)
-        await stack.enter_async_context(Loop("rate-limits", limiter.tidy))
+        await stack.enter_async_context(PeriodicTask("rate-limits", limiter.tidy))
     names = [engine_name(url, settings.model_name) for url in engines]
     old_engines = OldEngines(database, names)
-    await stack.enter_async_context(Loop("old-engines", old_engines.forget))
+    await stack.enter_async_context(PeriodicTask("old-engines", old_engines.forget))
     store = JobStore(database, max_attempts=settings.job_max_attempts)
     pool = EnginePool(
         [
-            Member(url, engine, _monitor(settings, url, engine, database, worker))
+            Endpoint(url, engine, _monitor(settings, url, engine, database, worker))
             for url, engine in engines.items()
         ]
     )
     runner = JobRunner(store, pool, owner=worker, settings=settings)
     watcher = JobWatcher(store, runner)
-    live = LiveRequests(pool, limit=settings.max_live, silence=settings.engine_silence)
+    live = LiveRequests(pool, limit=settings.max_live, idle_timeout=settings.engine_idle_timeout)
     for service in (pool, watcher, runner, live):
         await stack.enter_async_context(service)
     app.state.pool = pool
@@ -148,7 +148,7 @@ def _triton(settings: Settings, url: str) -> Engine:
         settings.model_name,
         stream_interval=settings.stream_interval,
         reload_timeout=settings.reload_timeout,
-        silence=settings.engine_silence,
+        idle_timeout=settings.engine_idle_timeout,
     )
 
 
@@ -159,7 +159,7 @@ def _monitor(
         engine,
         HealStore(database, engine=engine_name(url, settings.model_name), owner=worker),
         probe_interval=settings.probe_interval,
-        silence=settings.engine_silence,
+        idle_timeout=settings.engine_idle_timeout,
         lease=settings.lease_seconds,
         heal=settings.heal,
     )

@@ -21,8 +21,8 @@ LAYERS = [
     {"models", "sampling"},
     {"parallel"},
     {"ops", "tokenizer"},
-    {"config"},
-    {"request"},
+    {"config", "request"},
+    {"sampling_params"},
     {"decoding", "watchdog"},
     {"errors"},
 ]

@@ -12,6 +12,7 @@ from dllm_engine import LLM, Prompt, SamplingParams
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support.budget import examples
 from tests.support.cached_reference import PlainModel, generate_cached
 from tests.support.cases import (
     IDS,
@@ -55,8 +56,7 @@ def expected(model: PlainModel, prompt: Prompt, params: SamplingParams) -> Refer
 
 
 @settings(
-    max_examples=15,
-    deadline=None,
+    max_examples=examples(15),
     phases=NO_SHRINK,
     suppress_health_check=[HealthCheck.filter_too_much],
 )

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from dllm_engine import LLM, FinishReason, Prompt, SamplingParams
-from dllm_engine.request import CACHE_POLICIES
-from dllm_engine.tokenizer import TextCodec
+from dllm_engine.sampling_params import CACHE_POLICIES
+from dllm_engine.tokenizer import Tokenizer
 
 from tests.support.cached_reference import PlainModel, generate_cached
 from tests.support.checkpoints import (
@@ -83,7 +83,7 @@ class Real:
     llm: LLM
 
     @property
-    def codec(self) -> TextCodec:
+    def codec(self) -> Tokenizer:
         """Its tokenizer."""
         assert self.llm.engine.codec is not None
         return self.llm.engine.codec

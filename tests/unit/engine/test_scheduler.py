@@ -5,9 +5,10 @@ import random
 from typing import Any
 
 import pytest
-from dllm_engine.loop.scheduler import Request, Scheduler
+from dllm_engine.loop.scheduler import Scheduler
 from dllm_engine.memory import PageAllocator
-from dllm_engine.request import Prompt, SamplingParams
+from dllm_engine.request import Prompt, Request
+from dllm_engine.sampling_params import SamplingParams
 
 
 def make(request_id: int, rows: int, **fields: int) -> Request:

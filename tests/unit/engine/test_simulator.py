@@ -3,7 +3,7 @@
 import pytest
 from dllm_engine import LLM, Prompt
 from dllm_engine.loop.scheduler import Scheduler
-from dllm_engine.request import CACHE_POLICIES
+from dllm_engine.sampling_params import CACHE_POLICIES
 
 from benchmarks.scheduling import SYSTEMS, measure
 from benchmarks.simulator import Arrival, CostModel, FcfsScheduler, simulate, without_pages

@@ -15,14 +15,8 @@ from dllm_engine.errors import (
 from dllm_engine.llm import LLM
 from dllm_engine.loop.engine import Engine, EngineStats
 from dllm_engine.loop.engine_thread import EngineWorker
-from dllm_engine.request import (
-    CanvasUpdate,
-    Completion,
-    FinishReason,
-    Prompt,
-    SamplingParams,
-    Usage,
-)
+from dllm_engine.request import CanvasUpdate, Completion, FinishReason, Prompt, Request, Usage
+from dllm_engine.sampling_params import SamplingParams
 
 __all__ = [
     "LLM",
@@ -42,6 +36,7 @@ __all__ = [
     "Prompt",
     "QueueFull",
     "QueueTimeout",
+    "Request",
     "RequestFailed",
     "SamplingParams",
     "Usage",

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dllm_engine.errors import InvalidConfig, InvalidRequest
-from dllm_engine.request import CACHE_FIELDS, SamplingParams
+from dllm_engine.sampling_params import CACHE_FIELDS, SamplingParams
 
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "torch", "triton")

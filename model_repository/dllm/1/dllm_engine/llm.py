@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 from dllm_engine.config import EngineConfig
 from dllm_engine.errors import InvalidRequest
 from dllm_engine.loop.engine import Engine
-from dllm_engine.request import CanvasUpdate, Completion, Prompt, SamplingParams
+from dllm_engine.request import CanvasUpdate, Completion, Prompt
+from dllm_engine.sampling_params import SamplingParams
 
 
 class LLM:

@@ -1,235 +1,20 @@
-"""What a caller asks for, and what comes back. Plain data: no torch."""
+"""A request inside the engine, what its caller gives, and what comes back. No torch."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-import math
-import secrets
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import functools
+from typing import TYPE_CHECKING
 
-from dllm_engine.decoding import ALG, COMMIT_FIELDS, COMPANIONS, REMASKING, is_given
-from dllm_engine.errors import InvalidRequest
+from dllm_engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-CACHE_POLICIES = ("none", "prefix", "dual", "sparse", "delayed")
-#: Parameters of caching, and the policies that each applies to.
-CACHE_FIELDS = {
-    "cache": CACHE_POLICIES,
-    "retention_ratio": ("sparse",),
-    "pool_kernel": ("sparse",),
-    "delay_steps": CACHE_POLICIES[1:],
-    "refresh_interval": CACHE_POLICIES[1:],
-}
-DEFAULT_BLOCK_LENGTH = 32
-MAX_STOP_STRINGS = 16
-MAX_STOP_CHARS = 256
-
-
-class FinishReason(enum.StrEnum):
-    """Why a request ended."""
-
-    #: End-of-text token or stop string.
-    STOP = "stop"
-    #: The whole canvas is decoded.
-    LENGTH = "length"
-    #: The caller went away or cancelled.
-    CANCELLED = "cancelled"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How one canvas is denoised. Names are the papers' (LLaDA `generate`, Fast-dLLM).
-
-    `validate` checks every value; nothing is checked at construction.
-    """
-
-    #: 0: greedy. Above: Gumbel-max over logits / temperature, in float64.
-    temperature: float = 0.0
-    #: Canvas length in tokens.
-    gen_length: int = 32
-    #: Denoising steps over the whole canvas; None: `gen_length`, one token per step.
-    steps: int | None = None
-    #: Tokens per semi-autoregressive block; None: 32, or the canvas where that is shorter.
-    block_length: int | None = None
-    #: Classifier-free guidance; 0: off.
-    cfg_scale: float = 0.0
-    #: Which positions are committed first; with `alg` or a threshold it plays no part.
-    remasking: str = "low_confidence"
-    #: Commit every position at least this confident (and always the best): parallel decoding.
-    confidence_threshold: float | None = None
-    #: Fast-dLLM's factor: commit the longest run of n best with confidence ≥ 1 − factor / (n + 1).
-    factor: float | None = None
-    #: EB-sampler: commit the most certain while the entropies before them sum to at most this.
-    entropy_bound: float | None = None
-    #: dInfer's hierarchical decoding: with `confidence_threshold`, besides the best position of
-    #: each run of masks if above this.
-    low_threshold: float | None = None
-    #: dInfer's credit decoding: with `confidence_threshold`, trust tokens that stay ahead.
-    credit: bool = False
-    #: LocalLeap as dlmserve has it, on the schedule: around positions committed with at least this
-    #: confidence, commit neighbours too …
-    anchor_threshold: float | None = None
-    #: … that are at least this confident.
-    neighbor_threshold: float | None = None
-    #: Dream's algorithms, instead of `remasking`: time schedule, statistics after temperature,
-    #: top-p and top-k.
-    alg: str | None = None
-    #: Above 0, Dream draws the positions from softmax(score / alg_temp) instead of taking the best.
-    alg_temp: float = 0.0
-    #: Nucleus sampling; applies at temperature > 0, and to the statistics of `alg`.
-    top_p: float | None = None
-    #: Sample from the k best tokens; likewise.
-    top_k: int | None = None
-    #: Same request and seed: same text. None: drawn at random and reported.
-    seed: int | None = None
-    #: Never choose the end-of-text token (LLaDA's evaluation settings).
-    logits_eos_inf: bool = False
-    #: Commit end-of-text and end-of-turn tokens last: their confidence is 0, and they do not count
-    #: in the others' (likewise; at temperature > 0 the reference suppresses only end of turn).
-    confidence_eos_eot_inf: bool = False
-    #: The text ends before the first of these.
-    stop: tuple[str, ...] = ()
-    #: Decode the whole canvas even after an end-of-text token.
-    ignore_eos: bool = False
-    #: Key/value reuse between steps, one of `CACHE_POLICIES`; None, here and below: the server's.
-    cache: str | None = None
-    #: Fraction of the positions outside the block that each KV head keeps (`sparse`).
-    retention_ratio: float | None = None
-    #: Width of the max-pooling over scores before that choice (`sparse`); odd.
-    pool_kernel: int | None = None
-    #: Steps of a block that run in full before the one that stores keys and values.
-    delay_steps: int | None = None
-    #: Steps between Refreshes within a block; 0: only at its start.
-    refresh_interval: int | None = None
-
-    def with_cache_defaults(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        """The same parameters with what they leave open of caching taken from `defaults`.
-
-        Raises:
-            InvalidRequest: a parameter is given that does not apply to the policy.
-        """
-        given = {name for name in CACHE_FIELDS if getattr(self, name) is not None}
-        missing = {name: defaults[name] for name in CACHE_FIELDS if name not in given}
-        filled = dataclasses.replace(self, **missing)
-        _check_cache(filled)
-        for name in sorted(given):
-            policies = CACHE_FIELDS[name]
-            if filled.cache not in policies:
-                rule = f"applies to cache {', '.join(policies)}"
-                raise InvalidRequest(name, f"{rule}; got cache {filled.cache}")
-        return filled
-
-    def resolved(self) -> SamplingParams:
-        """The same parameters, checked, with every default that depends on others filled in.
-
-        Raises:
-            InvalidRequest: a value is out of range; names the field and the limit.
-        """
-        _check_ranges(self)
-        # Dream's algorithms know no blocks: the canvas is one.
-        default = self.gen_length if self.alg else min(DEFAULT_BLOCK_LENGTH, self.gen_length)
-        block_length = self.block_length or default
-        num_blocks = math.ceil(self.gen_length / block_length)
-        steps = self.gen_length if self.steps is None else self.steps
-        if steps < num_blocks:
-            raise InvalidRequest(
-                "steps",
-                f"must be at least the number of blocks, {num_blocks} "
-                f"(gen_length {self.gen_length} / block_length {block_length}); got {steps}",
-            )
-        # 53 bits: a seed reported in JSON survives clients whose numbers are doubles.
-        seed = secrets.randbits(53) if self.seed is None else self.seed
-        return dataclasses.replace(self, block_length=block_length, steps=steps, seed=seed)
-
-
-def _require(field: str, ok: bool, rule: str, value: object) -> None:
-    if not ok:
-        raise InvalidRequest(field, f"must be {rule}; got {value}")
-
-
-def _check_ranges(p: SamplingParams) -> None:
-    _require("temperature", 0 <= p.temperature < math.inf, "0 or more", p.temperature)
-    _require("gen_length", p.gen_length >= 1, "at least 1", p.gen_length)
-    if p.steps is not None:
-        _require("steps", p.steps >= 1, "at least 1", p.steps)
-    if p.block_length is not None:
-        ok = 1 <= p.block_length <= p.gen_length
-        _require("block_length", ok, f"1 to gen_length ({p.gen_length})", p.block_length)
-    _require("cfg_scale", 0 <= p.cfg_scale < math.inf, "0 or more", p.cfg_scale)
-    rules = ", ".join(REMASKING)
-    _require("remasking", p.remasking in REMASKING, f"one of {rules}", repr(p.remasking))
-    fractions = ("confidence_threshold", "low_threshold", "anchor_threshold")
-    for name in (*fractions, "neighbor_threshold", "top_p"):
-        value = getattr(p, name)
-        if value is not None:
-            _require(name, 0 < value <= 1, "above 0 and at most 1", value)
-    for name in ("factor", "entropy_bound"):
-        value = getattr(p, name)
-        if value is not None:
-            _require(name, 0 <= value < math.inf, "0 or more", value)
-    _check_combination(p)
-    if p.top_k is not None:
-        _require("top_k", p.top_k >= 1, "at least 1", p.top_k)
-    if p.seed is not None:
-        _require("seed", -(2**63) <= p.seed < 2**63, "a 64-bit integer", p.seed)
-    _check_stop(p.stop)
-    _check_cache(p)
-
-
-def _check_combination(p: SamplingParams) -> None:
-    given = [name for name in COMMIT_FIELDS if getattr(p, name) is not None]
-    if len(given) > 1:
-        raise InvalidRequest(given[1], f"cannot be combined with {given[0]}")
-    for name, needed in COMPANIONS.items():
-        if is_given(getattr(p, name)) and getattr(p, needed) is None:
-            raise InvalidRequest(name, f"needs {needed}")
-    if p.credit:
-        for other, asked in (
-            ("alg", p.alg is not None),
-            ("temperature above 0", p.temperature > 0),
-            ("confidence_eos_eot_inf", p.confidence_eos_eot_inf),
-        ):
-            if asked:
-                raise InvalidRequest("credit", f"cannot be combined with {other}")
-    if p.alg is None:
-        _require("alg_temp", p.alg_temp == 0, "0 without alg", p.alg_temp)
-        return
-    algorithms = ", ".join(ALG)
-    _require("alg", p.alg in ALG, f"one of {algorithms}", repr(p.alg))
-    _require("alg_temp", 0 <= p.alg_temp < math.inf, "0 or more", p.alg_temp)
-    if p.confidence_eos_eot_inf:
-        given.append("confidence_eos_eot_inf")
-    if given:
-        raise InvalidRequest(given[0], "cannot be combined with alg")
-
-
-def _check_cache(p: SamplingParams) -> None:
-    if p.cache is not None:
-        policies = ", ".join(CACHE_POLICIES)
-        _require("cache", p.cache in CACHE_POLICIES, f"one of {policies}", repr(p.cache))
-    if p.retention_ratio is not None:
-        ratio = p.retention_ratio
-        _require("retention_ratio", 0 < ratio <= 1, "above 0 and at most 1", ratio)
-    if p.pool_kernel is not None:
-        ok = p.pool_kernel >= 1 and p.pool_kernel % 2 == 1
-        _require("pool_kernel", ok, "odd and at least 1", p.pool_kernel)
-    for name in ("delay_steps", "refresh_interval"):
-        value = getattr(p, name)
-        if value is not None:
-            _require(name, value >= 0, "0 or more", value)
-
-
-def _check_stop(stop: tuple[str, ...]) -> None:
-    limit = f"at most {MAX_STOP_STRINGS} strings"
-    _require("stop", len(stop) <= MAX_STOP_STRINGS, limit, f"{len(stop)} strings")
-    for text in stop:
-        rule = f"strings of 1 to {MAX_STOP_CHARS} characters"
-        _require("stop", 1 <= len(text) <= MAX_STOP_CHARS, rule, f"{len(text)} characters")
+#: Seconds between updates of a request that waits for a place, at least: nothing happens to it.
+WAITING_INTERVAL = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +33,114 @@ class Prompt:
         return len(self.ids) + len(self.suffix_ids)
 
 
+@dataclasses.dataclass(eq=False)
+class Request:
+    """One request inside the engine."""
+
+    request_id: int
+    prompt: Prompt
+    params: SamplingParams
+    #: Seconds between updates; 0: every step; None: only the final one.
+    stream_interval: float | None = None
+    #: 0 goes first; each level more counts as coming `PRIORITY_STEPS` steps later.
+    priority: int = 0
+    #: It runs while nothing else does.
+    alone: bool = False
+    #: Seconds that it is willing to wait for a place; None: for ever.
+    timeout: float | None = None
+    #: What its caller calls it, for the log and for cancelling; need not be unique.
+    name: str = ""
+    #: Pages that it holds while running.
+    num_pages: int = 0
+    pages: list[int] = dataclasses.field(default_factory=list)
+    #: Row of the canvas table while running; None while waiting.
+    slot: int | None = None
+    steps_run: int = 0
+    #: It is in a step that has not ended.
+    under_way: bool = False
+    #: Rows pushed through the model so far.
+    rows_run: int = 0
+    #: Rows of the next step of one sequence, and whether it is a Refresh; None: all, it is.
+    next_rows: int | None = None
+    next_refresh: bool = True
+    #: Scheduler's step of its arrival and what its priority adds: lower goes first.
+    turn: int = 0
+    #: Scheduler's step in which it ran last, or was admitted.
+    ready_since: int = 0
+    #: Tokens from the left that are final, short of an end-of-text token.
+    num_ready: int = 0
+    ended_by_token: bool = False
+    #: When it was queued, and when its last update was made (seconds, monotonic).
+    queued_at: float = 0.0
+    last_update: float = 0.0
+
+    @property
+    def length(self) -> int:
+        """Prompt, canvas and suffix, in tokens."""
+        given = self.prompt.num_tokens
+        return given + self.params.gen_length
+
+    @property
+    def forwards_per_step(self) -> int:
+        """Sequences per step: guidance needs an unconditional twin."""
+        return 2 if self.params.cfg_scale > 0 else 1
+
+    @property
+    def step_cost(self) -> int:
+        """Rows that its next step pushes through the model."""
+        rows = self.length if self.next_rows is None else self.next_rows
+        return rows * self.forwards_per_step
+
+    @property
+    def mean_cost(self) -> float:
+        """Rows per step over its life: what it has cost, and one block as planned."""
+        rows, steps = self._planned_block
+        total = self.rows_run + rows * self.forwards_per_step
+        return total / (self.steps_run + steps)
+
+    @functools.cached_property
+    def _planned_block(self) -> tuple[float, int]:
+        """Rows of one sequence and steps of a block, by its parameters: a mean over its blocks."""
+        params = self.params
+        block_length = params.block_length or params.gen_length
+        steps = max(1, (params.steps or params.gen_length) * block_length // params.gen_length)
+        if params.cache in (None, "none"):
+            return steps * self.length, steps
+        first = 1 + (params.delay_steps or 0)
+        again = (steps - first) // params.refresh_interval if params.refresh_interval else 0
+        refreshes = min(steps, first + max(0, again))
+        reuse: float = block_length
+        if params.cache == "prefix":  # and what is behind the block
+            reuse = (block_length + params.gen_length) / 2 + len(self.prompt.suffix_ids)
+        elif params.cache == "delayed":  # what is masked, and what was committed last
+            reuse = block_length / 2 + 1
+        return refreshes * self.length + (steps - refreshes) * reuse, steps
+
+    def is_due(self, now: float) -> bool:
+        """Whether an update is due at `now` (seconds, monotonic); if so, the next is later.
+
+        So it is while a request waits: whoever reads can tell a long queue from a dead engine.
+        """
+        if self.stream_interval is None:
+            return False
+        shortest = WAITING_INTERVAL if self.slot is None else 0.0
+        due = now - self.last_update >= max(self.stream_interval, shortest)
+        if due:
+            self.last_update = now
+        return due
+
+
+class FinishReason(enum.StrEnum):
+    """Why a request ended."""
+
+    #: End-of-text token or stop string.
+    STOP = "stop"
+    #: The whole canvas is decoded.
+    LENGTH = "length"
+    #: The caller went away or cancelled.
+    CANCELLED = "cancelled"
+
+
 @dataclasses.dataclass(frozen=True)
 class Usage:
     """What a request cost so far."""
@@ -263,7 +156,7 @@ class Usage:
 
 @dataclasses.dataclass(frozen=True)
 class CanvasUpdate:
-    """A request's canvas after a step. Text is made from it by `TextCodec.answer`."""
+    """A request's canvas after a step. Text is made from it by `Tokenizer.answer`."""
 
     request_id: int
     #: [gen_length] int32; positions not decoded yet hold the mask id.

@@ -33,7 +33,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from adapter.app import create_app
 from adapter.errors import EngineFailure, InvalidRequest, StoreUnavailable
-from adapter.periodic import Loop
+from adapter.periodic import PeriodicTask
 from adapter.telemetry import tracing
 from launcher.ports import free_port
 
@@ -44,7 +44,7 @@ TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 @pytest.fixture
 async def api(database_url: str, engine: ScriptedEngine) -> AsyncIterator[RunningApp]:
     """A worker that has patience with its engine."""
-    async with running_app(fast_settings(database_url, engine_silence=30), engine) as running:
+    async with running_app(fast_settings(database_url, engine_idle_timeout=30), engine) as running:
         await until(lambda: running.monitor.state.ok)
         yield running
 
@@ -367,11 +367,11 @@ async def test_loop_outlives_its_errors(
         done.set()
 
     done = asyncio.Event()
-    async with Loop("looking", step, error_pause=0.01), asyncio.timeout(5):
+    async with PeriodicTask("looking", step, error_pause=0.01), asyncio.timeout(5):
         await done.wait()
 
     (record,) = caplog.records
-    assert "'loop': 'looking'" in record.getMessage()
+    assert "'task': 'looking'" in record.getMessage()
     assert "away" in caplog.text
     assert ("Traceback" in caplog.text) == traced
 

@@ -16,8 +16,9 @@ from dllm_engine.execution.model_runner import ModelShard, StepInputs
 from dllm_engine.execution.tensor_parallel import ModelTeam
 from dllm_engine.models import ModelSpec
 from dllm_engine.ops import Download, Upload
-from dllm_engine.request import Prompt, SamplingParams
+from dllm_engine.request import Prompt
 from dllm_engine.sampling import BlockStatistics, Candidates, select_commits
+from dllm_engine.sampling_params import SamplingParams
 from dllm_engine.state.batch import StepBatch, build_batch
 from dllm_engine.state.canvas import Blocks, CanvasTable, StepResult
 from dllm_engine.state.slots import SlotState
@@ -86,7 +87,7 @@ class Runner:
         """
         with self._watched():
             upload = Upload(self._device)
-            batch = build_batch(self.table, self._pages, slots, upload, self._shard.tile_rows)
+            batch = build_batch(self.table, self._pages, slots, upload, self._shard.block_m)
             upload.send()
             credits = None
             if batch.credit_rows is not None:
@@ -155,7 +156,7 @@ def _pick(batch: StepBatch, candidates: Candidates) -> Tensor:
 
     def spread(values: Tensor) -> Tensor:
         """[M] values at their places in the [R, block] matrix."""
-        matrix = values.new_zeros(batch.masked.numel()).index_copy_(0, batch.place, values)
+        matrix = values.new_zeros(batch.masked.numel()).index_copy_(0, batch.index, values)
         return matrix.view(batch.masked.shape)
 
     confidence = spread(candidates.confidence)
@@ -163,8 +164,8 @@ def _pick(batch: StepBatch, candidates: Candidates) -> Tensor:
     block = BlockStatistics(
         masked=batch.masked,
         confidence=confidence,
-        entropy=spread(candidates.entropy) if batch.needs_spread else nothing,
-        margin=spread(candidates.margin) if batch.needs_spread else nothing,
+        entropy=spread(candidates.entropy) if batch.needs_entropy else nothing,
+        margin=spread(candidates.margin) if batch.needs_entropy else nothing,
         committed=nothing if batch.committed is None else batch.committed,
     )
-    return select_commits(block, batch.plan).flatten().index_select(0, batch.place)
+    return select_commits(block, batch.plan).flatten().index_select(0, batch.index)

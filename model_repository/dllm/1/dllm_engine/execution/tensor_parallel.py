@@ -13,7 +13,7 @@ from dllm_engine.execution.rank_worker import READY, RankTask
 from dllm_engine.memory import KVPages
 from dllm_engine.memory.plan import MemoryPlan
 from dllm_engine.models import DiffusionModel, ModelSpec
-from dllm_engine.parallel import Group, Ranks, take_apart, thread_share
+from dllm_engine.parallel import Group, Ranks, pack_tensors, thread_share
 from dllm_engine.sampling import Candidates
 from dllm_engine.watchdog import Alarm
 
@@ -40,21 +40,21 @@ class ModelTeam:
             timeout=config.tensor_parallel_timeout,
             task=RankTask(config, spec, stop_token_ids),
         )
-        seat = self._ranks.seat
+        info = self._ranks.info
         self._alarm: Alarm | None = None
         try:
             if device == "cpu":
                 torch.set_num_threads(share)
             import_libraries(config)
             self._ranks.collect()
-            self._group = Group.join(seat.meeting, 0, seat.size, device, seat.timeout)
+            self._group = Group.join(info.rendezvous_file, 0, info.size, device, info.timeout)
             self._ranks.on_failure(self._group.abort)
             self._shard = ModelShard(config, spec, stop_token_ids, self._group, self._loaded)
             self._allocate()
             if not self._group.waits:
-                self._alarm = Alarm(seat.timeout, self._late)
+                self._alarm = Alarm(info.timeout, self._late)
         except (RuntimeError, OSError) as error:
-            why = self._ranks.explain(error)
+            why = self._ranks.diagnose(error)
             self.close(at_once=True)
             raise why from error
         except BaseException:
@@ -85,9 +85,9 @@ class ModelTeam:
         return self._shard.token_budget
 
     @property
-    def tile_rows(self) -> int | None:
-        """See `ModelShard.tile_rows`; the same on all."""
-        return self._shard.tile_rows
+    def block_m(self) -> int | None:
+        """See `ModelShard.block_m`; the same on all."""
+        return self._shard.block_m
 
     @property
     def plan(self) -> MemoryPlan:
@@ -115,19 +115,19 @@ class ModelTeam:
             EngineDead: names the rank that failed.
         """
         try:
-            skeleton, tensors = take_apart(inputs)
-            self._ranks.post(skeleton)
+            packed, tensors = pack_tensors(inputs)
+            self._ranks.post(packed)
             self._group.send(tensors)
             return self._shard.candidates(inputs)
         except (RuntimeError, ValueError, OSError, MemoryError) as error:
-            raise self._ranks.explain(error) from error
+            raise self._ranks.diagnose(error) from error
 
     def watched(self) -> AbstractContextManager[None]:
         """Around whatever may wait for the other ranks: if it takes too long, `check` raises."""
         return self._alarm or nullcontext()
 
     def _late(self) -> None:
-        self._ranks.explain(TimeoutError("a step has not ended"))
+        self._ranks.diagnose(TimeoutError("a step has not ended"))
 
     def check(self) -> None:
         """Raise EngineDead if a rank has failed."""

@@ -17,14 +17,15 @@ import torch
 from dllm_engine.config import EngineConfig
 from dllm_engine.errors import EngineDead, QueueTimeout, RequestFailed
 from dllm_engine.execution.runner import Launched, Runner
-from dllm_engine.loop.scheduler import Request, Scheduler
+from dllm_engine.loop.scheduler import Scheduler
 from dllm_engine.loop.validation import RequestLimits, longest_sequence
 from dllm_engine.memory import PageAllocator
 from dllm_engine.memory.plan import MemoryPlan
 from dllm_engine.models import read_spec
-from dllm_engine.request import CanvasUpdate, FinishReason, Prompt, SamplingParams, Usage
+from dllm_engine.request import CanvasUpdate, FinishReason, Prompt, Request, Usage
+from dllm_engine.sampling_params import SamplingParams
 from dllm_engine.state.canvas import Canvas, StepResult
-from dllm_engine.tokenizer import TextCodec, find_stop
+from dllm_engine.tokenizer import Tokenizer, find_stop
 
 logger = logging.getLogger("dllm_engine")
 
@@ -75,7 +76,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         spec = read_spec(config.model_path)
-        self.codec = TextCodec.load(config.model_path, spec.mask_token_id)
+        self.codec = Tokenizer.load(config.model_path, spec.mask_token_id)
         stop_ids = {*spec.eos_token_ids, *(self.codec.stop_token_ids if self.codec else ())}
         #: Tokens that end an answer: end of text, and of a turn.
         self.stop_token_ids = tuple(sorted(stop_ids))

@@ -10,8 +10,7 @@ from collections.abc import Callable
 
 from dllm_engine.errors import EngineDead, NotRun, QueueFull
 from dllm_engine.loop.engine import Engine
-from dllm_engine.loop.scheduler import Request
-from dllm_engine.request import CanvasUpdate
+from dllm_engine.request import CanvasUpdate, Request
 from dllm_engine.watchdog import Alarm
 
 logger = logging.getLogger("dllm_engine")

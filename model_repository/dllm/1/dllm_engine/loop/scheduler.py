@@ -3,117 +3,16 @@
 from __future__ import annotations
 
 import bisect
-import dataclasses
-import functools
 
 from dllm_engine.memory import PageAllocator
-from dllm_engine.request import Prompt, SamplingParams
+from dllm_engine.request import Request
 
 #: Steps by which one level of priority moves a request back; what is older by more goes first.
 PRIORITY_STEPS = 64
 #: A request that was left out of this many steps in a row goes first, and is held no more.
 MAX_IDLE_STEPS = 32
-#: Seconds between updates of a request that waits for a place, at least: nothing happens to it.
-WAITING_INTERVAL = 1.0
 #: Steps of less than this share of the token budget are not worth making even.
 EVEN_SHARE = 1 / 8
-
-
-@dataclasses.dataclass(eq=False)
-class Request:
-    """One request inside the engine."""
-
-    request_id: int
-    prompt: Prompt
-    params: SamplingParams
-    #: Seconds between updates; 0: every step; None: only the final one.
-    stream_interval: float | None = None
-    #: 0 goes first; each level more counts as coming `PRIORITY_STEPS` steps later.
-    priority: int = 0
-    #: It runs while nothing else does.
-    alone: bool = False
-    #: Seconds that it is willing to wait for a place; None: for ever.
-    timeout: float | None = None
-    #: What its caller calls it, for the log and for cancelling; need not be unique.
-    name: str = ""
-    #: Pages that it holds while running.
-    num_pages: int = 0
-    pages: list[int] = dataclasses.field(default_factory=list)
-    #: Row of the canvas table while running; None while waiting.
-    slot: int | None = None
-    steps_run: int = 0
-    #: It is in a step that has not ended.
-    under_way: bool = False
-    #: Rows pushed through the model so far.
-    rows_run: int = 0
-    #: Rows of the next step of one sequence, and whether it is a Refresh; None: all, it is.
-    next_rows: int | None = None
-    next_refresh: bool = True
-    #: Scheduler's step of its arrival and what its priority adds: lower goes first.
-    turn: int = 0
-    #: Scheduler's step in which it ran last, or was admitted.
-    ready_since: int = 0
-    #: Tokens from the left that are final, short of an end-of-text token.
-    num_ready: int = 0
-    ended_by_token: bool = False
-    #: When it was queued, and when its last update was made (seconds, monotonic).
-    queued_at: float = 0.0
-    last_update: float = 0.0
-
-    @property
-    def length(self) -> int:
-        """Prompt, canvas and suffix, in tokens."""
-        given = self.prompt.num_tokens
-        return given + self.params.gen_length
-
-    @property
-    def forwards_per_step(self) -> int:
-        """Sequences per step: guidance needs an unconditional twin."""
-        return 2 if self.params.cfg_scale > 0 else 1
-
-    @property
-    def step_cost(self) -> int:
-        """Rows that its next step pushes through the model."""
-        rows = self.length if self.next_rows is None else self.next_rows
-        return rows * self.forwards_per_step
-
-    @property
-    def mean_cost(self) -> float:
-        """Rows per step over its life: what it has cost, and one block as planned."""
-        rows, steps = self._planned_block
-        total = self.rows_run + rows * self.forwards_per_step
-        return total / (self.steps_run + steps)
-
-    @functools.cached_property
-    def _planned_block(self) -> tuple[float, int]:
-        """Rows of one sequence and steps of a block, by its parameters: a mean over its blocks."""
-        params = self.params
-        block_length = params.block_length or params.gen_length
-        steps = max(1, (params.steps or params.gen_length) * block_length // params.gen_length)
-        if params.cache in (None, "none"):
-            return steps * self.length, steps
-        first = 1 + (params.delay_steps or 0)
-        again = (steps - first) // params.refresh_interval if params.refresh_interval else 0
-        refreshes = min(steps, first + max(0, again))
-        reuse: float = block_length
-        if params.cache == "prefix":  # and what is behind the block
-            reuse = (block_length + params.gen_length) / 2 + len(self.prompt.suffix_ids)
-        elif params.cache == "delayed":  # what is masked, and what was committed last
-            reuse = block_length / 2 + 1
-        return refreshes * self.length + (steps - refreshes) * reuse, steps
-
-    def is_due(self, now: float) -> bool:
-        """Whether an update is due at `now` (seconds, monotonic); if so, the next is later.
-
-        So it is while a request waits: whoever reads can tell a long queue from a dead engine.
-        """
-        if self.stream_interval is None:
-            return False
-        shortest = WAITING_INTERVAL if self.slot is None else 0.0
-        due = now - self.last_update >= max(self.stream_interval, shortest)
-        if due:
-            self.last_update = now
-        return due
 
 
 class Scheduler:

@@ -8,7 +8,8 @@ from dllm_engine.config import EngineConfig
 from dllm_engine.errors import InvalidConfig, InvalidRequest
 from dllm_engine.memory import CachePolicy, PageAllocator, reserved_rows
 from dllm_engine.models import ModelSpec
-from dllm_engine.request import Prompt, SamplingParams
+from dllm_engine.request import Prompt
+from dllm_engine.sampling_params import SamplingParams
 
 
 def longest_sequence(config: EngineConfig, spec: ModelSpec) -> int:
