@@ -1,4 +1,4 @@
-"""For Prometheus."""
+"""Metrics for Prometheus."""
 
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -16,5 +16,5 @@ async def metrics(jobs: JobsDep) -> Response:
     try:
         undone = {state.value: count for state, count in (await jobs.undone()).items()}
     except StoreUnavailable:
-        undone = None  # the rest is worth knowing all the more
+        undone = None  # still show all other figures
     return Response(await exposition(undone), media_type=CONTENT_TYPE_LATEST)

@@ -199,7 +199,7 @@ class LiveRequests:
         request = self._running.pop(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("live_request_broken", exc_info=error)
-            request.lose("the adapter met an error of its own")
+            request.lose("internal error of the adapter")
 
     def _engines_changed(self) -> None:
         for request in list(self._running.values()):

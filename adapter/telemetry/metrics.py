@@ -24,13 +24,13 @@ LONG = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 
 HTTP_REQUESTS = Counter(
     "dllm_adapter_http_requests",
-    "Calls answered",
+    "HTTP requests answered",
     ["method", "route", "status"],
     registry=REGISTRY,
 )
 HTTP_SECONDS = Histogram(
     "dllm_adapter_http_request_seconds",
-    "Time until a call was answered; a held poll is held",
+    "Duration of HTTP requests, including the wait of held polls",
     ["method", "route"],
     buckets=(*SHORT, 30, 60, 300),
     registry=REGISTRY,
@@ -38,25 +38,25 @@ HTTP_SECONDS = Histogram(
 JOBS_SUBMITTED = Counter("dllm_adapter_jobs_submitted", "Jobs accepted", registry=REGISTRY)
 JOBS_SETTLED = Counter(
     "dllm_adapter_jobs_settled",
-    "What became of runs of jobs: finished, failed; lost or postponed, to run again; dropped",
+    "Runs of jobs by outcome; lost and postponed ones run again",
     ["outcome"],
     registry=REGISTRY,
 )
 JOBS_DONE = Counter(
     "dllm_adapter_jobs_done",
-    "Jobs by how they ended, each once, wherever it was then: finished, failed, cancelled",
+    "Jobs by final state, each counted once",
     ["state"],
     registry=REGISTRY,
 )
 JOB_QUEUE_SECONDS = Histogram(
     "dllm_adapter_job_queue_seconds",
-    "Time from a job's submission until a worker took it up",
+    "Time from a job's submission until a worker claimed it",
     buckets=LONG,
     registry=REGISTRY,
 )
 JOB_RUN_SECONDS = Histogram(
     "dllm_adapter_job_run_seconds",
-    "Time from then until it was finished, in the engine's queue and in its steps",
+    "Time from claiming a job until it finished, including the engine's queue",
     buckets=LONG,
     registry=REGISTRY,
 )
@@ -85,18 +85,18 @@ ENGINE_RELOADS = Counter(
 )
 STORE_SECONDS = Histogram(
     "dllm_adapter_store_seconds",
-    "Time of transactions, with the wait for the database",
+    "Duration of database transactions, including lock waits",
     ["kind"],
     buckets=SHORT,
     registry=REGISTRY,
 )
-#: To find a label's figure takes longer than to change it.
+#: Looking a label up takes longer than observing a value.
 _STORE_SECONDS = {kind: STORE_SECONDS.labels(kind) for kind in ("read", "write")}
 _PROMPT_TOKENS, _COMPLETION_TOKENS = TOKENS.labels("prompt"), TOKENS.labels("completion")
 
 
 def count_usage(usage: Usage) -> None:
-    """A request has finished."""
+    """Count the usage of a finished request."""
     _PROMPT_TOKENS.inc(usage.prompt_tokens)
     _COMPLETION_TOKENS.inc(usage.completion_tokens)
     STEPS.inc(usage.steps)
@@ -109,7 +109,7 @@ def observe_transaction(kind: str, seconds: float) -> None:
 
 
 async def exposition(jobs: Mapping[str, int] | None) -> bytes:
-    """The page that Prometheus reads: of all workers, with the jobs by state if they are known."""
+    """The metrics of all workers in Prometheus's text format, and `jobs` by state if known."""
     registry = REGISTRY
     if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
         _remove_gauges_of_dead_workers(Path(folder))
@@ -139,13 +139,15 @@ def _is_alive(pid: int) -> bool:
 
 
 class _Jobs(Collector):
-    """Jobs that are not done, as the database has them: those of all machines."""
+    """Unfinished jobs in the database, of all machines."""
 
     def __init__(self, jobs: Mapping[str, int]) -> None:
         self._jobs = jobs
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        family = GaugeMetricFamily("dllm_adapter_jobs", "Jobs that are not done", labels=["state"])
+        family = GaugeMetricFamily(
+            "dllm_adapter_jobs", "Unfinished jobs in the database by state", labels=["state"]
+        )
         for state, count in self._jobs.items():
             family.add_metric([state], count)
         yield family
