@@ -235,7 +235,7 @@ def _bits(answer: Completion) -> tuple[list[int], bytes]:
     return answer.token_ids.tolist(), answer.confidence.tobytes()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("temperature", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
 def test_a_request_is_bitwise_the_same_alone_and_in_any_batch(llm: LLM, temperature: float) -> None:
     """In float32, tokens and confidences of a request do not depend on its neighbours by a bit.
 

@@ -95,7 +95,7 @@ class Real:
         return Ids(spec.mask_token_id, spec.eos_token_ids, self.llm.engine.stop_token_ids)
 
 
-@pytest.fixture(scope="module", params=["llada", "dream"])
+@pytest.fixture(scope="module", params=["llada", pytest.param("dream", marks=pytest.mark.slow)])
 def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Real:
     """bf16 files in two shards, under a logits budget of a few rows."""
     directory = tmp_path_factory.mktemp(request.param)

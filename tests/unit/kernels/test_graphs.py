@@ -165,7 +165,7 @@ def test_the_largest_is_recorded_first(model: DiffusionModel) -> None:
     assert recorded == [48, 32, 16]
 
 
-@pytest.mark.parametrize("write", [write_llada, write_dream])
+@pytest.mark.parametrize("write", [write_llada, pytest.param(write_dream, marks=pytest.mark.slow)])
 def test_an_engine_with_graphs(
     write: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
