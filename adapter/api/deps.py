@@ -10,8 +10,8 @@ from typing import Annotated, cast
 from fastapi import Depends, Request
 
 from adapter.engine.pool import EnginePool
-from adapter.engine.streaming import LiveRequests
-from adapter.jobs.job import Terms
+from adapter.engine.streaming import StreamingRequests
+from adapter.jobs.job import JobOptions
 from adapter.jobs.service import JobService
 from adapter.settings import Settings
 from adapter.types import DEFAULT_PRIORITY
@@ -28,9 +28,11 @@ class RequestContext:
     #: W3C trace context of the call's span.
     traceparent: str | None = None
 
-    def terms(self, priority: int = DEFAULT_PRIORITY, timeout: float | None = None) -> Terms:
+    def options(self, priority: int = DEFAULT_PRIORITY, timeout: float | None = None) -> JobOptions:
         """Options for the jobs that this call submits."""
-        return Terms(priority, timeout, self.api_key, self.request_id or None, self.traceparent)
+        return JobOptions(
+            priority, timeout, self.api_key, self.request_id or None, self.traceparent
+        )
 
 
 def request_context(request: Request) -> RequestContext:
@@ -65,8 +67,8 @@ async def _jobs(request: Request) -> JobService:
     return jobs_of(request)
 
 
-async def _live(request: Request) -> LiveRequests:
-    return cast(LiveRequests, request.app.state.live)
+async def _live(request: Request) -> StreamingRequests:
+    return cast(StreamingRequests, request.app.state.live)
 
 
 async def _pool(request: Request) -> EnginePool:
@@ -76,5 +78,5 @@ async def _pool(request: Request) -> EnginePool:
 ContextDep = Annotated[RequestContext, Depends(_context)]
 SettingsDep = Annotated[Settings, Depends(_settings)]
 JobsDep = Annotated[JobService, Depends(_jobs)]
-LiveDep = Annotated[LiveRequests, Depends(_live)]
+StreamingDep = Annotated[StreamingRequests, Depends(_live)]
 PoolDep = Annotated[EnginePool, Depends(_pool)]

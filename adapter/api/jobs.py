@@ -46,8 +46,8 @@ async def generate(
 ) -> Submitted:
     """Submit one prompt."""
     check_limits(body, settings_of(request))
-    terms = request_context(request).terms(body.priority, body.timeout)
-    ids = await jobs_of(request).submit([body.inputs()], terms, key=key)
+    options = request_context(request).options(body.priority, body.timeout)
+    ids = await jobs_of(request).submit([body.inputs()], options, key=key)
     return Submitted(request_ids=ids)
 
 
@@ -57,8 +57,8 @@ async def generate_batch(
 ) -> Submitted:
     """Submit several prompts; either all are accepted or none."""
     check_limits(body, settings_of(request))
-    terms = request_context(request).terms(body.priority, body.timeout)
-    ids = await jobs_of(request).submit(body.inputs(), terms, key=key)
+    options = request_context(request).options(body.priority, body.timeout)
+    ids = await jobs_of(request).submit(body.inputs(), options, key=key)
     return Submitted(request_ids=ids)
 
 

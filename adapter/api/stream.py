@@ -7,12 +7,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
 from adapter.api.canvas_events import CanvasView, denoising_events
-from adapter.api.deps import ContextDep, LiveDep, SettingsDep
+from adapter.api.deps import ContextDep, SettingsDep, StreamingDep
 from adapter.api.openapi import stream_of
 from adapter.api.schemas import GenerateRequest, error_responses
 from adapter.api.sse import FIRST_EVENT_TIMEOUT, EventStream, cancel_on_disconnect
 from adapter.api.validation import check_limits
-from adapter.types import Detail
+from adapter.types import StreamDetail
 
 router = APIRouter(prefix="/v1", tags=["stream"])
 
@@ -33,7 +33,7 @@ async def generate_stream(
     body: GenerateRequest,
     request: Request,
     context: ContextDep,
-    live: LiveDep,
+    live: StreamingDep,
     settings: SettingsDep,
 ) -> EventStream:
     """Denoise one prompt and stream each step as a server-sent event.
@@ -44,12 +44,12 @@ async def generate_stream(
     running = live.start(
         body.inputs(),
         request_id=context.request_id or secrets.token_hex(8),
-        detail=Detail.CANVAS,
+        detail=StreamDetail.CANVAS,
         priority=body.priority,
         timeout=body.timeout,
     )
     try:
-        await cancel_on_disconnect(request, running.settled_in(FIRST_EVENT_TIMEOUT))
+        await cancel_on_disconnect(request, running.wait_accepted(FIRST_EVENT_TIMEOUT))
     except BaseException:
         await running.close()
         raise

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 
-from adapter.api.deps import ContextDep, LiveDep, SettingsDep
+from adapter.api.deps import ContextDep, SettingsDep, StreamingDep
 from adapter.api.openai.errors import ModelNotFound
 from adapter.api.openai.formatters import ChatFormatter, CompletionFormatter
 from adapter.api.openai.requests import ChatCall, CompletionCall
@@ -37,7 +37,7 @@ _FAULTS = error_responses(ErrorAnswer)
 
 
 async def _runner(
-    request: Request, context: ContextDep, live: LiveDep, settings: SettingsDep
+    request: Request, context: ContextDep, live: StreamingDep, settings: SettingsDep
 ) -> CompletionRunner:
     request_id = context.request_id or secrets.token_hex(8)
     return CompletionRunner(

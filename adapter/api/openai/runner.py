@@ -13,9 +13,9 @@ from adapter.api.openai.errors import length_name, status_and_body
 from adapter.api.openai.formatters import ResponseFormatter
 from adapter.api.schemas import GenerateRequest
 from adapter.api.sse import FIRST_EVENT_TIMEOUT, EventStream, cancel_on_disconnect, sse
-from adapter.engine.streaming import LiveRequest, LiveRequests
+from adapter.engine.streaming import StreamingRequest, StreamingRequests
 from adapter.errors import AdapterError
-from adapter.types import Detail, Event
+from adapter.types import Event, StreamDetail
 
 
 class CompletionRunner:
@@ -29,7 +29,7 @@ class CompletionRunner:
     """
 
     def __init__(
-        self, live: LiveRequests, http: Request, *, request_id: str, heartbeat: float
+        self, live: StreamingRequests, http: Request, *, request_id: str, heartbeat: float
     ) -> None:
         self._live = live
         self._http = http
@@ -39,7 +39,7 @@ class CompletionRunner:
     async def results(self, requests: Sequence[GenerateRequest]) -> list[Event]:
         """Return the results in order. Raises the error of any request that fails."""
         async with AsyncExitStack() as stack:
-            running = self._begin(requests, Detail.RESULT, stack)
+            running = self._begin(requests, StreamDetail.RESULT, stack)
             return await cancel_on_disconnect(self._http, _results(running))
 
     async def stream(
@@ -51,9 +51,9 @@ class CompletionRunner:
     ) -> EventStream:
         """Return a stream of chunks. Raises if the requests fail before the first event."""
         async with AsyncExitStack() as stack:
-            running = self._begin(requests, Detail.TEXT, stack)
+            running = self._begin(requests, StreamDetail.TEXT, stack)
             # They start together, so the engine refuses either all or none.
-            await cancel_on_disconnect(self._http, running[0].settled_in(FIRST_EVENT_TIMEOUT))
+            await cancel_on_disconnect(self._http, running[0].wait_accepted(FIRST_EVENT_TIMEOUT))
             release = stack.pop_all().aclose
         chunks = _chunks(
             running,
@@ -65,8 +65,8 @@ class CompletionRunner:
         return EventStream(chunks, release)
 
     def _begin(
-        self, requests: Sequence[GenerateRequest], detail: Detail, stack: AsyncExitStack
-    ) -> list[LiveRequest]:
+        self, requests: Sequence[GenerateRequest], detail: StreamDetail, stack: AsyncExitStack
+    ) -> list[StreamingRequest]:
         """Start the requests; closing `stack` cancels them."""
         running = []
         for index, request in enumerate(requests):
@@ -82,12 +82,12 @@ class CompletionRunner:
         return running
 
 
-async def _results(running: Sequence[LiveRequest]) -> list[Event]:
+async def _results(running: Sequence[StreamingRequest]) -> list[Event]:
     return [await request.result() for request in running]
 
 
 async def _chunks(
-    running: Sequence[LiveRequest],
+    running: Sequence[StreamingRequest],
     formatter: ResponseFormatter,
     *,
     includes_usage: bool,
@@ -129,7 +129,7 @@ async def _chunks(
 
 
 async def _merged(
-    running: Sequence[LiveRequest], heartbeat: float
+    running: Sequence[StreamingRequest], heartbeat: float
 ) -> AsyncGenerator[tuple[int, Event] | None, None]:
     """Merge the events of all requests, with their index; None after a silent `heartbeat`."""
     waiting = {asyncio.create_task(r.next_event()): index for index, r in enumerate(running)}
