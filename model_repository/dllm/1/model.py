@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
-from dllm_engine import Engine, EngineConfig, EngineDead, EngineWorker, InvalidRequest, QueueFull
+from dllm_engine import Engine, EngineConfig, EngineDead, EngineThread, InvalidRequest, QueueFull
 from dllm_exchange import Caller, Exchange
 from dllm_tensors import (
     check_response,
@@ -43,7 +43,7 @@ class TritonPythonModel:
         _log_to_triton()
         config = EngineConfig.from_mapping(_settings(args))
         logger.info("loading checkpoint path=%s", config.model_path)
-        self._worker = EngineWorker(Engine(config), on_death=self._die)
+        self._worker = EngineThread(Engine(config), on_death=self._die)
         self._exchange = Exchange(self._worker, args["model_name"], args["model_instance_name"])
         # What is there now stays; a full collection that looks through all of it takes the time of
         # several steps.

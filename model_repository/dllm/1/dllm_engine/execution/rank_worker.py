@@ -13,7 +13,8 @@ import torch
 
 from dllm_engine.config import EngineConfig
 from dllm_engine.errors import DllmError, EngineDead
-from dllm_engine.execution.model_runner import ModelShard, StepInputs, import_libraries, rank_device
+from dllm_engine.execution.devices import import_libraries, rank_device
+from dllm_engine.execution.rank_model import RankModel, StepInputs
 from dllm_engine.models import ModelSpec
 from dllm_engine.parallel import Group, Link, Skeleton
 
@@ -47,17 +48,17 @@ def serve(link: Link) -> None:
         link.reply(READY)
         assert link.next() == READY  # so are the others
 
-    shard = ModelShard(task.config, task.spec, task.stop_token_ids, group, loaded)
-    link.reply(shard.plan.num_pages)
+    model = RankModel(task.config, task.spec, task.stop_token_ids, group, loaded)
+    link.reply(model.plan.num_pages)
     num_pages = link.next()
     assert isinstance(num_pages, int)
-    shard.allocate(num_pages)
+    model.allocate(num_pages)
     link.reply(READY)
     while (skeleton := link.next()) is not None:
         assert isinstance(skeleton, Skeleton)
         inputs = skeleton.fill(group.receive(skeleton.shapes))
         assert isinstance(inputs, StepInputs)
-        shard.candidates(inputs)
+        model.candidates(inputs)
 
 
 def main(descriptor: int) -> None:
