@@ -1,4 +1,3 @@
-# syntax=docker/dockerfile:1
 # Two images:  docker build --target triton  -t dllm-serve-triton .
 #              docker build --target adapter -t dllm-serve-adapter .
 ARG TRITON_TAG=26.06-py3
@@ -7,21 +6,8 @@ ARG PYTHON_TAG=3.11-slim
 # What each part needs, read from pyproject.toml so that it is written down once.
 FROM python:${PYTHON_TAG} AS requirements
 WORKDIR /requirements
-COPY pyproject.toml .
-RUN python <<'END'
-import tomllib
-from pathlib import Path
-
-project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-extras = project["optional-dependencies"]
-# What a setting alone may ask for, DLLM_QUANTIZATION or DLLM_TRACING, is there as well.
-parts = {
-    "engine": extras["engine"] + extras["quantization"],
-    "adapter": extras["adapter"] + extras["otel"],
-}
-for part, lines in parts.items():
-    Path(f"{part}.txt").write_text("\n".join(lines) + "\n")
-END
+COPY pyproject.toml deploy/requirements.py ./
+RUN python requirements.py
 
 # NVIDIA's server with the engine's requirements. The engine itself is not installed: it lies in
 # the model's version folder, and an installed copy would be imported in its place.
@@ -61,7 +47,11 @@ RUN --mount=type=bind,from=requirements,source=/requirements/adapter.txt,target=
     --mount=type=bind,source=constraints.txt,target=/tmp/constraints.txt \
     --mount=type=cache,target=/root/.cache/pip \
     /opt/venv/bin/pip install -c /tmp/constraints.txt -r /tmp/adapter.txt
-COPY . .
+# The engine stays out; `dllm` and `dllm-serve` come with their packages.
+COPY pyproject.toml README.md ./
+COPY adapter adapter
+COPY client client
+COPY launcher launcher
 RUN /opt/venv/bin/pip install --no-cache-dir --no-deps .
 
 FROM python:${PYTHON_TAG} AS adapter

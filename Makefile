@@ -8,7 +8,7 @@ JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve test test-unit test-e2e soak lint format clean
+.PHONY: help venv demo serve test test-unit test-e2e test-slow soak lint format fields clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -21,13 +21,18 @@ demo: $(STAMP) ## start everything, ask the example questions, stop
 serve: $(STAMP) ## run the service until Ctrl-C
 	$(BIN)/dllm-serve serve
 
-test: test-unit test-e2e ## all tests
+test: test-unit test-e2e ## what a change must pass; ten minutes on two cores
 
-test-unit: $(STAMP) ## tests of the parts
-	$(PYTEST) --maxschedchunk 1 tests/unit
+test-unit: $(STAMP) ## its tests of the parts
+	$(PYTEST) -m "not slow" --maxschedchunk 1 tests/unit
 
-test-e2e: $(STAMP) ## tests of the whole service, with a real tritonserver
-	$(PYTEST) --dist loadfile --no-loadscope-reorder tests/e2e
+test-e2e: $(STAMP) ## its tests of the whole service, with a real tritonserver
+	$(PYTEST) -m "not slow" --dist loadfile --no-loadscope-reorder tests/e2e
+
+# Property tests run again, with all their examples.
+test-slow: $(STAMP) ## the other tests; a quarter of an hour
+	$(PYTEST) -m "slow or hypothesis" --hypothesis-profile full --maxschedchunk 1 tests/unit
+	$(PYTEST) -m slow --dist loadfile --no-loadscope-reorder tests/e2e
 
 soak: $(STAMP) ## 10,000 jobs while workers are killed and clients vanish
 	$(BIN)/python -m benchmarks.soak
@@ -41,8 +46,21 @@ format: $(STAMP) ## put the style right
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+fields: $(STAMP) ## write all lists of sampling fields from the engine's table
+	PYTHONPATH=model_repository/dllm/1 $(BIN)/python -m tools.fields
+
 clean: ## remove the virtual environment and all caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+
+# Where pip is configured to find packages, as options of uv, which reads no configuration of pip's.
+# From several indexes uv takes the best version, as pip does, and not the first one's.
+define UV_INSTALL
+$(BIN)/python -m pip config list \
+	| sed -nE "s/^[^=]*\.((extra-)?index-url|find-links)='(.*)'\$$/\1 \3/p" \
+	| while read -r name values; do printf -- "--$$name %s " $$values; done \
+	| xargs uv pip install --python $(BIN)/python --index-strategy unsafe-best-match
+endef
+INSTALL := $(if $(shell command -v uv),$(UV_INSTALL),$(BIN)/python -m pip install --progress-bar on)
 
 # The stamp is written last, so that an interrupted installation starts again.
 $(STAMP): pyproject.toml constraints.txt
@@ -50,5 +68,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "==> virtual environment in $(VENV), with $$($(PYTHON) --version)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "==> installing dLLM-Serve with everything it needs; the first time takes minutes"
-	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e '.[dev]'
+	$(INSTALL) -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -20,7 +20,7 @@ from adapter.auth.middleware import Gate
 from adapter.auth.rate_limit import RateLimiter
 from adapter.db.database import Database
 from adapter.engine.monitor import EngineMonitor
-from adapter.engine.pool import EnginePool, Member
+from adapter.engine.pool import Endpoint, EnginePool
 from adapter.engine.reload_lease import HealStore, OldEngines, engine_name
 from adapter.engine.streaming import LiveRequests
 from adapter.engine.triton import TritonEngine
@@ -28,12 +28,12 @@ from adapter.jobs.runner import JobRunner
 from adapter.jobs.service import JobService
 from adapter.jobs.store import JobStore
 from adapter.jobs.watcher import JobWatcher
-from adapter.periodic import Loop
+from adapter.periodic import PeriodicTask
 from adapter.settings import Settings, load_settings
-from adapter.shutdown import before_the_end
+from adapter.shutdown import on_shutdown_signal
 from adapter.telemetry.logs import configure_logging, get_logger
 from adapter.telemetry.middleware import Observe
-from adapter.telemetry.tracing import Tracer, make_tracer
+from adapter.telemetry.tracing import configure_tracing
 from adapter.types import Engine
 
 log = get_logger()
@@ -43,24 +43,23 @@ def create_app(
     settings: Settings | None = None,
     *,
     engines: Mapping[str, Engine] | None = None,
-    tracer: Tracer | None = None,
 ) -> FastAPI:
     """Build the application. Raises `SettingsError`.
 
-    `engines` are the engines by their addresses, where they are not to be tritonservers; `tracer`
-    is whoever else than the settings' gets the spans.
+    Tests pass `engines` by address, to be used instead of tritonservers.
     """
     chosen = load_settings() if settings is None else settings
     configure_logging(chosen.log_level, chosen.log_format)
-    tracing = tracer or make_tracer(enabled=chosen.tracing)
+    flush_spans = configure_tracing() if chosen.tracing else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             found = engines or {url: _triton(chosen, url) for url in chosen.triton_urls}
-            stack.callback(tracing.close)
-            await _open(app, chosen, found, tracing, stack)
-            with before_the_end(app.state.jobs.stop):
+            if flush_spans is not None:
+                stack.callback(flush_spans)
+            await _open(app, chosen, found, stack)
+            with on_shutdown_signal(app.state.jobs.stop):
                 yield
 
     app = FastAPI(
@@ -85,7 +84,7 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["Retry-After", "X-Request-ID"],
         )
-    app.add_middleware(Observe, tracer=tracing)
+    app.add_middleware(Observe)
     add_error_handlers(app)
     app.include_router(jobs.router)
     app.include_router(stream.router)
@@ -102,7 +101,6 @@ async def _open(
     app: FastAPI,
     settings: Settings,
     engines: Mapping[str, Engine],
-    tracer: Tracer,
     stack: AsyncExitStack,
 ) -> None:
     """Open what the routes need, each to be closed before what it rests on."""
@@ -111,20 +109,20 @@ async def _open(
     app.state.rate_limiter = None
     if settings.rate_limit:
         app.state.rate_limiter = limiter = RateLimiter(database, settings.rate_limit)
-        await stack.enter_async_context(Loop("rate-limits", limiter.tidy))
+        await stack.enter_async_context(PeriodicTask("rate-limits", limiter.tidy))
     names = [engine_name(url, settings.model_name) for url in engines]
     old_engines = OldEngines(database, names)
-    await stack.enter_async_context(Loop("old-engines", old_engines.forget))
+    await stack.enter_async_context(PeriodicTask("old-engines", old_engines.forget))
     store = JobStore(database, max_attempts=settings.job_max_attempts)
     pool = EnginePool(
         [
-            Member(url, engine, _monitor(settings, url, engine, database, worker), tracer=tracer)
+            Endpoint(url, engine, _monitor(settings, url, engine, database, worker))
             for url, engine in engines.items()
         ]
     )
     runner = JobRunner(store, pool, owner=worker, settings=settings)
     watcher = JobWatcher(store, runner)
-    live = LiveRequests(pool, limit=settings.max_live, silence=settings.engine_silence)
+    live = LiveRequests(pool, limit=settings.max_live, idle_timeout=settings.engine_idle_timeout)
     for service in (pool, watcher, runner, live):
         await stack.enter_async_context(service)
     app.state.pool = pool
@@ -150,7 +148,7 @@ def _triton(settings: Settings, url: str) -> Engine:
         settings.model_name,
         stream_interval=settings.stream_interval,
         reload_timeout=settings.reload_timeout,
-        silence=settings.engine_silence,
+        idle_timeout=settings.engine_idle_timeout,
     )
 
 
@@ -161,7 +159,7 @@ def _monitor(
         engine,
         HealStore(database, engine=engine_name(url, settings.model_name), owner=worker),
         probe_interval=settings.probe_interval,
-        silence=settings.engine_silence,
+        idle_timeout=settings.engine_idle_timeout,
         lease=settings.lease_seconds,
         heal=settings.heal,
     )

@@ -16,10 +16,10 @@ AdapterError
   EngineError          the engine could not answer
     Overloaded           its queue is full
     Unavailable          not there, or still loading
-      TurnedAway         it is about to end, and has not run the request
+      EngineDraining         it is about to end, and has not run the request
     EngineDead           its process has died
     EngineFailure        it answered with an error of its own
-    StreamLost           the stream ended without a result
+    StreamInterrupted           the stream ended without a result
     ModelControlRefused  this server lets nobody load models
 """
 
@@ -152,7 +152,7 @@ class Unavailable(EngineError):
     retry_after = 5
 
 
-class TurnedAway(Unavailable):
+class EngineDraining(Unavailable):
     """The engine is about to end, and says itself that it has not run the request."""
 
 
@@ -167,7 +167,7 @@ class EngineFailure(EngineError):
     """The engine answered with an error that is not the request's fault."""
 
 
-class StreamLost(EngineError):
+class StreamInterrupted(EngineError):
     """The stream of a request ended before its result."""
 
 

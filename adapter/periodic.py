@@ -1,4 +1,4 @@
-"""A background loop that outlives whatever one of its steps raises."""
+"""A background task that repeats one step and survives the step's errors."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -11,12 +11,12 @@ from adapter.telemetry.logs import get_logger
 log = get_logger()
 
 
-class Loop:
-    """Runs `step` again and again; a context manager.
+class PeriodicTask:
+    """Calls `step` again and again; a context manager.
 
-    Between two steps it rests for as long as the step said, or for ever if it said None, unless
-    somebody calls `wake`. Leaving the context lets the running step end: a step that was cut
-    between a database write and its bookkeeping would leave a job that nobody drives.
+    `step` returns the seconds to wait before the next call; None waits for `wake`. Leaving the
+    context lets the running step end: cut between a database write and its bookkeeping, a step
+    would leave a job that no worker runs.
     """
 
     def __init__(
@@ -60,17 +60,17 @@ class Loop:
             pause: float | None
             try:
                 pause = await self._step()
-            except Exception as error:  # this frame must not die
-                if isinstance(error, StoreUnavailable):  # foreseen, and it says all there is
-                    log.warning("loop_failed", loop=self._name, error=str(error))
+            except Exception as error:  # the task must go on
+                if isinstance(error, StoreUnavailable):  # expected: its text says enough
+                    log.warning("periodic_task_failed", task=self._name, error=str(error))
                 else:
-                    log.exception("loop_failed", loop=self._name)
+                    log.exception("periodic_task_failed", task=self._name)
                 if self._on_error is not None:
                     self._on_error(error)
                 pause = self._error_pause
-            await self._rest(pause)
+            await self._wait(pause)
 
-    async def _rest(self, pause: float | None) -> None:
+    async def _wait(self, pause: float | None) -> None:
         try:
             async with asyncio.timeout(pause):
                 await self._woken.wait()

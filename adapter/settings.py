@@ -99,7 +99,7 @@ class Settings(BaseSettings):
     result_ttl: Seconds = Field(default=86_400.0, description="how long a result is kept")
 
     stream_interval: Seconds = Field(default=2.5, description="longest pause between signs of life")
-    engine_silence: Seconds = Field(
+    engine_idle_timeout: Seconds = Field(
         default=60.0, description="a silence longer than this means dead"
     )
     probe_interval: Seconds = Field(
@@ -156,8 +156,9 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _silence_outlasts_the_signs_of_life(self) -> Self:
-        if self.engine_silence < 2 * self.stream_interval:
-            msg = f"engine_silence must be at least twice stream_interval ({self.stream_interval})"
+        if self.engine_idle_timeout < 2 * self.stream_interval:
+            least = f"twice stream_interval ({self.stream_interval})"
+            msg = f"engine_idle_timeout must be at least {least}"
             raise ValueError(msg)
         return self
 

@@ -1,4 +1,4 @@
-"""Memory of tensors, counted by torch itself as it is taken and given back."""
+"""Measures peak tensor memory, counted by torch's profiler."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch.profiler import ProfilerActivity, profile
 
 
 class AllocationMeter:
-    """By how much the memory of tensors on the CPU rises at most inside a `with` block.
+    """Peak rise of CPU tensor memory inside a `with` block.
 
-    Of resident memory this is the part that a program decides: the rest is what malloc keeps for
-    later, which depends on what the process did before and differs from run to run. What a library
-    allocates by itself (oneDNN's packing buffers, some MiB) is not counted.
+    A program controls this part of resident memory. The rest is memory that malloc keeps; it
+    depends on the history of the process and differs from run to run. Memory that a library
+    allocates itself (oneDNN's packing buffers, some MiB) is not counted.
     """
 
     def __init__(self) -> None:
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        #: Bytes, once the block is left.
+        #: Bytes; set when the block ends.
         self.peak = 0
 
     def __enter__(self) -> Self:
@@ -32,7 +32,7 @@ class AllocationMeter:
         traceback: TracebackType | None,
     ) -> None:
         self._profile.__exit__(exc_type, exc, traceback)
-        # The public tables add up what each operation took, not what was held at a time.
+        # The public tables sum what each operation allocated, not what was allocated at one time.
         recorded: Any = self._profile.profiler
         events = [e for e in recorded.kineto_results.events() if e.name() == "[memory]"]
         held = 0

@@ -1,14 +1,14 @@
-"""What people run today, written plainly from its definitions, to measure beside the engine.
+"""Baselines that the engine is measured against, written plainly from their definitions.
 
 - `reference`: LLaDA's `generate`: one request after another, the whole sequence and its logits
-  at every step. On `PlainLlama`, without a framework around it, or on `LibraryLlama`, the class of
-  transformers that a notebook would use.
+  at every step. Runs on `PlainLlama`, without a framework, or on `LibraryLlama`, the class of
+  transformers that you would use in a notebook.
 - `fast_dllm`: Fast-dLLM's dual cache: at a block's start the whole sequence, with all its logits,
   then the block alone; one request after another.
-- the same over a batch of equal lengths that runs to its end: static batching.
+- Static batching: the same over a batch of equal lengths that runs to its end.
 
-All decode greedily, one token per step in order of confidence or all above a threshold; in float32,
-unless another type is asked for.
+All decode greedily: one token per step in order of confidence, or all above a threshold. The
+default type is float32.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from tests.support.oracle import PlainConfig, checkpoint_config, checkpoint_tens
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The same for every system."""
+    """The work that every system does."""
 
     gen_length: int
     block_length: int
     mask_id: int
-    #: Besides the best, commit whatever is at least this sure (Fast-dLLM's parallel decoding).
+    #: Also commit every position at least this sure (Fast-dLLM's parallel decoding).
     threshold: float | None = None
 
 
@@ -149,7 +149,7 @@ def _is_open(x: Tensor, block: slice, work: Work) -> bool:
 
 
 def _commit(x: Tensor, logits: Tensor, positions: Tensor, block: slice, work: Work) -> None:
-    """Commit the most confident masked position of the block in each row, or all that are sure."""
+    """Commit, per row, the most confident masked position of the block or all that are sure."""
     probability = F.softmax(logits, dim=-1)
     choice = logits.argmax(dim=-1)
     confidence = probability.gather(2, choice.unsqueeze(2)).squeeze(2)

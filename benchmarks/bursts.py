@@ -1,13 +1,13 @@
-"""Requests that come at about the same time: `python -m benchmarks.bursts`.
+"""Measures bursts of requests: `python -m benchmarks.bursts`.
 
-The same model under two configurations of Triton, each in a tritonserver of its own, in turns:
+Runs the same model under two configurations of Triton, each in its own tritonserver, in turns:
 
-- Triton's queue: priorities, time-outs and a limit in `dynamic_batching`, with a delay of a
-  millisecond. Such a queue hands over one batch at a time, and nobody tells it when the model is
-  ready for the next: it looks by itself, twice a second.
-- The engine's queue: ours. Triton passes everything on at once, and the engine lets it wait.
+- Triton's queue: priorities, timeouts and a limit in `dynamic_batching`, with a delay of a
+  millisecond. Such a queue hands over one batch at a time. It is not notified when the model is
+  ready for the next one: it checks twice a second.
+- The engine's queue (ours): Triton passes every request on at once, and it waits in the engine.
 
-Small requests, so that what is left is the queue: two at once, three within 5 ms, 256 at once.
+The requests are small, so the queue dominates: two at once, three within 5 ms, 256 at once.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ QUEUE_POLICY = """dynamic_batching {
   }
 }"""
 SMALL = Work(gen_length=4, steps=1)
-#: What takes this long was left in the queue: alone, such a request takes some milliseconds.
+#: A request this late was stuck in the queue: alone, it takes some milliseconds.
 LATE_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
 class Load:
-    """So many requests within so many seconds, and how often that is repeated."""
+    """A burst: this many requests within this many seconds, repeated."""
 
     name: str
     requests: int
@@ -64,7 +64,7 @@ LOADS = (
 
 
 def with_tritons_queue(folder: Path) -> Path:
-    """A copy of the model repository in which Triton keeps what waits."""
+    """A copy of the model repository in which requests wait in Triton's queue."""
     repository = folder / "repository"
     shutil.copytree(REPOSITORY, repository, ignore=shutil.ignore_patterns("__pycache__"))
     config = repository / "dllm/config.pbtxt"
@@ -76,7 +76,7 @@ def with_tritons_queue(folder: Path) -> Path:
 
 
 async def burst(way: Triton, load: Load, rng: random.Random) -> list[float]:
-    """Seconds that each request took."""
+    """Run one burst; the seconds that each request took."""
 
     async def one(offset: float) -> float:
         await asyncio.sleep(offset)
@@ -107,7 +107,7 @@ async def measure(urls: dict[str, str], rounds: int) -> list[dict[str, Any]]:
 
 
 def summary(bursts: list[list[float]]) -> dict[str, float]:
-    """Of many bursts: when the last request was answered, and how often that was late."""
+    """Summary of many bursts: time until the last response, and how often it was late."""
     whole = [max(burst) for burst in bursts]
     each = [seconds for burst in bursts for seconds in burst]
     return {
@@ -120,7 +120,7 @@ def summary(bursts: list[list[float]]) -> dict[str, float]:
 
 
 def show(loads: list[dict[str, Any]]) -> None:
-    """A table."""
+    """Print a table."""
     print(f"{'':<16}{'':<22}{'median ms':>11}{'worst ms':>10}{'over 250 ms':>14}")
     for load in loads:
         for name, figures in load["queues"].items():
@@ -134,7 +134,7 @@ def show(loads: list[dict[str, Any]]) -> None:
 
 
 def plot(loads: list[dict[str, Any]]) -> Path:
-    """Time until a burst was answered: median, and the worst."""
+    """Plot the time until a burst was answered: median and worst."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,4 +1,4 @@
-"""Checkpoints with random weights, for measurements that need size rather than sense."""
+"""Checkpoints with random weights, for measurements that need a size but no meaning."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def llada_60m(directory: Path) -> Path:
 
 
 def random_bf16(directory: Path, family: str, device: str = "cpu", **overrides: Any) -> Path:
-    """Write a checkpoint of `family` ("llada", "dream") in bfloat16 shards, unless it is there.
+    """Write a checkpoint of `family` ("llada", "dream") in bfloat16 shards, unless it exists.
 
     Args:
-        device: where the random numbers are made.
+        device: the device that makes the random numbers.
         **overrides: fields of config.json, such as `LLADA_8B`.
 
     Returns:
@@ -94,13 +94,13 @@ def random_bf16(directory: Path, family: str, device: str = "cpu", **overrides: 
         tensors = {name: _random(name, shapes[name], generator) for name in names}
         save_file(tensors, directory / file)
         weight_map |= dict.fromkeys(names, file)
-    # Last, so that a writing that was cut short starts again.
+    # Written last, so that an interrupted run starts again.
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return directory
 
 
 def _shards(shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
-    """Names by file, in order; two files at least, so that an index is needed."""
+    """Tensor names by file, in order; at least two files, so that an index is needed."""
     total = sum(2 * math.prod(shape) for shape in shapes.values())
     limit = min(_SHARD_BYTES, -(-total // 2))
     shards: list[list[str]] = [[]]
@@ -115,7 +115,7 @@ def _shards(shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
 
 
 def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Norms of one; else numbers of the size that models are initialised with."""
+    """Random weights: ones for norms, else of the scale that models are initialised with."""
     if len(shape) == 1 and not name.endswith(".bias"):
         return torch.ones(shape, dtype=torch.bfloat16)
     made = torch.empty(shape, dtype=torch.bfloat16, device=generator.device)

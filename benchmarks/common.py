@@ -1,4 +1,4 @@
-"""What every benchmark shares: where results go, and on what machine they were made."""
+"""Shared by all benchmarks: where results go, and the machine they were made on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DREAM_CHECKPOINT = DEMO_CHECKPOINT.with_name("demo_checkpoint_dream")
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores and versions, for the record."""
+    """Describe the machine: processor, cores and versions."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -36,7 +36,7 @@ def machine() -> dict[str, Any]:
 def speed_table(
     speeds: dict[str, float], *, unit: str, reference: str, fast_dllm: str, title: str = ""
 ) -> str:
-    """Speeds of systems by name as a Markdown table, with their ratios to two of these."""
+    """A Markdown table of speeds by system, with their ratios to two of the systems."""
     slow, fast = speeds[reference], speeds[fast_dllm]
     name = f"| {title} " if title else "| "
     lines = [f"{name}| {unit} | × reference | × Fast-dLLM |", "|---|--:|--:|--:|"]
@@ -48,7 +48,7 @@ def speed_table(
 
 
 def write_json(name: str, result: dict[str, Any], directory: Path = RESULTS) -> Path:
-    """Write a result beside its plot."""
+    """Write a result and the machine as JSON; the path."""
     directory.mkdir(exist_ok=True)
     path = directory / f"{name}.json"
     path.write_text(json.dumps({"machine": machine()} | result, indent=2) + "\n")

@@ -1,21 +1,22 @@
-"""Everything that wants a GPU, in one command: `python -m benchmarks.gpu`.
+"""Runs every GPU measurement in one command: `python -m benchmarks.gpu`.
 
-Sections, each in a process of its own so that none leaves memory or a broken device to the next:
+Each section runs in its own process, so that none leaves memory or a broken device to the next:
 
 - `ceilings`: bandwidth and bfloat16 rate of the card.
-- `kernels`: ours against the roofline, beside torch's operations and libraries.
-- `compile`: what `torch.compile` makes of the parts of a layer, beside torch's operations and ours.
+- `kernels`: our kernels against the roofline, beside torch's operations and libraries.
+- `compile`: `torch.compile` on the parts of a layer, beside torch's operations and ours.
 - `engine`: LLaDA-8B's shape with random weights, by load, policy, lengths and rule.
 - `baselines`: the reference generate and Fast-dLLM's dual cache in plain torch on the same card.
 - `no-graphs`, `no-overlap`, `torch`: the engine without CUDA graphs, with one step at a time, and
   on torch's operations.
 - `dream`: Dream-7B's shape.
 - `batch-invariant`, `fp8`, `int8`: the engine with these settings.
-- `fast-dllm`, `dllm-serve`: the systems themselves, where checkouts are given.
+- `fast-dllm`, `dllm-serve`: those systems' own code, if you give their checkouts.
 
-They share `--minutes`; what one leaves goes to the next, and within a section the most important
-comes first. After every single measurement the results file is written anew. `--tiny` runs all of
-it at toy sizes on the CPU, with Triton's interpreter, to see that it runs: its times mean nothing.
+The sections share `--minutes`; unused time goes to the next, and each section starts with its most
+important measurement. The results file is rewritten after every measurement. `--tiny` runs all
+sections at toy sizes on the CPU, with Triton's interpreter, to check that they run: its times mean
+nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-#: Parts of the time; of a section that does not run the others have more.
+#: Shares of the time; if a section does not run, the others get its share.
 SHARES = {
     "ceilings": 0.2,
     "kernels": 1.6,
@@ -48,9 +49,9 @@ SHARES = {
     "int8": 0.3,
 }
 _ROOT = Path(__file__).parents[1]
-#: Where `dllm_engine` is found, installed or not.
+#: The folder of `dllm_engine`, installed or not.
 _ENGINE = _ROOT / "model_repository/dllm/1"
-#: A section that is over its time by so many seconds is ended.
+#: Seconds over its time after which a section is ended.
 _GRACE_SECONDS = 30.0
 
 
@@ -61,21 +62,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all sections together")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time for all sections together")
     parser.add_argument(
         "--only",
         nargs="+",
         choices=list(SHARES),
         metavar="SECTION",
-        help="run these, and leave the results of others in the file; one runs in this process",
+        help="run these and keep the results of the others; a single one runs in this process",
     )
-    parser.add_argument("--tiny", action="store_true", help="toy sizes on the CPU; see above")
+    parser.add_argument("--tiny", action="store_true", help="run toy sizes on the CPU; see above")
     parser.add_argument("--results", type=Path, help="folder of gpu.json and gpu.png")
-    parser.add_argument("--checkpoints", type=Path, help="folder of the random weights, to keep")
+    parser.add_argument("--checkpoints", type=Path, help="folder to keep the random weights in")
     parser.add_argument("--fast-dllm", type=Path, metavar="DIR", help="checkout of Fast-dLLM")
     parser.add_argument("--dllm-serve", type=Path, metavar="DIR", help="checkout of dLLM-Serve")
     parser.add_argument(
-        "--checkout-python", default=sys.executable, help="interpreter with what checkouts need"
+        "--checkout-python", default=sys.executable, help="interpreter for the checkouts"
     )
     options = parser.parse_args(arguments)
     if options.minutes <= 0:
@@ -93,11 +94,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, print, write JSON and plot."""
     options = parse(arguments)
     if options.tiny:
-        # Read when the package triton is imported for the first time.
+        # triton reads this when it is first imported.
         os.environ["TRITON_INTERPRET"] = "1"
     if str(_ENGINE) not in sys.path:
         sys.path.insert(0, str(_ENGINE))
-    # Not at the top: these import triton. Before anything is forgotten: without the engine there
+    # Not at the top: these import triton. Before old results are dropped: without the engine there
     # is nothing to measure.
     import dllm_engine  # noqa: F401
     import torch
@@ -152,7 +153,7 @@ def _run_each(options: argparse.Namespace, record: Any) -> None:
         left = end - time.monotonic()
         mine = left * SHARES[name] / sum(SHARES[later] for later in names[place:])
         if left <= 0:
-            print(f"{name}: no time is left")
+            print(f"{name}: no time left")
             return
         minutes = ["--minutes", str(mine / 60), "--only", name]
         try:

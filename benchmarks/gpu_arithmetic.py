@@ -1,9 +1,9 @@
-"""Bytes and operations that a kernel, or a whole step, cannot do without.
+"""Computes the bytes and operations that a kernel or a step needs at least.
 
-Counted from shapes alone: every input is read once, every output written once, whatever an
-implementation reads again; a multiplication and an addition are two operations. With the two
-ceilings of a device this gives the least time anything can take: its roofline (Williams et al.,
-2009). `python -m benchmarks.gpu_arithmetic` prints what docs/performance.md says of an H100.
+It counts from shapes: every input is read once, every output written once; a multiplication and an
+addition are two operations. With a device's bandwidth and rate this gives the least possible time,
+the roofline (Williams et al., 2009). `python -m benchmarks.gpu_arithmetic` prints the figures of
+docs/performance.md for an H100.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ELEMENT = 2
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What some work moves and computes."""
+    """Bytes moved and operations computed."""
 
     bytes: int
     flops: int
@@ -35,24 +35,24 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """What a device can do at most."""
+    """Maximum bandwidth and rate of a device."""
 
-    #: Bytes per second, read and written together.
+    #: Bytes per second, reads and writes together.
     bandwidth: float
     #: bfloat16 operations per second.
     rate: float
 
     def seconds(self, cost: Cost) -> float:
-        """The least time that `cost` takes."""
+        """Least time for `cost`."""
         return max(cost.bytes / self.bandwidth, cost.flops / self.rate)
 
     def limit(self, cost: Cost) -> str:
-        """Which of the two it is."""
+        """Which of the two limits `cost`."""
         memory = cost.bytes / self.bandwidth >= cost.flops / self.rate
         return "memory" if memory else "compute"
 
 
-#: Of NVIDIA's data sheet: H100 SXM, dense bfloat16. A card reaches less; see `gpu_timing`.
+#: NVIDIA's data sheet: H100 SXM, dense bfloat16. A card reaches less; see `gpu_timing`.
 H100 = Ceilings(bandwidth=3.35e12, rate=989e12)
 
 
@@ -81,7 +81,7 @@ class Shape:
 
     @classmethod
     def llada(cls, name: str, config: dict[str, Any]) -> Shape:
-        """From the fields of a LLaDA's config.json."""
+        """The shape in a LLaDA's config.json."""
         return cls(
             name,
             config["n_layers"],
@@ -94,7 +94,7 @@ class Shape:
 
     @classmethod
     def dream(cls, name: str, config: dict[str, Any]) -> Shape:
-        """From the fields of a Dream's config.json."""
+        """The shape in a Dream's config.json."""
         return cls(
             name,
             config["num_hidden_layers"],
@@ -112,31 +112,31 @@ DREAM = Shape.dream("Dream-7B", DREAM_7B)
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-    """Some sequences of a step that are alike."""
+    """Equal sequences of a step."""
 
     count: int
     #: Rows that go through the model.
     rows: int
-    #: Of a Reuse: rows in its pages that it attends to, its own among them; 0: a Refresh, which
-    #: attends to its own rows where they lie.
-    held: int = 0
+    #: Reuse: rows in its pages that it attends to, including its own. 0: a Refresh, which
+    #: attends to its own fresh rows.
+    kv_len: int = 0
 
     @property
     def keys(self) -> int:
-        """Rows that each of its rows attends to."""
-        return self.held or self.rows
+        """Rows that each row attends to."""
+        return self.kv_len or self.rows
 
 
 def attention(shape: Shape, sequences: Sequence[Sequences], element: int = ELEMENT) -> Cost:
-    """One layer's: queries, the keys and values of each sequence, the result.
+    """Attention of one layer: queries, keys and values of each sequence, the result.
 
-    Fresh keys and values of a Reuse are besides written to its pages.
+    A Reuse also writes its fresh keys and values to its pages.
     """
     queries = shape.num_heads * shape.head_dim
     stored = 2 * shape.num_kv_heads * shape.head_dim  # a key and a value
     moved = flops = 0
     for group in sequences:
-        own = 2 * stored * group.rows if group.held else 0
+        own = 2 * stored * group.rows if group.kv_len else 0
         moved += group.count * (2 * queries * group.rows + stored * group.keys + own)
         flops += group.count * 4 * queries * group.rows * group.keys
     return Cost(moved * element, flops)
@@ -145,7 +145,7 @@ def attention(shape: Shape, sequences: Sequence[Sequences], element: int = ELEME
 def selection(
     shape: Shape, *, count: int, candidates: int, block: int, keep: int, element: int = ELEMENT
 ) -> Cost:
-    """One layer's, of `count` sequences: scores of all candidates, then what is kept is moved.
+    """Selection of one layer for `count` sequences: score all candidates, move the kept ones.
 
     Scores are float32, written by one launch and read by the next.
     """
@@ -157,29 +157,29 @@ def selection(
 
 
 def rms_norm(rows: int, width: int, element: int = ELEMENT) -> Cost:
-    """Square, sum, scale and weight of each number."""
+    """RMSNorm: square, sum, scale and weight of each number."""
     return Cost((2 * rows * width + width) * element, 4 * rows * width)
 
 
 def rotary(rows: int, heads: int, head_dim: int, element: int = ELEMENT) -> Cost:
-    """Each number once with a cosine and once with a sine (float32, of each row)."""
+    """Rotary embedding: each number times a cosine and times a sine (float32, per row)."""
     numbers = rows * heads * head_dim
     return Cost(2 * numbers * element + 2 * 4 * rows * head_dim, 3 * numbers)
 
 
 def silu_mul(rows: int, width: int, element: int = ELEMENT) -> Cost:
-    """Two numbers read for each written; exponential, sum, quotient and product."""
+    """silu · up: two numbers read for each written; exponential, sum, quotient and product."""
     return Cost(3 * rows * width * element, 4 * rows * width)
 
 
 def head(shape: Shape, rows: int, element: int = ELEMENT) -> Cost:
-    """Logits of every word, never written, and seven statistics of each row (36 bytes)."""
+    """Head: logits of every word, never written, and seven statistics per row (36 bytes)."""
     moved = (shape.vocab_size + rows) * shape.hidden_size * element + 36 * rows
     return Cost(moved, 2 * rows * shape.vocab_size * shape.hidden_size)
 
 
 def linear(shape: Shape, rows: int, element: int = ELEMENT) -> Cost:
-    """The matrices of all layers; what flows between them is not counted, being far less."""
+    """The matrices of all layers, without the far smaller activations between them."""
     parameters = shape.num_layers * shape.layer_parameters
     return Cost(parameters * element, 2 * rows * parameters)
 
@@ -187,7 +187,7 @@ def linear(shape: Shape, rows: int, element: int = ELEMENT) -> Cost:
 def step_parts(
     shape: Shape, sequences: Sequence[Sequences], masked: int, element: int = ELEMENT
 ) -> dict[str, Cost]:
-    """A denoising step by part, for `masked` rows whose tokens are chosen.
+    """Cost of a denoising step by part; `masked` rows go through the head.
 
     Norms, rotary embedding and activations are left out: a few hundredths of the rest.
     """
@@ -200,7 +200,7 @@ def step_parts(
 
 
 def turning_rows(shape: Shape, ceilings: Ceilings) -> int:
-    """Rows from which on the layers' matrices are limited by arithmetic."""
+    """Number of rows from which arithmetic limits the layers' matrices."""
     rows = 1
     while ceilings.limit(linear(shape, rows)) == "memory":
         rows += 1

@@ -1,4 +1,4 @@
-"""What people run today, on the same card: plain loops, and checkouts of others; see `gpu`."""
+"""Baselines on the same card: plain loops, and other systems' checkouts; see `gpu`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import torch
 from benchmarks.baselines import PlainLlama, Work, fast_dllm, reference
 
 PROMPT_LENGTH = 128
-#: Requests that run to their end together.
+#: Requests in a static batch.
 STATIC_BATCH = 32
 
 
 def random_prompts(count: int, length: int, mask_id: int) -> torch.Tensor:
-    """Ids well below those of special tokens: [count, length]."""
+    """Random token ids, well below the special tokens: [count, length]."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, mask_id // 2, (count, length), generator=generator)
 
@@ -49,7 +49,7 @@ def measure_baselines(
         if left() <= 0:
             return
         short = Work(work.block_length, work.block_length, work.mask_id)
-        generate(model, prompts[:count], short)  # libraries are set up
+        generate(model, prompts[:count], short)  # sets up libraries
         _wait(device)
         began = time.perf_counter()
         generate(model, prompts[:count], work)
@@ -74,18 +74,18 @@ def run_checkout(
     python: str,
     limit: float,
 ) -> dict[str, Any]:
-    """Measure somebody's checkout in a process of its own (`benchmarks.gpu_checkouts`).
+    """Measure a checkout in its own process (`benchmarks.gpu_checkouts`).
 
     Args:
         system: "fast-dllm" or "dllm-serve".
         directory: the checkout.
         checkpoint: a LLaDA.
-        job: what to decode; see `benchmarks.gpu_checkouts`.
-        python: the interpreter that has what the checkout needs.
+        job: the prompts and parameters; see `benchmarks.gpu_checkouts`.
+        python: an interpreter with the checkout's requirements.
         limit: seconds.
 
     Returns:
-        What it found, or {"error": …}.
+        The result, or {"error": …}.
     """
     script = Path(__file__).with_name("gpu_checkouts.py")
     command = [python or sys.executable, str(script), system, str(directory), str(checkpoint)]

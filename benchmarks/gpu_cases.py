@@ -1,7 +1,7 @@
-"""The calls that `gpu_kernels` measures: ours, torch's operations, and libraries'.
+"""The calls that `gpu_kernels` measures: our kernels, torch's operations, libraries.
 
-Each is one layer's call at the size of a real step. What ours and torch's return is compared too,
-so that a fast wrong kernel does not go unnoticed.
+Each is one layer's call at the size of a real step. The results of ours and torch's are compared
+too, so that a fast wrong kernel is noticed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from dllm_engine.ops import TORCH, Choice, Head, HeadStatistics, LayerPages, Operations, Selection
+from dllm_engine.ops import (
+    TORCH,
+    Head,
+    HeadOptions,
+    HeadStatistics,
+    LayerPages,
+    Operations,
+    Selection,
+)
 from dllm_engine.ops.layout import FlatSelection
 from dllm_engine.ops.rotary import RotaryTable
 from dllm_engine.ops.selection import store_selection
@@ -38,7 +46,7 @@ class Case:
     cost: Cost
     ours: Callable[[], object]
     torch: Callable[[], object]
-    #: How much of two results is equal or near, 0 to 1.
+    #: Share of two results that is equal or near, 0 to 1.
     agreement: Callable[[], float]
     libraries: dict[str, Callable[[], object]] = dataclasses.field(default_factory=dict)
 
@@ -51,12 +59,12 @@ class Tensors:
         self._generator = torch.Generator(device).manual_seed(1)
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        """Normally distributed."""
+        """Normally distributed numbers."""
         made = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
         return made.normal_(std=scale, generator=self._generator)
 
     def heads(self, rows: int, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values: slices of one product, as a layer has them."""
+        """Queries, keys and values: slices of one product, as in a layer."""
         sizes = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
         q, k, v = self.normal(rows, sum(sizes), shape.head_dim).split(sizes, dim=1)
         return q, k, v
@@ -68,7 +76,7 @@ class Tensors:
 
 
 def near(ours: Tensor, theirs: Tensor) -> float:
-    """Share of numbers that differ by no more than bfloat16's rounding of a sum."""
+    """Share of numbers that differ at most by bfloat16's rounding of a sum."""
     return float(torch.isclose(ours.float(), theirs.float(), rtol=3e-2, atol=3e-2).float().mean())
 
 
@@ -77,46 +85,47 @@ def attention_case(
 ) -> Case:
     rows = sum(group.count * group.rows for group in groups)
     q, k, v = tensors.heads(rows, shape)
-    widest = max(1, *(-(-group.held // PAGE_SIZE) for group in groups))
+    widest = max(1, *(-(-group.kv_len // PAGE_SIZE) for group in groups))
     sequences = sum(group.count for group in groups)
     pages = tensors.pages(sequences * widest, shape)
-    tables = torch.randperm(sequences * widest, device=tensors.device).view(sequences, widest)
-    tile_rows = operations.tile_rows(shape.num_heads, shape.num_kv_heads)
-    assert tile_rows is not None
-    flat = flat_layout(groups, tables, tile_rows)
-    packed = packed_layout(groups, tables)
+    block_tables = torch.randperm(sequences * widest, device=tensors.device).view(sequences, widest)
+    block_m = operations.block_m(shape.num_heads, shape.num_kv_heads)
+    assert block_m is not None
+    flat = flat_layout(groups, block_tables, block_m)
+    packed = packed_layout(groups, block_tables)
     ours = functools.partial(operations.packed_attention, q, k, v, flat, pages)
     theirs = functools.partial(TORCH.packed_attention, q, k, v, packed, pages)
     return Case(
         kernel="attention",
         model=shape.name,
         name=", ".join(
-            f"{g.count} × {g.rows} rows" + (f" / {g.held} stored" if g.held else "") for g in groups
+            f"{g.count} × {g.rows} rows" + (f" / {g.kv_len} stored" if g.kv_len else "")
+            for g in groups
         ),
         cost=arithmetic.attention(shape, groups),
         ours=ours,
         torch=theirs,
         agreement=lambda: near(ours(), theirs()),
-        libraries=library_attention(q, k, v, pages, tables, groups),
+        libraries=library_attention(q, k, v, pages, block_tables, groups),
     )
 
 
 def selection_case(tensors: Tensors, shape: Shape, count: int, candidates: int) -> Case:
-    """`count` sequences whose active block stands before the last half of the candidates."""
+    """`count` sequences whose active block is before the last half of the candidates."""
     from dllm_engine.ops.kernels.selection import store_selection as store_by_kernel
 
     device, keep, length = tensors.device, candidates // 2, candidates + BLOCK
     q, k, v = tensors.heads(count * length, shape)
     num_pages = -(-keep // PAGE_SIZE)
     pages = tensors.pages(count * num_pages, shape)
-    tables = torch.arange(count * num_pages, device=device).view(count, num_pages)
+    block_tables = torch.arange(count * num_pages, device=device).view(count, num_pages)
     begin = candidates // 2
 
     def column(value: int) -> Tensor:
         return torch.full((count,), value, device=device)
 
     flat = dataclasses.replace(
-        flat_layout([Sequences(count, length)], tables, 1),
+        flat_layout([Sequences(count, length)], block_tables, 1),
         selection=FlatSelection(
             column(keep), column(begin), column(begin), column(begin + BLOCK), column(3), candidates
         ),
@@ -126,18 +135,18 @@ def selection_case(tensors: Tensors, shape: Shape, count: int, candidates: int) 
     grouped = Selection(
         block_rows=rows[:, begin : begin + BLOCK],
         candidate_rows=torch.cat([rows[:, :begin], rows[:, begin + BLOCK :]], dim=1),
-        places=tables[:, kept // PAGE_SIZE] * PAGE_SIZE + kept % PAGE_SIZE,
+        slot_mapping=block_tables[:, kept // PAGE_SIZE] * PAGE_SIZE + kept % PAGE_SIZE,
         pool_kernel=3,
     )
     ours = functools.partial(store_by_kernel, q, k, v, flat, pages)
     theirs = functools.partial(store_selection, q, k, v, grouped, pages)
 
     def agreement() -> float:
-        # Torch rounds scores to bfloat16, so that some positions are kept by one and not by the
-        # other; all behind one stand a place apart. So kept keys are compared as a set.
+        # Torch rounds scores to bfloat16, so the two may keep different positions, which shifts
+        # all later ones. So kept keys are compared as a set.
         def kept_keys(work: Callable[[], object]) -> Tensor:
             work()
-            bits = pages.keys.flatten(0, 1)[grouped.places].view(torch.int16).to(torch.int64)
+            bits = pages.keys.flatten(0, 1)[grouped.slot_mapping].view(torch.int16).to(torch.int64)
             weights = torch.arange(1, bits.shape[-1] + 1, device=device) ** 5
             return (bits * weights).sum(dim=-1)
 
@@ -180,7 +189,7 @@ def rotary_case(tensors: Tensors, operations: Operations, shape: Shape, rows: in
     table = RotaryTable(shape.head_dim, 4096, 5e5, device=tensors.device, dtype=torch.bfloat16)
     cos, sin = table.at(torch.arange(rows, device=tensors.device) % 4096)
 
-    def agreement() -> float:  # ours rotates where the numbers lie
+    def agreement() -> float:  # ours rotates in place
         theirs = TORCH.apply_rotary(x.clone(), cos, sin)
         return near(operations.apply_rotary(x.clone(), cos, sin), theirs)
 
@@ -211,7 +220,7 @@ def gate_case(tensors: Tensors, operations: Operations, shape: Shape, rows: int)
 
 
 def head_cases(tensors: Tensors, shape: Shape, counts: Sequence[int]) -> Iterator[Case]:
-    """The language-model head with its statistics; `counts` rows, in three kinds each."""
+    """The language-model head with its statistics: `counts` rows, three kinds each."""
     device = tensors.device
     weight = tensors.normal(shape.vocab_size, shape.hidden_size, scale=0.02)
     by_kernel, by_tiles = Head(weight, kernels=True), Head(weight)
@@ -221,18 +230,18 @@ def head_cases(tensors: Tensors, shape: Shape, counts: Sequence[int]) -> Iterato
         for kind in ("greedy", "with spread", "with noise"):
             noisy = kind == "with noise"
             heat = torch.full((count,), 0.8, dtype=torch.float64, device=device)
-            choice = Choice(
+            options = HeadOptions(
                 mask=shape.vocab_size - 1,
                 eos=ids,
                 stop=ids,
-                no_eos=None,
-                late_eos=None,
+                logits_eos_inf=None,
+                confidence_eos_eot_inf=None,
                 temperature=heat if noisy else None,
                 keys=torch.arange(count, device=device) << 40 if noisy else None,
-                spread=kind == "with spread",
+                needs_entropy=kind == "with spread",
             )
-            ours = functools.partial(by_kernel.statistics, hidden, choice)
-            theirs = functools.partial(tiled_statistics, by_tiles, hidden, choice)
+            ours = functools.partial(by_kernel.statistics, hidden, options)
+            theirs = functools.partial(tiled_statistics, by_tiles, hidden, options)
             yield Case(
                 kernel="head",
                 model=shape.name,
@@ -253,9 +262,9 @@ def _equally_good(
     hidden: Tensor,
     weight: Tensor,
 ) -> float:
-    """Share of rows whose token has the best score, and the logit it is said to have.
+    """Share of rows whose token has the best score and the reported logit.
 
-    The tokens themselves may differ: torch rounds logits to bfloat16, which makes many equal.
+    Tokens may differ: torch rounds logits to bfloat16, which makes many equal.
     """
     mine, other = ours(), theirs()
     logit = (hidden.float() * weight[mine.token].float()).sum(dim=1)
@@ -263,7 +272,7 @@ def _equally_good(
 
 
 def _materialised(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Best token and its probability, as a notebook would have them."""
+    """Best token and its probability from the whole tensor of logits, as in a notebook."""
     logits = F.linear(hidden, weight).float()
     peak, token = logits.max(dim=-1)
     return token, (peak - logits.logsumexp(dim=-1)).exp()

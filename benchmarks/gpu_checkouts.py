@@ -1,18 +1,18 @@
-"""Decodes with somebody else's code: `python gpu_checkouts.py SYSTEM CHECKOUT CHECKPOINT < job`.
+"""Decodes with another system's code: `python gpu_checkouts.py SYSTEM CHECKOUT CHECKPOINT < job`.
 
-A script of its own, that needs of this repository nothing: it runs in a process, and if need be in
-an environment, where the checkout's modules and requirements cannot meet ours. What it measures is
-never part of this repository. The job is JSON: `prompts` (token ids, of equal lengths),
+This script imports nothing of this repository: it runs in its own process, if necessary in its own
+environment, so the checkout's modules and requirements cannot clash with ours. The checkouts are
+not part of this repository. The job is JSON: `prompts` (token ids, of equal lengths),
 `gen_length`, `block_length`, `mask_id`, `device`, `dtype`, and `at_once`. The last line of what it
 prints is JSON: `tokens_per_second`, `seconds`, `tokens` (of each prompt), and `notes`.
 
 - `fast-dllm`: github.com/NVlabs/Fast-dLLM, LLaDA with its dual cache, one request after another,
-  which is what its `generate_with_dual_cache` takes. It needs the package einops.
+  as its `generate_with_dual_cache` requires. It needs the package einops.
 - `dllm-serve`: github.com/chosen-ox/dLLM-Serve, through `LLM.generate`, all requests at once, with
   its head-centric sparse attention at a retention of 0.5. It needs a GPU and the package
-  xxhash. **Never run by us: this part was written from reading its code**, and tried on a CPU up to
-  where that asks for NCCL. Where flash-attn is not installed, torch's own FlashAttention-2 takes
-  its place, and `notes` says so.
+  xxhash. **We have never run it: this part was written from reading its code**, and tried on a CPU
+  up to the point where that code needs NCCL. Without flash-attn, torch's own FlashAttention-2
+  replaces it, and `notes` says so.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ import torch
 
 
 def fast_dllm(checkout: Path, checkpoint: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """One request after another."""
-    # The repository has had its LLaDA in two places.
+    """Run Fast-dLLM: one request after another."""
+    # The repository had its LLaDA in two places over time.
     folder = next(f for f in (checkout / "v1/llada", checkout / "llada") if f.is_dir())
     sys.path.insert(0, str(folder))
     from generate import generate_with_dual_cache
@@ -44,7 +44,7 @@ def fast_dllm(checkout: Path, checkpoint: Path, job: dict[str, Any]) -> dict[str
     from safetensors.torch import load_file
 
     fields = json.loads((checkpoint / "config.json").read_text())
-    # On "meta" no weights are made before the checkpoint's are put in their places.
+    # On "meta" no weights are allocated before the checkpoint's are loaded.
     config = LLaDAConfig(**fields | {"init_device": "meta", "flash_attention": False})
     inner = LLaDAModel(create_model_config_from_pretrained_config(config), init_params=False)
     model = LLaDAModelLM(config, model=inner)
@@ -67,7 +67,7 @@ def fast_dllm(checkout: Path, checkpoint: Path, job: dict[str, Any]) -> dict[str
             remasking="low_confidence",
             mask_id=job["mask_id"],
         )
-        tokens: list[int] = found[0, len(ids) :].tolist()  # which waits for the device
+        tokens: list[int] = found[0, len(ids) :].tolist()  # this waits for the device
         return tokens
 
     prompts = job["prompts"]
@@ -78,7 +78,7 @@ def fast_dllm(checkout: Path, checkpoint: Path, job: dict[str, Any]) -> dict[str
 
 
 def dllm_serve(checkout: Path, checkpoint: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """All requests at once, as its engine takes them. Never run by us."""
+    """Run dLLM-Serve: all requests at once. We have never run it."""
     notes = ["written from reading; see benchmarks/gpu_checkouts.py"]
     if importlib.util.find_spec("flash_attn") is None:
         sys.modules["flash_attn"] = _flash_attn_from_torch()
@@ -87,7 +87,7 @@ def dllm_serve(checkout: Path, checkpoint: Path, job: dict[str, Any]) -> dict[st
     from transformers import AutoConfig, PretrainedConfig
 
     class LladaConfig(PretrainedConfig):  # type: ignore[misc]
-        """Fields as they are; the checkpoint brings no code of its own."""
+        """Keeps fields unchanged; the checkpoint has no code of its own."""
 
         model_type = "llada"
 
@@ -124,7 +124,7 @@ def dllm_serve(checkout: Path, checkpoint: Path, job: dict[str, Any]) -> dict[st
 
 
 def _flash_attn_from_torch() -> types.ModuleType:
-    """The one function of flash-attn that is called for diffusion models, as torch has it."""
+    """Replace the one flash-attn function that diffusion models call by torch's own."""
 
     def flash_attn_varlen_func(
         q: torch.Tensor,
@@ -160,7 +160,7 @@ def _flash_attn_from_torch() -> types.ModuleType:
 
 
 def _write_any_tokenizer(directory: Path) -> None:
-    """One that `AutoTokenizer` loads; prompts are token ids and texts are not looked at."""
+    """Write a tokenizer that `AutoTokenizer` loads; prompts are token ids, texts are not used."""
     from tokenizers import Tokenizer, models
 
     end = "<|endoftext|>"
@@ -181,7 +181,7 @@ def _found(
 
 
 def main() -> None:
-    """Decode what standard input says."""
+    """Decode the job on standard input."""
     system, checkout, checkpoint = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     decode = {"fast-dllm": fast_dllm, "dllm-serve": dllm_serve}[system]
     print(json.dumps(decode(checkout, checkpoint, json.load(sys.stdin))))

@@ -1,8 +1,8 @@
-"""What `torch.compile` makes of the parts of a layer, beside torch's operations and our kernels.
+"""Measures `torch.compile` on the parts of a layer, beside torch's operations and our kernels.
 
-Compiled for any number of rows (`dynamic=True`), since steps have any. On a CPU, where inductor
-needs a compiler of C++, only torch's operations stand beside it: the interpreter that runs our
-kernels there is no measure of anything.
+Parts are compiled for any number of rows (`dynamic=True`), since steps vary. On a CPU, where
+inductor needs a C++ compiler, only torch's operations are compared: our kernels run in an
+interpreter there, whose times mean nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _EPS = 1e-5
 def _parts(
     operations: Operations, rows: int, width: int, device: str, dtype: torch.dtype
 ) -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
-    """Parts by name: a function of the operations and its inputs, the same numbers each time."""
+    """Parts by name: a function of the operations, and its inputs (the same each time)."""
     generator = torch.Generator(device).manual_seed(1)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -67,14 +67,14 @@ def measure_compiled(
     *,
     backend: str = "inductor",
 ) -> None:
-    """Time every part at every size; `done` takes what there is so far, and says whether to go on.
+    """Time every part at every size; `done` gets the results so far and returns whether to go on.
 
-    A way that fails leaves its error in the place of its time.
+    A failure puts its error in place of the time.
 
     Args:
         device: "cpu" (float32) or "cuda" (bfloat16).
         sizes: rows and hidden size of each.
-        backend: of `torch.compile`.
+        backend: the backend of `torch.compile`.
     """
     on_gpu = device.startswith("cuda")
     dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -93,7 +93,7 @@ def measure_compiled(
                     if how == "compiled":
                         run = torch.compile(work, dynamic=True, backend=backend)
                     row["seconds"][how] = seconds(functools.partial(run, *inputs))
-                except Exception as error:  # noqa: BLE001  the other ways are measured all the same
+                except Exception as error:  # noqa: BLE001  measure the others anyway
                     row["errors"][how] = f"{type(error).__name__}: {error}"[:300]
             found.append(row)
             if not done(found):

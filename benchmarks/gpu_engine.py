@@ -1,8 +1,8 @@
-"""The engine end to end on models of real shape with random weights; see `gpu`.
+"""Measures the engine end to end on models of real shape with random weights; see `gpu`.
 
-Random weights are never sure of a token: a threshold of 0.9 commits one per step, so it shows what
-the rule costs and not what it gains. What parallel decoding gains is shown with fewer steps, which
-commit several tokens each.
+Random weights are never sure of a token: a threshold of 0.9 commits one per step, so it shows the
+cost of the rule, not its gain. Fewer steps, which commit several tokens each, stand in for parallel
+decoding.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ class Point:
     """One load on the engine."""
 
     policy: str = "dual"
-    #: At once.
+    #: Concurrent requests.
     requests: int = 32
     prompt_length: int = 128
     gen_length: int = 128
     block_length: int = 32
-    #: Committed per step by the schedule: 1, or more to stand for parallel decoding.
+    #: Tokens that the schedule commits per step: 1, or more to stand in for parallel decoding.
     tokens_per_step: int = 1
     confidence_threshold: float | None = None
 
     def params(self) -> SamplingParams:
-        """What each request asks for."""
+        """Parameters of each request."""
         return SamplingParams(
             gen_length=self.gen_length,
             block_length=self.block_length,
@@ -49,7 +49,7 @@ class Point:
 
 
 def important_points() -> list[Point]:
-    """What must be measured in any case, most important ones in front."""
+    """Points to measure in any case, the most important first."""
     points = [Point(requests=n) for n in (32, 1, 8, 64, 128)]
     points += [Point(policy) for policy in ("delayed", "sparse", "prefix", "none")]
     points += [Point(requests=n, tokens_per_step=4) for n in (32, 1, 128)]
@@ -57,7 +57,7 @@ def important_points() -> list[Point]:
 
 
 def further_points() -> list[Point]:
-    """What is measured as long as there is time: longer ones first, then the whole grid."""
+    """Points to measure while there is time: longer ones first, then the whole grid."""
     first = [Point(prompt_length=1024), Point(gen_length=512)]
     first += [Point(policy, prompt_length=1024) for policy in ("delayed", "sparse")]
     first += [Point(policy, n) for policy in ("delayed", "sparse") for n in (128, 64, 8, 1)]
@@ -74,20 +74,20 @@ def further_points() -> list[Point]:
 
 @dataclasses.dataclass
 class Outcome:
-    """What came of some requests."""
+    """Results of a load."""
 
     seconds: float
-    #: Committed.
+    #: Committed tokens.
     tokens: int
-    #: Of the finished requests, in seconds.
+    #: Latencies of the finished requests, in seconds.
     latencies: list[float]
-    #: Whether the time ran out before all had finished.
+    #: Whether time ran out before all requests finished.
     cut: bool
-    #: Memory at most, beyond what the engine held before: bytes.
+    #: Peak memory above that before the load, in bytes.
     peak_bytes: int = 0
 
     def summary(self) -> dict[str, Any]:
-        """For the record."""
+        """Fields for the results file."""
         found = self.latencies
         return {
             "tokens_per_second": self.tokens / self.seconds,
@@ -100,18 +100,18 @@ class Outcome:
 
 
 class Load:
-    """Sends requests of one kind to an engine, in real time."""
+    """Sends equal requests to an engine, in real time."""
 
     def __init__(self, engine: Engine, point: Point) -> None:
         self._engine, self._point = engine, point
         self._generator = torch.Generator().manual_seed(1)
 
     def closed(self, count: int, limit: float) -> Outcome:
-        """`count` requests in all, as many at once as the point says."""
+        """Closed loop: `count` requests in all, as many concurrent ones as the point says."""
         return self._run([0.0] * count, self._point.requests, limit)
 
     def open(self, arrivals: Sequence[float], limit: float) -> Outcome:
-        """Requests that come at these seconds, whatever is still running."""
+        """Open loop: requests that arrive at these seconds, whatever is still running."""
         return self._run(arrivals, len(arrivals), limit)
 
     def _request(self) -> Request:
@@ -136,7 +136,7 @@ class Load:
                     if due > now:
                         break
                     request = waiting.pop()
-                    # A request that waits for its turn in a closed load comes when it is sent.
+                    # In a closed loop a request arrives when it is sent.
                     came[request.request_id] = due if at_once == len(arrivals) else now
                     engine.add(request)
                 if not came:
@@ -158,12 +158,12 @@ class Load:
 
 
 class Measurement:
-    """Points on one engine, as long as there is time.
+    """Measures points on one engine while there is time.
 
     Args:
-        left: seconds that are left.
-        point_seconds: after so many a point is cut off.
-        done: takes all rows so far, after each.
+        left: remaining seconds.
+        point_seconds: limit for one point.
+        done: gets all rows so far after each point.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class Measurement:
         self.rows: list[dict[str, Any]] = []
 
     def run(self, points: Sequence[Point]) -> None:
-        """Each once, a single request several times."""
+        """Measure each point once, a single request several times."""
         for point in points:
             if self._left() <= 0:
                 return
@@ -189,13 +189,13 @@ class Measurement:
             self._record(point, outcome.summary())
 
     def poisson(self, point: Point, capacity: float, seconds: float, share: float = 0.8) -> None:
-        """Requests that come one by one for so long, at a share of `capacity` tokens/s."""
+        """Poisson arrivals at a share of `capacity` tokens/s."""
         if self._left() <= 0:
             return
         seconds = min(seconds, max(1.0, self._left() / 2))
         rate = share * capacity / point.gen_length
         gaps = np.random.default_rng(1).exponential(1 / rate, max(1, math.ceil(rate * seconds)))
-        # Half of the time is for those that are not finished when the last has come.
+        # Half of the time is for requests still running at the last arrival.
         outcome = Load(self._engine, point).open(gaps.cumsum().tolist(), max(1.0, self._left()))
         self._record(
             point,
@@ -204,7 +204,7 @@ class Measurement:
         )
 
     def _warm_up(self, point: Point) -> None:
-        """Two steps of each of two blocks: kernels are compiled before they are timed."""
+        """Run two steps of each of two blocks: compiles kernels before they are timed."""
         length = min(point.gen_length, 2 * point.block_length)
         warm = dataclasses.replace(
             point,

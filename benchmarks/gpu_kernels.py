@@ -1,4 +1,4 @@
-"""Our kernels against the roofline, beside torch's operations and libraries; see `gpu`."""
+"""Measures our kernels against the roofline, beside torch's operations and libraries; see `gpu`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from benchmarks.gpu_timing import Timer
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is measured."""
+    """Sizes to measure."""
 
     shapes: tuple[Shape, ...]
     attention: tuple[tuple[Sequences, ...], ...]
-    #: Sequences and candidates of each.
+    #: Sequences, and candidates per sequence.
     selection: tuple[tuple[int, int], ...]
     rows: tuple[int, ...]
     head_rows: tuple[int, ...]
@@ -40,7 +40,7 @@ REAL = Sizes(
     shapes=(LLADA, DREAM),
     attention=(
         *((Sequences(count, 1024),) for count in (1, 2, 4, 8, 16)),
-        *((Sequences(n, BLOCK, held),) for n in (32, 128) for held in (256, 1024, 4096)),
+        *((Sequences(n, BLOCK, stored),) for n in (32, 128) for stored in (256, 1024, 4096)),
         (
             Sequences(2, 1024),
             Sequences(3, 352),
@@ -52,7 +52,7 @@ REAL = Sizes(
     rows=(1024, 16384),
     head_rows=(16, 128, 512, 1024, 4096),
 )
-#: As real ones in everything but size: groups of query heads, a mixture, more than one page.
+#: Like real sizes, but small: groups of query heads, a mixture, more than one page.
 TINY = Sizes(
     shapes=(
         Shape("tiny LLaDA", 2, 32, 2, 2, 48, 200),
@@ -68,18 +68,18 @@ TINY = Sizes(
 def measure_kernels(
     timer: Timer, ceilings: Ceilings, sizes: Sizes, done: Callable[[list[dict[str, Any]]], bool]
 ) -> None:
-    """Time every case; `done` takes what there is so far, and says whether to go on."""
+    """Time every case; `done` gets the results so far and returns whether to go on."""
     operations = choose_operations("triton", timer.device, torch.bfloat16)
     rows: list[dict[str, Any]] = []
     for case in _cases(Tensors(timer.device), operations, sizes):
         rows.append(measure_case(case, timer, ceilings))
-        del case  # and its inputs, before those of the next are made
+        del case  # frees its inputs before the next case is made
         if not done(rows):
             return
 
 
 def _cases(tensors: Tensors, operations: Operations, sizes: Sizes) -> Iterator[Case]:
-    """One at a time, since the inputs of some are gigabytes."""
+    """Make the cases one at a time, since some inputs are gigabytes."""
     for shape in sizes.shapes:
         yield from head_cases(tensors, shape, sizes.head_rows)
         for groups in sizes.attention:
@@ -94,7 +94,7 @@ def _cases(tensors: Tensors, operations: Operations, sizes: Sizes) -> Iterator[C
 
 @torch.inference_mode()
 def measure_case(case: Case, timer: Timer, ceilings: Ceilings) -> dict[str, Any]:
-    """Time and compare one case; a way that fails leaves its error in the place of its time."""
+    """Time and compare one case; a failure puts its error in place of the time."""
     row: dict[str, Any] = {"kernel": case.kernel, "model": case.model, "case": case.name}
     least = ceilings.seconds(case.cost)
     row |= {
@@ -108,7 +108,7 @@ def measure_case(case: Case, timer: Timer, ceilings: Ceilings) -> dict[str, Any]
         row["seconds"] = timer.seconds(case.ours)
         row["share_of_roofline"] = least / row["seconds"]
         row["torch_seconds"] = timer.seconds(case.torch)
-    except Exception as error:  # noqa: BLE001  whatever one case dies of, the others are measured
+    except Exception as error:  # noqa: BLE001  measure the other cases anyway
         row["error"] = f"{type(error).__name__}: {error}"[:500]
     for name, work in case.libraries.items():
         try:

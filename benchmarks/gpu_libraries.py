@@ -1,7 +1,7 @@
-"""Attention as libraries have it, to stand beside our kernel; see `gpu_kernels`.
+"""Attention of libraries, to compare with our kernel; see `gpu_kernels`.
 
-torch's own, and FlashInfer where it is installed (the extra `flashinfer`). Only for cases of one
-kind of sequence, which is what their interfaces take.
+torch's own, and FlashInfer if it is installed (the extra `flashinfer`). Their interfaces take only
+one kind of sequence per call.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ def library_attention(
     k: Tensor,
     v: Tensor,
     pages: LayerPages,
-    tables: Tensor,
+    block_tables: Tensor,
     groups: Sequence[Sequences],
 ) -> dict[str, Callable[[], object]]:
-    """Calls by name; each makes what it needs beforehand at its first run."""
+    """Calls by name; each prepares itself at its first run."""
     if len(groups) != 1:
         return {}
     (group,) = groups
     found: dict[str, Callable[[], object]] = {}
-    if group.held:
+    if group.kv_len:
         found["scaled_dot_product_attention, keys already gathered"] = _sdpa_stored(
-            q, pages, tables, group
+            q, pages, block_tables, group
         )
     else:
         found["scaled_dot_product_attention"] = _sdpa_fresh(q, k, v, group)
         if q.is_cuda and importlib.util.find_spec("torch.nn.attention.varlen"):
             found["varlen_attn"] = _varlen(q, k, v, group)
     if q.is_cuda and importlib.util.find_spec("flashinfer"):
-        found["FlashInfer"] = _flashinfer(q, k, v, pages, tables, group)
+        found["FlashInfer"] = _flashinfer(q, k, v, pages, block_tables, group)
     return found
 
 
@@ -55,14 +55,14 @@ def _sdpa_fresh(q: Tensor, k: Tensor, v: Tensor, group: Sequences) -> Callable[[
 
 
 def _sdpa_stored(
-    q: Tensor, pages: LayerPages, tables: Tensor, group: Sequences
+    q: Tensor, pages: LayerPages, block_tables: Tensor, group: Sequences
 ) -> Callable[[], object]:
     gathered: list[Tensor] = []
 
     def run() -> object:
         if not gathered:
             for pool in (pages.keys, pages.values):
-                gathered.append(pool[tables].flatten(1, 2).transpose(1, 2).contiguous())
+                gathered.append(pool[block_tables].flatten(1, 2).transpose(1, 2).contiguous())
         queries = q.unflatten(0, (group.count, group.rows)).transpose(1, 2)
         grouped = q.shape[1] != gathered[0].shape[1]
         keys, values = gathered
@@ -86,21 +86,21 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, group: Sequences) -> Callable[[], o
 
 
 def _flashinfer(
-    q: Tensor, k: Tensor, v: Tensor, pages: LayerPages, tables: Tensor, group: Sequences
+    q: Tensor, k: Tensor, v: Tensor, pages: LayerPages, block_tables: Tensor, group: Sequences
 ) -> Callable[[], object]:
     """FlashInfer plans a step on the host once for all layers; only its run is timed."""
     planned: list[Callable[[], object]] = []
 
     def run() -> object:
         if not planned:
-            planned.append(_plan_flashinfer(q, k, v, pages, tables, group))
+            planned.append(_plan_flashinfer(q, k, v, pages, block_tables, group))
         return planned[0]()
 
     return run
 
 
 def _plan_flashinfer(
-    q: Tensor, k: Tensor, v: Tensor, pages: LayerPages, tables: Tensor, group: Sequences
+    q: Tensor, k: Tensor, v: Tensor, pages: LayerPages, block_tables: Tensor, group: Sequences
 ) -> Callable[[], object]:
     import flashinfer
 
@@ -108,17 +108,17 @@ def _plan_flashinfer(
     borders = _borders(group.count, group.rows, q.device)
     sizes = (q.shape[1], k.shape[1], q.shape[2])
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    if not group.held:
+    if not group.kv_len:
         ragged = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
         ragged.plan(borders, borders, *sizes, causal=False, q_data_type=q.dtype)
         return lambda: ragged.run(q, k, v)
     page_size = pages.keys.shape[1]
-    each = group.held // page_size
+    each = group.kv_len // page_size
     paged = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
     paged.plan(
         borders,
         _borders(group.count, each, q.device),
-        tables[:, :each].flatten().to(torch.int32),
+        block_tables[:, :each].flatten().to(torch.int32),
         torch.full((group.count,), page_size, dtype=torch.int32, device=q.device),
         *sizes,
         page_size,

@@ -1,4 +1,4 @@
-"""The results file of `benchmarks.gpu`, and what is shown of it."""
+"""Reads, writes and prints the results file of `benchmarks.gpu`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from benchmarks.common import machine, write_json
 
 #: Sections whose rows are loads on the engine.
 ENGINES = ("engine", "no-graphs", "no-overlap", "torch", "dream", "batch-invariant", "fp8", "int8")
-#: What was aimed at: share of the roofline.
+#: Target: share of the roofline.
 TARGETS = {"attention": 0.7, "head": 0.7}
 _TINY = "--tiny: toy sizes on the CPU, with Triton's interpreter; times mean nothing"
 
 
 class Record:
-    """`gpu.json`, written anew whenever there is more.
+    """`gpu.json`, rewritten with every new result.
 
     Args:
-        directory: that it is in.
-        tiny: nothing in it is a measurement.
+        directory: its folder.
+        tiny: toy sizes; its figures are no measurements.
     """
 
     def __init__(self, directory: Path, *, tiny: bool) -> None:
@@ -28,7 +28,7 @@ class Record:
         self.path = directory / "gpu.json"
 
     def read(self) -> dict[str, Any]:
-        """What is in it; of another machine's, or of a run of the other kind, nothing."""
+        """Its content; empty if it is from another machine or from the other kind of run."""
         if self.path.exists():
             found: dict[str, Any] = json.loads(self.path.read_text())
             same_kind = (found.get("why") == _TINY) == self._tiny
@@ -37,25 +37,25 @@ class Record:
         return {"machine": machine(), "sections": {}}
 
     def begin(self) -> None:
-        """Forget what was there."""
+        """Drop old results."""
         self._save({"sections": {}})
 
     def write(self, section: str, found: Any) -> None:
-        """Put a section in the place of what was known of it."""
+        """Replace a section's results."""
         known = self.read()
         known["sections"][section] = found
         known.get("failed", {}).pop(section, None)
         self._save(known)
 
     def fail(self, section: str, why: str) -> None:
-        """A section did not end well; what it had found stays."""
+        """Record that a section failed; its results so far stay."""
         print(f"{section}: {why}")
         known = self.read()
         known.setdefault("failed", {})[section] = why
         self._save(known)
 
     def _save(self, known: dict[str, Any]) -> None:
-        """Write it, headed by whether anything in it is a measurement."""
+        """Write the file; it begins with whether its figures are measurements."""
         sections, failed = known["sections"], known.get("failed", {})
         heading: dict[str, Any] = {"machine": machine(), "measured": bool(sections)}
         if self._tiny:
@@ -66,7 +66,7 @@ class Record:
         write_json("gpu", heading | parts, self._directory)
 
     def unmeasured(self, why: str) -> str:
-        """Write that nothing was measured, unless a measurement is there; what to tell."""
+        """Write that nothing was measured, unless a measurement exists; the message to print."""
         if self.path.exists() and json.loads(self.path.read_text())["measured"]:
             return f"not measured: {why}; {self.path} is of another machine and stays as it is"
         write_json("gpu", {"measured": False, "why": why}, self._directory)
@@ -74,7 +74,7 @@ class Record:
 
 
 def label(row: dict[str, Any]) -> str:
-    """A load on the engine in words."""
+    """Name of a load on the engine."""
     words = [row["policy"], f"{row['requests']} requests"]
     words.append(f"{row['prompt_length']} + {row['gen_length']} tokens")
     if row["tokens_per_step"] > 1:
@@ -117,7 +117,7 @@ def table(result: dict[str, Any]) -> list[str]:
 
 
 def _failures(failed: dict[str, str]) -> list[str]:
-    """What did not end well, a line each."""
+    """Failed sections, a line each."""
     return [f"{section} failed: {why}" for section, why in failed.items()]
 
 
@@ -156,7 +156,7 @@ def _speed(row: dict[str, Any]) -> str:
 
 
 def _is_plain(row: dict[str, Any]) -> bool:
-    """Whether a load is one that the baselines have: one token per step, a prompt of 128 tokens."""
+    """Whether the baselines ran this load too: one token per step, a prompt of 128 tokens."""
     return (
         row["tokens_per_step"] == 1
         and row["confidence_threshold"] is None
@@ -166,7 +166,7 @@ def _is_plain(row: dict[str, Any]) -> bool:
 
 
 def _ratios(sections: dict[str, Any]) -> list[str]:
-    """The engine over everybody else, at one token per step, 128 + 128 tokens."""
+    """Ratios of the engine to each baseline, at one token per step, 128 + 128 tokens."""
     speeds = {
         (row["policy"], row["requests"]): row["tokens_per_second"]
         for row in sections.get("engine", {}).get("rows", [])
@@ -187,7 +187,7 @@ def _ratios(sections: dict[str, Any]) -> list[str]:
 
 
 def plot(result: dict[str, Any], directory: Path) -> Path:
-    """Kernels' shares of the roofline; tokens per second by load and policy."""
+    """Plot the kernels' shares of the roofline, and tokens per second by load and policy."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,4 +1,4 @@
-"""What each section of `benchmarks.gpu` does."""
+"""The sections of `benchmarks.gpu`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from benchmarks.gpu_timing import Timer, measure_ceilings
 from benchmarks.throughput import POLICIES
 from tests.support.checkpoints import MASK
 
-#: Fields of the engine's settings in the sections that are not as by default.
+#: Engine settings of the sections that change the defaults.
 SETTINGS: dict[str, dict[str, Any]] = {
     "engine": {},
     "no-graphs": {"cuda_graph_rows": 0},
@@ -34,9 +34,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fp8": {"quantization": "fp8"},
     "int8": {"quantization": "int8"},
 }
-#: A point on the engine takes no longer than this; what is unfinished then is cut off.
+#: Longest time of a point on the engine; unfinished requests are cut off then.
 _POINT_SECONDS = 15.0
-#: Seconds in which requests come one by one.
+#: Seconds of Poisson arrivals.
 _POISSON_SECONDS = 30.0
 
 
@@ -44,9 +44,9 @@ class Section:
     """One section on this machine.
 
     Args:
-        options: of the command.
-        record: takes what is found.
-        left: seconds that are left.
+        options: the command's options.
+        record: gets the results.
+        left: remaining seconds.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class Section:
         )
         tokens = found.pop("tokens", None)
         if self._tiny and tokens is not None and not original:
-            # In float32 rounding hardly ever decides between tokens, in bfloat16 it often does.
+            # In float32 rounding rarely decides between tokens; in bfloat16 it often does.
             params = SamplingParams(
                 gen_length=work.gen_length,
                 block_length=work.block_length,
@@ -187,7 +187,7 @@ class Section:
 
 
 def _points(name: str, tiny: bool) -> tuple[list[Point], Point | None, list[Point]]:
-    """Points to begin with, the one whose load comes one by one, and points to go on with."""
+    """First points, the point with Poisson arrivals, and further points."""
     if tiny:
         small: dict[str, Any] = {
             "requests": 2,
@@ -209,6 +209,6 @@ def _points(name: str, tiny: bool) -> tuple[list[Point], Point | None, list[Poin
 
 
 def _alike(row: dict[str, Any], point: Point) -> bool:
-    """Whether a row is of the same requests, however many at once."""
+    """Whether a row has the same requests, at any concurrency."""
     fields = dataclasses.asdict(point)
     return all(row[field] == value for field, value in fields.items() if field != "requests")

@@ -1,4 +1,4 @@
-"""How long work takes on a device, and what the device reaches at most."""
+"""Times work on a device, and measures the device's ceilings."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from benchmarks.gpu_arithmetic import Ceilings
 
 #: Larger than the L2 cache of any card.
 _COLD_BYTES = 256 * 2**20
-#: More than a GPU makes in a second, so that a wait counted in cycles is rather too long.
+#: More cycles than a GPU runs per second, so that a wait counted in cycles is long enough.
 _CYCLES_PER_SECOND = 2e9
 
 
 class Timer:
     """Median time of some work.
 
-    On a GPU between two events, with nothing of its inputs left in the L2 cache, and without the
-    host's time: the device is kept waiting until everything has been launched. Work that itself
-    waits for the device is timed with what the host does meanwhile.
+    On a GPU it measures between two events, with none of the inputs in the L2 cache and without
+    the host's time: the device waits until everything is launched. If the work itself waits for
+    the device, the host's time is included.
     """
 
     def __init__(self, device: str, *, repeats: int = 20, seconds: float = 0.15) -> None:
@@ -31,7 +31,7 @@ class Timer:
         self._cold = torch.zeros(_COLD_BYTES // 4 if on_gpu else 0, device=device)
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """Of some runs on a GPU, fewer where one is slow, after three; of one elsewhere."""
+        """Median seconds of several runs on a GPU (fewer for slow work); one run elsewhere."""
         on_gpu = self.device.startswith("cuda")
         for _ in range(3 if on_gpu else 0):
             work()
@@ -49,9 +49,9 @@ class Timer:
         pairs = []
         for _ in range(repeats):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            # Read, since what was written would be on its way to memory while the work runs.
+            # Read rather than write: writes would still drain to memory while the work runs.
             self._cold.sum()
-            torch.cuda._sleep(cycles)  # what torch's own tests keep a device waiting with
+            torch.cuda._sleep(cycles)  # torch's own tests use this to keep a device busy
             begin.record()
             work()
             end.record()
@@ -65,7 +65,7 @@ class Timer:
 
 
 def host_seconds(work: Callable[[], object], *, seconds: float = 0.3) -> float:
-    """Median time of some work on a CPU, of runs in so many seconds, after three."""
+    """Median time of work on a CPU."""
     for _ in range(3):
         work()
     times: list[float] = []

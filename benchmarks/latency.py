@@ -1,15 +1,15 @@
-"""Latency under load: `python -m benchmarks.latency`.
+"""Measures latency under load: `python -m benchmarks.latency`.
 
-Requests of mixed lengths arrive as a Poisson process and in bursts, at a share of what the engine
-can take. The engine (phase-multiplexed, requests join at every step) is compared with the same
-engine under first come, first served, with batches that run to completion, and with static batches:
-these run to completion too, and all of a batch have its longest canvas, as one call of a reference
-`generate` would give them.
+Requests of mixed lengths arrive as a Poisson process and in bursts, at a share of the engine's
+capacity. The engine (phase-multiplexed, requests join at every step) is compared with the same
+engine under first come, first served, with batches that run to completion, and with static batches.
+Static batches run to completion too, and all requests of a batch get its longest canvas, as in one
+call of a reference `generate`.
 
-Every step is a real one of a real engine. Each system has an engine and a clock of its own, which
-its steps move on by what they took; they take turns of a second, so that a machine that changes its
-speed changes it for all of them. How many requests it takes per second is measured before each load
-and after it. The simulator runs the same arrivals, with the cost of a step fitted to these steps.
+Every step is a real step of a real engine. Each system has its own engine and its own clock, which
+advances by the time of its steps. The systems take turns of a second, so that a machine that
+changes its speed changes it for all. Capacity is measured before and after each load. The simulator
+runs the same arrivals, with the cost of a step fitted to these steps.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ GEN_LENGTHS = (32, 64, 128, 256)
 #: Shares of the canvas lengths: most answers are short.
 GEN_SHARES = (0.4, 0.3, 0.2, 0.1)
 SYSTEMS = ("phase-multiplexed", "first come, first served", "run to completion", "static batches")
-#: Seconds on its clock that a system runs before it is the next one's turn.
+#: Seconds on its own clock that a system runs per turn.
 TURN_SECONDS = 1.0
 
 
 def arrivals(rate: float, count: int, *, burst: int, seed: int) -> list[Arrival]:
-    """`count` requests at `rate` per second, in groups of `burst` that come together."""
+    """`count` requests at `rate` per second, in groups of `burst` that arrive together."""
     rng = np.random.default_rng(seed)
     gaps = rng.exponential(burst / rate, size=-(-count // burst))
     times = np.repeat(gaps.cumsum() - gaps[0], burst)[:count]
@@ -59,7 +59,7 @@ def arrivals(rate: float, count: int, *, burst: int, seed: int) -> list[Arrival]
 
 
 class System:
-    """An engine with one of `SYSTEMS` for its scheduler, and a clock that only its steps move."""
+    """An engine with the scheduler of one of `SYSTEMS`, and a clock that only its steps advance."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -79,7 +79,7 @@ class System:
         self.engine.scheduler = self._scheduler
         self.steps = []
         self.clock = 0.0
-        #: Seconds, in the order of the arrivals.
+        #: Latencies in seconds, in the order of arrival.
         self.latencies = [0.0] * len(load)
         self._load = load
         self._added = 0
@@ -131,12 +131,12 @@ def scheduler_of(system: str, *args: Any) -> Scheduler:
 
 
 def wave_of(system: str) -> int | None:
-    """How many requests run to completion together; None: they join at every step."""
+    """Batch size of systems that run to completion; None: requests join at every step."""
     return STATIC_BATCH if system in SYSTEMS[2:] else None
 
 
 def simulated(system: System, load: list[Arrival], cost: CostModel) -> Outcome:
-    """The same in the simulator."""
+    """Latencies of the same arrivals in the simulator."""
     engine = system.engine
     scheduler = scheduler_of(
         system.name, engine.config.max_num_seqs, engine.runner.token_budget, without_pages()
@@ -151,7 +151,7 @@ def percentiles(latencies: list[float]) -> dict[str, float]:
 
 
 def capacity(system: System, count: int) -> float:
-    """Requests per second that it answers when `count` are there from the beginning."""
+    """Requests per second when `count` requests arrive at once."""
     system.begin(arrivals(1e9, count, burst=1, seed=1))
     system.run_until(float("inf"))
     return count / system.clock
@@ -214,7 +214,7 @@ def main() -> None:
     """Measure, print, write JSON and plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=200, help="requests per run")
-    parser.add_argument("--share", type=float, default=0.8, help="of the engine's capacity")
+    parser.add_argument("--share", type=float, default=0.8, help="share of the engine's capacity")
     parser.add_argument("--threads", type=int, help="default: all cores")
     options = parser.parse_args()
     if options.threads:
@@ -222,7 +222,7 @@ def main() -> None:
 
         torch.set_num_threads(options.threads)
     systems = [System(name) for name in SYSTEMS]
-    capacity(systems[0], STATIC_BATCH)  # what runs first is slower
+    capacity(systems[0], STATIC_BATCH)  # warm-up: the first run is slower
     before = capacity(systems[0], options.count)
     loads = []
     for name, burst in (("Poisson", 1), (f"bursts of {BURST}", BURST)):
@@ -235,8 +235,8 @@ def main() -> None:
         print(f"{name}: p99 of the others over ours: {measured['p99_over_ours']}")
         cost = CostModel(*measured["cost_model"].values())
         step = cost.sustainable_step(measured["rows_per_second"])
-        print(f"{name}: {max(GEN_LENGTHS)} steps take {max(GEN_LENGTHS) * step:.2f} s at least, "
-              f"of {step * 1e3:.1f} ms each, to keep up with this load")  # fmt: skip
+        print(f"{name}: to keep up with this load, a step takes {step * 1e3:.1f} ms and "
+              f"{max(GEN_LENGTHS)} steps at least {max(GEN_LENGTHS) * step:.2f} s")  # fmt: skip
         loads.append(
             {
                 "name": name,

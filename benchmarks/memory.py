@@ -1,8 +1,8 @@
-"""Memory of logits and of keys and values: `python -m benchmarks.memory`.
+"""Measures memory of logits and of keys and values: `python -m benchmarks.memory`.
 
-Logits: the peak of choosing tokens for 32 requests × 128 masked positions over LLaDA's 126,464
-words, by the engine's tiled head and by materialising the tensor; counted by torch, tensor by
-tensor, since resident memory varies from run to run. Keys and values: what a request reserves under
+Logits: peak memory while choosing tokens for 32 requests × 128 masked positions over LLaDA's
+126,464 words, with the engine's tiled head and with the whole tensor. torch counts tensor memory,
+since resident memory varies from run to run. Keys and values: the reservation of a request under
 each cache policy, for LLaDA-8B's shape, from the engine's own admission.
 """
 
@@ -25,7 +25,7 @@ from benchmarks.common import RESULTS, write_json
 VOCABULARY, HIDDEN = 126_464, 256
 REQUESTS, POSITIONS = 32, 128
 MASK, EOS = 126_336, 126_081
-#: LLaDA-8B: layers, KV heads, head width; and bytes of a bfloat16.
+#: LLaDA-8B: layers, KV heads, head width; bytes of a bfloat16.
 LAYERS, KV_HEADS, HEAD_DIM, ELEMENT = 32, 32, 128, 2
 PAGE_SIZE = 32
 PROMPT_LENGTH, GEN_LENGTH, BLOCK_LENGTH = 896, 128, 32
@@ -42,26 +42,30 @@ def _sampling(rows: int, temperature: float) -> RowSampling:
         position=torch.arange(rows),
         top_p=column(1.0, torch.float64),
         top_k=column(0),
-        tempered=column(0, torch.bool),
-        no_eos=column(0, torch.bool),
-        late_eos=column(0, torch.bool),
+        dream_statistics=column(0, torch.bool),
+        logits_eos_inf=column(0, torch.bool),
+        confidence_eos_eot_inf=column(0, torch.bool),
         flags=SamplingFlags(
-            noisy=temperature > 0, top_p=False, top_k=0, no_eos=False, late_eos=False
+            noisy=temperature > 0,
+            top_p=False,
+            top_k=0,
+            logits_eos_inf=False,
+            confidence_eos_eot_inf=False,
         ),
-        num_whole=0,
+        num_full_logits=0,
     )
 
 
 @torch.inference_mode()
 def logits_peaks(budget_mb: int) -> dict[str, Any]:
-    """Peaks in bytes of both ways, and whether they chose the same."""
+    """Peaks in bytes of both ways, and whether they chose the same tokens."""
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(VOCABULARY, HIDDEN, generator=generator)
     hidden = torch.randn(REQUESTS * POSITIONS, HIDDEN, generator=generator)
     head = Head(weight)
     special = SpecialTokens(MASK, torch.tensor([EOS]), torch.tensor([EOS]))
     peaks = {}
-    for name, temperature, spread in (
+    for name, temperature, needs_entropy in (
         ("greedy", 0.0, False),
         ("greedy, with entropy and margin", 0.0, True),
         ("temperature 0.7, with entropy and margin", 0.7, True),
@@ -69,7 +73,12 @@ def logits_peaks(budget_mb: int) -> dict[str, Any]:
         rows = _sampling(len(hidden), temperature)
         with AllocationMeter() as meter:
             found = sample_candidates(
-                hidden, head, rows, special, budget_bytes=budget_mb * 2**20, with_spread=spread
+                hidden,
+                head,
+                rows,
+                special,
+                budget_bytes=budget_mb * 2**20,
+                needs_entropy=needs_entropy,
             )
         peaks[name] = meter.peak
         if name == "greedy":
@@ -111,7 +120,7 @@ def cache_bytes(ratios: tuple[float, ...]) -> dict[str, int]:
 
 
 def plot(result: dict[str, Any]) -> Path:
-    """Both as bars."""
+    """Plot both as bars."""
     import matplotlib as mpl
 
     mpl.use("Agg")

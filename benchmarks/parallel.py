@@ -1,10 +1,10 @@
-"""Parallel decoding under load: `python -m benchmarks.parallel`.
+"""Measures parallel decoding under load: `python -m benchmarks.parallel`.
 
-Held-out questions of the demo checkpoint's tasks, 64 tokens each, to the engine with as many at a
-time as it is given places for, each committing whatever is sure enough at every step; beside
-LLaDA's loop (a token per step) and Fast-dLLM's dual cache with the same threshold, both one
-question after another. All take turns in each round; ratios are of medians. An answer ends at its
-end-of-text token only where that is said: the baselines decode the whole canvas.
+Asks held-out questions of the demo checkpoint's tasks, 64 tokens each, at several loads; each step
+commits every position that is sure enough. Baselines are LLaDA's loop (one token per step) and
+Fast-dLLM's dual cache with the same threshold, both one question after another. All systems take
+turns in each round; ratios are ratios of medians. Baselines decode the whole canvas; only rows that
+say so end an answer at its end-of-text token.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from benchmarks.common import DEMO_CHECKPOINT, RESULTS, speed_table, write_json
 from demo import corpus
 
 GEN_LENGTH, BLOCK_LENGTH, THRESHOLD = 64, 32, 0.9
-#: Requests at once.
+#: Concurrent requests.
 LOADS = (1, 8, 32, 64)
-#: Of the questions, how many a baseline answers in a turn.
+#: Questions that a baseline answers in a turn.
 ONE_BY_ONE = 16
 PARALLEL: dict[str, Any] = {"confidence_threshold": THRESHOLD, "ignore_eos": True}
 ENGINE: dict[str, dict[str, Any]] = {
@@ -66,7 +66,7 @@ class Bench:
         return len(chosen) / (time.perf_counter() - began)
 
     def engine(self, rule: dict[str, Any], load: int) -> float:
-        """Answers per second, with `load` requests at a time until all are answered."""
+        """Answers per second of the engine with `load` slots."""
         engine = self.engines[load]
         params = SamplingParams(gen_length=GEN_LENGTH, block_length=BLOCK_LENGTH, **rule)
         prompts = self.prompts if load > 1 else self.prompts[:ONE_BY_ONE]
@@ -100,7 +100,7 @@ def table(answers: dict[str, float]) -> str:
 
 
 def plot(answers: dict[str, float]) -> Path:
-    """Answers per second over requests at once, a curve for each rule."""
+    """Plot answers per second over concurrent requests, a curve per rule."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -128,7 +128,7 @@ def main() -> None:
     """Measure, print, write JSON and plot."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--count", type=int, default=192, help="questions")
+    parser.add_argument("--count", type=int, default=192, help="number of questions")
     options = parser.parse_args()
     answers = measure(Bench(options.count), options.rounds)
     print(table(answers))

@@ -1,8 +1,8 @@
-"""What fewer bits cost in answers: `python -m benchmarks.precision`.
+"""Measures the quality cost of fewer bits: `python -m benchmarks.precision`.
 
-The demo checkpoint's held-out questions, as in `benchmarks.quality`, in every number type and with
-quantised weights; then each part of the model quantised alone, to see which of them matters.
-Writes two tables and JSON. No timing.
+Asks the demo checkpoint's held-out questions, as in `benchmarks.quality`, in every number type and
+with quantised weights; then quantises each part of the model alone, to see which matters. Prints
+two tables and writes JSON. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.common import DEMO_CHECKPOINT, RESULTS, write_json
 from benchmarks.quality import GEN_LENGTH, Score, score
 from demo import corpus
 
-#: Settings of the engine by label.
+#: Engine settings by label.
 PRECISIONS: dict[str, dict[str, str]] = {
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
@@ -40,7 +40,7 @@ RULES: dict[str, dict[str, Any]] = {
     "one token per pass": {},
     "threshold 0.9": {"confidence_threshold": 0.9},
 }
-#: Parts of the model, by what the engine's names of their parameters end with.
+#: Parts of the model, by the endings of their parameters' names in the engine.
 PARTS: dict[str, tuple[str, ...]] = {
     "qkv": (".qkv.weight",),
     "out": (".out.weight",),
@@ -63,20 +63,20 @@ class Precision:
 
 @dataclass(frozen=True)
 class PartShift:
-    """What quantising one part alone does to a forward pass over masked canvases."""
+    """Effect of quantising one part alone on a forward pass over masked canvases."""
 
     kind: str
     part: str
-    #: Of the model's numbers, those in this part.
+    #: Share of the model's numbers in this part.
     share: float
-    #: Mean over positions of |confidence − that in float32|; positions of answers, not of padding.
+    #: Mean |confidence − confidence in float32| over the positions of answers, without padding.
     confidence_shift: float
-    #: Positions whose most likely token is another one.
+    #: Share of positions whose most likely token changes.
     changed_tokens: float
 
 
 def score_precisions(checkpoint: Path, count: int) -> list[Precision]:
-    """Every precision with every rule, on up to `count` questions a task."""
+    """Score every precision with every rule, on up to `count` questions a task."""
     results = []
     for label, settings in PRECISIONS.items():
         llm = LLM(checkpoint, **settings)
@@ -88,7 +88,7 @@ def score_precisions(checkpoint: Path, count: int) -> list[Precision]:
 
 
 def measure_parts(checkpoint: Path, count: int) -> list[PartShift]:
-    """Each part rounded alone, everything else and all products in float32; LLaDA's layout."""
+    """Round each part alone, with everything else and all products in float32; LLaDA's layout."""
     tokens, confidence, answer = one_pass(checkpoint, count)
     results = []
     for kind in ("int8", "fp8"):
@@ -106,10 +106,10 @@ def measure_parts(checkpoint: Path, count: int) -> list[PartShift]:
 def one_pass(
     checkpoint: Path, count: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.bool_]]:
-    """Held-out questions with a whole canvas of masks, every position committed at once.
+    """Decode held-out questions from a fully masked canvas in one pass.
 
     Returns:
-        Tokens, confidences, and which positions lie before the end of the answer: each
+        Tokens, confidences, and a mask of the positions before the end of the answer: each
         [questions, GEN_LENGTH].
     """
     params = SamplingParams(
@@ -142,7 +142,7 @@ def write_rounded(source: Path, target: Path, endings: tuple[str, ...], kind: st
 
 
 def stored() -> tuple[list[Precision], list[PartShift]]:
-    """The results that were written."""
+    """Read the results file."""
     result = json.loads((RESULTS / "precision.json").read_text())
     precisions = [Precision(**p | {"score": Score(**p["score"])}) for p in result["precisions"]]
     return precisions, [PartShift(**part) for part in result["parts"]]

@@ -1,8 +1,8 @@
-"""Exact match against forward passes, for every decoding rule: `python -m benchmarks.quality`.
+"""Measures exact match and forward passes of every decoding rule: `python -m benchmarks.quality`.
 
-Held-out questions of the demo checkpoint's tasks, asked greedily in the engine; the baseline is
-one token per forward pass. Writes JSON and a plot, and prints the table that docs/quality.md has.
-No timing: forward passes are exact. `--model dream` scores the Dream-format twin.
+Asks held-out questions of the demo checkpoint's tasks greedily; the baseline is one token per
+forward pass. Writes JSON and a plot, and prints the table of docs/quality.md. Nothing is timed:
+forward passes are exact counts. `--model dream` scores the Dream-format twin.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from demo import corpus
 
 GEN_LENGTH = 64
 PARAGRAPH_LENGTH = 128
-#: Of canvases of which a ratio keeps more than the least that is always kept.
+#: A canvas so long that a ratio keeps more than the minimum of `sparse`.
 LONG = 256
 
 #: (family of the curve, label of the point, parameters).
@@ -55,7 +55,7 @@ RULES: list[tuple[str, str, dict[str, Any]]] = [
     *(("cache", policy, {"cache": policy}) for policy in ("prefix", "dual", "delayed")),
     *(
         ("cache", f"sparse, ρ = {ratio}", {"cache": "sparse", "retention_ratio": ratio})
-        for ratio in (1.0, 0.75, 0.5, 0.25)  # where it is the least that is kept, as at 0.1
+        for ratio in (1.0, 0.75, 0.5, 0.25)  # at 0.25 the minimum applies, as at 0.1
     ),
     *(
         (
@@ -91,10 +91,10 @@ RULES: list[tuple[str, str, dict[str, Any]]] = [
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint to score, and where its scores go."""
+    """A checkpoint to score, and the name of its results."""
 
     checkpoint: Path
-    #: Of the files in `RESULTS`.
+    #: Name of the files in `RESULTS`.
     name: str
     title: str
 
@@ -119,7 +119,7 @@ class Score:
 
 
 def params_for(task: str, rule: dict[str, Any]) -> SamplingParams:
-    """The rule on this task's canvas; `steps` in a rule is a divisor of one step per token."""
+    """Parameters of a rule for this task's canvas; `steps` of a rule divides one step per token."""
     values = dict(rule)
     usual = PARAGRAPH_LENGTH if task == "paragraph" else GEN_LENGTH
     length = values.pop("gen_length", usual)
@@ -168,13 +168,13 @@ def table(scores: list[Score]) -> str:
 
 
 def stored(name: str) -> list[Score]:
-    """The scores of a result that was written."""
+    """Read the scores from a results file."""
     result = json.loads((RESULTS / f"{name}.json").read_text())
     return [Score(**score) for score in result["scores"]]
 
 
 def plot(scores: list[Score], title: str, path: Path) -> None:
-    """Exact match over forward passes, a curve for each family of rules on the usual canvases."""
+    """Plot exact match over forward passes, a curve per family of rules, without long canvases."""
     scores = [s for s in scores if "gen_length" not in s.params]
     figure, axes = plt.subplots(figsize=(8, 5))
     for family in dict.fromkeys(s.family for s in scores):
@@ -194,13 +194,13 @@ def main() -> None:
     """Score every rule, print the table, write JSON and plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=MODELS, default="llada")
-    parser.add_argument("--checkpoint", type=Path, help="another directory than the model's")
+    parser.add_argument("--checkpoint", type=Path, help="folder (default: the model's)")
     parser.add_argument("--count", type=int, default=40, help="questions per task at most")
     parser.add_argument(
-        "--table", action="store_true", help="only print the table of what was written before"
+        "--table", action="store_true", help="only print the table of the results file"
     )
     parser.add_argument(
-        "--missing", action="store_true", help="keep the scores that were written before"
+        "--missing", action="store_true", help="keep the scores in the results file"
     )
     options = parser.parse_args()
     model = MODELS[options.model]

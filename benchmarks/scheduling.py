@@ -1,14 +1,14 @@
-"""Orders of the scheduler, side by side: `python -m benchmarks.scheduling`.
+"""Compares orders of the scheduler: `python -m benchmarks.scheduling`.
 
-All is simulated (`benchmarks.simulator`), so it runs anywhere and gives the same figures: a CPU
-with the cost of a step that was measured on one, and a GPU with a cost that is assumed, at its own
-token budget and at an eighth of it; every kind of cache but `sparse`, whose steps are those of
-`dual`; single arrivals and bursts; several shares of what the machine can take. Ours is compared
+Everything is simulated (`benchmarks.simulator`), so it gives the same figures anywhere. It covers a
+CPU with a measured cost of a step; a GPU with an assumed cost, at its token budget and at an eighth
+of it; every cache but `sparse`, whose steps are those of `dual`; single arrivals and bursts;
+several shares of capacity. Our scheduler is compared with
 
-- with nothing of it but the order: no Refresh is held back to make steps even;
-- with who has waited longest for a step going first, instead of who is oldest;
-- with first come, first served, in which what does not fit waits for as long as it takes;
-- with batches that run to completion.
+- the same order without holding Refreshes back;
+- longest wait for a step first, instead of oldest first;
+- first come, first served, where a request that does not fit waits without a limit;
+- batches that run to completion.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.latency import STATIC_BATCH, arrivals
 from benchmarks.simulator import Arrival, CostModel, FcfsScheduler, simulate, without_pages
 
 NUM_SLOTS = 64
-#: Cost of a step, and rows that it may have. The CPU's are those of docs/performance.md.
+#: Cost and largest rows of a step. The CPU's are those of docs/performance.md.
 GPU = CostModel(0.0042, 14e-6, free_rows=295)
 DEVICES = {
     "CPU": (CostModel(0.0037, 20.8e-6), 2048),
@@ -40,16 +40,16 @@ SHARES = (0.5, 0.8, 0.95)
 
 
 class NothingHeld(Scheduler):
-    """A Refresh waits only for room in the budget."""
+    """Our order without even steps: a Refresh waits only for room in the budget."""
 
     def _even_load(self, ready: list[Request]) -> float:
         del ready
-        # Whatever earlier steps overspent, the budget is there.
+        # Each step has the whole budget, whatever earlier steps overspent.
         return 2 * self._token_budget
 
 
 class LongestWaitFirst(Scheduler):
-    """Everybody in turn, so that all are slow where the budget binds."""
+    """Requests take turns, so that all are slow when the budget binds."""
 
     def _order(self, request: Request) -> tuple[bool, int]:
         return True, request.ready_since
@@ -71,7 +71,7 @@ def load_of(cache: str, rate: float, count: int, burst: int, seed: int) -> list[
 
 
 def capacity_of(cost: CostModel, cache: str, count: int) -> float:
-    """Requests per second with all there from the beginning, at the better of its budgets."""
+    """Requests per second when all arrive at once, at the better of the budgets."""
     everything = load_of(cache, 1e9, count, 1, seed=1)
     budgets = [budget for same, budget in DEVICES.values() if same == cost]
     schedulers = [Scheduler(NUM_SLOTS, budget, without_pages()) for budget in budgets]
@@ -79,7 +79,7 @@ def capacity_of(cost: CostModel, cache: str, count: int) -> float:
 
 
 def measure(device: str, cache: str, burst: int, share: float, count: int, seeds: int) -> Any:
-    """What each system makes of the same loads: medians over the seeds."""
+    """Run the same loads on each system: medians over the seeds."""
     cost, budget = DEVICES[device]
     capacity = capacity_of(cost, cache, count)
     found: dict[str, list[list[float]]] = {name: [] for name in SYSTEMS}
@@ -99,7 +99,7 @@ def measure(device: str, cache: str, burst: int, share: float, count: int, seeds
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    """One line per load: latencies in seconds, p50 / p99; steps left out; rows of a step."""
+    """Print a line per system: p50 / p99 in seconds; steps skipped; rows of a step."""
     for result in results:
         load = "single" if result["burst"] == 1 else f"bursts of {result['burst']}"
         print(f"{result['device']}, {result['cache']}, {load}, {result['share']:.0%}")
@@ -110,7 +110,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
 
 
 def plot(results: list[dict[str, Any]], share: float) -> Path:
-    """p99 of each system over ours, by cache, for each device and kind of load."""
+    """Plot each system's p99 over ours, by cache, for each device and kind of load."""
     import matplotlib as mpl
 
     mpl.use("Agg")

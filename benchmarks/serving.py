@@ -1,14 +1,14 @@
-"""What Triton and the adapter cost: `python -m benchmarks.serving`.
+"""Measures the cost of Triton and of the adapter: `python -m benchmarks.serving`.
 
-The same questions go to the same checkpoint by four ways (`benchmarks.ways_in`): the engine in this
-process, tritonclient straight to a real tritonserver, and through the adapter in front of it, by
-REST (submit, then a held poll) and by OpenAI's chat completions. All ways take their turns in each
-round, so that a noisy machine is equally unkind to all, and must give the same answers.
+The same questions go to the same checkpoint in four ways (`benchmarks.ways_in`): to the engine in
+this process, by tritonclient to a real tritonserver, and through the adapter in front of it as jobs
+(submit, then a held poll) and as OpenAI's chat completions. The ways take turns in each round, so
+that a noisy machine affects all of them, and must give the same answers.
 
-- Throughput at 1, 8 and 32 callers, each of whom asks again as soon as it is answered: ratios of
-  medians to the engine in this process.
+- Throughput with 1, 8 and 32 clients, each of which sends its next request after a response: ratios
+  of medians to the engine in this process.
 - Latency of one small request at a time: medians of the differences within a turn.
-- Streams: time per step of one that is watched, and of one whose answer comes in one piece.
+- Streams: time per step of a streamed request, and of one without a stream.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ QUESTIONS = (
     "Tell me about AI",
 )
 ENGINE, TRITON, JOBS, CHAT = "engine", "Triton", "adapter, jobs", "adapter, chat"
-#: Callers, and how many requests they make together in a turn.
+#: Clients, and the number of requests that they make together in a turn.
 LOADS = {1: 6, 8: 56, 32: 192}
 LONG = Work(gen_length=64, steps=64)
-#: One forward pass: what is left is the way.
+#: One forward pass: the way dominates.
 SMALL = Work(gen_length=8, steps=1)
 
 Ways = dict[str, Way]
@@ -51,7 +51,7 @@ async def all_ways(folder: Path) -> AsyncIterator[Ways]:
     """Engine, tritonserver and adapter, warm."""
     server = triton_server(DEMO_CHECKPOINT, log_file=folder / "triton.log")
     with server, AdapterServer(server, folder / "jobs.db") as adapter:
-        # Shorter than the server keeps idle connections, or one may close as it is used again.
+        # Shorter than the server's keep-alive, or a connection may close as it is used again.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3)
         async with aiohttp.ClientSession(adapter.url, connector=connector) as session:
             engine, triton = InProcess(), Triton(server.grpc_url)
@@ -69,7 +69,7 @@ async def all_ways(folder: Path) -> AsyncIterator[Ways]:
 
 
 async def check_answers(ways: Ways) -> list[str]:
-    """The answers, which must not depend on the way."""
+    """Check that the answers do not depend on the way; returns them."""
     answers = {
         name: [await way.ask(question, LONG) for question in QUESTIONS]
         for name, way in ways.items()
@@ -80,10 +80,10 @@ async def check_answers(ways: Ways) -> list[str]:
 
 
 async def tokens_per_second(way: Way, callers: int, requests: int) -> float:
-    """Of `callers` that ask, one request after another each, until `requests` are answered.
+    """Throughput of `callers` clients, one request at a time each, until `requests` are answered.
 
-    Counted from the end of the first round of answers to the beginning of the last, while all
-    callers are busy: in this process all of a round come at once, elsewhere a little apart.
+    Counted from the end of the first round of responses to the beginning of the last, while all
+    clients are busy: in this process a round arrives at once, elsewhere a little apart.
     """
     questions = iter([QUESTIONS[i % len(QUESTIONS)] for i in range(requests)])
     answered: list[float] = []
@@ -122,7 +122,7 @@ def _medians(samples: Samples) -> dict[str, float]:
 
 
 async def measure_throughput(ways: Ways, rounds: int) -> list[dict[str, Any]]:
-    """Tokens per second by way and number of callers."""
+    """Tokens per second by way and number of clients."""
     results = []
     for callers, requests in LOADS.items():
 
@@ -173,7 +173,7 @@ async def measure_latency(ways: Ways, rounds: int) -> dict[str, Any]:
 
 
 async def measure_streams(ways: Ways, rounds: int) -> dict[str, Any]:
-    """Milliseconds per step of one request at a time, watched and not."""
+    """Milliseconds per step of one request at a time, streamed and not."""
     events: dict[str, int] = {}
 
     async def watched(name: str, way: Way) -> float:
@@ -199,7 +199,7 @@ def _row(values: dict[str, float], digits: int = 1) -> str:
 
 
 def show(result: dict[str, Any]) -> None:
-    """A table."""
+    """Print a table."""
     names = list(result["latency"]["median_ms"])
 
     def line(label: str, values: dict[str, Any], digits: int) -> None:
@@ -221,7 +221,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def plot(result: dict[str, Any]) -> Path:
-    """Share of the engine's throughput; latency of a small request; time per step of a stream."""
+    """Plot the share of the engine's throughput, small requests' latency and a stream's steps."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -255,7 +255,7 @@ def plot(result: dict[str, Any]) -> Path:
 
 
 async def measure(rounds: int, small: int, folder: Path) -> dict[str, Any]:
-    """Everything, with `rounds` turns of each way; `small` of the small request."""
+    """Measure everything, with `rounds` turns of each way and `small` of the small request."""
     async with all_ways(folder) as ways:
         return {
             "answers": dict(zip(QUESTIONS, await check_answers(ways), strict=True)),

@@ -1,7 +1,7 @@
-"""A discrete-event simulator of the engine: the real scheduler, a cost model instead of a model.
+"""A discrete-event simulator of the engine: the real scheduler, with a cost model as its model.
 
-It answers what no machine at hand can hold: thousands of requests, other budgets, other devices.
-A step costs `base + per_row · rows` seconds; `CostModel.fit` reads both from real steps.
+It covers loads that no machine at hand can run: thousands of requests, other budgets, other
+devices. A step costs `base + per_row · rows` seconds; `CostModel.fit` reads both from real steps.
 """
 
 from __future__ import annotations
@@ -19,23 +19,22 @@ from dllm_engine.sampling_params import SamplingParams
 
 @dataclasses.dataclass(frozen=True)
 class CostModel:
-    """Seconds of a step with a given number of rows."""
+    """Seconds of a step, from its number of rows."""
 
     base: float
     per_row: float
-    #: Rows that come with the base: a GPU reads the weights for one row as for a few hundred.
+    #: Rows included in the base: a GPU reads the weights for one row or a few hundred alike.
     free_rows: int = 0
 
     def seconds(self, rows: int) -> float:
-        """One step."""
+        """Seconds of one step."""
         return self.base + self.per_row * max(0, rows - self.free_rows)
 
     def sustainable_step(self, rows_per_second: float) -> float:
-        """Seconds of the mean step at which that many rows are just kept up with.
+        """Seconds of the mean step that just keeps up with this many rows per second.
 
-        Shorter steps have fewer rows, and fewer of them per second, since each pays the base. So a
-        request that takes n steps takes n times this at least while such a load lasts. Infinite
-        where no step keeps up.
+        Shorter steps process fewer rows per second, since each pays the base. So a request of n
+        steps takes at least n times this while such a load lasts. Infinite if no step keeps up.
         """
         left = 1 - self.per_row * rows_per_second
         if left <= 0:
@@ -44,9 +43,9 @@ class CostModel:
 
     @classmethod
     def fit(cls, steps: Sequence[tuple[int, float]]) -> CostModel:
-        """Least squares over (rows, seconds) of real steps, in which late ones weigh less.
+        """Fit by least squares over (rows, seconds) of real steps.
 
-        The slowest tenth is left out: on a shared machine those are other people's doing.
+        The slowest tenth is left out: on a shared machine other programs cause it.
         """
         per_row = [seconds / max(1, rows) for rows, seconds in steps]
         limit = np.quantile(per_row, 0.9)
@@ -59,7 +58,7 @@ class CostModel:
 
 @dataclasses.dataclass(frozen=True)
 class Arrival:
-    """A request that comes at a time; it takes one step per token."""
+    """A request and its time of arrival; it takes one step per token."""
 
     seconds: float
     prompt_length: int
@@ -68,7 +67,7 @@ class Arrival:
     cache: str = "dual"
 
     def params(self) -> SamplingParams:
-        """What it asks of the engine."""
+        """The request's parameters."""
         return SamplingParams(
             gen_length=self.gen_length,
             block_length=min(self.block_length, self.gen_length),
@@ -79,7 +78,7 @@ class Arrival:
 
 
 class SimulatedRequest:
-    """One request's way through its phases, as the engine would report them."""
+    """One request's phases, as the engine would report them."""
 
     def __init__(self, number: int, arrival: Arrival) -> None:
         self.arrival = arrival
@@ -87,11 +86,11 @@ class SimulatedRequest:
         params = dataclasses.replace(arrival.params(), delay_steps=0, refresh_interval=0)
         self.request = Request(number, prompt, params)
         self._step = 0
-        #: Steps of the engine when it ran last, or was admitted.
+        #: The engine's step count when it last ran or was admitted.
         self.seen = 0
 
     def take_step(self) -> bool:
-        """Account for one step; whether the request is finished."""
+        """Account for one step; returns whether the request is finished."""
         request, arrival = self.request, self.arrival
         request.rows_run += request.step_cost
         request.steps_run += 1
@@ -106,7 +105,7 @@ class SimulatedRequest:
             "prefix": request.length - begin,
             "dual": width,
             "sparse": width,
-            # Masked ones, and the one that was committed last.
+            # The masked positions, and the one committed last.
             "delayed": min(width, width - age + 1),
         }[arrival.cache]
         request.next_rows = request.length if request.next_is_refresh else reuse
@@ -115,13 +114,13 @@ class SimulatedRequest:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a load."""
+    """Results of a load."""
 
-    #: Of each request, in seconds, in the order of the arrivals.
+    #: Latency of each request in seconds, in the order of arrival.
     latencies: list[float]
-    #: Of each step.
+    #: Rows of each step.
     rows: list[int]
-    #: Most steps in a row that a running request was left out of.
+    #: Most steps in a row for which a running request was skipped.
     longest_idle: int
 
 
@@ -136,9 +135,9 @@ def simulate(
     """Run `scheduler` over `arrivals`.
 
     Args:
-        run_to_completion: instead of letting requests join at every step, take up to this many
-            when nothing runs, and nobody else before all of them are done.
-        padded: these then all have the longest canvas among them, as a static batch has.
+        run_to_completion: start up to this many requests when nothing runs, and no others before
+            all of them are done; None: requests join at every step.
+        padded: all requests of such a batch get its longest canvas, as in a static batch.
     """
     waiting = [(a.seconds, i, a) for i, a in enumerate(arrivals)]
     heapq.heapify(waiting)
@@ -182,8 +181,8 @@ def simulate(
 class FcfsScheduler(Scheduler):
     """First come, first served: the oldest requests that fit the budget, whatever their phase.
 
-    What the phase-multiplexed scheduler is measured against: nothing spreads Refreshes, and
-    requests keep the order of their arrival (the original dLLM-Serve's policy).
+    A baseline for the phase-multiplexed scheduler: it does not spread Refreshes, and requests
+    keep their order of arrival (the original dLLM-Serve's policy).
     """
 
     def schedule(self) -> list[Request]:
@@ -201,5 +200,5 @@ class FcfsScheduler(Scheduler):
 
 
 def without_pages() -> PageAllocator:
-    """For simulations in which memory is no matter."""
+    """An allocator without pages, for simulations that ignore memory."""
     return PageAllocator(0, 1)

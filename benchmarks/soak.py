@@ -1,10 +1,10 @@
-"""Ten thousand jobs while workers are killed and clients vanish: `make soak`.
+"""Runs ten thousand jobs while workers are killed and clients disconnect: `make soak`.
 
-Real stack: tritonserver with the demo checkpoint, the adapter with several workers over one
+The stack is real: tritonserver with the demo checkpoint, the adapter with several workers over one
 database. Every few seconds a worker is killed with SIGKILL. Clients submit batches of mixed sizes,
-poll, cancel, and break off held polls and streams. Afterwards the database is asked what became of
-every job that was accepted. Writes `benchmarks/results/soak.json` and `soak.png`; exits with 1 if a
-job is lost, or was made twice.
+poll, cancel, and break off held polls and streams. At the end the database must have every accepted
+job. Writes `benchmarks/results/soak.json` and `soak.png`; exits with 1 if a job was lost or ran
+twice.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ Body = dict[str, Any]
 
 @dataclass
 class Record:
-    """What the clients have seen, and what was measured meanwhile."""
+    """Responses that clients got, and measurements."""
 
     accepted: list[int] = field(default_factory=list)
     cancelled: set[int] = field(default_factory=set)
@@ -73,7 +73,7 @@ class Record:
 
 
 class Soak:
-    """The clients, the killer, and whoever watches."""
+    """The clients, the killer and the monitor."""
 
     def __init__(self, adapter: AdapterServer, database: Path, triton: TritonServer) -> None:
         self.adapter = adapter
@@ -90,7 +90,7 @@ class Soak:
         return time.monotonic() - self.begun
 
     def submit(self, count: int, seed: int) -> None:
-        """Submit `count` jobs in batches of mixed sizes; a call that breaks off is made again."""
+        """Submit `count` jobs in batches of mixed sizes; repeat a call that breaks off."""
         dice, session, done = random.Random(seed), requests.Session(), 0
         while done < count:
             size = min(count - done, dice.choice((1, 2, 8, 64)))
@@ -104,7 +104,7 @@ class Soak:
                 self.newest.value = ids[-1]
 
     def _submitted(self, session: requests.Session, body: Body) -> list[int]:
-        """Make the call until it is answered, under one key, so that its jobs exist once."""
+        """Repeat the call under one key until it is answered, so that its jobs exist once."""
         call, headers = f"{self.adapter.url}/v1/generate_batch", {"Idempotency-Key": uuid4().hex}
         while True:
             try:
@@ -120,7 +120,7 @@ class Soak:
             time.sleep(float(answer.headers.get("Retry-After", 1)))
 
     def vanish(self, seed: int) -> None:
-        """Cancel some jobs, and break off held polls and streams in the middle."""
+        """Cancel some jobs, and break off held polls and streams."""
         dice = random.Random(seed)
         while not self.over.wait(0.5):
             if not self.record.accepted:
@@ -145,7 +145,7 @@ class Soak:
                 self.record.vanished += 1
 
     def kill(self, interval: float, seed: int) -> None:
-        """kill -9 of a worker, again and again; uvicorn starts another."""
+        """Kill a worker with SIGKILL, again and again; uvicorn starts another."""
         dice = random.Random(seed)
         while not self.over.wait(interval):
             with suppress(psutil.NoSuchProcess, IndexError):
@@ -153,15 +153,15 @@ class Soak:
                 self.record.kills.append(self.now)
 
     def watch(self) -> None:
-        """Memory, queue and database, once a second."""
+        """Record memory, queue and database once a second."""
         while not self.over.wait(1.0):
             states = self.states()
             engine = 0
-            with suppress(psutil.NoSuchProcess, RuntimeError):  # it may be on its way back
+            with suppress(psutil.NoSuchProcess, RuntimeError):  # it may be restarting
                 server = psutil.Process(self.triton.pid)
                 engine = sum(map(memory, (server, *server.children(recursive=True))))
             workers: list[int] = []
-            with suppress(psutil.NoSuchProcess):  # one may be killed while we look
+            with suppress(psutil.NoSuchProcess):  # it may be killed meanwhile
                 workers = [memory(process) for process in self.adapter.worker_processes()]
             self.record.samples.append(
                 {
@@ -177,17 +177,17 @@ class Soak:
             )
 
     def database_bytes(self) -> int:
-        """The file with its log."""
+        """Size of the database file with its log."""
         log = self.database.with_name(f"{self.database.name}-wal")
         return sum(path.stat().st_size for path in (self.database, log) if path.exists())
 
     def states(self) -> Counter[str]:
-        """Jobs by state, from the database itself."""
+        """Number of jobs by state, from the database."""
         with sqlite3.connect(f"file:{self.database}?mode=ro", uri=True, timeout=30) as connection:
             return Counter(dict(connection.execute("SELECT state, count(*) FROM jobs GROUP BY 1")))
 
     def verdict(self) -> Body:
-        """What became of every job that was accepted."""
+        """Check every accepted job: lost, failed, run twice."""
         with sqlite3.connect(f"file:{self.database}?mode=ro", uri=True, timeout=30) as connection:
             columns = "SELECT id, state, text, error, request, orphaned, attempts FROM jobs"
             rows = {row[0]: row[1:] for row in connection.execute(columns)}
@@ -215,7 +215,7 @@ class Soak:
 
 
 def poll(url: str, newest: Any, ended: Any, begun: float, out: Any) -> None:
-    """Poll jobs at random from four clients, and take the time of every answer."""
+    """Poll random jobs from four clients, and time every response."""
     times: list[tuple[float, float]] = []
     broken: list[int] = []
 
@@ -237,7 +237,7 @@ def poll(url: str, newest: Any, ended: Any, begun: float, out: Any) -> None:
     delays: list[float] = []
 
     def idle() -> None:
-        """How late the machine wakes somebody who only sleeps: no poll can be faster."""
+        """Record how late the machine wakes a sleeping process: no poll can be faster."""
         while not ended.is_set():
             began = time.perf_counter()
             time.sleep(0.05)
@@ -252,7 +252,7 @@ def poll(url: str, newest: Any, ended: Any, begun: float, out: Any) -> None:
 
 
 def memory(process: psutil.Process) -> int:
-    """Resident bytes; none of a process that has just gone."""
+    """Resident bytes; 0 for a process that has ended."""
     with suppress(psutil.NoSuchProcess):
         return int(process.memory_info().rss)
     return 0
@@ -273,7 +273,7 @@ def run(soak: Soak, jobs: int, kill_interval: float, patience: float) -> tuple[f
     threads = [threading.Thread(target=target, daemon=True) for target in backgrounds]
     for thread in threads:
         thread.start()
-    # Another process, so that the times are not those of our own threads.
+    # In another process, so that our own threads do not distort the times.
     polled: Any = multiprocessing.Queue()
     ended = multiprocessing.Event()
     arguments = (soak.adapter.url, soak.newest, ended, soak.begun, polled)
@@ -300,7 +300,7 @@ def run(soak: Soak, jobs: int, kill_interval: float, patience: float) -> tuple[f
 
 
 def plot(record: Record, path: Path) -> None:
-    """Jobs, memory and poll times over time."""
+    """Plot jobs, memory and poll times over time."""
     figure, (jobs, mem, polls) = plt.subplots(3, 1, figsize=(9, 9), sharex=True)
     seconds = [sample["seconds"] for sample in record.samples]
     for name in ("queued", "running", "finished"):
@@ -329,9 +329,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--jobs", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--kill-interval", type=float, default=5.0, help="seconds")
-    parser.add_argument("--logs", type=Path, help="folder to keep the servers' logs in")
-    parser.add_argument("--patience", type=float, default=1800.0, help="seconds for everything")
+    parser.add_argument("--kill-interval", type=float, default=5.0, help="seconds between kills")
+    parser.add_argument("--logs", type=Path, help="folder for the servers' logs")
+    parser.add_argument("--patience", type=float, default=1800.0, help="time limit in seconds")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="dllm-soak-") as folder:
         database = Path(folder) / "jobs.db"

@@ -1,8 +1,8 @@
-"""Where a step's time goes: `python -m benchmarks.step_profile`.
+"""Profiles a step: `python -m benchmarks.step_profile`.
 
-32 requests on the 59M-parameter model with `dual`, profiled operation by operation. What is not
-inside a tensor operation is the engine's own: scheduling, laying out rows, bookkeeping. Laying out
-is timed by itself, too: with groups of equal sequences, as on a CPU, and as kernels have it.
+Profiles 32 requests on the 59M-parameter model with `dual`, operation by operation. Time outside
+tensor operations is the engine's own: scheduling, layout, bookkeeping. Layout is also timed alone,
+in both forms: packed, as on a CPU, and flat, as kernels need it.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ KINDS = {
 
 
 def kind_of(name: str) -> str:
-    """What an operation is counted as."""
+    """The kind of an operation."""
     found = [kind for kind, starts in KINDS.items() if name.startswith(starts)]
     return found[0] if found else "other operations"
 
 
-def layout_seconds(engine: Engine, tile_rows: int | None, repeats: int = 300) -> float:
+def layout_seconds(engine: Engine, block_m: int | None, repeats: int = 300) -> float:
     """Median time of laying out the next step of all that runs, on the host."""
     runner = engine.runner
     assert isinstance(runner, SingleRankRunner)
@@ -46,7 +46,7 @@ def layout_seconds(engine: Engine, tile_rows: int | None, repeats: int = 300) ->
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
-        build_batch(runner.table, runner.rank.pages, slots, Upload("cpu"), tile_rows)
+        build_batch(runner.table, runner.rank.pages, slots, Upload("cpu"), block_m)
         times.append(time.perf_counter() - began)
     return statistics.median(times)
 
@@ -68,7 +68,7 @@ def main() -> None:
     for _ in range(options.requests):
         ids = torch.randint(0, 32000, (128,), generator=generator).tolist()
         engine.add(engine.make_request(Prompt(ids), params))
-    for _ in range(12):  # past the first block's Refreshes
+    for _ in range(12):  # skip the first block's Refreshes
         engine.step()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         began = time.perf_counter()

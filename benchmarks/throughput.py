@@ -1,7 +1,7 @@
-"""Tokens per second against what people run today: `python -m benchmarks.throughput`.
+"""Measures tokens per second against baselines: `python -m benchmarks.throughput`.
 
-Baselines and the engine do the same work in one process, in turns, so that a noisy machine is
-equally unkind to all; ratios are of medians. Every system decodes one token per step and request.
+Baselines and engine do the same work in one process, in turns, so that a noisy machine affects all
+of them; ratios are ratios of medians. Every system decodes one token per step and request.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ STATIC_FAST_DLLM = f"Fast-dLLM dual cache, static batch of {STATIC_BATCH}"
 
 
 class Bench:
-    """One checkpoint, ready to be driven by the engine and by the baselines."""
+    """One checkpoint, loaded for the engine and for the baselines."""
 
     def __init__(self, name: str, checkpoint: Path, gen_length: int, vocabulary: int) -> None:
         self.name = name
@@ -55,7 +55,7 @@ class Bench:
         return requests * self.work.gen_length / (time.perf_counter() - began)
 
     def engine(self, policy: str, requests: int) -> float:
-        """Tokens per second of as many requests at once."""
+        """Tokens per second of the engine with this many concurrent requests."""
         params = SamplingParams(
             gen_length=self.work.gen_length,
             block_length=BLOCK_LENGTH,
@@ -67,7 +67,7 @@ class Bench:
         return requests * self.work.gen_length / (time.perf_counter() - began)
 
 
-#: Requests at once, by policy. Without a cache more of them gain little and take for ever.
+#: Concurrent requests by policy. Without a cache, more of them gain little and take long.
 SMALL_PLAN = {
     "none": [1, 8],
     "prefix": [1, 8, 32, 64],
@@ -85,7 +85,7 @@ LARGE_PLAN = {
 
 
 def measure(bench: Bench, plan: dict[str, list[int]], rounds: int) -> dict[str, Any]:
-    """Medians of several rounds; in each round every system has one turn."""
+    """Medians of several rounds; every system has one turn per round."""
     systems: dict[str, Callable[[], float]] = {
         REFERENCE: lambda: bench.baseline(reference, bench.plain, 1),
         FAST_DLLM: lambda: bench.baseline(fast_dllm, bench.plain, 1),
@@ -126,7 +126,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def plot(results: list[dict[str, Any]]) -> Path:
-    """Speed-up over the reference, one panel per checkpoint."""
+    """Plot the speed-up over the reference, one panel per checkpoint."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -159,7 +159,7 @@ def plot(results: list[dict[str, Any]]) -> Path:
 def main() -> None:
     """Measure, print, write JSON and plot."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="of the small model")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the small model")
     parser.add_argument("--large-rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, help="default: all cores")
     options = parser.parse_args()

@@ -1,7 +1,7 @@
-"""The ways to the engine that `benchmarks.serving` compares: from a call in this process to HTTP.
+"""Clients of the engine that `benchmarks.serving` compares, from a call in this process to HTTP.
 
-Each asks a question as one chat message, greedily, and gives the text back, so that what differs
-is the way alone.
+Each sends a question as one chat message, greedily, and returns the text, so that only the way
+differs.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from tritonclient.grpc.aio import InferenceServerClient
 
 from benchmarks.common import DEMO_CHECKPOINT
 
-#: Patience for one held poll, in seconds.
+#: Seconds of one held poll.
 WAIT = 60
-#: Triton's data type, and numpy's, of the values that requests here have.
+#: Triton's and NumPy's data types of the requests' values.
 TENSOR_TYPES: dict[type, tuple[str, Any]] = {
     str: ("BYTES", np.object_),
     bool: ("BOOL", np.bool_),
@@ -32,14 +32,14 @@ TENSOR_TYPES: dict[type, tuple[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """How a question is answered: the whole canvas, whatever stands in it."""
+    """Parameters of a question; the whole canvas is decoded."""
 
     gen_length: int
     steps: int
     cache: str = "dual"
 
     def fields(self) -> dict[str, Any]:
-        """Fields of a request, by the names that all ways share."""
+        """Fields of a request, with names that all ways share."""
         return dataclasses.asdict(self) | {"ignore_eos": True}
 
 
@@ -47,10 +47,10 @@ class Way(Protocol):
     """One way to the engine."""
 
     async def ask(self, question: str, work: Work) -> str:
-        """The answer, in one piece."""
+        """Return the answer, without a stream."""
 
     async def watch(self, question: str, work: Work) -> int:
-        """Follow a stream to its end; how many events came."""
+        """Read a stream to its end; returns the number of events."""
 
 
 class InProcess:
@@ -101,7 +101,7 @@ class InProcess:
 
 
 class Triton:
-    """tritonclient straight to tritonserver: a gRPC stream per request, as the adapter has it."""
+    """tritonclient to tritonserver: a gRPC stream per request, like the adapter."""
 
     def __init__(self, grpc_url: str) -> None:
         self._client = InferenceServerClient(grpc_url)
@@ -143,7 +143,7 @@ class Triton:
 
 
 class Jobs:
-    """REST through the adapter: submit, then a poll that is held until the job is done."""
+    """Jobs through the adapter: submit, then a poll that is held until the job is done."""
 
     def __init__(self, session: aiohttp.ClientSession) -> None:
         self._session = session
@@ -180,7 +180,7 @@ class Chat:
         return str(body["choices"][0]["message"]["content"])
 
     async def watch(self, question: str, work: Work) -> int:
-        """Chunks, as far as the text grows."""
+        """One chunk whenever the final text grows."""
         body = self._body(question, work) | {"stream": True}
         return await _count_events(self._session, "/v1/chat/completions", body)
 

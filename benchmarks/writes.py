@@ -1,10 +1,10 @@
-"""How large SQLite's log gets under sustained writes, and whom moving it into the file holds up.
+"""Measures SQLite's log under sustained writes, and the delays that checkpoints cause.
 
-`python -m benchmarks.writes`: processes that do nothing but submit, claim, finish and remove jobs,
-first with a log that is never emptied while others write, which is what SQLite's checkpoints come
-to by themselves, then as the adapter does it. Measured are the log, the time of transactions
-(`waits`, with the wait for others' locks) and of reads, and how late the event loop wakes who
-sleeps for a millisecond (`lags`).
+`python -m benchmarks.writes`: processes only submit, claim, finish and remove jobs, first with
+SQLite's own checkpoints, which never empty the log while others write, then with the adapter's.
+It measures the log's size, the time of transactions (`waits`, including the wait for others'
+locks) and of reads, and how late the event loop wakes a task that sleeps for a millisecond
+(`lags`).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from adapter.db import database
+from adapter.db import database, sqlite
 from adapter.jobs.store import JobStore
 from adapter.types import Event
 from benchmarks.common import RESULTS, write_json
 
 MIB = 2**20
-#: Statements are made when they first run, which takes some ten milliseconds.
+#: Statements are compiled at their first run, which takes some ten milliseconds.
 WARM_UP_SECONDS = 2.0
-#: Between two looks at the log.
+#: Seconds between two measurements of the log.
 LOOK_SECONDS = 0.02
 BASELINE, OURS = "checkpoints alone", "emptied when large"
 
@@ -39,7 +39,7 @@ def percentile(values: list[float], share: float) -> float:
 async def load(
     url: str, seconds: float, owner: str, chars: int, pause: float
 ) -> dict[str, list[float]]:
-    """One worker's writes; how many seconds everything took."""
+    """One worker's writes; the times of each operation."""
     waits: list[float] = []
     reads: list[float] = []
     lags: list[float] = []
@@ -85,13 +85,13 @@ async def load(
 
 
 def process(out: Any, log_limit: float, *arguments: Any) -> None:
-    """The same in a process of its own, with a log that is emptied above so many bytes."""
-    database.LOG_LIMIT_BYTES = log_limit  # type: ignore[assignment]
+    """Run `load` in a process of its own; the log is emptied above `log_limit` bytes."""
+    sqlite.LOG_LIMIT_BYTES = log_limit  # type: ignore[assignment]
     out.put(asyncio.run(load(*arguments)))
 
 
 def measure(options: argparse.Namespace, log_limit: float) -> dict[str, Any]:
-    """One run of all processes."""
+    """Run all processes once."""
     with tempfile.TemporaryDirectory(prefix="dllm-writes-") as folder:
         url = f"sqlite:///{folder}/jobs.db"
         out: Any = multiprocessing.Queue()
@@ -129,7 +129,7 @@ def measure(options: argparse.Namespace, log_limit: float) -> dict[str, Any]:
 
 
 def show(results: dict[str, dict[str, Any]]) -> None:
-    """Both, and the ratio of the largest logs."""
+    """Print both variants, and the ratio of the largest logs."""
     for name, result in results.items():
         print(f"{name}: {result['transactions_per_s']} transactions/s, log {result['log_mib']} MiB")
         for kind in ("waits", "reads", "lags"):
@@ -139,7 +139,7 @@ def show(results: dict[str, dict[str, Any]]) -> None:
 
 
 def plot(results: dict[str, dict[str, Any]]) -> Path:
-    """The log over time."""
+    """Plot the log over time."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -164,12 +164,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--chars", type=int, default=200, help="of a prompt, and of a text")
+    parser.add_argument("--chars", type=int, default=200, help="length of prompts and texts")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds after each job")
     options = parser.parse_args()
     results = {
         BASELINE: measure(options, math.inf),
-        OURS: measure(options, database.LOG_LIMIT_BYTES),
+        OURS: measure(options, sqlite.LOG_LIMIT_BYTES),
     }
     show(results)
     print(write_json("writes", {"options": vars(options), "results": results}), plot(results))

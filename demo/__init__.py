@@ -1,1 +1,1 @@
-"""Makes the demo checkpoint: its corpus, its tokenizer, its training and its scores."""
+"""Makes the demo checkpoints: corpus, tokenizer, training and scores."""

@@ -1,7 +1,7 @@
-"""Rows of token ids for training, and which of their positions are hidden.
+"""Makes rows of token ids for training, and masks some of their positions.
 
-All rows of a batch have one length: the canvas after each prompt is whatever room is left and
-is filled with the end token, so no row needs padding and canvases of many lengths occur.
+All rows of a batch have one length: the canvas takes the room after each prompt and is filled with
+the end token. So no row needs padding, and canvases of many lengths occur.
 """
 
 import random
@@ -16,7 +16,7 @@ from demo.model_format import SPECIALS, Family, chat_prompt, special_ids
 
 BLOCK = 32
 LONG_TASKS = ("paragraph", "definition")
-# Tasks whose questions and answers need more room than the smallest rows have.
+# Tasks whose questions and answers need more room than the smallest rows.
 WIDE_TASKS = ("sorting", "counting", "capital", "country")
 SMALL_TASKS = tuple(task for task in corpus.TASKS if task not in (*LONG_TASKS, *WIDE_TASKS))
 SMALL_TALK_SHARE = 0.02
@@ -24,7 +24,7 @@ SMALL_TALK_SHARE = 0.02
 EXTRA: dict[Family, int] = {"llada": 0, "dream": 8}
 # Row lengths and their shares.
 Lengths = tuple[tuple[int, float], ...]
-# Small canvases are cheap; some must be as long as at serving.
+# Small canvases are cheap; some must be as long as in serving.
 SMALL_LENGTHS: Lengths = ((28, 0.60), (52, 0.20), (88, 0.16), (152, 0.04))
 WIDE_LENGTHS: Lengths = ((42, 0.60), (58, 0.20), (88, 0.16), (152, 0.04))
 LONG_LENGTHS: Lengths = ((52, 0.20), (88, 0.25), (132, 0.30), (152, 0.20), (280, 0.05))
@@ -44,7 +44,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Masking:
-    """Hidden positions [rows, length] and the weight of each in the loss (0: left out)."""
+    """Masked positions [rows, length] and the weight of each in the loss (0: ignored)."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -61,7 +61,7 @@ class RowMaker:
         self.mask = ids[SPECIALS[family].mask]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text in which special tokens may be spelled out."""
+        """Ids of a text that may contain special tokens."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -83,7 +83,7 @@ class RowMaker:
         return Rows(ids, torch.tensor(prompts), torch.tensor(answers))
 
     def hide(self, rows: Rows, hidden: torch.Tensor) -> torch.Tensor:
-        """The ids with the hidden positions replaced by the mask token."""
+        """The ids with masked positions replaced by the mask token."""
         return torch.where(hidden, self.mask, rows.ids)
 
 
@@ -110,16 +110,16 @@ def canvas(rows: Rows) -> torch.Tensor:
 
 
 def mask_rows(rows: Rows, generator: torch.Generator, doubt: torch.Tensor) -> Masking:
-    """Hide positions in the patterns that decoding meets.
+    """Mask positions in the patterns that decoding meets.
 
-    `doubt` [rows, length] orders a row's positions by how sure the model is of them: 0 is the
-    position it doubts most. In half the rows a share of the most doubtful ones is hidden, since
-    those are what decoding by confidence leaves for last.
+    `doubt` [rows, length] ranks a row's positions by the model's confidence: 0 is the least sure
+    position. In half the rows a share of the least sure positions is masked, since decoding by
+    confidence leaves those for last.
 
-    A fifth of the rows are hidden whole, as at the first step. The rest hide a random share
-    of the answer and, apart from it, a random share of the end tokens behind it, since decoding
-    commits those first. In half of the others one block is at work: the text before it is
-    known, the text after it hidden.
+    A fifth of the rows are masked completely, as at the first step. The rest mask a random share
+    of the answer and another random share of the end tokens after it, since decoding commits
+    those first. In half of the others one block is active: the text before it is known, the text
+    after it is masked.
     """
     count, length = rows.ids.shape
 
@@ -130,14 +130,14 @@ def mask_rows(rows: Rows, generator: torch.Generator, doubt: torch.Tensor) -> Ma
     in_canvas = offset >= 0
     in_answer = in_canvas & (offset < rows.answer[:, None])
     answer_share = torch.where(uniform(count, 1) < 0.1, 1.0, uniform(count, 1) ** 1.5)
-    # Below 0 nothing behind the answer is hidden, above 1 everything is.
+    # Below 0 nothing after the answer is masked, above 1 everything is.
     tail_share = uniform(count, 1) * 2.5 - 0.75
     noise = uniform(count, length)
-    # Decoding reaches far end tokens first: in half the rows the hidden ones are the nearest.
+    # Decoding reaches far end tokens first: in half the rows the masked ones are the nearest.
     behind = (offset - rows.answer[:, None]) / (length - rows.prompt - rows.answer + 1)[:, None]
     noise = torch.where(in_answer | (uniform(count, 1) < 0.5), noise, behind)
     hidden = torch.where(in_answer, noise < answer_share, (noise < tail_share) & in_canvas)
-    # Half of these keep all but a few of the answer's tokens: the last steps of decoding.
+    # Half of these mask only a few of the answer's tokens: the last steps of decoding.
     last_steps = uniform(count, 1) * (rows.answer[:, None] + 2) / in_canvas.sum(1, keepdim=True)
     reach = torch.where(uniform(count, 1) < 0.5, last_steps, uniform(count, 1) ** 1.5)
     doubtful = in_canvas & (doubt < reach)
@@ -151,10 +151,10 @@ def mask_rows(rows: Rows, generator: torch.Generator, doubt: torch.Tensor) -> Ma
     nothing = ~(hidden & in_answer).any(1, keepdim=True)
     hidden = torch.where((mode > 0.8) | nothing, in_canvas, hidden)
 
-    # A row counts about as much with one hidden position as with all: nearly finished answers
-    # are as frequent in decoding as empty ones, and are learned badly otherwise. Where the
-    # answer stops is hard to see, so the end tokens next to it count too; of the rest a sample
-    # is enough.
+    # A row with one masked position counts about as much as a fully masked one: decoding meets
+    # nearly finished answers as often as empty ones, and the model learns them badly otherwise.
+    # The end of the answer is hard to learn, so the end tokens next to it count too; of the
+    # rest a sample is enough.
     near = in_canvas & (offset < rows.answer[:, None] + 8)
     sampled = uniform(count, length) < 0.15
     weight = torch.where(in_answer, 1.0, torch.where(near, 0.6, 0.3 * sampled))

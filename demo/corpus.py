@@ -1,7 +1,7 @@
 """Questions and answers of the demo tasks, with a fixed split into training and held-out.
 
-Every answer is a function of its question, so exact match is a fair score. What is held out
-depends on a checksum alone: it is the same in every process, for every seed.
+Every answer is a function of its question, so exact match is a fair score. A checksum alone decides
+the split: it is the same in every process and for every seed.
 """
 
 import random
@@ -14,7 +14,7 @@ from demo.texts import CAPITALS, MONTHS, OPPOSITES, SMALL_TALK, SPELLED, TOPICS,
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One question and the only answer counted as right."""
+    """One question and its only right answer."""
 
     task: str
     question: str
@@ -23,12 +23,12 @@ class Example:
 
 Sampler = Callable[[random.Random, bool], Example]
 
-# Of the operand pairs and lists, one in ten is kept for testing.
+# One in ten of the operand pairs and lists is held out.
 HELD_OUT_ONE_IN = 10
 
 
 def is_held_out(key: str) -> bool:
-    """Whether the operands behind `key` are kept for testing."""
+    """Whether the operands behind `key` are held out."""
     return zlib.crc32(key.encode()) % HELD_OUT_ONE_IN == 0
 
 
@@ -61,7 +61,7 @@ def _addition(rng: random.Random, held_out: bool) -> Example:
 
 
 def _subtraction(rng: random.Random, held_out: bool) -> Example:
-    """Differences of two-digit numbers that have two digits themselves."""
+    """Two-digit differences of two-digit numbers."""
     while True:
         b = rng.randint(10, 89)
         a = rng.randint(b + 10, 99)
@@ -72,7 +72,7 @@ def _subtraction(rng: random.Random, held_out: bool) -> Example:
 def _sorting(task: str, lengths: tuple[int, int]) -> Sampler:
     """Digits to sort; all orders of one set of numbers fall on the same side of the split.
 
-    In training there are pairs too, as an easier step on the way.
+    Training has pairs too, as an easier step.
     """
 
     def sample(rng: random.Random, held_out: bool) -> Example:
@@ -129,7 +129,7 @@ def _parity(rng: random.Random, held_out: bool) -> Example:
             return Example("parity", _ask(rng, PARITY, a=number), answer)
 
 
-# --- remembered tasks: a wording that was never used for a subject is held out ----------------
+# --- remembered tasks: a wording that is never used for a subject is held out ----------------
 
 PRODUCT = ("What is {a} * {b}?", "{a} * {b} =", "Multiply {a} by {b}.", "What is {a} times {b}?")
 CAPITAL = (
@@ -185,13 +185,13 @@ PARAGRAPH = (
     "Write a paragraph about {x}.",
     "What do you know about {x}?",
 )
-# The first wordings are the ones the guides use; they are always trained.
+# The first wordings are those of the guides; they are always trained.
 ALWAYS_TRAINED = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A subject, the words that fill its question and the answer."""
+    """A subject, the words that fill its question, and the answer."""
 
     subject: str
     fields: dict[str, str]
@@ -199,7 +199,7 @@ class Fact:
 
 
 def _remembered(task: str, phrasings: Sequence[str], facts: Iterable[Fact]) -> Sampler:
-    """Samples facts; for each subject one wording, chosen by checksum, is held out."""
+    """Samples facts; a checksum picks one wording per subject to hold out."""
     table = tuple(facts)
     spare = len(phrasings) - ALWAYS_TRAINED
 
@@ -221,7 +221,7 @@ def _topic_facts(*, paragraphs: bool) -> list[Fact]:
     return [
         Fact(
             name,
-            # A second name may differ in number: "GPUs" are, "a GPU" is.
+            # A second name may differ in number: "GPUs are", "a GPU is".
             {"x": name, "v": topic.verb if i == 0 else "are" if name.endswith("s") else "is"},
             topic.paragraph if paragraphs else topic.short,
         )
@@ -296,7 +296,7 @@ def sample(task: str, rng: random.Random, *, held_out: bool = False) -> Example:
 
 
 def held_out_set(task: str, count: int, seed: int = 1) -> list[Example]:
-    """Up to `count` different held-out examples of `task`, always the same for a seed."""
+    """Up to `count` different held-out examples of `task`, the same for each seed."""
     rng = random.Random(f"{task} {seed}")
     found: dict[str, Example] = {}
     for _ in range(20 * count):
@@ -308,13 +308,13 @@ def held_out_set(task: str, count: int, seed: int = 1) -> list[Example]:
 
 
 def small_talk(rng: random.Random) -> Example:
-    """Draw a greeting or the like; trained on, never scored."""
+    """Draw small talk, such as a greeting; trained, never scored."""
     questions, answer = rng.choice(SMALL_TALK)
     return Example("small_talk", rng.choice(questions), answer)
 
 
 def loosen(example: Example, rng: random.Random) -> Example:
-    """Write the question as hurried people do: no mark at the end, or in lower case."""
+    """Write the question carelessly: without its question mark, or in lower case."""
     question = example.question
     if rng.random() < 0.1:
         question = question.rstrip("?.")
@@ -324,7 +324,7 @@ def loosen(example: Example, rng: random.Random) -> Example:
 
 
 def tokenizer_texts(seed: int = 0) -> list[str]:
-    """Text in the proportions that make a good small vocabulary: mostly prose."""
+    """Texts in proportions that make a good small vocabulary: mostly prose."""
     rng = random.Random(seed)
     prose = [text for topic in TOPICS for text in (topic.short, topic.paragraph)]
     asked = [sample(task, rng) for task in TASKS for _ in range(400)]

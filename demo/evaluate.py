@@ -1,7 +1,7 @@
-"""Exact match per task: `python -m demo.evaluate DIR`.
+"""Scores a checkpoint by exact match per task: `python -m demo.evaluate DIR`.
 
-The decoding here is the plain reference: one forward pass over the whole canvas per committed
-token, low-confidence remasking, greedy. A server's answers can be held against it.
+It decodes by the plain reference: one forward pass over the whole canvas per committed token,
+low-confidence remasking, greedy. You can compare a server's answers with it.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from demo.model_format import Family, load
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A loaded checkpoint and the ids that decoding needs."""
+    """A loaded checkpoint and the ids for decoding."""
 
     family: Family
     model: torch.nn.Module
@@ -32,7 +32,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How answers are decoded; `threshold` None commits a fixed number per step."""
+    """Decoding parameters; without a `threshold` each step commits a fixed number."""
 
     length: int = 64
     block: int = 32
@@ -108,7 +108,7 @@ def answers(checkpoint: Checkpoint, questions: list[str], how: Decoding) -> list
             part = rows[i : i + 64]
             ids = decode(checkpoint, [prompts[row] for row in part], how)
             for row, answer in zip(part, ids.tolist(), strict=True):
-                # What follows the end of text is no part of an answer.
+                # Tokens after the end of text are not part of an answer.
                 ended = answer.index(checkpoint.end) if checkpoint.end in answer else len(answer)
                 text = checkpoint.tokenizer.decode(answer[:ended], skip_special_tokens=True)
                 found[row] = text.strip()
@@ -116,7 +116,7 @@ def answers(checkpoint: Checkpoint, questions: list[str], how: Decoding) -> list
 
 
 def score_task(checkpoint: Checkpoint, task: str, count: int, how: Decoding) -> dict[str, object]:
-    """Exact match on held-out questions of one task, and some of the misses."""
+    """Exact match on held-out questions of one task, and some wrong answers."""
     examples: list[Example] = corpus.held_out_set(task, count)
     given = answers(checkpoint, [example.question for example in examples], how)
     wrong = [
@@ -137,7 +137,7 @@ def score_all(
     checkpoint: Checkpoint, tasks: list[str], count: int, how: Decoding
 ) -> dict[str, dict[str, object]]:
     """Score the tasks one after the other, printing a table row for each."""
-    # A paragraph needs a longer canvas than the other answers.
+    # A paragraph needs a longer canvas than other answers.
     longer = Decoding(128, how.block, 128 * how.steps // how.length, how.threshold)
     results = {}
     print("| task | questions | exact match |\n| --- | ---: | ---: |")
@@ -162,11 +162,11 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=100, help="questions per task at most")
     parser.add_argument("--gen-length", type=int, default=64)
     parser.add_argument("--block-length", type=int, default=32)
-    parser.add_argument("--steps", type=int, help="steps in all (default: the length)")
-    parser.add_argument("--threshold", type=float, help="also commit whatever is at least so sure")
+    parser.add_argument("--steps", type=int, help="number of steps (default: the length)")
+    parser.add_argument("--threshold", type=float, help="commit all positions this sure")
     parser.add_argument("--tasks", nargs="+", choices=corpus.TASKS, default=list(corpus.TASKS))
-    parser.add_argument("--threads", type=int, default=1, help="more only help on an idle machine")
-    parser.add_argument("--json", type=Path, help="write the result here too")
+    parser.add_argument("--threads", type=int, default=1, help="more help only on an idle machine")
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
     return parser.parse_args()
 
 

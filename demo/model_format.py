@@ -1,7 +1,7 @@
-"""The two checkpoint layouts of the demo: tokenizer files, config.json and tensor names.
+"""Reads and writes the demo's two checkpoint layouts: tokenizer, config.json, tensor names.
 
-Training runs on the native Llama and Qwen2 classes of transformers, which hold the same
-mathematics as LLaDA and Dream; only names differ on disk.
+Training runs on transformers' native Llama and Qwen2 classes, which compute the same as LLaDA and
+Dream; only the names on disk differ.
 """
 
 import json
@@ -63,7 +63,7 @@ SPECIALS: dict[Family, Specials] = {
     ),
 }
 
-# LLaDA's template adds the answer's header always; Dream's adds a system turn when none is given.
+# LLaDA's template always adds the answer's header; Dream's adds a system turn if there is none.
 CHAT_TEMPLATES: dict[Family, str] = {
     "llada": (
         "{% for message in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"
@@ -80,7 +80,7 @@ CHAT_TEMPLATES: dict[Family, str] = {
     ),
 }
 
-# The split of Qwen2's tokenizer: words keep the space before them, digits stand alone.
+# The split of Qwen2's tokenizer: words keep their leading space, digits stand alone.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -94,7 +94,7 @@ def special_ids(family: Family, tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def chat_prompt(family: Family, question: str) -> str:
-    """The text a chat template makes of one user message."""
+    """The chat template's text for one user message."""
     if family == "llada":
         return (
             f"<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n{question.strip()}"
@@ -124,7 +124,7 @@ def build_tokenizer(family: Family, texts: list[str], size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # The template's words must be single tokens, whatever the corpus says.
+    # The template's words must be single tokens, whatever the corpus contains.
     frame = ["user\n\n", "assistant\n\n", "system\n\n"] * 2000
     if family == "dream":
         frame += ["You are a helpful assistant."] * 2000
@@ -153,7 +153,7 @@ def build_model(family: Family, shape: Shape, vocab: int) -> torch.nn.Module:
         model = LlamaForCausalLM(LlamaConfig(rms_norm_eps=1e-5, **common))
     else:
         model = Qwen2ForCausalLM(Qwen2Config(rms_norm_eps=1e-6, **common))
-    # Left causal, the classes would hide every later position.
+    # The classes default to causal attention, which masks every later position.
     cast(Any, model).config.is_causal = False
     for module in model.modules():
         if hasattr(module, "is_causal"):
@@ -180,7 +180,7 @@ _LLADA_OUTER = {
 
 
 def disk_name(family: Family, name: str) -> str:
-    """The name a tensor of the native class has in the family's checkpoint."""
+    """The name of a native class's tensor in the family's checkpoint."""
     if family == "dream":
         return name
     if name in _LLADA_OUTER:
@@ -353,7 +353,7 @@ def export(
     _export_tokenizer(family, tokenizer, shape, out)
     tensors = {disk_name(family, k): v.detach().to(dtype).contiguous() for k, v in weights.items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    # The library writes for the owner alone; a server may run as another user.
+    # The library makes files readable by the owner only; a server may run as another user.
     (out / "model.safetensors").chmod(0o644)
 
 
@@ -382,19 +382,19 @@ def load(path: Path) -> tuple[Family, torch.nn.Module, Mapping[str, Any]]:
     stored = load_file(path / "model.safetensors")
     native = {name: stored.pop(disk_name(family, name)).float() for name in model.state_dict()}
     if stored:
-        raise ValueError(f"{path} holds tensors of no use: {sorted(stored)}")
+        raise ValueError(f"{path} has unused tensors: {sorted(stored)}")
     model.load_state_dict(native)
     return family, model.eval(), config
 
 
 def _head_means(weight: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
-    """Key or value heads merged into fewer by their mean (Ainslie et al. 2023, GQA, 2.1)."""
+    """Merge key or value heads by their mean (Ainslie et al. 2023, GQA, 2.1)."""
     split = weight.unflatten(0, (kv_heads, heads // kv_heads, -1))  # type: ignore[no-untyped-call]
     merged: torch.Tensor = split.mean(1).flatten(0, 1)
     return merged
 
 
-# What a token of one family is called in the other.
+# Names of a family's special tokens in the other family.
 _SAME_TOKEN = {
     "<|im_start|>": "<|start_header_id|>",
     "<|im_end|>": "<|eot_id|>",
@@ -404,9 +404,9 @@ _SAME_TOKEN = {
 
 
 def transplant(source: Path, model: torch.nn.Module, tokenizer: Tokenizer, shape: Shape) -> None:
-    """Copy into `model` what it shares with the LLaDA checkpoint in `source`.
+    """Copy the weights that `model` shares with the LLaDA checkpoint in `source`.
 
-    Tokens are matched by their text; rows of tokens that the source lacks stay as they are.
+    Tokens are matched by their text; rows of tokens missing in the source stay unchanged.
     """
     _, donor, config = load(source)
     given = donor.state_dict()

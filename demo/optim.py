@@ -1,4 +1,4 @@
-"""Muon for the matrices inside the blocks, AdamW for the rest; one step schedule for both.
+"""Muon for the matrices inside the blocks, AdamW for the rest, one schedule for both.
 
 Muon (Keller Jordan, 2024) replaces the momentum of a matrix by the nearest orthogonal matrix.
 On these small models it needs about half as many steps as AdamW alone.
@@ -27,10 +27,10 @@ def orthogonalise(stack: torch.Tensor, rounds: int = 4) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Matrices of one shape are orthogonalised together, which is what makes it cheap on a CPU.
+    """Muon, orthogonalising matrices of one shape together, which makes it cheap on a CPU.
 
-    With several workers each does the layers whose number falls to it and the updates are
-    added up; every worker must hold the same gradients.
+    With several workers, each updates its share of the layers and the updates are summed; every
+    worker must have the same gradients.
     """
 
     def __init__(
@@ -44,13 +44,13 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure form
-        """Apply one update from the gradients at hand."""
+        """Apply one update from the current gradients."""
         del closure
         stacks: dict[torch.Size, list[torch.Tensor]] = defaultdict(list)
         places: dict[torch.nn.Parameter, tuple[torch.Size, int]] = {}
         for group in self.param_groups:
             for param in group["params"]:
-                # The momentum is kept by all, so that any worker can save the whole state.
+                # All workers keep the momentum, so that any of them can save the whole state.
                 direction = self._momentum(param)
                 if group["mine"]:
                     places[param] = (param.shape, len(stacks[param.shape]))
@@ -103,7 +103,7 @@ def optimisers(
 
 
 def rate(step: int, steps: int, warmup: int = 100, decay_share: float = 0.3) -> float:
-    """Share of the peak rate: a short rise, a plateau, a straight fall to zero."""
+    """Share of the peak rate: a short rise, a plateau, a linear fall to zero."""
     fall = (steps - step) / max(1.0, decay_share * steps)
     return max(0.0, min(1.0, (step + 1) / warmup, fall))
 

@@ -1,7 +1,7 @@
 """Train a demo checkpoint: `python -m demo.train --out DIR --steps N`.
 
-Every worker is one process with one thread. On a shared CPU that is faster than threads inside
-one process, which wait for each other at every operation.
+Every worker is one process with one thread. On a shared CPU that is faster than threads inside one
+process, which wait for each other at every operation.
 """
 
 import argparse
@@ -40,7 +40,7 @@ EMA_DECAY = 0.998
 
 @dataclass
 class Run:
-    """Everything that changes while training."""
+    """All state that changes during training."""
 
     family: Family
     shape: Shape
@@ -59,7 +59,7 @@ class Run:
 
 
 def start(family: Family, shape: Shape, seed: int, rank: int = 0, workers: int = 1) -> Run:
-    """A fresh run; the tokenizer is trained here."""
+    """Start a run; trains the tokenizer."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(family, corpus.tokenizer_texts(), VOCABULARY)
     model = build_model(family, shape, VOCABULARY)
@@ -77,7 +77,7 @@ def start(family: Family, shape: Shape, seed: int, rank: int = 0, workers: int =
 
 
 def save(run: Run, path: Path) -> None:
-    """Write all of the run's state, replacing the file in one move."""
+    """Write the run's whole state, replacing the file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {
         "family": run.family,
@@ -103,7 +103,7 @@ def resume(path: Path, rank: int = 0, workers: int = 1) -> Run:
     run.model.load_state_dict(state["model"])
     run.average.load_state_dict(state["average"])
     for optimiser, saved in zip(run.optims, state["optims"], strict=True):
-        # Which layers are this worker's is not the saved state's to say.
+        # The saved state must not decide which layers are this worker's.
         own = [group.get("mine") for group in optimiser.param_groups]
         optimiser.load_state_dict(saved)
         for group, mine in zip(optimiser.param_groups, own, strict=True):
@@ -127,15 +127,15 @@ def head(model: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:
 
 
 def aligned(family: Family, states: torch.Tensor) -> torch.Tensor:
-    """States moved to the position whose token they predict; Dream predicts one ahead."""
+    """States at the positions whose tokens they predict; Dream predicts one ahead."""
     return torch.cat([states[:, :1], states[:, :-1]], 1) if family == "dream" else states
 
 
 @torch.no_grad()
 def doubts(run: Run, rows: Rows) -> torch.Tensor:
-    """Place of each canvas position by the model's confidence on the empty canvas, 0 to 1.
+    """Rank of each canvas position by the model's confidence on the empty canvas, 0 to 1.
 
-    0 is the position that it is least sure of; 1 stands outside the canvas.
+    0 is the least sure position; positions outside the canvas have 1.
     """
     in_canvas = batches.canvas(rows)
     states = aligned(run.family, hidden_states(run.model, run.maker.hide(rows, in_canvas)))
@@ -145,7 +145,7 @@ def doubts(run: Run, rows: Rows) -> torch.Tensor:
 
 
 def loss_of(run: Run, rows: Rows) -> torch.Tensor:
-    """Weighted cross-entropy per row; the head sees only positions that count."""
+    """Weighted cross-entropy per row; the head runs only on positions with a weight."""
     masking = batches.mask_rows(rows, run.generator, doubts(run, rows))
     states = aligned(run.family, hidden_states(run.model, run.maker.hide(rows, masking.hidden)))
     counted = masking.weight > 0
@@ -155,12 +155,12 @@ def loss_of(run: Run, rows: Rows) -> torch.Tensor:
 
 
 def missing(run: Run, tasks: tuple[str, ...]) -> dict[str, float]:
-    """What each task still misses, never quite zero, so that nothing is forgotten."""
+    """Share that each task still misses, never zero, so that no task is forgotten."""
     return {task: 0.1 + (1.0 - run.scores[task]) for task in tasks}
 
 
 def reseed(run: Run) -> None:
-    """Give the step its own random numbers, so that a resumed run repeats an unbroken one."""
+    """Seed the step's random numbers, so that a resumed run equals an unbroken one."""
     run.rng.seed(f"{run.seed} {run.rank} {run.step}")
     run.generator.manual_seed(run.rng.getrandbits(60))
 
@@ -179,9 +179,9 @@ def share_gradients(run: Run) -> None:
 
 
 def step_batches(run: Run) -> list[Rows]:
-    """The batches of one step: small, wide and, as often as prose is missed, long rows.
+    """The batches of one step: small, wide and, as often as prose is wrong, long rows.
 
-    The tokens of the first two are shared out by what their tasks still miss.
+    The first two share their tokens by what their tasks still miss.
     """
     small, wide = missing(run, batches.SMALL_TASKS), missing(run, batches.WIDE_TASKS)
     share = sum(small.values()) / (sum(small.values()) + sum(wide.values()))
@@ -217,7 +217,7 @@ def train_step(run: Run, steps: int) -> float:
     for optimiser in run.optims:
         optimiser.step()
         optimiser.zero_grad()
-    # Early on a long memory would hold the average back.
+    # Early on, a long memory would slow the average down.
     decay = min(EMA_DECAY, (1 + run.step) / (10 + run.step))
     with torch.no_grad():
         current = dict(run.model.named_parameters())
@@ -229,10 +229,10 @@ def train_step(run: Run, steps: int) -> float:
 
 @torch.no_grad()
 def quick_scores(run: Run, tasks: Iterable[str], count: int = 40) -> dict[str, float]:
-    """Share of held-out answers that one pass completes rightly, at three stages of decoding.
+    """Share of held-out answers that one pass completes correctly, at three stages of decoding.
 
-    An empty canvas alone would not do: nearly finished answers are the harder ones to learn.
-    Far cheaper than decoding step by step, and it finds the same weaknesses.
+    An empty canvas alone is not enough: nearly finished answers are harder to learn. This is far
+    cheaper than decoding step by step and finds the same weaknesses.
     """
     scores = {}
     for task in tasks:
@@ -254,7 +254,7 @@ def quick_scores(run: Run, tasks: Iterable[str], count: int = 40) -> dict[str, f
 
 
 def report(run: Run, loss: float) -> None:
-    """One line on how far the run is."""
+    """Print one line of progress."""
     scores = " ".join(f"{task}={score:.2f}" for task, score in run.scores.items())
     mean = sum(run.scores.values()) / len(run.scores)
     print(
@@ -264,7 +264,7 @@ def report(run: Run, loss: float) -> None:
 
 
 def all_scores(run: Run) -> dict[str, float]:
-    """The scores of all tasks, which the workers share among themselves."""
+    """The scores of all tasks; the workers share the work."""
     mine = quick_scores(run, corpus.TASKS[run.rank :: run.workers])
     if run.workers == 1:
         return mine
@@ -275,7 +275,7 @@ def all_scores(run: Run) -> dict[str, float]:
 
 
 def train(run: Run, steps: int, every: int, out: Path, state: Path) -> None:
-    """Train up to `steps`; every so often score, save and export."""
+    """Train up to `steps`; score, save and export at intervals."""
     recent = 0.0
     while run.step < steps:
         since = time.monotonic()
@@ -298,7 +298,7 @@ def work(rank: int, meeting: str, options: argparse.Namespace) -> None:
         distributed.init_process_group(
             "gloo", init_method=f"file://{meeting}", rank=rank, world_size=options.workers
         )
-    # Dream has fewer key heads than query heads; the twin keeps that.
+    # Dream has fewer key heads than query heads; so does the twin.
     shape = Shape(kv_heads=2 if options.family == "dream" else 4)
     if options.resume:
         run = resume(options.resume, rank, options.workers)
@@ -317,13 +317,13 @@ def main() -> None:
     """Parse the options and start the workers."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="checkpoint directory to write")
-    parser.add_argument("--steps", type=int, default=12000, help="optimiser steps in all")
+    parser.add_argument("--steps", type=int, default=12000, help="number of optimiser steps")
     parser.add_argument("--family", choices=("llada", "dream"), default="llada")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=400, help="steps between scores and saves")
     parser.add_argument("--state", type=Path, help="training state (default: OUT.state.pt)")
-    parser.add_argument("--start-from", type=Path, help="LLaDA demo checkpoint to begin with")
-    parser.add_argument("--resume", type=Path, help="training state to go on from")
+    parser.add_argument("--start-from", type=Path, help="LLaDA demo checkpoint to start from")
+    parser.add_argument("--resume", type=Path, help="training state to resume")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

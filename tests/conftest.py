@@ -12,12 +12,15 @@ import pytest
 import requests
 
 from launcher.tritonserver import TritonServer
+from tests.support.budget import register_profiles
 from tests.support.servers import AdapterServer, kept_running, triton_server
 
 if TYPE_CHECKING:  # torch takes seconds to import, and most tests do without
     from dllm_engine import LLM
 
     from tests.support.postgres import PostgresServer
+
+register_profiles()
 
 StartAdapter = Callable[..., AdapterServer]
 

@@ -10,7 +10,6 @@ from adapter.jobs.job import Job, JobState
 from adapter.types import DEFAULT_PRIORITY, Inputs, InputValue
 
 INT32_MAX = 2**31 - 1
-MAX_RULE_PARAMETER = 1e6  # far beyond sense, well within 32-bit floats
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 
@@ -54,48 +53,163 @@ class Message(Body):
     content: PlainText
 
 
-_ONE_RULE = (
-    "one of confidence_threshold, factor, entropy_bound, anchor_threshold at most; not with alg"
-)
-
-
 class Denoising(Body):
     """How to denoise: inputs of the Triton model, by its names."""
 
-    steps: Count | None = Field(None, description="denoising steps; default: gen_length")
-    block_length: Count | None = Field(None, description="at most gen_length")
-    cfg_scale: float | None = Field(None, ge=0, le=MAX_RULE_PARAMETER)
-    remasking: Name | None = None
-    confidence_threshold: float | None = Field(None, gt=0, le=1, description=_ONE_RULE)
-    factor: float | None = Field(None, ge=0, le=MAX_RULE_PARAMETER, description=_ONE_RULE)
-    entropy_bound: float | None = Field(None, ge=0, le=MAX_RULE_PARAMETER, description=_ONE_RULE)
-    low_threshold: float | None = Field(None, gt=0, le=1, description="needs confidence_threshold")
-    credit: bool | None = Field(None, description="needs confidence_threshold")
-    anchor_threshold: float | None = Field(None, gt=0, le=1, description=_ONE_RULE)
-    neighbor_threshold: float | None = Field(None, gt=0, le=1, description="needs anchor_threshold")
-    alg: Name | None = None
-    alg_temp: float | None = Field(
-        None, ge=0, le=MAX_RULE_PARAMETER, description="above 0 needs alg"
+    # From the engine's table of sampling fields. make fields: begin
+    steps: int | None = Field(
+        None,
+        ge=1,
+        le=INT32_MAX,
+        description="denoising steps over the whole canvas; default: gen_length",
     )
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: Count | None = None
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    logits_eos_inf: bool | None = None
-    confidence_eos_eot_inf: bool | None = None
-    stop: StopStrings | None = None
-    cache: Name | None = None
-    retention_ratio: float | None = Field(None, gt=0, le=1)
-    pool_kernel: int | None = Field(None, ge=1, le=2**31 - 1)
-    delay_steps: int | None = Field(None, ge=0, le=2**31 - 1)
-    refresh_interval: int | None = Field(None, ge=0, le=2**31 - 1)
-    ignore_eos: bool | None = None
+    block_length: int | None = Field(
+        None,
+        ge=1,
+        le=INT32_MAX,
+        description="tokens per block, at most gen_length; default: 32, with alg gen_length",
+    )
+    cfg_scale: float | None = Field(
+        None, ge=0, le=1000000, description="classifier-free guidance; 0 is off"
+    )
+    remasking: Name | None = Field(
+        None,
+        description="which positions a step commits first: low_confidence, random, entropy, margin",
+    )
+    confidence_threshold: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="commit every position at least this confident, and the best; not with alg, "
+        "factor, entropy_bound, anchor_threshold",
+    )
+    factor: float | None = Field(
+        None,
+        ge=0,
+        le=1000000,
+        description="Fast-dLLM: commit the n most confident while c_n >= 1 - factor / (n + 1); "
+        "not with alg, confidence_threshold, entropy_bound, anchor_threshold",
+    )
+    entropy_bound: float | None = Field(
+        None,
+        ge=0,
+        le=1000000,
+        description="EB-sampler: commit the least uncertain while their entropies sum to at most "
+        "this; not with alg, confidence_threshold, factor, anchor_threshold",
+    )
+    low_threshold: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="dInfer: commit the best of each run of masks, too, if above this; needs "
+        "confidence_threshold",
+    )
+    credit: bool | None = Field(
+        None,
+        description="dInfer: trust tokens that stay ahead from step to step; needs "
+        "confidence_threshold",
+    )
+    anchor_threshold: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="LocalLeap: commit neighbors of positions at least this confident; not with "
+        "alg, confidence_threshold, factor, entropy_bound",
+    )
+    neighbor_threshold: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="LocalLeap: how confident a neighbor has to be; default: 0.75; needs "
+        "anchor_threshold",
+    )
+    alg: Name | None = Field(
+        None,
+        description="Dream's rule, instead of remasking: origin, maskgit_plus, topk_margin, "
+        "entropy",
+    )
+    alg_temp: float | None = Field(
+        None,
+        ge=0,
+        le=1000000,
+        description="Dream: above 0, draw positions from softmax(score / alg_temp); needs alg",
+    )
+    top_p: float | None = Field(
+        None, gt=0, le=1, description="sample from the most probable tokens that reach this sum"
+    )
+    top_k: int | None = Field(
+        None, ge=1, le=INT32_MAX, description="sample from this many most probable tokens"
+    )
+    seed: int | None = Field(
+        None,
+        ge=-9223372036854775808,
+        le=9223372036854775807,
+        description="repeats an answer; default: drawn at random and reported",
+    )
+    logits_eos_inf: bool | None = Field(None, description="never choose the end-of-text token")
+    confidence_eos_eot_inf: bool | None = Field(
+        None, description="commit end-of-text and end-of-turn tokens after all others"
+    )
+    stop: StopStrings | None = Field(
+        None, description="end the text before the first of these strings"
+    )
+    ignore_eos: bool | None = Field(
+        None, description="decode the whole canvas, even after an end-of-text token"
+    )
+    cache: Name | None = Field(
+        None,
+        description="which keys and values are kept between steps: none, prefix, dual, sparse, "
+        "delayed; default: the server's",
+    )
+    retention_ratio: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of the positions outside the block that each KV head keeps; with "
+        "cache sparse; default: the server's",
+    )
+    pool_kernel: int | None = Field(
+        None,
+        ge=1,
+        le=INT32_MAX,
+        description="a position scores as the best of this many around it; odd; with cache "
+        "sparse; default: the server's",
+    )
+    delay_steps: int | None = Field(
+        None,
+        ge=0,
+        le=INT32_MAX,
+        description="steps of a block that run in full before one stores keys and values; with "
+        "cache prefix, dual, sparse, delayed; default: the server's",
+    )
+    refresh_interval: int | None = Field(
+        None,
+        ge=0,
+        le=INT32_MAX,
+        description="steps between Refreshes in a block; 0: only at its start; with cache "
+        "prefix, dual, sparse, delayed; default: the server's",
+    )
+    # make fields: end
 
 
 class Sampling(Denoising):
     """How to denoise, and how much."""
 
-    temperature: float = Field(0.0, ge=0, description="at most DLLM_MAX_TEMPERATURE")
-    gen_length: int = Field(32, ge=1, description="tokens; at most DLLM_MAX_GEN_LENGTH")
+    # make fields: begin
+    temperature: float = Field(
+        0.0,
+        ge=0,
+        le=1000000,
+        description="0 picks the most probable tokens; above 0 samples; at most "
+        "DLLM_MAX_TEMPERATURE",
+    )
+    gen_length: int = Field(
+        32,
+        ge=1,
+        le=INT32_MAX,
+        description="length of the canvas in tokens; at most DLLM_MAX_GEN_LENGTH",
+    )
+    # make fields: end
 
     @property
     def canvas_length(self) -> int:

@@ -15,21 +15,18 @@ from adapter.engine.monitor import EngineMonitor, EngineState
 from adapter.engine.validation_cache import Verdicts
 from adapter.errors import EngineError, InvalidRequest, Overloaded
 from adapter.telemetry.metrics import INFLIGHT, count_usage
-from adapter.telemetry.tracing import TRACEPARENT, Tracer
+from adapter.telemetry.tracing import add_step, request_span, set_failed
 from adapter.types import DEFAULT_PRIORITY, Detail, Engine, Event, Inputs
 
 FIRST_PAUSE = 0.25
 LONGEST_PAUSE = 8.0
 
 
-class Member:
+class Endpoint:
     """One engine, whoever watches it, and what this worker has running there."""
 
-    def __init__(
-        self, name: str, engine: Engine, monitor: EngineMonitor, *, tracer: Tracer
-    ) -> None:
+    def __init__(self, name: str, engine: Engine, monitor: EngineMonitor) -> None:
         self.name = name
-        self._tracer = tracer
         self.engine = engine
         self.monitor = monitor
         self.inflight = 0
@@ -40,10 +37,10 @@ class Member:
     @property
     def available(self) -> bool:
         """It answers, and has not turned a request away just now."""
-        return self.monitor.state.ok and self.rest <= 0
+        return self.monitor.state.ok and self.backoff_left <= 0
 
     @property
-    def rest(self) -> float:
+    def backoff_left(self) -> float:
         """Seconds that it is to be left alone."""
         return self._not_before - _now()
 
@@ -58,30 +55,29 @@ class Member:
         """As `Engine.generate`, learning from what happens how the engine does."""
         self.inflight += 1
         INFLIGHT.inc()
-        span = self._tracer.request(request_id)
-        TRACEPARENT.set(span.traceparent)
+        span = request_span(request_id)
         try:
             events = self.engine.generate(
                 inputs, request_id=request_id, detail=detail, priority=priority
             )
             async with aclosing(events):
                 async for event in events:
-                    self.monitor.saw_life()
+                    self.monitor.heartbeat()
                     if not event.waits:
-                        span.step(event)
+                        add_step(span, event)
                     if event.finish_reason:
                         self._pause = 0.0
                         if event.usage is not None:
                             count_usage(event.usage)
                     yield event
         except InvalidRequest as error:
-            span.fail(error)
+            set_failed(span, error)
             raise
         except EngineError as error:
-            span.fail(error)
+            set_failed(span, error)
             self._back_off()
             if not isinstance(error, Overloaded):
-                self.monitor.suspect(error)
+                self.monitor.request_probe(error)
             raise
         finally:
             self.inflight -= 1
@@ -90,19 +86,19 @@ class Member:
 
     async def check(self, requests: Sequence[Inputs]) -> dict[int, str]:
         """Why it would refuse which of these, by their indices. Raises an `EngineError`."""
-        incarnation = self.monitor.generation
+        epoch = self.monitor.epoch
         unknown = [
             index
             for index, inputs in enumerate(requests)
-            if not self._verdicts.cover(inputs, incarnation)
+            if not self._verdicts.cover(inputs, epoch)
         ]
         if not unknown:
             return {}
         found = await self.engine.check([requests[index] for index in unknown])
-        self.monitor.saw_life()
+        self.monitor.heartbeat()
         for index, verdict in zip(unknown, found, strict=True):
             if not verdict.refusal:
-                self._verdicts.add(requests[index], incarnation, room=verdict.room)
+                self._verdicts.add(requests[index], epoch, room=verdict.room)
         return {i: v.refusal for i, v in zip(unknown, found, strict=True) if v.refusal}
 
     def _back_off(self) -> None:
@@ -115,68 +111,68 @@ class Member:
 class EnginePool:
     """All engines; a context manager that keeps their monitors running, and closes them."""
 
-    def __init__(self, members: Sequence[Member]) -> None:
-        self.members = tuple(members)
+    def __init__(self, endpoints: Sequence[Endpoint]) -> None:
+        self.endpoints = tuple(endpoints)
         self._turn = 0
         self._exit = AsyncExitStack()
 
     @property
     def state(self) -> EngineState:
         """Ready if one of them is; else the reasons of all."""
-        states = [member.monitor.state for member in self.members]
+        states = [endpoint.monitor.state for endpoint in self.endpoints]
         for state in states:
             if state.ok:
                 return state
         if len(states) == 1:
             return states[0]
-        reasons = [f"{m.name}: {m.monitor.state.reason}" for m in self.members]
+        reasons = [f"{m.name}: {m.monitor.state.reason}" for m in self.endpoints]
         return EngineState(ok=False, reason="; ".join(reasons))
 
     @property
     def available(self) -> bool:
         """Whether `pick` has one."""
-        return any(member.available for member in self.members)
+        return any(endpoint.available for endpoint in self.endpoints)
 
     @property
-    def rest(self) -> float:
+    def backoff_left(self) -> float:
         """Seconds until one of those that answer may be asked again."""
-        return min((m.rest for m in self.members if m.monitor.state.ok), default=0.0)
+        return min((m.backoff_left for m in self.endpoints if m.monitor.state.ok), default=0.0)
 
     @property
-    def why_none(self) -> str:
+    def unavailable_reason(self) -> str:
         """Why `pick` has none."""
         return self.state.reason or "the engine has turned requests away just now"
 
-    def pick(self, *, resting: bool = False) -> Member | None:
+    def pick(self, *, include_backing_off: bool = False) -> Endpoint | None:
         """The one with the least to do for this worker, or None while none is available.
 
-        `resting` ones, which are to be left alone for a while, are for those who cannot wait.
+        `include_backing_off`: also one that is backing off, for a caller that cannot wait.
         Of equals it is another one each time, since what is begun at once is not counted yet.
         """
         self._turn += 1
-        count = len(self.members)
-        in_turn = (self.members[(self._turn + step) % count] for step in range(count))
+        count = len(self.endpoints)
+        in_turn = (self.endpoints[(self._turn + step) % count] for step in range(count))
         available = [
-            member
-            for member in in_turn
-            if member.available or (resting and member.monitor.state.ok)
+            endpoint
+            for endpoint in in_turn
+            if endpoint.available or (include_backing_off and endpoint.monitor.state.ok)
         ]
-        return min(available, key=lambda member: member.inflight, default=None)
+        return min(available, key=lambda endpoint: endpoint.inflight, default=None)
 
     def cancel(self, request_id: str) -> None:
         """Have the requests of this id ended, wherever they run."""
-        for member in self.members:
-            member.engine.cancel(request_id)
+        for endpoint in self.endpoints:
+            endpoint.engine.cancel(request_id)
 
-    def listen(self, listener: Callable[[], None]) -> None:
+    def subscribe(self, listener: Callable[[], None]) -> None:
         """Call it after every change of an engine's state."""
-        for member in self.members:
-            member.monitor.listen(listener)
+        for endpoint in self.endpoints:
+            endpoint.monitor.subscribe(listener)
 
     async def __aenter__(self) -> Self:
-        for member in self.members:
-            self._exit.push_async_callback(member.engine.close)
-            await self._exit.enter_async_context(member.monitor)
+        for endpoint in self.endpoints:
+            self._exit.push_async_callback(endpoint.engine.close)
+            await self._exit.enter_async_context(endpoint.monitor)
         return self
 
     async def __aexit__(

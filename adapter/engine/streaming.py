@@ -9,7 +9,13 @@ from typing import Self
 
 from adapter.engine.monitor import EngineMonitor
 from adapter.engine.pool import EnginePool
-from adapter.errors import AdapterError, DeadlineExceeded, StreamLost, TooManyCalls, Unavailable
+from adapter.errors import (
+    AdapterError,
+    DeadlineExceeded,
+    StreamInterrupted,
+    TooManyCalls,
+    Unavailable,
+)
 from adapter.telemetry.logs import get_logger
 from adapter.types import DEFAULT_PRIORITY, Detail, Event, Inputs
 
@@ -28,23 +34,23 @@ class LiveRequest:
         events: AsyncGenerator[Event, None],
         monitor: EngineMonitor,
         *,
-        silence: float,
+        idle_timeout: float,
         timeout: float | None,
     ) -> None:
         self._monitor = monitor
-        self._silence = silence
+        self._idle_timeout = idle_timeout
         self._newest: Event | None = None
         self._error: AdapterError | None = None
         self._changed = asyncio.Event()
         self._settled = asyncio.Event()
-        self._generation = monitor.generation
+        self._generation = monitor.epoch
         #: Ends with the engine's events.
         self.task = asyncio.create_task(self._run(events, timeout), name="live-request")
 
     @property
     def outlived(self) -> bool:
         """The engine that runs it was replaced; its successor knows nothing of it."""
-        return self._generation < self._monitor.generation
+        return self._generation < self._monitor.epoch
 
     async def settled_in(self, seconds: float) -> None:
         """Wait until the engine has taken it, but not for longer. Raises what went wrong."""
@@ -83,7 +89,7 @@ class LiveRequest:
 
     def lose(self, reason: str) -> None:
         """The engine will never answer: end the request with this reason."""
-        self._fail(StreamLost(reason))
+        self._fail(StreamInterrupted(reason))
         self.task.cancel()
 
     async def close(self) -> None:
@@ -101,25 +107,25 @@ class LiveRequest:
                 raise
             self._fail(DeadlineExceeded(f"not done within the timeout of {timeout:g} s"))
         except AdapterError as error:
-            if isinstance(error, StreamLost):
-                self._monitor.suspect()
+            if isinstance(error, StreamInterrupted):
+                self._monitor.request_probe()
             self._fail(error)
 
     async def _follow(self, stream: AsyncGenerator[Event, None]) -> None:
         async with aclosing(stream) as events:
             while True:
                 try:
-                    async with asyncio.timeout(self._silence):
+                    async with asyncio.timeout(self._idle_timeout):
                         event = await anext(events, None)
                 except TimeoutError:
-                    msg = f"the engine has been silent for {self._silence:g} s"
-                    raise StreamLost(msg) from None
+                    msg = f"the engine has been silent for {self._idle_timeout:g} s"
+                    raise StreamInterrupted(msg) from None
                 if event is None:
                     msg = "the engine ended the stream without a result"
-                    raise StreamLost(msg)
+                    raise StreamInterrupted(msg)
                 if event.finish_reason == "cancelled":
                     msg = "the engine cancelled the request"
-                    raise StreamLost(msg)
+                    raise StreamInterrupted(msg)
                 self._settled.set()
                 if event.waits:  # there is nothing to show yet
                     continue
@@ -138,10 +144,10 @@ class LiveRequest:
 class LiveRequests:
     """The live requests of one worker; a context manager that leaves none behind."""
 
-    def __init__(self, pool: EnginePool, *, limit: int, silence: float) -> None:
+    def __init__(self, pool: EnginePool, *, limit: int, idle_timeout: float) -> None:
         self._pool = pool
         self._limit = limit
-        self._silence = silence
+        self._idle_timeout = idle_timeout
         self._running: dict[asyncio.Task[None], LiveRequest] = {}
 
     @property
@@ -163,19 +169,21 @@ class LiveRequests:
             msg = f"{self._limit} calls wait for their answers, as many as may (DLLM_MAX_LIVE)"
             raise TooManyCalls(msg)
         # One request's failure must not turn away the next caller, who would not wait.
-        member = self._pool.pick() or self._pool.pick(resting=True)
-        if member is None:
-            raise Unavailable(self._pool.why_none)
+        endpoint = self._pool.pick() or self._pool.pick(include_backing_off=True)
+        if endpoint is None:
+            raise Unavailable(self._pool.unavailable_reason)
         # Nobody else's, whatever callers choose: it can be cancelled by that.
         own = f"{request_id}-{secrets.token_hex(4)}"
-        events = member.generate(inputs, request_id=own, detail=detail, priority=priority)
-        request = LiveRequest(events, member.monitor, silence=self._silence, timeout=timeout)
+        events = endpoint.generate(inputs, request_id=own, detail=detail, priority=priority)
+        request = LiveRequest(
+            events, endpoint.monitor, idle_timeout=self._idle_timeout, timeout=timeout
+        )
         self._running[request.task] = request
         request.task.add_done_callback(self._ended)
         return request
 
     async def __aenter__(self) -> Self:
-        self._pool.listen(self._engines_changed)
+        self._pool.subscribe(self._engines_changed)
         return self
 
     async def __aexit__(

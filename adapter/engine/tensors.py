@@ -15,6 +15,7 @@ INPUT_TYPES: Mapping[str, str] = {
     "input_ids": "INT32",
     "suffix": "BYTES",
     "canvas_ids": "INT32",
+    # Sampling fields, from the engine. make fields: begin
     "temperature": "FP32",
     "gen_length": "INT32",
     "steps": "INT32",
@@ -42,6 +43,7 @@ INPUT_TYPES: Mapping[str, str] = {
     "pool_kernel": "INT32",
     "delay_steps": "INT32",
     "refresh_interval": "INT32",
+    # make fields: end
     "priority": "INT32",
     "alone": "BOOL",
     "stream": "BOOL",

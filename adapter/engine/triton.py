@@ -13,13 +13,13 @@ from adapter.engine.tensors import CANVAS_OUTPUTS, INPUT_TYPES, OUTPUTS, make_re
 from adapter.errors import (
     AdapterError,
     EngineDead,
+    EngineDraining,
     EngineError,
     EngineFailure,
     InvalidRequest,
     ModelControlRefused,
     Overloaded,
-    StreamLost,
-    TurnedAway,
+    StreamInterrupted,
     Unavailable,
 )
 from adapter.telemetry.tracing import TRACEPARENT
@@ -38,7 +38,7 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
 )
 
 #: The id of no request: they all have a dash.
-NOBODY = "nobody"
+PROBE_ID = "probe"
 END_OF_STREAM_SECONDS = 1.0
 CANCEL_SECONDS = 5.0
 INDEX_SECONDS = 10.0
@@ -51,8 +51,8 @@ ERROR_TEXTS: Sequence[tuple[str, type[AdapterError]]] = (
     ("request for unknown model", Unavailable),
     ("exceeds maximum queue size", Overloaded),
     ("request timeout expired", Overloaded),
-    ("the server is stopping", TurnedAway),
-    ("the engine takes no more requests", TurnedAway),
+    ("the server is stopping", EngineDraining),
+    ("the engine takes no more requests", EngineDraining),
     ("explicit model load / unload is not allowed", ModelControlRefused),
 )
 ERROR_CODES: Mapping[str, type[AdapterError]] = {
@@ -61,19 +61,20 @@ ERROR_CODES: Mapping[str, type[AdapterError]] = {
     "DEADLINE_EXCEEDED": Unavailable,
     "UNAVAILABLE": Unavailable,
     "NOT_FOUND": Unavailable,  # the model is not loaded
-    "CANCELLED": StreamLost,
+    "CANCELLED": StreamInterrupted,
 }
 REQUEST_ID_PREFIX = re.compile(r"^(in ensemble '[^']*', )?\[request id: [^\]]*\] ")
 
 
-def _keepalive(silence: float) -> Sequence[tuple[str, int]]:
-    """Have a connection that has died without a word, as with its host, closed within `silence`
-    seconds: gRPC would otherwise keep it, and every new stream on it, for a quarter of an hour.
+def _keepalive(idle_timeout: float) -> Sequence[tuple[str, int]]:
+    """Close a connection within `idle_timeout` seconds when the other host is gone.
+
+    Without pings gRPC keeps it, and every new stream on it, for a quarter of an hour.
 
     Triton takes the fourth ping for abuse where it has sent nothing meanwhile: that is after twice
-    `silence`, and after two minutes at least, since gRPC sends no more than one a minute then.
+    `idle_timeout`, and after two minutes at least, since gRPC sends no more than one a minute then.
     """
-    half = round(silence * 1000) // 2
+    half = round(idle_timeout * 1000) // 2
     return (
         ("grpc.keepalive_time_ms", half),
         ("grpc.keepalive_timeout_ms", half),
@@ -91,10 +92,10 @@ class TritonEngine:
         *,
         stream_interval: float,
         reload_timeout: float,
-        silence: float,
+        idle_timeout: float,
     ) -> None:
         self._url = url
-        options = (*CHANNEL_OPTIONS, *_keepalive(silence))
+        options = (*CHANNEL_OPTIONS, *_keepalive(idle_timeout))
         self._channel = grpc.aio.insecure_channel(url, options=options)
         self._triton = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._model_name = model_name
@@ -157,7 +158,7 @@ class TritonEngine:
 
     async def probe(self) -> str:
         """See whether the engine takes steps: it answers between two of them, however many wait."""
-        return await self._end(NOBODY)
+        return await self._cancel_and_wait(PROBE_ID)
 
     async def processes(self) -> int:
         """Of how many instances the model is; those on GPUs are counted for each GPU."""
@@ -227,16 +228,16 @@ class TritonEngine:
     async def _cancel(self, request_id: str) -> None:
         with suppress(TimeoutError, EngineError):
             async with asyncio.timeout(CANCEL_SECONDS):
-                await self._end(request_id)
+                await self._cancel_and_wait(request_id)
 
-    async def _end(self, request_id: str) -> str:
+    async def _cancel_and_wait(self, request_id: str) -> str:
         """End the requests of this id; returns once the engine has, with when it was started."""
         request = self._request({"cancel": request_id}, request_id="cancel", outputs=CANCEL_OUTPUTS)
         async with aclosing(self._stream(request)) as events:
             async for _, event in events:
                 return event.text
         msg = "the stream of a cancel ended without an event"
-        raise StreamLost(msg)
+        raise StreamInterrupted(msg)
 
 
 def map_error(code: str | None, message: str) -> AdapterError:

@@ -4,13 +4,13 @@ import asyncio
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from adapter.engine.pool import Member
+from adapter.engine.pool import Endpoint
 from adapter.errors import (
     EngineDead,
+    EngineDraining,
     EngineError,
     InvalidRequest,
     Overloaded,
-    TurnedAway,
     Unavailable,
 )
 from adapter.jobs.job import ClaimedJob, Job, late
@@ -22,7 +22,7 @@ class Drive:
     """A job, the engine that runs it, and the task that follows its stream."""
 
     job: ClaimedJob
-    member: Member
+    endpoint: Endpoint
     #: The engine's, at the start.
     generation: int
     opened_at: float
@@ -35,10 +35,10 @@ class Drive:
     task: asyncio.Task[Job | None] | None = field(default=None, repr=False)
 
     @classmethod
-    def begin(cls, job: ClaimedJob, member: Member) -> "Drive":
+    def begin(cls, job: ClaimedJob, endpoint: Endpoint) -> "Drive":
         """From now on; its task is the caller's."""
         now = _now()
-        return cls(job, member, member.monitor.generation, opened_at=now, last_event=now)
+        return cls(job, endpoint, endpoint.monitor.epoch, opened_at=now, last_event=now)
 
     @property
     def seconds(self) -> float:
@@ -56,18 +56,18 @@ class Drive:
 
     def lose_to_replacement(self, *, elsewhere: bool) -> None:
         """Impose what the engine's death means for it; `elsewhere`: another engine could run it."""
-        monitor = self.member.monitor
-        if self.generation < monitor.generation:
+        monitor = self.endpoint.monitor
+        if self.generation < monitor.epoch:
             self.impose(Lost("the engine that ran it was replaced"))
         elif monitor.state.dead and elsewhere:
             # Where there is no other engine, the job may as well wait for the news to be sure.
             self.impose(Lost(monitor.state.reason))
 
-    def lose_if_silent(self, silence: float) -> None:
+    def lose_if_silent(self, idle_timeout: float) -> None:
         """A stream that fell silent long before the engine's last sign of life was lost."""
-        silent = _now() - self.last_event > silence
-        if silent and self.member.monitor.last_life > self.last_event + silence / 2:
-            self.impose(Lost(f"its stream was silent for {silence:g} s"))
+        silent = _now() - self.last_event > idle_timeout
+        if silent and self.endpoint.monitor.last_heartbeat > self.last_event + idle_timeout / 2:
+            self.impose(Lost(f"its stream was silent for {idle_timeout:g} s"))
 
     async def outcome(self, *, alone: bool) -> Outcome:
         """Follow the stream to what was imposed meanwhile, or to its own end."""
@@ -87,7 +87,7 @@ class Drive:
         """Read the stream to its end, or until the job's deadline."""
         job = self.job
         inputs = {**job.inputs, "alone": True} if alone else job.inputs
-        stream = self.member.generate(
+        stream = self.endpoint.generate(
             inputs, request_id=job.engine_request_id, priority=job.terms.priority
         )
         try:
@@ -109,15 +109,15 @@ class Drive:
 
     def _after(self, error: EngineError) -> Outcome:
         """What the engine's error means for the job: did it see the request at all?"""
-        if isinstance(error, Overloaded | TurnedAway):
+        if isinstance(error, Overloaded | EngineDraining):
             return Postponed(str(error))
         if isinstance(error, Unavailable):
             # A connection breaks under what runs when tritonserver goes down with it.
             return Lost(str(error)) if self.begun else Postponed(str(error))
-        monitor = self.member.monitor
-        dead_since = monitor.last_life
+        monitor = self.endpoint.monitor
+        dead_since = monitor.last_heartbeat
         if self.last_event == self.opened_at:  # it has seen nothing of the engine
-            dead_since = min(dead_since, monitor.known_dead(str(error)))
+            dead_since = min(dead_since, monitor.dead_since(str(error)))
         if isinstance(error, EngineDead) and self.opened_at > dead_since:
             # It was dead before it could see the request. Otherwise the request may have done it.
             return Postponed(str(error))

@@ -24,7 +24,7 @@ from adapter.jobs.outcome import (
 )
 from adapter.jobs.run import Drive
 from adapter.jobs.store import JobStore
-from adapter.periodic import Loop
+from adapter.periodic import PeriodicTask
 from adapter.settings import Settings
 from adapter.telemetry.logs import get_logger
 from adapter.telemetry.metrics import JOB_QUEUE_SECONDS, JOB_RUN_SECONDS, JOBS_SETTLED
@@ -65,7 +65,7 @@ class JobRunner:
         self._max_inflight = settings.max_inflight
         self._lease = settings.lease_seconds
         self._poll_interval = settings.poll_interval
-        self._silence = settings.engine_silence
+        self._idle_timeout = settings.engine_idle_timeout
         self._result_ttl = settings.result_ttl
         self._lost_before_last = lost_before_last(settings.job_max_attempts)
         self._drain = settings.drain_seconds
@@ -75,8 +75,8 @@ class JobRunner:
         self._settling = asyncio.Semaphore(SETTLED_AT_ONCE)
         self._full = False
         self._stopped_at: float | None = None
-        self._claiming = Loop("job-claims", self._claim)
-        self._caring = Loop("job-care", self._care)
+        self._claiming = PeriodicTask("job-claims", self._claim)
+        self._caring = PeriodicTask("job-care", self._care)
         self._exit = AsyncExitStack()
 
     @property
@@ -134,7 +134,7 @@ class JobRunner:
             self._stopped_at = _now()
 
     async def __aenter__(self) -> Self:
-        self._pool.listen(self._engines_changed)
+        self._pool.subscribe(self._engines_changed)
         await self._exit.enter_async_context(self._caring)
         self._exit.push_async_callback(self._put_back_all)
         await self._exit.enter_async_context(self._claiming)
@@ -169,7 +169,7 @@ class JobRunner:
     async def _claim(self) -> float:
         """Take up as many queued jobs as there is room for."""
         if self._stopped_at is not None or not self._pool.available:
-            return max(self._pool.rest, self._poll_interval)
+            return max(self._pool.backoff_left, self._poll_interval)
         room = self._room
         self._full = room <= 0
         if self._full:
@@ -201,8 +201,8 @@ class JobRunner:
         if (stale := self._drives.get(job.id)) is not None:
             # Our own lease ran out, and we were the one to take the job up again.
             stale.impose(Dropped())
-        member = self._pool.pick() or self._pool.members[0]
-        drive = self._drives[job.id] = Drive.begin(job, member)
+        endpoint = self._pool.pick() or self._pool.endpoints[0]
+        drive = self._drives[job.id] = Drive.begin(job, endpoint)
         drive.task = asyncio.create_task(self._run(drive), name=f"job-{job.id}")
         drive.task.add_done_callback(lambda task: self._ended(drive, task))
 
@@ -275,7 +275,7 @@ class JobRunner:
             for job_id in drives.keys() - kept:
                 drives[job_id].impose(Dropped())
         for drive in drives.values():
-            drive.lose_if_silent(self._silence)
+            drive.lose_if_silent(self._idle_timeout)
         if recovered := await self._store.recover():
             log.warning("jobs_recovered", count=recovered)
             self._claiming.wake()

@@ -112,15 +112,15 @@ class JobService:
 
         While none answers everything is taken, and what it refuses later ends as a failed job.
         """
-        member = self._pool.pick(resting=True)
-        if member is None:
+        endpoint = self._pool.pick(include_backing_off=True)
+        if endpoint is None:
             return
         try:
             async with asyncio.timeout(CHECK_SECONDS):
-                refusals = await member.check(requests)
+                refusals = await endpoint.check(requests)
         except (TimeoutError, EngineError) as error:
             log.warning("submission_not_checked", error=str(error) or "no answer")
-            member.monitor.suspect()
+            endpoint.monitor.request_probe()
             return
         if refusals:
             index = min(refusals)

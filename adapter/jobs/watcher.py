@@ -8,7 +8,7 @@ from typing import Self
 from adapter.jobs.job import Job
 from adapter.jobs.runner import JobRunner
 from adapter.jobs.store import JobStore
-from adapter.periodic import Loop
+from adapter.periodic import PeriodicTask
 
 POLL_SECONDS = 0.05
 
@@ -25,7 +25,7 @@ class JobWatcher:
         self._runner = runner
         runner.listen(self.notify)
         self._waiting: defaultdict[int, set[asyncio.Future[Job | None]]] = defaultdict(set)
-        self._loop = Loop("job-watch", self._poll)
+        self._loop = PeriodicTask("job-watch", self._poll)
         self.stopped = False
 
     async def wait(self, job_id: int, seconds: float) -> Job | None:

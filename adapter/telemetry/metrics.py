@@ -100,8 +100,8 @@ def count_usage(usage: Usage) -> None:
     FORWARD_PASSES.inc(usage.forward_passes)
 
 
-def took(kind: str, seconds: float) -> None:
-    """A transaction is over."""
+def observe_transaction(kind: str, seconds: float) -> None:
+    """Record how long a transaction took."""
     _STORE_SECONDS[kind].observe(seconds)
 
 

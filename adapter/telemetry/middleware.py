@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapter.telemetry.logs import get_logger
 from adapter.telemetry.metrics import HTTP_REQUESTS, HTTP_SECONDS
-from adapter.telemetry.tracing import TRACEPARENT, Tracer
+from adapter.telemetry.tracing import TRACEPARENT, call_span, set_failed
 
 log = get_logger()
 
@@ -25,9 +25,8 @@ ROUTINE = frozenset({"/v1/health", "/v1/livez", "/metrics"})
 class Observe:
     """Gives every call an id, and tells log, metrics and traces what became of it."""
 
-    def __init__(self, app: ASGIApp, *, tracer: Tracer) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the call through and watch it."""
@@ -37,10 +36,9 @@ class Observe:
         request = Request(scope)
         given = request.headers.get(HEADER, "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        span = self._tracer.call(f"{request.method} {scope['path']}", request.headers)
+        span = call_span(f"{request.method} {scope['path']}", request.headers)
         request.state.request_id = request_id
-        request.state.traceparent = span.traceparent
-        TRACEPARENT.set(span.traceparent)
+        request.state.traceparent = TRACEPARENT.get()
         structlog.contextvars.bind_contextvars(request_id=request_id)
         began = time.perf_counter()
         status = 0
@@ -55,7 +53,7 @@ class Observe:
         try:
             await self._app(scope, receive, watched)
         except BaseException as error:
-            span.fail(error)
+            set_failed(span, error)
             raise
         finally:
             seconds = time.perf_counter() - began
@@ -64,7 +62,7 @@ class Observe:
             # 499 is nginx's word for a caller who left before the answer began.
             HTTP_REQUESTS.labels(request.method, route, str(status or 499)).inc()
             HTTP_SECONDS.labels(request.method, route).observe(seconds)
-            span.set(
+            span.set_attributes(
                 {
                     "http.route": route,
                     "http.response.status_code": status,

@@ -1,65 +1,81 @@
 """Traces: a span for each call, and one for each request at Triton with its denoising steps.
 
-Off unless DLLM_TRACING is on, which needs the extra `otel`. The trace context
-of a caller reaches Triton in either case.
+Until `configure_tracing` turns recording on, OpenTelemetry's API makes spans that record nothing.
+Either kind passes the caller's trace context on to Triton.
 """
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+
+from opentelemetry import trace
+from opentelemetry.trace import Span, SpanKind
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from adapter.errors import SettingsError
 from adapter.types import Event
 
-#: W3C trace context of what this task is doing; goes to Triton as a header.
+#: W3C trace context of this task's span; sent to Triton as a header.
 TRACEPARENT: ContextVar[str | None] = ContextVar("traceparent", default=None)
 
-WELL_FORMED = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+NAME = "dllm-adapter"
+PROPAGATOR = TraceContextTextMapPropagator()
+tracer = trace.get_tracer(NAME)
 
 
-class Span:
-    """Something that takes time; this one is told to nobody."""
+def configure_tracing() -> Callable[[], None]:
+    """Export spans over OTLP; returns the function that sends the last of them.
 
-    def __init__(self, traceparent: str | None) -> None:
-        #: Trace context for whoever goes on.
-        self.traceparent = traceparent
-
-    def set(self, attributes: Mapping[str, str | int]) -> None:
-        """Say more about it."""
-
-    def step(self, event: Event) -> None:
-        """The engine has sent an event."""
-
-    def fail(self, error: BaseException) -> None:
-        """It went wrong."""
-
-    def end(self) -> None:
-        """It is over."""
-
-
-class Tracer:
-    """Makes spans; this one makes none that anybody sees."""
-
-    def call(self, name: str, headers: Mapping[str, str]) -> Span:  # noqa: ARG002
-        """Begin the span of a call, in the caller's trace if there is one."""
-        given = headers.get("traceparent", "")
-        return Span(given if WELL_FORMED.fullmatch(given) else None)
-
-    def request(self, request_id: str) -> Span:  # noqa: ARG002
-        """Begin the span of a request at Triton, in the trace of this task."""
-        return Span(TRACEPARENT.get())
-
-    def close(self) -> None:
-        """Send what is left to send."""
-
-
-def make_tracer(*, enabled: bool) -> Tracer:
-    """The tracer of the settings. Raises `SettingsError` where the extra is missing."""
-    if not enabled:
-        return Tracer()
+    OpenTelemetry's own variables set the rest, such as OTEL_EXPORTER_OTLP_ENDPOINT and
+    OTEL_TRACES_SAMPLER. Raises `SettingsError` where the extra `otel` is missing.
+    """
     try:
-        from adapter.telemetry.otel import exporting_tracer
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
         msg = f"DLLM_TRACING: needs the extra otel, pip install 'dllm-serve[otel]': {error}"
         raise SettingsError(msg) from error
-    return exporting_tracer()
+    provider = TracerProvider(resource=Resource.create({"service.name": NAME}))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    trace.set_tracer_provider(provider)
+    return provider.shutdown
+
+
+def call_span(name: str, headers: Mapping[str, str]) -> Span:
+    """Start the span of an HTTP call, in the client's trace if it sent one."""
+    return _start(name, SpanKind.SERVER, headers.get("traceparent"))
+
+
+def request_span(request_id: str) -> Span:
+    """Start the span of a request at Triton, below the span of this task."""
+    span = _start("denoise", SpanKind.CLIENT, TRACEPARENT.get())
+    span.set_attribute("triton.request_id", request_id)
+    return span
+
+
+def add_step(span: Span, event: Event) -> None:
+    """Record an event of the engine as a denoising step."""
+    attributes: dict[str, str | int] = {"final_characters": len(event.text)}
+    if event.usage is not None:
+        attributes["steps"] = event.usage.steps
+        attributes["forward_passes"] = event.usage.forward_passes
+    if event.finish_reason:
+        attributes["finish_reason"] = event.finish_reason
+    span.add_event("denoising", attributes)
+
+
+def set_failed(span: Span, error: BaseException) -> None:
+    """Make the error the span's status."""
+    description = f"{type(error).__name__}: {error}"
+    span.set_status(trace.Status(trace.StatusCode.ERROR, description))
+
+
+def _start(name: str, kind: SpanKind, parent: str | None) -> Span:
+    """Start a span; what this task does from here on belongs to it."""
+    context = PROPAGATOR.extract({"traceparent": parent or ""})
+    span = tracer.start_span(name, context, kind=kind)
+    carrier: dict[str, str] = {}
+    PROPAGATOR.inject(carrier, trace.set_span_in_context(span, context))
+    TRACEPARENT.set(carrier.get("traceparent"))
+    return span

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TypedDict
+from typing import Annotated, TypedDict
 
 
 class Sampling(TypedDict, total=False):
@@ -10,33 +10,90 @@ class Sampling(TypedDict, total=False):
 
     suffix: str  #: text behind the gap
     canvas_ids: list[int]
-    temperature: float
-    gen_length: int
-    steps: int
-    block_length: int
-    cfg_scale: float
-    remasking: str
-    confidence_threshold: float
-    factor: float
-    entropy_bound: float
-    low_threshold: float
-    credit: bool
-    anchor_threshold: float
-    neighbor_threshold: float
-    alg: str
-    alg_temp: float
-    top_p: float
-    top_k: int
-    seed: int
-    logits_eos_inf: bool
-    confidence_eos_eot_inf: bool
-    stop: list[str]
-    ignore_eos: bool
-    cache: str
-    retention_ratio: float
-    pool_kernel: int
-    delay_steps: int
-    refresh_interval: int
+    # From the engine's table of sampling fields. make fields: begin
+    temperature: Annotated[float, "0 picks the most probable tokens; above 0 samples"]
+    gen_length: Annotated[int, "length of the canvas in tokens"]
+    steps: Annotated[int, "denoising steps over the whole canvas; default: gen_length"]
+    block_length: Annotated[
+        int, "tokens per block, at most gen_length; default: 32, with alg gen_length"
+    ]
+    cfg_scale: Annotated[float, "classifier-free guidance; 0 is off"]
+    remasking: Annotated[
+        str, "which positions a step commits first: low_confidence, random, entropy, margin"
+    ]
+    confidence_threshold: Annotated[
+        float,
+        "commit every position at least this confident, and the best; not with alg, "
+        "factor, entropy_bound, anchor_threshold",
+    ]
+    factor: Annotated[
+        float,
+        "Fast-dLLM: commit the n most confident while c_n >= 1 - factor / (n + 1); "
+        "not with alg, confidence_threshold, entropy_bound, anchor_threshold",
+    ]
+    entropy_bound: Annotated[
+        float,
+        "EB-sampler: commit the least uncertain while their entropies sum to at most "
+        "this; not with alg, confidence_threshold, factor, anchor_threshold",
+    ]
+    low_threshold: Annotated[
+        float,
+        "dInfer: commit the best of each run of masks, too, if above this; needs "
+        "confidence_threshold",
+    ]
+    credit: Annotated[
+        bool, "dInfer: trust tokens that stay ahead from step to step; needs confidence_threshold"
+    ]
+    anchor_threshold: Annotated[
+        float,
+        "LocalLeap: commit neighbors of positions at least this confident; not with "
+        "alg, confidence_threshold, factor, entropy_bound",
+    ]
+    neighbor_threshold: Annotated[
+        float,
+        "LocalLeap: how confident a neighbor has to be; default: 0.75; needs anchor_threshold",
+    ]
+    alg: Annotated[
+        str, "Dream's rule, instead of remasking: origin, maskgit_plus, topk_margin, entropy"
+    ]
+    alg_temp: Annotated[
+        float, "Dream: above 0, draw positions from softmax(score / alg_temp); needs alg"
+    ]
+    top_p: Annotated[float, "sample from the most probable tokens that reach this sum"]
+    top_k: Annotated[int, "sample from this many most probable tokens"]
+    seed: Annotated[int, "repeats an answer; default: drawn at random and reported"]
+    logits_eos_inf: Annotated[bool, "never choose the end-of-text token"]
+    confidence_eos_eot_inf: Annotated[
+        bool, "commit end-of-text and end-of-turn tokens after all others"
+    ]
+    stop: Annotated[list[str], "end the text before the first of these strings"]
+    ignore_eos: Annotated[bool, "decode the whole canvas, even after an end-of-text token"]
+    cache: Annotated[
+        str,
+        "which keys and values are kept between steps: none, prefix, dual, sparse, "
+        "delayed; default: the server's",
+    ]
+    retention_ratio: Annotated[
+        float,
+        "share of the positions outside the block that each KV head keeps; with "
+        "cache sparse; default: the server's",
+    ]
+    pool_kernel: Annotated[
+        int,
+        "a position scores as the best of this many around it; odd; with cache "
+        "sparse; default: the server's",
+    ]
+    delay_steps: Annotated[
+        int,
+        "steps of a block that run in full before one stores keys and values; with "
+        "cache prefix, dual, sparse, delayed; default: the server's",
+    ]
+    refresh_interval: Annotated[
+        int,
+        "steps between Refreshes in a block; 0: only at its start; with cache "
+        "prefix, dual, sparse, delayed; default: the server's",
+    ]
+    # make fields: end
 
 
 class Params(Sampling, total=False):

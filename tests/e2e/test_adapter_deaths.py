@@ -27,7 +27,7 @@ QUICK = {
     "DLLM_LEASE_SECONDS": "3",
     "DLLM_PROBE_INTERVAL": "0.5",
     "DLLM_STREAM_INTERVAL": "0.5",
-    "DLLM_ENGINE_SILENCE": "20",
+    "DLLM_ENGINE_IDLE_TIMEOUT": "20",
 }
 #: Sampled without a seed: a job that ran twice would not have the same text again.
 UNIQUE = {"temperature": 1.0, "gen_length": 64, "ignore_eos": True}
@@ -69,6 +69,7 @@ def test_killed_worker(start_adapter: StartAdapter) -> None:
     assert {job: adapter.result(job)["text"] for job in early} == early
 
 
+@pytest.mark.slow
 def test_killed_adapter(start_adapter: StartAdapter) -> None:
     """kill -9 of all workers: the next start finishes every job, and none that was done anew."""
     adapter = start_adapter(workers=2, DLLM_MAX_INFLIGHT="4", **QUICK)
@@ -116,6 +117,7 @@ def paired(checkpoint: Path, tmp_path: Path) -> Iterator[TritonServer]:
         yield server
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "hangs"])
 def test_lost_instance(
     start_adapter: StartAdapter, paired: TritonServer, how: str, tmp_path: Path
@@ -157,6 +159,7 @@ def test_lost_instance(
     assert len({adapter.finished(job) for job in jobs}) == len(jobs)
 
 
+@pytest.mark.slow
 def test_stopped_triton(start_adapter: StartAdapter, mortal: TritonServer) -> None:
     """While Triton is away health says 503 and jobs are accepted; they finish once it is back."""
     adapter = start_adapter(mortal, **QUICK)
@@ -171,6 +174,7 @@ def test_stopped_triton(start_adapter: StartAdapter, mortal: TritonServer) -> No
         assert adapter.finished(job)
 
 
+@pytest.mark.slow
 def test_many_refusals(start_adapter: StartAdapter, mortal: TritonServer) -> None:
     """Hundreds of calls that the engine refuses, many at once, leave the server standing."""
     adapter = start_adapter(mortal, **QUICK)

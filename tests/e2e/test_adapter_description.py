@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import StartAdapter
 from tests.support.servers import CHECKOUT
 
@@ -18,14 +20,16 @@ CHECKS = (
 )
 
 
-def test_no_answer_leaves_the_description(start_adapter: StartAdapter) -> None:
+@pytest.mark.parametrize("examples", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_no_answer_leaves_the_description(start_adapter: StartAdapter, examples: int) -> None:
     """Whatever schemathesis sends, valid or not: no 5xx, no answer that is not described."""
     adapter = start_adapter(DLLM_MAX_GEN_LENGTH="32", DLLM_MAX_BATCH_SIZE="4")
     run = subprocess.run(
         [
             *(sys.executable, "-m", "schemathesis.cli", "run", f"{adapter.url}/openapi.json"),
             *("--checks", ",".join(CHECKS), "--phases", "coverage,fuzzing"),
-            *("--max-examples", "10", "--request-timeout", "60", "--seed", "1", "--no-color"),
+            *("--max-examples", str(examples), "--request-timeout", "60"),
+            *("--seed", "1", "--no-color"),
         ],
         cwd=CHECKOUT,
         env={**os.environ, "SCHEMATHESIS_HOOKS": "tests.e2e.described_calls"},

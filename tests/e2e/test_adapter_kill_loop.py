@@ -20,7 +20,7 @@ QUICK = {
     "DLLM_LEASE_SECONDS": "3",
     "DLLM_PROBE_INTERVAL": "0.5",
     "DLLM_STREAM_INTERVAL": "0.5",
-    "DLLM_ENGINE_SILENCE": "20",
+    "DLLM_ENGINE_IDLE_TIMEOUT": "20",
     "DLLM_MAX_INFLIGHT": "8",
 }
 #: Sampled without a seed: a job that ran twice would not have the same text again.
@@ -86,7 +86,7 @@ class Ledger:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("database", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
 def test_kills_in_a_loop(
     start_adapter: StartAdapter,
     undying: TritonServer,
@@ -127,6 +127,7 @@ def test_kills_in_a_loop(
     assert adapter.finished(fresh) is not None
 
 
+@pytest.mark.slow
 def test_one_of_two_tritonservers_is_killed(
     checkpoint: Path, tmp_path: Path, start_adapter: StartAdapter, undying: TritonServer
 ) -> None:
@@ -155,6 +156,7 @@ def test_one_of_two_tritonservers_is_killed(
         )
 
 
+@pytest.mark.slow
 def test_workers_that_heal_are_killed(start_adapter: StartAdapter, undying: TritonServer) -> None:
     """However often the one who replaces the engine is killed meanwhile, it is replaced."""
     adapter = start_adapter(undying, workers=2, **QUICK)
@@ -172,6 +174,7 @@ def test_workers_that_heal_are_killed(start_adapter: StartAdapter, undying: Trit
     assert len({adapter.finished(job) for job in jobs}) == 2
 
 
+@pytest.mark.slow
 def test_job_that_kills_the_engine_fails_by_itself(
     start_adapter: StartAdapter, undying: TritonServer, tmp_path: Path
 ) -> None:

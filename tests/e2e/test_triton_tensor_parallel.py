@@ -90,7 +90,7 @@ def test_two_ranks_answer_as_one_and_die_together(
     assert refused.status_code != 200
     assert "rank 1 of 2" in refused.text or "not healthy" in refused.text
 
-    adapter = start_adapter(split, DLLM_PROBE_INTERVAL="0.5", DLLM_ENGINE_SILENCE="20")
+    adapter = start_adapter(split, DLLM_PROBE_INTERVAL="0.5", DLLM_ENGINE_IDLE_TIMEOUT="20")
     job = adapter.submit(QUESTIONS[0])
     assert adapter.finished(job) == whole[0].text
     second = rank_of(split)

@@ -1,7 +1,7 @@
-"""Decoding with a key/value cache as the policies define it, slowly and plainly.
+"""Decodes with a key/value cache by the policies' definitions, slowly and plainly.
 
-One request at a time, one attention head at a time; what is stored is a dictionary from position
-to key and value, per layer and KV head. Definitions: Fast-dLLM (prefix and dual cache),
+One request at a time, one attention head at a time; the store is a dictionary from position to key
+and value, per layer and KV head. Definitions: Fast-dLLM (prefix and dual cache),
 Sparse-dLLM and dLLM-Serve (head-centric selection), dKV-Cache (storing one step after the commit).
 """
 
@@ -19,12 +19,12 @@ from .decoder import Decoder, Ids
 from .oracle import checkpoint_config, checkpoint_tensors
 from .reference import Canvas, ReferenceResult
 
-#: Of positions outside the window, that a KV head keeps whatever the ratio.
+#: Positions outside the window that a KV head keeps at any ratio.
 LEAST_KEPT = 32
 
-#: Of one layer and KV head: position to (key, value).
+#: Store of one layer and KV head: position to (key, value).
 Stored = dict[int, tuple[Tensor, Tensor]]
-#: Tokens and positions to compute, and what is stored; hidden states and fresh keys and values.
+#: From tokens, positions and the store to hidden states and fresh keys and values.
 Rows = dict[int, Tensor]
 
 
@@ -40,7 +40,7 @@ class CacheRules:
 
     @classmethod
     def of(cls, params: SamplingParams) -> CacheRules:
-        """Those of a request; what it does not say is the default."""
+        """The rules of a request; unset fields get their default."""
         given = {f.name: getattr(params, f.name, None) for f in dataclasses.fields(cls)[1:]}
         given = {name: value for name, value in given.items() if value is not None}
         return cls(params.cache or "none", **given)
@@ -68,7 +68,7 @@ class PlainModel:
         return out + self.tensors[f"{name}.bias"] if f"{name}.bias" in self.tensors else out
 
     def rotate(self, head: Tensor, position: int) -> Tensor:
-        """Rotary embedding of one head, angles in float32 as the classes have them."""
+        """Rotary embedding of one head, angles in float32 as in transformers' classes."""
         half = self.head_dim // 2
         frequencies = 1.0 / self.theta ** (torch.arange(half).float() * 2 / self.head_dim)
         angles = (position * frequencies).repeat(2)
@@ -78,9 +78,9 @@ class PlainModel:
     def forward(
         self, tokens: dict[int, int], stored: list[list[Stored]]
     ) -> tuple[Callable[[int], Tensor], list[Rows], list[list[Stored]]]:
-        """What gives a position's logits, queries per layer, and fresh keys and values.
+        """Hidden states by position, queries per layer, and fresh keys and values.
 
-        A position attends to all given ones and to every stored one that is not given.
+        A position attends to all given positions and to every stored one that is not given.
         """
         x = {p: self.tensors["model.embed_tokens.weight"][t] for p, t in tokens.items()}
         queries: list[Rows] = []
@@ -115,7 +115,7 @@ class PlainModel:
         return logits, queries, fresh
 
     def attend(self, query: Tensor, head: int, seen: list[Stored]) -> Tensor:
-        """One head of one position over everything seen."""
+        """Attention of one head at one position over all visible keys."""
         pairs = list(seen[head * self.num_kv_heads // self.num_heads].values())
         keys = torch.stack([key for key, _ in pairs])
         values = torch.stack([value for _, value in pairs])
@@ -130,7 +130,7 @@ class PlainModel:
         self, queries: list[Rows], fresh: list[list[Stored]], block: range, window: range,
         rules: CacheRules,
     ) -> list[list[Stored]]:  # fmt: skip
-        """What each KV head of each layer keeps of the positions outside the window."""
+        """Select the positions outside the window that each KV head of each layer keeps."""
         kept = self.nothing()
         group = self.num_heads // self.num_kv_heads
         for layer in range(self.num_layers):
@@ -155,7 +155,7 @@ class PlainModel:
 
 
 class _Sequence:
-    """One sequence's store and the steps it takes; guidance has two."""
+    """One sequence's store and its steps; guidance has two sequences."""
 
     def __init__(self, model: PlainModel, rules: CacheRules) -> None:
         self.model, self.rules = model, rules

@@ -1,4 +1,4 @@
-"""Requests of every kind for property tests, and what the plain loops answer to them."""
+"""Random requests of every kind for property tests, and the plain loops' answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .checkpoints import DREAM_MASK, DREAM_SPECIALS, EOS, EOT, MASK
 from .decoder import Ids
 
 VOCABULARY = 512
-#: What the tiny checkpoints of either family say of their tokens.
+#: Special tokens of the tiny checkpoints of both families.
 IDS = {
     "llada": Ids(MASK, (EOS,), (EOS, EOT)),
     "dream": Ids(
@@ -24,7 +24,7 @@ IDS = {
     ),
 }
 
-#: Every rule, with bounds that a random model meets now and then.
+#: Every rule, with thresholds that a random model sometimes reaches.
 RULES: tuple[Mapping[str, Any], ...] = (
     {},
     {"remasking": "entropy"},
@@ -48,7 +48,7 @@ RULES: tuple[Mapping[str, Any], ...] = (
     {"alg": "maskgit_plus", "alg_temp": 0.3},
     {"alg": "entropy", "alg_temp": 0.7},
 )
-#: How tokens are chosen. With `alg`, filters count at temperature 0 too.
+#: Sampling parameters. With `alg`, filters also apply at temperature 0.
 SAMPLINGS: tuple[Mapping[str, Any], ...] = (
     {},
     {"temperature": 0.7},
@@ -72,22 +72,22 @@ class Case:
     arrival: int
     ids: list[int]
     params: SamplingParams
-    #: Tokens of the canvas from its left, None where masked; the rest is masked.
+    #: Tokens of the canvas from its left, None if masked; the rest is masked.
     fixed: list[int | None] = dataclasses.field(default_factory=list)
     suffix: list[int] = dataclasses.field(default_factory=list)
 
     def prompt(self, mask: int) -> Prompt:
-        """The same for a model with this mask token."""
+        """The prompt for a model with this mask token."""
         missing = self.params.gen_length - len(self.fixed)
         canvas = [mask if t is None else t for t in self.fixed] + [mask] * missing
         return Prompt(self.ids, canvas if self.fixed else [], self.suffix)
 
 
 def is_allowed(choice: Mapping[str, Any]) -> bool:
-    """Whether a request may ask for these together."""
+    """Whether a request may combine these."""
     late = "confidence_eos_eot_inf" in choice
     if "credit" in choice:
-        return "temperature" not in choice and not late  # refused: see test_engine
+        return "temperature" not in choice and not late  # the engine refuses it: see test_engine
     return not ("alg" in choice and late)
 
 
@@ -95,7 +95,7 @@ def is_allowed(choice: Mapping[str, Any]) -> bool:
 def cases(
     draw: st.DrawFn, *, gen_length: int = 28, prompt_length: int = 50, caches: bool = False
 ) -> Case:
-    """Any rule, sampling, guidance, schedule, end and gap; with `caches` any policy too."""
+    """Any rule, sampling, guidance, schedule, end and gap; with `caches`, any policy too."""
     choice: dict[str, Any] = {}
     for kind in (RULES, SAMPLINGS, ENDS):
         choice |= draw(st.sampled_from(kind))
@@ -113,10 +113,10 @@ def cases(
         **(draw(cache_fields()) if caches else {}),
     )
     if params.cache == "sparse":
-        prompt_length += 32  # of shorter ones all is kept
+        prompt_length += 32  # of a shorter prompt everything is kept
     token = st.integers(0, VOCABULARY - 1)
-    # Behind nothing but masks all positions have the same logits, and rounding alone orders them:
-    # the first token is none.
+    # After masks only, all positions have the same logits and rounding alone would order them:
+    # so the first token is no mask.
     ids = [draw(st.integers(0, 499)), *draw(st.lists(token, max_size=prompt_length - 1))]
     if draw(st.integers(0, 3)):
         return Case(draw(st.integers(0, 30)), ids, params)
@@ -126,7 +126,7 @@ def cases(
 
 @st.composite
 def cache_fields(draw: st.DrawFn) -> dict[str, Any]:
-    """A policy and how it is tuned."""
+    """A policy and its parameters."""
     policy = draw(st.sampled_from(("none", "prefix", "dual", "sparse", "delayed")))
     fields: dict[str, Any] = {"cache": policy}
     if policy != "none":
@@ -139,7 +139,7 @@ def cache_fields(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def run_with_arrivals(llm: LLM, batch: list[Case]) -> list[CanvasUpdate]:
-    """Add each request at its step; the final update of each."""
+    """Add each request at its step; returns the final update of each."""
     engine = llm.engine
     mask = engine.spec.mask_token_id
     requests = [engine.make_request(case.prompt(mask), case.params) for case in batch]

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 MASK, EOS, EOT, BOS = 500, 501, 502, 503
 
-#: Renders what GSAI-ML/LLaDA-8B-Instruct's template renders.
+#: Renders the same as GSAI-ML/LLaDA-8B-Instruct's template.
 LLADA_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first %}{{ bos_token }}{% endif %}"
@@ -88,7 +88,7 @@ def llada_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def random_tensors(
     shapes: dict[str, tuple[int, ...]], *, seed: int = 1, scale: float = 0.25
 ) -> dict[str, torch.Tensor]:
-    """Random weights; norms around one. `scale` is large enough for peaked predictions."""
+    """Random weights; norms around one. `scale` is large enough for confident predictions."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in shapes.items():
@@ -137,7 +137,7 @@ def write_tensors(directory: Path, tensors: dict[str, torch.Tensor], shards: int
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-#: LLaDA's special tokens, in the order of their ids; here they follow each other.
+#: LLaDA's special tokens, in the order of their ids; here without gaps.
 LLADA_SPECIALS = {
     "<|mdm_mask|>": MASK,
     "<|endoftext|>": EOS,
@@ -149,7 +149,7 @@ LLADA_SPECIALS = {
 
 
 def byte_vocabulary(size: int) -> dict[str, int]:
-    """The 256 bytes, and words that no text becomes up to `size`."""
+    """The 256 bytes, and unused words up to `size`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     fillers = [f"<unused{i}>" for i in range(size - len(alphabet))]
     return {token: i for i, token in enumerate([*alphabet, *fillers])}
@@ -184,7 +184,7 @@ def write_tokenizer(
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-#: Renders what Qwen2.5's template renders for plain messages.
+#: Renders the same as Qwen2.5's template for plain messages.
 QWEN_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
@@ -282,7 +282,7 @@ def write_dream(
 
 
 def write_dream_tokenizer(directory: Path, *, specials: Mapping[str, int] = DREAM_SPECIALS) -> None:
-    """Dream's files: vocab.json and merges.txt, and a class that only its own code knows."""
+    """Dream's files: vocab.json, merges.txt, and a tokenizer class of its remote code."""
     vocab = byte_vocabulary(min(specials.values()))
     (directory / "vocab.json").write_text(json.dumps(vocab))
     (directory / "merges.txt").write_text("#version: 0.2\n")

@@ -2,9 +2,9 @@
 
 `python -m tests.support.compile_kernels 90`.
 
-The kernels' own wrappers are called with tensors of real sizes; each launch is compiled down to
-machine code for the given card, as a launch there would compile it, instead of being run. Prints
-what each compilation takes of a card, as one `Compiled` in JSON a line.
+It calls the kernels' own wrappers with tensors of real sizes. Each launch is compiled to machine
+code for the given card, as a launch there would be, instead of running. Prints the resources of
+each compilation, one `Compiled` in JSON per line.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import triton
-from dllm_engine.ops import Choice, FlatLayout, Head, LayerPages, choose_operations
+from dllm_engine.ops import FlatLayout, Head, HeadOptions, LayerPages, choose_operations
 from dllm_engine.ops.kernels.attention import packed_attention
 from dllm_engine.ops.kernels.linear import invariant_linear
 from dllm_engine.ops.kernels.norm import apply_rotary, rms_norm, silu_mul
@@ -32,7 +32,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 _BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
-#: What tells a launch's variant, by the kernel's own function; slow to make.
+#: Computes a launch's variant, by the kernel's function; slow to make.
 _BINDERS: dict[Any, Callable[..., Any]] = {}
 
 
@@ -41,20 +41,20 @@ class Compiled:
     """One compilation of a kernel."""
 
     kernel: str
-    #: Of the first tensor.
+    #: Type of the first tensor.
     dtype: str
-    #: Of each thread: registers, and bytes of its stack, to which registers are spilled.
+    #: Per thread: registers, and bytes of stack for spilled registers.
     registers: int
     stack: int
     #: Bytes of shared memory of a program.
     shared: int
-    #: Loads that are started ahead of their use.
+    #: Loads that start ahead of their use.
     async_copies: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What Triton compiles a kernel anew for: types, constants, and what it knows of numbers."""
+    """A variant that Triton compiles separately: types, constants, properties of numbers."""
 
     kernel: JITFunction[Any]
     signature: dict[str, str]
@@ -66,7 +66,7 @@ class Variant:
     def of(
         cls, kernel: JITFunction[Any], capability: int, args: tuple[Any, ...], options: Any
     ) -> Variant:
-        """The variant of a launch, found as `JITFunction.run` does."""
+        """The variant of a launch, computed like `JITFunction.run`."""
         backend = CUDABackend(GPUTarget("cuda", capability, 32))
         if kernel.fn not in _BINDERS:
             _BINDERS[kernel.fn] = create_function_from_signature(
@@ -80,12 +80,12 @@ class Variant:
 
     @property
     def key(self) -> str:
-        """Equal of launches that share a compilation."""
+        """Key that is equal for launches that share a compilation."""
         parts = (self.signature, self.constants, self.attributes, self.options)
         return f"{self.kernel.fn.__name__} {parts}"
 
     def compile(self, capability: int) -> Compiled:
-        """Down to machine code."""
+        """Compile to machine code."""
         source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
         target = GPUTarget("cuda", capability, 32)
         made = triton.compile(source, target=target, options=self.options)
@@ -107,7 +107,7 @@ class Variant:
 
 
 def instead_of_running(capability: int, seen: Callable[[Variant], None]) -> None:
-    """From here on launches of kernels only tell which variant they want."""
+    """Replace kernel launches by recording their variants."""
 
     def run(kernel: JITFunction[Any], *args: Any, **options: Any) -> None:
         for name in ("grid", "warmup"):
@@ -118,21 +118,21 @@ def instead_of_running(capability: int, seen: Callable[[Variant], None]) -> None
 
 
 def launch_all(dtype: torch.dtype, num_heads: int, num_kv_heads: int) -> None:
-    """Launch what a step of a model of these sizes launches, but for the head."""
+    """Launch the kernels of a step of a model of these sizes, except the head."""
     head_dim = 128
     rows, sequences, longest = 96, 3, 4096
     qkv = torch.zeros(rows, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
     q, k, v = qkv.split([num_heads, num_kv_heads, num_kv_heads], 1)
     pages = LayerPages(*torch.zeros(2, 40, 32, num_kv_heads, head_dim, dtype=dtype))
-    tile_rows = choose_operations("triton", "cuda", dtype).tile_rows(num_heads, num_kv_heads)
-    assert tile_rows is not None
-    layout = FlatLayout.of([rows // sequences] * sequences, tile_rows, "cpu")
+    block_m = choose_operations("triton", "cuda", dtype).block_m(num_heads, num_kv_heads)
+    assert block_m is not None
+    layout = FlatLayout.of([rows // sequences] * sequences, block_m, "cpu")
     packed_attention(q, k, v, layout)
     some = torch.ones(sequences, dtype=torch.int64)
     whole = dataclasses.replace(
         layout,
-        tables=torch.zeros(sequences, -(-longest // 32), dtype=torch.int64),
-        write_places=torch.zeros(rows, dtype=torch.int64),
+        block_tables=torch.zeros(sequences, -(-longest // 32), dtype=torch.int64),
+        slot_mapping=torch.zeros(rows, dtype=torch.int64),
         selection=FlatSelection(some, some, some, some, some, longest),
     )
     packed_attention(q, k, v, whole, pages)
@@ -147,7 +147,7 @@ def launch_all(dtype: torch.dtype, num_heads: int, num_kv_heads: int) -> None:
 
 
 def launch_head(dtype: torch.dtype, width: int, *, noise: bool) -> None:
-    """Forms of the head: with entropies or without, with credit, greedy; with noise too."""
+    """Launch forms of the head: with and without entropies, with credit, greedy, with noise."""
     hidden, weight = torch.zeros(96, width, dtype=dtype), torch.zeros(1024, width, dtype=dtype)
     head = Head(weight, kernels=True)
     ids = torch.zeros(2, dtype=torch.int64)
@@ -155,17 +155,19 @@ def launch_head(dtype: torch.dtype, width: int, *, noise: bool) -> None:
     heat = torch.zeros(len(hidden), dtype=torch.float64)
     forbids = torch.zeros(len(hidden), dtype=torch.bool)
     for noisy in (False, True)[: 1 + noise]:
-        for spread in (False, True):
+        for needs_entropy in (False, True):
             random = (heat, keys) if noisy else (None, None)
-            choice = Choice(1, ids, ids, forbids, forbids, *random, spread=spread)
-            head.statistics(hidden, choice, torch.zeros(len(hidden), 16, dtype=torch.int64))
+            options = HeadOptions(
+                1, ids, ids, forbids, forbids, *random, needs_entropy=needs_entropy
+            )
+            head.statistics(hidden, options, torch.zeros(len(hidden), 16, dtype=torch.int64))
 
 
 def main(capability: int) -> None:
     """Compile for a card: 80 is an A100, 89 an L40, 90 an H100.
 
-    Noise takes a third of the time and float16 differs from bfloat16 in a name: once is enough.
-    float32 takes most of a card: an A100 has room for what an L40 has.
+    Noise takes a third of the time, and float16 differs from bfloat16 only in a name: compile them
+    once. float32 needs the most shared memory: what fits an L40 fits an A100.
     """
     all_of_them = capability == 90
     dtypes = {

@@ -1,9 +1,9 @@
-"""What one step decides, as the papers define it: one request, position by position, plainly.
+"""Decides the commits of one step by the papers' definitions, position by position.
 
-`Decoder` turns logits into commits; how the logits are made, with a cache or without, is not its
-business (`reference.py`, `cached_reference.py`). What the engine documents as its own is done here
-too: the mask token is never chosen, equal scores go to the leftmost position, and noise is a
-function of seed, step and position (`plain_noise.py`).
+`Decoder` turns logits into commits; `reference.py` and `cached_reference.py` make the logits,
+without and with a cache. It follows the engine's own documented rules too: the mask token is never
+chosen, equal scores go to the leftmost position, and noise is a function of seed, step and position
+(`plain_noise.py`).
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ BETA, GAMMA, ALPHA = 0.8, 0.2, 0.7
 
 @dataclasses.dataclass(frozen=True)
 class Ids:
-    """Token ids that are treated apart."""
+    """Token ids with special treatment."""
 
     mask: int
     #: End of text.
     eos: tuple[int, ...]
-    #: Everything that ends an answer.
+    #: All tokens that end an answer.
     stop: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """The token a position would take, and how sure the model is of it."""
+    """A position's candidate token and its confidence."""
 
     token: int
     confidence: float
@@ -44,7 +44,7 @@ class Found:
 
 
 def split_evenly(total: int, parts: int) -> list[int]:
-    """`total` in `parts` shares, the remainder to the first."""
+    """Split `total` into `parts` shares, the remainder to the first."""
     base, extra = divmod(total, parts)
     return [base + 1] * extra + [base] * (parts - extra)
 
@@ -64,9 +64,9 @@ class Decoder:
     def __init__(self, params: SamplingParams, ids: Ids) -> None:
         assert params.seed is not None
         self.params, self.ids, self.seed = params, ids, params.seed
-        #: Steps of the request so far, those included that Dream's schedule leaves empty.
+        #: Steps of the request so far, including those that Dream's schedule leaves empty.
         self.step = 0
-        #: Confidence of what was committed, by position.
+        #: Confidence of committed positions.
         self.committed: dict[int, float] = {}
         self._credit: dict[int, Tensor] = {}
 
@@ -78,15 +78,15 @@ class Decoder:
         return block_steps(p.gen_length, p.block_length, p.steps)
 
     def open_block(self, num_masks: int, steps: int) -> None:
-        """Begin a block that holds this many masks."""
+        """Begin a block with this many masks."""
         self._shares = split_evenly(num_masks, steps)
         self._times = torch.linspace(1, 1e-3, steps + 1)
         self._steps, self._place = steps, 0
         self._credit = {}
 
     def skip_empty_steps(self, num_masked: int) -> None:
-        """Steps in which Dream's schedule commits nothing; the reference runs the model then too,
-        and nothing comes of it."""
+        """Skip steps in which Dream's schedule commits nothing; the reference runs the model then
+        too, without effect."""
         counts_by_time = self.params.alg not in (None, "origin")
         while counts_by_time and self._dream_count(num_masked) == 0:
             self.step += 1
@@ -95,10 +95,10 @@ class Decoder:
     def decide(
         self, logits: Callable[[int], Tensor], block: range, masked: set[int]
     ) -> dict[int, Found]:
-        """What this step commits.
+        """Decide the commits of this step.
 
         Args:
-            logits: of a position, [vocab].
+            logits: gives the logits of a position, [vocab].
             block: positions of the active block.
             masked: positions still to be decoded.
         """
@@ -143,7 +143,7 @@ class Decoder:
         )
 
     def _fused(self, logits: Tensor, position: int) -> Tensor:
-        """dInfer's credit: C ← βC, C[top1] += p^γ, then ℓ + α·log(1 + C)."""
+        """Apply dInfer's credit: C ← βC, C[top1] += p^γ, then ℓ + α·log(1 + C)."""
         allowed = logits.clone()
         allowed[self.ids.mask] = -torch.inf
         best = int(allowed.argmax())
@@ -233,7 +233,7 @@ class Decoder:
 
 
 def filtered(logits: Tensor, top_p: float | None, top_k: int | None) -> Tensor:
-    """First top-p, then top-k of what is left: Dream's order. Dropped tokens get −∞."""
+    """Apply top-p, then top-k to the rest: Dream's order. Dropped tokens get −∞."""
     kept = set(range(len(logits)))
     if top_p is not None:
         probability = logits.softmax(0).tolist()

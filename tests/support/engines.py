@@ -23,7 +23,7 @@ def make_engine(directory: Path, runner: ModelRunner | None = None, **settings: 
 
 
 def run(engine: Engine) -> dict[int, CanvasUpdate]:
-    """Step until everything is finished; final updates by request id."""
+    """Step until all requests are finished; returns final updates by request id."""
     finished = {}
     while engine.has_work:
         finished |= {u.request_id: u for u in engine.step() if u.finished}
@@ -31,7 +31,7 @@ def run(engine: Engine) -> dict[int, CanvasUpdate]:
 
 
 def submit(engine: Engine, **params: object) -> int:
-    """Queue a request with these parameters; its id."""
+    """Queue a request with these parameters; returns its id."""
     request = engine.make_request(Prompt(PROMPT), SamplingParams(**params))  # type: ignore[arg-type]
     engine.add(request)
     return request.request_id

@@ -1,4 +1,4 @@
-"""Transformers' own Llama and Qwen2 classes as the truth about a checkpoint's logits."""
+"""Computes a checkpoint's logits with transformers' own Llama and Qwen2 classes, as an oracle."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def llada_oracle(directory: Path, dtype: torch.dtype) -> Forward:
 
 
 def dream_oracle(directory: Path, dtype: torch.dtype) -> Forward:
-    """Logits [length, vocab] of one sequence, shifted as Dream has them, by `Qwen2ForCausalLM`."""
+    """Logits [length, vocab] of one sequence, shifted as in Dream, by `Qwen2ForCausalLM`."""
     config = json.loads((directory / "config.json").read_text())
     keys = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
@@ -79,7 +79,7 @@ def dream_oracle(directory: Path, dtype: torch.dtype) -> Forward:
 
 @dataclasses.dataclass(frozen=True)
 class PlainConfig:
-    """Shape of a checkpoint, by whichever names its family has."""
+    """Shape of a checkpoint, from its family's field names."""
 
     num_layers: int
     num_heads: int
@@ -136,7 +136,7 @@ def _bidirectional(model: nn.Module, dtype: torch.dtype) -> Forward:
 
 
 def _widen_norms(model: nn.Module) -> None:
-    """The classes' norms round to float32 on their way; a float64 truth must not."""
+    """Keep norms in float64; the classes' own norms round to float32."""
     for module in model.modules():
         if isinstance(module, LlamaRMSNorm | Qwen2RMSNorm):
 

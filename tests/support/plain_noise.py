@@ -1,6 +1,6 @@
 """The engine's random numbers in plain unsigned arithmetic: splitmix64 (Steele, Lea, Flood 2014).
 
-Python's own integers, or numpy's of 64 bits, for many numbers of one key.
+It uses Python's integers, or NumPy's 64-bit integers for many numbers of one key.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 _ALL = 2**64 - 1
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-#: What a number is drawn for: the token of a position, or its place in the order.
+#: Purpose of a number: a position's token, or its place in the order.
 TOKEN, ORDER = 1, 2
 
 Word = TypeVar("Word", int, "np.typing.NDArray[np.uint64]")
@@ -27,7 +27,7 @@ def mix(x: Word) -> Word:
 
 
 def key(seed: int, step: int, position: int, use: int) -> int:
-    """What one position draws from in one step."""
+    """The key of one position in one step."""
     mixed = mix((seed + use * _GOLDEN) & _ALL)
     mixed = mix((mixed + (step + 1) * _GOLDEN) & _ALL)
     return mix((mixed + (position + 1) * _GOLDEN) & _ALL)

@@ -1,4 +1,4 @@
-"""A real PostgreSQL for tests: its server comes with a Python package, or from the system."""
+"""Runs a real PostgreSQL for tests, from a Python package or from the system."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ START_SECONDS = 60
 
 
 def _programs() -> Path:
-    """The folder with `initdb` and `postgres`; skips the test where there is none."""
+    """The folder with `initdb` and `postgres`; skips the test if there is none."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is not None and spec.origin is not None:
         for server in sorted(Path(spec.origin).parent.glob("*/bin/postgres"), reverse=True):
@@ -40,20 +40,20 @@ def _programs() -> Path:
 
 
 def _as_nobody() -> list[str]:
-    """PostgreSQL refuses to run as root."""
+    """Run as another user, since PostgreSQL refuses to run as root."""
     if os.geteuid() != 0:
         return []
     return ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
 
 
 class PostgresServer:
-    """A server on a free port of this machine that trusts everybody; gone with the tests."""
+    """A server on a free local port, without passwords; it ends with the tests."""
 
     def __init__(self, port: int) -> None:
         self.port = port
 
     def fresh_database(self) -> str:
-        """Make an empty database; its address for the adapter."""
+        """Make an empty database; returns its URL for the adapter."""
         name = f"test_{uuid.uuid4().hex}"
         asyncio.run(self._execute(f'CREATE DATABASE "{name}"'))
         return f"postgresql+asyncpg://postgres@127.0.0.1:{self.port}/{name}"
@@ -68,7 +68,7 @@ class PostgresServer:
             await connection.close()
 
     async def wait_until_up(self) -> None:
-        """Return when it answers."""
+        """Wait until the server responds."""
         async with asyncio.timeout(START_SECONDS):
             while True:
                 try:
@@ -107,7 +107,7 @@ def postgres_server() -> Iterator[PostgresServer]:
         yield server
     finally:
         if process is not None:
-            # Told by a signal, it would wait for connections that a killed test has left.
+            # On SIGTERM it would wait for connections that a killed test left open.
             stop = [str(programs / "pg_ctl"), "stop", "-m", "immediate", "-D", str(folder / "data")]
             subprocess.run([*user, *stop], capture_output=True, check=False)
             process.stop()

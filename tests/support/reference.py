@@ -1,8 +1,8 @@
-"""The decoding loop as the papers define it, slowly and plainly, one request at a time.
+"""Runs the papers' decoding loop slowly and plainly, one request at a time.
 
 Written from the definitions of LLaDA's `generate` and Dream's `_sample`: one full forward per step,
-no batching, no cache. As in the engine a last block may be shorter, and Dream's algorithms may be
-given blocks.
+no batching, no cache. As in the engine, the last block may be shorter, and Dream's algorithms take
+blocks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ReferenceResult:
 
 
 class Canvas:
-    """Prompt, canvas and suffix of one request, and what of them is still masked."""
+    """Prompt, canvas and suffix of one request, and their masked positions."""
 
     def __init__(self, prompt: Prompt, params: SamplingParams, ids: Ids) -> None:
         canvas = prompt.canvas_ids or [ids.mask] * params.gen_length
@@ -43,13 +43,13 @@ class Canvas:
         self._may_end = not (params.ignore_eos or in_gap)
 
     def blind(self) -> list[int]:
-        """LLaDA's `un_x`: everything that was given replaced by masks."""
+        """LLaDA's `un_x`: all given tokens replaced by masks."""
         hidden = self._ids.mask
         return [hidden if i in self._given else token for i, token in enumerate(self.tokens)]
 
     @property
     def ended(self) -> bool:
-        """Whether an end is committed with nothing masked before it."""
+        """Whether an end token is committed with no mask before it."""
         for position in range(self.first, self.end):
             if position in self.masked:
                 return False
@@ -58,7 +58,7 @@ class Canvas:
         return False
 
     def result(self, decoder: Decoder, passes: int) -> ReferenceResult:
-        """The canvas as it stands."""
+        """The current canvas."""
         canvas = range(self.first, self.end)
         return ReferenceResult(
             [self.tokens[p] for p in canvas],
@@ -70,7 +70,7 @@ class Canvas:
 def generate(forward: Forward, prompt: Prompt, params: SamplingParams, ids: Ids) -> ReferenceResult:
     """Decode one request by any rule; `params` must be resolved.
 
-    `forward` gives logits that are shifted already, where the model is (Dream).
+    For a shifted model (Dream), `forward` returns logits that are already shifted.
     """
     canvas, decoder = Canvas(prompt, params, ids), Decoder(params, ids)
     passes = 0

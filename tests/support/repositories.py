@@ -1,4 +1,4 @@
-"""Copies of our model repository, changed for a test."""
+"""Copies our model repository with changes for a test."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.support.servers import REPOSITORY
 
 ONE_INSTANCE = "instance_group [ { count: 1 kind: KIND_AUTO } ]"
 
-#: An engine hangs in a step while there is a file of its process's name.
+#: An engine hangs in a step while a file with its process's name exists.
 HANG = """
 _step = Engine.step
 
@@ -25,7 +25,7 @@ Engine.step = _step_or_hang
 
 
 def changed_repository(folder: Path, *, instances: int = 1, can_hang: bool = False) -> Path:
-    """A repository in the folder with so many instances of `dllm`; see `hang`."""
+    """A repository in `folder` with this many instances of `dllm`; see `hang`."""
     repository = folder / "repository"
     shutil.copytree(REPOSITORY, repository, ignore=shutil.ignore_patterns("__pycache__"))
     config = repository / "dllm/config.pbtxt"
@@ -40,5 +40,5 @@ def changed_repository(folder: Path, *, instances: int = 1, can_hang: bool = Fal
 
 
 def hang(folder: Path, process: int) -> None:
-    """The engine of this process never ends its next step; its repository is in the folder."""
+    """Make the next step of this process's engine hang; its repository is in `folder`."""
     (folder / f"hang-{process}").touch()

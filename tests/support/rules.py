@@ -11,18 +11,18 @@ def ranked(score: list[float], masked: list[bool]) -> list[int]:
 
 
 def fixed_count(score: list[float], masked: list[bool], count: int) -> set[int]:
-    """The `count` best."""
+    """The `count` best positions."""
     return set(ranked(score, masked)[:count])
 
 
 def threshold(confidence: list[float], masked: list[bool], tau: float) -> set[int]:
-    """All at or above `tau`, and the best."""
+    """All positions at or above `tau`, and the best."""
     order = ranked(confidence, masked)
     return set(order[:1]) | {i for i in order if confidence[i] >= tau}
 
 
 def factor(confidence: list[float], masked: list[bool], f: float) -> set[int]:
-    """The longest run of best ones with c_n at least 1 − f / (n + 1)."""
+    """The longest run of best positions with c_n at least 1 − f / (n + 1)."""
     order = ranked(confidence, masked)
     chosen = set(order[:1])
     for n, i in enumerate(order[1:], start=2):
@@ -33,7 +33,7 @@ def factor(confidence: list[float], masked: list[bool], f: float) -> set[int]:
 
 
 def entropy_bound(entropy: list[float], masked: list[bool], gamma: float) -> set[int]:
-    """In order of rising entropy, while the entropies before sum to at most `gamma`."""
+    """Positions by rising entropy, while the entropies before sum to at most `gamma`."""
     chosen, total = set(), 0.0
     for i in ranked([-h for h in entropy], masked):
         if total > gamma:
@@ -64,9 +64,9 @@ def local_leap(
     neighbour: float,
     score: list[float] | None = None,
 ) -> set[int]:
-    """The `count` best, and around every sure position within four the fairly sure ones.
+    """The `count` best positions, and fairly sure ones within four of every sure position.
 
-    The best by `score`, which is the confidence unless given.
+    `score` ranks the best; default: the confidence.
     """
     chosen = fixed_count(confidence if score is None else score, masked, count)
     anchors = {i for i in chosen if confidence[i] >= anchor}

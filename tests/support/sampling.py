@@ -1,15 +1,15 @@
-"""Sampling state of rows, for tests that draw candidates without an engine."""
+"""Makes sampling state of rows, for tests that draw candidates without an engine."""
 
 import torch
-from dllm_engine.sampling import RowSampling, SamplingFlags, needs_whole_row
+from dllm_engine.sampling import RowSampling, SamplingFlags, needs_full_logits
 from torch import Tensor
 
 TYPES = {
     "temperature": torch.float64,
     "top_p": torch.float64,
-    "tempered": torch.bool,
-    "no_eos": torch.bool,
-    "late_eos": torch.bool,
+    "dream_statistics": torch.bool,
+    "logits_eos_inf": torch.bool,
+    "confidence_eos_eot_inf": torch.bool,
 }
 
 
@@ -22,9 +22,9 @@ def row_sampling(rows: int, device: str = "cpu", **columns: float | bool | Tenso
         "position": torch.arange(rows),
         "top_p": 1.0,
         "top_k": 0,
-        "tempered": False,
-        "no_eos": False,
-        "late_eos": False,
+        "dream_statistics": False,
+        "logits_eos_inf": False,
+        "confidence_eos_eot_inf": False,
     }
     tensors = {
         name: torch.as_tensor(value).expand(rows).to(device, TYPES.get(name, torch.int64))
@@ -32,12 +32,12 @@ def row_sampling(rows: int, device: str = "cpu", **columns: float | bool | Tenso
     }
     noisy = tensors["temperature"] > 0
     filtered = (tensors["top_p"] < 1) | (tensors["top_k"] > 0)
-    whole = needs_whole_row(noisy, filtered, tensors["tempered"])
+    whole = needs_full_logits(noisy, filtered, tensors["dream_statistics"])
     flags = SamplingFlags(
         noisy=bool(noisy.any()),
         top_p=bool((tensors["top_p"] < 1).any()),
         top_k=int(tensors["top_k"].max()),
-        no_eos=bool(tensors["no_eos"].any()),
-        late_eos=bool(tensors["late_eos"].any()),
+        logits_eos_inf=bool(tensors["logits_eos_inf"].any()),
+        confidence_eos_eot_inf=bool(tensors["confidence_eos_eot_inf"].any()),
     )
-    return RowSampling(**tensors, flags=flags, num_whole=int(whole.sum()))
+    return RowSampling(**tensors, flags=flags, num_full_logits=int(whole.sum()))

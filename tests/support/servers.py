@@ -1,6 +1,6 @@
-"""Real servers for tests: tritonserver over our model repository, and the adapter under uvicorn.
+"""Runs real servers for tests: tritonserver over our model repository, and the adapter.
 
-Both run under the launcher's guard: whatever ends a test, no process and no shared memory stays.
+Both run under the launcher's guard: however a test ends, no process and no shared memory stays.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from launcher.tritonserver import TritonServer
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 REPOSITORY = CHECKOUT / "model_repository"
-#: Generous: these tests may share two cores with a training run.
+#: Generous: these tests may share two cores with other work.
 PATIENCE = 120.0
 
 COUNTERS = (
@@ -43,7 +43,7 @@ COUNTERS = (
 
 
 def eventually(condition: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
-    """Wait until the condition holds; fails with `what` was waited for."""
+    """Wait until the condition holds; the error names `what`."""
     limit = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > limit:
@@ -72,10 +72,10 @@ def triton_server(
 
 @contextmanager
 def kept_running(server: TritonServer) -> Iterator[list[float]]:
-    """Whenever the server dies it is started again, as the launcher, Docker and systemd do.
+    """Restart the server whenever it dies, as the launcher, Docker and systemd do.
 
-    A process of a model that is killed may have held a lock that it shares with tritonserver, which
-    then ends as well. Yields the list of when it died.
+    A killed model process may have held a lock that it shares with tritonserver, which then ends
+    too. Yields the times of its deaths.
     """
     over = threading.Event()
     deaths: list[float] = []
@@ -97,7 +97,7 @@ def kept_running(server: TritonServer) -> Iterator[list[float]]:
 
 
 def metric(server: TritonServer, name: str, model: str = "dllm", **labels: str) -> float:
-    """The present value of a metric of a model, with these labels besides."""
+    """The current value of a model's metric with these labels."""
     page = requests.get(server.metrics_url, timeout=30).text
     wanted = "".join(rf'(?=[^}}]*{key}="{value}")' for key, value in labels.items())
     pattern = rf'^{name}\{{(?=[^}}]*model="{model}"){wanted}[^}}]*\}} (\S+)$'
@@ -107,7 +107,7 @@ def metric(server: TritonServer, name: str, model: str = "dllm", **labels: str) 
 
 
 def settled_counters(server: TritonServer) -> dict[str, float]:
-    """The engine's counters once they stand still: they are published about once a second."""
+    """Wait until the engine's counters stop changing; they are published about once a second."""
     known: dict[str, float] = {}
     while (now := {name: metric(server, name) for name in COUNTERS}) != known:
         known = now
@@ -116,16 +116,16 @@ def settled_counters(server: TritonServer) -> dict[str, float]:
 
 
 def stub_of(server: TritonServer, model: str, instance: int = 0) -> psutil.Process:
-    """The process in which the server runs the Python of a model."""
+    """The process in which the server runs a model's Python code."""
     for process in psutil.Process(server.pid).children(recursive=True):
-        with suppress(psutil.NoSuchProcess):  # one that has just been killed
+        with suppress(psutil.NoSuchProcess):  # it has just been killed
             if f"{model}_0_{instance}" in process.cmdline():
                 return process
     raise AssertionError(f"the server runs no process for {model}")
 
 
 def has_ended(process: psutil.Process) -> bool:
-    """Whether it is gone, or waits for its parent to take note."""
+    """Whether the process is gone or a zombie."""
     try:
         return process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -173,7 +173,7 @@ class AdapterServer:
 
     @property
     def log(self) -> str:
-        """Everything it has written."""
+        """The adapter's log."""
         return self._log_file.read_text()
 
     def start(self) -> None:
@@ -195,42 +195,42 @@ class AdapterServer:
             raise
 
     def stop(self) -> None:
-        """End it as an operator would."""
+        """Stop the adapter with SIGTERM, as an operator would."""
         process, self._process = self._process, None
         if process is not None:
             process.stop()
 
     def kill(self) -> None:
-        """kill -9 of every process of it."""
+        """Kill every process of the adapter with SIGKILL."""
         assert self._process is not None
         os.killpg(self._process.pid, signal.SIGKILL)
         self.stop()
 
     def worker_processes(self) -> list[psutil.Process]:
-        """The processes that answer requests, when there are several."""
+        """The worker processes, when there are several."""
         assert self._process is not None
         children = psutil.Process(self._process.pid).children()
         return [p for p in children if any("spawn_main" in part for part in p.cmdline())]
 
     def health(self) -> int:
-        """HTTP status of the health check; 0 when nobody answers."""
+        """HTTP status of the health check; 0 without a response."""
         try:
             return requests.get(f"{self.url}/v1/health", timeout=30).status_code
         except requests.ConnectionError:
             return 0
 
     def submit(self, prompt: str, **fields: object) -> int:
-        """Submit one prompt; the id of its job."""
+        """Submit one prompt; returns its job's id."""
         return self._submit("generate", {"prompt": prompt, **fields})[0]
 
     def submit_batch(
         self, prompts: list[str], *, key: str | None = None, **fields: object
     ) -> list[int]:
-        """Submit several prompts, with a key once however often; the ids of their jobs."""
+        """Submit several prompts, with an idempotency key if given; returns their jobs' ids."""
         return self._submit("generate_batch", {"prompts": prompts, **fields}, key)
 
     def result(self, request_id: int) -> dict[str, object]:
-        """The job as it is now."""
+        """The job's current state."""
         response = requests.get(f"{self.url}/v1/result/{request_id}", timeout=30)
         response.raise_for_status()
         body: dict[str, object] = response.json()
@@ -241,7 +241,7 @@ class AdapterServer:
         return [self.result(request_id)["status"] for request_id in request_ids]
 
     def finished(self, request_id: int) -> str:
-        """Wait until the job is done, which must mean finished; its text."""
+        """Wait until the job is finished; returns its text."""
         eventually(lambda: self.result(request_id)["status"] != "running", f"job {request_id}")
         body = self.result(request_id)
         assert body["status"] == "finished", body

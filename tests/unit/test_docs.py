@@ -1,4 +1,4 @@
-"""The papers say what the code does."""
+"""Checks the documentation against code, settings and results."""
 
 import importlib.util
 import json
@@ -14,7 +14,13 @@ from benchmarks import parallel, precision, quality, throughput
 from launcher.settings import Settings as LauncherSettings
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks/README.md",
+    *(ROOT / "docs").rglob("*.md"),
+    *(ROOT / "model_repository").rglob("README.md"),
+]
 
 
 def test_every_setting_is_documented_with_its_default() -> None:
@@ -40,7 +46,7 @@ def test_the_triton_model_has_every_setting_as_a_parameter() -> None:
 
 
 def test_links_between_pages_lead_somewhere() -> None:
-    """Every relative link of every page names a file that is there."""
+    """Every relative link on every page leads to an existing file."""
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if not target.startswith("http"):
@@ -48,11 +54,11 @@ def test_links_between_pages_lead_somewhere() -> None:
 
 
 def test_commands_on_the_pages_can_be_run() -> None:
-    """Every module and make target that a page names is there."""
+    """Every module and make target that a page names exists."""
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M))
     for page in PAGES:
         text = page.read_text()
-        # In code; "make" is also a word.
+        # Only in code: "make" is also a word.
         for target in re.findall(r"(?:^|`)make ([a-z0-9-]+)", text, re.M):
             assert target in targets, f"{page.name}: make {target}"
         for module in re.findall(r"python3? -m ((?:benchmarks|demo|launcher|adapter)[\w.]*)", text):
@@ -71,7 +77,7 @@ def test_the_latencies_on_the_page_are_those_of_the_results() -> None:
 
 
 def test_the_performance_page_shows_throughput_as_measured() -> None:
-    """Its tables are those that benchmarks/throughput.py makes of its results."""
+    """Its tables are the ones that benchmarks/throughput.py makes from its results."""
     page = (ROOT / "docs/performance.md").read_text()
     result = json.loads((ROOT / "benchmarks/results/throughput.json").read_text())
     for model in result["models"]:
@@ -79,14 +85,14 @@ def test_the_performance_page_shows_throughput_as_measured() -> None:
 
 
 def test_the_performance_page_shows_parallel_decoding_as_measured() -> None:
-    """Its table is the one that benchmarks/parallel.py makes of its results."""
+    """Its table is the one that benchmarks/parallel.py makes from its results."""
     result = json.loads((ROOT / "benchmarks/results/parallel.json").read_text())
     table = parallel.table(result["answers_per_second"])
     assert f"\n\n{table}\n\n" in (ROOT / "docs/performance.md").read_text()
 
 
 def test_the_performance_page_shows_where_a_step_goes_as_measured() -> None:
-    """Every share of step_profile.json has its row."""
+    """Every share in step_profile.json has its row."""
     page = (ROOT / "docs/performance.md").read_text()
     shares = json.loads((ROOT / "benchmarks/results/step_profile.json").read_text())["shares"]
     shown = re.findall(r"^\| .+ \| (\d+\.\d%) \|$", page.partition("## Throughput")[0], re.M)
@@ -94,7 +100,7 @@ def test_the_performance_page_shows_where_a_step_goes_as_measured() -> None:
 
 
 def test_the_first_release_of_the_changelog_is_the_packages() -> None:
-    """CHANGELOG.md speaks of the version that pyproject.toml builds, or of what comes next."""
+    """CHANGELOG.md begins with the version in pyproject.toml, or with Unreleased."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     heading = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert heading is not None
@@ -102,7 +108,7 @@ def test_the_first_release_of_the_changelog_is_the_packages() -> None:
 
 
 def test_every_decision_is_listed() -> None:
-    """docs/decisions/README.md links every page beside it."""
+    """docs/decisions/README.md links every decision."""
     index = (ROOT / "docs/decisions/README.md").read_text()
     for page in (ROOT / "docs/decisions").glob("0*.md"):
         assert f"({page.name})" in index
@@ -113,7 +119,7 @@ def test_every_decision_is_listed() -> None:
     [("demo_checkpoint", "LLaDAModelLM"), ("demo_checkpoint_dream", "DreamModel")],
 )
 def test_a_demo_checkpoint_is_small_and_whole(folder: str, architecture: str) -> None:
-    """At most 16 MB, in the layout that the engine reads, with its card."""
+    """It has at most 16 MB, the layout that the engine reads, and its card."""
     directory = ROOT / "model_repository/dllm/1" / folder
     size = sum(file.stat().st_size for file in directory.iterdir())
     assert size <= 16 * 2**20
@@ -124,13 +130,13 @@ def test_a_demo_checkpoint_is_small_and_whole(folder: str, architecture: str) ->
 
 @pytest.mark.parametrize("model", quality.MODELS)
 def test_the_quality_page_shows_what_was_measured(model: str) -> None:
-    """Its tables are those that benchmarks/quality.py makes of its results, every row."""
+    """Its tables are the ones that benchmarks/quality.py makes from its results."""
     table = quality.table(quality.stored(quality.MODELS[model].name))
     assert f"\n\n{table}\n\n" in (ROOT / "docs/quality.md").read_text()
 
 
 def test_the_quality_page_shows_the_precisions_that_were_measured() -> None:
-    """Its tables are those that benchmarks/precision.py makes of its results, every row."""
+    """Its tables are the ones that benchmarks/precision.py makes from its results."""
     page = (ROOT / "docs/quality.md").read_text()
     precisions, parts = precision.stored()
     for table in (precision.precision_table(precisions), precision.part_table(parts)):

@@ -38,7 +38,7 @@ class _Waiting:
     done: Done
 
 
-class Peers:
+class InstanceBus:
     """One instance's place among the others: a socket in a folder that they share.
 
     Messages may be lost, so they are sent until they are acknowledged, or nobody is there to do so.
@@ -73,7 +73,7 @@ class Peers:
         self._thread = threading.Thread(target=self._loop, name="dllm-peers", daemon=True)
         self._thread.start()
 
-    def tell(self, name: str, done: Done) -> None:
+    def broadcast_cancel(self, name: str, done: Done) -> None:
         """Have all others end the requests of this id; `done` is called once none is left to.
 
         It is called on any thread, and must not block. An instance that dies has nothing to end.

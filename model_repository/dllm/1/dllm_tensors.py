@@ -21,6 +21,7 @@ from dllm_engine import (
     SamplingParams,
     Usage,
 )
+from dllm_engine.sampling_params import FIELDS, Field
 
 Inputs = Mapping[str, Any]
 
@@ -29,8 +30,6 @@ PROMPT_INPUTS = ("text_input", "messages", "input_ids")
 DEFAULT_PRIORITY, LOWEST_PRIORITY = 2, 3
 #: Longest id to cancel by: the message that tells it to other instances has a bound.
 MAX_CANCEL_LENGTH = 4096
-#: Inputs that are sampling parameters of the same name.
-PARAM_INPUTS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
 
 def inputs_of(request: Any) -> Inputs:
@@ -73,7 +72,7 @@ def parse_request(engine: Engine, request: Any, inputs: Inputs) -> Request:
     """
     _reject_unknown(request)
     prompt = Prompt(_prompt_ids(engine, inputs), _canvas_ids(inputs), _suffix_ids(engine, inputs))
-    values = {name: _param(inputs, name) for name in PARAM_INPUTS if name in inputs}
+    values = {name: _param(inputs, field) for name, field in FIELDS.items() if name in inputs}
     stream = bool(_scalar(inputs, "stream")) if "stream" in inputs else False
     interval = _stream_interval(inputs)
     if prompt.canvas_ids:
@@ -133,10 +132,10 @@ def _suffix_ids(engine: Engine, inputs: Inputs) -> list[int]:
     return engine.codec.encode_suffix(str(_scalar(inputs, "suffix")))
 
 
-def _param(inputs: Inputs, name: str) -> Any:
-    if name == "stop":
-        return tuple(_text(name, value) for value in _values(inputs, name))
-    return _scalar(inputs, name)
+def _param(inputs: Inputs, field: Field) -> Any:
+    if field.is_list:
+        return tuple(_text(field.name, value) for value in _values(inputs, field.name))
+    return _scalar(inputs, field.name)
 
 
 def _priority(inputs: Inputs) -> int:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
+from dllm_dispatcher import PendingRequest, ResponseDispatcher
 from dllm_engine import Engine, EngineConfig, EngineDead, EngineThread, InvalidRequest, QueueFull
-from dllm_exchange import Caller, Exchange
 from dllm_tensors import (
     check_response,
     error_response,
@@ -43,8 +43,10 @@ class TritonPythonModel:
         _log_to_triton()
         config = EngineConfig.from_mapping(_settings(args))
         logger.info("loading checkpoint path=%s", config.model_path)
-        self._worker = EngineThread(Engine(config), on_death=self._die)
-        self._exchange = Exchange(self._worker, args["model_name"], args["model_instance_name"])
+        self._worker = EngineThread(Engine(config), on_death=self._on_engine_death)
+        self._dispatcher = ResponseDispatcher(
+            self._worker, args["model_name"], args["model_instance_name"]
+        )
         # What is there now stays; a full collection that looks through all of it takes the time of
         # several steps.
         gc.collect()
@@ -73,31 +75,31 @@ class TritonPythonModel:
         """Finish what runs and stop every thread; an engine that hangs is left behind."""
         if not self._worker.close(timeout=DRAIN_SECONDS):
             logger.error("engine did not finish within %d s, leaving it", DRAIN_SECONDS)
-        self._exchange.close()
+        self._dispatcher.close()
 
     def _submit(self, request: Any, sender: Any) -> None:
         outputs = frozenset(request.requested_output_names())
         inputs = inputs_of(request)
         if ends := parse_cancel(inputs):
-            self._exchange.cancel(ends, sender, outputs)
+            self._dispatcher.cancel(ends, sender, outputs)
             return
         if is_check(inputs):
             response = check_response(self._worker.engine, request, inputs, outputs)
             sender.send(response, flags=FINAL)
             return
         parsed = parse_request(self._worker.engine, request, inputs)
-        self._exchange.register(Caller(parsed, sender, outputs))
+        self._dispatcher.register(PendingRequest(parsed, sender, outputs))
         try:
-            self._worker.submit(parsed, self._exchange.post)
+            self._worker.submit(parsed, self._dispatcher.post)
         except (EngineDead, QueueFull):
-            self._exchange.forget(parsed.request_id)
+            self._dispatcher.forget(parsed.request_id)
             raise
 
-    def _die(self, death: EngineDead) -> None:
+    def _on_engine_death(self, death: EngineDead) -> None:
         # Nothing here can work again, and a process that lives on would look healthy. Once it is
         # gone Triton answers every request with an error, and whoever watches reloads the model.
         logger.critical("engine dead, leaving the process: %s", death)
-        self._exchange.flush(timeout=5)
+        self._dispatcher.flush(timeout=5)
         time.sleep(NOTICE_SECONDS)
         os._exit(1)
 

@@ -177,7 +177,7 @@ def fast_settings(database_url: str, **changes: Any) -> Settings:
         "lease_seconds": 0.6,
         "poll_interval": 0.02,
         "stream_interval": 0.05,
-        "engine_silence": 0.3,
+        "engine_idle_timeout": 0.3,
         "probe_interval": 0.05,
         "drain_seconds": 0.05,
     }
@@ -194,7 +194,7 @@ class RunningApp:
     @property
     def monitor(self) -> EngineMonitor:
         """Who watches the engine, or the first of them."""
-        monitor: EngineMonitor = self.app.state.pool.members[0].monitor
+        monitor: EngineMonitor = self.app.state.pool.endpoints[0].monitor
         return monitor
 
     async def submit(self, prompt: str = "hello", **fields: Any) -> int:

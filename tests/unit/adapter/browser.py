@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,7 +13,18 @@ from launcher.ports import free_port
 
 DRIVER = shutil.which("chromedriver")
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-ARGUMENTS = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
+#: The browser asks nothing of the network by itself.
+ARGUMENTS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-dev-shm-usage",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 class Page:
@@ -50,9 +62,10 @@ class Page:
 
 @asynccontextmanager
 async def open_browser() -> AsyncIterator[Page]:
-    """A browser of its own, with an empty profile."""
+    """Start a browser with an empty profile, which is removed afterwards."""
     assert DRIVER is not None
     port = free_port()
+    profile = tempfile.TemporaryDirectory(prefix="dllm-browser-", ignore_cleanup_errors=True)
     process = await asyncio.create_subprocess_exec(
         DRIVER,
         f"--port={port}",
@@ -62,7 +75,7 @@ async def open_browser() -> AsyncIterator[Page]:
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as driver:
             await _ready(driver)
-            options = {"binary": BROWSER, "args": ARGUMENTS}
+            options = {"binary": BROWSER, "args": [*ARGUMENTS, f"--user-data-dir={profile.name}"]}
             wanted = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}}
             session = (await driver.post("/session", json=wanted)).json()["value"]
             assert "sessionId" in session, session
@@ -73,6 +86,7 @@ async def open_browser() -> AsyncIterator[Page]:
     finally:
         process.terminate()
         await process.wait()
+        profile.cleanup()
 
 
 async def _ready(driver: httpx.AsyncClient) -> None:

@@ -64,9 +64,9 @@ def test_database_that_cannot_serve_stops_the_start(
 
 def test_silence_must_outlast_the_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bound shorter than the rhythm of events would find every engine dead."""
-    monkeypatch.setenv("DLLM_ENGINE_SILENCE", "1.5")
+    monkeypatch.setenv("DLLM_ENGINE_IDLE_TIMEOUT", "1.5")
 
-    with pytest.raises(SettingsError, match="engine_silence must be at least twice"):
+    with pytest.raises(SettingsError, match="engine_idle_timeout must be at least twice"):
         load_settings()
 
 

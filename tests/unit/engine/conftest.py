@@ -6,15 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from dllm_engine import LLM
-from hypothesis import settings
 
 from tests.support.checkpoints import write_llada
 from tests.support.oracle import llada_oracle
 from tests.support.reference import Forward
-
-# How long an example takes says how busy the machine is, and nothing about the code.
-settings.register_profile("any machine", deadline=None)
-settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True)

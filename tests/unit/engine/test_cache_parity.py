@@ -12,6 +12,7 @@ from dllm_engine import LLM, Prompt, SamplingParams
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support.budget import examples
 from tests.support.cached_reference import PlainModel, generate_cached
 from tests.support.cases import (
     IDS,
@@ -27,6 +28,12 @@ from tests.support.reference import ReferenceResult
 from tests.unit.engine.test_parity import NO_SHRINK
 
 POLICIES = ("none", "prefix", "dual", "sparse", "delayed")
+
+
+#: Both families where all tests run, one for a change.
+ONE_FAMILY = pytest.mark.parametrize(
+    "family", ["llada", pytest.param("dream", marks=pytest.mark.slow)], indirect=True
+)
 
 
 @pytest.fixture(scope="module", params=["llada", "dream"])
@@ -55,8 +62,7 @@ def expected(model: PlainModel, prompt: Prompt, params: SamplingParams) -> Refer
 
 
 @settings(
-    max_examples=15,
-    deadline=None,
+    max_examples=examples(15),
     phases=NO_SHRINK,
     suppress_health_check=[HealthCheck.filter_too_much],
 )
@@ -96,6 +102,7 @@ def _mixed(count: int, seed: int) -> tuple[list[list[int]], list[SamplingParams]
     return prompts, params
 
 
+@ONE_FAMILY
 def test_float32_equals_the_definition_too(family: Path) -> None:
     """In float32, on fixed requests of every policy, all in one batch: identical tokens."""
     llm, plain = LLM(family), PlainModel(family, torch.float32)
@@ -146,6 +153,7 @@ def _assorted(count: int, seed: int) -> list[Case]:
     return found
 
 
+@ONE_FAMILY
 def test_float32_equals_the_definition_whatever_is_asked_for(family: Path) -> None:
     """In float32 too: identical tokens for every rule, policy and sampling, with and without
     guidance and gaps, in batches that change from step to step."""
@@ -173,6 +181,7 @@ def test_sparse_keeping_all_equals_dual_and_refreshing_always_equals_none(llm64:
         assert tokens(cache=policy, refresh_interval=1) == exact
 
 
+@ONE_FAMILY
 def test_cached_requests_are_bitwise_the_same_alone_and_in_any_batch(family: Path) -> None:
     """In float32, with all threads: no policy's result depends on its neighbours by a bit."""
     torch.set_num_threads(os.cpu_count() or 1)

@@ -32,9 +32,9 @@ def block(confidence: list[float], entropy: list[float], margin: list[float]) ->
 def plan(rows: int = 1, **columns: float) -> CommitPlan:
     """One position by confidence in each of `rows` equal rows, unless said otherwise."""
     defaults: dict[str, float] = {"score": 0, "rule": 0, "count": 1, "seed": 0, "step": 0}
-    defaults |= {"block_start": 0, "chance": 0.0, "bound": 0.0, "second_bound": 0.0}
+    defaults |= {"block_start": 0, "chance": 0.0, "threshold": 0.0, "second_threshold": 0.0}
     values = defaults | {"alg_temp": 0.0} | columns
-    real = {"chance", "bound", "second_bound", "alg_temp"}
+    real = {"chance", "threshold", "second_threshold", "alg_temp"}
     return CommitPlan(
         rules_in_use=frozenset({Rule(int(values["rule"]))}),
         scores_in_use=frozenset({Score(int(values["score"]))}),
@@ -145,7 +145,7 @@ def test_rows_with_different_rules_do_not_mix() -> None:
             "rule": torch.tensor([int(r) for r in order]),
             "rules_in_use": frozenset(order),
             "count": torch.tensor([2, 1, 1, 1, 1]),
-            "bound": torch.tensor([0.0, 0.5, 0.15, 0.0, 0.2], dtype=torch.float64),
+            "threshold": torch.tensor([0.0, 0.5, 0.15, 0.0, 0.2], dtype=torch.float64),
         }
     )
     found = [set(r.nonzero().flatten().tolist()) for r in select_commits(rows, mixed)]

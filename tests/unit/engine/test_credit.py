@@ -42,9 +42,9 @@ class Position:
         logits[0, best] = ahead
         tokens = self.credits.tokens
         of_list = logits.gather(1, tokens.clamp(min=0)).masked_fill(tokens < 0, -torch.inf)
-        peak = logits[:, best]
-        total = (logits - peak).exp().sum(dim=1)
-        fused = decide(self.credits, of_list, torch.tensor([best]), peak, peak, total)
+        max_logit = logits[:, best]
+        sum_exp = (logits - max_logit).exp().sum(dim=1)
+        fused = decide(self.credits, of_list, torch.tensor([best]), max_logit, max_logit, sum_exp)
         self.credits = fused.credits
         self.matrix *= BETA
         self.matrix[best] += float(logits.softmax(1)[0, best]) ** GAMMA

@@ -22,6 +22,7 @@ from dllm_engine.ops import Upload
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support.budget import examples
 from tests.support.cases import Case, cases, run_with_arrivals
 from tests.support.checkpoints import MASK
 from tests.support.engines import FakeRunner, make_engine, run, submit
@@ -57,8 +58,7 @@ def watch(engine: Engine, patch: pytest.MonkeyPatch) -> list[tuple[str, frozense
 
 
 @settings(
-    max_examples=40,
-    deadline=None,
+    max_examples=examples(40),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
 )
 @given(batch=st.lists(cases(caches=True), min_size=2, max_size=10))

@@ -13,6 +13,7 @@ from dllm_engine.state.canvas import CanvasTable
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from tests.support.budget import examples
 from tests.support.cases import IDS, RULES, Case, cases, run_with_arrivals
 from tests.support.checkpoints import write_dream
 from tests.support.oracle import dream_oracle, llada_oracle
@@ -57,8 +58,7 @@ def assert_equal(
 
 
 @settings(
-    max_examples=40,
-    deadline=None,
+    max_examples=examples(40),
     phases=NO_SHRINK,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
 )
@@ -235,7 +235,7 @@ def _bits(answer: Completion) -> tuple[list[int], bytes]:
     return answer.token_ids.tolist(), answer.confidence.tobytes()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("temperature", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
 def test_a_request_is_bitwise_the_same_alone_and_in_any_batch(llm: LLM, temperature: float) -> None:
     """In float32, tokens and confidences of a request do not depend on its neighbours by a bit.
 

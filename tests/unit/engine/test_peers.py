@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
-from dllm_peers import AGAIN_SECONDS, Peers
+from dllm_peers import AGAIN_SECONDS, InstanceBus
 
 PATIENCE = 10.0
 
@@ -23,7 +23,7 @@ class Instance:
         self.ended: list[str] = []
         self.busy = False
         self.held: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
-        self.peers = Peers(folder, name, self._end)
+        self.peers = InstanceBus(folder, name, self._end)
 
     def _end(self, name: str, done: Callable[[], object]) -> None:
         self.ended.append(name)
@@ -32,10 +32,10 @@ class Instance:
         else:
             done()
 
-    def tell(self, name: str) -> threading.Event:
+    def broadcast_cancel(self, name: str) -> threading.Event:
         """Set once it is done everywhere."""
         done = threading.Event()
-        self.peers.tell(name, done.set)
+        self.peers.broadcast_cancel(name, done.set)
         return done
 
 
@@ -58,7 +58,7 @@ def instances(folder: Path) -> Iterator[list[Instance]]:
 def test_all_others_end_it(instances: list[Instance]) -> None:
     """Whoever tells has done so itself; it is over when the others have."""
     first, *others = instances
-    assert first.tell("mine").wait(PATIENCE)
+    assert first.broadcast_cancel("mine").wait(PATIENCE)
     assert first.ended == []
     assert [set(other.ended) for other in others] == [{"mine"}] * 2
 
@@ -67,7 +67,7 @@ def test_it_is_over_when_the_slowest_is_done(instances: list[Instance]) -> None:
     """An instance in a long step is waited for."""
     first, _, busy = instances
     busy.busy = True
-    over = first.tell("mine")
+    over = first.broadcast_cancel("mine")
     release = busy.held.get(timeout=PATIENCE)
     assert not over.wait(5 * AGAIN_SECONDS)
     release()
@@ -77,7 +77,7 @@ def test_it_is_over_when_the_slowest_is_done(instances: list[Instance]) -> None:
 
 def test_many_at_once(instances: list[Instance]) -> None:
     """More than the sockets have room for: none is lost."""
-    overs = [instances[n % 3].tell(f"request {n}") for n in range(300)]
+    overs = [instances[n % 3].broadcast_cancel(f"request {n}") for n in range(300)]
     assert all(over.wait(PATIENCE) for over in overs)
     for n, instance in enumerate(instances):
         assert set(instance.ended) == {f"request {i}" for i in range(300) if i % 3 != n}
@@ -88,7 +88,7 @@ def test_nobody_waits_for_the_dead(folder: Path, instances: list[Instance]) -> N
     left = folder / "dllm_0_9-1"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as dead:
         dead.bind(str(left))
-    assert instances[0].tell("mine").wait(PATIENCE)
+    assert instances[0].broadcast_cancel("mine").wait(PATIENCE)
     assert not left.exists()
 
 
@@ -96,7 +96,7 @@ def test_nobody_waits_for_an_instance_that_ends(instances: list[Instance]) -> No
     """Whoever is gone before it has answered has nothing left to end."""
     first, _, busy = instances
     busy.busy = True
-    over = first.tell("mine")
+    over = first.broadcast_cancel("mine")
     busy.held.get(timeout=PATIENCE)
     busy.peers.close()
     assert over.wait(PATIENCE)
@@ -106,7 +106,7 @@ def test_the_only_instance_is_done_at_once(folder: Path) -> None:
     """And the folder goes with the last one."""
     with closing(Instance(folder, "dllm_0_0").peers) as peers:
         done = threading.Event()
-        peers.tell("mine", done.set)
+        peers.broadcast_cancel("mine", done.set)
         assert done.is_set()
     assert not folder.exists()
 
@@ -119,4 +119,4 @@ def test_somebody_elses_folder_is_not_trusted(
     uid = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: uid + 1)
     with pytest.raises(PermissionError, match="somebody else"):
-        Peers(folder, "dllm_0_0", lambda _name, done: done())
+        InstanceBus(folder, "dllm_0_0", lambda _name, done: done())

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from dllm_engine.models import ModelSpec, dream, llada, read_spec
-from dllm_engine.tokenizer import TextCodec
+from dllm_engine.tokenizer import Tokenizer
 
 from tests.support.checkpoints import DREAM_MASK, DREAM_SPECIALS, write_dream
 
@@ -170,7 +170,7 @@ def test_ends_of_a_turn_are_those_of_all_files(tmp_path: Path) -> None:
     settings_file.write_text(json.dumps(settings))
     added = DREAM_SPECIALS | {"<|dlm_pad|>": 505}
     (tmp_path / "added_tokens.json").write_text(json.dumps(added))
-    codec = TextCodec.load(tmp_path, DREAM_MASK)
+    codec = Tokenizer.load(tmp_path, DREAM_MASK)
     assert codec is not None
     assert set(codec.stop_token_ids) == {500, 502, 505}
     spec = read(tmp_path, DREAM_7B, DREAM_GENERATION | {"eos_token_id": [151643, 151645]})

@@ -11,7 +11,7 @@ import pytest
 import torch
 from dllm_engine import LLM, FinishReason, Prompt, SamplingParams
 from dllm_engine.sampling_params import CACHE_POLICIES
-from dllm_engine.tokenizer import TextCodec
+from dllm_engine.tokenizer import Tokenizer
 
 from tests.support.cached_reference import PlainModel, generate_cached
 from tests.support.checkpoints import (
@@ -83,7 +83,7 @@ class Real:
     llm: LLM
 
     @property
-    def codec(self) -> TextCodec:
+    def codec(self) -> Tokenizer:
         """Its tokenizer."""
         assert self.llm.engine.codec is not None
         return self.llm.engine.codec
@@ -95,7 +95,7 @@ class Real:
         return Ids(spec.mask_token_id, spec.eos_token_ids, self.llm.engine.stop_token_ids)
 
 
-@pytest.fixture(scope="module", params=["llada", "dream"])
+@pytest.fixture(scope="module", params=["llada", pytest.param("dream", marks=pytest.mark.slow)])
 def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Real:
     """bf16 files in two shards, under a logits budget of a few rows."""
     directory = tmp_path_factory.mktemp(request.param)

@@ -151,7 +151,9 @@ def test_samples_follow_the_filtered_distribution(
     draws = 20_000
     rows = logits.clone()
     rows[MASK] = -30.0
-    sampling = row_sampling(draws, temperature=1.4, tempered=is_tempered, seed=11, **filters)
+    sampling = row_sampling(
+        draws, temperature=1.4, dream_statistics=is_tempered, seed=11, **filters
+    )
     token, _ = draw(rows.expand(draws, -1).clone(), sampling)
     kept = filtered(rows.double() / 1.4, filters.get("top_p"), int(filters.get("top_k", VOCAB)))
     expected = kept.softmax(0) * draws
@@ -196,11 +198,14 @@ def test_filters_apply_to_their_own_rows_only(logits: Tensor) -> None:
 
 
 def test_end_of_text_can_be_forbidden_or_put_last(logits: Tensor) -> None:
-    """`no_eos` never chooses end of text; `late_eos` gives every end a confidence of 0 and leaves
-    it out of the others' (LLaDA's logits_eos_inf and confidence_eos_eot_inf)."""
+    """`logits_eos_inf` never chooses end of text; `confidence_eos_eot_inf` gives every end token
+    confidence 0 and leaves it out of the other tokens' confidence (LLaDA, generate.py)."""
     rows = logits.expand(3, -1).clone()
     rows[:, [EOS, EOT]] = torch.tensor([8.0, 7.0])
-    switches = {"no_eos": torch.arange(3) == 1, "late_eos": torch.arange(3) == 2}
+    switches = {
+        "logits_eos_inf": torch.arange(3) == 1,
+        "confidence_eos_eot_inf": torch.arange(3) == 2,
+    }
     token, confidence = draw(rows.clone(), row_sampling(3, **switches))
     assert token.tolist() == [EOS, EOT, EOS]
     without = rows[1].clone()
@@ -219,7 +224,9 @@ def test_statistics_are_those_of_the_distribution_asked_for(logits: Tensor) -> N
     """Entropy and margin of softmax(logits), or of the tempered and filtered one (Dream)."""
     rows = logits.expand(2, -1).clone()
     rows[:, MASK] = -30.0
-    sampling = row_sampling(2, temperature=0.5, top_k=4, seed=3, tempered=torch.arange(2) == 1)
+    sampling = row_sampling(
+        2, temperature=0.5, top_k=4, seed=3, dream_statistics=torch.arange(2) == 1
+    )
     found = sample_candidates(rows.clone(), HEAD, sampling, SPECIAL, budget_bytes=2**20)
     filtered = rows[1].double() / 0.5
     filtered[filtered < filtered.topk(4).values[-1]] = -torch.inf
@@ -264,7 +271,7 @@ def test_a_filtered_row_is_bitwise_the_same_alone() -> None:
         sampling = row_sampling(
             len(chosen), temperature=0.7, top_p=0.9, position=torch.arange(12)[rows]
         )
-        options = {"budget_bytes": 2**24, "with_spread": True}
+        options = {"budget_bytes": 2**24, "needs_entropy": True}
         found = sample_candidates(chosen, Head(weight), sampling, special, **options)
         return torch.stack([found.confidence, found.entropy, found.margin], 1).tolist()
 
@@ -286,12 +293,16 @@ def test_tiles_of_the_vocabulary_change_nothing(vocabulary: int) -> None:
     special = SpecialTokens(mask, torch.tensor([eos]), torch.tensor([eot, eos]))
     weight[[mask, eos, eot]] *= 2
     place = torch.arange(60)
-    columns = {"no_eos": place % 3 == 0, "late_eos": place % 4 == 0, "temperature": place % 5 // 4}
+    columns = {
+        "logits_eos_inf": place % 3 == 0,
+        "confidence_eos_eot_inf": place % 4 == 0,
+        "temperature": place % 5 // 4,
+    }
     sampling = row_sampling(60, **columns)
     found = sample_candidates(hidden, Head(weight), sampling, special, budget_bytes=1)
     for i in range(60):
         logits = weight.double() @ hidden[i].double()
-        if sampling.no_eos[i]:
+        if sampling.logits_eos_inf[i]:
             logits[eos] = -torch.inf
         allowed = logits.clone()
         allowed[mask] = -torch.inf
@@ -299,7 +310,7 @@ def test_tiles_of_the_vocabulary_change_nothing(vocabulary: int) -> None:
             assert found.token[i] == allowed.argmax()
         token = int(found.token[i])
         assert allowed[token] > -torch.inf
-        if sampling.late_eos[i]:
+        if sampling.confidence_eos_eot_inf[i]:
             logits[[eot, eos]] = -torch.inf
         distribution = logits.softmax(0)
         best = distribution.topk(2).values
@@ -309,7 +320,7 @@ def test_tiles_of_the_vocabulary_change_nothing(vocabulary: int) -> None:
         assert found.margin[i].item() == pytest.approx((best[0] - best[1]).item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("needs_entropy", [False, True])
 @pytest.mark.parametrize(
     "columns",
     [
@@ -320,7 +331,7 @@ def test_tiles_of_the_vocabulary_change_nothing(vocabulary: int) -> None:
     ],
 )
 def test_logits_and_noise_stay_within_their_budget(
-    columns: dict[str, float | bool | Tensor], spread: bool
+    columns: dict[str, float | bool | Tensor], needs_entropy: bool
 ) -> None:
     """However many rows there are: 32 MiB of logits are chosen from within a budget of 4 MiB."""
     rows, vocabulary, budget = 800, 2 * TILE + 2000, 4 * 2**20
@@ -329,7 +340,9 @@ def test_logits_and_noise_stay_within_their_budget(
     head = Head(torch.randn(vocabulary, 8, generator=generator))
     sampling = row_sampling(rows, **columns)
     with torch.inference_mode(), AllocationMeter() as meter:
-        sample_candidates(hidden, head, sampling, SPECIAL, budget_bytes=budget, with_spread=spread)
+        sample_candidates(
+            hidden, head, sampling, SPECIAL, budget_bytes=budget, needs_entropy=needs_entropy
+        )
     # Statistics of rows are small but many.
     assert budget / 8 < meter.peak <= budget + 200 * rows
 

@@ -33,6 +33,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from tests.support.budget import examples
 from tests.support.cases import Case, cases, run_with_arrivals
 from tests.support.checkpoints import write_dream, write_llada
 from tests.support.servers import eventually, has_ended
@@ -68,8 +69,7 @@ def pair(
 
 
 @settings(
-    max_examples=12,
-    deadline=None,
+    max_examples=examples(12),
     phases=NO_SHRINK,
     suppress_health_check=[HealthCheck.filter_too_much],
 )

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from dllm_engine import CheckpointError, InvalidRequest
-from dllm_engine.tokenizer import TextCodec, find_stop
+from dllm_engine.tokenizer import Tokenizer, find_stop
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import decoders, models
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -30,25 +31,25 @@ from tests.support.checkpoints import (
 
 
 @pytest.fixture(scope="module")
-def codec(checkpoint: Path) -> TextCodec:
+def codec(checkpoint: Path) -> Tokenizer:
     """The tokenizer of the random checkpoint: bytes and LLaDA's special tokens."""
-    loaded = TextCodec.load(checkpoint, MASK)
+    loaded = Tokenizer.load(checkpoint, MASK)
     assert loaded is not None
     return loaded
 
 
-def text_of(codec: TextCodec, ids: list[int]) -> str:
+def text_of(codec: Tokenizer, ids: list[int]) -> str:
     """Decoded, with no character lost."""
     return codec.decode(np.array(ids, dtype=np.int32))
 
 
 @pytest.mark.parametrize("text", ["hello", "naïve café", "汉字 🙂", " lead and trail ", "a\nb\t"])
-def test_text_survives_the_round_trip(codec: TextCodec, text: str) -> None:
+def test_text_survives_the_round_trip(codec: Tokenizer, text: str) -> None:
     """Any Unicode text encodes and decodes to itself."""
     assert text_of(codec, codec.encode_text(text)) == text
 
 
-def test_a_message_is_rendered_by_the_chat_template(codec: TextCodec) -> None:
+def test_a_message_is_rendered_by_the_chat_template(codec: Tokenizer) -> None:
     """One user message gives begin-of-text, header, content, end of turn, assistant header."""
     ids = codec.encode_chat("Hi")
     assert ids[0] == BOS
@@ -56,7 +57,7 @@ def test_a_message_is_rendered_by_the_chat_template(codec: TextCodec) -> None:
     assert text_of(codec, ids) == "user\n\nHiassistant\n\n"
 
 
-def test_turns_and_roles_are_kept(codec: TextCodec) -> None:
+def test_turns_and_roles_are_kept(codec: Tokenizer) -> None:
     """System, user and assistant messages follow each other in order."""
     roles = ["system", "user", "assistant", "user"]
     messages = [{"role": role, "content": f"m{i}"} for i, role in enumerate(roles)]
@@ -67,9 +68,9 @@ def test_turns_and_roles_are_kept(codec: TextCodec) -> None:
 
 
 @pytest.fixture(scope="module")
-def dream(tmp_path_factory: pytest.TempPathFactory) -> TextCodec:
+def dream(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """The tokenizer of a Dream checkpoint: bytes and Qwen's special tokens."""
-    loaded = TextCodec.load(write_dream(tmp_path_factory.mktemp("dream")), DREAM_MASK)
+    loaded = Tokenizer.load(write_dream(tmp_path_factory.mktemp("dream")), DREAM_MASK)
     assert loaded is not None
     return loaded
 
@@ -88,12 +89,12 @@ def messages_of(turns: list[tuple[str, str]]) -> str:
     return json.dumps([{"role": role, "content": content} for role, content in turns])
 
 
-def literal(codec: TextCodec, text: str) -> list[int]:
+def literal(codec: Tokenizer, text: str) -> list[int]:
     """Text encoded bracket by bracket, so that no name of a control token is whole."""
     return [i for piece in re.split("(<)", text) if piece for i in codec.encode_text(piece)]
 
 
-def test_llada_turns_are_rendered_token_by_token(codec: TextCodec) -> None:
+def test_llada_turns_are_rendered_token_by_token(codec: Tokenizer) -> None:
     """Begin-of-text once, each turn with its header and end, content without the space around it,
     and the header of the answer."""
     header, end_header = LLADA_SPECIALS["<|start_header_id|>"], LLADA_SPECIALS["<|end_header_id|>"]
@@ -112,7 +113,7 @@ def test_llada_turns_are_rendered_token_by_token(codec: TextCodec) -> None:
 
 
 @pytest.mark.parametrize("has_system", [True, False])
-def test_dream_turns_are_rendered_token_by_token(dream: TextCodec, has_system: bool) -> None:
+def test_dream_turns_are_rendered_token_by_token(dream: Tokenizer, has_system: bool) -> None:
     """Qwen's template: its own system message where none is given, content as it is, and the start
     of the answer."""
     start, end = DREAM_SPECIALS["<|im_start|>"], DREAM_SPECIALS["<|im_end|>"]
@@ -134,7 +135,7 @@ def test_dream_turns_are_rendered_token_by_token(dream: TextCodec, has_system: b
     ],
 )
 def test_a_mask_in_a_suffix_stays_text(
-    codec: TextCodec, dream: TextCodec, family: str, mask: int, name: str, end: str
+    codec: Tokenizer, dream: Tokenizer, family: str, mask: int, name: str, end: str
 ) -> None:
     """Text behind a gap never opens another; control tokens in it are read, as in a raw prompt."""
     either = {"llada": codec, "dream": dream}[family]
@@ -148,7 +149,7 @@ def test_a_mask_in_a_suffix_stays_text(
 @pytest.mark.parametrize(
     "special", ["<|mdm_mask|>", "<|eot_id|>", "<|startoftext|>", "\ue0000\ue001"]
 )
-def test_special_tokens_in_a_message_stay_text(codec: TextCodec, special: str) -> None:
+def test_special_tokens_in_a_message_stay_text(codec: Tokenizer, special: str) -> None:
     """What a user writes inside a message is never read as a control token."""
     plain = codec.encode_chat("")
     ids = codec.encode_chat(f"a{special}b")
@@ -156,7 +157,7 @@ def test_special_tokens_in_a_message_stay_text(codec: TextCodec, special: str) -
     assert f"a{special}b" in text_of(codec, ids)
 
 
-def test_threads_do_not_take_each_others_text_for_control_tokens(codec: TextCodec) -> None:
+def test_threads_do_not_take_each_others_text_for_control_tokens(codec: Tokenizer) -> None:
     """Prompts encoded at the same time come out as when encoded alone."""
     text = "<|mdm_mask|>" * 20
     alone = codec.encode_chat(text)
@@ -165,7 +166,7 @@ def test_threads_do_not_take_each_others_text_for_control_tokens(codec: TextCode
     assert all(ids == alone for ids in together)
 
 
-def test_a_raw_prompt_keeps_templates_but_not_masks(codec: TextCodec) -> None:
+def test_a_raw_prompt_keeps_templates_but_not_masks(codec: Tokenizer) -> None:
     """Raw text may hold hand-written control tokens; the mask's name alone stays text."""
     ids = codec.encode_text("a<|eot_id|><|mdm_mask|>")
     assert EOT in ids
@@ -175,7 +176,7 @@ def test_a_raw_prompt_keeps_templates_but_not_masks(codec: TextCodec) -> None:
 
 def test_without_a_template_one_message_is_taken_as_it_is(tmp_path: Path) -> None:
     """A base checkpoint gets the text itself; several messages need a template."""
-    base = TextCodec.load(write_llada(tmp_path, chat_template=False), MASK)
+    base = Tokenizer.load(write_llada(tmp_path, chat_template=False), MASK)
     assert base is not None
     assert base.encode_chat("Hi") == base.encode_text("Hi")
     two = json.dumps([{"role": "user", "content": "a"}] * 2)
@@ -188,13 +189,13 @@ def test_without_a_template_one_message_is_taken_as_it_is(tmp_path: Path) -> Non
     ["", "{}", "[]", "[1]", '[{"role": "user"}]', '[{"role": "user", "content": 1}]',
      '[{"role": "user", "content": "a", "name": "b"}]'],
 )  # fmt: skip
-def test_malformed_messages_are_refused_by_shape(codec: TextCodec, messages: str) -> None:
+def test_malformed_messages_are_refused_by_shape(codec: Tokenizer, messages: str) -> None:
     """Anything but a list of role and content strings is an error that says so."""
     with pytest.raises(InvalidRequest, match="^messages: must be a JSON list"):
         codec.encode_messages(messages)
 
 
-def test_empty_and_unencodable_prompts_are_refused(codec: TextCodec) -> None:
+def test_empty_and_unencodable_prompts_are_refused(codec: Tokenizer) -> None:
     """An empty prompt and a lone surrogate are errors, not crashes."""
     with pytest.raises(InvalidRequest, match="^text_input: must not be empty"):
         codec.encode_text("")
@@ -202,19 +203,19 @@ def test_empty_and_unencodable_prompts_are_refused(codec: TextCodec) -> None:
         codec.encode_text("a\ud800b")
 
 
-def test_half_a_character_is_never_shown(codec: TextCodec) -> None:
+def test_half_a_character_is_never_shown(codec: Tokenizer) -> None:
     """A character cut by a token border is left out until its last byte is there."""
     ids = codec.encode_text("é🙂")
     assert [text_of(codec, ids[:n]) for n in range(7)] == ["", "", "é", "é", "é", "é", "é🙂"]
 
 
-def test_special_tokens_are_not_part_of_the_text(codec: TextCodec) -> None:
+def test_special_tokens_are_not_part_of_the_text(codec: Tokenizer) -> None:
     """Control tokens inside an answer are not shown."""
     ids = [*codec.encode_text("a"), EOS, *codec.encode_text("b"), EOT]
     assert text_of(codec, ids) == "ab"
 
 
-def test_the_answer_ends_before_the_first_stop_string(codec: TextCodec) -> None:
+def test_the_answer_ends_before_the_first_stop_string(codec: Tokenizer) -> None:
     """Stop strings are found across token borders; the earliest one cuts."""
     ids = np.array(codec.encode_text("one two three"), dtype=np.int32)
     assert codec.answer(ids, ("three", "wo")) == "one t"
@@ -222,7 +223,7 @@ def test_the_answer_ends_before_the_first_stop_string(codec: TextCodec) -> None:
     assert find_stop("abc", ("x",)) is None
 
 
-def test_what_is_certain_leaves_out_a_stop_string_that_has_begun(codec: TextCodec) -> None:
+def test_what_is_certain_leaves_out_a_stop_string_that_has_begun(codec: Tokenizer) -> None:
     """Token by token, only that is shown which no stop string can take back any more."""
     ids = np.array(codec.encode_text("a bar bars"), dtype=np.int32)
     shown = [codec.prefix(ids[:n], ("bart", "ars", "a bark")) for n in range(len(ids) + 1)]
@@ -233,7 +234,7 @@ def test_what_is_certain_leaves_out_a_stop_string_that_has_begun(codec: TextCode
 
 @pytest.mark.parametrize("stop", [("aab",), ("ab", "ba"), ("é🙂", "🙂🙂"), ("bé",)])
 @pytest.mark.parametrize("text", ["aaaab", "abab", "é🙂🙂", "aabéé", "bbb"])
-def test_what_is_certain_never_shrinks(codec: TextCodec, text: str, stop: tuple[str, ...]) -> None:
+def test_what_is_certain_never_shrinks(codec: Tokenizer, text: str, stop: tuple[str, ...]) -> None:
     """What was certain once is the beginning of everything later, the answer included."""
     ids = np.array(codec.encode_text(text), dtype=np.int32)
     shown = []
@@ -245,7 +246,7 @@ def test_what_is_certain_never_shrinks(codec: TextCodec, text: str, stop: tuple[
     assert all(after.startswith(before) for before, after in pairwise(shown))
 
 
-def test_each_position_shows_what_it_adds(codec: TextCodec) -> None:
+def test_each_position_shows_what_it_adds(codec: Tokenizer) -> None:
     """Special tokens and hidden positions show nothing, a character stands with its last byte."""
     ids = np.array([*codec.encode_text("aé"), EOS, *codec.encode_text("🙂b")], dtype=np.int32)
     shown = np.ones(len(ids), dtype=bool)
@@ -254,7 +255,7 @@ def test_each_position_shows_what_it_adds(codec: TextCodec) -> None:
     assert codec.pieces(ids, shown) == ["a", "", "é", "", "", "", "", "", "b"]
 
 
-def test_a_whole_character_after_a_torn_one_is_found(codec: TextCodec) -> None:
+def test_a_whole_character_after_a_torn_one_is_found(codec: Tokenizer) -> None:
     """Bytes that never become a character do not hide one that follows them."""
     whole = codec.encode_text("é")
     ids = np.array([*codec.encode_text("🙂")[:2], *whole, whole[1]], dtype=np.int32)
@@ -263,15 +264,15 @@ def test_a_whole_character_after_a_torn_one_is_found(codec: TextCodec) -> None:
 
 
 @pytest.fixture(scope="module")
-def torn() -> TextCodec:
+def torn() -> Tokenizer:
     """A byte-level tokenizer with tokens that are text and part of a character, as real
     ones have them."""
     alphabet = bytes_to_unicode()
     tokens = [b" \xe2\x80", b"\x9c", b"a\xc3", b"\xa9b\xc3", b"\xa9c", b"d", b"?"]
     vocabulary = {"".join(alphabet[byte] for byte in token): i for i, token in enumerate(tokens)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    words = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     words.decoder = decoders.ByteLevel()
-    return TextCodec(PreTrainedTokenizerFast(tokenizer_object=words, mask_token="?"), 6)
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=words, mask_token="?"), 6)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +289,7 @@ def torn() -> TextCodec:
     ids=str,
 )
 def test_text_beside_a_torn_character_stays_where_it_is(
-    torn: TextCodec, ids: list[int], pieces: list[str]
+    torn: Tokenizer, ids: list[int], pieces: list[str]
 ) -> None:
     """Of a token that is text and part of a character the text is shown at once; the character
     stands with the token that completes it."""
@@ -297,7 +298,7 @@ def test_text_beside_a_torn_character_stays_where_it_is(
 
 @given(st.lists(st.integers(0, 255), max_size=24), st.data())
 def test_no_piece_ever_holds_half_a_character(
-    codec: TextCodec, ids: list[int], data: st.DataObject
+    codec: Tokenizer, ids: list[int], data: st.DataObject
 ) -> None:
     """Whatever bytes are shown, in whatever order: no U+FFFD."""
     shown = np.array([data.draw(st.booleans()) for _ in ids], dtype=bool)
@@ -305,7 +306,7 @@ def test_no_piece_ever_holds_half_a_character(
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), min_size=1))
-def test_the_pieces_of_a_whole_text_are_the_text(codec: TextCodec, text: str) -> None:
+def test_the_pieces_of_a_whole_text_are_the_text(codec: Tokenizer, text: str) -> None:
     """Once all is shown nothing is missing and nothing is shown twice."""
     ids = np.array(codec.encode_text(text))
     assert "".join(codec.pieces(ids, np.ones(len(ids), dtype=bool))) == text
@@ -313,17 +314,17 @@ def test_the_pieces_of_a_whole_text_are_the_text(codec: TextCodec, text: str) ->
 
 def test_pieces_of_a_decoder_that_drops_the_first_space() -> None:
     """A tokenizer with a mark for spaces keeps the space of every position."""
-    words = Tokenizer(models.WordLevel({"▁one": 0, "▁two": 1, "?": 2}, unk_token="?"))
+    words = tokenizers.Tokenizer(models.WordLevel({"▁one": 0, "▁two": 1, "?": 2}, unk_token="?"))
     words.decoder = decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, mask_token="?")
-    codec = TextCodec(tokenizer, 2)
+    codec = Tokenizer(tokenizer, 2)
     assert codec.decode([0, 1]) == "one two"
     assert codec.pieces(np.array([0, 1]), np.array([True, True])) == [" one", " two"]
 
 
 def test_dreams_tokenizer_is_read_without_its_own_code(tmp_path: Path) -> None:
     """vocab.json and merges.txt under a class of Dream's own are read as Qwen2's."""
-    dream = TextCodec.load(write_dream(tmp_path), DREAM_MASK)
+    dream = Tokenizer.load(write_dream(tmp_path), DREAM_MASK)
     assert dream is not None
     assert text_of(dream, dream.encode_text("héllo 汉 🙂")) == "héllo 汉 🙂"
     ids = dream.encode_chat("a<|mask|>b<|im_end|>")
@@ -337,9 +338,9 @@ def test_a_tokenizer_without_the_mask_token_is_refused(tmp_path: Path) -> None:
     """One that does not belong to the weights is an error that says what is missing."""
     write_dream(tmp_path)
     with pytest.raises(CheckpointError, match="tokenizer: has no token 505, .* the mask"):
-        TextCodec.load(tmp_path, 505)
+        Tokenizer.load(tmp_path, 505)
 
 
 def test_a_checkpoint_without_a_tokenizer_has_no_codec(tmp_path: Path) -> None:
     """Weights alone can be served by token ids."""
-    assert TextCodec.load(write_llada(tmp_path, tokenizer=False), MASK) is None
+    assert Tokenizer.load(write_llada(tmp_path, tokenizer=False), MASK) is None

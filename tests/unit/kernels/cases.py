@@ -44,10 +44,10 @@ HEADS = st.builds(
 
 @dataclasses.dataclass(frozen=True)
 class Sequence:
-    """`rows` packed rows; `held` rows in its pages, which it attends to where above 0."""
+    """`rows` packed rows; `kv_len` rows in its pages, which it attends to if above 0."""
 
     rows: int
-    held: int = 0
+    kv_len: int = 0
 
 
 def near(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
@@ -73,35 +73,35 @@ class Step:
         num_heads = heads.num_kv_heads * heads.group
         qkv = numbers(self.num_rows + 3, num_heads + 2 * heads.num_kv_heads, heads.head_dim)
         self.q, self.k, self.v = qkv.split([num_heads, heads.num_kv_heads, heads.num_kv_heads], 1)
-        widest = max(1, *(-(-max(s.held, s.rows) // heads.page_size) for s in sequences))
+        widest = max(1, *(-(-max(s.kv_len, s.rows) // heads.page_size) for s in sequences))
         num_pages = widest * len(sequences)
         shape = (num_pages + 1, heads.page_size, heads.num_kv_heads, heads.head_dim)
         self.pages = LayerPages(numbers(*shape), numbers(*shape))
         order = torch.randperm(num_pages, generator=generator)
-        self.tables = order.view(len(sequences), widest).to(DEVICE)
+        self.block_tables = order.view(len(sequences), widest).to(DEVICE)
 
     def layout(
         self, places: Tensor | None = None, selection: FlatSelection | None = None
     ) -> FlatLayout:
         """The step's layout; `places` and `selection` say what is stored."""
         operations = choose_operations("triton", DEVICE, self.heads.dtype)
-        tile_rows = operations.tile_rows(self.heads.group, 1)
-        assert tile_rows is not None
+        block_m = operations.block_m(self.heads.group, 1)
+        assert block_m is not None
         if places is not None:
             places = F.pad(places, (0, len(self.k) - len(places)), value=-1)
         return dataclasses.replace(
-            FlatLayout.of([s.rows for s in self.sequences], tile_rows, DEVICE),
-            held=torch.tensor([s.held for s in self.sequences], device=DEVICE),
-            tables=self.tables,
-            write_places=places,
+            FlatLayout.of([s.rows for s in self.sequences], block_m, DEVICE),
+            kv_lens=torch.tensor([s.kv_len for s in self.sequences], device=DEVICE),
+            block_tables=self.block_tables,
+            slot_mapping=places,
             selection=selection,
         )
 
     def stored(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values in a sequence's pages: [held, num_kv_heads, head_dim]."""
-        held = self.sequences[index].held
-        pages = self.tables[index]
+        """Keys and values in a sequence's pages: [kv_len, num_kv_heads, head_dim]."""
+        kv_len = self.sequences[index].kv_len
+        pages = self.block_tables[index]
         return (
-            self.pages.keys[pages].flatten(0, 1)[:held],
-            self.pages.values[pages].flatten(0, 1)[:held],
+            self.pages.keys[pages].flatten(0, 1)[:kv_len],
+            self.pages.values[pages].flatten(0, 1)[:kv_len],
         )

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.support.budget import examples
 from tests.unit.kernels.cases import DEVICE, HEADS, Heads, Sequence, Step, near
 
 SEQUENCES = st.lists(
-    st.builds(Sequence, rows=st.integers(1, 40), held=st.just(0) | st.integers(1, 90)),
+    st.builds(Sequence, rows=st.integers(1, 40), kv_len=st.just(0) | st.integers(1, 90)),
     min_size=1,
     max_size=4,
 )
@@ -23,7 +24,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @given(HEADS, SEQUENCES, st.integers(0, 2**31))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 def test_every_sequence_attends_to_its_own(
     heads: Heads, sequences: list[Sequence], seed: int
 ) -> None:
@@ -33,7 +34,7 @@ def test_every_sequence_attends_to_its_own(
     wanted, start = [], 0
     for index, sequence in enumerate(sequences):
         rows = slice(start, start + sequence.rows)
-        keys, values = step.stored(index) if sequence.held else (step.k[rows], step.v[rows])
+        keys, values = step.stored(index) if sequence.kv_len else (step.k[rows], step.v[rows])
         wanted.append(attend(step.q[rows], keys, values))
         start += sequence.rows
     wanted.append(torch.zeros(3, *step.q.shape[1:], device=DEVICE))
@@ -41,11 +42,11 @@ def test_every_sequence_attends_to_its_own(
 
 
 @given(HEADS, st.integers(1, 20), st.integers(0, 2**31))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=examples(10))
 def test_rows_are_stored_before_they_are_read(heads: Heads, rows: int, seed: int) -> None:
     """A Reuse attends to its fresh rows in its pages; rows without a place are not stored."""
-    step = Step(heads, [Sequence(rows, held=rows), Sequence(5)], seed)
-    page = step.tables[0][torch.arange(rows, device=DEVICE) // heads.page_size]
+    step = Step(heads, [Sequence(rows, kv_len=rows), Sequence(5)], seed)
+    page = step.block_tables[0][torch.arange(rows, device=DEVICE) // heads.page_size]
     places = page * heads.page_size + torch.arange(rows, device=DEVICE) % heads.page_size
     places = torch.cat([places, torch.full((5,), -1, device=DEVICE)])
     before = step.pages.keys.clone(), step.pages.values.clone()
@@ -63,7 +64,7 @@ def test_a_sequence_has_the_same_result_in_any_company() -> None:
     """Bit by bit."""
     heads = Heads(num_kv_heads=2, group=2, head_dim=16, page_size=8, dtype=torch.float32)
     alone = Step(heads, [Sequence(33)], seed=1)
-    company = Step(heads, [Sequence(7, held=50), Sequence(33), Sequence(70)], seed=2)
+    company = Step(heads, [Sequence(7, kv_len=50), Sequence(33), Sequence(70)], seed=2)
     rows = slice(7, 40)
     for mine, theirs in ((alone.q, company.q), (alone.k, company.k), (alone.v, company.v)):
         theirs[rows] = mine[:33]

@@ -23,6 +23,7 @@ def defined_kernels() -> set[str]:
     return launched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("capability", "shared"), [(80, 163), (89, 99), (90, 227)])
 def test_every_kernel_compiles(capability: int, shared: int, tmp_path: Path) -> None:
     """Down to machine code of an A100, an L40 and an H100, at the sizes of LLaDA-8B and Dream-7B;

@@ -30,7 +30,7 @@ LENGTHS = [3, 6, 9, 36, 36, 18, 21, 24]
 PROMPTS = [list(range(7 * i, 7 * i + length)) for i, length in enumerate(LENGTHS)]
 
 
-@pytest.mark.parametrize("write", [write_llada, write_dream])
+@pytest.mark.parametrize("write", [write_llada, pytest.param(write_dream, marks=pytest.mark.slow)])
 def test_same_tokens(write: object, tmp_path: Path) -> None:
     """All policies in one batch; confidences within float32's rounding."""
     assert callable(write)
@@ -48,6 +48,7 @@ def test_same_tokens(write: object, tmp_path: Path) -> None:
         np.testing.assert_allclose(mine.confidence, theirs.confidence, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_batch_invariance(tmp_path: Path) -> None:
     """With `batch_invariant`, tokens and confidences are bitwise those of the request alone."""
     llm = LLM(
@@ -61,6 +62,7 @@ def test_batch_invariance(tmp_path: Path) -> None:
         assert alone.confidence.tolist() == together[i].confidence.tolist()
 
 
+@pytest.mark.slow
 def test_two_ranks_on_kernels(tmp_path: Path) -> None:
     """A model split over two ranks, each on kernels, decodes what it does on torch's operations."""
     checkpoint = write_llada(tmp_path)
@@ -69,7 +71,7 @@ def test_two_ranks_on_kernels(tmp_path: Path) -> None:
     prompts, params = [PROMPTS[i] for i in chosen], [MIXTURE[i] for i in chosen]
     wanted = LLM(checkpoint, kernels="torch", **options).generate(prompts, params, progress=False)
     with LLM(checkpoint, kernels="triton", tensor_parallel_size=2, **options) as llm:
-        assert llm.engine.runner.rank.tile_rows
+        assert llm.engine.runner.rank.block_m
         found = llm.generate(prompts, params, progress=False)
     for mine, theirs in zip(found, wanted, strict=True):
         assert mine.token_ids.tolist() == theirs.token_ids.tolist()

@@ -135,6 +135,7 @@ def test_compiled_parts_stand_beside_torch_s() -> None:
             assert min(row["seconds"].values()) > 0
 
 
+@pytest.mark.slow
 def test_every_section_runs_at_toy_sizes(tmp_path: Path) -> None:
     """All but checkouts, whose code is not ours; nothing is written among the results."""
     before = {path.name: path.stat().st_mtime_ns for path in RESULTS.iterdir()}
@@ -180,6 +181,7 @@ def _check_kernels(sections: dict[str, Any]) -> None:
             assert costs.get((row["kernel"], row["case"]), cost) == cost
 
 
+@pytest.mark.slow
 def test_the_command_needs_nothing_installed(tmp_path: Path) -> None:
     """From the repository's root it finds the engine beside it, and so do the sections' processes;
     a section that fails is named in the file and on the screen, and the others run."""

@@ -67,20 +67,20 @@ def by_layer(pages: KVPages) -> list[LayerPages]:
     return [LayerPages(k, v) for k, v in zip(pages.keys, pages.values, strict=True)]
 
 
-def step_of(counts: list[int], held: list[int], rows: int) -> tuple[Tensor, Tensor, FlatLayout]:
-    """Sequences with `counts` rows; those with `held` rows also store theirs behind these."""
-    tables = torch.arange(len(counts) * MAX_PAGES, device=DEVICE).view(len(counts), MAX_PAGES)
+def step_of(counts: list[int], kv_lens: list[int], rows: int) -> tuple[Tensor, Tensor, FlatLayout]:
+    """Sequences with `counts` rows; those with `kv_lens` above 0 also store theirs behind these."""
+    block_tables = torch.arange(len(counts) * MAX_PAGES, device=DEVICE).view(len(counts), MAX_PAGES)
     places = []
-    for index, (count, stored) in enumerate(zip(counts, held, strict=True)):
+    for index, (count, stored) in enumerate(zip(counts, kv_lens, strict=True)):
         first = index * MAX_PAGES * PAGE_SIZE + stored - count
         places += range(first, first + count) if stored else [-1] * count
     places += [-1] * (rows - len(places))
     generator = torch.Generator().manual_seed(sum(counts))
     layout = dataclasses.replace(
         FlatLayout.of(counts, 32, DEVICE),
-        held=torch.tensor(held, device=DEVICE),
-        tables=tables[:, : MAX_PAGES - 1],
-        write_places=torch.tensor(places, device=DEVICE),
+        kv_lens=torch.tensor(kv_lens, device=DEVICE),
+        block_tables=block_tables[:, : MAX_PAGES - 1],
+        slot_mapping=torch.tensor(places, device=DEVICE),
     )
     ids = torch.randint(0, 500, (rows,), generator=generator).to(DEVICE)
     return ids, torch.arange(rows, device=DEVICE) % 30, layout
@@ -94,19 +94,19 @@ def test_a_replay_is_the_forward_pass(model: DiffusionModel) -> None:
         model,
         by_layer(replayed),
         sizes=graph_sizes(48),
-        tile_rows=32,
+        block_m=32,
         max_sequences=MAX_SEQUENCES,
         max_pages=MAX_PAGES,
         record=run_again if DEVICE == "cpu" else cuda_recorder(),
     )
-    for counts, held in (
+    for counts, kv_lens in (
         ([5, 40], [0, 0]),
         ([3, 9], [20, 0]),
         ([8, 1, 2, 10], [8, 17, 30, 31]),
         ([16], [16]),
     ):
         rows = -(-sum(counts) // 16) * 16
-        ids, positions, layout = step_of(counts, held, rows)
+        ids, positions, layout = step_of(counts, kv_lens, rows)
         found = graphs.run(ids, positions, layout)
         assert found is not None
         hidden = model(ids, positions, layout, pages=by_layer(called))
@@ -122,7 +122,7 @@ def test_what_has_no_graph_is_left_to_the_model(model: DiffusionModel) -> None:
         model,
         by_layer(random_pages(model)),
         sizes=[16],
-        tile_rows=32,
+        block_m=32,
         max_sequences=MAX_SEQUENCES,
         max_pages=MAX_PAGES,
         record=lambda work: work,
@@ -157,7 +157,7 @@ def test_the_largest_is_recorded_first(model: DiffusionModel) -> None:
         model,
         by_layer(random_pages(model)),
         sizes=[16, 32, 48],
-        tile_rows=32,
+        block_m=32,
         max_sequences=MAX_SEQUENCES,
         max_pages=MAX_PAGES,
         record=record,
@@ -165,7 +165,7 @@ def test_the_largest_is_recorded_first(model: DiffusionModel) -> None:
     assert recorded == [48, 32, 16]
 
 
-@pytest.mark.parametrize("write", [write_llada, write_dream])
+@pytest.mark.parametrize("write", [write_llada, pytest.param(write_dream, marks=pytest.mark.slow)])
 def test_an_engine_with_graphs(
     write: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

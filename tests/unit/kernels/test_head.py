@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from dllm_engine.ops import Choice, Head, HeadStatistics, noise
+from dllm_engine.ops import Head, HeadOptions, HeadStatistics, noise
 from dllm_engine.ops.kernels import head as kernels
 from dllm_engine.sampling import LISTED, Credits, SpecialTokens, sample_candidates
 from dllm_engine.sampling.rank_merge import _joined
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.support.budget import examples
 from tests.support.sampling import row_sampling
 from tests.unit.kernels.cases import DEVICE, DTYPES
 
@@ -32,11 +33,11 @@ class Case:
     dtype: torch.dtype
     seed: int
     noisy: bool = False
-    spread: bool = False
-    no_eos: bool = False
-    late_eos: bool = False
+    needs_entropy: bool = False
+    logits_eos_inf: bool = False
+    confidence_eos_eot_inf: bool = False
 
-    def tensors(self) -> tuple[Tensor, Tensor, Choice]:
+    def tensors(self) -> tuple[Tensor, Tensor, HeadOptions]:
         """Hidden states, weight and choice; of each kind of row there are some and others."""
         torch.manual_seed(self.seed)
         hidden = torch.randn(self.rows, self.width).to(DEVICE, self.dtype)
@@ -50,15 +51,15 @@ class Case:
         return (
             hidden,
             weight,
-            Choice(
+            HeadOptions(
                 mask=int(tokens[0]),
                 eos=tokens[1:3],
                 stop=tokens[2:5],
-                no_eos=some() if self.no_eos else None,
-                late_eos=some() if self.late_eos else None,
+                logits_eos_inf=some() if self.logits_eos_inf else None,
+                confidence_eos_eot_inf=some() if self.confidence_eos_eot_inf else None,
                 temperature=heat * some() if self.noisy else None,
                 keys=torch.randint(-(2**62), 2**62, (self.rows,), device=DEVICE),
-                spread=self.spread,
+                needs_entropy=self.needs_entropy,
             ),
         )
 
@@ -71,9 +72,9 @@ CASES = st.builds(
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**31),
     noisy=st.booleans(),
-    spread=st.booleans(),
-    no_eos=st.booleans(),
-    late_eos=st.booleans(),
+    needs_entropy=st.booleans(),
+    logits_eos_inf=st.booleans(),
+    confidence_eos_eot_inf=st.booleans(),
 )
 
 
@@ -82,20 +83,20 @@ def near(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found.double(), wanted.double(), rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def check(found: HeadStatistics, hidden: Tensor, weight: Tensor, choice: Choice) -> None:
+def check(found: HeadStatistics, hidden: Tensor, weight: Tensor, options: HeadOptions) -> None:
     """Assert that the statistics are those of the logits, made and kept in float64."""
     for i in range(len(hidden)):
         logits = weight.double() @ hidden[i].double()
-        if choice.no_eos is not None and choice.no_eos[i]:
-            logits[choice.eos] = -torch.inf
+        if options.logits_eos_inf is not None and options.logits_eos_inf[i]:
+            logits[options.eos] = -torch.inf
         scores = logits.clone()
-        scores[choice.mask] = -torch.inf
+        scores[options.mask] = -torch.inf
         tolerance = TOLERANCE * (1 + float(logits.max().abs()))
-        if choice.temperature is not None and choice.temperature[i] > 0:
-            assert choice.keys is not None
-            scores = scores / choice.temperature[i]
-            scores += noise.gumbel(choice.keys[i : i + 1], len(weight))[0]
-            tolerance /= float(choice.temperature[i])
+        if options.temperature is not None and options.temperature[i] > 0:
+            assert options.keys is not None
+            scores = scores / options.temperature[i]
+            scores += noise.gumbel(options.keys[i : i + 1], len(weight))[0]
+            tolerance /= float(options.temperature[i])
         best = scores.topk(2).values
         token = int(found.token[i])
         if best[0] - best[1] > tolerance:
@@ -103,42 +104,48 @@ def check(found: HeadStatistics, hidden: Tensor, weight: Tensor, choice: Choice)
         assert scores[token] >= best[0] - tolerance
         assert abs(found.score[i] - scores[token]) <= tolerance
         near(found.logit[i], logits[token])
-        if choice.late_eos is not None and choice.late_eos[i]:
-            logits[choice.stop] = -torch.inf
-        peak, second = logits.topk(2).values
-        mass = (logits - peak).exp()
-        near(found.peak[i], peak)
-        near(found.total[i], mass.sum())
-        if choice.spread:
+        if options.confidence_eos_eot_inf is not None and options.confidence_eos_eot_inf[i]:
+            logits[options.stop] = -torch.inf
+        max_logit, second = logits.topk(2).values
+        mass = (logits - max_logit).exp()
+        near(found.max_logit[i], max_logit)
+        near(found.sum_exp[i], mass.sum())
+        if options.needs_entropy:
             near(found.second[i], second)
-            near(found.weighted[i], torch.special.xlogy(mass, mass).sum())
+            near(found.sum_exp_logit[i], torch.special.xlogy(mass, mass).sum())
 
 
 @given(CASES)
-@example(Case(0, 9, 5, torch.float32, 1, spread=True))
-@example(Case(3, 260, 130, torch.float32, 2, noisy=True, no_eos=True))
-@example(Case(130, 140, 3, torch.bfloat16, 3, noisy=True, spread=True, late_eos=True))
-@settings(max_examples=30, deadline=None)
+@example(Case(0, 9, 5, torch.float32, 1, needs_entropy=True))
+@example(Case(3, 260, 130, torch.float32, 2, noisy=True, logits_eos_inf=True))
+@example(
+    Case(
+        130, 140, 3, torch.bfloat16, 3, noisy=True, needs_entropy=True, confidence_eos_eot_inf=True
+    )
+)
+@settings(max_examples=examples(30))
 def test_statistics_are_those_of_the_logits(case: Case) -> None:
     """For any sizes, types and kinds of rows: exact tokens, and numbers near those of float64."""
-    hidden, weight, choice = case.tensors()
-    check(Head(weight, kernels=True).statistics(hidden, choice), hidden, weight, choice)
+    hidden, weight, options = case.tensors()
+    check(Head(weight, kernels=True).statistics(hidden, options), hidden, weight, options)
 
 
 @pytest.mark.parametrize("noisy", [False, True])
 def test_a_split_may_have_several_tiles(noisy: bool) -> None:
     """With more tiles of the vocabulary than splits, the last split shorter than the others, and
     the two largest logits in one split, in either order, or equal: then the leftmost wins."""
-    case = Case(3, 8600, 5, torch.float32, 4, noisy=noisy, spread=True, late_eos=True)
-    hidden, weight, choice = case.tensors()
+    case = Case(
+        3, 8600, 5, torch.float32, 4, noisy=noisy, needs_entropy=True, confidence_eos_eot_inf=True
+    )
+    hidden, weight, options = case.tensors()
     weight[[3, 70]] = torch.tensor([[10.0], [20.0]], device=DEVICE) * hidden[0]
     weight[[130, 200]] = torch.tensor([[20.0], [10.0]], device=DEVICE) * hidden[1]
     weight[[260, 330]] = 20.0 * hidden[2]
     _, each, splits = kernels._split(weight)
     assert each == 2
     assert splits * each * 64 > 8600 + 63
-    found = Head(weight, kernels=True).statistics(hidden, choice)
-    check(found, hidden, weight, choice)
+    found = Head(weight, kernels=True).statistics(hidden, options)
+    check(found, hidden, weight, options)
     if not noisy:
         assert found.token.tolist() == [70, 130, 260]
 
@@ -146,28 +153,40 @@ def test_a_split_may_have_several_tiles(noisy: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_has_the_same_result_in_any_company(dtype: torch.dtype) -> None:
     """Bit by bit, also where the others need noise, spread or forbidden tokens, and it does not."""
-    case = Case(140, 200, 90, dtype, 5, noisy=True, spread=True, no_eos=True, late_eos=True)
-    hidden, weight, choice = case.tensors()
-    assert choice.temperature is not None
-    assert choice.no_eos is not None
-    assert choice.late_eos is not None
-    assert choice.keys is not None
+    case = Case(
+        140,
+        200,
+        90,
+        dtype,
+        5,
+        noisy=True,
+        needs_entropy=True,
+        logits_eos_inf=True,
+        confidence_eos_eot_inf=True,
+    )
+    hidden, weight, options = case.tensors()
+    assert options.temperature is not None
+    assert options.logits_eos_inf is not None
+    assert options.confidence_eos_eot_inf is not None
+    assert options.keys is not None
     head = Head(weight, kernels=True)
-    together = head.statistics(hidden, choice)
-    plain = (choice.temperature == 0) & ~choice.no_eos & ~choice.late_eos
+    together = head.statistics(hidden, options)
+    plain = (options.temperature == 0) & ~options.logits_eos_inf & ~options.confidence_eos_eot_inf
     for i in (int(plain.nonzero()[0]), 63, 64, int(plain.nonzero()[-1]), 139):
         mine = slice(i, i + 1)
         apart = dataclasses.replace(
-            choice,
-            no_eos=choice.no_eos[mine] if choice.no_eos[i] else None,
-            late_eos=choice.late_eos[mine] if choice.late_eos[i] else None,
-            temperature=choice.temperature[mine] if choice.temperature[i] > 0 else None,
-            keys=choice.keys[mine],
-            spread=not plain[i],
+            options,
+            logits_eos_inf=options.logits_eos_inf[mine] if options.logits_eos_inf[i] else None,
+            confidence_eos_eot_inf=options.confidence_eos_eot_inf[mine]
+            if options.confidence_eos_eot_inf[i]
+            else None,
+            temperature=options.temperature[mine] if options.temperature[i] > 0 else None,
+            keys=options.keys[mine],
+            needs_entropy=not plain[i],
         )
         alone = head.statistics(hidden[mine], apart)
-        names = ["token", "score", "logit", "peak", "total"]
-        for name in [*names, "second", "weighted"] if apart.spread else names:
+        names = ["token", "score", "logit", "max_logit", "sum_exp"]
+        for name in [*names, "second", "sum_exp_logit"] if apart.needs_entropy else names:
             assert torch.equal(getattr(alone, name), getattr(together, name)[mine]), name
 
 
@@ -183,7 +202,7 @@ def _store_uniform(keys, out, first, COUNT: tl.constexpr):  # type: ignore[no-un
     st.lists(st.integers(-(2**63), 2**63 - 1), min_size=3, max_size=3),
     st.integers(0, 2**20),
 )
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=examples(10))
 def test_random_numbers_are_those_of_the_loop(parts: list[int], first: int) -> None:
     """Bit by bit the uniform numbers of `sampling.noise`, for any seed, step and position."""
     keys = noise.row_keys(*(torch.tensor([part], device=DEVICE) for part in parts), 1)
@@ -201,21 +220,31 @@ def test_the_leftmost_of_equal_tokens_wins(best: list[int], noisy: bool) -> None
     nothing = torch.tensor([], dtype=torch.int64, device=DEVICE)
     heat = torch.zeros(1, dtype=torch.float64, device=DEVICE) if noisy else None
     keys = torch.zeros(1, dtype=torch.int64, device=DEVICE) if noisy else None
-    choice = Choice(7, nothing, nothing, None, None, heat, keys, spread=True)
-    found = Head(weight, kernels=True).statistics(torch.ones(1, 4, device=DEVICE), choice)
+    options = HeadOptions(7, nothing, nothing, None, None, heat, keys, needs_entropy=True)
+    found = Head(weight, kernels=True).statistics(torch.ones(1, 4, device=DEVICE), options)
     assert found.token.tolist() == [40]  # 7 is the mask token
-    assert found.peak.tolist() == found.second.tolist() == [4.0]
+    assert found.max_logit.tolist() == found.second.tolist() == [4.0]
 
 
 @pytest.mark.parametrize("cut", [40, 128])
 def test_slices_of_the_vocabulary_together_are_the_whole(cut: int) -> None:
     """Each rank's head has its tokens' global ids and noise; merged they say what one head says."""
-    case = Case(4, 200, 20, torch.float32, 6, noisy=True, spread=True, no_eos=True, late_eos=True)
-    hidden, weight, choice = case.tensors()
-    listed = torch.randint(-1, 200, (4, LISTED), device=DEVICE)
-    whole = kernels.head_statistics(hidden, weight, 0, choice, listed)
-    left = kernels.head_statistics(hidden, weight[:cut], 0, choice, listed)
-    right = kernels.head_statistics(hidden, weight[cut:], cut, choice, listed)
+    case = Case(
+        4,
+        200,
+        20,
+        torch.float32,
+        6,
+        noisy=True,
+        needs_entropy=True,
+        logits_eos_inf=True,
+        confidence_eos_eot_inf=True,
+    )
+    hidden, weight, options = case.tensors()
+    extra_tokens = torch.randint(-1, 200, (4, LISTED), device=DEVICE)
+    whole = kernels.head_statistics(hidden, weight, 0, options, extra_tokens)
+    left = kernels.head_statistics(hidden, weight[:cut], 0, options, extra_tokens)
+    right = kernels.head_statistics(hidden, weight[cut:], cut, options, extra_tokens)
     merged = _joined(left, right)
     assert torch.equal(merged.token, whole.token)
     for field in dataclasses.fields(whole):
@@ -225,18 +254,20 @@ def test_slices_of_the_vocabulary_together_are_the_whole(cut: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_listed_tokens_have_their_logits(dtype: torch.dtype) -> None:
     """−∞ for no token, for ends in rows that forbid them, and for stops that do not count."""
-    case = Case(5, 90, 300, dtype, 7, no_eos=True, late_eos=True)
-    hidden, weight, choice = case.tensors()
-    assert choice.no_eos is not None
-    assert choice.late_eos is not None
-    listed = torch.randint(-1, 90, (5, LISTED), device=DEVICE)
-    listed[:, :5] = torch.cat([choice.eos, choice.stop])
-    found = Head(weight, kernels=True).statistics(hidden, choice, listed).listed
+    case = Case(5, 90, 300, dtype, 7, logits_eos_inf=True, confidence_eos_eot_inf=True)
+    hidden, weight, options = case.tensors()
+    assert options.logits_eos_inf is not None
+    assert options.confidence_eos_eot_inf is not None
+    extra_tokens = torch.randint(-1, 90, (5, LISTED), device=DEVICE)
+    extra_tokens[:, :5] = torch.cat([options.eos, options.stop])
+    found = Head(weight, kernels=True).statistics(hidden, options, extra_tokens).extra_logits
     assert found is not None
     logits = hidden.double() @ weight.double().T
-    logits[choice.no_eos.nonzero(), choice.eos] = -torch.inf
-    logits[choice.late_eos.nonzero(), choice.stop] = -torch.inf
-    near(found, logits.gather(1, listed.clamp(min=0)).masked_fill(listed < 0, -torch.inf))
+    logits[options.logits_eos_inf.nonzero(), options.eos] = -torch.inf
+    logits[options.confidence_eos_eot_inf.nonzero(), options.stop] = -torch.inf
+    near(
+        found, logits.gather(1, extra_tokens.clamp(min=0)).masked_fill(extra_tokens < 0, -torch.inf)
+    )
 
 
 class Watched(TorchDispatchMode):
@@ -261,7 +292,7 @@ def test_candidates_are_those_of_the_loop_without_waiting(temperature: float) ->
     special = SpecialTokens(9, ends[:1], ends)
     place = torch.arange(rows)
     columns = {"temperature": temperature * (place % 3), "seed": place}
-    columns |= {"no_eos": place % 4 == 0, "late_eos": place % 5 == 0}
+    columns |= {"logits_eos_inf": place % 4 == 0, "confidence_eos_eot_inf": place % 5 == 0}
     sampling = row_sampling(rows, DEVICE, **columns)
     tokens = torch.randint(-1, vocabulary, (rows, LISTED), generator=generator)
     credits = Credits(

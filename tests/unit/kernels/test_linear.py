@@ -7,6 +7,7 @@ from dllm_engine.ops.linear import add_linear, add_linear_in_place
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.budget import examples
 from tests.unit.kernels.cases import DEVICE, DTYPES, near
 
 
@@ -18,7 +19,7 @@ from tests.unit.kernels.cases import DEVICE, DTYPES, near
     st.sampled_from(DTYPES),
     st.integers(0, 2**31),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15))
 def test_product(
     rows: int, inner: int, columns: int, bias: bool, dtype: torch.dtype, seed: int
 ) -> None:
@@ -38,7 +39,7 @@ def test_product(
     st.sampled_from(DTYPES),
     st.integers(0, 2**31),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15))
 def test_a_residual_is_added_where_it_lies(
     rows: int, inner: int, columns: int, dtype: torch.dtype, seed: int
 ) -> None:

@@ -9,11 +9,12 @@ from dllm_engine.ops.rotary import apply_rotary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.budget import examples
 from tests.unit.kernels.cases import DEVICE, DTYPES, near
 
 
 @given(st.integers(0, 9), st.integers(1, 100), st.sampled_from(DTYPES), st.integers(0, 2**31))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 def test_rms_norm(rows: int, dim: int, dtype: torch.dtype, seed: int) -> None:
     """Any number of rows, any width."""
     torch.manual_seed(seed)
@@ -29,7 +30,7 @@ def test_rms_norm(rows: int, dim: int, dtype: torch.dtype, seed: int) -> None:
     st.sampled_from(DTYPES),
     st.integers(0, 2**31),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 def test_rotary(rows: int, heads: int, head_dim: int, dtype: torch.dtype, seed: int) -> None:
     """The first of some heads are rotated where they lie, the others left alone."""
     torch.manual_seed(seed)
@@ -48,7 +49,7 @@ def test_rotary(rows: int, heads: int, head_dim: int, dtype: torch.dtype, seed: 
     st.sampled_from(DTYPES),
     st.integers(0, 2**31),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 def test_silu_mul(rows: int, dim: int, dtype: torch.dtype, seed: int) -> None:
     """Any number of rows, any width, gates of any size among them."""
     torch.manual_seed(seed)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.support.budget import examples
 from tests.unit.kernels.cases import DEVICE, HEADS, Heads, Sequence, Step, near
 
 
@@ -48,7 +49,7 @@ def candidates_of(length: int, selection: FlatSelection, index: int) -> Tensor:
 
 
 @given(HEADS, cases(), st.integers(0, 2**31))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15))
 def test_scores(heads: Heads, case: tuple[list[int], FlatSelection], seed: int) -> None:
     """log Σ exp over the block's queries, the best over the query heads of a KV head."""
     lengths, selection = case
@@ -67,7 +68,7 @@ def test_scores(heads: Heads, case: tuple[list[int], FlatSelection], seed: int) 
 
 
 @given(HEADS, cases(), st.integers(0, 2**31))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 def test_best_are_stored(heads: Heads, case: tuple[list[int], FlatSelection], seed: int) -> None:
     """As many as asked for, leftmost of equal ones, ascending; nothing else is written."""
     lengths, selection = case
@@ -86,7 +87,7 @@ def test_best_are_stored(heads: Heads, case: tuple[list[int], FlatSelection], se
             pooled = [max(row[max(0, c - reach) : c + reach + 1]) for c in range(len(row))]
             best = sorted(sorted(range(len(row)), key=lambda c: -pooled[c])[:keep])
             for place, candidate in enumerate(best):
-                page, line = step.tables[i, place // heads.page_size], place % heads.page_size
+                page, line = step.block_tables[i, place // heads.page_size], place % heads.page_size
                 source = start + candidates[candidate]
                 for pool, fresh in zip(expected, (step.k, step.v), strict=True):
                     pool[page, line, head] = fresh[source, head]

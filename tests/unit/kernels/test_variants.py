@@ -50,6 +50,7 @@ def variants() -> Iterator[set[str]]:
         yield seen
 
 
+@pytest.mark.slow
 def test_all_variants_are_compiled_at_start(tmp_path: Path) -> None:
     """Whatever the requests, their lengths and how many are in a batch."""
     checkpoint = write_llada(tmp_path)

@@ -33,7 +33,7 @@ class Rule(enum.IntEnum):
 
 
 #: Scores that need entropy or margin of the candidates.
-SPREAD_SCORES = frozenset({Score.ENTROPY, Score.MARGIN})
+ENTROPY_SCORES = frozenset({Score.ENTROPY, Score.MARGIN})
 
 
 def is_given(value: object) -> bool:
@@ -208,7 +208,7 @@ ALG = _by_value("alg")
 #: Fields that each choose how many positions a step commits: at most one may be given.
 COMMIT_FIELDS = tuple(dict.fromkeys(row.field for row in DECODINGS if row.value is None))
 #: Fields that mean nothing without another: that other.
-COMPANIONS: Mapping[str, str] = {
+REQUIRED_WITH: Mapping[str, str] = {
     name: row.field for row in DECODINGS if (name := row.also or row.second) is not None
 }
 

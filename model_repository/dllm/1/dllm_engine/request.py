@@ -156,7 +156,7 @@ class Usage:
 
 @dataclasses.dataclass(frozen=True)
 class CanvasUpdate:
-    """A request's canvas after a step. Text is made from it by `TextCodec.answer`."""
+    """A request's canvas after a step. Text is made from it by `Tokenizer.answer`."""
 
     request_id: int
     #: [gen_length] int32; positions not decoded yet hold the mask id.

@@ -1,14 +1,19 @@
-"""How a request is denoised: the parameters, their ranges and their defaults. No torch."""
+"""How a request is denoised: the table of sampling fields, and their checks. No torch.
+
+`SamplingParams` is the one place where a field is declared: type, default, limits and
+description. `make fields` writes the other lists of fields from it (docs/fields.md).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import secrets
-from collections.abc import Mapping
+import typing
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dllm_engine.decoding import ALG, COMMIT_FIELDS, COMPANIONS, REMASKING, is_given
+from dllm_engine.decoding import ALG, COMMIT_FIELDS, REMASKING, REQUIRED_WITH, is_given
 from dllm_engine.errors import InvalidRequest
 
 CACHE_POLICIES = ("none", "prefix", "dual", "sparse", "delayed")
@@ -21,86 +26,167 @@ CACHE_FIELDS = {
     "refresh_interval": CACHE_POLICIES[1:],
 }
 DEFAULT_BLOCK_LENGTH = 32
-MAX_STOP_STRINGS = 16
-MAX_STOP_CHARS = 256
+#: The largest value of a number without a limit of its own: far beyond sense, well within float32.
+LARGEST = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The values that a field may have."""
+
+    ge: int | None = None
+    gt: int | None = None
+    le: int | None = None
+    odd: bool = False
+    choices: tuple[str, ...] = ()
+    #: Of a list of strings: how many, and how long each may be.
+    max_items: int = 0
+    max_chars: int = 0
+
+    @property
+    def rule(self) -> str:
+        """The limits of a number or a choice in words, to follow "must be"."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        if self.gt is not None:
+            return f"above {self.gt} and at most {self.le}"
+        if self.le is not None:
+            return f"{self.ge} to {self.le}"
+        return f"odd and at least {self.ge}" if self.odd else f"at least {self.ge}"
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises InvalidRequest, naming the field and the limit, for a value beyond the limits."""
+        if self.max_items:
+            self._check_strings(name, value)
+        elif self.choices:
+            _require(name, value in self.choices, self.rule, repr(value))
+        else:
+            # Each comparison is false for NaN.
+            ok = (
+                (self.ge is None or value >= self.ge)
+                and (self.gt is None or value > self.gt)
+                and (self.le is None or value <= self.le)
+                and not (self.odd and value % 2 == 0)
+            )
+            _require(name, ok, self.rule, value)
+
+    def _check_strings(self, name: str, strings: tuple[str, ...]) -> None:
+        rule = f"at most {self.max_items} strings"
+        _require(name, len(strings) <= self.max_items, rule, f"{len(strings)} strings")
+        for text in strings:
+            rule = f"strings of 1 to {self.max_chars} characters"
+            ok = 1 <= len(text) <= self.max_chars
+            _require(name, ok, rule, f"{len(text)} characters")
+
+
+def _field(default: Any, doc: str, **limits: Any) -> Any:
+    """A field of the table: its default, its description for users, and its limits."""
+    return dataclasses.field(default=default, metadata={"doc": doc, "limits": Limits(**limits)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How one canvas is denoised. Names are the papers' (LLaDA `generate`, Fast-dLLM).
 
-    `validate` checks every value; nothing is checked at construction.
+    `resolved` checks every value; nothing is checked at construction.
     """
 
-    #: 0: greedy. Above: Gumbel-max over logits / temperature, in float64.
-    temperature: float = 0.0
-    #: Canvas length in tokens.
-    gen_length: int = 32
-    #: Denoising steps over the whole canvas; None: `gen_length`, one token per step.
-    steps: int | None = None
-    #: Tokens per semi-autoregressive block; None: 32, or the canvas where that is shorter.
-    block_length: int | None = None
-    #: Classifier-free guidance; 0: off.
-    cfg_scale: float = 0.0
-    #: Which positions are committed first; with `alg` or a threshold it plays no part.
-    remasking: str = "low_confidence"
-    #: Commit every position at least this confident (and always the best): parallel decoding.
-    confidence_threshold: float | None = None
-    #: Fast-dLLM's factor: commit the longest run of n best with confidence ≥ 1 − factor / (n + 1).
-    factor: float | None = None
-    #: EB-sampler: commit the most certain while the entropies before them sum to at most this.
-    entropy_bound: float | None = None
-    #: dInfer's hierarchical decoding: with `confidence_threshold`, besides the best position of
-    #: each run of masks if above this.
-    low_threshold: float | None = None
-    #: dInfer's credit decoding: with `confidence_threshold`, trust tokens that stay ahead.
-    credit: bool = False
-    #: LocalLeap as dlmserve has it, on the schedule: around positions committed with at least this
-    #: confidence, commit neighbours too …
-    anchor_threshold: float | None = None
-    #: … that are at least this confident.
-    neighbor_threshold: float | None = None
-    #: Dream's algorithms, instead of `remasking`: time schedule, statistics after temperature,
-    #: top-p and top-k.
-    alg: str | None = None
-    #: Above 0, Dream draws the positions from softmax(score / alg_temp) instead of taking the best.
-    alg_temp: float = 0.0
-    #: Nucleus sampling; applies at temperature > 0, and to the statistics of `alg`.
-    top_p: float | None = None
-    #: Sample from the k best tokens; likewise.
-    top_k: int | None = None
-    #: Same request and seed: same text. None: drawn at random and reported.
-    seed: int | None = None
-    #: Never choose the end-of-text token (LLaDA's evaluation settings).
-    logits_eos_inf: bool = False
-    #: Commit end-of-text and end-of-turn tokens last: their confidence is 0, and they do not count
-    #: in the others' (likewise; at temperature > 0 the reference suppresses only end of turn).
-    confidence_eos_eot_inf: bool = False
-    #: The text ends before the first of these.
-    stop: tuple[str, ...] = ()
-    #: Decode the whole canvas even after an end-of-text token.
-    ignore_eos: bool = False
-    #: Key/value reuse between steps, one of `CACHE_POLICIES`; None, here and below: the server's.
-    cache: str | None = None
-    #: Fraction of the positions outside the block that each KV head keeps (`sparse`).
-    retention_ratio: float | None = None
-    #: Width of the max-pooling over scores before that choice (`sparse`); odd.
-    pool_kernel: int | None = None
-    #: Steps of a block that run in full before the one that stores keys and values.
-    delay_steps: int | None = None
-    #: Steps between Refreshes within a block; 0: only at its start.
-    refresh_interval: int | None = None
+    # Gumbel-max over logits / temperature, in float64.
+    temperature: float = _field(
+        0.0, "0 picks the most probable tokens; above 0 samples", ge=0, le=LARGEST
+    )
+    gen_length: int = _field(32, "length of the canvas in tokens", ge=1)
+    steps: int | None = _field(
+        None, "denoising steps over the whole canvas; default: gen_length", ge=1
+    )
+    block_length: int | None = _field(
+        None, "tokens per block, at most gen_length; default: 32, with alg gen_length", ge=1
+    )
+    cfg_scale: float = _field(0.0, "classifier-free guidance; 0 is off", ge=0, le=LARGEST)
+    remasking: str = _field(
+        "low_confidence", "which positions a step commits first", choices=tuple(REMASKING)
+    )
+    confidence_threshold: float | None = _field(
+        None, "commit every position at least this confident, and the best", gt=0, le=1
+    )
+    factor: float | None = _field(
+        None,
+        "Fast-dLLM: commit the n most confident while c_n >= 1 - factor / (n + 1)",
+        ge=0,
+        le=LARGEST,
+    )
+    entropy_bound: float | None = _field(
+        None,
+        "EB-sampler: commit the least uncertain while their entropies sum to at most this",
+        ge=0,
+        le=LARGEST,
+    )
+    low_threshold: float | None = _field(
+        None, "dInfer: commit the best of each run of masks, too, if above this", gt=0, le=1
+    )
+    credit: bool = _field(False, "dInfer: trust tokens that stay ahead from step to step")
+    anchor_threshold: float | None = _field(
+        None, "LocalLeap: commit neighbors of positions at least this confident", gt=0, le=1
+    )
+    neighbor_threshold: float | None = _field(
+        None, "LocalLeap: how confident a neighbor has to be; default: 0.75", gt=0, le=1
+    )
+    # The time schedule, with statistics after temperature, top-p and top-k.
+    alg: str | None = _field(None, "Dream's rule, instead of remasking", choices=tuple(ALG))
+    alg_temp: float = _field(
+        0.0,
+        "Dream: above 0, draw positions from softmax(score / alg_temp); needs alg",
+        ge=0,
+        le=LARGEST,
+    )
+    # Both apply at a temperature above 0, and to the statistics of `alg`.
+    top_p: float | None = _field(
+        None, "sample from the most probable tokens that reach this sum", gt=0, le=1
+    )
+    top_k: int | None = _field(None, "sample from this many most probable tokens", ge=1)
+    seed: int | None = _field(
+        None,
+        "repeats an answer; default: drawn at random and reported",
+        ge=-(2**63),
+        le=2**63 - 1,
+    )
+    logits_eos_inf: bool = _field(False, "never choose the end-of-text token")
+    # Their confidence is 0, and they do not count in the others'. (At temperature > 0 the
+    # reference suppresses only end of turn.)
+    confidence_eos_eot_inf: bool = _field(
+        False, "commit end-of-text and end-of-turn tokens after all others"
+    )
+    stop: tuple[str, ...] = _field(
+        (), "end the text before the first of these strings", max_items=16, max_chars=256
+    )
+    ignore_eos: bool = _field(False, "decode the whole canvas, even after an end-of-text token")
+    cache: str | None = _field(
+        None, "which keys and values are kept between steps", choices=CACHE_POLICIES
+    )
+    retention_ratio: float | None = _field(
+        None, "share of the positions outside the block that each KV head keeps", gt=0, le=1
+    )
+    # Max-pooling over the scores, before the positions are chosen.
+    pool_kernel: int | None = _field(
+        None, "a position scores as the best of this many around it; odd", ge=1, odd=True
+    )
+    delay_steps: int | None = _field(
+        None, "steps of a block that run in full before one stores keys and values", ge=0
+    )
+    refresh_interval: int | None = _field(
+        None, "steps between Refreshes in a block; 0: only at its start", ge=0
+    )
 
     def with_cache_defaults(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        """The same parameters with what they leave open of caching taken from `defaults`.
+        """The same parameters, with caching fields that are None taken from `defaults`.
 
         Raises:
-            InvalidRequest: a parameter is given that does not apply to the policy.
+            InvalidRequest: a given parameter does not apply to the cache policy.
         """
         given = {name for name in CACHE_FIELDS if getattr(self, name) is not None}
         missing = {name: defaults[name] for name in CACHE_FIELDS if name not in given}
         filled = dataclasses.replace(self, **missing)
-        _check_cache(filled)
+        _check_limits(filled, CACHE_FIELDS)
         for name in sorted(given):
             policies = CACHE_FIELDS[name]
             if filled.cache not in policies:
@@ -114,7 +200,11 @@ class SamplingParams:
         Raises:
             InvalidRequest: a value is out of range; names the field and the limit.
         """
-        _check_ranges(self)
+        _check_limits(self, FIELDS)
+        _check_combination(self)
+        if self.block_length is not None:
+            ok = self.block_length <= self.gen_length
+            _require("block_length", ok, f"1 to gen_length ({self.gen_length})", self.block_length)
         # Dream's algorithms know no blocks: the canvas is one.
         default = self.gen_length if self.alg else min(DEFAULT_BLOCK_LENGTH, self.gen_length)
         block_length = self.block_length or default
@@ -131,45 +221,57 @@ class SamplingParams:
         return dataclasses.replace(self, block_length=block_length, steps=steps, seed=seed)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Field:
+    """One row of the table."""
+
+    name: str
+    #: `float`, `int`, `bool` or `str`; the items' of a list.
+    type: type
+    is_list: bool
+    default: Any
+    doc: str
+    limits: Limits
+
+
+def table(params: type[SamplingParams]) -> dict[str, Field]:
+    """The fields that a class of parameters declares, by name."""
+    rows = {}
+    hints = typing.get_type_hints(params)
+    for field in dataclasses.fields(params):
+        # `float`, `float | None` and `tuple[str, ...]` all name one type of value.
+        kinds = [kind for kind in typing.get_args(hints[field.name]) if isinstance(kind, type)]
+        rows[field.name] = Field(
+            name=field.name,
+            type=kinds[0] if kinds else hints[field.name],
+            is_list=typing.get_origin(hints[field.name]) is tuple,
+            default=field.default,
+            doc=field.metadata["doc"],
+            limits=field.metadata["limits"],
+        )
+    return rows
+
+
+FIELDS: Mapping[str, Field] = table(SamplingParams)
+
+
 def _require(field: str, ok: bool, rule: str, value: object) -> None:
     if not ok:
         raise InvalidRequest(field, f"must be {rule}; got {value}")
 
 
-def _check_ranges(p: SamplingParams) -> None:
-    _require("temperature", 0 <= p.temperature < math.inf, "0 or more", p.temperature)
-    _require("gen_length", p.gen_length >= 1, "at least 1", p.gen_length)
-    if p.steps is not None:
-        _require("steps", p.steps >= 1, "at least 1", p.steps)
-    if p.block_length is not None:
-        ok = 1 <= p.block_length <= p.gen_length
-        _require("block_length", ok, f"1 to gen_length ({p.gen_length})", p.block_length)
-    _require("cfg_scale", 0 <= p.cfg_scale < math.inf, "0 or more", p.cfg_scale)
-    rules = ", ".join(REMASKING)
-    _require("remasking", p.remasking in REMASKING, f"one of {rules}", repr(p.remasking))
-    fractions = ("confidence_threshold", "low_threshold", "anchor_threshold")
-    for name in (*fractions, "neighbor_threshold", "top_p"):
-        value = getattr(p, name)
+def _check_limits(params: SamplingParams, names: Iterable[str]) -> None:
+    for name in names:
+        value = getattr(params, name)
         if value is not None:
-            _require(name, 0 < value <= 1, "above 0 and at most 1", value)
-    for name in ("factor", "entropy_bound"):
-        value = getattr(p, name)
-        if value is not None:
-            _require(name, 0 <= value < math.inf, "0 or more", value)
-    _check_combination(p)
-    if p.top_k is not None:
-        _require("top_k", p.top_k >= 1, "at least 1", p.top_k)
-    if p.seed is not None:
-        _require("seed", -(2**63) <= p.seed < 2**63, "a 64-bit integer", p.seed)
-    _check_stop(p.stop)
-    _check_cache(p)
+            FIELDS[name].limits.check(name, value)
 
 
 def _check_combination(p: SamplingParams) -> None:
     given = [name for name in COMMIT_FIELDS if getattr(p, name) is not None]
     if len(given) > 1:
         raise InvalidRequest(given[1], f"cannot be combined with {given[0]}")
-    for name, needed in COMPANIONS.items():
+    for name, needed in REQUIRED_WITH.items():
         if is_given(getattr(p, name)) and getattr(p, needed) is None:
             raise InvalidRequest(name, f"needs {needed}")
     if p.credit:
@@ -183,34 +285,7 @@ def _check_combination(p: SamplingParams) -> None:
     if p.alg is None:
         _require("alg_temp", p.alg_temp == 0, "0 without alg", p.alg_temp)
         return
-    algorithms = ", ".join(ALG)
-    _require("alg", p.alg in ALG, f"one of {algorithms}", repr(p.alg))
-    _require("alg_temp", 0 <= p.alg_temp < math.inf, "0 or more", p.alg_temp)
     if p.confidence_eos_eot_inf:
         given.append("confidence_eos_eot_inf")
     if given:
         raise InvalidRequest(given[0], "cannot be combined with alg")
-
-
-def _check_cache(p: SamplingParams) -> None:
-    if p.cache is not None:
-        policies = ", ".join(CACHE_POLICIES)
-        _require("cache", p.cache in CACHE_POLICIES, f"one of {policies}", repr(p.cache))
-    if p.retention_ratio is not None:
-        ratio = p.retention_ratio
-        _require("retention_ratio", 0 < ratio <= 1, "above 0 and at most 1", ratio)
-    if p.pool_kernel is not None:
-        ok = p.pool_kernel >= 1 and p.pool_kernel % 2 == 1
-        _require("pool_kernel", ok, "odd and at least 1", p.pool_kernel)
-    for name in ("delay_steps", "refresh_interval"):
-        value = getattr(p, name)
-        if value is not None:
-            _require(name, value >= 0, "0 or more", value)
-
-
-def _check_stop(stop: tuple[str, ...]) -> None:
-    limit = f"at most {MAX_STOP_STRINGS} strings"
-    _require("stop", len(stop) <= MAX_STOP_STRINGS, limit, f"{len(stop)} strings")
-    for text in stop:
-        rule = f"strings of 1 to {MAX_STOP_CHARS} characters"
-        _require("stop", 1 <= len(text) <= MAX_STOP_CHARS, rule, f"{len(text)} characters")

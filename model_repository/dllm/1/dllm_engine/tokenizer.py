@@ -26,7 +26,7 @@ _INCOMPLETE = "\ufffd"
 _MAX_CHARACTER_TOKENS = 4  # one for each byte that UTF-8 may take
 
 
-class TextCodec:
+class Tokenizer:
     """Encodes prompts and decodes canvases.
 
     Text that a user writes never becomes a control token: in messages no special token is
@@ -44,7 +44,7 @@ class TextCodec:
         self._mask_pattern = re.compile(re.escape(tokenizer.convert_ids_to_tokens(mask_token_id)))
 
     @classmethod
-    def load(cls, directory: Path, mask_token_id: int) -> TextCodec | None:
+    def load(cls, directory: Path, mask_token_id: int) -> Tokenizer | None:
         """The tokenizer of a checkpoint directory; None if it has none.
 
         Raises:

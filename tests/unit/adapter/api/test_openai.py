@@ -39,7 +39,7 @@ def engine() -> ScriptedEngine:
 @pytest.fixture
 async def url(database_url: str, engine: ScriptedEngine) -> AsyncIterator[str]:
     """A worker that is ready, behind a real socket."""
-    settings = fast_settings(database_url, heartbeat_interval=0.02, engine_silence=10)
+    settings = fast_settings(database_url, heartbeat_interval=0.02, engine_idle_timeout=10)
     async with served_app(settings, engine) as address:
         await until_healthy(address)
         yield address

@@ -35,7 +35,7 @@ def engine() -> ScriptedEngine:
 @pytest.fixture
 async def url(database_url: str, engine: ScriptedEngine) -> AsyncIterator[str]:
     """A worker that is ready."""
-    settings = fast_settings(database_url, engine_silence=30)
+    settings = fast_settings(database_url, engine_idle_timeout=30)
     async with served_app(settings, engine) as address, httpx.AsyncClient() as http:
         while (await http.get(f"{address}/v1/health")).status_code != 200:
             pass

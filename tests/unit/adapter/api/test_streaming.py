@@ -286,7 +286,7 @@ async def test_too_many_streams_are_refused(database_url: str, engine: ScriptedE
 @pytest.fixture
 def patient(database_url: str) -> Settings:
     """Settings under which a silent engine is given time."""
-    return fast_settings(database_url, engine_silence=30, heartbeat_interval=0.02)
+    return fast_settings(database_url, engine_idle_timeout=30, heartbeat_interval=0.02)
 
 
 async def open_stream(url: str, client: httpx.AsyncClient) -> AsyncIterator[str]:

@@ -8,7 +8,8 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, make_url, text
 
-from adapter.db.database import LOG_LIMIT_BYTES, Database, connect
+from adapter.db.database import Database, connect
+from adapter.db.sqlite import LOG_LIMIT_BYTES
 from adapter.db.tables import metadata
 from adapter.errors import SettingsError
 from adapter.jobs.job import Job, JobState

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from adapter.db.database import LOG_LIMIT_BYTES, Database
+from adapter.db.database import Database
+from adapter.db.sqlite import LOG_LIMIT_BYTES
 
 MIB = 2**20
 BOUND = 24 * MIB

@@ -16,7 +16,7 @@ from adapter_fakes import (
     until,
 )
 
-from adapter.errors import SettingsError, StreamLost, Unavailable
+from adapter.errors import SettingsError, StreamInterrupted, Unavailable
 from adapter.settings import load_settings
 from adapter.types import Event, Inputs
 
@@ -69,8 +69,8 @@ async def test_load_is_spread_over_engines(database_url: str) -> None:
     """Each request goes to the engine that has least to do."""
     engines = {f"engine:{n}": ScriptedEngine([[HANG]]) for n in range(3)}
     async with running_app(fast_settings(database_url), engines) as api:
-        members = api.app.state.pool.members
-        await until(lambda: all(member.monitor.state.ok for member in members))
+        endpoints = api.app.state.pool.endpoints
+        await until(lambda: all(endpoint.monitor.state.ok for endpoint in endpoints))
         await api.client.post("/v1/generate_batch", json={"prompts": ["a"] * 9})
         await until(lambda: sum(len(engine.requests) for engine in engines.values()) == 9)
         assert [len(engine.requests) for engine in engines.values()] == [3, 3, 3]
@@ -81,10 +81,10 @@ async def test_dead_engine_is_passed_over_and_healed_by_itself(database_url: str
     dying = ScriptedEngine([[SIGN_OF_LIFE, HANG]])
     living = ScriptedEngine([[HANG]])
     async with running_app(
-        fast_settings(database_url, engine_silence=30), {"a:1": dying, "b:1": living}
+        fast_settings(database_url, engine_idle_timeout=30), {"a:1": dying, "b:1": living}
     ) as api:
-        members = api.app.state.pool.members
-        await until(lambda: all(member.monitor.state.ok for member in members))
+        endpoints = api.app.state.pool.endpoints
+        await until(lambda: all(endpoint.monitor.state.ok for endpoint in endpoints))
         await api.client.post("/v1/generate_batch", json={"prompts": ["a", "b"]})
         await until(lambda: len(dying.requests) == len(living.requests) == 1)
         living.scripts = [[DONE]]
@@ -102,14 +102,14 @@ async def test_health_names_every_engine_that_is_away(database_url: str) -> None
         "b:1": ScriptedEngine(probe_error=Unavailable("still loading")),
     }
     async with running_app(fast_settings(database_url), engines) as api:
-        members = api.app.state.pool.members
-        await until(lambda: "loading" in members[1].monitor.state.reason)
-        await until(lambda: "there" in members[0].monitor.state.reason)
+        endpoints = api.app.state.pool.endpoints
+        await until(lambda: "loading" in endpoints[1].monitor.state.reason)
+        await until(lambda: "there" in endpoints[0].monitor.state.reason)
         status, body = await api.health()
         assert (status, body["reason"]) == (503, "a:1: not there; b:1: still loading")
 
         engines["b:1"].probe_error = None
-        await until(lambda: members[1].monitor.state.ok)
+        await until(lambda: endpoints[1].monitor.state.ok)
         assert await api.health() == (200, {"status": "ok"})
         assert (await api.result(await api.submit()))["status"] == "finished"
         assert (len(engines["a:1"].requests), len(engines["b:1"].requests)) == (0, 1)
@@ -117,10 +117,10 @@ async def test_health_names_every_engine_that_is_away(database_url: str) -> None
 
 async def test_engine_that_turns_requests_away_rests(database_url: str) -> None:
     """After an error an engine is left alone for a moment, while the other is used."""
-    bad, good = ScriptedEngine([[StreamLost("gone")]]), ScriptedEngine()
+    bad, good = ScriptedEngine([[StreamInterrupted("gone")]]), ScriptedEngine()
     async with running_app(fast_settings(database_url), {"bad:1": bad, "good:1": good}) as api:
-        members = api.app.state.pool.members
-        await until(lambda: all(member.monitor.state.ok for member in members))
+        endpoints = api.app.state.pool.endpoints
+        await until(lambda: all(endpoint.monitor.state.ok for endpoint in endpoints))
         for _ in range(6):
             assert (await api.result(await api.submit()))["status"] == "finished"
         assert len(bad.requests) < 6
@@ -153,14 +153,14 @@ async def test_pause_grows_with_each_failure(database_url: str) -> None:
     failing = Unavailable("not now")
     engine = ScriptedEngine([[failing], [failing], [failing], [DONE], [failing]])
     async with running_app(fast_settings(database_url), engine) as api:
-        (member,) = api.app.state.pool.members
+        (endpoint,) = api.app.state.pool.endpoints
         rests = []
         for _ in range(5):
             with suppress(Unavailable):
-                async for _event in member.generate({}, request_id="x"):
+                async for _event in endpoint.generate({}, request_id="x"):
                     pass
-            rests.append(round(member.rest, 1))
-            await asyncio.sleep(max(0.0, member.rest))
+            rests.append(round(endpoint.backoff_left, 1))
+            await asyncio.sleep(max(0.0, endpoint.backoff_left))
     first, second, third, answered, again = rests
     assert 0 < first < second < third
     assert answered <= 0 < again < second

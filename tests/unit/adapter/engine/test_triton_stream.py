@@ -15,20 +15,20 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from adapter.engine.triton import TritonEngine
 from adapter.errors import (
     EngineDead,
+    EngineDraining,
     EngineError,
     EngineFailure,
     InvalidRequest,
     ModelControlRefused,
     Overloaded,
-    StreamLost,
-    TurnedAway,
+    StreamInterrupted,
     Unavailable,
 )
 from adapter.types import Detail, Event, Verdict
 
 #: When the engine was started, as it says itself.
 STARTED = "4711.25"
-PATIENCE = {"stream_interval": 0.5, "reload_timeout": 5, "silence": 20}
+PATIENCE = {"stream_interval": 0.5, "reload_timeout": 5, "idle_timeout": 20}
 
 Step = Event | str | tuple[grpc.StatusCode, str]
 
@@ -256,8 +256,8 @@ async def test_closing_the_iterator_cancels(engine: TritonEngine, triton: Script
         ("Stub process 'dllm_0_0' is not healthy.", EngineDead),
         ("Request for unknown model: 'dllm' is not found", Unavailable),
         ("Exceeds maximum queue size", Overloaded),
-        ("the server is stopping", TurnedAway),
-        ("the engine takes no more requests: device error: lost", TurnedAway),
+        ("the server is stopping", EngineDraining),
+        ("the engine takes no more requests: device error: lost", EngineDraining),
         ((grpc.StatusCode.UNAVAILABLE, "not ready"), Unavailable),
         ("an error without a code", EngineFailure),
     ],
@@ -284,10 +284,9 @@ async def test_server_that_is_away_is_unavailable() -> None:
 
 
 async def test_a_connection_that_died_without_a_word_is_replaced(triton: ScriptedTriton) -> None:
-    """Its host went away, or a firewall forgot it: no byte comes back, and none is refused. The
-    requests on it fail within the engine's silence, and the next one gets another connection."""
+    """A connection without answers fails within the idle timeout; the next gets a new one."""
     async with grpc_server(triton) as port, Proxy(port) as proxy:
-        engine = TritonEngine(f"127.0.0.1:{proxy.port}", "dllm", **PATIENCE | {"silence": 2})
+        engine = TritonEngine(f"127.0.0.1:{proxy.port}", "dllm", **PATIENCE | {"idle_timeout": 2})
         assert await engine.probe() == STARTED
         proxy.swallow()
         async with asyncio.timeout(20):
@@ -337,7 +336,7 @@ async def test_probe_needs_no_place(engine: TritonEngine, triton: ScriptedTriton
     """A probe ends a request that does not exist, which the engine answers however full it is."""
     await engine.probe()
 
-    assert (triton.requests, triton.ends) == ([], ["nobody"])
+    assert (triton.requests, triton.ends) == ([], ["probe"])
 
 
 async def test_instances_are_told_apart(engine: TritonEngine) -> None:
@@ -349,7 +348,7 @@ async def test_instances_are_told_apart(engine: TritonEngine) -> None:
 async def test_probe_wants_an_answer(engine: TritonEngine, triton: ScriptedTriton) -> None:
     """A stream that ends without one is no sign of life."""
     triton.mute = True
-    with pytest.raises(StreamLost):
+    with pytest.raises(StreamInterrupted):
         await engine.probe()
 
 

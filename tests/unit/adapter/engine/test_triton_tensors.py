@@ -19,7 +19,7 @@ from adapter.errors import (
     InvalidRequest,
     ModelControlRefused,
     Overloaded,
-    StreamLost,
+    StreamInterrupted,
     Unavailable,
 )
 from adapter.types import Canvas, Event, InputValue, Usage
@@ -119,7 +119,7 @@ def test_missing_outputs_have_defaults() -> None:
         (None, "Stub process 'dllm_0_0' is not healthy.", EngineDead),
         ("INTERNAL", "something broke", EngineFailure),
         (None, "something broke", EngineFailure),
-        ("CANCELLED", "Locally cancelled by application!", StreamLost),
+        ("CANCELLED", "Locally cancelled by application!", StreamInterrupted),
         (
             "UNAVAILABLE",
             "explicit model load / unload is not allowed if polling is enabled",

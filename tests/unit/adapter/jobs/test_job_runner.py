@@ -22,11 +22,11 @@ from adapter_fakes import (
 from adapter.db.database import Database
 from adapter.errors import (
     EngineDead,
+    EngineDraining,
     EngineFailure,
     ModelControlRefused,
     Overloaded,
     StoreUnavailable,
-    TurnedAway,
     Unavailable,
 )
 from adapter.jobs.job import Job, JobState
@@ -34,7 +34,7 @@ from adapter.jobs.store import JobStore
 from adapter.types import Event
 
 #: Each test that uses a database runs on both kinds.
-DATABASES = ("sqlite", "postgresql")
+DATABASES = ("sqlite", pytest.param("postgresql", marks=pytest.mark.slow))
 
 
 @pytest.fixture
@@ -71,7 +71,9 @@ async def test_job_that_takes_tritonserver_down_is_given_up(
     "script",
     [
         pytest.param([WAITING, Unavailable("Socket closed")], id="it waited"),
-        pytest.param([SIGN_OF_LIFE, TurnedAway("the server is stopping")], id="an orderly stop"),
+        pytest.param(
+            [SIGN_OF_LIFE, EngineDraining("the server is stopping")], id="an orderly stop"
+        ),
     ],
 )
 async def test_job_that_cannot_have_taken_tritonserver_down_keeps_its_attempts(
@@ -178,7 +180,7 @@ async def test_busy_engine_is_not_taken_for_hung(database_url: str, engine: Scri
         running_app(fast_settings(database_url), engine) as idle,
     ):
         for _ in range(40):
-            busy.monitor.saw_life()
+            busy.monitor.heartbeat()
             await asyncio.sleep(0.02)
         assert engine.reloads == 0
         assert idle.monitor.state.reason == "the engine has not answered yet"
@@ -193,7 +195,7 @@ async def test_engine_that_sends_events_is_not_dead(
 
     async def busy_probe() -> None:
         await asyncio.sleep(0.01)
-        monitor.saw_life()
+        monitor.heartbeat()
         await asyncio.sleep(0.01)
         await probe()
 
@@ -214,7 +216,7 @@ def make_pair(engine: ScriptedEngine, api: RunningApp, *, starved: bool) -> None
 
     async def probe() -> str:
         await asyncio.sleep(0.001)
-        api.monitor.saw_life()
+        api.monitor.heartbeat()
         turn = next(turns)
         if turn % 2:
             return "dllm_0_1"
@@ -234,7 +236,7 @@ async def test_dead_process_beside_a_busy_one(api: RunningApp, engine: ScriptedE
     await until(lambda: api.monitor.state.ok)
     make_pair(engine, api, starved=False)
     engine.alive = False
-    api.monitor.suspect()
+    api.monitor.request_probe()
     await until(lambda: engine.reloads == 1)
     await until(lambda: api.monitor.state.ok)
     await asyncio.sleep(0.3)
@@ -248,7 +250,7 @@ async def test_starved_process_beside_a_busy_one(api: RunningApp, engine: Script
     make_pair(engine, api, starved=True)
     engine.alive = False
     for _ in range(30):
-        api.monitor.suspect()
+        api.monitor.request_probe()
         await asyncio.sleep(0.02)
 
     assert (api.monitor.state.ok, engine.reloads) == (True, 0)
@@ -261,7 +263,7 @@ async def test_a_process_that_is_known_to_be_dead_costs_no_attempt(
 
     class Life(asyncio.Event):
         async def wait(self) -> Literal[True]:
-            api.monitor.saw_life()
+            api.monitor.heartbeat()
             return True
 
     async def probe() -> str:
@@ -415,7 +417,7 @@ async def test_leases_of_living_workers_are_renewed(
 ) -> None:
     """A job that takes many times its lease stays with its worker."""
     engine.scripts = [[HANG]]
-    settings = fast_settings(database_url, engine_silence=30)
+    settings = fast_settings(database_url, engine_idle_timeout=30)
     async with (
         running_app(settings, engine) as api,
         running_app(settings, engine),

@@ -88,7 +88,7 @@ async def test_another_engine_is_asked_again(api: RunningApp, engine: ScriptedEn
     """What the one before it said does not hold for an engine that was started since."""
     await api.submit()
     engine.alive = False
-    api.monitor.suspect()
+    api.monitor.request_probe()
     await until(lambda: engine.reloads == 1 and api.monitor.state.ok)
     await api.submit()
 

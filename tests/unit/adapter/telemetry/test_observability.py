@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import os
 import re
 import subprocess
 import sys
@@ -32,10 +33,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from adapter.app import create_app
 from adapter.errors import EngineFailure, InvalidRequest, StoreUnavailable
-from adapter.periodic import Loop
+from adapter.periodic import PeriodicTask
 from adapter.telemetry import tracing
-from adapter.telemetry.otel import OtelTracer
-from adapter.telemetry.tracing import make_tracer
 from launcher.ports import free_port
 
 ROOT = Path(__file__).parents[4]
@@ -45,7 +44,7 @@ TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 @pytest.fixture
 async def api(database_url: str, engine: ScriptedEngine) -> AsyncIterator[RunningApp]:
     """A worker that has patience with its engine."""
-    async with running_app(fast_settings(database_url, engine_silence=30), engine) as running:
+    async with running_app(fast_settings(database_url, engine_idle_timeout=30), engine) as running:
         await until(lambda: running.monitor.state.ok)
         yield running
 
@@ -160,23 +159,29 @@ async def test_dashboard_shows_metrics_that_exist(api: RunningApp) -> None:
 
 
 class Spans:
-    """A tracer whose spans stay here."""
+    """Keeps the spans that are recorded while a test runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.exporter = InMemorySpanExporter()
         provider = TracerProvider()
         provider.add_span_processor(SimpleSpanProcessor(self.exporter))
-        self.tracer = OtelTracer(provider)
+        monkeypatch.setattr(tracing, "tracer", provider.get_tracer("test"))
 
     def of(self, kind: SpanKind) -> list[Any]:
         return [span for span in self.exporter.get_finished_spans() if span.kind == kind]
 
 
-async def test_trace_leads_from_the_call_to_the_denoising_steps(database_url: str) -> None:
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> Spans:
+    return Spans(monkeypatch)
+
+
+async def test_trace_leads_from_the_call_to_the_denoising_steps(
+    database_url: str, spans: Spans
+) -> None:
     """A job's span is a child of the call that submitted it, in its caller's trace."""
-    spans = Spans()
     engine = ScriptedEngine([[SIGN_OF_LIFE, SIGN_OF_LIFE, DONE]])
-    app = create_app(fast_settings(database_url), engines={"engine:1": engine}, tracer=spans.tracer)
+    app = create_app(fast_settings(database_url), engines={"engine:1": engine})
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://a") as client,
@@ -200,11 +205,10 @@ async def test_trace_leads_from_the_call_to_the_denoising_steps(database_url: st
     assert denoise.attributes["triton.request_id"].startswith("0-")
 
 
-async def test_failed_request_fails_its_span(database_url: str) -> None:
+async def test_failed_request_fails_its_span(database_url: str, spans: Spans) -> None:
     """What the engine says against a request is the status of its span."""
-    spans = Spans()
     engine = ScriptedEngine([[InvalidRequest("steps: no")]])
-    app = create_app(fast_settings(database_url), engines={"engine:1": engine}, tracer=spans.tracer)
+    app = create_app(fast_settings(database_url), engines={"engine:1": engine})
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://a") as client,
@@ -215,7 +219,16 @@ async def test_failed_request_fails_its_span(database_url: str) -> None:
     assert denoise.status.description == "InvalidRequest: steps: no"
 
 
-def test_spans_go_to_the_collector_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+EXPORT = """
+from adapter.telemetry.tracing import TRACEPARENT, call_span, configure_tracing
+flush = configure_tracing()
+call_span("GET /v1/health", {}).end()
+print(TRACEPARENT.get())
+flush()
+"""
+
+
+def test_spans_go_to_the_collector_of_the_environment() -> None:
     """With tracing on, spans are sent over OTLP to where OpenTelemetry's own variable says."""
     received: list[tuple[str, bytes]] = []
 
@@ -232,13 +245,11 @@ def test_spans_go_to_the_collector_of_the_environment(monkeypatch: pytest.Monkey
     with HTTPServer(("127.0.0.1", 0), Collector) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
-        tracer = make_tracer(enabled=True)
-        span = tracer.call("GET /v1/health", {})
-        assert re.fullmatch("00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", span.traceparent or "")
-        span.end()
-        tracer.close()
+        environment = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": address}
+        command = [sys.executable, "-c", EXPORT]
+        out = subprocess.check_output(command, env=environment, timeout=60, text=True)
         server.shutdown()
+    assert re.fullmatch("00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", out.strip())
     ((path, body),) = received
     assert path == "/v1/traces"
     assert b"dllm-adapter" in (gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body)
@@ -356,10 +367,10 @@ async def test_loop_outlives_its_errors(
         done.set()
 
     done = asyncio.Event()
-    async with Loop("looking", step, error_pause=0.01), asyncio.timeout(5):
+    async with PeriodicTask("looking", step, error_pause=0.01), asyncio.timeout(5):
         await done.wait()
 
     (record,) = caplog.records
-    assert "'loop': 'looking'" in record.getMessage()
+    assert "'task': 'looking'" in record.getMessage()
     assert "away" in caplog.text
     assert ("Traceback" in caplog.text) == traced

@@ -65,7 +65,7 @@ class ForwardGraphs:
     Args:
         pages: stored keys and values of each layer; graphs hold their addresses.
         sizes: rows of each graph, ascending.
-        tile_rows: see `FlatLayout`.
+        block_m: see `FlatLayout`.
         max_sequences: that a step may have.
         max_pages: of the longest sequence.
         record: makes a replayable form of some work.
@@ -77,14 +77,14 @@ class ForwardGraphs:
         pages: Sequence[LayerPages],
         *,
         sizes: list[int],
-        tile_rows: int,
+        block_m: int,
         max_sequences: int,
         max_pages: int,
         record: Recorder,
     ) -> None:
         device = model.embedding.device
         self._model, self._pages = model, pages
-        self._tile_rows, self._max_sequences = tile_rows, max_sequences
+        self._block_m, self._max_sequences = block_m, max_sequences
         self._sizes = sizes
 
         def numbers(*shape: int) -> Tensor:
@@ -93,9 +93,9 @@ class ForwardGraphs:
         rows = sizes[-1]
         sequences = self._sequences(rows)
         self._input_ids, self._positions = numbers(rows), numbers(rows)
-        self._write_places = torch.full_like(self._input_ids, -1)
-        self._row_starts, self._row_counts = numbers(sequences), numbers(sequences)
-        self._held, self._tables = numbers(sequences), numbers(sequences, max_pages)
+        self._slot_mapping = torch.full_like(self._input_ids, -1)
+        self._query_starts, self._query_lens = numbers(sequences), numbers(sequences)
+        self._kv_lens, self._block_tables = numbers(sequences), numbers(sequences, max_pages)
         self._tile_sequence = numbers(self._tiles(rows))
         self._tile_row = numbers(self._tiles(rows))
         self._hidden = torch.zeros(
@@ -118,24 +118,24 @@ class ForwardGraphs:
         if place == len(self._sizes) or layout.selection is not None:
             return None
         size = self._sizes[place]
-        tables = layout.tables
-        self._tables[: tables.shape[0], : tables.shape[1]] = tables
+        block_tables = layout.block_tables
+        self._block_tables[: block_tables.shape[0], : block_tables.shape[1]] = block_tables
         sequences, tiles = self._sequences(size), self._tiles(size)
         for buffer, values in (
             (self._input_ids, input_ids),
             (self._positions, positions),
-            (self._write_places, layout.write_places),
-            (self._row_starts, layout.row_starts),
-            (self._row_counts, layout.row_counts),
-            (self._held, layout.held),
+            (self._slot_mapping, layout.slot_mapping),
+            (self._query_starts, layout.query_starts),
+            (self._query_lens, layout.query_lens),
+            (self._kv_lens, layout.kv_lens),
             (self._tile_sequence, layout.tile_sequence),
             (self._tile_row, layout.tile_row),
         ):
             assert values is not None
             buffer[: len(values)] = values
         # Behind these stands what an earlier step has left; three numbers keep it out of this one.
-        self._write_places[rows:size] = -1
-        self._row_counts[len(layout.row_counts) : sequences] = 0
+        self._slot_mapping[rows:size] = -1
+        self._query_lens[len(layout.query_lens) : sequences] = 0
         self._tile_sequence[len(layout.tile_sequence) : tiles] = self._max_sequences
         self._replay[size]()
         return self._hidden[:rows]
@@ -144,19 +144,19 @@ class ForwardGraphs:
         return min(rows, self._max_sequences)
 
     def _tiles(self, rows: int) -> int:
-        return rows // self._tile_rows + self._sequences(rows)
+        return rows // self._block_m + self._sequences(rows)
 
     def _forward(self, size: int) -> None:
         sequences, tiles = self._sequences(size), self._tiles(size)
         layout = FlatLayout(
-            tile_rows=self._tile_rows,
-            row_starts=self._row_starts[:sequences],
-            row_counts=self._row_counts[:sequences],
-            held=self._held[:sequences],
-            tables=self._tables[:sequences],
+            block_m=self._block_m,
+            query_starts=self._query_starts[:sequences],
+            query_lens=self._query_lens[:sequences],
+            kv_lens=self._kv_lens[:sequences],
+            block_tables=self._block_tables[:sequences],
             tile_sequence=self._tile_sequence[:tiles],
             tile_row=self._tile_row[:tiles],
-            write_places=self._write_places[:size],
+            slot_mapping=self._slot_mapping[:size],
         )
         hidden = self._model(
             self._input_ids[:size], self._positions[:size], layout, pages=self._pages

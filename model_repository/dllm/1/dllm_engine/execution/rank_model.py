@@ -36,9 +36,9 @@ from dllm_engine.models import DiffusionModel, ModelSpec, head_copy_bytes, load_
 from dllm_engine.ops import (
     GATHER_BYTES,
     UPLOAD_BYTES,
-    Choice,
     FlatLayout,
     FlatSelection,
+    HeadOptions,
     LayerPages,
     Layout,
     Operations,
@@ -80,7 +80,7 @@ class StepInputs:
     uncond_rows: Tensor
     cfg_scale: Tensor | None
     sampling: RowSampling
-    needs_spread: bool
+    needs_entropy: bool
     credits: Credits | None
 
     @classmethod
@@ -128,7 +128,7 @@ class RankModel:
             config.kernels, self.device, self._dtype, batch_invariant=config.batch_invariant
         )
         #: Rows per tile of the flat layouts that kernels take; None: layouts are grouped.
-        self.tile_rows = operations.tile_rows(spec.num_heads, spec.num_kv_heads)
+        self.block_m = operations.block_m(spec.num_heads, spec.num_kv_heads)
         weights = check_weights(
             spec,
             limit=limit,
@@ -157,7 +157,7 @@ class RankModel:
         )
         longest = spec.max_model_len  # two of them: a request and its twin
         activations = self._peak_activations(max(2 * longest, self.token_budget))
-        if self.tile_rows is None:
+        if self.block_m is None:
             activations += self._peak_gathered(operations)
         self._graph_sizes = graph_sizes(_largest_graph(config, operations, self.device, group))
         graphs = len(self._graph_sizes) * GRAPH_BYTES
@@ -213,13 +213,13 @@ class RankModel:
             LayerPages(keys, values)
             for keys, values in zip(self.pages.keys, self.pages.values, strict=True)
         ]
-        if self._graph_sizes and self.tile_rows:
+        if self._graph_sizes and self.block_m:
             with torch.inference_mode():
                 self.graphs = ForwardGraphs(
                     self.model,
                     self._layer_pages,
                     sizes=self._graph_sizes,
-                    tile_rows=self.tile_rows,
+                    block_m=self.block_m,
                     max_sequences=2 * self._config.max_num_seqs,
                     max_pages=self.pages.table.shape[2],
                     record=cuda_recorder(),
@@ -234,15 +234,15 @@ class RankModel:
         # Not at the top: the package triton is optional.
         from dllm_engine.ops.kernels.selection import candidate_sizes
 
-        assert self.tile_rows is not None
+        assert self.block_m is not None
         nothing = torch.zeros(ROW_MULTIPLE, dtype=torch.int64, device=self.device)
-        plain = FlatLayout.of([ROW_MULTIPLE], self.tile_rows, self.device)
+        plain = FlatLayout.of([ROW_MULTIPLE], self.block_m, self.device)
         for candidates in candidate_sizes(self._spec.max_model_len):
             # A sequence of which no row is stored, and of a selection none.
-            none = torch.zeros_like(plain.row_counts)
+            none = torch.zeros_like(plain.query_lens)
             layout = dataclasses.replace(
                 plain,
-                write_places=nothing - 1,
+                slot_mapping=nothing - 1,
                 selection=FlatSelection(none, none, none, none, none, candidates),
             )
             hidden = self.model(nothing, nothing, layout, pages=self._layer_pages, depth=1)
@@ -254,19 +254,19 @@ class RankModel:
         nothing = torch.zeros(1, device=self.device)
         heat, keys = nothing.double(), nothing.long()
         hidden = torch.zeros(1, self._spec.hidden_size, device=self.device, dtype=self._dtype)
-        for noisy, spread in itertools.product((False, True), repeat=2):
-            choice = Choice(
+        for noisy, needs_entropy in itertools.product((False, True), repeat=2):
+            options = HeadOptions(
                 mask=self.special.mask,
                 eos=self.special.eos,
                 stop=self.special.stop,
-                no_eos=None,
-                late_eos=None,
+                logits_eos_inf=None,
+                confidence_eos_eot_inf=None,
                 temperature=heat if noisy else None,
                 keys=keys if noisy else None,
-                spread=spread,
+                needs_entropy=needs_entropy,
             )
-            self.model.head.statistics(hidden, choice)
-        self.model.head.statistics(hidden, choice, keys.new_zeros(1, LISTED))
+            self.model.head.statistics(hidden, options)
+        self.model.head.statistics(hidden, options, keys.new_zeros(1, LISTED))
 
     @torch.inference_mode()
     def candidates(self, inputs: StepInputs) -> Candidates:
@@ -277,7 +277,7 @@ class RankModel:
             inputs.sampling,
             self.special,
             budget_bytes=self._budget_bytes,
-            with_spread=inputs.needs_spread,
+            needs_entropy=inputs.needs_entropy,
             credits=inputs.credits,
         )
 
@@ -335,8 +335,8 @@ class RankModel:
         positions = torch.cat([torch.arange(n, device=self.device) for n in lengths])
         with PeakMeter(self.device) as meter:
             layout: Layout = PackedLayout.of(lengths)
-            if self.tile_rows is not None:
-                layout = FlatLayout.of(lengths, self.tile_rows, self.device)
+            if self.block_m is not None:
+                layout = FlatLayout.of(lengths, self.block_m, self.device)
             self.model(torch.zeros_like(positions), positions, layout, depth=1)
         return meter.peak
 

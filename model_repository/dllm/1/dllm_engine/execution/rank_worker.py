@@ -16,7 +16,7 @@ from dllm_engine.errors import DllmError, EngineDead
 from dllm_engine.execution.devices import import_libraries, rank_device
 from dllm_engine.execution.rank_model import RankModel, StepInputs
 from dllm_engine.models import ModelSpec
-from dllm_engine.parallel import Group, Link, Skeleton
+from dllm_engine.parallel import Group, PackedObject, RankConnection
 
 logger = logging.getLogger("dllm_engine")
 
@@ -25,8 +25,8 @@ READY = "ready"
 
 
 @dataclasses.dataclass(frozen=True)
-class RankTask:
-    """What a rank needs to know besides its seat."""
+class RankConfig:
+    """What a rank needs to know besides its `RankInfo`."""
 
     config: EngineConfig
     #: Split over the ranks.
@@ -34,45 +34,45 @@ class RankTask:
     stop_token_ids: tuple[int, ...]
 
 
-def serve(link: Link) -> None:
+def serve(connection: RankConnection) -> None:
     """Load this rank's part of the model, then do steps until told to stop."""
-    seat, task = link.seat, link.task
-    assert isinstance(task, RankTask)
-    torch.set_num_threads(seat.threads)
-    device = rank_device(task.config, seat.rank)
+    info, task = connection.info, connection.task
+    assert isinstance(task, RankConfig)
+    torch.set_num_threads(info.threads)
+    device = rank_device(task.config, info.rank)
     import_libraries(task.config)
-    link.reply(READY)
-    group = Group.join(seat.meeting, seat.rank, seat.size, device, seat.timeout)
+    connection.reply(READY)
+    group = Group.join(info.rendezvous_file, info.rank, info.size, device, info.timeout)
 
     def loaded() -> None:
-        link.reply(READY)
-        assert link.next() == READY  # so are the others
+        connection.reply(READY)
+        assert connection.next() == READY  # so are the others
 
     model = RankModel(task.config, task.spec, task.stop_token_ids, group, loaded)
-    link.reply(model.plan.num_pages)
-    num_pages = link.next()
+    connection.reply(model.plan.num_pages)
+    num_pages = connection.next()
     assert isinstance(num_pages, int)
     model.allocate(num_pages)
-    link.reply(READY)
-    while (skeleton := link.next()) is not None:
-        assert isinstance(skeleton, Skeleton)
-        inputs = skeleton.fill(group.receive(skeleton.shapes))
+    connection.reply(READY)
+    while (packed := connection.next()) is not None:
+        assert isinstance(packed, PackedObject)
+        inputs = packed.fill(group.receive(packed.shapes))
         assert isinstance(inputs, StepInputs)
         model.candidates(inputs)
 
 
 def main(descriptor: int) -> None:
     """Serve rank 0; whatever ends that is told to it."""
-    link = Link(descriptor)
-    name = f"dllm rank {link.seat.rank}"
+    connection = RankConnection(descriptor)
+    name = f"dllm rank {connection.info.rank}"
     logging.basicConfig(format=f"{name}: %(levelname)s %(message)s", level=logging.WARNING)
     try:
-        serve(link)
+        serve(connection)
     except DllmError as error:
-        link.fail(error)
+        connection.fail(error)
     except Exception as error:
         logger.exception("rank failed")
-        link.fail(EngineDead(f"{type(error).__name__}: {error}"))
+        connection.fail(EngineDead(f"{type(error).__name__}: {error}"))
     else:
         os._exit(0)  # nothing is left to do, and other ranks may be gone already
     os._exit(1)

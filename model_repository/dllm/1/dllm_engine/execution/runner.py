@@ -141,7 +141,7 @@ class SingleRankRunner(ModelRunner):
         """
         with self._watched():
             upload = Upload(self._device)
-            batch = build_batch(self.table, self.rank.pages, slots, upload, self.rank.tile_rows)
+            batch = build_batch(self.table, self.rank.pages, slots, upload, self.rank.block_m)
             upload.send()
             credits = None
             if batch.credit_rows is not None:
@@ -201,7 +201,7 @@ def _pick(batch: StepBatch, candidates: Candidates) -> Tensor:
 
     def spread(values: Tensor) -> Tensor:
         """[M] values at their places in the [R, block] matrix."""
-        matrix = values.new_zeros(batch.masked.numel()).index_copy_(0, batch.place, values)
+        matrix = values.new_zeros(batch.masked.numel()).index_copy_(0, batch.index, values)
         return matrix.view(batch.masked.shape)
 
     confidence = spread(candidates.confidence)
@@ -209,8 +209,8 @@ def _pick(batch: StepBatch, candidates: Candidates) -> Tensor:
     block = BlockStatistics(
         masked=batch.masked,
         confidence=confidence,
-        entropy=spread(candidates.entropy) if batch.needs_spread else nothing,
-        margin=spread(candidates.margin) if batch.needs_spread else nothing,
+        entropy=spread(candidates.entropy) if batch.needs_entropy else nothing,
+        margin=spread(candidates.margin) if batch.needs_entropy else nothing,
         committed=nothing if batch.committed is None else batch.committed,
     )
-    return select_commits(block, batch.plan).flatten().index_select(0, batch.place)
+    return select_commits(block, batch.plan).flatten().index_select(0, batch.index)

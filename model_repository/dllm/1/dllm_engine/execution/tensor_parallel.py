@@ -11,10 +11,10 @@ import torch
 from dllm_engine.config import EngineConfig
 from dllm_engine.execution.devices import import_libraries, rank_device
 from dllm_engine.execution.rank_model import RankModel, StepInputs
-from dllm_engine.execution.rank_worker import READY, RankTask
+from dllm_engine.execution.rank_worker import READY, RankConfig
 from dllm_engine.execution.runner import ModelRunner, SingleRankRunner
 from dllm_engine.models import ModelSpec
-from dllm_engine.parallel import Group, Ranks, take_apart, thread_share
+from dllm_engine.parallel import Group, Ranks, pack_tensors, thread_share
 from dllm_engine.sampling import Candidates
 from dllm_engine.watchdog import Watchdog
 
@@ -48,22 +48,22 @@ class TensorParallelRunner(SingleRankRunner):
             spec.num_ranks,
             threads=share,
             timeout=config.tensor_parallel_timeout,
-            task=RankTask(config, spec, stop_token_ids),
+            task=RankConfig(config, spec, stop_token_ids),
         )
-        seat = self._ranks.seat
+        info = self._ranks.info
         try:
             if device == "cpu":
                 torch.set_num_threads(share)
             import_libraries(config)
             self._ranks.collect()
-            self._group = Group.join(seat.meeting, 0, seat.size, device, seat.timeout)
+            self._group = Group.join(info.rendezvous_file, 0, info.size, device, info.timeout)
             self._ranks.on_failure(self._group.abort)
             model = RankModel(config, spec, stop_token_ids, self._group, self._wait_for_loading)
             self._allocate(model)
             if not self._group.waits:
-                self._watchdog = Watchdog(seat.timeout, self._on_timeout)
+                self._watchdog = Watchdog(info.timeout, self._on_timeout)
         except (RuntimeError, OSError) as error:
-            why = self._ranks.explain(error)
+            why = self._ranks.diagnose(error)
             self._close(at_once=True)
             raise why from error
         except BaseException:
@@ -91,19 +91,19 @@ class TensorParallelRunner(SingleRankRunner):
             EngineDead: names the rank that failed.
         """
         try:
-            skeleton, tensors = take_apart(inputs)
-            self._ranks.post(skeleton)
+            packed, tensors = pack_tensors(inputs)
+            self._ranks.post(packed)
             self._group.send(tensors)
             return self.rank.candidates(inputs)
         except (RuntimeError, ValueError, OSError, MemoryError) as error:
-            raise self._ranks.explain(error) from error
+            raise self._ranks.diagnose(error) from error
 
     def _watched(self) -> AbstractContextManager[Any]:
         """If the block takes too long, `check` raises."""
         return self._watchdog or nullcontext()
 
     def _on_timeout(self) -> None:
-        self._ranks.explain(TimeoutError("a step has not ended"))
+        self._ranks.diagnose(TimeoutError("a step has not ended"))
 
     def check(self) -> None:
         """See `ModelRunner.check`."""

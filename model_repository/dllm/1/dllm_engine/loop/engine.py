@@ -25,7 +25,7 @@ from dllm_engine.models import read_spec
 from dllm_engine.request import CanvasUpdate, FinishReason, Prompt, Request, Usage
 from dllm_engine.sampling_params import SamplingParams
 from dllm_engine.state.canvas import Canvas, StepResult
-from dllm_engine.tokenizer import TextCodec, find_stop
+from dllm_engine.tokenizer import Tokenizer, find_stop
 
 logger = logging.getLogger("dllm_engine")
 
@@ -80,7 +80,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig, runner: ModelRunner | None = None) -> None:
         spec = read_spec(config.model_path)
-        self.codec = TextCodec.load(config.model_path, spec.mask_token_id)
+        self.codec = Tokenizer.load(config.model_path, spec.mask_token_id)
         stop_ids = {*spec.eos_token_ids, *(self.codec.stop_token_ids if self.codec else ())}
         #: Tokens that end an answer: end of text, and of a turn.
         self.stop_token_ids = tuple(sorted(stop_ids))

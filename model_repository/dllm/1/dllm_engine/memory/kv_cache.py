@@ -57,7 +57,7 @@ class PageAllocator:
 class KVPages:
     """The pool of one device and who holds what.
 
-    A sequence's rows are numbered from 0; row r lies in page `table[slot, twin, r // page_size]`.
+    A sequence's rows are numbered from 0; row r lies in page `table[slot, uncond, r // page_size]`.
     A request has a twin sequence, for guidance, with pages of its own.
     """
 
@@ -100,8 +100,8 @@ class KVPages:
         each = len(pages) // num_sequences
         self.table[slot, :num_sequences, :each] = np.reshape(pages, (num_sequences, each))
 
-    def places(self, slots: Array, twin: Array, rows: Array) -> Array:
+    def slot_mapping(self, slots: Array, uncond: Array, rows: Array) -> Array:
         """Place in the pool of the numbered rows of these sequences; all int64 [n]."""
-        page = self.table[slots, twin, rows // self.page_size]
+        page = self.table[slots, uncond, rows // self.page_size]
         places: Array = page * self.page_size + rows % self.page_size
         return places

@@ -2,7 +2,7 @@
 
 from dllm_engine.ops.attention import GATHER_BYTES, packed_attention, sequences_at_once
 from dllm_engine.ops.dispatch import TORCH, Operations, choose_operations
-from dllm_engine.ops.head import LOWEST, TILE, Choice, Head, HeadStatistics
+from dllm_engine.ops.head import LOWEST, TILE, Head, HeadOptions, HeadStatistics
 from dllm_engine.ops.layout import (
     FlatLayout,
     FlatSelection,
@@ -27,13 +27,13 @@ __all__ = [
     "TORCH",
     "UPLOAD_BYTES",
     "Array",
-    "Choice",
     "Download",
     "FlatLayout",
     "FlatSelection",
     "FreshGroup",
     "GatedLinear",
     "Head",
+    "HeadOptions",
     "HeadStatistics",
     "LayerPages",
     "Layout",

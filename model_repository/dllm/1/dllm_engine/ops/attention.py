@@ -29,10 +29,10 @@ def packed_attention(
         [rows, num_heads * head_dim].
     """
     out = q.new_empty(q.shape[0] + 1, *q.shape[1:])  # the last takes what is of no use
-    if layout.write_rows is not None and layout.write_places is not None:
+    if layout.write_rows is not None and layout.slot_mapping is not None:
         assert pages is not None
         rows = layout.write_rows
-        pages.write(layout.write_places, k.index_select(0, rows), v.index_select(0, rows))
+        pages.write(layout.slot_mapping, k.index_select(0, rows), v.index_select(0, rows))
     for group in layout.fresh:
         _attend_fresh(out, q, k, v, group)
         if group.selection is not None:
@@ -66,7 +66,7 @@ def _attend_paged(out: Tensor, q: Tensor, group: PagedGroup, pages: LayerPages) 
             _take(q, group.query_rows[some]).transpose(1, 2),
             _take(pages.keys, group.pages[some]).flatten(1, 2).transpose(1, 2),
             _take(pages.values, group.pages[some]).flatten(1, 2).transpose(1, 2),
-            attn_mask=None if group.held is None else group.held[some],
+            attn_mask=None if group.kv_mask is None else group.kv_mask[some],
             enable_gqa=q.shape[1] != pages.keys.shape[2],
         )
         out.index_copy_(0, group.out_rows[some].flatten(), mixed.transpose(1, 2).flatten(0, 1))

@@ -53,7 +53,7 @@ class Operations:
     #: has.
     lanes: int = 0
 
-    def tile_rows(self, num_heads: int, num_kv_heads: int) -> int | None:
+    def block_m(self, num_heads: int, num_kv_heads: int) -> int | None:
         """Rows per tile of a flat layout; None where layouts are grouped."""
         shared = 1 << (num_heads // num_kv_heads - 1).bit_length()
         return max(1, self.lanes // shared) if self.kernels else None

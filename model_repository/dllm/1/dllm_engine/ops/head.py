@@ -26,33 +26,33 @@ class HeadStatistics:
     score: Tensor
     logit: Tensor
     #: Of the whole distribution: largest and second largest logit.
-    peak: Tensor
+    max_logit: Tensor
     second: Tensor
-    #: Σ exp(l − peak), and the same weighted with l − peak.
-    total: Tensor
-    weighted: Tensor
+    #: Σ exp(l − max_logit), and the same sum_exp_logit with l − max_logit.
+    sum_exp: Tensor
+    sum_exp_logit: Tensor
     #: [rows, K]; logits of tokens that were asked for; −∞ of those that are not this head's.
-    listed: Tensor | None = None
+    extra_logits: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class HeadOptions:
     """Which token of each row is best, and which count; what no row needs is None."""
 
     #: May never be chosen, but counts in the distribution.
     mask: int
-    #: [n] int64; ids that rows with `no_eos` know nothing of.
+    #: [n] int64; ids that rows with `logits_eos_inf` know nothing of.
     eos: Tensor
-    #: [n] int64; ids that rows with `late_eos` may choose, but do not count.
+    #: [n] int64; ids that rows with `confidence_eos_eot_inf` may choose, but do not count.
     stop: Tensor
     #: [rows] bool.
-    no_eos: Tensor | None
-    late_eos: Tensor | None
+    logits_eos_inf: Tensor | None
+    confidence_eos_eot_inf: Tensor | None
     #: [rows] float64, 0 is greedy; and int64 keys of each row's noise (see `sampling.noise`).
     temperature: Tensor | None
     keys: Tensor | None
-    #: Whether the second largest logit and the weighted sum are asked for.
-    spread: bool
+    #: Whether the second largest logit and the sum_exp_logit sum are asked for.
+    needs_entropy: bool
 
 
 class Head:
@@ -94,24 +94,24 @@ class Head:
         return torch.cat([self.logits(hidden, start) for start in self.tile_starts], dim=1)
 
     def statistics(
-        self, hidden: Tensor, choice: Choice, listed: Tensor | None = None
+        self, hidden: Tensor, options: HeadOptions, extra_tokens: Tensor | None = None
     ) -> HeadStatistics:
         """Statistics of the logits, which are never written to memory; without waiting.
 
         Args:
             hidden: [rows, hidden_size], of the weight's type.
-            choice: which tokens may be chosen, and count.
-            listed: [rows, K] int64; tokens whose logits are wanted besides, −1 for none.
+            options: which tokens may be chosen, and count.
+            extra_tokens: [rows, K] int64; tokens whose logits are wanted besides, −1 for none.
         """
         # Not at the top: the package triton is optional.
         from dllm_engine.ops.kernels.head import head_statistics
 
         assert self._weight is not None, "the head was made without kernels"
-        return head_statistics(hidden, self._weight, self.first, choice, listed)
+        return head_statistics(hidden, self._weight, self.first, options, extra_tokens)
 
-    def statistics_bytes(self, *, noisy: bool, spread: bool) -> int:
+    def statistics_bytes(self, *, noisy: bool, needs_entropy: bool) -> int:
         """Bytes per row that `statistics` takes while it runs."""
         from dllm_engine.ops.kernels.head import partial_bytes
 
         assert self._weight is not None, "the head was made without kernels"
-        return partial_bytes(self._weight, noisy=noisy, spread=spread)
+        return partial_bytes(self._weight, noisy=noisy, needs_entropy=needs_entropy)

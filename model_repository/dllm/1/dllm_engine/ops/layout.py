@@ -29,7 +29,7 @@ class Selection:
     block_rows: Tensor
     candidate_rows: Tensor
     #: [G, keep]; places in the pool that take what is kept, the same for every head.
-    places: Tensor
+    slot_mapping: Tensor
     pool_kernel: int
 
 
@@ -59,13 +59,13 @@ class PagedGroup:
     #: [G, P] int64.
     pages: Tensor
     #: [G, 1, 1, P × page_size] bool, the rows that are held; None when all are.
-    held: Tensor | None
+    kv_mask: Tensor | None
 
     @classmethod
     def of(cls, count: int, width: int, num_pages: int, device: str) -> PagedGroup:
         """So many sequences of `width` rows; all have the first rows, and only the first page."""
         rows = torch.arange(width, device=device).expand(count, -1)
-        return cls(rows, rows, pages=rows.new_zeros(count, num_pages), held=None)
+        return cls(rows, rows, pages=rows.new_zeros(count, num_pages), kv_mask=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class PackedLayout:
     paged: tuple[PagedGroup, ...] = ()
     #: [n] int64: packed rows that are stored, and their places in the pool.
     write_rows: Tensor | None = None
-    write_places: Tensor | None = None
+    slot_mapping: Tensor | None = None
 
     @classmethod
     def of(cls, lengths: list[int]) -> PackedLayout:
@@ -110,42 +110,42 @@ class FlatSelection:
 
 @dataclasses.dataclass(frozen=True)
 class FlatLayout:
-    """The sequences of a step; S sequences, T tiles of up to `tile_rows` rows; all int64.
+    """The sequences of a step; S sequences, T tiles of up to `block_m` rows; all int64.
 
     Rows behind the last sequence are padding. A sequence of no rows takes no part.
     """
 
-    tile_rows: int
+    block_m: int
     #: [S]; first packed row and number of rows.
-    row_starts: Tensor
-    row_counts: Tensor
+    query_starts: Tensor
+    query_lens: Tensor
     #: [S]; rows in its pages that a sequence attends to, its fresh ones among them; 0: it attends
     #: to its fresh rows.
-    held: Tensor
+    kv_lens: Tensor
     #: [S, pages of the longest sequence].
-    tables: Tensor
+    block_tables: Tensor
     #: [T]; sequence of each tile, S behind the last one, and its first row in the sequence.
     tile_sequence: Tensor
     tile_row: Tensor
     #: [rows]; place in the pool where a packed row is stored, −1 where it is not; None: nowhere.
-    write_places: Tensor | None = None
+    slot_mapping: Tensor | None = None
     selection: FlatSelection | None = None
 
     @classmethod
-    def of(cls, lengths: list[int], tile_rows: int, device: str) -> FlatLayout:
+    def of(cls, lengths: list[int], block_m: int, device: str) -> FlatLayout:
         """Sequences of these lengths, none of which reads or writes stored keys and values."""
         counts = np.array(lengths, np.int64)
 
         def on_device(values: Array) -> Tensor:
             return torch.from_numpy(values).to(device)
 
-        tile_sequence, tile_row = tiles_of(counts, sum(lengths), tile_rows)
+        tile_sequence, tile_row = tiles_of(counts, sum(lengths), block_m)
         return cls(
-            tile_rows=tile_rows,
-            row_starts=on_device(counts.cumsum() - counts),
-            row_counts=on_device(counts),
-            held=on_device(np.zeros_like(counts)),
-            tables=on_device(np.zeros((len(lengths), 1), np.int64)),
+            block_m=block_m,
+            query_starts=on_device(counts.cumsum() - counts),
+            query_lens=on_device(counts),
+            kv_lens=on_device(np.zeros_like(counts)),
+            block_tables=on_device(np.zeros((len(lengths), 1), np.int64)),
             tile_sequence=on_device(tile_sequence),
             tile_row=on_device(tile_row),
         )
@@ -154,19 +154,19 @@ class FlatLayout:
 Layout = PackedLayout | FlatLayout
 
 
-def tiles_of(row_counts: Array, num_rows: int, tile_rows: int) -> tuple[Array, Array]:
-    """Tiles that cover sequences of [S] `row_counts`, `num_rows` together, without overlap.
+def tiles_of(query_lens: Array, num_rows: int, block_m: int) -> tuple[Array, Array]:
+    """Tiles that cover sequences of [S] `query_lens`, `num_rows` together, without overlap.
 
     Returns:
         As many as sequences of so many rows can need, so that a launch depends on less: [T]
         sequence of each tile, S for those that are too many; [T] first row in the sequence.
     """
-    counts = -(-row_counts // tile_rows)
+    counts = -(-query_lens // block_m)
     ends = counts.cumsum()
-    tiles = np.arange(num_rows // tile_rows + len(row_counts))
+    tiles = np.arange(num_rows // block_m + len(query_lens))
     sequence = np.searchsorted(ends, tiles, side="right")
-    before = (ends - counts)[np.minimum(sequence, len(row_counts) - 1)]
-    return sequence, (tiles - before) * tile_rows
+    before = (ends - counts)[np.minimum(sequence, len(query_lens) - 1)]
+    return sequence, (tiles - before) * block_m
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,11 +60,11 @@ def store_selection(
     q: Tensor, k: Tensor, v: Tensor, selection: Selection, pages: LayerPages
 ) -> None:
     """Select and store densely: row r of a head's pages is that head's r-th kept position."""
-    keep = selection.places.shape[1]
+    keep = selection.slot_mapping.shape[1]
     candidates = k[selection.candidate_rows]
     chosen = select_positions(q[selection.block_rows], candidates, keep, selection.pool_kernel)
     index = chosen.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
-    places = selection.places.flatten()
+    places = selection.slot_mapping.flatten()
     pages.write(
         places,
         candidates.gather(1, index).flatten(0, 1),

@@ -2,16 +2,16 @@
 
 from dllm_engine.parallel.group import Group, thread_share
 from dllm_engine.parallel.head import SlicedHead
-from dllm_engine.parallel.ranks import Link, Ranks, Seat
-from dllm_engine.parallel.wire import Skeleton, take_apart
+from dllm_engine.parallel.ranks import RankConnection, RankInfo, Ranks
+from dllm_engine.parallel.wire import PackedObject, pack_tensors
 
 __all__ = [
     "Group",
-    "Link",
+    "PackedObject",
+    "RankConnection",
+    "RankInfo",
     "Ranks",
-    "Seat",
-    "Skeleton",
     "SlicedHead",
-    "take_apart",
+    "pack_tensors",
     "thread_share",
 ]

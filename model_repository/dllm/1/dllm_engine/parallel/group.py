@@ -30,9 +30,11 @@ class Group:
     _process_group: Any
 
     @classmethod
-    def join(cls, meeting: Path, rank: int, size: int, device: str, timeout: float) -> Group:
-        """Meet the other ranks by way of the file `meeting`: NCCL on CUDA devices, else gloo."""
-        store = dist.FileStore(str(meeting), size)  # type: ignore[attr-defined]
+    def join(
+        cls, rendezvous_file: Path, rank: int, size: int, device: str, timeout: float
+    ) -> Group:
+        """Meet the other ranks through a shared file: NCCL on CUDA devices, gloo on CPUs."""
+        store = dist.FileStore(str(rendezvous_file), size)  # type: ignore[attr-defined]
         bound = timedelta(seconds=timeout)
         # Objects of their own instead of torch's one default group: a process may hold several
         # engines.

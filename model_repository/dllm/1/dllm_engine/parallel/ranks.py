@@ -35,13 +35,13 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
-class Seat:
+class RankInfo:
     """A rank's place among the others."""
 
     rank: int
     size: int
     #: A file by way of which the ranks meet; its folder goes when they part.
-    meeting: Path
+    rendezvous_file: Path
     #: Threads on a CPU.
     threads: int
     #: Seconds that a collective call may take.
@@ -52,7 +52,7 @@ class Seat:
 class _Start:
     """The first message to a rank."""
 
-    seat: Seat
+    info: RankInfo
     task: object
 
 
@@ -75,18 +75,18 @@ class _Rank:
 
 
 class Ranks:
-    """The other ranks of one model. Not thread-safe, but for `on_failure` and `explain`.
+    """The other ranks of one model. Not thread-safe, but for `on_failure` and `diagnose`.
 
     Args:
         size: of the group, rank 0 included.
-        threads, timeout: see `Seat`.
+        threads, timeout: see `RankInfo`.
         task: what each rank gets to know at its start.
     """
 
     def __init__(self, size: int, *, threads: int, timeout: float, task: object) -> None:
-        meeting = Path(tempfile.mkdtemp(prefix="dllm-ranks-")) / "meeting"
+        rendezvous_file = Path(tempfile.mkdtemp(prefix="dllm-ranks-")) / "rendezvous_file"
         #: Rank 0's own place.
-        self.seat = Seat(0, size, meeting, threads, timeout)
+        self.info = RankInfo(0, size, rendezvous_file, threads, timeout)
         #: Why the group is of no use any more.
         self.failure: DllmError | None = None
         self._failed = threading.Event()
@@ -98,7 +98,7 @@ class Ranks:
         self._watcher = threading.Thread(target=self._watch, name="dllm-ranks", daemon=True)
         try:
             for rank in range(1, size):
-                self._others.append(_start(dataclasses.replace(self.seat, rank=rank), task))
+                self._others.append(_start(dataclasses.replace(self.info, rank=rank), task))
         except OSError:
             self.close(at_once=True)
             raise
@@ -128,16 +128,16 @@ class Ranks:
         self.check()
         return answers
 
-    def explain(self, error: Exception) -> DllmError:
+    def diagnose(self, error: Exception) -> DllmError:
         """Why a collective call raised `error`; the group is of no use after it."""
         with self._asking:
             if not self._failed.wait(_NOTICE_SECONDS):
                 silent = ", ".join(self._silent())
                 what = f"{type(error).__name__}: {error}"
                 if silent:
-                    what = f"{silent} did not answer within {self.seat.timeout:g} s: {what}"
+                    what = f"{silent} did not answer within {self.info.timeout:g} s: {what}"
                 else:
-                    what = f"rank 0 of {self.seat.size}: {what}"
+                    what = f"rank 0 of {self.info.size}: {what}"
                 self._fail(EngineDead(what))
         assert self.failure is not None
         return self.failure
@@ -165,7 +165,7 @@ class Ranks:
             self._watcher.join()
         for rank in self._others:
             rank.connection.close()
-        shutil.rmtree(self.seat.meeting.parent, ignore_errors=True)
+        shutil.rmtree(self.info.rendezvous_file.parent, ignore_errors=True)
 
     def _watch(self) -> None:
         alive = {rank.connection: rank for rank in self._others}
@@ -209,7 +209,7 @@ class Ranks:
         return names
 
 
-class Link:
+class RankConnection:
     """Rank 0, as another rank sees it; `descriptor` is that rank's end of the socket pair."""
 
     def __init__(self, descriptor: int) -> None:
@@ -219,10 +219,10 @@ class Link:
         self._connection: Connection[object, object] = Connection(descriptor)
         first = self._connection.recv()
         assert isinstance(first, _Start)
-        self.seat, self.task = first.seat, first.task
+        self.info, self.task = first.info, first.task
         self._sending = threading.Lock()
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
-        threading.Thread(target=self._listen, name="dllm-link", daemon=True).start()
+        threading.Thread(target=self._listen, name="dllm-connection", daemon=True).start()
 
     def next(self) -> object:
         """The next message; None: stop."""
@@ -248,17 +248,17 @@ class Link:
                 else:
                     self._inbox.put(message)
         except (EOFError, OSError):
-            shutil.rmtree(self.seat.meeting.parent, ignore_errors=True)
+            shutil.rmtree(self.info.rendezvous_file.parent, ignore_errors=True)
             os._exit(1)
 
 
-def _start(seat: Seat, task: object) -> _Rank:
+def _start(info: RankInfo, task: object) -> _Rank:
     ours, theirs = socket.socketpair()
     # Whatever this process can import, wherever it was started and by whom.
     paths = [str(_PACKAGE.parent), *filter(None, sys.path)]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
-        "OMP_NUM_THREADS": str(seat.threads),
+        "OMP_NUM_THREADS": str(info.threads),
     }
     entry = f"from {_PACKAGE.name}.execution.rank_worker import main; main"
     python = sys.executable or shutil.which("python3") or "python3"
@@ -270,8 +270,8 @@ def _start(seat: Seat, task: object) -> _Rank:
             env=environment,
         )
     connection: Connection[object, object] = Connection(ours.detach())
-    name = f"rank {seat.rank} of {seat.size} (process {process.pid})"
-    connection.send(_Start(seat, task))
+    name = f"rank {info.rank} of {info.size} (process {process.pid})"
+    connection.send(_Start(info, task))
     return _Rank(name, process, connection, queue.SimpleQueue())
 
 

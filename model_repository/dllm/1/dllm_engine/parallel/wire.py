@@ -1,6 +1,6 @@
 """Objects that hold tensors, taken apart for the way between ranks.
 
-The skeleton, everything but the tensors' contents, is small and travels through a pipe; the
+The packed, everything but the tensors' contents, is small and travels through a pipe; the
 contents travel together, as one tensor, from device to device.
 """
 
@@ -22,7 +22,7 @@ _ALIGNMENT = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Skeleton:
+class PackedObject:
     """An object without the contents of its tensors."""
 
     shapes: list[Shape]
@@ -33,13 +33,13 @@ class Skeleton:
         return _Unpickler(io.BytesIO(self.pickled), tensors).load()
 
 
-def take_apart(value: object) -> tuple[Skeleton, list[Tensor]]:
-    """The skeleton of `value`, and its tensors in the skeleton's order."""
+def pack_tensors(value: object) -> tuple[PackedObject, list[Tensor]]:
+    """The packed of `value`, and its tensors in the packed's order."""
     stream = io.BytesIO()
     pickler = _Pickler(stream)
     pickler.dump(value)
     tensors = pickler.tensors
-    return Skeleton([(t.dtype, tuple(t.shape)) for t in tensors], stream.getvalue()), tensors
+    return PackedObject([(t.dtype, tuple(t.shape)) for t in tensors], stream.getvalue()), tensors
 
 
 def num_bytes(shapes: list[Shape]) -> int:

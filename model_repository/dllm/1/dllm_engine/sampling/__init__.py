@@ -9,7 +9,7 @@ from dllm_engine.sampling.rows import (
     RowSampling,
     SamplingFlags,
     SpecialTokens,
-    needs_whole_row,
+    needs_full_logits,
 )
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
     "SamplingFlags",
     "SpecialTokens",
     "least_bytes",
-    "needs_whole_row",
+    "needs_full_logits",
     "sample_candidates",
     "select_commits",
 ]

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from dllm_engine.ops import Head
 from dllm_engine.sampling.credit import Credits
-from dllm_engine.sampling.full_logits import by_whole_rows
+from dllm_engine.sampling.full_logits import by_full_logits
 from dllm_engine.sampling.rows import (
     Candidates,
     RowSampling,
     SpecialTokens,
     joined,
-    needs_whole_row,
+    needs_full_logits,
 )
 from dllm_engine.sampling.tiles import by_tiles
 
@@ -32,7 +32,7 @@ def sample_candidates(
     special: SpecialTokens,
     *,
     budget_bytes: int,
-    with_spread: bool = True,
+    needs_entropy: bool = True,
     credits: Credits | None = None,
 ) -> Candidates:
     """Choose a token for each row.
@@ -49,24 +49,24 @@ def sample_candidates(
         rows: temperature, seed, step, position and filters of each row.
         special: the ids that some rows or all treat apart.
         budget_bytes: what the logits (and their noise) may take at once.
-        with_spread: compute entropy and margin; zeros otherwise.
+        needs_entropy: compute entropy and margin; zeros otherwise.
         credits: where any row is decided with credit; only greedy rows without filters may be.
     """
-    if not rows.num_whole:
-        return by_tiles(hidden, head, rows, special, budget_bytes, with_spread, credits)
+    if not rows.num_full_logits:
+        return by_tiles(hidden, head, rows, special, budget_bytes, needs_entropy, credits)
     filtered = (rows.top_p < 1) | (rows.top_k > 0)
-    whole = needs_whole_row(rows.temperature > 0, filtered, rows.tempered)
-    num_tiled = len(hidden) - rows.num_whole
+    whole = needs_full_logits(rows.temperature > 0, filtered, rows.dream_statistics)
+    num_tiled = len(hidden) - rows.num_full_logits
     order = whole.to(torch.uint8).argsort(stable=True)
     tiled, whole_rows = order[:num_tiled], order[num_tiled:]
     parts = [
-        by_whole_rows(
-            hidden[whole_rows], head, rows.take(whole_rows), special, budget_bytes, with_spread
+        by_full_logits(
+            hidden[whole_rows], head, rows.take(whole_rows), special, budget_bytes, needs_entropy
         )
     ]
     if len(tiled):
         mine = None if credits is None else credits.take(tiled)
-        arguments = (hidden[tiled], head, rows.take(tiled), special, budget_bytes, with_spread)
+        arguments = (hidden[tiled], head, rows.take(tiled), special, budget_bytes, needs_entropy)
         parts.insert(0, by_tiles(*arguments, mine))
     found = joined(parts)
     # Back into the order of the rows.

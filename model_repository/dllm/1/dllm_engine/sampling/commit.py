@@ -47,8 +47,8 @@ class CommitPlan:
     chance: Tensor
     #: float64; the rule's parameters: threshold, factor, entropy bound or anchor; and the lower
     #: threshold or the neighbours' one.
-    bound: Tensor
-    second_bound: Tensor
+    threshold: Tensor
+    second_threshold: Tensor
     #: float64; above 0, positions are drawn by softmax(score / alg_temp) (Dream).
     alg_temp: Tensor
     #: int64.
@@ -71,21 +71,21 @@ def select_commits(block: BlockStatistics, plan: CommitPlan) -> Tensor:
 
 
 def _apply(rule: Rule, block: BlockStatistics, plan: CommitPlan, counted: Tensor) -> Tensor:
-    masked, bound, second = block.masked, plan.bound, plan.second_bound
+    masked, threshold, second = block.masked, plan.threshold, plan.second_threshold
     match rule:
         case Rule.COUNT:
             return counted
         case Rule.THRESHOLD:
-            return rules.threshold(block.confidence, masked, bound)
+            return rules.threshold(block.confidence, masked, threshold)
         case Rule.FACTOR:
-            return rules.factor(block.confidence, masked, bound)
+            return rules.factor(block.confidence, masked, threshold)
         case Rule.ENTROPY_BOUND:
-            return rules.entropy_bound(block.entropy, masked, bound)
+            return rules.entropy_bound(block.entropy, masked, threshold)
         case Rule.HIERARCHICAL:
-            return rules.hierarchical(block.confidence, masked, second, bound)
+            return rules.hierarchical(block.confidence, masked, second, threshold)
         case Rule.LOCAL_LEAP:
             return rules.local_leap(
-                counted, block.confidence, block.committed, masked, bound, second
+                counted, block.confidence, block.committed, masked, threshold, second
             )
         case Rule.ORIGIN:
             return masked & (_uniform(masked.shape[1], plan) < plan.chance.unsqueeze(1))

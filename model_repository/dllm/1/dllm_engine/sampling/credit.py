@@ -91,7 +91,12 @@ class CreditLists:
 
 
 def decide(
-    credits: Credits, logits: Tensor, token: Tensor, logit: Tensor, peak: Tensor, total: Tensor
+    credits: Credits,
+    logits: Tensor,
+    token: Tensor,
+    logit: Tensor,
+    max_logit: Tensor,
+    sum_exp: Tensor,
 ) -> Fused:
     """One step of credit decoding, for all rows.
 
@@ -99,10 +104,10 @@ def decide(
         credits: the lists before the step.
         logits: [rows, K]; logits of the listed tokens, −∞ where nothing is listed.
         token, logit: [rows]; the best token by plain logits, and its logit.
-        peak, total: [rows]; largest logit, and Σ exp(ℓ − peak).
+        max_logit, sum_exp: [rows]; largest logit, and Σ exp(ℓ − max_logit).
     """
     values = credits.values * BETA
-    gain = ((logit - peak).exp() / total) ** GAMMA
+    gain = ((logit - max_logit).exp() / sum_exp) ** GAMMA
     same = credits.tokens == token.unsqueeze(1)
     # Where it is not listed yet it takes the place of the least; empty places have no credit.
     least = values.argmin(dim=1, keepdim=True)
@@ -116,6 +121,6 @@ def decide(
 
     bonus = ALPHA * values.log1p()
     best, at = (logits + bonus).max(dim=1)
-    grown = total + ((logits - peak.unsqueeze(1)).exp() * bonus.expm1()).sum(dim=1)
+    grown = sum_exp + ((logits - max_logit.unsqueeze(1)).exp() * bonus.expm1()).sum(dim=1)
     chosen = tokens.gather(1, at.unsqueeze(1)).squeeze(1)
-    return Fused(chosen, (best - peak).exp() / grown, Credits(credits.used, tokens, values))
+    return Fused(chosen, (best - max_logit).exp() / grown, Credits(credits.used, tokens, values))

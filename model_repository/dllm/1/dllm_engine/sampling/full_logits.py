@@ -29,13 +29,13 @@ def least_bytes(vocab_size: int, element_size: int) -> int:
     return 2 * ROW_MULTIPLE * vocab_size * max(4, element_size)
 
 
-def by_whole_rows(
+def by_full_logits(
     hidden: Tensor,
     head: Head,
     rows: RowSampling,
     special: SpecialTokens,
     budget_bytes: int,
-    with_spread: bool,
+    needs_entropy: bool,
 ) -> Candidates:
     """Candidates of rows with filters or tempered statistics (see `sample_candidates`).
 
@@ -53,7 +53,7 @@ def by_whole_rows(
         end = start + max(least, min(chunk, count - start))
         # Behind the last row it comes again.
         part = torch.arange(start, end, device=hidden.device).clamp_(max=count - 1)
-        parts.append(_choose(_logits(hidden[part], head), rows.take(part), special, with_spread))
+        parts.append(_choose(_logits(hidden[part], head), rows.take(part), special, needs_entropy))
     return joined(parts).first(count)
 
 
@@ -63,43 +63,45 @@ def _logits(hidden: Tensor, head: Head) -> Tensor:
 
 
 def _choose(
-    logits: Tensor, rows: RowSampling, special: SpecialTokens, with_spread: bool
+    logits: Tensor, rows: RowSampling, special: SpecialTokens, needs_entropy: bool
 ) -> Candidates:
-    if rows.flags.no_eos:
-        forbid(logits, rows.no_eos, special.eos)
+    if rows.flags.logits_eos_inf:
+        forbid(logits, rows.logits_eos_inf, special.eos)
     mask_logit = logits[:, special.mask].clone()
     logits[:, special.mask] = -torch.inf
     filtered = _tempered(logits, rows)
     token = _draw(filtered, rows)
     logits[:, special.mask] = mask_logit
-    if rows.flags.late_eos:
-        forbid(logits, rows.late_eos, special.stop)
-    clean = _statistics(logits, token, with_spread)
-    inner = _statistics(filtered, token, with_spread)
+    if rows.flags.confidence_eos_eot_inf:
+        forbid(logits, rows.confidence_eos_eot_inf, special.stop)
+    clean = _statistics(logits, token, needs_entropy)
+    inner = _statistics(filtered, token, needs_entropy)
 
     def pick(name: str) -> Tensor:
         outer: Tensor = getattr(clean, name)
-        return torch.where(rows.tempered, getattr(inner, name).to(outer.dtype), outer)
+        return torch.where(rows.dream_statistics, getattr(inner, name).to(outer.dtype), outer)
 
     return Candidates(token, pick("confidence"), pick("entropy"), pick("margin"))
 
 
-def _statistics(logits: Tensor, token: Tensor, with_spread: bool) -> Candidates:
+def _statistics(logits: Tensor, token: Tensor, needs_entropy: bool) -> Candidates:
     """Confidence of `token`, entropy and margin under softmax(logits). Overwrites `logits`."""
-    peak = logits.amax(dim=-1, keepdim=True)
-    shifted = logits.sub_(peak)
+    max_logit = logits.amax(dim=-1, keepdim=True)
+    shifted = logits.sub_(max_logit)
     chosen = shifted.gather(1, token.unsqueeze(1)).squeeze(1)
-    if not with_spread:
-        total = shifted.exp_().sum(dim=-1)
-        confidence = chosen.exp() / total
+    if not needs_entropy:
+        sum_exp = shifted.exp_().sum(dim=-1)
+        confidence = chosen.exp() / sum_exp
         nothing = torch.zeros_like(confidence)
         return Candidates(token, confidence, nothing, nothing)
     second = shifted.topk(2, dim=-1).values[:, 1]
     weight = shifted.exp()
-    total = weight.sum(dim=-1)
+    sum_exp = weight.sum(dim=-1)
     # A filtered token has logit −inf and weight 0; it adds nothing, not NaN.
-    mean = (weight * shifted.masked_fill_(weight == 0, 0.0)).sum(dim=-1) / total
-    return Candidates(token, chosen.exp() / total, total.log() - mean, (1 - second.exp()) / total)
+    mean = (weight * shifted.masked_fill_(weight == 0, 0.0)).sum(dim=-1) / sum_exp
+    return Candidates(
+        token, chosen.exp() / sum_exp, sum_exp.log() - mean, (1 - second.exp()) / sum_exp
+    )
 
 
 def _tempered(logits: Tensor, rows: RowSampling) -> Tensor:

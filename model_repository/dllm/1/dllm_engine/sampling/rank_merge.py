@@ -43,21 +43,27 @@ def _like(values: Tensor, column: Tensor) -> Tensor:
 def _joined(left: HeadStatistics, right: HeadStatistics) -> HeadStatistics:
     """Both together; `left` has the lower token ids, which win where scores are equal."""
     better = right.score > left.score
-    peak = torch.maximum(left.peak, right.peak)
+    max_logit = torch.maximum(left.max_logit, right.max_logit)
     second = torch.maximum(left.second, right.second)
-    listed = None
-    if left.listed is not None and right.listed is not None:
-        listed = torch.maximum(left.listed, right.listed)  # −∞ where the token is another rank's
-    scale_left, scale_right = (left.peak - peak).exp(), (right.peak - peak).exp()
+    extra_logits = None
+    if left.extra_logits is not None and right.extra_logits is not None:
+        extra_logits = torch.maximum(
+            left.extra_logits, right.extra_logits
+        )  # −∞ where the token is another rank's
+    scale_left, scale_right = (
+        (left.max_logit - max_logit).exp(),
+        (right.max_logit - max_logit).exp(),
+    )
     return dataclasses.replace(
         left,
         token=torch.where(better, right.token, left.token),
         score=torch.where(better, right.score, left.score),
         logit=torch.where(better, right.logit, left.logit),
-        peak=peak,
-        second=torch.maximum(second, torch.minimum(left.peak, right.peak)),
-        total=scale_left * left.total + scale_right * right.total,
-        weighted=scale_left * (left.weighted + (left.peak - peak) * left.total)
-        + scale_right * (right.weighted + (right.peak - peak) * right.total),
-        listed=listed,
+        max_logit=max_logit,
+        second=torch.maximum(second, torch.minimum(left.max_logit, right.max_logit)),
+        sum_exp=scale_left * left.sum_exp + scale_right * right.sum_exp,
+        sum_exp_logit=scale_left
+        * (left.sum_exp_logit + (left.max_logit - max_logit) * left.sum_exp)
+        + scale_right * (right.sum_exp_logit + (right.max_logit - max_logit) * right.sum_exp),
+        extra_logits=extra_logits,
     )

@@ -31,14 +31,14 @@ class SamplingFlags:
     #: A `top_p` below 1, and the largest `top_k`.
     top_p: bool
     top_k: int
-    no_eos: bool
-    late_eos: bool
+    logits_eos_inf: bool
+    confidence_eos_eot_inf: bool
 
 
-def needs_whole_row(noisy: Truth, filtered: Truth, tempered: Truth) -> Truth:
+def needs_full_logits(noisy: Truth, filtered: Truth, dream_statistics: Truth) -> Truth:
     """Whether a row's logits are needed all at once; at temperature 0 and without filters Dream's
     distribution is the clean one."""
-    return (noisy & filtered) | (tempered & (noisy | filtered))
+    return (noisy & filtered) | (dream_statistics & (noisy | filtered))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,19 +57,19 @@ class RowSampling:
     #: int64; 0 is off.
     top_k: Tensor
     #: bool; statistics of the tempered and filtered distribution (Dream) instead of the clean.
-    tempered: Tensor
+    dream_statistics: Tensor
     #: bool; never choose an end-of-text token.
-    no_eos: Tensor
+    logits_eos_inf: Tensor
     #: bool; confidence as if there were no end-of-text or end-of-turn tokens.
-    late_eos: Tensor
+    confidence_eos_eot_inf: Tensor
     #: Of all rows together; how many of them are needed whole.
     flags: SamplingFlags
-    num_whole: int
+    num_full_logits: int
 
     def take(self, index: slice | Tensor) -> RowSampling:
         """The same of some rows."""
         names = [field.name for field in dataclasses.fields(self)]
-        columns = [name for name in names if name not in ("flags", "num_whole")]
+        columns = [name for name in names if name not in ("flags", "num_full_logits")]
         return dataclasses.replace(self, **{name: getattr(self, name)[index] for name in columns})
 
 

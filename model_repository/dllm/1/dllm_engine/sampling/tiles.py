@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm_engine.ops import LOWEST, TILE, Choice, Head, HeadStatistics, noise
+from dllm_engine.ops import LOWEST, TILE, Head, HeadOptions, HeadStatistics, noise
 from dllm_engine.parallel import SlicedHead
 from dllm_engine.sampling.credit import Credits, decide
 from dllm_engine.sampling.rank_merge import merge_over_ranks
@@ -32,7 +32,7 @@ from dllm_engine.sampling.rows import (
 
 #: Bytes per logit of a tile, with all that is made of it: for the best token and Σ exp alone, for
 #: entropy and runner-up besides, and with the noise, which is made in float64 and int64.
-_CLEAN_BYTES, _SPREAD_BYTES, _NOISY_BYTES = 16, 32, 64
+_CLEAN_BYTES, _ENTROPY_BYTES, _NOISY_BYTES = 16, 32, 64
 _LANES = 64
 
 
@@ -42,18 +42,18 @@ def by_tiles(
     rows: RowSampling,
     special: SpecialTokens,
     budget_bytes: int,
-    with_spread: bool,
+    needs_entropy: bool,
     credits: Credits | None = None,
 ) -> Candidates:
     """Candidates of rows without filters, from the clean distribution (see `sample_candidates`)."""
-    row_bytes = _row_bytes(head, rows.flags.noisy, with_spread)
+    row_bytes = _row_bytes(head, rows.flags.noisy, needs_entropy)
     chunk = max(ROW_MULTIPLE, budget_bytes // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE)
     slices = [slice(i, i + chunk) for i in range(0, max(1, len(hidden)), chunk)]
     parts = [
         _candidates(
             hidden[part],
             head,
-            _choice(rows.take(part), special, with_spread),
+            _options(rows.take(part), special, needs_entropy),
             None if credits is None else credits.take(part),
         )
         for part in slices
@@ -70,57 +70,61 @@ def by_tiles(
     return dataclasses.replace(found, credits=after)
 
 
-def _row_bytes(head: Head, noisy: bool, spread: bool) -> int:
+def _row_bytes(head: Head, noisy: bool, needs_entropy: bool) -> int:
     """Bytes that a row of a chunk takes while its statistics are made."""
     if head.kernels:
-        return head.statistics_bytes(noisy=noisy, spread=spread)
-    clean = _SPREAD_BYTES if spread else _CLEAN_BYTES
+        return head.statistics_bytes(noisy=noisy, needs_entropy=needs_entropy)
+    clean = _ENTROPY_BYTES if needs_entropy else _CLEAN_BYTES
     return min(TILE, head.vocab_size) * (_NOISY_BYTES if noisy else clean)
 
 
-def _choice(rows: RowSampling, special: SpecialTokens, spread: bool) -> Choice:
+def _options(rows: RowSampling, special: SpecialTokens, needs_entropy: bool) -> HeadOptions:
     flags, keys = rows.flags, None
     if flags.noisy:
         keys = noise.row_keys(rows.seed, rows.step, rows.position, noise.STREAM_TOKEN)
-    return Choice(
+    return HeadOptions(
         mask=special.mask,
         eos=special.eos,
         stop=special.stop,
-        no_eos=rows.no_eos if flags.no_eos else None,
-        late_eos=rows.late_eos if flags.late_eos else None,
+        logits_eos_inf=rows.logits_eos_inf if flags.logits_eos_inf else None,
+        confidence_eos_eot_inf=rows.confidence_eos_eot_inf
+        if flags.confidence_eos_eot_inf
+        else None,
         temperature=rows.temperature if flags.noisy else None,
         keys=keys,
-        spread=spread,
+        needs_entropy=needs_entropy,
     )
 
 
-def _candidates(hidden: Tensor, head: Head, choice: Choice, credits: Credits | None) -> Candidates:
-    listed = None if credits is None else credits.tokens
+def _candidates(
+    hidden: Tensor, head: Head, options: HeadOptions, credits: Credits | None
+) -> Candidates:
+    extra_tokens = None if credits is None else credits.tokens
     of_rows = head.statistics if head.kernels else functools.partial(tiled_statistics, head)
-    found = of_rows(hidden, choice, listed)
+    found = of_rows(hidden, options, extra_tokens)
     if isinstance(head, SlicedHead):
         found = merge_over_ranks(found, head.group)
     token, logit = found.token, found.logit
-    if choice.late_eos is not None:
-        is_stop = choice.late_eos & torch.isin(token, choice.stop)
+    if options.confidence_eos_eot_inf is not None:
+        is_stop = options.confidence_eos_eot_inf & torch.isin(token, options.stop)
         logit = logit.masked_fill(is_stop, -torch.inf)
-    confidence = (logit - found.peak).exp() / found.total
+    confidence = (logit - found.max_logit).exp() / found.sum_exp
     after = None
-    if credits is not None and found.listed is not None:
-        fused = decide(credits, found.listed, token, logit, found.peak, found.total)
+    if credits is not None and found.extra_logits is not None:
+        fused = decide(credits, found.extra_logits, token, logit, found.max_logit, found.sum_exp)
         token = torch.where(credits.used, fused.token, token)
         confidence = torch.where(credits.used, fused.confidence, confidence)
         after = fused.credits
-    if not choice.spread:
+    if not options.needs_entropy:
         nothing = torch.zeros_like(confidence)
         return Candidates(token, confidence, nothing, nothing, after)
-    entropy = found.total.log() - found.weighted / found.total
-    margin = (1 - (found.second - found.peak).exp()) / found.total
+    entropy = found.sum_exp.log() - found.sum_exp_logit / found.sum_exp
+    margin = (1 - (found.second - found.max_logit).exp()) / found.sum_exp
     return Candidates(token, confidence, entropy, margin, after)
 
 
 def tiled_statistics(
-    head: Head, hidden: Tensor, choice: Choice, listed: Tensor | None = None
+    head: Head, hidden: Tensor, options: HeadOptions, extra_tokens: Tensor | None = None
 ) -> HeadStatistics:
     """What `head.statistics` says, by this file's loop: for any head."""
     count = len(hidden)
@@ -133,19 +137,21 @@ def tiled_statistics(
         token=column(0, torch.int64),
         score=column(LOWEST, torch.float64),
         logit=column(LOWEST),
-        peak=column(LOWEST),
+        max_logit=column(LOWEST),
         second=column(LOWEST),
-        total=column(0.0),
-        weighted=column(0.0),
-        listed=None if listed is None else torch.full_like(listed, -torch.inf, dtype=wide),
+        sum_exp=column(0.0),
+        sum_exp_logit=column(0.0),
+        extra_logits=None
+        if extra_tokens is None
+        else torch.full_like(extra_tokens, -torch.inf, dtype=wide),
     )
     noisy = None
-    if choice.temperature is not None:
-        noisy = (choice.temperature > 0).nonzero().squeeze(1)
+    if options.temperature is not None:
+        noisy = (options.temperature > 0).nonzero().squeeze(1)
     padded = pad_rows(hidden)
     for start in head.tile_starts:
         tile = widen(head.logits(padded, start)[:count])
-        _fold_tile(running, tile, start, choice, noisy, listed)
+        _fold_tile(running, tile, start, options, noisy, extra_tokens)
     return running
 
 
@@ -153,44 +159,44 @@ def _fold_tile(
     running: HeadStatistics,
     tile: Tensor,
     start: int,
-    choice: Choice,
+    options: HeadOptions,
     noisy: Tensor | None,
-    listed: Tensor | None,
+    extra_tokens: Tensor | None,
 ) -> None:
     """Fold the logits [rows, width] of tokens `start` and up into `running`; overwrites them."""
-    if choice.no_eos is not None:
-        forbid_here(tile, choice.no_eos, choice.eos, start)
-    mask = choice.mask - start
+    if options.logits_eos_inf is not None:
+        forbid_here(tile, options.logits_eos_inf, options.eos, start)
+    mask = options.mask - start
     mask_here = 0 <= mask < tile.shape[1]
     mask_logit = tile[:, mask].clone() if mask_here else None
     if mask_here:
         tile[:, mask] = -torch.inf
     largest, place = best_of(tile)
-    _fold_choice(running, tile, largest, place, start, choice, noisy)
+    _fold_choice(running, tile, largest, place, start, options, noisy)
     if mask_logit is not None:
         tile[:, mask] = mask_logit
         largest = torch.maximum(largest, mask_logit)
-    if choice.late_eos is not None:
-        forbid_here(tile, choice.late_eos, choice.stop, start)
+    if options.confidence_eos_eot_inf is not None:
+        forbid_here(tile, options.confidence_eos_eot_inf, options.stop, start)
         largest = tile.amax(dim=1)
-    if listed is not None:
-        _fold_listed(running, tile, start, listed)
-    if choice.spread:
+    if extra_tokens is not None:
+        _fold_extra(running, tile, start, extra_tokens)
+    if options.needs_entropy:
         _fold_second(running, tile, largest)
-    peak = torch.maximum(running.peak, largest)
-    rescale = (running.peak - peak).exp()
-    shifted = tile.sub_(peak.unsqueeze(1))
-    if choice.spread:
+    max_logit = torch.maximum(running.max_logit, largest)
+    rescale = (running.max_logit - max_logit).exp()
+    shifted = tile.sub_(max_logit.unsqueeze(1))
+    if options.needs_entropy:
         weight = shifted.exp()
         # A forbidden token has logit −inf and weight 0; it adds nothing, not NaN.
         inner = (weight * shifted.masked_fill_(weight == 0, 0.0)).sum(dim=1)
-        moved = running.weighted + (running.peak - peak) * running.total
-        running.weighted = rescale * moved + inner
+        moved = running.sum_exp_logit + (running.max_logit - max_logit) * running.sum_exp
+        running.sum_exp_logit = rescale * moved + inner
         shifted = weight
     else:
         shifted.exp_()
-    running.total = rescale * running.total + shifted.sum(dim=1)
-    running.peak = peak
+    running.sum_exp = rescale * running.sum_exp + shifted.sum(dim=1)
+    running.max_logit = max_logit
 
 
 def _fold_choice(
@@ -199,17 +205,17 @@ def _fold_choice(
     largest: Tensor,
     place: Tensor,
     start: int,
-    choice: Choice,
+    options: HeadOptions,
     noisy: Tensor | None,
 ) -> None:
     """The best token so far; of noisy rows, by logit / T + Gumbel noise."""
     # A copy, for a float64 model too: the caller goes on with `largest`.
     score, logit = largest.to(torch.float64, copy=True), largest
     if noisy is not None and noisy.numel():
-        assert choice.temperature is not None
-        assert choice.keys is not None
-        noised = tile[noisy].to(torch.float64).div_(choice.temperature[noisy].unsqueeze(1))
-        noised += noise.gumbel(choice.keys[noisy], tile.shape[1], start)
+        assert options.temperature is not None
+        assert options.keys is not None
+        noised = tile[noisy].to(torch.float64).div_(options.temperature[noisy].unsqueeze(1))
+        noised += noise.gumbel(options.keys[noisy], tile.shape[1], start)
         score[noisy], place[noisy] = noised.max(dim=1)
         logit = tile.gather(1, place.unsqueeze(1)).squeeze(1)
     better = score > running.score
@@ -218,13 +224,13 @@ def _fold_choice(
     running.score = torch.where(better, score, running.score)
 
 
-def _fold_listed(running: HeadStatistics, tile: Tensor, start: int, listed: Tensor) -> None:
-    """Logits of the listed tokens that lie in the tile."""
-    assert running.listed is not None
-    place = listed - start
-    here = (listed >= 0) & (place >= 0) & (place < tile.shape[1])
+def _fold_extra(running: HeadStatistics, tile: Tensor, start: int, extra_tokens: Tensor) -> None:
+    """Logits of the extra tokens that lie in the tile."""
+    assert running.extra_logits is not None
+    place = extra_tokens - start
+    here = (extra_tokens >= 0) & (place >= 0) & (place < tile.shape[1])
     logits = tile.gather(1, place.clamp(0, tile.shape[1] - 1))
-    running.listed = torch.where(here, logits, running.listed)
+    running.extra_logits = torch.where(here, logits, running.extra_logits)
 
 
 def _fold_second(running: HeadStatistics, tile: Tensor, largest: Tensor) -> None:
@@ -232,7 +238,7 @@ def _fold_second(running: HeadStatistics, tile: Tensor, largest: Tensor) -> None
     is_largest = tile == largest.unsqueeze(1)
     below = tile.masked_fill(is_largest, -torch.inf).amax(dim=1)
     second = torch.where(is_largest.sum(dim=1) > 1, largest, below)
-    lower = torch.minimum(running.peak, largest)
+    lower = torch.minimum(running.max_logit, largest)
     running.second = torch.maximum(torch.maximum(running.second, second), lower)
 
 

@@ -38,18 +38,18 @@ class Sequences:
     #: Of the R requests; and [R], the first sequence of each.
     requests: SlotState
     first_copy: Array
-    #: Of the S sequences; and [S], 1 for the unconditional twin.
+    #: Of the S sequences; and [S], 1 for the unconditional sequence.
     state: SlotState
-    twin: Array
+    uncond: Array
     phases: Phases
     #: [S]; the window, how many rows go through the model, and the first of them.
     window_start: Array
     window_end: Array
     num_rows: Array
-    row_starts: Array
+    query_starts: Array
     #: [S]; stored rows: what `sparse` keeps outside the window, and all that a Reuse attends to.
     keep: Array
-    held: Array
+    kv_lens: Array
     #: [S, 6]; sequences with equal keys form a group; None: they are not grouped.
     shape: Array | None
     #: [N]; sequence and position of each row.
@@ -69,31 +69,31 @@ class Sequences:
         phases = table.phases(state)
         start, end = table.window(state)
         num_rows = table.num_rows(state, phases)
-        keep, held = _stored_rows(state, end - start)
+        keep, kv_lens = _stored_rows(state, end - start)
         shape = None
         if grouped:
-            shape = _shape(pages, state, phases, start, end, num_rows, keep, held)
+            shape = _shape(pages, state, phases, start, end, num_rows, keep, kv_lens)
             order = np.lexsort(shape.T[::-1])
         else:
             order = np.arange(len(keep))
         requests = state.take(order)
         first_copy = np.arange(len(order))
-        twin = np.zeros_like(first_copy)
+        uncond = np.zeros_like(first_copy)
         state = requests
         if (requests.cfg_scale > 0).any():
             # Twins stand right behind their sequence, so that equal shapes stay together.
             copies = 1 + (requests.cfg_scale > 0)
             first_copy = copies.cumsum() - copies
             which = np.repeat(np.arange(len(copies)), copies)
-            twin = np.arange(len(which)) - first_copy[which]
+            uncond = np.arange(len(which)) - first_copy[which]
             state, order = requests.take(which), order[which]
         phases, start, end = phases.take(order), start[order], end[order]
-        num_rows, keep, held = num_rows[order], keep[order], held[order]
+        num_rows, keep, kv_lens = num_rows[order], keep[order], kv_lens[order]
         shape = None if shape is None else shape[order]
         begin, _ = phases.span(state.length, start, end)
-        row_starts = num_rows.cumsum() - num_rows
+        query_starts = num_rows.cumsum() - num_rows
         owner = np.repeat(np.arange(len(num_rows)), num_rows)
-        positions = np.arange(len(owner)) + (begin - row_starts)[owner]
+        positions = np.arange(len(owner)) + (begin - query_starts)[owner]
         partial = None
         if (is_partial := phases.partial).any():
             wanted = table.unfinished(state) & is_partial[:, None]
@@ -104,14 +104,14 @@ class Sequences:
             requests=requests,
             first_copy=first_copy,
             state=state,
-            twin=twin,
+            uncond=uncond,
             phases=phases,
             window_start=start,
             window_end=end,
             num_rows=num_rows,
-            row_starts=row_starts,
+            query_starts=query_starts,
             keep=keep,
-            held=held,
+            kv_lens=kv_lens,
             shape=shape,
             owner=owner,
             positions=positions,
@@ -128,20 +128,22 @@ class Sequences:
                 position - self.state.block_start[sequence] + 1, 0, places.shape[1] - 1
             )
             row = np.where(partial[sequence], places[sequence, column], row)
-        packed: Array = self.row_starts[sequence] + row
+        packed: Array = self.query_starts[sequence] + row
         return packed
 
     def stores(self) -> Array:
         """[S] bool; whether the rows that go through the model are stored as they are."""
         return ~self.phases.refresh | (self.phases.store & ~self.phases.selects)
 
-    def stored_places(self, pages: KVPages, rows: Array) -> Array:
+    def slot_mapping(self, pages: KVPages, rows: Array) -> Array:
         """Places in the pool of packed rows that are stored as they are; all [n]."""
         owner, position = self.owner[rows], self.positions[rows]
         # Of a sparse request the window stands behind what is kept, of others all in its place.
         sparse = self.phases.policy == int(CachePolicy.SPARSE)
         moved = np.where(sparse, self.keep - self.window_start, 0)
-        return pages.places(self.state.slots[owner], self.twin[owner], position + moved[owner])
+        return pages.slot_mapping(
+            self.state.slots[owner], self.uncond[owner], position + moved[owner]
+        )
 
 
 def _stored_rows(state: SlotState, window: Array) -> tuple[Array, Array]:
@@ -163,7 +165,7 @@ def _shape(
     end: Array,
     num_rows: Array,
     keep: Array,
-    held: Array,
+    kv_lens: Array,
 ) -> Array:
     """[R, 6] int64; what must be equal for two sequences to share a kernel call.
 
@@ -179,20 +181,20 @@ def _shape(
     if selects.any():
         selecting = [end - state.block_start, end - start, keep, state.pool_kernel]
         shape[:, 2:] = np.where(selects, selecting, 0).T
-    shape[:, 2] = np.where(phases.refresh, shape[:, 2], -(-held // pages.page_size))
-    shape[:, 3] = np.where(phases.refresh, shape[:, 3], held % pages.page_size == 0)
+    shape[:, 2] = np.where(phases.refresh, shape[:, 2], -(-kv_lens // pages.page_size))
+    shape[:, 3] = np.where(phases.refresh, shape[:, 3], kv_lens % pages.page_size == 0)
     return shape
 
 
-def flat_layout(pages: KVPages, sequences: Sequences, tile_rows: int, upload: Upload) -> FlatLayout:
+def flat_layout(pages: KVPages, sequences: Sequences, block_m: int, upload: Upload) -> FlatLayout:
     """One entry per sequence and tile."""
     phases, state = sequences.phases, sequences.state
     longest, num_rows = int(state.length.max()), len(sequences.owner)
     num_pages = -(-longest // pages.page_size)
     places = np.full(num_rows + -num_rows % ROW_MULTIPLE, -1)
     stored = sequences.stores()[sequences.owner].nonzero()[0]
-    places[stored] = sequences.stored_places(pages, stored)
-    tile_sequence, tile_row = tiles_of(sequences.num_rows, num_rows, tile_rows)
+    places[stored] = sequences.slot_mapping(pages, stored)
+    tile_sequence, tile_row = tiles_of(sequences.num_rows, num_rows, block_m)
     selection = None
     if phases.selects.any():
         selection = FlatSelection(
@@ -204,14 +206,14 @@ def flat_layout(pages: KVPages, sequences: Sequences, tile_rows: int, upload: Up
             max_candidates=longest,
         )
     return FlatLayout(
-        tile_rows=tile_rows,
-        row_starts=upload(sequences.row_starts),
-        row_counts=upload(sequences.num_rows),
-        held=upload(np.where(phases.refresh, 0, sequences.held)),
-        tables=upload(pages.table[state.slots, sequences.twin, :num_pages]),
+        block_m=block_m,
+        query_starts=upload(sequences.query_starts),
+        query_lens=upload(sequences.num_rows),
+        kv_lens=upload(np.where(phases.refresh, 0, sequences.kv_lens)),
+        block_tables=upload(pages.table[state.slots, sequences.uncond, :num_pages]),
         tile_sequence=upload(tile_sequence),
         tile_row=upload(tile_row),
-        write_places=upload(places),
+        slot_mapping=upload(places),
         selection=selection,
     )
 
@@ -228,7 +230,7 @@ def grouped_layout(pages: KVPages, sequences: Sequences, upload: Upload) -> Pack
         if reuse:
             paged.append(_paged_group(pages, sequences, members, shape, upload))
         else:
-            row = int(sequences.row_starts[first])
+            row = int(sequences.query_starts[first])
             select = shape[3] > 0
             selection = _selection(pages, sequences, members, shape, upload) if select else None
             fresh.append(FreshGroup(row, end - first, shape[0], selection))
@@ -236,8 +238,8 @@ def grouped_layout(pages: KVPages, sequences: Sequences, upload: Upload) -> Pack
     stored = sequences.stores()[sequences.owner].nonzero()[0]
     if not len(stored):
         return layout
-    places = sequences.stored_places(pages, stored)
-    return dataclasses.replace(layout, write_rows=upload(stored), write_places=upload(places))
+    places = sequences.slot_mapping(pages, stored)
+    return dataclasses.replace(layout, write_rows=upload(stored), slot_mapping=upload(places))
 
 
 def _paged_group(
@@ -245,18 +247,18 @@ def _paged_group(
 ) -> PagedGroup:
     width, num_pages, full = shape[:3]
     columns = np.arange(width)
-    first, num_rows = sequences.row_starts[members, None], sequences.num_rows[members, None]
-    held = None
+    first, num_rows = sequences.query_starts[members, None], sequences.num_rows[members, None]
+    kv_mask = None
     if not full:
         places = np.arange(num_pages * pages.page_size)
-        held = upload((places < sequences.held[members, None])[:, None, None, :])
+        kv_mask = upload((places < sequences.kv_lens[members, None])[:, None, None, :])
     return PagedGroup(
         query_rows=upload(first + np.minimum(columns, num_rows - 1)),
         out_rows=upload(np.where(columns < num_rows, first + columns, len(sequences.owner))),
         pages=upload(
-            pages.table[sequences.state.slots[members], sequences.twin[members], :num_pages]
+            pages.table[sequences.state.slots[members], sequences.uncond[members], :num_pages]
         ),
-        held=held,
+        kv_mask=kv_mask,
     )
 
 
@@ -267,11 +269,11 @@ def _selection(
     start, end = sequences.window_start[members, None], sequences.window_end[members, None]
     columns = np.arange(length - window)
     candidates = np.where(columns < start, columns, columns + window)
-    first = sequences.row_starts[members, None]
-    slots, twin = sequences.state.slots[members, None], sequences.twin[members, None]
+    first = sequences.query_starts[members, None]
+    slots, uncond = sequences.state.slots[members, None], sequences.uncond[members, None]
     return Selection(
         block_rows=upload(first + end - block + np.arange(block)),
         candidate_rows=upload(first + candidates),
-        places=upload(pages.places(slots, twin, np.arange(keep)[None])),
+        slot_mapping=upload(pages.slot_mapping(slots, uncond, np.arange(keep)[None])),
         pool_kernel=pool_kernel,
     )

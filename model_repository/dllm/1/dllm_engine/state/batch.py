@@ -34,17 +34,17 @@ class StepBatch:
     #: [R, block] bool: positions of the active blocks that are masked.
     masked: Tensor
     #: [M] int64: where in these each of them stands.
-    place: Tensor
+    index: Tensor
     #: [M] int64: packed row whose hidden state predicts each masked position.
     rows: Tensor
-    #: [M] int64: packed row of its unconditional twin; equal to `rows` without guidance.
+    #: [M] int64: its packed row in the unconditional sequence; equal to `rows` without guidance.
     uncond_rows: Tensor
     #: [M] cfg_scale of each, or None when no request has guidance.
     cfg_scale: Tensor | None
     sampling: RowSampling
     plan: CommitPlan
     #: Whether any request needs entropies or margins.
-    needs_spread: bool
+    needs_entropy: bool
     #: [R, block] float32, what committed positions were committed with; None: no rule asks.
     committed: Tensor | None
     #: Where the credit of the M positions is, or None where no request uses it.
@@ -56,7 +56,7 @@ def build_batch(
     pages: KVPages,
     chosen: list[int],
     upload: Upload,
-    tile_rows: int | None = None,
+    block_m: int | None = None,
 ) -> StepBatch:
     """Lay out one step of the requests in these slots.
 
@@ -65,14 +65,14 @@ def build_batch(
     position is predicted from the one before it, the first from itself (Dream).
 
     Args:
-        tile_rows: rows per tile of a flat layout; None: sequences are grouped by shape.
+        block_m: rows per tile of a flat layout; None: sequences are grouped by shape.
     """
-    sequences = Sequences.of(table, pages, table.state(chosen), grouped=tile_rows is None)
+    sequences = Sequences.of(table, pages, table.state(chosen), grouped=block_m is None)
     state = sequences.requests
-    if tile_rows is None:
+    if block_m is None:
         layout: Layout = grouped_layout(pages, sequences, upload)
     else:
-        layout = flat_layout(pages, sequences, tile_rows, upload)
+        layout = flat_layout(pages, sequences, block_m, upload)
     blocks = table.blocks(state)
     request, positions = blocks.request, blocks.positions
     predictor = np.maximum(positions - 1, 0) if table.shifted else positions
@@ -80,8 +80,8 @@ def build_batch(
     rows = uncond_rows = upload(sequences.row_of(first, predictor))
     guided = (state.cfg_scale > 0).any()
     if guided:
-        twin = first + (state.cfg_scale[request] > 0)
-        uncond_rows = upload(sequences.row_of(twin, predictor))
+        uncond = first + (state.cfg_scale[request] > 0)
+        uncond_rows = upload(sequences.row_of(uncond, predictor))
     plan = _plan(table, state, blocks, upload)
     return StepBatch(
         state=state,
@@ -90,13 +90,13 @@ def build_batch(
         positions=upload(_padded(sequences.positions)),
         layout=layout,
         masked=upload(blocks.masked),
-        place=upload(blocks.place),
+        index=upload(blocks.index),
         rows=rows,
         uncond_rows=uncond_rows,
         cfg_scale=upload(state.cfg_scale[request]) if guided else None,
         sampling=_sampling(state, blocks, upload),
         plan=plan,
-        needs_spread=bool(state.needs_spread.any()),
+        needs_entropy=bool(state.needs_entropy.any()),
         committed=upload(table.block_confidence(state))
         if Rule.LOCAL_LEAP in plan.rules_in_use
         else None,
@@ -117,17 +117,17 @@ def _sampling(state: SlotState, blocks: Blocks, upload: Upload) -> RowSampling:
         position=upload(blocks.positions),
         top_p=column(state.top_p),
         top_k=column(state.top_k),
-        tempered=column(state.tempered),
-        no_eos=column(state.no_eos),
-        late_eos=column(state.late_eos),
+        dream_statistics=column(state.dream_statistics),
+        logits_eos_inf=column(state.logits_eos_inf),
+        confidence_eos_eot_inf=column(state.confidence_eos_eot_inf),
         flags=SamplingFlags(
             noisy=bool((state.temperature > 0).any()),
             top_p=bool((state.top_p < 1).any()),
             top_k=int(state.top_k.max()),
-            no_eos=bool(state.no_eos.any()),
-            late_eos=bool(state.late_eos.any()),
+            logits_eos_inf=bool(state.logits_eos_inf.any()),
+            confidence_eos_eot_inf=bool(state.confidence_eos_eot_inf.any()),
         ),
-        num_whole=int(state.whole[request].sum()),
+        num_full_logits=int(state.needs_full_logits[request].sum()),
     )
 
 
@@ -141,8 +141,8 @@ def _plan(table: CanvasTable, state: SlotState, blocks: Blocks, upload: Upload) 
         draws=bool((state.alg_temp > 0).any()),
         count=upload(count),
         chance=upload(chance),
-        bound=upload(state.bound),
-        second_bound=upload(state.second_bound),
+        threshold=upload(state.threshold),
+        second_threshold=upload(state.second_threshold),
         alg_temp=upload(state.alg_temp),
         seed=upload(state.seed),
         step=upload(state.step),
@@ -160,8 +160,8 @@ def _credit_rows(state: SlotState, blocks: Blocks, upload: Upload) -> CreditRows
 def _input_ids(table: CanvasTable, sequences: Sequences) -> Array:
     slots, positions = sequences.state.slots[sequences.owner], sequences.positions
     ids: Array = table.tokens[slots, positions]
-    if sequences.twin.any():
-        hidden = (sequences.twin[sequences.owner] == 1) & table.given[slots, positions]
+    if sequences.uncond.any():
+        hidden = (sequences.uncond[sequences.owner] == 1) & table.given[slots, positions]
         ids[hidden] = table.mask
     return ids
 

@@ -65,7 +65,7 @@ class Blocks:
     #: [M]; request, and where in its block it stands; place in the matrix.
     request: Array
     column: Array
-    place: Array
+    index: Array
     #: [M]; slot, and position in the sequence.
     slots: Array
     positions: Array
@@ -200,7 +200,7 @@ class CanvasTable:
             masked=masked,
             request=request,
             column=column,
-            place=request * masked.shape[1] + column,
+            index=request * masked.shape[1] + column,
             slots=state.slots[request],
             positions=state.block_start[request] + column,
         )
@@ -214,16 +214,16 @@ class CanvasTable:
     def commit_counts(self, state: SlotState, blocks: Blocks) -> tuple[Array, Array]:
         """What the schedules say for the step at hand: counts int64 and Dream's chances, [R].
 
-        The chances mean nothing for a request that is not tempered.
+        The chances mean nothing for a request without Dream's statistics.
         """
         linear = linear_count(state.block_masks, state.block_steps, state.block_step)
-        if not state.tempered.any():
+        if not state.dream_statistics.any():
             return linear, np.zeros(len(linear), np.float32)
         # A threshold may take more steps than the schedule has; its chances do not matter then.
         place = state.block_first_step + state.block_step
         chance = self._chance[state.slots, np.minimum(place, self._chance.shape[1] - 1)]
         dream = dream_count(blocks.masked.sum(axis=1), chance)
-        return np.where(state.tempered, dream, linear), chance
+        return np.where(state.dream_statistics, dream, linear), chance
 
     def advance(
         self, state: SlotState, blocks: Blocks, tokens: Array, confidence: Array

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dllm_engine.decoding import SPREAD_SCORES, Rule, decoding_of, score_of
+from dllm_engine.decoding import ENTROPY_SCORES, Rule, decoding_of, score_of
 from dllm_engine.memory import CachePolicy
 from dllm_engine.ops import Array
 from dllm_engine.request import Prompt
-from dllm_engine.sampling import needs_whole_row
+from dllm_engine.sampling import needs_full_logits
 from dllm_engine.sampling_params import SamplingParams
 
 
@@ -54,25 +54,25 @@ class SlotState(NamedTuple):
     temperature: Array
     cfg_scale: Array
     #: The rule's two parameters.
-    bound: Array
-    second_bound: Array
+    threshold: Array
+    second_threshold: Array
     top_p: Array
     alg_temp: Array
     retention_ratio: Array
     # bool.
     #: It samples as Dream does.
-    tempered: Array
+    dream_statistics: Array
     #: Some of its schedule's steps commit nothing.
     skips: Array
     #: An end-of-text token ends it.
     honours_eos: Array
-    no_eos: Array
-    late_eos: Array
+    logits_eos_inf: Array
+    confidence_eos_eot_inf: Array
     uses_credit: Array
     #: Its rule looks at entropies or margins.
-    needs_spread: Array
-    #: Its rows are needed whole (see `sampling.needs_whole_row`).
-    whole: Array
+    needs_entropy: Array
+    #: Its rows are needed whole (see `sampling.needs_full_logits`).
+    needs_full_logits: Array
     # The tables: [columns, R].
     ints: Array
     floats: Array
@@ -92,8 +92,8 @@ class SlotState(NamedTuple):
 
 _FIELDS = SlotState._fields
 _INTS = _FIELDS[_FIELDS.index("step") : _FIELDS.index("temperature")]
-_FLOATS = _FIELDS[_FIELDS.index("temperature") : _FIELDS.index("tempered")]
-_BOOLS = _FIELDS[_FIELDS.index("tempered") : _FIELDS.index("ints")]
+_FLOATS = _FIELDS[_FIELDS.index("temperature") : _FIELDS.index("dream_statistics")]
+_BOOLS = _FIELDS[_FIELDS.index("dream_statistics") : _FIELDS.index("ints")]
 #: Columns that a step changes.
 CHANGING = _FIELDS[_FIELDS.index("step") : _FIELDS.index("length")]
 
@@ -145,7 +145,7 @@ def _numbers(prompt: Prompt, params: SamplingParams) -> dict[str, float | bool]:
     start = len(prompt.ids)
     decoding, score = decoding_of(params), score_of(params)
     bounds = decoding.bounds(params)
-    tempered = params.alg is not None
+    dream_statistics = params.alg is not None
     top_p = 1.0 if params.top_p is None else params.top_p
     filtered = top_p < 1 or bool(params.top_k)
     # In a gap, what stands behind it goes on whatever is decoded before.
@@ -168,17 +168,17 @@ def _numbers(prompt: Prompt, params: SamplingParams) -> dict[str, float | bool]:
         "pool_kernel": params.pool_kernel,
         "temperature": params.temperature,
         "cfg_scale": params.cfg_scale,
-        "bound": bounds[0],
-        "second_bound": bounds[1],
+        "threshold": bounds[0],
+        "second_threshold": bounds[1],
         "top_p": top_p,
         "alg_temp": params.alg_temp,
         "retention_ratio": params.retention_ratio,
-        "tempered": tempered,
-        "skips": tempered and decoding.rule is Rule.COUNT,
+        "dream_statistics": dream_statistics,
+        "skips": dream_statistics and decoding.rule is Rule.COUNT,
         "honours_eos": not (params.ignore_eos or is_gap),
-        "no_eos": params.logits_eos_inf,
-        "late_eos": params.confidence_eos_eot_inf,
+        "logits_eos_inf": params.logits_eos_inf,
+        "confidence_eos_eot_inf": params.confidence_eos_eot_inf,
         "uses_credit": params.credit,
-        "needs_spread": score in SPREAD_SCORES or decoding.rule is Rule.ENTROPY_BOUND,
-        "whole": needs_whole_row(params.temperature > 0, filtered, tempered),
+        "needs_entropy": score in ENTROPY_SCORES or decoding.rule is Rule.ENTROPY_BOUND,
+        "needs_full_logits": needs_full_logits(params.temperature > 0, filtered, dream_statistics),
     }

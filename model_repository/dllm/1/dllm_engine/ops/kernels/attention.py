@@ -34,10 +34,10 @@ _SHAPES = {4: _Shape(32, 32, 8, 2), 2: _Shape(64, 64, 4, 2)}
 _BY_BATCH = [
     "tile_sequence",
     "tile_row",
-    "row_starts",
-    "row_counts",
-    "held",
-    "tables",
+    "query_starts",
+    "query_lens",
+    "kv_lens",
+    "block_tables",
     "num_sequences",
     "table_stride",
 ]
@@ -57,7 +57,7 @@ def packed_attention(
     rows, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     out = torch.zeros(rows, num_heads, head_dim, dtype=q.dtype, device=q.device)
-    if pages is not None and layout.write_places is not None:
+    if pages is not None and layout.slot_mapping is not None:
         _store_rows(k, v, layout, pages)
     # Without pages nothing is stored, and these pointers are never followed.
     keys, values = (k, v) if pages is None else (pages.keys, pages.values)
@@ -73,12 +73,12 @@ def packed_attention(
         values,
         layout.tile_sequence,
         layout.tile_row,
-        layout.row_starts,
-        layout.row_counts,
-        layout.held,
-        layout.tables,
-        len(layout.row_starts),
-        layout.tables.stride(0),
+        layout.query_starts,
+        layout.query_lens,
+        layout.kv_lens,
+        layout.block_tables,
+        len(layout.query_starts),
+        layout.block_tables.stride(0),
         q.stride(0),
         k.stride(0),
         v.stride(0),
@@ -89,8 +89,8 @@ def packed_attention(
         head_dim,
         max(16, triton.next_power_of_2(head_dim)),
         # A tile of the tensor cores has at least 16 rows.
-        max(layout.tile_rows, 16 // padded),
-        layout.tile_rows,
+        max(layout.block_m, 16 // padded),
+        layout.block_m,
         shape.keys,
         1 if pages is None else pages.keys.shape[1],
         operand_type(q.dtype),
@@ -139,10 +139,10 @@ def _attend(
     page_values,
     tile_sequence,
     tile_row,
-    row_starts,
-    row_counts,
-    held,
-    tables,
+    query_starts,
+    query_lens,
+    kv_lens,
+    block_tables,
     num_sequences,
     table_stride,
     q_stride,
@@ -155,7 +155,7 @@ def _attend(
     HEAD_DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -168,14 +168,14 @@ def _attend(
     kv_head = tl.program_id(1)
     sequence = tl.load(tile_sequence + tile)
     if sequence < num_sequences:
-        start = tl.load(row_starts + sequence)
-        count = tl.load(row_counts + sequence)
-        stored = tl.load(held + sequence)
+        start = tl.load(query_starts + sequence)
+        count = tl.load(query_lens + sequence)
+        stored = tl.load(kv_lens + sequence)
         lane = tl.arange(0, ROW_BLOCK * GROUP_BLOCK)
         step = lane // GROUP_BLOCK
         row = tl.load(tile_row + tile) + step
         head = lane % GROUP_BLOCK
-        live = (step < TILE_ROWS) & (row < count) & (head < GROUP)
+        live = (step < BLOCK_M) & (row < count) & (head < GROUP)
         d = tl.arange(0, DIM_BLOCK)
         inside = d < HEAD_DIM
         query_place = (kv_head * GROUP + head) * HEAD_DIM
@@ -193,7 +193,9 @@ def _attend(
             n = first + tl.arange(0, KEY_BLOCK)
             there = n < stored
             both = there[:, None] & inside[None, :]
-            page = tl.load(tables + sequence * table_stride + n // PAGE_SIZE, mask=there, other=0)
+            page = tl.load(
+                block_tables + sequence * table_stride + n // PAGE_SIZE, mask=there, other=0
+            )
             place = ((page * PAGE_SIZE + n % PAGE_SIZE) * KV_HEADS + kv_head) * HEAD_DIM
             keys = tl.load(page_keys + place[:, None] + d[None, :], mask=both, other=0.0)
             values = tl.load(page_values + place[:, None] + d[None, :], mask=both, other=0.0)
@@ -252,7 +254,7 @@ def _store_rows(k: Tensor, v: Tensor, layout: FlatLayout, pages: LayerPages) -> 
         v,
         pages.keys,
         pages.values,
-        layout.write_places,
+        layout.slot_mapping,
         rows,
         k.stride(0),
         v.stride(0),

@@ -19,15 +19,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dllm_engine.ops.head import LOWEST, Choice, HeadStatistics
+from dllm_engine.ops.head import LOWEST, HeadOptions, HeadStatistics
 from dllm_engine.ops.kernels.operands import operand_type, precision
 
 #: At most so many splits of the vocabulary: the multiprocessors of an H100.
 _SPLITS = 132
 #: Rows of one program of the merge.
 _MERGED_ROWS = 8
-#: Hidden dimensions that are summed at once for a listed token.
-_LISTED_DEPTH = 256
+#: Hidden dimensions that are summed at once for a extra_tokens token.
+_EXTRA_DEPTH = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,56 +60,66 @@ def _split(weight: Tensor) -> tuple[_Shape, int, int]:
     return shape, each, triton.cdiv(tiles, each)
 
 
-def partial_bytes(weight: Tensor, *, noisy: bool, spread: bool) -> int:
+def partial_bytes(weight: Tensor, *, noisy: bool, needs_entropy: bool) -> int:
     """Bytes per row of what is written between the two launches."""
-    return 4 * (4 + 2 * noisy + 2 * spread) * _split(weight)[2]
+    return 4 * (4 + 2 * noisy + 2 * needs_entropy) * _split(weight)[2]
 
 
 def head_statistics(
-    hidden: Tensor, weight: Tensor, first: int, choice: Choice, listed: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    first: int,
+    options: HeadOptions,
+    extra_tokens: Tensor | None = None,
 ) -> HeadStatistics:
     """See `Head.statistics`; `weight` [tokens, hidden_size] is of the tokens from `first` on."""
     rows, width = hidden.shape
     hidden, weight = hidden.contiguous(), weight.contiguous()
-    noisy, spread = choice.temperature is not None, choice.spread
+    noisy, needs_entropy = options.temperature is not None, options.needs_entropy
     shape, each, splits = _split(weight)
-    found = _empty((rows,), hidden, torch.int64, noisy=True, spread=True)
-    if listed is not None:
-        found.listed = _logits_of(hidden, weight, first, choice, listed)
+    found = _empty((rows,), hidden, torch.int64, noisy=True, needs_entropy=True)
+    if extra_tokens is not None:
+        found.extra_logits = _logits_of(hidden, weight, first, options, extra_tokens)
     if not rows:
         return found
-    parts = _empty((rows, splits), hidden, torch.int32, noisy=noisy, spread=spread)
+    parts = _empty((rows, splits), hidden, torch.int32, noisy=noisy, needs_entropy=needs_entropy)
 
     # What no row needs is never read, but its pointer has a type, by which kernels are compiled.
     nobody = torch.empty(1, dtype=torch.bool, device=hidden.device)
-    no_eos = nobody if choice.no_eos is None else choice.no_eos.contiguous()
-    late_eos = nobody if choice.late_eos is None else choice.late_eos.contiguous()
+    logits_eos_inf = (
+        nobody if options.logits_eos_inf is None else options.logits_eos_inf.contiguous()
+    )
+    confidence_eos_eot_inf = (
+        nobody
+        if options.confidence_eos_eot_inf is None
+        else options.confidence_eos_eot_inf.contiguous()
+    )
     _reduce[(triton.cdiv(rows, shape.rows), splits)](
         hidden,
         weight,
-        parts.peak if choice.keys is None else choice.keys.contiguous(),
-        parts.peak if choice.temperature is None else choice.temperature.contiguous(),
-        no_eos,
-        late_eos,
-        choice.eos,
-        choice.stop,
+        parts.max_logit if options.keys is None else options.keys.contiguous(),
+        parts.max_logit if options.temperature is None else options.temperature.contiguous(),
+        logits_eos_inf,
+        confidence_eos_eot_inf,
+        options.eos,
+        options.stop,
         parts.token,
         parts.score,
         parts.logit,
-        parts.peak,
+        parts.max_logit,
         parts.second,
-        parts.total,
-        parts.weighted,
+        parts.sum_exp,
+        parts.sum_exp_logit,
         rows,
         len(weight),
         width,
         first,
-        choice.mask,
-        0 if choice.no_eos is None else len(choice.eos),
-        0 if choice.late_eos is None else len(choice.stop),
+        options.mask,
+        0 if options.logits_eos_inf is None else len(options.eos),
+        0 if options.confidence_eos_eot_inf is None else len(options.stop),
         each,
         noisy,
-        spread,
+        needs_entropy,
         shape.rows,
         shape.tile,
         shape.depth,
@@ -122,22 +132,22 @@ def head_statistics(
         parts.token,
         parts.score,
         parts.logit,
-        parts.peak,
+        parts.max_logit,
         parts.second,
-        parts.total,
-        parts.weighted,
+        parts.sum_exp,
+        parts.sum_exp_logit,
         found.token,
         found.score,
         found.logit,
-        found.peak,
+        found.max_logit,
         found.second,
-        found.total,
-        found.weighted,
+        found.sum_exp,
+        found.sum_exp_logit,
         rows,
         first,
         splits,
         noisy,
-        spread,
+        needs_entropy,
         _MERGED_ROWS,
         triton.next_power_of_2(splits),
     )
@@ -145,7 +155,7 @@ def head_statistics(
 
 
 def _empty(
-    shape: tuple[int, ...], like: Tensor, token: torch.dtype, *, noisy: bool, spread: bool
+    shape: tuple[int, ...], like: Tensor, token: torch.dtype, *, noisy: bool, needs_entropy: bool
 ) -> HeadStatistics:
     """Room for statistics; without `noisy` or `spread` what they need is not there."""
 
@@ -157,10 +167,10 @@ def _empty(
         token=room(token),
         score=room(torch.float64, noisy),
         logit=room(wide),
-        peak=room(wide),
-        second=room(wide, spread),
-        total=room(wide),
-        weighted=room(wide, spread),
+        max_logit=room(wide),
+        second=room(wide, needs_entropy),
+        sum_exp=room(wide),
+        sum_exp_logit=room(wide, needs_entropy),
     )
 
 
@@ -216,8 +226,8 @@ def _noised_best(logits, keys, temperature, first, start, token, score, logit):
     do_not_specialize=[
         "keys",
         "temperature",
-        "no_eos",
-        "late_eos",
+        "logits_eos_inf",
+        "confidence_eos_eot_inf",
         "num_rows",
         "num_eos",
         "num_stop",
@@ -228,17 +238,17 @@ def _reduce(
     weight,
     keys,
     temperature,
-    no_eos,
-    late_eos,
+    logits_eos_inf,
+    confidence_eos_eot_inf,
     eos,
     stop,
     token_out,
     score_out,
     logit_out,
-    peak_out,
+    max_logit_out,
     second_out,
-    total_out,
-    weighted_out,
+    sum_exp_out,
+    sum_exp_logit_out,
     num_rows,
     num_tokens,
     width,
@@ -248,7 +258,7 @@ def _reduce(
     num_stop,
     tiles,
     NOISY: tl.constexpr,
-    SPREAD: tl.constexpr,
+    NEEDS_ENTROPY: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -267,13 +277,18 @@ def _reduce(
     token = tl.zeros([ROWS], tl.int32)
     score = tl.full([ROWS], _LOWEST, score_type)
     logit = tl.full([ROWS], _LOWEST, tl.float32)
-    peak = tl.full([ROWS], _LOWEST, tl.float32)
+    max_logit = tl.full([ROWS], _LOWEST, tl.float32)
     second = tl.full([ROWS], _LOWEST, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    weighted = tl.zeros([ROWS], tl.float32)
-    forbids = tl.load(no_eos + row, mask=row < tl.where(num_eos > 0, num_rows, 0), other=0) != 0
+    sum_exp = tl.zeros([ROWS], tl.float32)
+    sum_exp_logit = tl.zeros([ROWS], tl.float32)
+    forbids = (
+        tl.load(logits_eos_inf + row, mask=row < tl.where(num_eos > 0, num_rows, 0), other=0) != 0
+    )
     uncounted = (
-        tl.load(late_eos + row, mask=row < tl.where(num_stop > 0, num_rows, 0), other=0) != 0
+        tl.load(
+            confidence_eos_eot_inf + row, mask=row < tl.where(num_stop > 0, num_rows, 0), other=0
+        )
+        != 0
     )
     if NOISY:
         key = tl.load(keys + row, mask=live, other=0).to(tl.uint64)
@@ -321,34 +336,34 @@ def _reduce(
         stops = _among(ids, stop, num_stop)
         logits = tl.where(uncounted[:, None] & stops[None, :], float("-inf"), logits)
         largest = tl.max(logits, axis=1)
-        if SPREAD:
+        if NEEDS_ENTROPY:
             # Equal ones count apart.
             is_largest = logits == largest[:, None]
             below = tl.max(tl.where(is_largest, float("-inf"), logits), axis=1)
             twice = tl.sum(is_largest.to(tl.int32), axis=1) > 1
             next_largest = tl.where(twice, largest, below)
-            second = tl.maximum(tl.maximum(second, next_largest), tl.minimum(peak, largest))
-        higher = tl.maximum(peak, largest)
+            second = tl.maximum(tl.maximum(second, next_largest), tl.minimum(max_logit, largest))
+        higher = tl.maximum(max_logit, largest)
         shifted = logits - higher[:, None]
         mass = tl.exp(shifted)
-        rescale = tl.exp(peak - higher)
-        if SPREAD:
-            moved = weighted + (peak - higher) * total
+        rescale = tl.exp(max_logit - higher)
+        if NEEDS_ENTROPY:
+            moved = sum_exp_logit + (max_logit - higher) * sum_exp
             # A forbidden token has logit −inf and weight 0; it adds nothing, not NaN.
             inner = tl.sum(mass * tl.where(mass > 0, shifted, 0.0), axis=1)
-            weighted = rescale * moved + inner
-        total = rescale * total + tl.sum(mass, axis=1)
-        peak = higher
+            sum_exp_logit = rescale * moved + inner
+        sum_exp = rescale * sum_exp + tl.sum(mass, axis=1)
+        max_logit = higher
     out = row * tl.num_programs(1) + split
     tl.store(token_out + out, token, mask=live)
     if NOISY:
         tl.store(score_out + out, score, mask=live)
     tl.store(logit_out + out, logit, mask=live)
-    tl.store(peak_out + out, peak, mask=live)
-    tl.store(total_out + out, total, mask=live)
-    if SPREAD:
+    tl.store(max_logit_out + out, max_logit, mask=live)
+    tl.store(sum_exp_out + out, sum_exp, mask=live)
+    if NEEDS_ENTROPY:
         tl.store(second_out + out, second, mask=live)
-        tl.store(weighted_out + out, weighted, mask=live)
+        tl.store(sum_exp_logit_out + out, sum_exp_logit, mask=live)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -356,22 +371,22 @@ def _merge(
     tokens,
     scores,
     logits,
-    peaks,
+    max_logits,
     seconds,
-    totals,
-    weighteds,
+    sum_exps,
+    sum_exp_logits,
     token_out,
     score_out,
     logit_out,
-    peak_out,
+    max_logit_out,
     second_out,
-    total_out,
-    weighted_out,
+    sum_exp_out,
+    sum_exp_logit_out,
     num_rows,
     first,
     splits,
     NOISY: tl.constexpr,
-    SPREAD: tl.constexpr,
+    NEEDS_ENTROPY: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -393,35 +408,35 @@ def _merge(
     tl.store(score_out + row, best, mask=live)
     tl.store(logit_out + row, tl.sum(tl.where(is_best, logit, 0.0), axis=1), mask=live)
 
-    part_peak = tl.load(peaks + place, mask=there, other=_LOWEST)
-    part_total = tl.load(totals + place, mask=there, other=0.0)
-    peak = tl.max(part_peak, axis=1)
-    below = part_peak - peak[:, None]
+    part_max_logit = tl.load(max_logits + place, mask=there, other=_LOWEST)
+    part_sum_exp = tl.load(sum_exps + place, mask=there, other=0.0)
+    max_logit = tl.max(part_max_logit, axis=1)
+    below = part_max_logit - max_logit[:, None]
     scale = tl.exp(below)
-    tl.store(peak_out + row, peak, mask=live)
-    tl.store(total_out + row, tl.sum(scale * part_total, axis=1), mask=live)
+    tl.store(max_logit_out + row, max_logit, mask=live)
+    tl.store(sum_exp_out + row, tl.sum(scale * part_sum_exp, axis=1), mask=live)
     second = tl.full([ROWS], _LOWEST, tl.float32)
-    weighted = tl.zeros([ROWS], tl.float32)
-    if SPREAD:
-        is_peak = part_peak == peak[:, None]
-        lower = tl.max(tl.where(is_peak, _LOWEST, part_peak), axis=1)
-        twice = tl.sum(is_peak.to(tl.int32), axis=1) > 1
+    sum_exp_logit = tl.zeros([ROWS], tl.float32)
+    if NEEDS_ENTROPY:
+        is_max = part_max_logit == max_logit[:, None]
+        lower = tl.max(tl.where(is_max, _LOWEST, part_max_logit), axis=1)
+        twice = tl.sum(is_max.to(tl.int32), axis=1) > 1
         part_second = tl.load(seconds + place, mask=there, other=_LOWEST)
-        second = tl.maximum(tl.max(part_second, axis=1), tl.where(twice, peak, lower))
-        part_weighted = tl.load(weighteds + place, mask=there, other=0.0)
-        weighted = tl.sum(scale * (part_weighted + below * part_total), axis=1)
+        second = tl.maximum(tl.max(part_second, axis=1), tl.where(twice, max_logit, lower))
+        part_sum_exp_logit = tl.load(sum_exp_logits + place, mask=there, other=0.0)
+        sum_exp_logit = tl.sum(scale * (part_sum_exp_logit + below * part_sum_exp), axis=1)
     tl.store(second_out + row, second, mask=live)
-    tl.store(weighted_out + row, weighted, mask=live)
+    tl.store(sum_exp_logit_out + row, sum_exp_logit, mask=live)
 
 
 def _logits_of(
-    hidden: Tensor, weight: Tensor, first: int, choice: Choice, tokens: Tensor
+    hidden: Tensor, weight: Tensor, first: int, options: HeadOptions, tokens: Tensor
 ) -> Tensor:
     """Logits of each row's own [rows, K] tokens, −∞ where there is none or it does not count."""
     rows, count = tokens.shape
     found = torch.empty(rows, count, dtype=torch.float32, device=hidden.device)
     if rows:
-        _listed[(rows,)](
+        _extra[(rows,)](
             hidden,
             weight,
             tokens.contiguous(),
@@ -431,16 +446,19 @@ def _logits_of(
             first,
             count,
             triton.next_power_of_2(count),
-            _LISTED_DEPTH,
+            _EXTRA_DEPTH,
         )
-    for rows_without, ids in ((choice.no_eos, choice.eos), (choice.late_eos, choice.stop)):
+    for rows_without, ids in (
+        (options.logits_eos_inf, options.eos),
+        (options.confidence_eos_eot_inf, options.stop),
+    ):
         if rows_without is not None:
             found.masked_fill_(rows_without[:, None] & torch.isin(tokens, ids), -torch.inf)
     return found
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _listed(
+def _extra(
     hidden,
     weight,
     tokens,

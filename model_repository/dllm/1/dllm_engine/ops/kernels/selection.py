@@ -21,9 +21,9 @@ _LEAST_CANDIDATES = 1024
 _WARP_CANDIDATES = 512
 #: What lies next to each other for each sequence may begin anywhere, and its number varies.
 _BY_SEQUENCE = [
-    "row_starts",
-    "row_counts",
-    "tables",
+    "query_starts",
+    "query_lens",
+    "block_tables",
     "keep",
     "block_start",
     "window_start",
@@ -57,7 +57,7 @@ def score_positions(q: Tensor, k: Tensor, layout: FlatLayout, selection: FlatSel
     """Scores before pooling: float32 [S, num_kv_heads, max_candidates]; some are undefined."""
     num_heads, head_dim = q.shape[1:]
     num_kv_heads = k.shape[1]
-    sequences = len(layout.row_starts)
+    sequences = len(layout.query_starts)
     shape = (sequences, num_kv_heads, selection.max_candidates)
     scores = torch.empty(shape, dtype=torch.float32, device=q.device)
     block, warps = _SCORED[q.element_size()]
@@ -66,8 +66,8 @@ def score_positions(q: Tensor, k: Tensor, layout: FlatLayout, selection: FlatSel
         q,
         k,
         scores,
-        layout.row_starts,
-        layout.row_counts,
+        layout.query_starts,
+        layout.query_lens,
         selection.keep,
         selection.block_start,
         selection.window_start,
@@ -93,8 +93,8 @@ def _score(
     q,
     k,
     scores,
-    row_starts,
-    row_counts,
+    query_starts,
+    query_lens,
     keep,
     block_start,
     window_start,
@@ -116,9 +116,9 @@ def _score(
     kv_head = tl.program_id(2)
     begin = tl.load(window_start + sequence)
     end = tl.load(window_end + sequence)
-    candidates = tl.load(row_counts + sequence) - (end - begin)
+    candidates = tl.load(query_lens + sequence) - (end - begin)
     if (tl.load(keep + sequence) > 0) & (block * BLOCK < candidates):
-        start = tl.load(row_starts + sequence)
+        start = tl.load(query_starts + sequence)
         c = block * BLOCK + tl.arange(0, BLOCK)
         there = c < candidates
         position = tl.where(c < begin, c, c + end - begin)
@@ -175,16 +175,16 @@ def store_best(
         v,
         pages.keys,
         pages.values,
-        layout.row_starts,
-        layout.row_counts,
-        layout.tables,
+        layout.query_starts,
+        layout.query_lens,
+        layout.block_tables,
         selection.keep,
         selection.window_start,
         selection.window_end,
         selection.pool_kernel,
         k.stride(0),
         v.stride(0),
-        layout.tables.stride(0),
+        layout.block_tables.stride(0),
         max_candidates,
         num_kv_heads,
         head_dim,
@@ -204,9 +204,9 @@ def _keep(
     v,
     page_keys,
     page_values,
-    row_starts,
-    row_counts,
-    tables,
+    query_starts,
+    query_lens,
+    block_tables,
     keep,
     window_start,
     window_end,
@@ -228,7 +228,7 @@ def _keep(
     if kept > 0:
         begin = tl.load(window_start + sequence)
         window = tl.load(window_end + sequence) - begin
-        candidates = tl.load(row_counts + sequence) - window
+        candidates = tl.load(query_lens + sequence) - window
         mine = (sequence * KV_HEADS + kv_head) * max_candidates
         c = tl.arange(0, CANDIDATES)
         there = c < candidates
@@ -259,7 +259,7 @@ def _keep(
         tl.store(order + mine + c, tl.where(chosen, place_kept, -1), mask=there)
         # Other threads of this program read what these have written.
         tl.debug_barrier()
-        start = tl.load(row_starts + sequence)
+        start = tl.load(query_starts + sequence)
         d = tl.arange(0, DIM_BLOCK)
         inside = d < HEAD_DIM
         for first in range(0, candidates, BLOCK):
@@ -269,7 +269,7 @@ def _keep(
             stays = target >= 0
             position = tl.where(n < begin, n, n + window)
             page = tl.load(
-                tables + sequence * table_stride + target // PAGE_SIZE, mask=stays, other=0
+                block_tables + sequence * table_stride + target // PAGE_SIZE, mask=stays, other=0
             )
             to = ((page * PAGE_SIZE + target % PAGE_SIZE) * KV_HEADS + kv_head) * HEAD_DIM
             both = stays[:, None] & inside[None, :]

@@ -20,7 +20,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 from dllm_engine import CanvasUpdate, EngineDead, EngineThread, Request
 from dllm_metrics import Metrics
-from dllm_peers import Peers
+from dllm_peers import InstanceBus
 from dllm_tensors import cancel_response, error_response, to_response
 
 logger = logging.getLogger("dllm_engine.triton")
@@ -31,7 +31,7 @@ MAX_UNSENT = 64
 #: Shortest time between two rounds of asking callers whether they have left, and the share of its
 #: time for which the asking thread may compute. Asking is a round trip to the server's own process:
 #: 64 of them every 40 ms cost a small model a sixteenth of its throughput on two cores. Whoever
-#: cannot wait for that says that he leaves (`Exchange.cancel`).
+#: cannot wait for that says that he leaves (`ResponseDispatcher.cancel`).
 WATCH_SECONDS = 0.02
 WATCH_SHARE = 0.005
 #: Of the callers that wait for a place, so many are asked in a round, in turn.
@@ -40,7 +40,7 @@ METRICS_SECONDS = 1.0
 
 
 @dataclasses.dataclass(eq=False)
-class Caller:
+class PendingRequest:
     """Whoever waits for one request."""
 
     request: Request
@@ -60,7 +60,7 @@ class Caller:
             self.answered = final
             self.sender.send(response, flags=flags)
 
-    def has_left(self) -> bool:
+    def is_cancelled(self) -> bool:
         """Whether the caller cancelled or disconnected."""
         with self.lock:
             return not self.answered and bool(self.sender.is_cancelled())
@@ -83,18 +83,18 @@ class _Countdown:
         self._done()
 
 
-class Exchange:
+class ResponseDispatcher:
     """Sends the engine's updates to their callers and tells the engine who has gone away."""
 
     def __init__(self, worker: EngineThread, model: str, instance: str) -> None:
         self._worker = worker
         self._started = time.monotonic()
-        self._callers: dict[int, Caller] = {}
+        self._pending: dict[int, PendingRequest] = {}
         self._outbox: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._stopping = threading.Event()
         self._metrics = Metrics(instance)
-        self._peers = self._join_peers(model, instance)
+        self._bus = self._join_bus(model, instance)
         self._threads = [
             threading.Thread(target=self._send_loop, name="dllm-send", daemon=True),
             threading.Thread(target=self._watch_loop, name="dllm-watch", daemon=True),
@@ -102,15 +102,15 @@ class Exchange:
         for thread in self._threads:
             thread.start()
 
-    def register(self, caller: Caller) -> None:
+    def register(self, caller: PendingRequest) -> None:
         """Expect updates for this caller."""
         with self._changed:
-            self._callers[caller.request.request_id] = caller
+            self._pending[caller.request.request_id] = caller
 
     def forget(self, request_id: int) -> None:
         """Expect no updates for this request any more: it is answered by somebody else, now."""
         with self._changed:
-            caller = self._callers.pop(request_id, None)
+            caller = self._pending.pop(request_id, None)
         if caller is not None:
             with caller.lock:
                 caller.answered = True
@@ -126,23 +126,23 @@ class Exchange:
         answer = functools.partial(self._send_cancelled, sender, frozenset(outputs))
         parts = _Countdown(2, lambda: self._put(answer))
         self._end(triton_id, parts.count)
-        if self._peers is None:
+        if self._bus is None:
             parts.count()
         else:
-            self._peers.tell(triton_id, parts.count)
+            self._bus.broadcast_cancel(triton_id, parts.count)
 
-    def _join_peers(self, model: str, instance: str) -> Peers | None:
+    def _join_bus(self, model: str, instance: str) -> InstanceBus | None:
         # All instances are children of the server.
         folder = Path(tempfile.gettempdir()) / f"dllm-serve-{os.getppid()}-{model}"
         try:
-            return Peers(folder, instance, self._end_for_peer)
+            return InstanceBus(folder, instance, self._end_for_peer)
         except OSError as error:
             logger.warning("requests of other instances cannot be cancelled by id: %s", error)
             return None
 
     def _end(self, triton_id: str, done: Callable[[], None]) -> None:
         with self._changed:
-            ids = [i for i, caller in self._callers.items() if caller.request.name == triton_id]
+            ids = [i for i, caller in self._pending.items() if caller.request.name == triton_id]
         for request_id in ids:
             self._worker.cancel(request_id)
         self._worker.call_between_steps(done)
@@ -156,9 +156,9 @@ class Exchange:
     def post(self, update: CanvasUpdate) -> None:
         """Queue an update for its caller; called on the engine's thread."""
         with self._changed:
-            caller = self._callers[update.request_id]
+            caller = self._pending[update.request_id]
             if update.finished:
-                del self._callers[update.request_id]
+                del self._pending[update.request_id]
             elif caller.num_unsent >= MAX_UNSENT:
                 return
             caller.num_unsent += 1
@@ -176,8 +176,8 @@ class Exchange:
 
     def close(self) -> None:
         """Send what is left, stop the threads and withdraw the metrics."""
-        if self._peers is not None:
-            self._peers.close()
+        if self._bus is not None:
+            self._bus.close()
         self._stopping.set()
         with self._changed:
             self._changed.notify_all()
@@ -197,7 +197,7 @@ class Exchange:
                 self._outbox.popleft()
                 self._changed.notify_all()
 
-    def _send(self, caller: Caller, update: CanvasUpdate) -> None:
+    def _send(self, caller: PendingRequest, update: CanvasUpdate) -> None:
         try:
             params = caller.request.params
             response = to_response(self._worker.engine, update, params, caller.outputs)
@@ -220,17 +220,17 @@ class Exchange:
             logger.exception("answer to a cancel lost")
 
     def _watch_loop(self) -> None:
-        waiting: list[Caller] = []
+        waiting: list[PendingRequest] = []
         pause, published = WATCH_SECONDS, 0.0
         while not self._stopping.wait(pause):
             began, spent = time.monotonic(), time.thread_time()
             running = {request.request_id for request in self._worker.engine.scheduler.running}
             with self._changed:
-                callers = dict(self._callers)
-            waiting = waiting or [c for i, c in callers.items() if i not in running]
-            for caller in [callers[i] for i in running if i in callers] + waiting[:ASKED_WAITING]:
+                pending = dict(self._pending)
+            waiting = waiting or [c for i, c in pending.items() if i not in running]
+            for caller in [pending[i] for i in running if i in pending] + waiting[:ASKED_WAITING]:
                 # Asked again until the final update: it may not have been queued yet.
-                if caller.has_left():
+                if caller.is_cancelled():
                     self._worker.cancel(caller.request.request_id)
             del waiting[:ASKED_WAITING]
             pause = max(WATCH_SECONDS, (time.thread_time() - spent) / WATCH_SHARE)

@@ -1,0 +1,143 @@
+"""A sampling field is written once, in the engine's `SamplingParams`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dllm_client import Sampling as ClientSampling
+from dllm_engine import InvalidRequest, SamplingParams
+from dllm_engine.sampling_params import FIELDS, Field, Limits, table
+from pydantic import ValidationError
+
+from adapter.api.openai.requests import CompletionCall
+from adapter.api.schemas import Denoising, Sampling
+from adapter.engine.tensors import INPUT_TYPES
+from tools import fields
+
+ROOT = Path(__file__).parents[2]
+FILES = pytest.mark.parametrize("path", fields.WRITERS)
+#: Inputs of the models that are no sampling fields.
+PROMPTS = {"text_input", "messages", "input_ids", "suffix", "canvas_ids", "priority"}
+CONTROLS = {"alone", "stream", "stream_interval", "check", "cancel"}
+GAP = {"suffix", "canvas_ids"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoreParams(SamplingParams):
+    """A table with one field more."""
+
+    warmth: float | None = dataclasses.field(
+        default=None, metadata={"doc": "how warm", "limits": Limits(ge=0, le=9)}
+    )
+
+
+def text_of(path: str) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def config_inputs(model: str) -> set[str]:
+    """Names of a Triton model's inputs."""
+    inputs = text_of(f"model_repository/{model}/config.pbtxt").partition("output [")[0]
+    return set(re.findall(r'name: "(\w+)"', inputs))
+
+
+@FILES
+def test_every_list_of_fields_is_made_from_the_table(path: str) -> None:
+    """Each file holds what `make fields` writes, so a difference names the file."""
+    made = fields.written(path, text_of(path))
+    difference = "\n".join(difflib.unified_diff(text_of(path).split("\n"), made.split("\n")))
+    assert not difference, f"{path} differs from dllm_engine/sampling_params.py: run `make fields`"
+
+
+@FILES
+def test_a_field_of_the_table_alone_is_found_missing(path: str) -> None:
+    """A field added to `SamplingParams` makes every file out of date until it is written there."""
+    made = fields.written(path, text_of(path), table(MoreParams))
+    new = [line for line in made.split("\n") if line not in text_of(path).split("\n")]
+    assert any("warmth" in line for line in new)
+
+
+@FILES
+def test_a_field_of_one_file_alone_is_found(path: str) -> None:
+    """A field added to one list by hand makes that file out of date."""
+    changed = text_of(path).replace("top_k", "top_q")
+    assert fields.written(path, changed) == text_of(path) != changed
+
+
+@pytest.mark.parametrize(
+    ("place", "names"),
+    [
+        ("model_repository/dllm/config.pbtxt", config_inputs("dllm") - PROMPTS - CONTROLS),
+        ("model_repository/dllm_unary/config.pbtxt", config_inputs("dllm_unary") - PROMPTS),
+        ("adapter/engine/tensors.py: INPUT_TYPES", INPUT_TYPES.keys() - PROMPTS - CONTROLS),
+        ("adapter/api/schemas.py: Sampling", set(Sampling.model_fields)),
+        (
+            "adapter/api/openai/requests.py: Call",
+            (CompletionCall.model_fields.keys() & FIELDS.keys()) | {"gen_length"},
+        ),
+        (
+            "client/dllm_client/_types.py: Sampling",
+            typing.get_type_hints(ClientSampling).keys() - GAP,
+        ),
+    ],
+)
+def test_every_place_has_exactly_the_fields(place: str, names: set[str]) -> None:
+    """No place has a field that the table lacks, and none lacks one."""
+    assert set(names) == set(FIELDS), place
+
+
+def test_openai_bodies_have_the_fields_of_the_rest_api() -> None:
+    """OpenAI calls take each field under its own name, except the length: `max_tokens`."""
+    assert Denoising.model_fields.keys() < CompletionCall.model_fields.keys()
+    assert FIELDS.keys() - Denoising.model_fields.keys() == {"temperature", "gen_length"}
+
+
+def edge_values(field: Field) -> list[Any]:
+    """Values on both sides of each limit of a field."""
+    limits = field.limits
+    if limits.max_items:
+        long = ["x" * limits.max_chars, "x" * (limits.max_chars + 1), ""]
+        return [
+            ["x"] * limits.max_items,
+            ["x"] * (limits.max_items + 1),
+            *([text] for text in long),
+        ]
+    bounds = [bound for bound in (limits.ge, limits.gt, limits.le) if bound is not None]
+    values: list[Any] = [bound + change for bound in bounds for change in (-1, 0, 1)]
+    if field.type is float:
+        values = [float(value) for value in values] + [float("nan"), float("inf"), 0.5]
+    return values
+
+
+@pytest.mark.parametrize("field", FIELDS.values(), ids=lambda field: field.name)
+def test_both_doors_have_the_same_limits(field: Field) -> None:
+    """The REST API refuses a value if and only if the engine does; only odd is the engine's."""
+    for value in edge_values(field):
+        engine = accepts(lambda value=value: field.limits.check(field.name, value))
+        api = accepts(lambda value=value: Sampling.model_validate({field.name: value}))
+        assert engine == api or field.limits.odd, value
+
+
+def accepts(check: Callable[[], object]) -> bool:
+    """Whether the check raises nothing."""
+    try:
+        check()
+    except (InvalidRequest, ValidationError):
+        return False
+    return True
+
+
+def test_fields_have_a_type_of_triton_that_holds_their_values() -> None:
+    """Only a seed needs 64 bits; a list of strings has any length."""
+    kinds = {name: fields.triton_type(field) for name, field in FIELDS.items()}
+    assert kinds["seed"] == "INT64"
+    assert [name for name, field in FIELDS.items() if field.is_list] == ["stop"]
+    assert (kinds["temperature"], kinds["steps"], kinds["credit"]) == ("FP32", "INT32", "BOOL")
+    assert (kinds["alg"], kinds["stop"]) == ("BYTES", "BYTES")
