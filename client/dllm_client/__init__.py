@@ -7,7 +7,7 @@
         for event in client.stream("Tell me about AI"):  # steps, then the answer
             print(event)
 
-`AsyncClient` is the same for asyncio. `dllm_client.triton` talks to Triton directly.
+`AsyncClient` has the same methods for asyncio. `dllm_client.triton` talks to Triton directly.
 """
 
 from dllm_client._client import AsyncClient, Client
@@ -32,6 +32,7 @@ from dllm_client._types import (
     Block,
     Committed,
     Params,
+    Prompt,
     Result,
     Sampling,
     Status,
@@ -53,6 +54,7 @@ __all__ = [
     "JobFailedError",
     "NotFoundError",
     "Params",
+    "Prompt",
     "RateLimitedError",
     "ResponseError",
     "Result",

@@ -1,8 +1,10 @@
-"""The blocking and the asyncio client: they send and sleep; `_operations` knows the API."""
+"""The blocking and the asyncio client. They send and sleep; `_operations` has the API's rules."""
 
 import asyncio
+import ipaddress
 import time
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -19,11 +21,11 @@ from dllm_client._errors import (
 from dllm_client._operations import Call, Operation, Pause, header
 from dllm_client._progress import progress_bar
 from dllm_client._streaming import StreamReader, open_stream
-from dllm_client._types import Answer, Params, Result, Step
+from dllm_client._types import Answer, Params, Prompt, Result, Step
 
 DEFAULT_URL = "http://localhost:8000"
 DEFAULT_TIMEOUT = 30.0
-#: Every job that is waited for has a poll of its own under way: httpx's 100 would soon be in use.
+#: Each wait for a job has a poll in flight, so that httpx's limit of 100 would be reached soon.
 LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=100)
 
 T = TypeVar("T")
@@ -38,17 +40,44 @@ def _options(base_url: str, api_key: str | None, timeout: float) -> dict[str, An
         address = httpx.URL(base_url)
     except (httpx.InvalidURL, UnicodeError) as error:
         raise UnavailableError(f"cannot reach {base_url!r}: {error}") from error
-    # Told now: whoever waits for a job would look for the server there for a minute.
+    # Refused now: a wait for a job would look for the server for a minute.
     if address.scheme not in ("http", "https") or not address.host:
         raise UnavailableError(f"cannot reach {base_url!r}: it is no http:// or https:// address")
     if not 0 < timeout < 1e9:  # more than a socket can be told
         raise BadRequestError(f"timeout: {timeout:g} is no time to wait", 400, "timeout")
     headers = {"Authorization": f"Bearer {header('api_key', api_key)}"} if api_key else {}
-    return {"base_url": base_url, "headers": headers, "timeout": timeout, "limits": LIMITS}
+    return {
+        "base_url": base_url,
+        "headers": headers,
+        "timeout": timeout,
+        "limits": LIMITS,
+        # A proxy has nothing to do with a server on this machine.
+        "trust_env": not _is_loopback(address.host),
+    }
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@contextmanager
+def _proxy_errors(base_url: str) -> Iterator[None]:
+    """Raises UnavailableError for a proxy of the environment that httpx cannot use."""
+    try:
+        yield
+    except ImportError:
+        reason = "the environment's proxy is a SOCKS proxy: pip install 'httpx[socks]', or unset"
+        raise UnavailableError(f"cannot reach {base_url}: {reason} ALL_PROXY") from None
+    except (ValueError, httpx.InvalidURL) as error:
+        reason = f"the environment's proxy cannot be used: {error}; unset ALL_PROXY or HTTP_PROXY"
+        raise UnavailableError(f"cannot reach {base_url}: {reason}") from None
 
 
 class _Exchange:
-    """What both clients share: how a Call becomes a request of httpx."""
+    """Turns a Call into a request of httpx, for both clients."""
 
     def __init__(self, base_url: str, timeout: float) -> None:
         self.base_url = base_url
@@ -69,8 +98,9 @@ class Client(_Exchange):
     """A blocking client; safe to share between threads.
 
     `timeout` is the time in seconds for one answer of the server, not for a job. Every method
-    raises a DllmError when something goes wrong; GETs and submissions that find nobody are sent
-    again a few times before that, submissions under an Idempotency-Key, so that no job runs twice.
+    raises a DllmError when something goes wrong. GETs and submissions without an answer are
+    retried first, submissions under an Idempotency-Key, so that no job runs twice.
+    A prompt is a text, a list of chat messages, or a list of token ids.
     `transport` replaces the network, for tests.
     """
 
@@ -83,7 +113,9 @@ class Client(_Exchange):
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         super().__init__(base_url, timeout)
-        self._http = httpx.Client(transport=transport, **_options(base_url, api_key, timeout))
+        options = _options(base_url, api_key, timeout)
+        with _proxy_errors(base_url):
+            self._http = httpx.Client(transport=transport, **options)
 
     def __enter__(self) -> Self:
         return self
@@ -97,15 +129,15 @@ class Client(_Exchange):
         self.close()
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         self._http.close()
 
     def submit(
-        self, prompt: str, *, idempotency_key: str | None = None, **params: Unpack[Params]
+        self, prompt: Prompt, *, idempotency_key: str | None = None, **params: Unpack[Params]
     ) -> int:
         """Queue a prompt and return the id of its job at once.
 
-        The same prompt under the same key of yours is queued once, and has the same id again.
+        If you submit it again under the same key, it is not queued again, and you get the same id.
         """
         return self._run(operations.submit(prompt, params, idempotency_key))
 
@@ -116,7 +148,10 @@ class Client(_Exchange):
         idempotency_key: str | None = None,
         **params: Unpack[Params],
     ) -> list[int]:
-        """Queue several prompts, all or none; their ids, in order. The key is as in `submit`."""
+        """Queue several prompts, all or none; their ids, in order. The key is as in `submit`.
+
+        The server limits how many it takes in one call (DLLM_MAX_BATCH_SIZE, 64 by default).
+        """
         return self._run(operations.submit_batch(prompts, params, idempotency_key))
 
     def result(self, request_id: int) -> Result:
@@ -124,28 +159,30 @@ class Client(_Exchange):
         return self._run(operations.result(request_id))
 
     def wait(self, request_id: int, timeout: float | None = None) -> Result:
-        """The job once it is finished, also where the server is away for a while, as at a restart.
+        """The job once it is finished. The wait goes on while the server restarts.
 
         Raises JobFailedError, JobCancelledError, or TimeoutError after `timeout` seconds; without
-        a timeout, UnavailableError when nobody has answered for a minute. The job itself goes on
+        a timeout, UnavailableError after a minute without an answer. The job itself goes on
         then; the error has its id as `request_id`.
         """
         return self._run(operations.wait(request_id, timeout))
 
     def generate(
-        self, prompt: str, *, wait_timeout: float | None = None, **params: Unpack[Params]
+        self, prompt: Prompt, *, wait_timeout: float | None = None, **params: Unpack[Params]
     ) -> str:
         """Submit, wait, and return the text. Raises what `submit` and `wait` raise.
 
-        An error with a `request_id` is of the waiting: that job can be waited for again.
+        If the error has a `request_id`, the job was submitted, and you can wait for it again.
         """
         return self._run(operations.generate(prompt, params, wait_timeout))
 
-    def stream(self, prompt: str, **params: Unpack[Params]) -> Generator[Step | Answer, None, None]:
-        """Watch the denoising: a Step for each, and in the end the Answer.
+    def stream(
+        self, prompt: Prompt, **params: Unpack[Params]
+    ) -> Generator[Step | Answer, None, None]:
+        """Watch the denoising: a Step for each denoising step, then the Answer.
 
-        Closing the generator, or leaving it, hangs up, and the server drops the request. Raises
-        StreamError when there will be no answer.
+        When you close the generator, the server cancels the request. Raises StreamError if the
+        stream ends without an answer.
         """
         reader = StreamReader()
         try:
@@ -170,16 +207,36 @@ class Client(_Exchange):
         wait_timeout: float | None = None,
         **params: Unpack[Params],
     ) -> list[str]:
-        """The texts of several prompts, in order, with a progress bar on a terminal.
+        """The texts of any number of prompts, in order, with a progress bar on a terminal.
 
-        Raises for the first job that fails; to keep the others' texts, use `submit_batch` and
-        `wait`.
+        They are sent in as many calls as the server's limits ask for. Raises for the first job
+        that fails; to keep the other texts, use `run_batch`.
         """
         with progress_bar(len(prompts), shown=progress) as advance:
             return self._run(operations.generate_batch(prompts, params, wait_timeout, advance))
 
+    def run_batch(
+        self,
+        prompts: Sequence[str],
+        *,
+        wait_timeout: float | None = None,
+        on_submit: Callable[[list[int]], None] | None = None,
+        on_result: Callable[[Result], None] | None = None,
+        **params: Unpack[Params],
+    ) -> list[Result]:
+        """The results of any number of prompts, in order; failed and cancelled jobs, too.
+
+        `on_submit` is called with the ids of each call's jobs, `on_result` with each result, in
+        order. `wait_timeout` is for all jobs together.
+        """
+        return self._run(
+            operations.run_batch(
+                prompts, params, wait_timeout, on_submit=on_submit, on_result=on_result
+            )
+        )
+
     def cancel(self, request_id: int) -> Result:
-        """Cancel a job; how it is afterwards (a finished one stays finished)."""
+        """Cancel a job; returns it as it is then (a finished job stays finished)."""
         return self._run(operations.cancel(request_id))
 
     def health(self) -> str:
@@ -222,7 +279,9 @@ class AsyncClient(_Exchange):
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         super().__init__(base_url, timeout)
-        self._http = httpx.AsyncClient(transport=transport, **_options(base_url, api_key, timeout))
+        options = _options(base_url, api_key, timeout)
+        with _proxy_errors(base_url):
+            self._http = httpx.AsyncClient(transport=transport, **options)
 
     async def __aenter__(self) -> Self:
         return self
@@ -236,11 +295,11 @@ class AsyncClient(_Exchange):
         await self.close()
 
     async def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         await self._http.aclose()
 
     async def submit(
-        self, prompt: str, *, idempotency_key: str | None = None, **params: Unpack[Params]
+        self, prompt: Prompt, *, idempotency_key: str | None = None, **params: Unpack[Params]
     ) -> int:
         """Queue a prompt and return the id of its job at once."""
         return await self._run(operations.submit(prompt, params, idempotency_key))
@@ -264,15 +323,15 @@ class AsyncClient(_Exchange):
         return await self._run(operations.wait(request_id, timeout))
 
     async def generate(
-        self, prompt: str, *, wait_timeout: float | None = None, **params: Unpack[Params]
+        self, prompt: Prompt, *, wait_timeout: float | None = None, **params: Unpack[Params]
     ) -> str:
         """Submit, wait, and return the text."""
         return await self._run(operations.generate(prompt, params, wait_timeout))
 
     async def stream(
-        self, prompt: str, **params: Unpack[Params]
+        self, prompt: Prompt, **params: Unpack[Params]
     ) -> AsyncGenerator[Step | Answer, None]:
-        """Watch the denoising: a Step for each, and in the end the Answer."""
+        """Watch the denoising: a Step for each denoising step, then the Answer."""
         reader = StreamReader()
         call = self._arguments(open_stream(prompt, params))
         try:
@@ -297,13 +356,29 @@ class AsyncClient(_Exchange):
         wait_timeout: float | None = None,
         **params: Unpack[Params],
     ) -> list[str]:
-        """The texts of several prompts, in order, with a progress bar on a terminal."""
+        """The texts of any number of prompts, in order, with a progress bar on a terminal."""
         with progress_bar(len(prompts), shown=progress) as advance:
             operation = operations.generate_batch(prompts, params, wait_timeout, advance)
             return await self._run(operation)
 
+    async def run_batch(
+        self,
+        prompts: Sequence[str],
+        *,
+        wait_timeout: float | None = None,
+        on_submit: Callable[[list[int]], None] | None = None,
+        on_result: Callable[[Result], None] | None = None,
+        **params: Unpack[Params],
+    ) -> list[Result]:
+        """The results of any number of prompts, in order; failed and cancelled jobs, too."""
+        return await self._run(
+            operations.run_batch(
+                prompts, params, wait_timeout, on_submit=on_submit, on_result=on_result
+            )
+        )
+
     async def cancel(self, request_id: int) -> Result:
-        """Cancel a job; how it is afterwards."""
+        """Cancel a job; returns it as it is then."""
         return await self._run(operations.cancel(request_id))
 
     async def health(self) -> str:

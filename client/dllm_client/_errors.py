@@ -1,11 +1,11 @@
 """Everything this package raises.
 
 DllmError
- ├─ UnavailableError          nobody answers, or the server says that it cannot now (502 to 504)
+ ├─ UnavailableError          no server answers, or it cannot serve now (502 to 504)
  ├─ TimeoutError              no answer, or no finished job, within the time allowed
  ├─ ResponseError             the server refused; `status` is the HTTP status
  │   ├─ BadRequestError       a value is wrong (400, 413, 422); `field` names it where known;
- │   │                        also what cannot even be sent, which this package refuses (400)
+ │   │                        also a value that cannot be sent (this package refuses it, 400)
  │   ├─ AuthenticationError   no key, or not the right one (401, 403)
  │   ├─ NotFoundError         no such job, or its result has expired (404)
  │   ├─ RateLimitedError      too much at once (429); `retry_after` in seconds
@@ -13,10 +13,10 @@ DllmError
  ├─ JobError                  the job ended without a text; `result` holds it
  │   ├─ JobFailedError
  │   └─ JobCancelledError
- ├─ StreamError               a stream broke before its answer, for the reason that it names
+ ├─ StreamError               a stream ended before its answer; the message says why
  └─ UnexpectedResponseError   an answer that this API does not have
 
-Whatever ends the waiting for a job has the job's id as `request_id`, to come back for it with.
+An error that ends the wait for a job has the job's id as `request_id`: you can wait for it again.
 
 Errors of httpx are turned into these in `from_transport`, errors of tritonclient in
 `dllm_client.triton`, and nowhere else.
@@ -41,11 +41,11 @@ class DllmError(Exception):
 
 
 class UnavailableError(DllmError):
-    """Nobody answers, or the server cannot serve now; trying again later may help."""
+    """No server answers, or it cannot serve now; trying again later may help."""
 
 
 class TimeoutError(DllmError, builtins.TimeoutError):
-    """The time allowed is over. A job that was waited for goes on running."""
+    """The time limit has passed. A job that was waited for goes on running."""
 
 
 class ResponseError(DllmError):
@@ -81,7 +81,7 @@ class RateLimitedError(ResponseError):
 
 
 class ServerError(ResponseError):
-    """The server met a fault of its own."""
+    """The server has a fault."""
 
 
 class JobError(DllmError):
@@ -90,18 +90,19 @@ class JobError(DllmError):
     def __init__(self, message: str, result: Result) -> None:
         super().__init__(message)
         self.result = result
+        self.request_id = result.request_id
 
 
 class JobFailedError(JobError):
-    """The server gave the job up."""
+    """The server gave up on the job."""
 
 
 class JobCancelledError(JobError):
-    """Somebody cancelled the job."""
+    """The job was cancelled."""
 
 
 class StreamError(DllmError):
-    """The stream ended without an answer; the server said why, if it could."""
+    """The stream ended without an answer; the message has the server's reason, if it sent one."""
 
 
 class UnexpectedResponseError(DllmError):
@@ -109,8 +110,8 @@ class UnexpectedResponseError(DllmError):
 
 
 def from_transport(error: httpx.HTTPError | httpx.InvalidURL, url: str) -> DllmError:
-    """The error that stands for a failed exchange with `url`."""
-    # Who cannot even be connected to is not there, for however long that was tried.
+    """The error for a failed exchange with `url`."""
+    # A server that no connection can be made to is unavailable, not slow.
     if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
         return TimeoutError(f"{url} did not answer in time ({type(error).__name__})")
     reason = str(error) or type(error).__name__
@@ -118,7 +119,7 @@ def from_transport(error: httpx.HTTPError | httpx.InvalidURL, url: str) -> DllmE
 
 
 def from_response(response: httpx.Response) -> DllmError:
-    """The error that stands for a response whose status is not a success."""
+    """The error for a response whose status is not a success."""
     status = response.status_code
     field, reason = _reason(response)
     message = f"{field}: {reason}" if field else reason

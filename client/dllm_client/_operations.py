@@ -1,7 +1,7 @@
 """What each call of the client does, written once for the blocking and the asyncio client.
 
 An operation is a generator. It yields a Call and is sent the response, or yields a Pause and is
-sent nothing; what it returns is the outcome. Errors of the exchange are thrown into it. So the
+sent nothing. Its return value is the result. Errors of the exchange are thrown into it. So the
 rules (retries, long polling, parsing) live here, and a client only sends and sleeps.
 """
 
@@ -9,7 +9,9 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Callable, Generator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -19,6 +21,7 @@ from dllm_client._errors import (
     BadRequestError,
     DllmError,
     JobCancelledError,
+    JobError,
     JobFailedError,
     RateLimitedError,
     TimeoutError,
@@ -26,19 +29,23 @@ from dllm_client._errors import (
     UnexpectedResponseError,
     from_response,
 )
-from dllm_client._types import Params, Result, Status
+from dllm_client._types import Params, Prompt, Result, Status, prompt_field
 
 #: Seconds between polls of a server that does not hold them.
 POLL_SECONDS = 0.1
-#: Seconds a server is asked to hold a poll; proxies often cut a silent connection at 60.
+#: Seconds a server is asked to hold a poll; proxies often close a silent connection after 60.
 HOLD_SECONDS = 30.0
-#: Pauses before a call that found nobody is sent again; polls go on at the last of them.
+#: Pauses before a call that got no answer is retried; polls go on with the last one.
 RETRY_PAUSES = (0.1, 0.3, 1.0)
-#: Seconds without an answer after which who waits without a limit is told that nobody is there.
-#: A server that is started again, or moved, is back before.
+#: Seconds without an answer after which waiting without a time limit ends. A server that is
+#: restarted or moved is back earlier.
 OUTAGE_SECONDS = 60.0
+#: Prompts per call while the server has not named a lower limit (its DLLM_MAX_BATCH_SIZE).
+BATCH_SIZE = 64
 
-#: What a header holds: printable ASCII characters, no space at either end.
+#: The server's refusal of a batch that is longer than its limit.
+_BATCH_LIMIT = re.compile(r"at most (\d+) items")
+#: A header's value: printable ASCII characters, no space at either end.
 _HEADER = re.compile(r"[!-~]([ -~]*[!-~])?")
 
 
@@ -82,9 +89,9 @@ def header(name: str, value: str) -> str:
     return value
 
 
-def submit(prompt: str, params: Params, key: str | None = None) -> Operation[int]:
+def submit(prompt: Prompt, params: Params, key: str | None = None) -> Operation[int]:
     """Queue one prompt; the id of its job."""
-    body = yield from _submit("/v1/generate", {"prompt": prompt, **params}, key)
+    body = yield from _submit("/v1/generate", {**prompt_field(prompt), **params}, key)
     return _request_ids(body, 1)[0]
 
 
@@ -92,6 +99,8 @@ def submit_batch(
     prompts: Sequence[str], params: Params, key: str | None = None
 ) -> Operation[list[int]]:
     """Queue several prompts, all or none; the ids of their jobs, in order."""
+    if isinstance(prompts, str):
+        raise BadRequestError("prompts: must be a list of texts, not one text", 400, "prompts")
     body = yield from _submit("/v1/generate_batch", {"prompts": list(prompts), **params}, key)
     return _request_ids(body, len(prompts))
 
@@ -109,7 +118,7 @@ def cancel(request_id: int) -> Operation[Result]:
 
 
 def health() -> Operation[str]:
-    """What the server says of itself; raises UnavailableError with its reason when not ready."""
+    """The server's status; raises UnavailableError with its reason when it is not ready."""
     body = yield from _send(Call("GET", "/v1/health"))
     if not isinstance(body, dict) or not isinstance(body.get("status"), str):
         raise UnexpectedResponseError(f"not a health report: {body!r}")
@@ -125,20 +134,7 @@ def wait(request_id: int, timeout: float | None) -> Operation[Result]:
         raise
 
 
-def wait_all(
-    request_ids: Sequence[int], timeout: float | None, on_done: Callable[[], None]
-) -> Operation[list[Result]]:
-    """All jobs once they are finished, in order; `on_done` is called after each."""
-    deadline = None if timeout is None else time.monotonic() + timeout
-    results = []
-    for request_id in request_ids:
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        results.append((yield from wait(request_id, left)))
-        on_done()
-    return results
-
-
-def generate(prompt: str, params: Params, timeout: float | None) -> Operation[str]:
+def generate(prompt: Prompt, params: Params, timeout: float | None) -> Operation[str]:
     """Submit and wait; the text."""
     request_id = yield from submit(prompt, params)
     return _text((yield from wait(request_id, timeout)))
@@ -147,14 +143,104 @@ def generate(prompt: str, params: Params, timeout: float | None) -> Operation[st
 def generate_batch(
     prompts: Sequence[str], params: Params, timeout: float | None, on_done: Callable[[], None]
 ) -> Operation[list[str]]:
-    """Submit all and wait for all; the texts, in order."""
-    request_ids = yield from submit_batch(prompts, params)
-    results = yield from wait_all(request_ids, timeout, on_done)
+    """Run all prompts; the texts, in order. Raises for the first job that fails."""
+
+    def check(result: Result) -> None:
+        _finished(result)
+        on_done()
+
+    results = yield from run_batch(prompts, params, timeout, on_result=check)
     return [_text(item) for item in results]
 
 
+def run_batch(
+    prompts: Sequence[str],
+    params: Params,
+    timeout: float | None,
+    *,
+    on_submit: Callable[[list[int]], None] | None = None,
+    on_result: Callable[[Result], None] | None = None,
+) -> Operation[list[Result]]:
+    """Run all prompts, in as many calls as the server's limits ask for; see Client.run_batch."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    waiting: deque[int] = deque()
+    results: list[Result] = []
+    parts = _Parts(prompts)
+    while parts.left or waiting:
+        if parts.left:
+            ids = yield from _submit_part(parts, params, waiting)
+            waiting.extend(ids)
+            if ids and on_submit:
+                on_submit(ids)
+        if waiting and (parts.blocked or not parts.left):
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            results.append((yield from _outcome(waiting.popleft(), left)))
+            if on_result:
+                on_result(results[-1])
+    return results
+
+
+@dataclass(slots=True)
+class _Parts:
+    """The prompts of a batch that are not submitted yet, and how many go into one call."""
+
+    prompts: Sequence[str]
+    submitted: int = 0
+    size: int = BATCH_SIZE
+    #: The server takes no more until a job has ended.
+    blocked: bool = False
+
+    @property
+    def left(self) -> bool:
+        return self.submitted < len(self.prompts)
+
+
+def _submit_part(parts: _Parts, params: Params, waiting: Collection[int]) -> Operation[list[int]]:
+    """Queue the next prompts; no ids where the server asks for fewer, or for less at once."""
+    part = parts.prompts[parts.submitted : parts.submitted + parts.size]
+    try:
+        ids = yield from submit_batch(part, params)
+    except RateLimitedError as error:
+        if not parts.submitted:
+            raise
+        parts.blocked = True
+        if not waiting:
+            yield Pause(error.retry_after or 1.0)
+        return []
+    except BadRequestError as error:
+        limit = _BATCH_LIMIT.search(str(error)) if error.field == "prompts" else None
+        if limit and 0 < int(limit[1]) < len(part):
+            parts.size = int(limit[1])
+            return []
+        # A batch is run as a whole or not at all, as if it were one call.
+        for request_id in waiting:
+            with suppress(DllmError):
+                yield from cancel(request_id)
+        raise _renumbered(error, parts.submitted) from error
+    parts.blocked = False
+    parts.submitted += len(part)
+    return ids
+
+
+def _renumbered(error: BadRequestError, first: int) -> BadRequestError:
+    """The error with a prompt's place in the whole batch, not in its part."""
+    name, _, place = (error.field or "").partition(".")
+    if name != "prompts" or not place.isdecimal():
+        return error
+    field = f"prompts.{first + int(place)}"
+    return BadRequestError(str(error).replace(f"{name}.{place}", field, 1), error.status, field)
+
+
+def _outcome(request_id: int, timeout: float | None) -> Operation[Result]:
+    """The job once it has ended, in whichever way."""
+    try:
+        return (yield from wait(request_id, timeout))
+    except JobError as error:
+        return error.result
+
+
 def _send(call: Call) -> Operation[Any]:
-    """The JSON body of a successful answer; raises what stands for any other."""
+    """The JSON body of a successful answer; raises the error for any other."""
     response = yield call
     assert response is not None
     if not response.is_success:
@@ -166,14 +252,14 @@ def _send(call: Call) -> Operation[Any]:
 
 
 def _submit(path: str, body: dict[str, Any], key: str | None) -> Operation[Any]:
-    """The answer of a submission, which the key allows to be sent twice."""
+    """The answer to a submission. The key makes it safe to send it twice."""
     chosen = header("idempotency_key", key) if key else uuid.uuid4().hex
     headers = {"Idempotency-Key": chosen}
     return (yield from _send_again(Call("POST", path, json=body, headers=headers)))
 
 
 def _send_again(call: Call) -> Operation[Any]:
-    """Like _send, trying again when nobody answers; for calls that may be made twice."""
+    """Like _send, with retries when there is no answer; for calls that are safe to repeat."""
     for pause in RETRY_PAUSES:
         try:
             return (yield from _send(call))
@@ -183,15 +269,15 @@ def _send_again(call: Call) -> Operation[Any]:
 
 
 def _wait(request_id: int, timeout: float | None) -> Operation[Result]:
-    """Poll until the job is done. It outlives a restart of its server, and so does this."""
+    """Poll until the job is done. Both the job and this wait survive a restart of the server."""
     deadline = None if timeout is None else time.monotonic() + timeout
-    trouble: DllmError | None = None  # why there was no answer the last time
-    lost = 0.0  # since when there is none
+    trouble: DllmError | None = None  # why the last poll had no answer
+    lost = 0.0  # when polls began to fail
     pauses = iter(RETRY_PAUSES)
     while True:
         begun = time.monotonic()
         left = HOLD_SECONDS if deadline is None else max(0.0, deadline - begun)
-        # Not held after a failure: a proxy may have cut the last one for its silence.
+        # Not held after a failure: a proxy may have closed the last poll for its silence.
         hold = min(HOLD_SECONDS, left) if trouble is None else 0.0
         pause = POLL_SECONDS
         try:
@@ -212,7 +298,7 @@ def _wait(request_id: int, timeout: float | None) -> Operation[Result]:
             message = f"job {request_id} was not finished after {timeout:g} s{reason}"
             raise TimeoutError(message) from trouble
         if deadline is None and trouble and now - lost >= OUTAGE_SECONDS:
-            message = f"no word of job {request_id} for {OUTAGE_SECONDS:g} s: {trouble}"
+            message = f"no answer about job {request_id} for {OUTAGE_SECONDS:g} s: {trouble}"
             raise UnavailableError(message) from trouble
         pause = max(0.0, pause - (now - begun))
         yield Pause(pause if deadline is None else min(pause, deadline - now))
@@ -233,11 +319,9 @@ def _request_ids(body: Any, count: int) -> list[int]:
 
 
 def _finished(result: Result) -> Result:
-    if result.status is Status.FAILED:
-        reason = result.error or "the server gave no reason"
-        raise JobFailedError(f"job {result.request_id} failed: {reason}", result)
-    if result.status is Status.CANCELLED:
-        raise JobCancelledError(f"job {result.request_id} was cancelled", result)
+    if problem := result.problem:
+        kind = JobFailedError if result.status is Status.FAILED else JobCancelledError
+        raise kind(problem, result)
     return result
 
 
@@ -248,7 +332,7 @@ def _text(result: Result) -> str:
 
 
 def _result_of(data: Any) -> Result:
-    """The job in a response; fields unknown are ignored."""
+    """The job in a response; unknown fields are ignored."""
     try:
         return Result(
             request_id=int(data["request_id"]),

@@ -1,101 +1,93 @@
 """Command-line options that several commands share, declared once.
 
-A command asks for `client` or `params` by naming it as a parameter; the options of `connect` or
-`sampling` then appear in its help, and it is called with what these made of them.
+A command asks for `client` or `params` by naming it as a parameter. The options of `connect` or
+`sampling` then appear in its help, and the command is called with what these return.
 """
 
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 
 import typer
 from rich.console import Console
 
 from dllm_client._client import DEFAULT_TIMEOUT, DEFAULT_URL, Client
 from dllm_client._errors import DllmError
-from dllm_client._types import Params
+from dllm_client._types import Params, Sampling
 
-#: The exit code of a command that Ctrl-C ended, as shells have it: 128 and the signal's number.
+#: The exit code after Ctrl-C, as shells have it: 128 and the signal's number.
 INTERRUPTED = 130
 
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
+URL_HELP = f"Address of the REST API; default: {DEFAULT_URL}."
+API_KEY_HELP = "API key, if the server asks for one."
+ANSWER_TIMEOUT_HELP = f"Seconds the server may take for an answer; default: {DEFAULT_TIMEOUT:g}."
+
+AnswerTimeout = Annotated[float | None, typer.Option(help=ANSWER_TIMEOUT_HELP)]
+
+
+def before_command(
+    ctx: typer.Context,
+    url: Annotated[str | None, typer.Option(envvar="DLLM_URL", help=URL_HELP)] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="DLLM_API_KEY", help=API_KEY_HELP)] = None,
+    answer_timeout: AnswerTimeout = None,
+) -> None:
+    """Ask a dLLM-Serve server."""
+    ctx.obj = {"url": url, "api_key": api_key, "answer_timeout": answer_timeout}
+
 
 def connect(
-    url: Annotated[
-        str, typer.Option(envvar="DLLM_URL", help="Address of the REST API.")
-    ] = DEFAULT_URL,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="DLLM_API_KEY", help="API key, if the server wants one.")
-    ] = None,
-    answer_timeout: Annotated[
-        float, typer.Option(help="Seconds the server may take for one answer.")
-    ] = DEFAULT_TIMEOUT,
+    ctx: typer.Context,
+    url: Annotated[str | None, typer.Option(help=URL_HELP)] = None,
+    api_key: Annotated[str | None, typer.Option(help=API_KEY_HELP)] = None,
+    answer_timeout: AnswerTimeout = None,
 ) -> Client:
-    """A client of the server that the options name."""
-    return Client(url, api_key=api_key, timeout=answer_timeout)
+    """A client of the server that the options name, before or behind the command."""
+    before = ctx.obj
+    timeout = before["answer_timeout"] if answer_timeout is None else answer_timeout
+    return Client(
+        url or before["url"] or DEFAULT_URL,
+        api_key=api_key or before["api_key"],
+        timeout=DEFAULT_TIMEOUT if timeout is None else timeout,
+    )
 
 
-def sampling(
-    gen_length: Annotated[int | None, typer.Option(help="Canvas length in tokens.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Denoising steps; default: one per token.")
-    ] = None,
-    temperature: Annotated[float | None, typer.Option(help="0: the likeliest tokens.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes the answer repeatable.")] = None,
-    block_length: Annotated[int | None, typer.Option(help="Tokens per block.")] = None,
-    remasking: Annotated[str | None, typer.Option(help="Rule that picks what to commit.")] = None,
-    threshold: Annotated[
-        float | None, typer.Option(help="Commit every token above this confidence at once.")
-    ] = None,
-    alg: Annotated[
-        str | None, typer.Option(help="Dream's origin, maskgit_plus, topk_margin or entropy.")
-    ] = None,
-    cfg_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Nucleus of the distribution.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Number of candidates.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be repeated.")] = None,
-    cache: Annotated[
-        str | None, typer.Option(help="none, prefix, dual, sparse or delayed.")
-    ] = None,
-    priority: Annotated[int | None, typer.Option(help="1 is served first, 3 last.")] = None,
-    deadline: Annotated[
-        float | None, typer.Option(help="Seconds after which the server gives it up.")
-    ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="No chat template: the prompt as is.")] = False,
-) -> Params:
-    """The fields of a request; what was not given is left to the server."""
-    given: dict[str, Any] = {
-        "gen_length": gen_length,
-        "steps": steps,
-        "temperature": temperature,
-        "seed": seed,
-        "block_length": block_length,
-        "remasking": remasking,
-        "confidence_threshold": threshold,
-        "alg": alg,
-        "cfg_scale": cfg_scale,
-        "top_p": top_p,
-        "top_k": top_k,
-        "stop": stop or None,
-        "cache": cache,
-        "priority": priority,
-        "timeout": deadline,
-        "raw": raw or None,
-    }
-    params: Params = {}
-    params.update({name: value for name, value in given.items() if value is not None})  # type: ignore[typeddict-item]
-    return params
+def sampling(**given: Any) -> Params:
+    """The fields of a request. What is not given is left to the server."""
+    kept = {name: value for name, value in given.items() if value not in (None, False, [])}
+    return cast(Params, kept)
 
+
+def _option(name: str, hint: Any) -> inspect.Parameter:
+    """The option of a request's field: its name with dashes, its type, its description."""
+    kind, text = get_args(hint)
+    flag = f"--{name.replace('_', '-')}"
+    repeated = "; may be repeated" if get_origin(kind) is list else ""
+    panel = "Sampling" if name in get_type_hints(Sampling) else "Request"
+    first, _, rest = text.partition(" ")
+    shown = f"{first.capitalize() if first.islower() else first} {rest}{repeated}."
+    option = typer.Option(flag, help=shown, rich_help_panel=panel)
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False if kind is bool else None,
+        annotation=Annotated[bool if kind is bool else kind | None, option],
+    )
+
+
+sampling.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [_option(name, hint) for name, hint in get_type_hints(Params, include_extras=True).items()]
+)
 
 PROVIDERS: dict[str, Callable[..., Any]] = {"client": connect, "params": sampling}
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """What can be expected to go wrong is one line on stderr and exit code 1; Ctrl-C is 130."""
+    """Print an expected error as one line on stderr and exit with 1; after Ctrl-C with 130."""
     try:
         yield
     except (DllmError, OSError, UnicodeError) as error:
@@ -107,7 +99,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _message(error: Exception) -> str:
-    """What went wrong; of a job that was waited for, with the id to come back for it with."""
+    """The error's text, with the id of the job that was waited for."""
     request_id = error.request_id if isinstance(error, DllmError) else None
     if request_id is None or f"job {request_id}" in str(error):
         return str(error)
@@ -115,7 +107,7 @@ def _message(error: Exception) -> str:
 
 
 def command(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a function as a command of `app`, filling in what it asks for."""
+    """Register a function as a command of `app`, and supply the parameters in PROVIDERS."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(function).parameters
@@ -133,7 +125,9 @@ def command(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[..., N
         parameters = [p for name, p in own.items() if name not in wanted]
         for make in wanted.values():
             parameters += inspect.signature(make).parameters.values()
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        # Typer passes everything by keyword, so that no order is wrong.
+        keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+        run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return app.command()(run)
 

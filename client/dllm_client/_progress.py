@@ -1,4 +1,4 @@
-"""A progress bar for batches, where somebody can see it."""
+"""A progress bar for batches."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def progress_bar(total: int, *, shown: bool) -> Iterator[Callable[[], None]]:
-    """A function that moves the bar on by one; on stderr, and only if that is a terminal."""
+    """Show a bar on stderr if that is a terminal; yields a function that advances it by one."""
     console = Console(stderr=True)
     columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     visible = shown and console.is_terminal

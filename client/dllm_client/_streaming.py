@@ -7,24 +7,24 @@ from typing import Any
 
 from dllm_client._errors import StreamError, UnexpectedResponseError
 from dllm_client._operations import Call
-from dllm_client._types import Answer, Block, Committed, Params, Step, Usage
+from dllm_client._types import Answer, Block, Committed, Params, Prompt, Step, Usage, prompt_field
 
 
-def open_stream(prompt: str, params: Params) -> Call:
+def open_stream(prompt: Prompt, params: Params) -> Call:
     """The call that a stream answers."""
-    return Call("POST", "/v1/generate/stream", json={"prompt": prompt, **params})
+    return Call("POST", "/v1/generate/stream", json={**prompt_field(prompt), **params})
 
 
 class StreamReader:
-    """Reads one stream, chunk by chunk, however it is cut."""
+    """Reads one stream, chunk by chunk, wherever the chunks are cut."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._unread = ""
 
     def feed(self, chunk: bytes) -> Iterator[Step | Answer]:
-        """The events that this chunk completes. Raises StreamError where the server says so."""
-        # Lines end at "\n" alone: a text may hold what Python takes for other ends of lines.
+        """The events that this chunk completes. Raises StreamError for the server's error event."""
+        # Lines end at "\n" alone: a text may hold other characters that Python splits lines at.
         *blocks, self._unread = (self._unread + self._decoder.decode(chunk)).split("\n\n")
         for block in blocks:
             fields = dict(
@@ -34,7 +34,7 @@ class StreamReader:
                 yield _event(fields.get("event", ""), fields["data"])
 
     def end(self) -> StreamError:
-        """The error that stands for a stream that ends without an answer."""
+        """The error for a stream that ends without an answer."""
         return StreamError("the stream ended without an answer")
 
 

@@ -1,15 +1,19 @@
-"""What is sent and what comes back."""
+"""What is sent and what comes back. `dllm` shows the descriptions as help."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, TypedDict
+from typing import Annotated, Any, TypedDict
+
+#: A text, chat messages for the checkpoint's chat template (`role` and `content`), or token ids.
+Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
 
 
 class Sampling(TypedDict, total=False):
-    """How to generate; what is absent takes the server's default."""
+    """How to generate. For a field that is absent, the server's default applies."""
 
-    suffix: str  #: text behind the gap
-    canvas_ids: list[int]
+    suffix: Annotated[str, "text behind the gap that is filled"]
+    canvas_ids: Annotated[list[int], "the canvas, with the mask id at each position to decode"]
     # From the engine's table of sampling fields. make fields: begin
     temperature: Annotated[float, "0 picks the most probable tokens; above 0 samples"]
     gen_length: Annotated[int, "length of the canvas in tokens"]
@@ -99,16 +103,25 @@ class Sampling(TypedDict, total=False):
 class Params(Sampling, total=False):
     """The optional fields of a REST request."""
 
-    timeout: float  #: seconds after which the server gives it up
-    priority: int  #: 1 is served first, 3 last
-    raw: bool  #: do not wrap the prompt in the checkpoint's chat template
+    timeout: Annotated[float, "seconds after which the server gives the request up"]
+    priority: Annotated[int, "1 is served first, 3 last"]
+    raw: Annotated[bool, "no chat template: the model sees the prompt as it is"]
+
+
+def prompt_field(prompt: Prompt) -> dict[str, Any]:
+    """The prompt under the name that the REST API has for its form."""
+    if isinstance(prompt, str) or not isinstance(prompt, Sequence):
+        return {"prompt": prompt}
+    if prompt and not isinstance(prompt[0], Mapping):
+        return {"input_ids": list(prompt)}
+    return {"messages": list(prompt)}
 
 
 class Status(StrEnum):
     """The states of a job."""
 
-    RUNNING = "running"  #: waiting or at work
-    FINISHED = "finished"  #: `text` is there
+    RUNNING = "running"  #: queued or running
+    FINISHED = "finished"  #: `text` holds the answer
     FAILED = "failed"  #: `error` says why
     CANCELLED = "cancelled"
 
@@ -124,8 +137,18 @@ class Result:
 
     @property
     def done(self) -> bool:
-        """Will this job change no more?"""
+        """Whether the job has ended."""
         return self.status is not Status.RUNNING
+
+    @property
+    def problem(self) -> str | None:
+        """Why an ended job has no text, in words; None for any other."""
+        if self.status is Status.FAILED:
+            reason = self.error or "the server gave no reason"
+            return f"job {self.request_id} failed: {reason}"
+        if self.status is Status.CANCELLED:
+            return f"job {self.request_id} was cancelled"
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""A denoising on the terminal; into a pipe, the text as it becomes final."""
+"""Shows a denoising on a terminal. Into a pipe, it writes text as it becomes final."""
 
 import json
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ MASK = "░"
 
 
 def watch(events: Iterable[Step | Answer], *, as_json: bool) -> None:
-    """Show events until the answer; as JSON, each on a line of its own."""
+    """Show events until the answer; as JSON, one event per line."""
     console = Console()
     if as_json:
         for event in events:
@@ -38,7 +38,7 @@ def _show(events: Iterable[Step | Answer], console: Console) -> None:
 
 
 def canvas(step: Step) -> Text:
-    """The canvas with its masks, and what is new on it."""
+    """The canvas with its masks; new tokens stand out."""
     new = {one.position for one in step.committed}
     shown = Text()
     for position, text in enumerate(step.canvas):

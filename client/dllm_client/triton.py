@@ -1,4 +1,4 @@
-"""Direct access to the Triton models, without the adapter: no jobs, no keys, no restarts.
+"""Direct access to the Triton models, without the adapter: no jobs, no API keys, no retries.
 
 `TritonClient.generate` asks the model `dllm_unary` over HTTP and waits for the answer;
 `TritonClient.stream` asks the model `dllm` over gRPC and yields one event per denoising step.
@@ -10,11 +10,11 @@ import json
 import operator
 import queue
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Self, Unpack, get_type_hints
 
 import numpy as np
 import tritonclient.grpc as triton_grpc
@@ -32,51 +32,27 @@ from dllm_client._errors import (
     UnavailableError,
     UnexpectedResponseError,
 )
-from dllm_client._types import Block, Sampling, Usage
+from dllm_client._types import Block, Prompt, Sampling, Usage, prompt_field
 
 UNARY_MODEL = "dllm_unary"
 STREAM_MODEL = "dllm"
 
-#: Triton's type of every input of the models, as their config.pbtxt has it.
+_TRITON_TYPES: Mapping[object, str] = {
+    str: "BYTES",
+    list[str]: "BYTES",
+    int: "INT32",
+    list[int]: "INT32",
+    float: "FP32",
+    bool: "BOOL",
+}
+#: Triton's type of each input that this module sends, from the annotations of `Sampling`.
 INPUT_TYPES: Mapping[str, str] = {
     "text_input": "BYTES",
     "messages": "BYTES",
     "input_ids": "INT32",
-    "suffix": "BYTES",
-    "canvas_ids": "INT32",
-    "temperature": "FP32",
-    "gen_length": "INT32",
-    "steps": "INT32",
-    "block_length": "INT32",
-    "cfg_scale": "FP32",
-    "remasking": "BYTES",
-    "confidence_threshold": "FP32",
-    "factor": "FP32",
-    "entropy_bound": "FP32",
-    "low_threshold": "FP32",
-    "credit": "BOOL",
-    "anchor_threshold": "FP32",
-    "neighbor_threshold": "FP32",
-    "alg": "BYTES",
-    "alg_temp": "FP32",
-    "top_p": "FP32",
-    "top_k": "INT32",
+    **{name: _TRITON_TYPES[kind] for name, kind in get_type_hints(Sampling).items()},
     "seed": "INT64",
-    "logits_eos_inf": "BOOL",
-    "confidence_eos_eot_inf": "BOOL",
-    "stop": "BYTES",
-    "ignore_eos": "BOOL",
-    "cache": "BYTES",
-    "retention_ratio": "FP32",
-    "pool_kernel": "INT32",
-    "delay_steps": "INT32",
-    "refresh_interval": "INT32",
-    "priority": "INT32",
-    "alone": "BOOL",
     "stream": "BOOL",
-    "stream_interval": "FP32",
-    "check": "BOOL",
-    "cancel": "BYTES",
 }
 _NUMPY_TYPES: Mapping[str, type[np.generic]] = {
     "BYTES": np.object_,
@@ -95,9 +71,6 @@ _ERROR_TEXTS: Mapping[str, str] = {
     "request timeout expired": "DEADLINE_EXCEEDED",
 }
 _REQUEST_ID = re.compile(r"^\[request id: [^\]]*\] ")
-
-#: A text, which the model sees as it is, or chat messages for the checkpoint's own template.
-Prompt = str | Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +92,7 @@ class Event:
 
 
 class TritonClient:
-    """Both ways to the engine; `http_url` and `grpc_url` are `host:port`.
+    """A client of Triton over HTTP and gRPC; `http_url` and `grpc_url` are `host:port`.
 
     `timeout` is the time in seconds for one answer. Methods raise the errors of `dllm_client`.
     Triton's HTTP client is bound to the thread that made it: use one TritonClient per thread.
@@ -150,11 +123,11 @@ class TritonClient:
         self.close()
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         self._http.close()
 
     def ready(self) -> bool:
-        """Is the engine loaded? Raises UnavailableError when the server is not there."""
+        """Whether the engine is loaded. Raises UnavailableError when no server answers."""
         with _mapped_errors():
             return bool(self._http.is_model_ready(STREAM_MODEL))
 
@@ -189,7 +162,7 @@ class TritonClient:
     ) -> Iterator[Event]:
         while True:
             try:
-                # A killed model process never answers: silence is the only sign of it.
+                # A killed model process sends nothing, not even an error.
                 result, error = replies.get(timeout=self._timeout)
             except queue.Empty:
                 message = f"no event within {self._timeout:g} s"
@@ -203,9 +176,14 @@ class TritonClient:
 
 
 def _prompt_field(prompt: Prompt) -> dict[str, Any]:
-    if isinstance(prompt, str):
-        return {"text_input": prompt}
-    return {"messages": json.dumps([dict(message) for message in prompt], ensure_ascii=False)}
+    """The prompt as an input of the models, to which a text goes without a chat template."""
+    match prompt_field(prompt):
+        case {"prompt": text}:
+            return {"text_input": text}
+        case {"messages": messages}:
+            return {"messages": json.dumps([dict(one) for one in messages], ensure_ascii=False)}
+        case token_ids:
+            return token_ids
 
 
 def _tensor(protocol: Any, name: str, value: Any) -> Any:
@@ -224,7 +202,7 @@ def _tensor(protocol: Any, name: str, value: Any) -> Any:
 
 
 def _exact(values: list[Any], datatype: str) -> list[Any]:
-    """The values, if the type holds them: numpy cuts off fractions and wraps large integers."""
+    """Check integers, since numpy cuts off fractions and wraps large ones."""
     if not datatype.startswith("INT"):
         return values
     integers = [operator.index(value) for value in values]
@@ -254,7 +232,7 @@ def _event(result: Any) -> Event:
 
 
 def _canvas(result: Any) -> dict[str, Any]:
-    """What only the model that streams tells."""
+    """The outputs that only `dllm` has."""
     texts, block = result.as_numpy("token_texts"), result.as_numpy("block")
     if texts is None or block is None:
         return {}
@@ -277,7 +255,7 @@ def _mapped_errors() -> Iterator[None]:
 
 
 def _mapped(error: InferenceServerException) -> DllmError:
-    """The error that stands for one of tritonclient: by its code, or by its words on a stream."""
+    """Our error for one of tritonclient's, by its code, or by its text on a stream."""
     message = _REQUEST_ID.sub("", str(error.message()))
     field, _, _ = message.partition(":")
     if field in INPUT_TYPES:

@@ -1,11 +1,13 @@
 """A scripted server behind httpx's transport seam."""
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
-Answer = httpx.Response | BaseException
+Answer = httpx.Response | BaseException | Callable[[httpx.Request], httpx.Response]
 
 
 def job(status: str, text: str | None = None, request_id: int = 0, **more: Any) -> httpx.Response:
@@ -29,8 +31,52 @@ class Script:
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(answer, BaseException):
             raise answer
+        if not isinstance(answer, httpx.Response):
+            return answer(request)
         return httpx.Response(answer.status_code, headers=answer.headers, content=answer.content)
 
     @property
     def asked(self) -> list[str]:
         return [f"{request.method} {request.url.path}" for request in self.requests]
+
+
+@dataclass
+class BatchServer:
+    """Takes batches up to a limit and answers each prompt; refuses what its rules say."""
+
+    limit: int
+    #: Refuses, with the place, a prompt that is this text.
+    bad: str | None = None
+    #: Jobs that may be queued at once.
+    room: int = 10_000
+    calls: list[int] = field(default_factory=list)
+    cancelled: list[int] = field(default_factory=list)
+    _prompts: list[str] = field(default_factory=list)
+    _fetched: int = 0
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        number = int(request.url.path.rpartition("/")[2]) if request.method != "POST" else 0
+        if request.method == "GET":
+            self._fetched += 1
+            return job("finished", f"answer-{self._prompts[number]}", number)
+        if request.method == "DELETE":
+            self.cancelled.append(number)
+            return job("cancelled", request_id=number)
+        return self._submit(json.loads(request.content)["prompts"])
+
+    def _submit(self, prompts: list[str]) -> httpx.Response:
+        if len(prompts) > self.limit:
+            message = f"List should have at most {self.limit} items, not {len(prompts)}"
+            return _refusal(["body", "prompts"], message)
+        if self.bad in prompts:
+            return _refusal(["body", "prompts", prompts.index(self.bad)], "is bad")
+        if len(self._prompts) - self._fetched + len(prompts) > self.room:
+            return httpx.Response(429, json={"detail": "the queue is full"})
+        first = len(self._prompts)
+        self.calls.append(len(prompts))
+        self._prompts += prompts
+        return submitted(*range(first, first + len(prompts)))
+
+
+def _refusal(place: list[str | int], message: str) -> httpx.Response:
+    return httpx.Response(422, json={"detail": [{"type": "x", "loc": place, "msg": message}]})

@@ -2,12 +2,13 @@
 
 import asyncio
 import json
+import sys
 from typing import Any
 
 import dllm_client
 import httpx
 import pytest
-from client_fakes import Script, job, submitted
+from client_fakes import BatchServer, Script, job, submitted
 from dllm_client import (
     AsyncClient,
     AuthenticationError,
@@ -123,7 +124,7 @@ def test_dead_server_is_reported_in_the_end(
     """Without a limit nobody waits for ever; the error says which job to come back for."""
     monkeypatch.setattr(_operations, "OUTAGE_SECONDS", 0.02)
     script.answers = [submitted(4), trouble]
-    with pytest.raises(UnavailableError, match="no word of job 4 for 0.02 s: .+") as caught:
+    with pytest.raises(UnavailableError, match="no answer about job 4 for 0.02 s: .+") as caught:
         client.generate("hi")
     assert caught.value.request_id == 4
     assert len(script.requests) > 2
@@ -173,6 +174,104 @@ def test_generate_batch_keeps_the_order(client: Client, script: Script) -> None:
     script.answers = [submitted(4, 5), job("finished", "a", 4), job("finished", "b", 5)]
     assert client.generate_batch(["x", "y"], gen_length=64) == ["a", "b"]
     assert json.loads(script.requests[0].content) == {"prompts": ["x", "y"], "gen_length": 64}
+
+
+def test_generate_batch_of_any_length() -> None:
+    """More prompts than the server takes in one call go out in several, and keep their order."""
+    server = BatchServer(limit=16)
+    with Client("http://server", transport=httpx.MockTransport(server)) as other:
+        prompts = [str(i) for i in range(65)]
+        assert other.generate_batch(prompts) == [f"answer-{i}" for i in range(65)]
+    assert server.calls == [16, 16, 16, 16, 1]
+
+
+def test_batch_waits_for_room_in_the_queue(quick: None) -> None:
+    """When the server takes no more jobs, results are fetched first, and the rest goes out then."""
+    del quick
+    server = BatchServer(limit=64, room=80)
+    with Client("http://server", transport=httpx.MockTransport(server)) as client:
+        results = client.run_batch([str(i) for i in range(200)])
+    assert [result.text for result in results] == [f"answer-{i}" for i in range(200)]
+    assert server.calls == [64, 64, 64, 8]
+
+
+def test_first_call_of_a_batch_is_refused_as_ever(quick: None) -> None:
+    """A queue that is full from the start is a RateLimitedError."""
+    del quick
+    transport = httpx.MockTransport(BatchServer(limit=64, room=0))
+    with Client("http://server", transport=transport) as client, pytest.raises(RateLimitedError):
+        client.generate_batch(["a"])
+
+
+def test_bad_prompt_of_a_long_batch(quick: None) -> None:
+    """The error has the prompt's place in the whole batch; jobs submitted before are cancelled."""
+    del quick
+    server = BatchServer(limit=64, bad="70")
+    with (
+        Client("http://server", transport=httpx.MockTransport(server)) as client,
+        pytest.raises(BadRequestError, match=r"^prompts\.70: is bad") as caught,
+    ):
+        client.generate_batch([str(i) for i in range(100)])
+    assert caught.value.field == "prompts.70"
+    assert server.cancelled == list(range(64))
+
+
+def test_run_batch_has_a_result_for_each_prompt(client: Client, script: Script) -> None:
+    """A failed job is a result, too; ids and results are told as they come."""
+    script.answers = [
+        submitted(4, 5),
+        job("failed", None, 4, error="out of luck"),
+        job("finished", "b", 5),
+    ]
+    ids: list[int] = []
+    seen: list[Result] = []
+    results = client.run_batch(["x", "y"], on_submit=ids.extend, on_result=seen.append)
+    assert [(result.status, result.problem) for result in results] == [
+        (Status.FAILED, "job 4 failed: out of luck"),
+        (Status.FINISHED, None),
+    ]
+    assert (ids, seen) == ([4, 5], results)
+
+
+def test_text_in_place_of_a_batch(client: Client, script: Script) -> None:
+    """One text is no list of prompts, though it is a sequence of letters."""
+    with pytest.raises(BadRequestError, match="^prompts: must be a list"):
+        client.generate_batch("abc")
+    assert not script.requests
+
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "field"), [("hi", "prompt"), (MESSAGES, "messages"), ([1, 2], "input_ids")]
+)
+def test_prompt_has_three_forms(
+    client: Client, script: Script, prompt: dllm_client.Prompt, field: str
+) -> None:
+    """A text, chat messages and token ids go out under the API's names, in a stream, too."""
+    script.answers = [submitted(7), httpx.Response(503)]
+    client.submit(prompt, seed=1)
+    with pytest.raises(UnavailableError):
+        next(client.stream(prompt, seed=1))
+    for request in script.requests:
+        assert json.loads(request.content) == {field: prompt, "seed": 1}
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_proxy_that_cannot_be_used(
+    kind: type[Client | AsyncClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy that httpx cannot use is an error that says what to do; loopback needs no proxy."""
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1080")
+    with pytest.raises(UnavailableError, match="httpx\\[socks\\].* or unset ALL_PROXY"):
+        kind("http://server")
+    monkeypatch.setenv("ALL_PROXY", "nonsense://127.0.0.1:1080")
+    with pytest.raises(UnavailableError, match="nonsense.*unset"):
+        kind("http://server")
+    for local in ("http://localhost:8000", "http://127.0.0.1", "http://[::1]:8000"):
+        kind(local)
 
 
 def test_failed_job_carries_its_result(client: Client, script: Script) -> None:

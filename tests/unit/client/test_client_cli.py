@@ -2,13 +2,12 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
+from typing import get_type_hints
 
-import dllm_client
 import httpx
 import pytest
-from client_fakes import Script, job, submitted
-from dllm_client import Block, Client, Committed, Status, Step, _options, cli
+from client_fakes import BatchServer, Script, job, submitted
+from dllm_client import Block, Client, Committed, Params, Step, _options
 from dllm_client._watch import canvas
 from dllm_client.cli import app
 from typer.testing import CliRunner, Result
@@ -45,7 +44,7 @@ def test_generate_prints_the_text(dllm: Dllm) -> None:
     """Every option becomes the field of the API, and only the text is printed."""
     dllm.script.answers = [submitted(0), job("finished", "a text")]
     options = "--gen-length 64 --steps 32 --temperature 0.5 --seed 1 --block-length 16 --raw"
-    options += " --remasking random --threshold 0.9 --cfg-scale 1.5 --stop x --stop y"
+    options += " --remasking random --confidence-threshold 0.9 --cfg-scale 1.5 --stop x --stop y"
     outcome = dllm("generate", "hi", *options.split())
     assert (outcome.exit_code, outcome.stdout, outcome.stderr) == (0, "a text\n", "")
     assert dllm.sent == {
@@ -72,12 +71,12 @@ def test_generate_streams(dllm: Dllm) -> None:
     body = f"event: step\ndata: {json.dumps(step)}\n\nevent: done\ndata: {json.dumps(done)}\n\n"
     dllm.script.answers = [httpx.Response(200, content=body.encode())]
 
-    outcome = dllm("generate", "hi", "--stream", "--priority", "1", "--deadline", "5")
+    outcome = dllm("generate", "hi", "--stream", "--priority", "1", "--timeout", "5")
     assert (outcome.exit_code, outcome.stdout, outcome.stderr) == (0, "ab\n", "")
     assert dllm.sent == {"prompt": "hi", "priority": 1, "timeout": 5}
     printed = dllm("generate", "hi", "--stream", "--json").stdout.splitlines()
     assert [json.loads(line) for line in printed] == [step, done]
-    assert dllm("generate", "hi", "--stream", "--timeout", "5").exit_code == 2
+    assert dllm("generate", "hi", "--stream", "--wait-timeout", "5").exit_code == 2
 
 
 def test_terminal_shows_the_canvas() -> None:
@@ -131,26 +130,64 @@ def test_batch_goes_on_after_a_failure(dllm: Dllm, tmp_path: Path) -> None:
     assert dllm.sent == {"prompts": ["one", "two"], "gen_length": 8}
 
 
-def test_batch_has_one_timeout(dllm: Dllm, monkeypatch: pytest.MonkeyPatch) -> None:
-    """--timeout is the time for all jobs, not for each of them, as in `generate_batch`."""
-    allowed: list[float | None] = []
+def test_batch_has_one_timeout(dllm: Dllm) -> None:
+    """--wait-timeout is the time for all jobs, not for each of them, as in `generate_batch`."""
+    dllm.script.answers = [submitted(4, 5), job("finished", "a", 4), job("running")]
+    outcome = dllm("batch", "-", "--wait-timeout", "0.05", stdin="one\ntwo\n")
+    assert (outcome.exit_code, outcome.stdout) == (1, "a\n")
+    assert outcome.stderr.startswith("dllm: job 5 was not finished after ")
+    assert float(outcome.stderr.split()[7]) <= 0.05
 
-    def wait(_: Client, request_id: int, timeout: float | None = None) -> dllm_client.Result:
-        allowed.append(timeout)
-        clock.append(clock[-1] + 2.0)
-        return dllm_client.Result(request_id, Status.FINISHED, "a text")
 
-    clock = [100.0]
-    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: clock[-1]))
-    monkeypatch.setattr(Client, "wait", wait)
-    dllm.script.answers = [submitted(4, 5, 6)]
-    outcome = dllm("batch", "-", "--timeout", "3", stdin="one\ntwo\nthree\n")
-    assert outcome.exit_code == 0
-    assert allowed == [3.0, 1.0, 0.0]
+def test_batch_longer_than_the_servers_limit(dllm: Dllm) -> None:
+    """100 lines go out in calls that the server takes, and come back in their order."""
+    server = BatchServer(limit=30)
+    dllm.script.answers = [server]
+    outcome = dllm("batch", "-", stdin="".join(f"{i}\n" for i in range(100)))
+    assert (outcome.exit_code, outcome.stderr) == (0, "")
+    assert outcome.stdout.split() == [f"answer-{i}" for i in range(100)]
+    assert server.calls == [30, 30, 30, 10]
+
+
+def test_every_field_of_a_request_is_an_option(dllm: Dllm) -> None:
+    """`dllm` takes each field under the API's name, with its type, and sends it under that name."""
+    given: dict[str, object] = {}
+    arguments = []
+    for name, kind in get_type_hints(Params).items():
+        value = {str: "x", int: 3, float: 0.5, bool: True, list[str]: ["x"], list[int]: [3]}[kind]
+        shown = [] if kind is bool else [str(value[0] if isinstance(value, list) else value)]
+        arguments += [f"--{name.replace('_', '-')}", *shown]
+        given[name] = value
+    dllm.script.answers = [submitted(0)]
+    assert dllm("submit", "hi", *arguments).stdout == "0\n"
+    assert dllm.sent == {"prompt": "hi", **given}
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_the_address_may_stand_before_or_behind_the_command(dllm: Dllm, behind: bool) -> None:
+    """--url works in both places, and wins over DLLM_URL."""
+    dllm.script.answers = [httpx.Response(200, json={"status": "ok"})]
+    address = ["--url", "http://other", "--api-key", "secret"]
+    arguments = ["health", *address] if behind else [*address, "health"]
+    assert dllm(*arguments).stdout == "ok\n"
+    (request,) = dllm.script.requests
+    assert (request.url.host, request.headers["Authorization"]) == ("other", "Bearer secret")
+
+
+def test_chat_messages_as_json(dllm: Dllm) -> None:
+    """With --messages the prompt is a JSON list of messages; anything else is one line."""
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    dllm.script.answers = [submitted(3)]
+    assert dllm("submit", "-", "--messages", stdin=json.dumps(messages)).stdout == "3\n"
+    assert dllm.sent == {"messages": messages}
+    for wrong in ("hi", '{"role": "user"}', "[1]"):
+        outcome = dllm("submit", wrong, "--messages")
+        assert outcome.exit_code == 1
+        assert outcome.stderr.startswith("dllm: messages: ")
 
 
 def test_interrupt_cancels_the_job(dllm: Dllm) -> None:
-    """Ctrl-C leaves no job behind that nobody knows the id of."""
+    """Ctrl-C cancels the job that the command waits for."""
     dllm.script.answers = [submitted(4), job("running"), KeyboardInterrupt(), job("cancelled")]
     outcome = dllm("generate", "hi")
     assert (outcome.exit_code, outcome.stdout) == (130, "")
@@ -181,7 +218,7 @@ def test_interrupt_cancels_what_is_left_of_a_batch(dllm: Dllm) -> None:
 
 
 def test_interrupt_of_a_stream_hangs_up(dllm: Dllm) -> None:
-    """A stream has no job: hanging up is all that there is to do."""
+    """Ctrl-C closes the connection of a stream, which has no job to cancel."""
     dllm.script.answers = [KeyboardInterrupt()]
     outcome = dllm("generate", "hi", "--stream")
     assert (outcome.exit_code, outcome.stderr) == (130, "")
@@ -196,7 +233,7 @@ def test_cancel_and_health(dllm: Dllm) -> None:
 
 
 def test_errors_are_one_line(dllm: Dllm, tmp_path: Path) -> None:
-    """Whatever goes wrong is one line on stderr and exit code 1, never a traceback."""
+    """An error is one line on stderr and exit code 1, never a traceback."""
     detail = [{"loc": ["body", "gen_length"], "msg": "should be\nless than [513]"}]
     dllm.script.answers = [httpx.Response(422, json={"detail": detail})]
     outcome = dllm("generate", "hi", "--gen-length", "9999")
@@ -213,7 +250,7 @@ def test_errors_are_one_line(dllm: Dllm, tmp_path: Path) -> None:
 
 
 def test_errors_of_the_waiting_name_the_job(dllm: Dllm) -> None:
-    """Whoever has not seen the id of the job can come back for it."""
+    """An error while waiting names the job, so that the user can wait for it again."""
     for answer in (httpx.Response(401, json={"detail": "no key"}), job("failed", None, 0)):
         dllm.script.answers = [submitted(0), answer]
         outcome = dllm("generate", "hi")
@@ -236,7 +273,7 @@ def test_errors_of_the_waiting_name_the_job(dllm: Dllm) -> None:
 def test_values_that_cannot_be_sent_are_one_line(
     dllm: Dllm, arguments: list[str], field: str
 ) -> None:
-    """No traceback for what the shell passes on without a look at it."""
+    """A value that no request can hold is an error of one line."""
     outcome = dllm(*arguments, stdin="one")
     assert (outcome.exit_code, outcome.stdout) == (1, "")
     assert outcome.stderr.startswith(f"dllm: {field}: ")

@@ -35,13 +35,19 @@ class Response:
 
 
 def test_input_types_are_those_of_the_model() -> None:
-    """The table of inputs equals config.pbtxt, name by name and type by type."""
+    """Each type that the annotations of `Sampling` give is the one in config.pbtxt."""
     config = (REPOSITORY / "dllm" / "config.pbtxt").read_text()
     inputs = config[config.index("input [") : config.index("output [")]
     declared = dict(re.findall(r'name: "(\w+)"\s+data_type: TYPE_(\w+)', inputs))
-    assert {name: kind.replace("STRING", "BYTES") for name, kind in declared.items()} == (
-        triton.INPUT_TYPES
-    )
+    types = {name: kind.replace("STRING", "BYTES") for name, kind in declared.items()}
+    assert triton.INPUT_TYPES.items() <= types.items()
+    assert types.keys() - triton.INPUT_TYPES.keys() == {
+        "priority",
+        "alone",
+        "stream_interval",
+        "check",
+        "cancel",
+    }
 
 
 @pytest.mark.parametrize("protocol", [triton_http, triton_grpc])
@@ -74,8 +80,9 @@ def test_unknown_parameter_is_refused() -> None:
         triton._tensor(triton_http, "gen_lenght", 1)
 
 
-def test_prompt_is_a_text_or_messages() -> None:
-    """A text goes as it is; messages go as JSON for the chat template."""
+def test_prompt_is_a_text_messages_or_token_ids() -> None:
+    """A text goes as it is, as do token ids; messages go as JSON for the chat template."""
+    assert triton._prompt_field([5, 6]) == {"input_ids": [5, 6]}
     assert triton._prompt_field("hi") == {"text_input": "hi"}
     messages = [{"role": "user", "content": "hé"}]
     assert triton._prompt_field(messages) == {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from tqdm.auto import tqdm
 
@@ -13,6 +14,9 @@ from dllm_engine.errors import InvalidRequest
 from dllm_engine.loop.engine import Engine
 from dllm_engine.request import CanvasUpdate, Completion, Prompt
 from dllm_engine.sampling_params import SamplingParams
+
+#: A text, chat messages, token ids, or a `Prompt` with a canvas or suffix of its own.
+AnyPrompt = str | Sequence[Mapping[str, str]] | Sequence[int] | Prompt
 
 
 class LLM:
@@ -32,7 +36,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int] | Prompt],
+        prompts: AnyPrompt | Sequence[AnyPrompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         chat: bool = False,
@@ -41,7 +45,7 @@ class LLM:
         """Denoise one canvas per prompt; all run together.
 
         Args:
-            prompts: texts, token ids, or `Prompt`s with a canvas or suffix of their own.
+            prompts: a list of prompts, or a single one.
             params: one for all prompts, or one each; None: the defaults.
             chat: ask each text as one user message in the checkpoint's chat template.
             progress: show a bar.
@@ -53,10 +57,11 @@ class LLM:
             InvalidRequest: a prompt or parameter is unusable; nothing has run then.
             RequestFailed: the engine met an error.
         """
-        each = _one_per_prompt(params, len(prompts))
+        batch = _as_list(prompts)
+        each = _one_per_prompt(params, len(batch))
         requests = [
             self.engine.make_request(self._encode(prompt, chat), p)
-            for prompt, p in zip(prompts, each, strict=True)
+            for prompt, p in zip(batch, each, strict=True)
         ]
         # This thread may not be the one that loaded the model, or have run another since.
         self.engine.runner.bind_thread()
@@ -80,15 +85,19 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _encode(self, prompt: str | Sequence[int] | Prompt, chat: bool) -> Prompt:
+    def _encode(self, prompt: AnyPrompt, chat: bool) -> Prompt:
         if isinstance(prompt, Prompt):
             return prompt
-        if not isinstance(prompt, str):
-            return Prompt(list(prompt))
-        codec = self.engine.codec
-        if codec is None:
+        messages = _as_messages(prompt)
+        if not isinstance(prompt, str) and messages is None:
+            return Prompt([int(token_id) for token_id in cast(Sequence[int], prompt)])
+        tokenizer = self.engine.codec
+        if tokenizer is None:
             raise InvalidRequest("prompts", "this checkpoint has no tokenizer; pass token ids")
-        return Prompt(codec.encode_chat(prompt) if chat else codec.encode_text(prompt))
+        if messages is not None:
+            return Prompt(tokenizer.encode_messages(json.dumps(messages)))
+        text = cast(str, prompt)
+        return Prompt(tokenizer.encode_chat(text) if chat else tokenizer.encode_text(text))
 
     def _completion(self, update: CanvasUpdate, stop: tuple[str, ...]) -> Completion:
         if update.error is not None:
@@ -104,6 +113,19 @@ class LLM:
             update.usage,
             update.seed,
         )
+
+
+def _as_list(prompts: AnyPrompt | Sequence[AnyPrompt]) -> Sequence[AnyPrompt]:
+    """The prompts; a text, a conversation or token ids alone are a list of one."""
+    if isinstance(prompts, str | Prompt) or (prompts and isinstance(prompts[0], Mapping | int)):
+        return [cast(AnyPrompt, prompts)]
+    return cast(Sequence[AnyPrompt], prompts)
+
+
+def _as_messages(prompt: AnyPrompt) -> list[dict[str, str]] | None:
+    if isinstance(prompt, str | Prompt) or not prompt or not isinstance(prompt[0], Mapping):
+        return None
+    return [dict(message) for message in cast(Sequence[Mapping[str, str]], prompt)]
 
 
 def _one_per_prompt(
