@@ -84,15 +84,13 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["Retry-After", "X-Request-ID"],
         )
-    app.add_middleware(TelemetryMiddleware)
+    routers = [m.router for m in (jobs, stream, openai, page, health, metrics)]
+    routes = [route for router in routers for route in router.routes]
+    app.add_middleware(TelemetryMiddleware, routes=routes)
     add_error_handlers(app)
-    app.include_router(jobs.router)
-    app.include_router(stream.router)
-    app.include_router(openai.router)
-    app.include_router(page.router)
+    for router in routers:
+        app.include_router(router)
     page.mount_files(app)
-    app.include_router(health.router)
-    app.include_router(metrics.router)
     extend_openapi(app, chosen)
     return app
 
