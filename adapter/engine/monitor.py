@@ -160,7 +160,8 @@ class EngineMonitor:
         if state == self._state:
             return
         if state.ok != self._state.ok:
-            log.warning("engine_state", engine=self._name, ok=state.ok, reason=state.reason)
+            write = log.info if state.ok else log.warning
+            write("engine_state", engine=self._name, ok=state.ok, reason=state.reason)
             self._epoch += state.ok
         self._state = state
         ENGINE_READY.labels(self._name).set(state.ok)

@@ -11,6 +11,7 @@ from adapter.engine.follow import follow
 from adapter.engine.pool import Endpoint, EnginePool
 from adapter.errors import AdapterError, StreamInterrupted, TooManyCalls, Unavailable
 from adapter.telemetry.logs import get_logger
+from adapter.telemetry.metrics import TokenTimer
 from adapter.types import DEFAULT_PRIORITY, Event, Inputs, StreamDetail
 
 log = get_logger()
@@ -35,6 +36,7 @@ class StreamingRequest:
         idle_timeout: float,
     ) -> None:
         self._monitor = endpoint.monitor
+        self._timer = None if detail is StreamDetail.RESULT else TokenTimer()
         self._newest: Event | None = None
         self._error: AdapterError | None = None
         self._changed = asyncio.Event()
@@ -106,6 +108,8 @@ class StreamingRequest:
 
     def _put(self, event: Event) -> None:
         self._accepted.set()
+        if self._timer is not None:
+            self._timer.observe(event)
         if not event.is_queued:  # before that there is nothing to show
             self._newest = event
             self._changed.set()
@@ -178,4 +182,4 @@ class StreamingRequests:
         request = self._running.pop(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("streaming_request_failed", exc_info=error)
-            request.fail(StreamInterrupted("the adapter met an error of its own"))
+            request.fail(StreamInterrupted("internal error of the adapter"))

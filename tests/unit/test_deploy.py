@@ -18,14 +18,10 @@ from launcher.adapter import KEEP_ALIVE_SECONDS
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
-ADAPTER = {f"DLLM_{name.upper()}" for name in Settings.model_fields} | {"WEB_CONCURRENCY"}
-ENGINE = {
-    *EngineConfig.settings(),
-    "DLLM_EXIT_ON_ENGINE_DEATH",
-    "MODEL_PATH",
-    "TRITON_CACHE_DIR",
-    "HOME",
-}
+ADAPTER = {f"DLLM_{name.upper()}" for name in Settings.model_fields}
+ADAPTER |= {"WEB_CONCURRENCY", "PROMETHEUS_MULTIPROC_DIR"}
+ENGINE = {*EngineConfig.settings(), "MODEL_PATH", "TRITON_CACHE_DIR", "HOME"}
+ENGINE |= {"DLLM_EXIT_ON_ENGINE_DEATH"}
 READ = {"adapter": ADAPTER, "triton": ENGINE}
 COMPOSE = sorted(DEPLOY.glob("compose*.yaml"))
 

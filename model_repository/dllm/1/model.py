@@ -20,7 +20,7 @@ from dllm_engine import (
     Engine,
     EngineConfig,
     EngineDead,
-    EngineWorker,
+    EngineThread,
     InvalidConfig,
     InvalidRequest,
     QueueFull,
@@ -56,7 +56,7 @@ class TritonPythonModel:
         fail_fast = _parse_switch(EXIT_ON_ENGINE_DEATH, settings.pop(EXIT_ON_ENGINE_DEATH, ""))
         config = EngineConfig.from_mapping(settings)
         logger.info("loading checkpoint path=%s", config.model_path)
-        self._worker = EngineWorker(Engine(config), on_death=self._on_engine_death)
+        self._worker = EngineThread(Engine(config), on_death=self._on_engine_death)
         self._dispatcher = ResponseDispatcher(
             self._worker, args["model_name"], args["model_instance_name"]
         )
