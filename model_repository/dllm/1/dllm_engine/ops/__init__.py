@@ -1,4 +1,4 @@
-"""Numerical building blocks; they know tensors and nothing of requests."""
+"""Numerical building blocks: functions of tensors that know nothing of requests."""
 
 from dllm_engine.ops.attention import GATHER_BYTES, packed_attention, sequences_at_once
 from dllm_engine.ops.dispatch import TORCH, Operations, choose_operations

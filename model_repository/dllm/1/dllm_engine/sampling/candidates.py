@@ -1,8 +1,7 @@
-"""Which token each masked position would take, and how sure the model is of it.
+"""Chooses a candidate token for each masked position, with the model's confidence in it.
 
-The head is applied to the rows that need it alone, and its logits are reduced as they are made,
-so that they never take more memory than their budget: (rows × vocabulary) of a whole batch is
-gigabytes.
+The head runs on the masked rows alone, and its logits are reduced as they are made, so that they
+stay within a memory budget: (rows × vocabulary) of a whole batch is gigabytes.
 """
 
 from __future__ import annotations
@@ -39,18 +38,18 @@ def sample_candidates(
 
     At temperature 0 the most likely token; above, `argmax(logits / T + G)` with Gumbel noise G in
     float64, which samples from softmax(logits / T) exactly (LLaDA's generate.py takes the same
-    maximum as exp(logits) / (−ln u)^T). The mask token is never chosen, though it counts in the
-    clean probabilities, as in the reference. In the tempered and filtered distributions it has no
-    part: a filter could leave nothing else.
+    maximum as exp(logits) / (−ln u)^T). The mask token is never chosen, but counts in the clean
+    probabilities, as in the reference. The tempered and filtered distributions exclude it: a filter
+    might leave no other token.
 
     Args:
         hidden: [rows, hidden_size], after the final norm.
-        head: makes logits, a tile of the vocabulary at a time.
+        head: the language-model head.
         rows: temperature, seed, step, position and filters of each row.
-        special: the ids that some rows or all treat apart.
-        budget_bytes: what the logits (and their noise) may take at once.
+        special: tokens with a special meaning.
+        budget_bytes: memory for logits and their noise.
         needs_entropy: compute entropy and margin; zeros otherwise.
-        credits: where any row is decided with credit; only greedy rows without filters may be.
+        credits: given if any row uses credit; only greedy rows without filters may.
     """
     if not rows.num_full_logits:
         return from_statistics(hidden, head, rows, special, budget_bytes, needs_entropy, credits)
