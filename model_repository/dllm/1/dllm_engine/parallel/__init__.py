@@ -1,4 +1,4 @@
-"""Tensor parallelism: one model over several processes ("ranks"), a device each."""
+"""Tensor parallelism: splits one model over several processes (ranks) with a device each."""
 
 from dllm_engine.parallel.group import Group, thread_share
 from dllm_engine.parallel.head import SlicedHead
