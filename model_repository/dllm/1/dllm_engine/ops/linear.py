@@ -98,12 +98,12 @@ class Linear(nn.Module):
         self._product, self._added = product, added
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self._packed: Tensor | None = None
+        self.packed: Tensor | None = None
 
     def pack(self) -> None:
         """Replace the weight by its packed form if that pays."""
         if can_pack(self.weight):
-            self._packed = pack(self.weight)
+            self.packed = pack(self.weight)
             del self.weight
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -112,12 +112,12 @@ class Linear(nn.Module):
         The residual may be overwritten.
         """
         if residual is None:
-            if self._packed is None:
+            if self.packed is None:
                 return self._product(x, self.weight, self.bias)
-            return packed_linear(x, self._packed, self.bias)
-        if self._packed is None:
+            return packed_linear(x, self.packed, self.bias)
+        if self.packed is None:
             return self._added(residual, x, self.weight)
-        return _packed_combined(x, residual, self._packed, "add")
+        return _packed_combined(x, residual, self.packed, "add")
 
 
 class GatedLinear(nn.Module):
@@ -136,18 +136,18 @@ class GatedLinear(nn.Module):
         super().__init__()
         self._product, self._gate = product, gate
         self.weight = nn.Parameter(torch.empty(2 * out_features, in_features))
-        self._packed: tuple[Tensor, Tensor] | None = None
+        self.packed: tuple[Tensor, Tensor] | None = None
 
     def pack(self) -> None:
         """Replace the weight by its packed halves if that pays."""
         if can_pack(self.weight):
             gate, up = self.weight.chunk(2)
-            self._packed = (pack(gate.contiguous()), pack(up.contiguous()))
+            self.packed = (pack(gate.contiguous()), pack(up.contiguous()))
             del self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """[rows, in_features] to [rows, out_features]."""
-        if self._packed is None:
+        if self.packed is None:
             return self._gate(self._product(x, self.weight, None))
-        gate, up = self._packed
+        gate, up = self.packed
         return _packed_combined(x, packed_linear(x, gate, None, "swish"), up, "mul")

@@ -31,13 +31,13 @@ def select_positions(queries: Tensor, keys: Tensor, keep: int, pool_kernel: int)
     Returns:
         [G, keep, num_kv_heads] int64 in 0..C−1, ascending.
     """
-    scores = torch.stack([_scores(q, k) for q, k in zip(queries, keys, strict=True)])
+    scores = torch.stack([position_scores(q, k) for q, k in zip(queries, keys, strict=True)])
     pooled = F.max_pool1d(scores, pool_kernel, stride=1, padding=pool_kernel // 2)
     best = pooled.sort(dim=2, descending=True, stable=True).indices[:, :, :keep]
     return best.sort(dim=2).values.transpose(1, 2)
 
 
-def _scores(queries: Tensor, keys: Tensor) -> Tensor:
+def position_scores(queries: Tensor, keys: Tensor) -> Tensor:
     """Scores of one sequence before pooling: [num_kv_heads, C].
 
     Computes some keys at a time. How many depends on the sequence alone, so its scores are
@@ -46,10 +46,10 @@ def _scores(queries: Tensor, keys: Tensor) -> Tensor:
     num_kv_heads, head_dim = keys.shape[1:]
     grouped = queries.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3) / head_dim**0.5  # type: ignore[no-untyped-call]
     width = max(_LEAST_KEYS, _SCORE_NUMBERS // grouped.shape[:3].numel())
-    return torch.cat([_scores_of(grouped, some) for some in torch.split(keys, width)], dim=1)
+    return torch.cat([_scores(grouped, some) for some in torch.split(keys, width)], dim=1)
 
 
-def _scores_of(grouped: Tensor, keys: Tensor) -> Tensor:
+def _scores(grouped: Tensor, keys: Tensor) -> Tensor:
     """Scores of keys [c, num_kv_heads, head_dim]; queries [num_kv_heads, shared, B, head_dim]."""
     products: Tensor = grouped @ keys.permute(1, 2, 0).unsqueeze(1)  # [num_kv_heads, shared, B, c]
     wide = products.to(torch.promote_types(products.dtype, torch.float32))
