@@ -226,7 +226,7 @@ def test_a_model_that_fits_only_quantised(tmp_path: Path, kind: str) -> None:
     weights = check_weights(spec, limit=limit, element_size=4, quantization=kind)
     assert weights == spec.weight_bytes(4, kind) < 0.4 * limit
     settings["memory_limit"] = "64MiB"
-    assert LLM(folder, quantization=kind, **settings).engine.memory_plan.weights == weights
+    assert LLM(folder, quantization=kind, **settings).engine.runner.plan.weights == weights
 
 
 class LiveBytes(TorchDispatchMode):

@@ -73,7 +73,7 @@ def test_two_ranks_on_kernels(tmp_path: Path) -> None:
     prompts, params = [PROMPTS[i] for i in chosen], [MIXTURE[i] for i in chosen]
     wanted = LLM(checkpoint, kernels="torch", **options).generate(prompts, params, progress=False)
     with LLM(checkpoint, kernels="triton", tensor_parallel_size=2, **options) as llm:
-        assert llm.engine._runner._shard.block_m
+        assert llm.engine.runner.rank.block_m
         found = llm.generate(prompts, params, progress=False)
     for mine, theirs in zip(found, wanted, strict=True):
         assert mine.token_ids.tolist() == theirs.token_ids.tolist()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from dllm_engine import LLM
-from dllm_engine.execution import model_runner as shard
+from dllm_engine.execution import rank_model
 from dllm_engine.execution.graphs import GRAPH_BYTES, ForwardGraphs, cuda_recorder, graph_sizes
 from dllm_engine.memory import KVPages
 from dllm_engine.models import DiffusionModel, load_model, read_spec
@@ -176,12 +176,12 @@ def test_an_engine_with_graphs(
     options |= {"memory_limit": "400MiB", **SMALL}
     plain = LLM(checkpoint, kernels="torch", **options)
     if DEVICE == "cpu":
-        monkeypatch.setattr(shard, "_largest_graph", lambda *_: 32)
-        monkeypatch.setattr(shard, "cuda_recorder", lambda: run_again)
+        monkeypatch.setattr(rank_model, "largest_graph", lambda *_: 32)
+        monkeypatch.setattr(rank_model, "cuda_recorder", lambda: run_again)
     else:
         options["cuda_graph_rows"] = 32
     llm = LLM(checkpoint, kernels="triton", **options)
-    graphs = llm.engine._runner._shard._graphs  # type: ignore[union-attr]
+    graphs = llm.engine.runner.rank.graphs  # type: ignore[union-attr]
     assert graphs is not None
     replays, run = [], graphs.run
 
@@ -200,7 +200,7 @@ def test_an_engine_with_graphs(
         assert mine.token_ids.tolist() == theirs.token_ids.tolist()
         np.testing.assert_allclose(mine.confidence, theirs.confidence, rtol=1e-4, atol=1e-6)
     assert set(replays) == {True, False}
-    plan, without = llm.engine.memory_plan, plain.engine.memory_plan
+    plan, without = llm.engine.runner.plan, plain.engine.runner.plan
     assert plan.graphs >= len(graph_sizes(32)) * GRAPH_BYTES > without.graphs == 0
     used = plan.weights + plan.activations + plan.logits + plan.graphs
     assert used + plan.pages <= plan.limit == without.limit

@@ -110,9 +110,9 @@ def test_no_question_inside_a_step(tmp_path: Path) -> None:
     for _ in range(2):
         slots = [r.slot for r in engine.scheduler.schedule() if r.slot is not None]
         with no_waiting() as asked:
-            report = engine._runner.launch(slots)
+            report = engine.runner.launch(slots)
         assert asked == [], "\n".join(asked)
-        engine._runner.finish(report)
+        engine.runner.finish(report)
 
 
 class Work(TorchDispatchMode):
@@ -139,7 +139,7 @@ def test_the_device_lays_out_nothing(tmp_path: Path, requests: int) -> None:
     for i in range(requests):
         params = SamplingParams(gen_length=6 + i, block_length=3, cache=("dual", "sparse")[i % 2])
         engine.add(engine.make_request(Prompt([1, 2, 3]), params))
-    model, before = engine._runner._model, []
+    model, before = engine.runner.rank.model, []
     forward = model.forward
     with pytest.MonkeyPatch.context() as patch, Work() as work:
 
@@ -188,11 +188,10 @@ def test_a_step_reads_the_device_once(tmp_path: Path) -> None:
     assert fetched == [["numpy"]] * 2
 
 
-def test_newcomers_are_laid_out_while_a_step_is_under_way(tmp_path: Path) -> None:
-    """A request that gets a slot is laid out between the launch of a step and the wait for its
-    end."""
+def test_newcomers_are_laid_out_while_a_step_is_in_flight(tmp_path: Path) -> None:
+    """A request that gets a slot is laid out between a step's launch and the wait for its end."""
     engine = LLM(write_llada(tmp_path), **OPTIONS).engine
-    runner, order = engine._runner, []
+    runner, order = engine.runner, []
 
     def noted(name: str, call: Any) -> Any:
         def noting(*args: Any) -> Any:
