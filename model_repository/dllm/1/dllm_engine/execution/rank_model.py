@@ -50,6 +50,7 @@ from dllm_engine.ops import (
 from dllm_engine.ops.rows import ROW_MULTIPLE
 from dllm_engine.parallel import Group
 from dllm_engine.sampling import (
+    LISTED,
     Candidates,
     Credits,
     RowSampling,
@@ -57,7 +58,6 @@ from dllm_engine.sampling import (
     least_bytes,
     sample_candidates,
 )
-from dllm_engine.sampling.credit import LISTED
 from dllm_engine.state.batch import StepBatch
 from dllm_engine.state.canvas import CanvasTable
 

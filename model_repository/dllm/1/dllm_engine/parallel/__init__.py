@@ -2,14 +2,13 @@
 
 from dllm_engine.parallel.group import Group, thread_share
 from dllm_engine.parallel.head import SlicedHead
-from dllm_engine.parallel.ranks import RankConnection, RankInfo, Ranks
+from dllm_engine.parallel.ranks import RankConnection, Ranks
 from dllm_engine.parallel.wire import PackedObject, pack_tensors
 
 __all__ = [
     "Group",
     "PackedObject",
     "RankConnection",
-    "RankInfo",
     "Ranks",
     "SlicedHead",
     "pack_tensors",

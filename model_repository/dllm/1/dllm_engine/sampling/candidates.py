@@ -54,23 +54,19 @@ def sample_candidates(
     if not rows.num_full_logits:
         return from_statistics(hidden, head, rows, special, budget_bytes, needs_entropy, credits)
     filtered = (rows.top_p < 1) | (rows.top_k > 0)
-    whole = needs_full_logits(rows.temperature > 0, filtered, rows.dream_statistics)
-    num_tiled = len(hidden) - rows.num_full_logits
-    order = whole.to(torch.uint8).argsort(stable=True)
-    tiled, whole_rows = order[:num_tiled], order[num_tiled:]
-    parts = [
-        from_full_logits(
-            hidden[whole_rows], head, rows.take(whole_rows), special, budget_bytes, needs_entropy
-        )
-    ]
-    if len(tiled):
-        mine = None if credits is None else credits.take(tiled)
-        arguments = (hidden[tiled], head, rows.take(tiled), special, budget_bytes, needs_entropy)
-        parts.insert(0, from_statistics(*arguments, mine))
-    found = joined(parts).take(order.argsort())  # in the order of the rows again
-    if credits is None:
-        return found
-    after = Credits(credits.used, credits.tokens.clone(), credits.values.clone())
-    if len(tiled) and parts[0].credits is not None:
-        after.tokens[tiled], after.values[tiled] = parts[0].credits.tokens, parts[0].credits.values
-    return dataclasses.replace(found, credits=after)
+    needs_all = needs_full_logits(rows.temperature > 0, filtered, rows.dream_statistics)
+    order = needs_all.to(torch.uint8).argsort(stable=True)
+    num_reduced = len(hidden) - rows.num_full_logits
+    reduced, full = order[:num_reduced], order[num_reduced:]
+    parts = []
+    if num_reduced:
+        lists = None if credits is None else credits.take(reduced)
+        arguments = hidden[reduced], head, rows.take(reduced), special, budget_bytes, needs_entropy
+        parts.append(from_statistics(*arguments, lists))
+    found = from_full_logits(
+        hidden[full], head, rows.take(full), special, budget_bytes, needs_entropy
+    )
+    parts.append(
+        found if credits is None else dataclasses.replace(found, credits=credits.take(full))
+    )
+    return joined(parts).take(order.argsort())  # back in the order of the rows

@@ -93,7 +93,7 @@ def _apply(rule: Rule, block: BlockStatistics, plan: CommitPlan, counted: Tensor
 
 def _scores(block: BlockStatistics, plan: CommitPlan) -> Tensor:
     """float64 [R, block]; larger is committed first."""
-    score = block.confidence.to(torch.float64)
+    score = _score_of(Score.CONFIDENCE, block, plan)
     for kind in plan.scores_in_use - {Score.CONFIDENCE}:
         here = (plan.score == kind).unsqueeze(1)
         score = torch.where(here, _score_of(kind, block, plan), score)

@@ -13,6 +13,7 @@ the best by fused logits, since the best by plain ones is listed and no unlisted
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -38,6 +39,15 @@ class Credits:
     def take(self, index: slice | Tensor) -> Credits:
         """The lists of some rows."""
         return Credits(self.used[index], self.tokens[index], self.values[index])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Credits]) -> Credits:
+        """Concatenate the lists of several groups of rows."""
+        return cls(
+            torch.cat([part.used for part in parts]),
+            torch.cat([part.tokens for part in parts]),
+            torch.cat([part.values for part in parts]),
+        )
 
 
 @dataclasses.dataclass(frozen=True)

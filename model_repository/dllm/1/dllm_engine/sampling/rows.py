@@ -104,20 +104,23 @@ class Candidates:
     credits: Credits | None = None
 
     def take(self, index: slice | Tensor) -> Candidates:
-        """The candidates of some rows, without credit."""
+        """The candidates of some rows."""
         return Candidates(
             token=self.token[index],
             confidence=self.confidence[index],
             entropy=self.entropy[index],
             margin=self.margin[index],
+            credits=None if self.credits is None else self.credits.take(index),
         )
 
 
 def joined(parts: Sequence[Candidates]) -> Candidates:
-    """Concatenate the candidates of several groups of rows, without credit."""
+    """Concatenate the candidates of several groups of rows."""
+    lists = [part.credits for part in parts if part.credits is not None]
     return Candidates(
         token=torch.cat([part.token for part in parts]),
         confidence=torch.cat([part.confidence for part in parts]),
         entropy=torch.cat([part.entropy for part in parts]),
         margin=torch.cat([part.margin for part in parts]),
+        credits=Credits.joined(lists) if lists else None,
     )
