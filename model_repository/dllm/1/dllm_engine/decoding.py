@@ -141,7 +141,8 @@ DECODINGS: tuple[Decoding, ...] = (
         rule=Rule.COUNT,
         score=Score.CONFIDENCE,
         source="Dream, generation_utils.py",
-        definition="the time schedule's count of those with the largest probability of their token",
+        definition="the time schedule's count of positions with the largest probability of their "
+        "token",
     ),
     Decoding(
         field="alg",
@@ -149,7 +150,8 @@ DECODINGS: tuple[Decoding, ...] = (
         rule=Rule.COUNT,
         score=Score.MARGIN,
         source="Dream, generation_utils.py",
-        definition="the time schedule's count of those whose two best tokens are furthest apart",
+        definition="the time schedule's count of positions whose two best tokens are furthest "
+        "apart",
     ),
     Decoding(
         field="alg",
@@ -157,7 +159,7 @@ DECODINGS: tuple[Decoding, ...] = (
         rule=Rule.COUNT,
         score=Score.ENTROPY,
         source="Dream, generation_utils.py",
-        definition="the time schedule's count of those with the least entropy",
+        definition="the time schedule's count of positions with the least entropy",
     ),
     Decoding(
         field="remasking",
@@ -165,7 +167,7 @@ DECODINGS: tuple[Decoding, ...] = (
         rule=Rule.COUNT,
         score=Score.CONFIDENCE,
         source="LLaDA, generate.py",
-        definition="the schedule's count of those with the largest probability of their token",
+        definition="the schedule's count of positions with the largest probability of their token",
     ),
     Decoding(
         field="remasking",
@@ -181,7 +183,7 @@ DECODINGS: tuple[Decoding, ...] = (
         rule=Rule.COUNT,
         score=Score.ENTROPY,
         source="this engine: Dream's score on LLaDA's schedule",
-        definition="the schedule's count of those with the least entropy -sum(p log p) of the "
+        definition="the schedule's count of positions with the least entropy -sum(p log p) of the "
         "untempered distribution",
     ),
     Decoding(
@@ -191,8 +193,8 @@ DECODINGS: tuple[Decoding, ...] = (
         score=Score.MARGIN,
         source="this engine: the score of arXiv 2502.06768 and Dream's topk_margin on LLaDA's "
         "schedule",
-        definition="the schedule's count of those with the largest p1 - p2, the two best tokens' "
-        "probabilities in the untempered distribution",
+        definition="the schedule's count of positions with the largest p1 - p2, the two best "
+        "tokens' probabilities in the untempered distribution",
     ),
 )
 

@@ -63,7 +63,7 @@ def splits_of(weight: Tensor) -> tuple[_Shape, int, int]:
 
 
 def head_statistics_bytes(head: TiledHead, *, noisy: bool, needs_entropy: bool) -> int:
-    """See `Head.statistics_bytes`: what is written between the two launches."""
+    """See `Head.statistics_bytes`: the statistics of all splits."""
     return 4 * (4 + 2 * noisy + 2 * needs_entropy) * splits_of(head.weight)[2]
 
 
