@@ -149,7 +149,7 @@ def test_a_malformed_index_is_an_error_with_its_path(tmp_path: Path, weight_map:
     write_llada(tmp_path, shards=2)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    with pytest.raises(CheckpointError, match=r"index\.json: weight_map: must map names"):
+    with pytest.raises(CheckpointError, match=r"index\.json: weight_map: must map tensor names"):
         _load(tmp_path)
 
 

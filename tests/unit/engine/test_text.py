@@ -338,7 +338,7 @@ def test_dreams_tokenizer_is_read_without_its_own_code(tmp_path: Path) -> None:
 def test_a_tokenizer_without_the_mask_token_is_refused(tmp_path: Path) -> None:
     """A tokenizer without the mask token is rejected with that reason."""
     write_dream(tmp_path)
-    with pytest.raises(CheckpointError, match="tokenizer: has no token 505, .* the mask"):
+    with pytest.raises(CheckpointError, match="tokenizer: has no token 505, the mask token"):
         Tokenizer.load(tmp_path, 505)
 
 
