@@ -22,7 +22,7 @@ from adapter.db.database import Database
 from adapter.engine.monitor import EngineMonitor
 from adapter.engine.pool import Endpoint, EnginePool
 from adapter.engine.reload_lease import HealStore, OldEngines, engine_name
-from adapter.engine.streaming import LiveRequests
+from adapter.engine.streaming import StreamingRequests
 from adapter.engine.triton import TritonEngine
 from adapter.jobs.runner import JobRunner
 from adapter.jobs.service import JobService
@@ -122,7 +122,9 @@ async def _open(
     )
     runner = JobRunner(store, pool, owner=worker, settings=settings)
     watcher = JobWatcher(store, runner)
-    live = LiveRequests(pool, limit=settings.max_live, idle_timeout=settings.engine_idle_timeout)
+    live = StreamingRequests(
+        pool, limit=settings.max_live, idle_timeout=settings.engine_idle_timeout
+    )
     for service in (pool, watcher, runner, live):
         await stack.enter_async_context(service)
     app.state.pool = pool

@@ -1,4 +1,4 @@
-"""The seam between jobs and an engine: what is asked, what comes back, and who answers."""
+"""What the adapter sends to an engine and gets back, and the protocol of an engine."""
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ from typing import Protocol
 
 InputValue = str | int | float | bool | list[int] | list[str]
 
-#: Inputs of the Triton model by name (`config.pbtxt`); what is absent takes the model's default.
+#: Inputs of the Triton model by name (`config.pbtxt`); the model has defaults for absent ones.
 Inputs = Mapping[str, InputValue]
 
-#: Of the levels that the engine knows: 1 is first, 3 last.
+#: The engine's levels are 1, first, to 3, last.
 DEFAULT_PRIORITY = 2
 
 
@@ -26,12 +26,12 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Canvas:
-    """What every position of a canvas holds after a step; all lists have its length."""
+    """The canvas after a step; every list has one item per position."""
 
     token_ids: list[int]
-    #: What a position adds to the text; "" for special tokens.
+    #: The text of each position; "" for special tokens.
     token_texts: list[str]
-    #: Probability a token was committed with, 1 where it was given, −1 where the canvas is masked.
+    #: Probability of a token when it was committed; 1 for a given token, −1 for a mask.
     confidence: list[float]
     #: Index, start and end of the block that the next step decodes.
     block: tuple[int, int, int]
@@ -41,7 +41,7 @@ class Canvas:
 class Event:
     """One response of the engine; the last one of a request carries a `finish_reason`."""
 
-    #: The answer; before the last event, that beginning of it which is final.
+    #: The answer; before the last event, its final beginning.
     text: str
     finish_reason: str = ""
     usage: Usage | None = None
@@ -49,41 +49,41 @@ class Event:
     canvas: Canvas | None = None
 
     @property
-    def waits(self) -> bool:
-        """A sign of life of a request that has no place in the engine yet."""
+    def is_queued(self) -> bool:
+        """Whether the request still waits for a slot in the engine."""
         return not self.finish_reason and self.usage is not None and self.usage.steps == 0
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """What the engine says of a request that it does not run."""
+class CheckResult:
+    """The result of checking a request without running it."""
 
-    #: The field and what is wrong with it; "": it would be taken.
+    #: The input and what is wrong with it; "" for a valid request.
     refusal: str = ""
-    #: By how many tokens its prompt might be longer.
-    room: int = 0
+    #: How many tokens longer the prompt could be.
+    headroom: int = 0
 
 
-class Detail(Enum):
-    """What the events of a request are wanted for."""
+class StreamDetail(Enum):
+    """How much the events of a request carry, and how often they come."""
 
-    #: The last one alone counts; others come now and then, as signs of life.
+    #: Only the result; before it, a heartbeat now and then.
     RESULT = "result"
-    #: One for each step, with the text that is final.
+    #: An event per step, with the final text so far.
     TEXT = "text"
-    #: The same with the canvas.
+    #: The same, with the canvas.
     CANVAS = "canvas"
 
 
 class Engine(Protocol):
-    """Whoever turns requests into text: Triton, or a script in the tests."""
+    """Turns requests into text: Triton, or a script in the tests."""
 
     def generate(
         self,
         inputs: Inputs,
         *,
         request_id: str,
-        detail: Detail = Detail.RESULT,
+        detail: StreamDetail = StreamDetail.RESULT,
         priority: int = DEFAULT_PRIORITY,
     ) -> AsyncGenerator[Event, None]:
         """Stream the events of one request; closing the iterator cancels it.
@@ -92,12 +92,12 @@ class Engine(Protocol):
         """
         ...
 
-    async def check(self, requests: Sequence[Inputs]) -> list[Verdict]:
-        """Whether it would take each of these; nothing is run. Raises an `EngineError`."""
+    async def check(self, requests: Sequence[Inputs]) -> list[CheckResult]:
+        """Check requests without running them. Raises an `EngineError`."""
         ...
 
     def cancel(self, request_id: str) -> None:
-        """Have the requests of this id ended, without waiting for it."""
+        """Cancel the requests of this id, without waiting for the engine."""
         ...
 
     async def probe(self) -> str:

@@ -24,7 +24,6 @@ from dllm_engine.ops import (
 from dllm_engine.ops.layout import FlatSelection
 from dllm_engine.ops.rotary import RotaryTable
 from dllm_engine.ops.selection import store_selection
-from dllm_engine.sampling.tiles import tiled_statistics
 from torch import Tensor
 
 from benchmarks import gpu_arithmetic as arithmetic
@@ -219,15 +218,17 @@ def gate_case(tensors: Tensors, operations: Operations, shape: Shape, rows: int)
     )
 
 
-def head_cases(tensors: Tensors, shape: Shape, counts: Sequence[int]) -> Iterator[Case]:
+def head_cases(
+    tensors: Tensors, operations: Operations, shape: Shape, counts: Sequence[int]
+) -> Iterator[Case]:
     """The language-model head with its statistics: `counts` rows, three kinds each."""
     device = tensors.device
     weight = tensors.normal(shape.vocab_size, shape.hidden_size, scale=0.02)
-    by_kernel, by_tiles = Head(weight, kernels=True), Head(weight)
+    by_kernel, by_tiles = Head(weight, operations), Head(weight)
     ids = torch.tensor([shape.vocab_size - 2], device=device)
     for count in counts:
         hidden = tensors.normal(count, shape.hidden_size)
-        for kind in ("greedy", "with spread", "with noise"):
+        for kind in ("greedy", "with entropy", "with noise"):
             noisy = kind == "with noise"
             heat = torch.full((count,), 0.8, dtype=torch.float64, device=device)
             options = HeadOptions(
@@ -238,10 +239,10 @@ def head_cases(tensors: Tensors, shape: Shape, counts: Sequence[int]) -> Iterato
                 confidence_eos_eot_inf=None,
                 temperature=heat if noisy else None,
                 keys=torch.arange(count, device=device) << 40 if noisy else None,
-                needs_entropy=kind == "with spread",
+                needs_entropy=kind == "with entropy",
             )
             ours = functools.partial(by_kernel.statistics, hidden, options)
-            theirs = functools.partial(tiled_statistics, by_tiles, hidden, options)
+            theirs = functools.partial(by_tiles.statistics, hidden, options)
             yield Case(
                 kernel="head",
                 model=shape.name,

@@ -81,7 +81,7 @@ def measure_kernels(
 def _cases(tensors: Tensors, operations: Operations, sizes: Sizes) -> Iterator[Case]:
     """Make the cases one at a time, since some inputs are gigabytes."""
     for shape in sizes.shapes:
-        yield from head_cases(tensors, shape, sizes.head_rows)
+        yield from head_cases(tensors, operations, shape, sizes.head_rows)
         for groups in sizes.attention:
             yield attention_case(tensors, operations, shape, groups)
         for count, candidates in sizes.selection:

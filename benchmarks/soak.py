@@ -189,7 +189,7 @@ class Soak:
     def verdict(self) -> Body:
         """Check every accepted job: lost, failed, run twice."""
         with sqlite3.connect(f"file:{self.database}?mode=ro", uri=True, timeout=30) as connection:
-            columns = "SELECT id, state, text, error, request, orphaned, attempts FROM jobs"
+            columns = "SELECT id, state, text, error, request, num_rescues, attempts FROM jobs"
             rows = {row[0]: row[1:] for row in connection.execute(columns)}
         accepted = set(self.record.accepted)
         answers: dict[str, set[str]] = {}

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
-from adapter.jobs.job import Terms
+from adapter.jobs.job import JobOptions
 from adapter.types import DEFAULT_PRIORITY
 
 
@@ -19,9 +19,11 @@ class Caller:
     #: W3C trace context of the call's span.
     traceparent: str | None = None
 
-    def terms(self, priority: int = DEFAULT_PRIORITY, timeout: float | None = None) -> Terms:
-        """On which terms this call submits jobs."""
-        return Terms(priority, timeout, self.api_key, self.request_id or None, self.traceparent)
+    def options(self, priority: int = DEFAULT_PRIORITY, timeout: float | None = None) -> JobOptions:
+        """How jobs of this call are submitted."""
+        return JobOptions(
+            priority, timeout, self.api_key, self.request_id or None, self.traceparent
+        )
 
 
 def caller_of(request: Request) -> Caller:

@@ -7,7 +7,7 @@ from fastapi.sse import KEEPALIVE_COMMENT
 from pydantic import BaseModel, Field
 
 from adapter.api.sse import sse
-from adapter.engine.streaming import LiveRequest
+from adapter.engine.streaming import StreamingRequest
 from adapter.errors import AdapterError
 from adapter.types import Canvas, Event
 
@@ -131,7 +131,7 @@ class CanvasView:
 
 
 async def denoising_events(
-    request: LiveRequest, view: CanvasView, *, heartbeat: float
+    request: StreamingRequest, view: CanvasView, *, heartbeat: float
 ) -> AsyncGenerator[bytes, None]:
     """A request as server-sent events: steps, then the answer or an error."""
     try:

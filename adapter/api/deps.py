@@ -10,7 +10,7 @@ from fastapi import Depends, Request
 
 from adapter.api.caller import Caller, caller_of
 from adapter.engine.pool import EnginePool
-from adapter.engine.streaming import LiveRequests
+from adapter.engine.streaming import StreamingRequests
 from adapter.jobs.service import JobService
 from adapter.settings import Settings
 
@@ -37,8 +37,8 @@ async def _jobs(request: Request) -> JobService:
     return jobs_of(request)
 
 
-async def _live(request: Request) -> LiveRequests:
-    return cast(LiveRequests, request.app.state.live)
+async def _live(request: Request) -> StreamingRequests:
+    return cast(StreamingRequests, request.app.state.live)
 
 
 async def _pool(request: Request) -> EnginePool:
@@ -48,5 +48,5 @@ async def _pool(request: Request) -> EnginePool:
 CallerDep = Annotated[Caller, Depends(_caller)]
 SettingsDep = Annotated[Settings, Depends(_settings)]
 JobsDep = Annotated[JobService, Depends(_jobs)]
-LiveDep = Annotated[LiveRequests, Depends(_live)]
+StreamingDep = Annotated[StreamingRequests, Depends(_live)]
 PoolDep = Annotated[EnginePool, Depends(_pool)]

@@ -42,8 +42,8 @@ async def generate(
 ) -> Submitted:
     """Submit one prompt."""
     check_limits(body, settings_of(request))
-    terms = caller_of(request).terms(body.priority, body.timeout)
-    ids = await jobs_of(request).submit([body.inputs()], terms, key=key)
+    options = caller_of(request).options(body.priority, body.timeout)
+    ids = await jobs_of(request).submit([body.inputs()], options, key=key)
     return Submitted(request_ids=ids)
 
 
@@ -53,8 +53,8 @@ async def generate_batch(
 ) -> Submitted:
     """Submit several prompts: all are accepted, or none."""
     check_limits(body, settings_of(request))
-    terms = caller_of(request).terms(body.priority, body.timeout)
-    ids = await jobs_of(request).submit(body.inputs(), terms, key=key)
+    options = caller_of(request).options(body.priority, body.timeout)
+    ids = await jobs_of(request).submit(body.inputs(), options, key=key)
     return Submitted(request_ids=ids)
 
 

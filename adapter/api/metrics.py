@@ -14,7 +14,7 @@ router = APIRouter(tags=["health"])
 async def metrics(jobs: JobsDep) -> Response:
     """Counters and timings of all workers, in Prometheus's text format."""
     try:
-        undone = {state.value: count for state, count in (await jobs.undone()).items()}
+        active = {state.value: count for state, count in (await jobs.count_active()).items()}
     except StoreUnavailable:
-        undone = None  # the rest is worth knowing all the more
-    return Response(await exposition(undone), media_type=CONTENT_TYPE_LATEST)
+        active = None  # the rest is worth knowing all the more
+    return Response(await exposition(active), media_type=CONTENT_TYPE_LATEST)

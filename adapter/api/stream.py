@@ -7,13 +7,13 @@ from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
 from adapter.api.canvas_events import CanvasView, denoising_events
-from adapter.api.deps import CallerDep, LiveDep, SettingsDep
+from adapter.api.deps import CallerDep, SettingsDep, StreamingDep
 from adapter.api.openapi import stream_of
 from adapter.api.problems import problems
 from adapter.api.schemas import GenerateRequest
 from adapter.api.sse import SETTLING_SECONDS, EventStream, unless_gone
 from adapter.api.validation import check_limits
-from adapter.types import Detail
+from adapter.types import StreamDetail
 
 router = APIRouter(prefix="/v1", tags=["stream"])
 
@@ -34,7 +34,7 @@ async def generate_stream(
     body: GenerateRequest,
     request: Request,
     caller: CallerDep,
-    live: LiveDep,
+    live: StreamingDep,
     settings: SettingsDep,
 ) -> EventStream:
     """Denoise one prompt, step by step, as server-sent events.
@@ -45,12 +45,12 @@ async def generate_stream(
     running = live.start(
         body.inputs(),
         request_id=caller.request_id or secrets.token_hex(8),
-        detail=Detail.CANVAS,
+        detail=StreamDetail.CANVAS,
         priority=body.priority,
         timeout=body.timeout,
     )
     try:
-        await unless_gone(request, running.settled_in(SETTLING_SECONDS))
+        await unless_gone(request, running.wait_accepted(SETTLING_SECONDS))
     except BaseException:
         await running.close()
         raise

@@ -1,4 +1,4 @@
-"""The SQL schema as it is now; `adapter/db/migrations` says how it became so."""
+"""The SQL schema of this release; `adapter/db/migrations` has the steps to it."""
 
 from sqlalchemy import (
     BigInteger,
@@ -32,12 +32,12 @@ jobs = Table(
     Column("forward_passes", Integer),
     Column("seed", BigInteger),
     Column("attempts", Integer, nullable=False),  # runs that the engine began and lost
-    Column("owner", String(160)),  # the worker that drives the job
+    Column("owner", String(160)),  # the worker that runs the job
     Column("lease_expires", Double),
     Column("created_at", Double, nullable=False),
     Column("started_at", Double),
     Column("finished_at", Double),
-    Column("orphaned", Integer, nullable=False, server_default="0"),  # workers that died of it
+    Column("num_rescues", Integer, nullable=False, server_default="0"),  # expired leases
     Column("priority", Integer, nullable=False, server_default="2"),  # 1 is first, 3 last
     Column("deadline", Double),  # until the job is done
     Column("api_key", String(64)),  # name of the key that submitted it

@@ -6,17 +6,17 @@ streams with it.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from types import TracebackType
 from typing import Self
 
 from adapter.engine.monitor import EngineMonitor, EngineState
-from adapter.engine.validation_cache import Verdicts
+from adapter.engine.validation_cache import ValidationCache
 from adapter.errors import EngineError, InvalidRequest, Overloaded
 from adapter.telemetry.metrics import INFLIGHT, count_usage
 from adapter.telemetry.tracing import add_step, request_span, set_failed
-from adapter.types import DEFAULT_PRIORITY, Detail, Engine, Event, Inputs
+from adapter.types import Engine, Event, Inputs
 
 FIRST_PAUSE = 0.25
 LONGEST_PAUSE = 8.0
@@ -30,7 +30,7 @@ class Endpoint:
         self.engine = engine
         self.monitor = monitor
         self.inflight = 0
-        self._verdicts = Verdicts()
+        self._accepted = ValidationCache()
         self._pause = 0.0
         self._not_before = 0.0
 
@@ -44,32 +44,24 @@ class Endpoint:
         """Seconds that it is to be left alone."""
         return self._not_before - _now()
 
-    async def generate(
-        self,
-        inputs: Inputs,
-        *,
-        request_id: str,
-        detail: Detail = Detail.RESULT,
-        priority: int = DEFAULT_PRIORITY,
-    ) -> AsyncGenerator[Event, None]:
-        """As `Engine.generate`, learning from what happens how the engine does."""
+    @contextmanager
+    def track(self, request_id: str) -> Iterator[Callable[[Event], None]]:
+        """Account for one request while it runs here; call the result with each of its events."""
         self.inflight += 1
         INFLIGHT.inc()
         span = request_span(request_id)
+
+        def observe(event: Event) -> None:
+            self.monitor.heartbeat()
+            if not event.is_queued:
+                add_step(span, event)
+            if event.finish_reason:
+                self._pause = 0.0
+                if event.usage is not None:
+                    count_usage(event.usage)
+
         try:
-            events = self.engine.generate(
-                inputs, request_id=request_id, detail=detail, priority=priority
-            )
-            async with aclosing(events):
-                async for event in events:
-                    self.monitor.heartbeat()
-                    if not event.waits:
-                        add_step(span, event)
-                    if event.finish_reason:
-                        self._pause = 0.0
-                        if event.usage is not None:
-                            count_usage(event.usage)
-                    yield event
+            yield observe
         except InvalidRequest as error:
             set_failed(span, error)
             raise
@@ -85,21 +77,22 @@ class Endpoint:
             span.end()
 
     async def check(self, requests: Sequence[Inputs]) -> dict[int, str]:
-        """Why it would refuse which of these, by their indices. Raises an `EngineError`."""
+        """Ask which requests it would refuse; the reasons by index. Raises an `EngineError`."""
         epoch = self.monitor.epoch
         unknown = [
             index
             for index, inputs in enumerate(requests)
-            if not self._verdicts.cover(inputs, epoch)
+            if not self._accepted.covers(inputs, epoch)
         ]
         if not unknown:
             return {}
-        found = await self.engine.check([requests[index] for index in unknown])
+        results = await self.engine.check([requests[index] for index in unknown])
         self.monitor.heartbeat()
-        for index, verdict in zip(unknown, found, strict=True):
-            if not verdict.refusal:
-                self._verdicts.add(requests[index], epoch, room=verdict.room)
-        return {i: v.refusal for i, v in zip(unknown, found, strict=True) if v.refusal}
+        found = dict(zip(unknown, results, strict=True))
+        for index, result in found.items():
+            if not result.refusal:
+                self._accepted.add(requests[index], epoch, headroom=result.headroom)
+        return {index: result.refusal for index, result in found.items() if result.refusal}
 
     def _back_off(self) -> None:
         now = _now()

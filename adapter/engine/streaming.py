@@ -1,71 +1,78 @@
-"""Requests whose caller stays on the line: no job is kept, and a caller who leaves cancels."""
+"""Requests whose client holds the connection: nothing is stored, a disconnect cancels."""
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable
+from functools import partial
 from types import TracebackType
 from typing import Self
 
-from adapter.engine.monitor import EngineMonitor
-from adapter.engine.pool import EnginePool
-from adapter.errors import (
-    AdapterError,
-    DeadlineExceeded,
-    StreamInterrupted,
-    TooManyCalls,
-    Unavailable,
-)
+from adapter.engine.follow import follow
+from adapter.engine.pool import Endpoint, EnginePool
+from adapter.errors import AdapterError, StreamInterrupted, TooManyCalls, Unavailable
 from adapter.telemetry.logs import get_logger
-from adapter.types import DEFAULT_PRIORITY, Detail, Event, Inputs
+from adapter.types import DEFAULT_PRIORITY, Event, Inputs, StreamDetail
 
 log = get_logger()
 
 
-class LiveRequest:
-    """One request on its way through the engine.
+class StreamingRequest:
+    """One request in flight, and a mailbox that holds its newest event.
 
-    It runs at the engine's pace, however slowly its events are fetched: one that nobody has
-    fetched gives way to the next, which says all that it said and more.
+    The request runs at the engine's pace. If the client reads more slowly, a newer event replaces
+    an unread one; it holds all that the older one held.
     """
 
     def __init__(
         self,
-        events: AsyncGenerator[Event, None],
-        monitor: EngineMonitor,
+        endpoint: Endpoint,
+        inputs: Inputs,
         *,
-        idle_timeout: float,
+        request_id: str,
+        detail: StreamDetail,
+        priority: int,
         timeout: float | None,
+        idle_timeout: float,
     ) -> None:
-        self._monitor = monitor
-        self._idle_timeout = idle_timeout
+        self._monitor = endpoint.monitor
+        self._epoch = endpoint.monitor.epoch
         self._newest: Event | None = None
         self._error: AdapterError | None = None
         self._changed = asyncio.Event()
-        self._settled = asyncio.Event()
-        self._generation = monitor.epoch
+        self._accepted = asyncio.Event()
+        run = partial(
+            follow,
+            endpoint,
+            inputs,
+            self._put,
+            request_id=request_id,
+            detail=detail,
+            priority=priority,
+            deadline=timeout,
+            idle_timeout=idle_timeout,
+        )
         #: Ends with the engine's events.
-        self.task = asyncio.create_task(self._run(events, timeout), name="live-request")
+        self.task = asyncio.create_task(self._run(run), name="streaming-request")
 
     @property
-    def outlived(self) -> bool:
-        """The engine that runs it was replaced; its successor knows nothing of it."""
-        return self._generation < self._monitor.epoch
+    def is_stale(self) -> bool:
+        """Whether the engine that ran it was replaced; the new one does not know it."""
+        return self._epoch < self._monitor.epoch
 
-    async def settled_in(self, seconds: float) -> None:
-        """Wait until the engine has taken it, but not for longer. Raises what went wrong."""
+    async def wait_accepted(self, seconds: float) -> None:
+        """Wait for the engine to accept it, at most for so long. Raises what ended it before."""
         try:
             async with asyncio.timeout(seconds):
-                await self._settled.wait()
+                await self._accepted.wait()
         except TimeoutError:
             return
         if self._newest is None and self._error is not None:
             raise self._error
 
     async def next_event(self, patience: float | None = None) -> Event | None:
-        """The newest event, once; None if there is none for `patience` seconds.
+        """Take the newest event out; None if there is none for `patience` seconds.
 
-        Raises what ended the request, after its last event: `InvalidRequest` or `EngineError`.
+        After the last event, raises what ended the request: `InvalidRequest` or `EngineError`.
         """
         try:
             async with asyncio.timeout(patience):
@@ -87,9 +94,9 @@ class LiveRequest:
             if event is not None and event.finish_reason:
                 return event
 
-    def lose(self, reason: str) -> None:
-        """The engine will never answer: end the request with this reason."""
-        self._fail(StreamInterrupted(reason))
+    def fail(self, error: AdapterError) -> None:
+        """End the request with this error, unless it has one."""
+        self._set_error(error)
         self.task.cancel()
 
     async def close(self) -> None:
@@ -97,58 +104,33 @@ class LiveRequest:
         self.task.cancel()
         await asyncio.wait([self.task])
 
-    async def _run(self, stream: AsyncGenerator[Event, None], timeout: float | None) -> None:
-        deadline = asyncio.timeout(timeout)
+    async def _run(self, run: Callable[[], Awaitable[Event]]) -> None:
         try:
-            async with deadline:
-                await self._follow(stream)
-        except TimeoutError:
-            if not deadline.expired():
-                raise
-            self._fail(DeadlineExceeded(f"not done within the timeout of {timeout:g} s"))
+            await run()
         except AdapterError as error:
-            if isinstance(error, StreamInterrupted):
-                self._monitor.request_probe()
-            self._fail(error)
+            self._set_error(error)
 
-    async def _follow(self, stream: AsyncGenerator[Event, None]) -> None:
-        async with aclosing(stream) as events:
-            while True:
-                try:
-                    async with asyncio.timeout(self._idle_timeout):
-                        event = await anext(events, None)
-                except TimeoutError:
-                    msg = f"the engine has been silent for {self._idle_timeout:g} s"
-                    raise StreamInterrupted(msg) from None
-                if event is None:
-                    msg = "the engine ended the stream without a result"
-                    raise StreamInterrupted(msg)
-                if event.finish_reason == "cancelled":
-                    msg = "the engine cancelled the request"
-                    raise StreamInterrupted(msg)
-                self._settled.set()
-                if event.waits:  # there is nothing to show yet
-                    continue
-                self._newest = event
-                self._changed.set()
-                if event.finish_reason:
-                    return
+    def _put(self, event: Event) -> None:
+        self._accepted.set()
+        if not event.is_queued:  # before that there is nothing to show
+            self._newest = event
+            self._changed.set()
 
-    def _fail(self, error: AdapterError) -> None:
+    def _set_error(self, error: AdapterError) -> None:
         if self._error is None:
             self._error = error
             self._changed.set()
-            self._settled.set()
+            self._accepted.set()
 
 
-class LiveRequests:
-    """The live requests of one worker; a context manager that leaves none behind."""
+class StreamingRequests:
+    """The streaming requests of one worker; a context manager that ends those that remain."""
 
     def __init__(self, pool: EnginePool, *, limit: int, idle_timeout: float) -> None:
         self._pool = pool
         self._limit = limit
         self._idle_timeout = idle_timeout
-        self._running: dict[asyncio.Task[None], LiveRequest] = {}
+        self._running: dict[asyncio.Task[None], StreamingRequest] = {}
 
     @property
     def inflight(self) -> int:
@@ -160,23 +142,27 @@ class LiveRequests:
         inputs: Inputs,
         *,
         request_id: str,
-        detail: Detail,
+        detail: StreamDetail,
         priority: int = DEFAULT_PRIORITY,
         timeout: float | None = None,
-    ) -> LiveRequest:
-        """Begin a request; whoever calls this closes it. Raises `TooManyCalls`, `Unavailable`."""
+    ) -> StreamingRequest:
+        """Begin a request, which the caller closes. Raises `TooManyCalls`, `Unavailable`."""
         if len(self._running) >= self._limit:
             msg = f"{self._limit} calls wait for their answers, as many as may (DLLM_MAX_LIVE)"
             raise TooManyCalls(msg)
-        # One request's failure must not turn away the next caller, who would not wait.
+        # The client would not retry, so one failed request must not have the next one rejected.
         endpoint = self._pool.pick() or self._pool.pick(include_backing_off=True)
         if endpoint is None:
             raise Unavailable(self._pool.unavailable_reason)
-        # Nobody else's, whatever callers choose: it can be cancelled by that.
-        own = f"{request_id}-{secrets.token_hex(4)}"
-        events = endpoint.generate(inputs, request_id=own, detail=detail, priority=priority)
-        request = LiveRequest(
-            events, endpoint.monitor, idle_timeout=self._idle_timeout, timeout=timeout
+        request = StreamingRequest(
+            endpoint,
+            inputs,
+            # Unique, whatever clients choose, since requests are cancelled by it.
+            request_id=f"{request_id}-{secrets.token_hex(4)}",
+            detail=detail,
+            priority=priority,
+            timeout=timeout,
+            idle_timeout=self._idle_timeout,
         )
         self._running[request.task] = request
         request.task.add_done_callback(self._ended)
@@ -198,10 +184,10 @@ class LiveRequests:
     def _ended(self, task: asyncio.Task[None]) -> None:
         request = self._running.pop(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("live_request_broken", exc_info=error)
-            request.lose("the adapter met an error of its own")
+            log.error("streaming_request_failed", exc_info=error)
+            request.fail(StreamInterrupted("the adapter met an error of its own"))
 
     def _engines_changed(self) -> None:
         for request in list(self._running.values()):
-            if request.outlived:
-                request.lose("the engine that ran it was replaced")
+            if request.is_stale:
+                request.fail(StreamInterrupted("the engine that ran it was replaced"))

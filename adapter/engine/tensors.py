@@ -45,7 +45,7 @@ INPUT_TYPES: Mapping[str, str] = {
     "refresh_interval": "INT32",
     # make fields: end
     "priority": "INT32",
-    "alone": "BOOL",
+    "exclusive": "BOOL",
     "stream": "BOOL",
     "stream_interval": "FP32",
     "check": "BOOL",

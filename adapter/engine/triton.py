@@ -3,7 +3,7 @@
 import asyncio
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import grpc
@@ -23,7 +23,7 @@ from adapter.errors import (
     Unavailable,
 )
 from adapter.telemetry.tracing import TRACEPARENT
-from adapter.types import DEFAULT_PRIORITY, Detail, Event, Inputs, Verdict
+from adapter.types import DEFAULT_PRIORITY, CheckResult, Event, Inputs, StreamDetail
 
 CHECK_OUTPUTS = ("finish_reason", "text_output")
 CANCEL_OUTPUTS = ("finish_reason", "text_output")
@@ -83,7 +83,7 @@ def _keepalive(idle_timeout: float) -> Sequence[tuple[str, int]]:
 
 
 class TritonEngine:
-    """`generation.Engine` over Triton's gRPC API; make it inside a running event loop."""
+    """`types.Engine` over Triton's gRPC API; make it inside a running event loop."""
 
     def __init__(
         self,
@@ -114,19 +114,22 @@ class TritonEngine:
         inputs: Inputs,
         *,
         request_id: str,
-        detail: Detail = Detail.RESULT,
+        detail: StreamDetail = StreamDetail.RESULT,
         priority: int = DEFAULT_PRIORITY,
     ) -> AsyncGenerator[Event, None]:
-        """Stream the events of one request; see `generation.Engine.generate`."""
-        interval = self._stream_interval if detail is Detail.RESULT else 0.0
+        """Stream the events of one request; see `types.Engine.generate`."""
+        interval = self._stream_interval if detail is StreamDetail.RESULT else 0.0
         streaming: Inputs = {"stream": True, "stream_interval": interval, "priority": priority}
-        outputs = OUTPUTS + CANVAS_OUTPUTS if detail is Detail.CANVAS else OUTPUTS
+        outputs = OUTPUTS + CANVAS_OUTPUTS if detail is StreamDetail.CANVAS else OUTPUTS
         request = self._request({**inputs, **streaming}, request_id=request_id, outputs=outputs)
         ended = False
         try:
-            async with aclosing(self._stream(request)) as events:
-                async for _, event in events:
-                    ended = bool(event.finish_reason)
+            with self._open_stream(request) as responses:
+                async for response in responses:
+                    event = _event(response)
+                    if event.finish_reason:
+                        ended = True
+                        await _drain(responses)
                     yield event
                     if ended:
                         return
@@ -135,20 +138,27 @@ class TritonEngine:
                 self.cancel(request_id)
             raise
 
-    async def check(self, requests: Sequence[Inputs]) -> list[Verdict]:
-        """Ask for all verdicts on one stream; see `generation.Engine.check`."""
+    async def check(self, requests: Sequence[Inputs]) -> list[CheckResult]:
+        """Check all requests on one stream; see `types.Engine.check`."""
         questions = [
             self._request({**inputs, "check": True}, request_id=str(index), outputs=CHECK_OUTPUTS)
             for index, inputs in enumerate(requests)
         ]
-        verdicts = [Verdict() for _ in requests]
-        async with aclosing(self._stream(*questions)) as events:
-            async for index, event in events:
-                valid = event.finish_reason == "valid"
-                verdicts[int(index)] = (
-                    Verdict(room=int(event.text)) if valid else Verdict(refusal=event.text)
+        results = [CheckResult() for _ in requests]
+        unanswered = len(requests)
+        with self._open_stream(*questions) as responses:
+            async for response in responses:
+                event = _event(response)
+                results[int(response.infer_response.id)] = (
+                    CheckResult(headroom=int(event.text))
+                    if event.finish_reason == "valid"
+                    else CheckResult(refusal=event.text)
                 )
-        return verdicts
+                unanswered -= 1
+                if not unanswered:
+                    await _drain(responses)
+                    break
+        return results
 
     def cancel(self, request_id: str) -> None:
         """Tell the engine, which asks its callers now and then only whether they are there."""
@@ -204,24 +214,15 @@ class TritonEngine:
     ) -> service_pb2.ModelInferRequest:
         return make_request(self._model_name, inputs, request_id=request_id, outputs=outputs)
 
-    async def _stream(
-        self, *requests: service_pb2.ModelInferRequest
-    ) -> AsyncGenerator[tuple[str, Event], None]:
-        """Events of requests that share a stream, each with its request's id."""
+    @contextmanager
+    def _open_stream(self, *requests: service_pb2.ModelInferRequest) -> Iterator[Any]:
+        """Send the requests on one stream; leaving the context cancels it. Maps gRPC's errors."""
         traceparent = TRACEPARENT.get()
         headers = (("traceparent", traceparent),) if traceparent else None
         call = self._triton.ModelStreamInfer(_each(requests), metadata=headers)
-        unanswered = len(requests)
         try:
             with _mapped_errors():
-                async for response in call:
-                    if response.error_message:
-                        raise map_error(None, response.error_message)
-                    event = read_event(response.infer_response)
-                    unanswered -= bool(event.finish_reason)
-                    if not unanswered:
-                        await _drain(call)
-                    yield response.infer_response.id, event
+                yield call
         finally:
             call.cancel()
 
@@ -233,8 +234,10 @@ class TritonEngine:
     async def _cancel_and_wait(self, request_id: str) -> str:
         """End the requests of this id; returns once the engine has, with when it was started."""
         request = self._request({"cancel": request_id}, request_id="cancel", outputs=CANCEL_OUTPUTS)
-        async with aclosing(self._stream(request)) as events:
-            async for _, event in events:
+        with self._open_stream(request) as responses:
+            async for response in responses:
+                event = _event(response)
+                await _drain(responses)
                 return event.text
         msg = "the stream of a cancel ended without an event"
         raise StreamInterrupted(msg)
@@ -252,6 +255,12 @@ def map_error(code: str | None, message: str) -> AdapterError:
         if fragment in text.lower():
             return kind(text)
     return ERROR_CODES.get(code or "", EngineFailure)(text)
+
+
+def _event(response: Any) -> Event:
+    if response.error_message:
+        raise map_error(None, response.error_message)
+    return read_event(response.infer_response)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Which requests an engine need not be asked about, since it has taken one like them.
+"""Cache of accepted request shapes, so that similar requests skip the engine's check.
 
-Asking costs a call some milliseconds, and most callers send the same parameters again and again
-with other prompts.
+The check costs a submission some milliseconds, and most clients send the same parameters again and
+again with other prompts.
 """
 
 import json
@@ -11,42 +11,42 @@ from collections.abc import Hashable
 from adapter.types import Inputs
 
 MAX_SHAPES = 1024
-#: Text of any length; token ids, which must be looked at one by one; what is valid in any case.
+#: Inputs of text, of token ids, which the engine checks one by one, and those always valid.
 WORDS = ("text_input", "suffix")
 IDS = ("input_ids", "canvas_ids")
 FREE = ("seed",)
 
 
-class Verdicts:
-    """Kinds of requests that were taken, each with the bytes of text that surely fit."""
+class ValidationCache:
+    """Shapes of accepted requests, each with the bytes of text that surely fit."""
 
     def __init__(self) -> None:
-        self._room: OrderedDict[Hashable, int] = OrderedDict()
+        self._sizes: OrderedDict[Hashable, int] = OrderedDict()
 
-    def add(self, inputs: Inputs, incarnation: int, *, room: int) -> None:
-        """The engine would take this, and the same with `room` tokens more in its prompt.
+    def add(self, inputs: Inputs, epoch: int, *, headroom: int) -> None:
+        """Record that the engine accepts this request, and a prompt longer by `headroom` tokens.
 
-        Then it takes any text of `room` bytes in its place: a token is a byte at least, and what
-        the template adds is less than all of this prompt.
+        It then accepts any text of `headroom` bytes instead: a token has at least one byte, and
+        the chat template adds less than this whole prompt.
         """
         if not inputs.keys().isdisjoint(IDS):
             return
         shape, _ = _measure(inputs)
-        key = (incarnation, shape)
-        self._room[key] = max(room, self._room.pop(key, 0))
-        if len(self._room) > MAX_SHAPES:
-            self._room.popitem(last=False)
+        key = (epoch, shape)
+        self._sizes[key] = max(headroom, self._sizes.pop(key, 0))
+        if len(self._sizes) > MAX_SHAPES:
+            self._sizes.popitem(last=False)
 
-    def cover(self, inputs: Inputs, incarnation: int) -> bool:
-        """Whether what was said of others holds for this one."""
+    def covers(self, inputs: Inputs, epoch: int) -> bool:
+        """Whether a recorded request shows that the engine accepts this one."""
         if not inputs.keys().isdisjoint(IDS):
             return False
         shape, size = _measure(inputs)
-        return size <= self._room.get((incarnation, shape), -1)
+        return size <= self._sizes.get((epoch, shape), -1)
 
 
 def _measure(inputs: Inputs) -> tuple[Hashable, int]:
-    """All of a request but its words, and how many bytes these have."""
+    """The request without its text, and the bytes of the text."""
     rest: dict[str, Hashable] = {}
     words = []
     for name, value in inputs.items():

@@ -1,9 +1,9 @@
-"""Which queued jobs a worker may take up, and taking them.
+"""Which queued jobs a worker may claim, and claiming them.
 
-When an engine dies, nobody knows which of its requests has done it, so each of them is suspected.
-Of suspects only a few run at a time, so that a job that kills engines meets few others twice; and
-the last attempt of a job runs while nothing else does, so that a job is given up for what happened
-to itself alone.
+When an engine dies, any of the requests in flight may have killed it, so all of them are suspects.
+Only a few suspects run at a time, so that a job that kills engines takes few others down with it
+again. A job's last attempt runs while no other job does, so that only a job that fails by itself is
+given up.
 """
 
 from collections.abc import Sequence
@@ -26,38 +26,34 @@ from sqlalchemy import (
 from adapter.db.tables import counters, jobs
 from adapter.jobs.job import JobState
 
-#: So many jobs that were lost before may run at a time, all workers together.
-SUSPECTS_AT_ONCE = 8
+#: The most suspects, jobs with a lost attempt, that run at a time on all workers together.
+MAX_CONCURRENT_RETRIES = 8
 
 QUEUED = jobs.c.state == JobState.QUEUED
 RUNNING = jobs.c.state == JobState.RUNNING
 
-_LAST = jobs.c.attempts >= bindparam("lost_before_last")
-_LOST_BEFORE = and_(jobs.c.attempts >= 1, jobs.c.attempts < bindparam("lost_before_last"))
+_FINAL = jobs.c.attempts >= bindparam("final_attempt")
+_SUSPECT = and_(jobs.c.attempts >= 1, jobs.c.attempts < bindparam("final_attempt"))
 _NEW = jobs.c.attempts == 0
 
 _SITUATION = select(
-    exists().where(RUNNING, _LAST).label("last_runs"),
-    exists().where(QUEUED, _LAST).label("last_waits"),
-    exists().where(RUNNING).label("any_runs"),
-    exists().where(QUEUED, _LOST_BEFORE).label("suspect_waits"),
+    exists().where(RUNNING, _FINAL).label("final_running"),
+    exists().where(QUEUED, _FINAL).label("final_queued"),
+    exists().where(RUNNING).label("any_running"),
+    exists().where(QUEUED, _SUSPECT).label("suspect_queued"),
     select(func.count())
     .select_from(jobs)
-    .where(RUNNING, _LOST_BEFORE)
+    .where(RUNNING, _SUSPECT)
     .scalar_subquery()
-    .label("suspects"),
-)
-_QUEUE = select(
-    select(func.count()).select_from(jobs).where(QUEUED).scalar_subquery().label("queued"),
-    exists().where(RUNNING, _LAST).label("last_runs"),
+    .label("suspects_running"),
 )
 _COUNTER = select(counters.c.name).where(counters.c.name == "jobs").with_for_update()
 
 
-def _taking(which: ColumnElement[bool]) -> Update:
+def _claim(which: ColumnElement[bool]) -> Update:
     in_time = or_(jobs.c.deadline.is_(None), jobs.c.deadline > bindparam("now"))
-    # A cancellation may come between reading and writing on PostgreSQL; hence the lock. A mere
-    # subquery might be run several times there and so exceed the limit; not a CTE.
+    # On PostgreSQL a cancellation may come between reading and writing; hence the row lock. A CTE,
+    # because PostgreSQL may run a plain subquery several times and exceed the limit.
     chosen = (
         select(jobs.c.id)
         .where(QUEUED, which, in_time)
@@ -79,7 +75,7 @@ def _taking(which: ColumnElement[bool]) -> Update:
             jobs.c.id,
             jobs.c.request,
             jobs.c.attempts,
-            jobs.c.orphaned,
+            jobs.c.num_rescues,
             jobs.c.priority,
             jobs.c.created_at,
             jobs.c.deadline,
@@ -90,30 +86,20 @@ def _taking(which: ColumnElement[bool]) -> Update:
     )
 
 
-_TAKE_LAST, _TAKE_LOST_BEFORE, _TAKE_NEW = map(_taking, (_LAST, _LOST_BEFORE, _NEW))
+_CLAIM_FINAL, _CLAIM_SUSPECTS, _CLAIM_NEW = map(_claim, (_FINAL, _SUSPECT, _NEW))
 
 
-def lost_before_last(max_attempts: int) -> int:
-    """How many attempts a job has lost whose next one is the last, to be made alone."""
+def final_attempt(max_attempts: int) -> int:
+    """The number of lost attempts after which the next one is the last, and runs alone."""
     return max(1, max_attempts - 1)
 
 
-def look_at_queue(connection: Connection, *, max_attempts: int) -> tuple[int, bool]:
-    """How many jobs are queued, and whether a new one may run now: nobody has to go first.
-
-    Whoever asks holds the counter, or what was true is not for long.
-    """
-    bound = {"lost_before_last": lost_before_last(max_attempts)}
-    queued, last_runs = connection.execute(_QUEUE, bound).one()
-    return queued, not queued and not last_runs
-
-
-def hold_counter(connection: Connection) -> None:
-    """Wait for the row that submissions and claims take one after the other."""
+def lock_counter(connection: Connection) -> None:
+    """Lock the row that makes submissions and claims run one after the other."""
     connection.execute(_COUNTER)
 
 
-def take_up(
+def claim_rows(
     connection: Connection,
     owner: str,
     *,
@@ -123,24 +109,26 @@ def take_up(
     now: float,
 ) -> list[Row[Any]]:
     """Make up to `limit` queued jobs the owner's; their rows by priority and age."""
-    # Claims follow one another on PostgreSQL too, or what they count would change meanwhile.
-    hold_counter(connection)
-    bound = {"lost_before_last": lost_before_last(max_attempts)}
+    # Claims run one after the other on PostgreSQL too, or their counts would change meanwhile.
+    lock_counter(connection)
+    bound = {"final_attempt": final_attempt(max_attempts)}
     new = {"claimant": owner, "lease_end": now + lease, "now": now}
 
-    def take(statement: Update, most: int) -> Sequence[Row[Any]]:
+    def claim(statement: Update, most: int) -> Sequence[Row[Any]]:
         values = {**new, "most": most}
-        if statement is not _TAKE_NEW:
+        if statement is not _CLAIM_NEW:
             values |= bound
         return connection.execute(statement, values).all() if most > 0 else []
 
     situation = connection.execute(_SITUATION, bound).one()
-    if situation.last_runs:
+    if situation.final_running:
         return []
-    if situation.last_waits:
-        return [] if situation.any_runs else list(take(_TAKE_LAST, 1))
-    taken: list[Row[Any]] = []
-    if situation.suspect_waits:
-        taken += take(_TAKE_LOST_BEFORE, min(limit, SUSPECTS_AT_ONCE - situation.suspects))
-    taken += take(_TAKE_NEW, limit - len(taken))
-    return sorted(taken, key=lambda row: (row.priority, row.id))
+    if situation.final_queued:
+        return [] if situation.any_running else list(claim(_CLAIM_FINAL, 1))
+    rows: list[Row[Any]] = []
+    if situation.suspect_queued:
+        rows += claim(
+            _CLAIM_SUSPECTS, min(limit, MAX_CONCURRENT_RETRIES - situation.suspects_running)
+        )
+    rows += claim(_CLAIM_NEW, limit - len(rows))
+    return sorted(rows, key=lambda row: (row.priority, row.id))

@@ -1,4 +1,4 @@
-"""What a job is: its states, and what is known about it."""
+"""A job: its states, and the data about it that other modules need."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -7,37 +7,37 @@ from adapter.types import DEFAULT_PRIORITY, Inputs
 
 
 class JobState(StrEnum):
-    """Where a job is in its life."""
+    """A job's state; docs/architecture.md draws the transitions."""
 
-    #: Waiting for a worker.
+    #: Waits for a worker to claim it.
     QUEUED = "queued"
-    #: A worker drives it, for as long as it renews the lease.
+    #: A worker runs it, for as long as it renews the lease.
     RUNNING = "running"
-    #: There is a text.
+    #: Final: it has a text.
     FINISHED = "finished"
-    #: There is an error, and there will be no text.
+    #: Final: it has an error and no text.
     FAILED = "failed"
-    #: Somebody did not want it any more.
+    #: Final: a client cancelled it.
     CANCELLED = "cancelled"
 
     @property
     def done(self) -> bool:
-        """Nothing changes any more."""
-        return self not in UNDONE
+        """Whether the state is final."""
+        return self not in ACTIVE
 
 
-UNDONE = frozenset({JobState.QUEUED, JobState.RUNNING})
+ACTIVE = frozenset({JobState.QUEUED, JobState.RUNNING})
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
-    """On what terms a call submits its jobs."""
+class JobOptions:
+    """How a call submits its jobs."""
 
     #: 1 is first, 3 last.
     priority: int = DEFAULT_PRIORITY
-    #: Seconds after which the job is not wanted any more.
+    #: Seconds from submission to the deadline; None: no deadline.
     timeout: float | None = None
-    #: Name of the key it was submitted with; it is that key's alone.
+    #: Name of the API key that owns the job.
     api_key: str | None = None
     #: `X-Request-ID` of the call.
     request_id: str | None = None
@@ -45,12 +45,12 @@ class Terms:
     traceparent: str | None = None
 
 
-STANDARD_TERMS = Terms()
+DEFAULT_OPTIONS = JobOptions()
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One row, as far as anybody needs it."""
+    """A job as clients see it."""
 
     id: int
     state: JobState
@@ -58,21 +58,21 @@ class Job:
     attempts: int
     text: str | None
     error: str | None
-    #: What the engine calls it; None while no worker drives it.
+    #: Its id in the engine; None while no worker runs it.
     engine_request_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimedJob:
-    """A job that this worker drives from now on."""
+    """A job that a worker has claimed and will run."""
 
     id: int
     owner: str
     inputs: Inputs
     attempts: int
-    terms: Terms = STANDARD_TERMS
-    #: Workers that have lost it.
-    orphaned: int = 0
+    options: JobOptions = DEFAULT_OPTIONS
+    #: How often another worker took it over after its worker's lease expired.
+    num_rescues: int = 0
     #: Seconds until its deadline.
     time_left: float | None = None
     #: Seconds since it was submitted.
@@ -80,25 +80,25 @@ class ClaimedJob:
 
     @property
     def engine_request_id(self) -> str:
-        """What Triton and the engine call it."""
+        """Its id in Triton and in the engine."""
         return engine_request_id(
-            self.id, self.terms.request_id, self.owner, self.attempts, self.orphaned
+            self.id, self.options.request_id, self.owner, self.attempts, self.num_rescues
         )
 
 
 def engine_request_id(
-    job_id: int, request_id: str | None, owner: str, attempts: int, orphaned: int
+    job_id: int, request_id: str | None, owner: str, attempts: int, num_rescues: int
 ) -> str:
-    """What Triton and the engine call a run of a job: by this any worker can cancel it there.
+    """The id of one run in Triton and in the engine; any worker can cancel the run by it.
 
-    The job and the call that submitted it, for whoever reads the log; the worker, the attempt and
-    how many workers have lost it, this one maybe, so that it is this run's alone.
+    Job and `X-Request-ID` make it readable in the log. Worker, attempts and rescues make it unique
+    to this run.
     """
     call = f"-{request_id}" if request_id else ""
-    return f"{job_id}{call}-{owner}-{attempts}-{orphaned}"
+    return f"{job_id}{call}-{owner}-{attempts}-{num_rescues}"
 
 
-def late(timeout: float) -> str:
-    """The error of a job that was not done by its deadline."""
-    # Differences of points in time are as exact as these: some tenths of a microsecond.
+def timeout_message(timeout: float) -> str:
+    """The error of a job that missed its deadline."""
+    # Differences of timestamps are exact to some tenths of a microsecond.
     return f"timeout: the job was not done within {round(timeout, 4):g} s"

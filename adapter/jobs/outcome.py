@@ -1,55 +1,44 @@
-"""What can become of a job that was driven through the engine."""
+"""The possible outcomes of a job's run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from adapter.types import Event
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
-    """There is a result."""
+class Outcome:
+    """How a run ended, and why it has no result, if that is known."""
 
-    event: Event
+    reason: str | None = None
 
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """No engine will ever run it."""
-
-    error: str
+    @property
+    def kind(self) -> str:
+        """The outcome's name in log and metrics."""
+        return type(self).__name__.lower()
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
-    """The engine began it, perhaps, and lost it: run it again, up to a number of times."""
+class Finished(Outcome):
+    """The engine sent the result."""
 
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Postponed:
-    """It never ran, for no fault of its own: run it later."""
-
-    reason: str
+    event: Event = field(kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Dropped:
-    """It is no longer ours: cancelled, or taken up by another worker."""
+class Failed(Outcome):
+    """No engine will ever run the job."""
 
 
-Outcome = Finished | Failed | Lost | Postponed | Dropped
+@dataclass(frozen=True, slots=True)
+class Interrupted(Outcome):
+    """The engine lost the job, perhaps after it began: retry, which counts as an attempt."""
 
 
-def kind_of(outcome: Outcome) -> str:
-    """For log and metrics."""
-    return type(outcome).__name__.lower()
+@dataclass(frozen=True, slots=True)
+class Snoozed(Outcome):
+    """The job did not run, through no fault of its own: requeue it without counting."""
 
 
-def reason_of(outcome: Outcome) -> str | None:
-    """Why there is no result, if that is known."""
-    match outcome:
-        case Failed(reason) | Lost(reason) | Postponed(reason):
-            return reason
-        case _:
-            return None
+@dataclass(frozen=True, slots=True)
+class Superseded(Outcome):
+    """The job is no longer this worker's: cancelled, or claimed by another one."""

@@ -1,11 +1,14 @@
-"""One job on its way through the engine: follows its stream, and says what became of it."""
+"""One run of a job on an engine: follows the stream and decides the outcome."""
 
 import asyncio
-from contextlib import aclosing
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
 
+import structlog
+
+from adapter.engine.follow import follow
 from adapter.engine.pool import Endpoint
 from adapter.errors import (
+    DeadlineExceeded,
     EngineDead,
     EngineDraining,
     EngineError,
@@ -13,115 +16,123 @@ from adapter.errors import (
     Overloaded,
     Unavailable,
 )
-from adapter.jobs.job import ClaimedJob, Job, late
-from adapter.jobs.outcome import Failed, Finished, Lost, Outcome, Postponed
+from adapter.jobs.job import ClaimedJob, Job, timeout_message
+from adapter.jobs.outcome import Failed, Finished, Interrupted, Outcome, Snoozed
+from adapter.telemetry.tracing import TRACEPARENT
+from adapter.types import Event
 
 
-@dataclass(slots=True, eq=False)
-class Drive:
-    """A job, the engine that runs it, and the task that follows its stream."""
+class JobRun:
+    """A job in flight at one endpoint, and the task that runs it.
 
-    job: ClaimedJob
-    endpoint: Endpoint
-    #: The engine's, at the start.
-    generation: int
-    opened_at: float
-    last_event: float
-    started: bool = False
-    #: The engine has given it a place, and so may have died of it.
-    begun: bool = False
-    settling: bool = False
-    imposed: Outcome | None = None
-    task: asyncio.Task[Job | None] | None = field(default=None, repr=False)
+    The task awaits `complete` with the outcome; its result is the task's result.
+    """
 
-    @classmethod
-    def begin(cls, job: ClaimedJob, endpoint: Endpoint) -> "Drive":
-        """From now on; its task is the caller's."""
-        now = _now()
-        return cls(job, endpoint, endpoint.monitor.epoch, opened_at=now, last_event=now)
+    def __init__(
+        self,
+        job: ClaimedJob,
+        endpoint: Endpoint,
+        complete: Callable[["JobRun", Outcome], Awaitable[Job | None]],
+        *,
+        exclusive: bool,
+        idle_timeout: float,
+    ) -> None:
+        self.job = job
+        self._endpoint = endpoint
+        self._complete = complete
+        self._exclusive = exclusive
+        self._idle_timeout = idle_timeout
+        self._epoch = endpoint.monitor.epoch
+        self._started = self._last_event = _now()
+        self._has_slot = False
+        self._following = False
+        self._interruption: Outcome | None = None
+        self.task = asyncio.create_task(self._run(), name=f"job-{job.id}")
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
-        return _now() - self.opened_at
+        """Time since the run started."""
+        return _now() - self._started
 
-    def impose(self, outcome: Outcome) -> None:
-        """Close the stream and let this be the outcome, unless it has one already."""
-        if self.settling or self.imposed is not None:
+    def interrupt(self, outcome: Outcome) -> None:
+        """Close the stream and make this the outcome, unless there is one already."""
+        if self._interruption is not None:
             return
-        self.imposed = outcome
-        # A task that is cancelled before its first step would never get to write anything.
-        if self.started and self.task is not None:
+        self._interruption = outcome
+        # A task cancelled before its first step or while it records its outcome would lose it.
+        if self._following:
             self.task.cancel()
 
-    def lose_to_replacement(self, *, elsewhere: bool) -> None:
-        """Impose what the engine's death means for it; `elsewhere`: another engine could run it."""
-        monitor = self.endpoint.monitor
-        if self.generation < monitor.epoch:
-            self.impose(Lost("the engine that ran it was replaced"))
+    def on_engine_replaced(self, *, elsewhere: bool) -> None:
+        """Interrupt the run if its engine died; `elsewhere`: another engine could run the job."""
+        monitor = self._endpoint.monitor
+        if self._epoch < monitor.epoch:
+            self.interrupt(Interrupted("the engine that ran it was replaced"))
         elif monitor.state.dead and elsewhere:
-            # Where there is no other engine, the job may as well wait for the news to be sure.
-            self.impose(Lost(monitor.state.reason))
+            # With no other engine, the job may as well wait until the death is certain.
+            self.interrupt(Interrupted(monitor.state.reason))
 
-    def lose_if_silent(self, idle_timeout: float) -> None:
-        """A stream that fell silent long before the engine's last sign of life was lost."""
-        silent = _now() - self.last_event > idle_timeout
-        if silent and self.endpoint.monitor.last_heartbeat > self.last_event + idle_timeout / 2:
-            self.impose(Lost(f"its stream was silent for {idle_timeout:g} s"))
-
-    async def outcome(self, *, alone: bool) -> Outcome:
-        """Follow the stream to what was imposed meanwhile, or to its own end."""
-        self.started = True
-        try:
-            outcome = self.imposed or await self._follow(alone=alone)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if self.imposed is None or task is None:
-                raise
-            task.uncancel()
-            outcome = self.imposed
-        self.settling = True
-        return outcome
-
-    async def _follow(self, *, alone: bool) -> Outcome:
-        """Read the stream to its end, or until the job's deadline."""
-        job = self.job
-        inputs = {**job.inputs, "alone": True} if alone else job.inputs
-        stream = self.endpoint.generate(
-            inputs, request_id=job.engine_request_id, priority=job.terms.priority
+    async def _run(self) -> Job | None:
+        structlog.contextvars.bind_contextvars(
+            job=self.job.id, request_id=self.job.options.request_id
         )
+        TRACEPARENT.set(self.job.options.traceparent)
+        return await self._complete(self, await self._outcome())
+
+    async def _outcome(self) -> Outcome:
+        if self._interruption is not None:
+            return self._interruption
+        self._following = True
         try:
-            async with asyncio.timeout(job.time_left), aclosing(stream) as events:
-                async for event in events:
-                    self.last_event = _now()
-                    self.begun = self.begun or not event.waits
-                    if event.finish_reason == "cancelled":
-                        return Lost("the engine cancelled it")
-                    if event.finish_reason:
-                        return Finished(event)
-        except TimeoutError:
-            return Failed(late(job.terms.timeout or 0.0))
+            return await self._follow()
+        except asyncio.CancelledError:
+            if self._interruption is None:
+                raise
+            self.task.uncancel()
+            return self._interruption
+        finally:
+            self._following = False
+
+    async def _follow(self) -> Outcome:
+        """Follow the stream to its end or to the job's deadline."""
+        job = self.job
+        try:
+            event = await follow(
+                self._endpoint,
+                {**job.inputs, "exclusive": True} if self._exclusive else job.inputs,
+                self._on_event,
+                request_id=job.engine_request_id,
+                priority=job.options.priority,
+                deadline=job.time_left,
+                idle_timeout=self._idle_timeout,
+            )
+        except DeadlineExceeded:
+            return Failed(timeout_message(job.options.timeout or 0.0))
         except InvalidRequest as error:
             return Failed(str(error))
         except EngineError as error:
             return self._after(error)
-        return Lost("the engine ended the stream without a result")
+        return Finished(event=event)
+
+    def _on_event(self, event: Event) -> None:
+        self._last_event = _now()
+        self._has_slot = self._has_slot or not event.is_queued
 
     def _after(self, error: EngineError) -> Outcome:
-        """What the engine's error means for the job: did it see the request at all?"""
+        """The outcome after an engine's error: may the engine have begun the request?"""
         if isinstance(error, Overloaded | EngineDraining):
-            return Postponed(str(error))
+            return Snoozed(str(error))
         if isinstance(error, Unavailable):
-            # A connection breaks under what runs when tritonserver goes down with it.
-            return Lost(str(error)) if self.begun else Postponed(str(error))
-        monitor = self.endpoint.monitor
+            # When tritonserver goes down, the connection breaks under every request in flight.
+            return Interrupted(str(error)) if self._has_slot else Snoozed(str(error))
+        monitor = self._endpoint.monitor
         dead_since = monitor.last_heartbeat
-        if self.last_event == self.opened_at:  # it has seen nothing of the engine
+        if self._last_event == self._started:  # the stream brought no event
             dead_since = min(dead_since, monitor.dead_since(str(error)))
-        if isinstance(error, EngineDead) and self.opened_at > dead_since:
-            # It was dead before it could see the request. Otherwise the request may have done it.
-            return Postponed(str(error))
-        return Lost(str(error))
+        if isinstance(error, EngineDead) and self._started > dead_since:
+            # The engine died before it saw the request. Otherwise the request may have killed it.
+            return Snoozed(str(error))
+        return Interrupted(str(error))
 
 
 def _now() -> float:

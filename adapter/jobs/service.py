@@ -1,11 +1,11 @@
-"""What the API does with jobs."""
+"""Jobs as the API uses them: submit, look up, wait, cancel."""
 
 import asyncio
 from collections.abc import Sequence
 
 from adapter.engine.pool import EnginePool
 from adapter.errors import EngineError, InvalidRequest, JobNotFound, TooManyCalls
-from adapter.jobs.job import STANDARD_TERMS, Job, JobState, Terms
+from adapter.jobs.job import DEFAULT_OPTIONS, Job, JobOptions, JobState
 from adapter.jobs.runner import JobRunner
 from adapter.jobs.store import JobStore
 from adapter.jobs.watcher import JobWatcher
@@ -15,14 +15,14 @@ from adapter.types import Inputs
 
 log = get_logger()
 
-#: Nobody waits for longer to learn whether the engine likes a request.
+#: A submission waits no longer than this for the engine's check.
 CHECK_SECONDS = 1.0
 
 
 class JobService:
     """Submit, look up, wait, cancel. Every method may raise `StoreUnavailable`.
 
-    With `api_key`, jobs of other keys are as good as unknown.
+    With `api_key`, jobs of other keys are unknown.
     """
 
     def __init__(
@@ -41,38 +41,41 @@ class JobService:
         self._pool = pool
         self._max_queued = max_queued
         self._max_held = max_held
-        #: Polls that are held now.
+        #: The number of polls held now.
         self.held = 0
 
     async def submit(
-        self, requests: Sequence[Inputs], terms: Terms = STANDARD_TERMS, *, key: str | None = None
+        self,
+        requests: Sequence[Inputs],
+        options: JobOptions = DEFAULT_OPTIONS,
+        *,
+        key: str | None = None,
     ) -> list[int]:
-        """Queue all or none; under one key once only.
+        """Queue all requests or none, and only once under one key; their ids.
 
         Raises `InvalidRequest`, `TooManyJobs`, `KeyReused`.
         """
         await self._check(requests)
-        room, new = self._max_queued, True
-        if key is not None:
-            ids, new = await self._store.add_once(requests, key=key, max_queued=room, terms=terms)
-            self._runner.wake()
-        elif len(requests) == 1:
-            ids = [await self._runner.take_in(requests[0], terms, max_queued=room)]
+        most, new = self._max_queued, True
+        if key is None:
+            ids = await self._store.add(requests, max_queued=most, options=options)
         else:
-            ids = await self._store.add(requests, max_queued=room, terms=terms)
-            self._runner.wake()
+            ids, new = await self._store.add_once(
+                requests, key=key, max_queued=most, options=options
+            )
+        self._runner.wake()
         if new:
             JOBS_SUBMITTED.inc(len(ids))
         return ids
 
     async def result(self, job_id: int, *, api_key: str | None = None, wait: float = 0.0) -> Job:
-        """The job; up to `wait` seconds later if that makes it done.
+        """The job; waits up to `wait` seconds for it to be done.
 
         A worker that is about to end answers at once. Raises `JobNotFound`, and `TooManyCalls` if
-        it would have to wait beside as many others as may.
+        as many polls are held as may be.
         """
         job = None
-        if wait <= 0 or not self._runner.drives(job_id, api_key):
+        if wait <= 0 or not self._runner.owns(job_id, api_key):
             job = await self._get(job_id, api_key)
             if wait <= 0 or self._is_final(job):
                 return job
@@ -91,26 +94,26 @@ class JobService:
         return job
 
     async def cancel(self, job_id: int, *, api_key: str | None = None) -> Job:
-        """Cancel the job unless it is done; the job as it is then. Raises `JobNotFound`."""
+        """Cancel the job unless it is done; its new state. Raises `JobNotFound`."""
         job = await self._get(job_id, api_key)
         if await self._store.cancel(job_id, api_key=api_key):
             self._runner.cancelled(job)
             self._watcher.notify(job_id)
         return await self._get(job_id, api_key)
 
-    async def undone(self) -> dict[JobState, int]:
-        """How many jobs wait, and how many run, at all workers together."""
-        return await self._store.undone()
+    async def count_active(self) -> dict[JobState, int]:
+        """How many jobs are queued and how many run, on all workers together."""
+        return await self._store.count_active()
 
     def stop(self) -> None:
-        """This worker is about to end: let go of who waits, and take up no more jobs."""
+        """This worker is about to end: answer held polls and claim no more jobs."""
         self._runner.stop()
         self._watcher.stop()
 
     async def _check(self, requests: Sequence[Inputs]) -> None:
-        """Have an engine judge what only it can: tokens, lengths, rules that exclude each other.
+        """Have an engine check what only it can: tokens, lengths, rules that exclude each other.
 
-        While none answers everything is taken, and what it refuses later ends as a failed job.
+        While no engine answers, every request is accepted; one that is invalid fails when it runs.
         """
         endpoint = self._pool.pick(include_backing_off=True)
         if endpoint is None:
@@ -124,12 +127,12 @@ class JobService:
             return
         if refusals:
             index = min(refusals)
-            # What is wrong with all of them is not the prompts.
+            # If all are refused, the prompts are not to blame.
             prompt = None if len(refusals) == len(requests) else index
             raise InvalidRequest(refusals[index], prompt=prompt)
 
     def _is_final(self, job: Job) -> bool:
-        """Nothing that this worker could wait for will change it."""
+        """Whether waiting here cannot change it."""
         return job.state.done or self._watcher.stopped
 
     async def _get(self, job_id: int, api_key: str | None) -> Job:

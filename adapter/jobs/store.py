@@ -1,5 +1,5 @@
-"""Jobs in the database. Every change of state is one conditional UPDATE: whoever comes second
-changes nothing and is told so."""
+"""Jobs in the database. Every change of state is one conditional UPDATE: if two race, the second
+changes no row and is told so."""
 
 import json
 import time
@@ -24,34 +24,36 @@ from sqlalchemy import (
 from adapter.db.database import Database
 from adapter.db.tables import counters, jobs, submissions
 from adapter.errors import TooManyJobs
-from adapter.jobs.claims import QUEUED, RUNNING, hold_counter, look_at_queue, take_up
-from adapter.jobs.idempotency import Submission, forget, ids_of, remember
+from adapter.jobs import idempotency
+from adapter.jobs.claims import QUEUED, RUNNING, claim_rows, lock_counter
+from adapter.jobs.idempotency import IdempotencyRecord
 from adapter.jobs.job import (
-    STANDARD_TERMS,
-    UNDONE,
+    ACTIVE,
+    DEFAULT_OPTIONS,
     ClaimedJob,
     Job,
+    JobOptions,
     JobState,
-    Terms,
     engine_request_id,
-    late,
+    timeout_message,
 )
+from adapter.jobs.outcome import Failed, Finished, Interrupted, Outcome, Snoozed
 from adapter.telemetry.metrics import JOBS_DONE
 from adapter.types import Event, Inputs
 
 Clock = Callable[[], float]
 
 MAX_ID = 2**63 - 1
-#: Workers are killed for many reasons and hardly ever by a job, but such a job must end too.
-MAX_ORPHANED = 20
-EXPIRE_BATCH = 500
+#: Workers are killed for many reasons, hardly ever by a job; but a job that does must end too.
+MAX_RESCUES = 20
+OVERDUE_BATCH = 500
 
-#: Counted here, where they end, since not all of them end in a worker's hands. Shown from 0 on.
+#: Counted here, since a job may end while no worker runs it. Made now, so that they show as 0.
 _DONE = {state: JOBS_DONE.labels(state) for state in JobState if state.done}
 
 
 class JobStore:
-    """All that is ever done to jobs. Every method may raise `StoreUnavailable`."""
+    """Every operation on jobs. Every method may raise `StoreUnavailable`."""
 
     def __init__(self, database: Database, *, max_attempts: int, clock: Clock = time.time) -> None:
         self._database = database
@@ -59,42 +61,12 @@ class JobStore:
         self._clock = clock
 
     async def add(
-        self, requests: Sequence[Inputs], *, max_queued: int, terms: Terms = STANDARD_TERMS
+        self, requests: Sequence[Inputs], *, max_queued: int, options: JobOptions = DEFAULT_OPTIONS
     ) -> list[int]:
         """Queue all requests or none; the ids are consecutive. Raises `TooManyJobs`."""
         return await self._database.write(
-            lambda connection: self._add(connection, requests, max_queued, terms)
+            lambda connection: self._add(connection, requests, max_queued, options)
         )
-
-    async def add_claimed(
-        self,
-        request: Inputs,
-        owner: str,
-        *,
-        lease: float,
-        max_queued: int,
-        terms: Terms = STANDARD_TERMS,
-    ) -> tuple[int, ClaimedJob | None]:
-        """As `add` and `claim` in one, for a worker with a free place.
-
-        The job's id, and the job if it is the owner's now; where others are first it is queued.
-        Raises `TooManyJobs`.
-        """
-
-        def add(connection: Connection) -> tuple[int, ClaimedJob | None]:
-            (job_id,) = self._next_ids(connection, 1)
-            queued, free = look_at_queue(connection, max_attempts=self._max_attempts)
-            _refuse_beyond(max_queued, queued, 1)
-            (row,) = self._new_rows([job_id], [request], terms)
-            if not free:
-                connection.execute(_INSERT, row)
-                return job_id, None
-            now = row["created_at"]
-            taken = {"state": JobState.RUNNING, "owner": owner, "lease_expires": now + lease}
-            connection.execute(_INSERT, row | taken | {"started_at": now})
-            return job_id, ClaimedJob(job_id, owner, request, 0, terms, time_left=terms.timeout)
-
-        return await self._database.write(add)
 
     async def add_once(
         self,
@@ -102,26 +74,26 @@ class JobStore:
         *,
         key: str,
         max_queued: int,
-        terms: Terms = STANDARD_TERMS,
+        options: JobOptions = DEFAULT_OPTIONS,
     ) -> tuple[list[int], bool]:
-        """As `add`, unless it was done before under this key; the ids, and whether they are new.
+        """As `add`, but only once under this key; the ids, and whether they are new.
 
-        Raises `TooManyJobs`, and `KeyReused` if the key stands for other requests.
+        Raises `TooManyJobs`, and `KeyReused` if the key was used for other requests.
         """
-        submission = Submission.of(key, requests, terms)
+        record = IdempotencyRecord.of(key, requests, options)
 
         def add(connection: Connection) -> tuple[list[int], bool]:
-            hold_counter(connection)
-            if (given := ids_of(connection, submission)) is not None:
-                return given, False
-            ids = self._add(connection, requests, max_queued, terms)
-            remember(connection, submission, ids, self._clock())
+            lock_counter(connection)
+            if (known := idempotency.find_ids(connection, record)) is not None:
+                return known, False
+            ids = self._add(connection, requests, max_queued, options)
+            idempotency.insert(connection, record, ids, self._clock())
             return ids, True
 
         return await self._database.write(add)
 
     async def get(self, job_id: int, *, api_key: str | None = None) -> Job | None:
-        """The job, or None if there is none of that id, or with a key none of that key's."""
+        """The job, or None if it does not exist or belongs to another key."""
         if not 0 <= job_id <= MAX_ID:
             return None
         query = _SHOWN if api_key is None else _SHOWN_TO_KEY
@@ -133,25 +105,25 @@ class JobStore:
         """Which of these jobs are done."""
         return {row.id for row in await self._database.read(_DONE_AMONG, {"ids": list(ids)})}
 
-    async def undone(self) -> dict[JobState, int]:
-        """How many jobs wait, and how many run."""
+    async def count_active(self) -> dict[JobState, int]:
+        """How many jobs are queued, and how many run."""
         query = (
             select(jobs.c.state, func.count().label("jobs"))
-            .where(jobs.c.state.in_(UNDONE))
+            .where(jobs.c.state.in_(ACTIVE))
             .group_by(jobs.c.state)
         )
         rows = await self._database.read(query)
         found = {JobState(row.state): row.jobs for row in rows}
-        return {state: found.get(state, 0) for state in sorted(UNDONE)}
+        return {state: found.get(state, 0) for state in sorted(ACTIVE)}
 
     async def claim(self, owner: str, *, limit: int, lease: float) -> list[ClaimedJob]:
-        """Take up to `limit` queued jobs by priority and age; see `adapter.jobs.claims`."""
+        """Claim up to `limit` queued jobs by priority and age; see `adapter.jobs.claims`."""
         # An idle worker that polls must not take SQLite's only write lock.
         if not await self._database.read(_ANY_QUEUED):
             return []
         now = self._clock()
         rows = await self._database.write(
-            lambda connection: take_up(
+            lambda connection: claim_rows(
                 connection,
                 owner,
                 limit=limit,
@@ -163,17 +135,32 @@ class JobStore:
         return [_claimed(row, owner, now) for row in rows]
 
     async def renew(self, owner: str, ids: Collection[int], *, lease: float) -> set[int]:
-        """Prolong the leases; what is missing from the answer is not this owner's any more."""
+        """Renew the leases; the ids of the jobs that are still this owner's."""
         renewal = (
             update(jobs)
-            .where(jobs.c.id.in_(ids), _driven_by(owner))
+            .where(jobs.c.id.in_(ids), _owned_by(owner))
             .values(lease_expires=self._clock() + lease)
             .returning(jobs.c.id)
         )
         return await self._database.write(lambda connection: set(connection.scalars(renewal)))
 
+    async def settle(self, owner: str, job: ClaimedJob, outcome: Outcome) -> Job | None:
+        """Record how a run ended; the job if that is final and it was still this owner's."""
+        match outcome:
+            case Finished(event=event):
+                if await self.finish(owner, job.id, event):
+                    return Job(job.id, JobState.FINISHED, job.attempts, event.text, None)
+            case Failed(reason):
+                if await self.fail(owner, job.id, reason or ""):
+                    return Job(job.id, JobState.FAILED, job.attempts, None, reason)
+            case Interrupted(reason):
+                await self.retry(owner, job.id, reason or "")
+            case Snoozed():
+                await self.release(owner, job.id)
+        return None
+
     async def finish(self, owner: str, job_id: int, result: Event) -> bool:
-        """Keep the result. False if the job is not this owner's to finish."""
+        """Store the result. False if the job is not this owner's."""
         usage = result.usage
         values = {
             "job": job_id,
@@ -190,43 +177,47 @@ class JobStore:
         return await self._end(JobState.FINISHED, _FINISH, values)
 
     async def fail(self, owner: str, job_id: int, error: str) -> bool:
-        """Give the job up, with the reason. False if it is not this owner's."""
-        failure = update(jobs).where(jobs.c.id == job_id, _driven_by(owner))
+        """Fail the job with the reason. False if it is not this owner's."""
+        failure = update(jobs).where(jobs.c.id == job_id, _owned_by(owner))
         ended = _ended(JobState.FAILED, self._clock())
         return await self._end(JobState.FAILED, failure.values(ended | {"error": error}))
 
-    async def put_back(self, owner: str, job_id: int) -> bool:
-        """Queue the job again as if this attempt had not been. False if it is not the owner's."""
-        release = update(jobs).where(jobs.c.id == job_id, _driven_by(owner))
+    async def release(self, owner: str, job_id: int) -> bool:
+        """Requeue the job without counting an attempt. False if it is not this owner's."""
+        release = update(jobs).where(jobs.c.id == job_id, _owned_by(owner))
         return await self._database.change(release.values(_QUEUED_AGAIN)) == 1
 
     async def retry(self, owner: str, job_id: int, reason: str) -> bool:
-        """Queue the job again, or fail it if this was its last attempt. False: not the owner's."""
-        mine = and_(jobs.c.id == job_id, _driven_by(owner))
+        """Requeue the job, or fail it after its last attempt. False if it is not this owner's."""
+        mine = and_(jobs.c.id == job_id, _owned_by(owner))
         error = f"given up after {self._max_attempts} attempts: {reason}"
         return await self._requeue(mine, "attempts", self._max_attempts, error) == 1
 
-    async def recover(self) -> int:
-        """Queue again what its worker has let expire; the number of jobs concerned.
+    async def requeue_expired(self) -> int:
+        """Rescue jobs whose lease has expired: requeue them; the number of jobs.
 
-        That its worker has died costs a job no attempt: workers are restarted all the time.
+        This counts no attempt: workers are restarted all the time.
         """
         expired = and_(RUNNING, jobs.c.lease_expires < self._clock())
         if not await self._database.read(_any_of(expired)):
             return 0
-        error = f"given up: {MAX_ORPHANED} workers have died that ran it"
-        return await self._requeue(expired, "orphaned", MAX_ORPHANED, error)
+        error = f"given up: {MAX_RESCUES} workers have died that ran it"
+        return await self._requeue(expired, "num_rescues", MAX_RESCUES, error)
 
-    async def expire(self) -> int:
-        """Fail up to some hundred jobs that wait beyond their deadline; how many it was."""
+    async def fail_overdue(self) -> int:
+        """Fail queued jobs whose deadline has passed, some hundred at a time; their number."""
         now = self._clock()
         too_late = and_(QUEUED, jobs.c.deadline <= now)
         if not await self._database.read(_any_of(too_late)):
             return 0
         timeout = (jobs.c.deadline - jobs.c.created_at).label("timeout")
-        late_ones = select(jobs.c.id, timeout).where(too_late).limit(EXPIRE_BATCH)
-        # They stay as they are until they have failed, so that two workers count none twice.
-        late_ones = late_ones.with_for_update(skip_locked=True)
+        # The lock keeps two workers from counting the same jobs.
+        overdue = (
+            select(jobs.c.id, timeout)
+            .where(too_late)
+            .limit(OVERDUE_BATCH)
+            .with_for_update(skip_locked=True)
+        )
         end = (
             update(jobs)
             .where(jobs.c.id == bindparam("job_id"))
@@ -234,29 +225,29 @@ class JobStore:
         )
 
         def change(connection: Connection) -> int:
-            rows = connection.execute(late_ones).all()
-            reasons = [{"job_id": row.id, "reason": late(row.timeout)} for row in rows]
+            rows = connection.execute(overdue).all()
+            reasons = [{"job_id": row.id, "reason": timeout_message(row.timeout)} for row in rows]
             if reasons:
                 connection.execute(end, reasons)
             return len(reasons)
 
-        expired = await self._database.write(change)
-        _DONE[JobState.FAILED].inc(expired)
-        return expired
+        failed = await self._database.write(change)
+        _DONE[JobState.FAILED].inc(failed)
+        return failed
 
     async def cancel(self, job_id: int, *, api_key: str | None = None) -> bool:
-        """Cancel the job unless it is done, or another key's. True if this call has done it."""
+        """Cancel the job unless it is done or belongs to another key. True if this call did."""
         if not 0 <= job_id <= MAX_ID:
             return False
         cancellation = (
             update(jobs)
-            .where(jobs.c.id == job_id, jobs.c.state.in_(UNDONE), *_submitted_with(api_key))
+            .where(jobs.c.id == job_id, jobs.c.state.in_(ACTIVE), *_belongs_to(api_key))
             .values(_ended(JobState.CANCELLED, self._clock()))
         )
         return await self._end(JobState.CANCELLED, cancellation)
 
     async def purge(self, *, ttl: float, limit: int) -> int:
-        """Remove up to `limit` results that were kept for longer than `ttl`; how many it was."""
+        """Delete up to `limit` results older than `ttl` seconds; their number."""
         old = jobs.c.finished_at < self._clock() - ttl
         oldest = select(jobs.c.id).where(old).limit(limit)
         ids = [row.id for row in await self._database.read(oldest)]
@@ -264,33 +255,33 @@ class JobStore:
             return 0
         return await self._database.change(delete(jobs).where(jobs.c.id.in_(ids), old))
 
-    async def forget_keys(self, *, ttl: float) -> None:
-        """Forget the keys of submissions that were made longer than `ttl` ago."""
+    async def purge_idempotency_keys(self, *, ttl: float) -> None:
+        """Delete idempotency records older than `ttl` seconds."""
         before = self._clock() - ttl
         old = select(submissions.c.key).where(submissions.c.created_at < before).limit(1)
         if await self._database.read(old):
-            await self._database.write(lambda connection: forget(connection, before))
+            await self._database.write(lambda connection: idempotency.purge(connection, before))
 
     def _add(
         self,
         connection: Connection,
         requests: Sequence[Inputs],
         max_queued: int,
-        terms: Terms,
+        options: JobOptions,
     ) -> list[int]:
         ids = self._next_ids(connection, len(requests))
         _refuse_beyond(max_queued, connection.scalar(_COUNT_QUEUED) or 0, len(requests))
-        connection.execute(_INSERT, self._new_rows(ids, requests, terms))
+        connection.execute(_INSERT, self._new_rows(ids, requests, options))
         return ids
 
     def _next_ids(self, connection: Connection, count: int) -> list[int]:
-        """Taking them holds the counter, too."""
-        end = connection.scalar(_COUNT_ON, {"more": count})
+        """Reserve ids; this also locks the counter."""
+        end = connection.scalar(_RESERVE_IDS, {"more": count})
         assert end is not None
         return list(range(end - count, end))
 
     def _new_rows(
-        self, ids: Sequence[int], requests: Sequence[Inputs], terms: Terms
+        self, ids: Sequence[int], requests: Sequence[Inputs], options: JobOptions
     ) -> list[dict[str, Any]]:
         now = self._clock()
         return [
@@ -300,11 +291,11 @@ class JobStore:
                 "request": json.dumps(dict(request)),
                 "attempts": 0,
                 "created_at": now,
-                "priority": terms.priority,
-                "deadline": None if terms.timeout is None else now + terms.timeout,
-                "api_key": terms.api_key,
-                "request_id": terms.request_id,
-                "traceparent": terms.traceparent,
+                "priority": options.priority,
+                "deadline": None if options.timeout is None else now + options.timeout,
+                "api_key": options.api_key,
+                "request_id": options.request_id,
+                "traceparent": options.traceparent,
             }
             for job_id, request in zip(ids, requests, strict=True)
         ]
@@ -312,7 +303,7 @@ class JobStore:
     async def _end(
         self, state: JobState, change: UpdateBase, values: Mapping[str, Any] | None = None
     ) -> bool:
-        """Whether this has ended a job, which is counted then."""
+        """Whether the change ended a job; if so, count it."""
         ended = await self._database.change(change, values) == 1
         if ended:
             _DONE[state].inc()
@@ -321,7 +312,7 @@ class JobStore:
     async def _requeue(
         self, which: ColumnElement[bool], counter: str, limit: int, error: str
     ) -> int:
-        """Count one more, and fail the jobs that have reached the limit; queue the others."""
+        """Add one to the counter; fail the jobs that reach the limit, requeue the others."""
         count = jobs.c[counter] + 1
         given_up = {**_ended(JobState.FAILED, self._clock()), "error": error, counter: count}
         fail = update(jobs).where(which, count >= limit).values(given_up)
@@ -341,18 +332,18 @@ def _any_of(*conditions: ColumnElement[bool]) -> Select[Any]:
     return select(jobs.c.id).where(*conditions).limit(1)
 
 
-def _driven_by(owner: str) -> ColumnElement[bool]:
+def _owned_by(owner: str) -> ColumnElement[bool]:
     return and_(RUNNING, jobs.c.owner == owner)
 
 
-def _submitted_with(api_key: str | None) -> list[ColumnElement[bool]]:
+def _belongs_to(api_key: str | None) -> list[ColumnElement[bool]]:
     return [] if api_key is None else [jobs.c.api_key == api_key]
 
 
 def _shown(row: Row[Any]) -> Job:
     state, name = JobState(row.state), None
     if state is JobState.RUNNING:
-        name = engine_request_id(row.id, row.request_id, row.owner, row.attempts, row.orphaned)
+        name = engine_request_id(row.id, row.request_id, row.owner, row.attempts, row.num_rescues)
     return Job(row.id, state, row.attempts, row.text, row.error, name)
 
 
@@ -363,8 +354,8 @@ def _claimed(row: Row[Any], owner: str, now: float) -> ClaimedJob:
         owner=owner,
         inputs=json.loads(row.request),
         attempts=row.attempts,
-        orphaned=row.orphaned,
-        terms=Terms(row.priority, timeout, row.api_key, row.request_id, row.traceparent),
+        num_rescues=row.num_rescues,
+        options=JobOptions(row.priority, timeout, row.api_key, row.request_id, row.traceparent),
         time_left=None if row.deadline is None else row.deadline - now,
         waited=max(0.0, now - row.created_at),
     )
@@ -376,12 +367,12 @@ def _refuse_beyond(max_queued: int, queued: int, extra: int) -> None:
         raise TooManyJobs(msg)
 
 
-# What each job needs is made once: making a statement takes longer than running it.
+# Statements that run for every job are made once: making one takes longer than running it.
 _SHOWN = select(
     jobs.c.id,
     jobs.c.state,
     jobs.c.attempts,
-    jobs.c.orphaned,
+    jobs.c.num_rescues,
     jobs.c.text,
     jobs.c.error,
     jobs.c.owner,
@@ -389,13 +380,13 @@ _SHOWN = select(
 ).where(jobs.c.id == bindparam("job"))
 _SHOWN_TO_KEY = _SHOWN.where(jobs.c.api_key == bindparam("key"))
 _DONE_AMONG = select(jobs.c.id).where(
-    jobs.c.id.in_(bindparam("ids", expanding=True)), jobs.c.state.not_in(UNDONE)
+    jobs.c.id.in_(bindparam("ids", expanding=True)), jobs.c.state.not_in(ACTIVE)
 )
 _ANY_QUEUED = _any_of(QUEUED)
 _COUNT_QUEUED = select(func.count()).select_from(jobs).where(QUEUED)
-# Taking the counter first makes submissions follow one another on PostgreSQL too, so that what is
-# counted is exact.
-_COUNT_ON = (
+# Updating the counter first makes submissions run one after the other on PostgreSQL too, so that
+# the count of queued jobs is exact.
+_RESERVE_IDS = (
     update(counters)
     .where(counters.c.name == "jobs")
     .values(next_id=counters.c.next_id + bindparam("more"))

@@ -1,4 +1,4 @@
-"""Waiting for jobs to be done, whichever worker drives them."""
+"""Waiting for jobs to be done, whichever worker runs them."""
 
 import asyncio
 from collections import defaultdict
@@ -14,10 +14,10 @@ POLL_SECONDS = 0.05
 
 
 class JobWatcher:
-    """Lets any number of callers wait; a context manager.
+    """Lets any number of calls wait for jobs; a context manager.
 
-    A job of this worker is reported by its runner. For all others together there is one query
-    per poll, however many callers wait.
+    The runner reports jobs of this worker. All other jobs share one query per interval, however
+    many calls wait for them.
     """
 
     def __init__(self, store: JobStore, runner: JobRunner) -> None:
@@ -29,12 +29,12 @@ class JobWatcher:
         self.stopped = False
 
     async def wait(self, job_id: int, seconds: float) -> Job | None:
-        """Wait until the job is done; None: look at it again, or the time is over."""
+        """Wait for the job; None if it has to be looked up, or the time is over."""
         if self.stopped:
             return None
         done: asyncio.Future[Job | None] = asyncio.get_running_loop().create_future()
         self._waiting[job_id].add(done)
-        if not self._runner.drives(job_id):
+        if not self._runner.owns(job_id):
             self._loop.wake()
         try:
             async with asyncio.timeout(seconds):
@@ -47,13 +47,13 @@ class JobWatcher:
                 del self._waiting[job_id]
 
     def notify(self, job_id: int, job: Job | None = None) -> None:
-        """It is worth looking at the job again, or this is what it will be from now on."""
+        """Wake the calls that wait for the job, with its final state if that is known."""
         for done in self._waiting.get(job_id, ()):
             if not done.done():
                 done.set_result(job)
 
     def stop(self) -> None:
-        """Let everybody go who waits: nobody is to be held up by them."""
+        """Wake all waiting calls, so that they do not delay the shutdown."""
         self.stopped = True
         for job_id in list(self._waiting):
             self.notify(job_id)
@@ -71,10 +71,10 @@ class JobWatcher:
         await self._loop.__aexit__(kind, error, trace)
 
     async def _poll(self) -> float | None:
-        elsewhere = [job_id for job_id in self._waiting if not self._runner.drives(job_id)]
+        elsewhere = [job_id for job_id in self._waiting if not self._runner.owns(job_id)]
         if not elsewhere:
             return None
-        await asyncio.sleep(POLL_SECONDS)  # also keeps `wake` from hurrying the query
+        await asyncio.sleep(POLL_SECONDS)  # `wake` does not shorten it
         for job_id in await self._store.done_among(elsewhere):
             self.notify(job_id)
         return 0.0

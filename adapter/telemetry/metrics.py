@@ -35,13 +35,13 @@ HTTP_SECONDS = Histogram(
 JOBS_SUBMITTED = Counter("dllm_adapter_jobs_submitted", "Jobs accepted", registry=REGISTRY)
 JOBS_SETTLED = Counter(
     "dllm_adapter_jobs_settled",
-    "What became of runs of jobs: finished, failed; lost or postponed, to run again; dropped",
+    "Runs of jobs by outcome: finished, failed, interrupted, snoozed, superseded",
     ["outcome"],
     registry=REGISTRY,
 )
 JOBS_DONE = Counter(
     "dllm_adapter_jobs_done",
-    "Jobs by how they ended, each once, wherever it was then: finished, failed, cancelled",
+    "Jobs by final state: finished, failed, cancelled; each counted once, wherever it ended",
     ["state"],
     registry=REGISTRY,
 )
@@ -115,9 +115,9 @@ async def exposition(jobs: Mapping[str, int] | None) -> bytes:
     page = await asyncio.to_thread(generate_latest, registry)
     if jobs is None:
         return page
-    undone = CollectorRegistry()
-    undone.register(_Jobs(jobs))
-    return page + generate_latest(undone)
+    active = CollectorRegistry()
+    active.register(_Jobs(jobs))
+    return page + generate_latest(active)
 
 
 class _Jobs(Collector):

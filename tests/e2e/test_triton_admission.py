@@ -126,12 +126,12 @@ def test_who_leaves_the_queue_is_not_run(narrow: TritonServer) -> None:
 
 
 def test_request_that_runs_alone(triton: TritonServer) -> None:
-    """With `alone` a request begins when nothing else runs, however many places are free."""
+    """With `exclusive` a request begins when nothing else runs, however many places are free."""
     with ExitStack() as stack:
         with GrpcStream(triton, LONG | {"stream": True}) as before:
             steps = iter(before)
             next(steps)
-            alone = stack.enter_context(GrpcStream(triton, SHORT | {"alone": True}))
+            alone = stack.enter_context(GrpcStream(triton, SHORT | {"exclusive": True}))
             for _ in range(3 * int(SHORT["gen_length"])):
                 next(steps)
             assert alone.unanswered

@@ -149,7 +149,7 @@ def launch_all(dtype: torch.dtype, num_heads: int, num_kv_heads: int) -> None:
 def launch_head(dtype: torch.dtype, width: int, *, noise: bool) -> None:
     """Launch forms of the head: with and without entropies, with credit, greedy, with noise."""
     hidden, weight = torch.zeros(96, width, dtype=dtype), torch.zeros(1024, width, dtype=dtype)
-    head = Head(weight, kernels=True)
+    head = Head(weight, choose_operations("triton", "cuda", dtype))
     ids = torch.zeros(2, dtype=torch.int64)
     keys = torch.zeros(len(hidden), dtype=torch.int64)
     heat = torch.zeros(len(hidden), dtype=torch.float64)

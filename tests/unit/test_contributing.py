@@ -12,7 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 #: An indented block of code whose first line is a comment that says where the rest goes.
 BLOCK = re.compile(
-    r'^ {3}```python\n {3}# (\S+), (?:(above|below) "(.+)"|a new file)\n(.*?)^ {3}```$', re.M | re.S
+    r'^ {3}```python\n {3}# (\S+), (?:(above|below) "([^\n]+)"|a new file)\n(.*?)^ {3}```$',
+    re.M | re.S,
 )
 
 

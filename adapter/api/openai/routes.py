@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 
-from adapter.api.deps import CallerDep, LiveDep, SettingsDep
+from adapter.api.deps import CallerDep, SettingsDep, StreamingDep
 from adapter.api.openai.errors import ModelNotFound
 from adapter.api.openai.formatters import ChatShape, CompletionShape
 from adapter.api.openai.requests import ChatCall, CompletionCall
@@ -37,7 +37,7 @@ _FAULTS = problems(ErrorAnswer)
 
 
 async def _runner(
-    request: Request, caller: CallerDep, live: LiveDep, settings: SettingsDep
+    request: Request, caller: CallerDep, live: StreamingDep, settings: SettingsDep
 ) -> Runner:
     request_id = caller.request_id or secrets.token_hex(8)
     return Runner(live, request, request_id=request_id, heartbeat=settings.heartbeat_interval)

@@ -13,9 +13,9 @@ from adapter.api.openai.errors import length_name, status_and_body
 from adapter.api.openai.formatters import Shape
 from adapter.api.schemas import GenerateRequest
 from adapter.api.sse import SETTLING_SECONDS, EventStream, sse, unless_gone
-from adapter.engine.streaming import LiveRequest, LiveRequests
+from adapter.engine.streaming import StreamingRequest, StreamingRequests
 from adapter.errors import AdapterError
-from adapter.types import Detail, Event
+from adapter.types import Event, StreamDetail
 
 
 class Runner:
@@ -29,7 +29,7 @@ class Runner:
     """
 
     def __init__(
-        self, live: LiveRequests, http: Request, *, request_id: str, heartbeat: float
+        self, live: StreamingRequests, http: Request, *, request_id: str, heartbeat: float
     ) -> None:
         self._live = live
         self._http = http
@@ -39,7 +39,7 @@ class Runner:
     async def results(self, requests: Sequence[GenerateRequest]) -> list[Event]:
         """The results, in order. Raises what ends any of the requests."""
         async with AsyncExitStack() as stack:
-            running = self._begin(requests, Detail.RESULT, stack)
+            running = self._begin(requests, StreamDetail.RESULT, stack)
             return await unless_gone(self._http, _results(running))
 
     async def stream(
@@ -47,9 +47,9 @@ class Runner:
     ) -> EventStream:
         """The results as chunks. Raises what ends the requests at once."""
         async with AsyncExitStack() as stack:
-            running = self._begin(requests, Detail.TEXT, stack)
+            running = self._begin(requests, StreamDetail.TEXT, stack)
             # Begun together, refused together: the first one speaks for all.
-            await unless_gone(self._http, running[0].settled_in(SETTLING_SECONDS))
+            await unless_gone(self._http, running[0].wait_accepted(SETTLING_SECONDS))
             release = stack.pop_all().aclose
         chunks = _chunks(
             running,
@@ -61,8 +61,8 @@ class Runner:
         return EventStream(chunks, release)
 
     def _begin(
-        self, requests: Sequence[GenerateRequest], detail: Detail, stack: AsyncExitStack
-    ) -> list[LiveRequest]:
+        self, requests: Sequence[GenerateRequest], detail: StreamDetail, stack: AsyncExitStack
+    ) -> list[StreamingRequest]:
         """Begin the requests; leaving `stack` ends them."""
         running = []
         for index, request in enumerate(requests):
@@ -78,12 +78,12 @@ class Runner:
         return running
 
 
-async def _results(running: Sequence[LiveRequest]) -> list[Event]:
+async def _results(running: Sequence[StreamingRequest]) -> list[Event]:
     return [await request.result() for request in running]
 
 
 async def _chunks(
-    running: Sequence[LiveRequest],
+    running: Sequence[StreamingRequest],
     shape: Shape,
     *,
     includes_usage: bool,
@@ -125,7 +125,7 @@ async def _chunks(
 
 
 async def _merged(
-    running: Sequence[LiveRequest], heartbeat: float
+    running: Sequence[StreamingRequest], heartbeat: float
 ) -> AsyncGenerator[tuple[int, Event] | None, None]:
     """Events of all requests, with their numbers; None when there is none for so many seconds."""
     waiting = {asyncio.create_task(r.next_event()): index for index, r in enumerate(running)}

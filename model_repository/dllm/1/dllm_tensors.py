@@ -83,7 +83,7 @@ def parse_request(engine: Engine, request: Any, inputs: Inputs) -> Request:
         params,
         stream_interval=interval if stream else None,
         priority=_priority(inputs),
-        alone=bool(_scalar(inputs, "alone")) if "alone" in inputs else False,
+        exclusive=bool(_scalar(inputs, "exclusive")) if "exclusive" in inputs else False,
         timeout=request.timeout() / 1e6 or None,  # microseconds; 0: none
         name=request.request_id(),
     )

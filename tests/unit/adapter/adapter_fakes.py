@@ -16,7 +16,7 @@ from adapter.app import create_app
 from adapter.engine.monitor import EngineMonitor
 from adapter.errors import AdapterError, EngineDead
 from adapter.settings import Settings
-from adapter.types import DEFAULT_PRIORITY, Canvas, Detail, Event, Inputs, Usage, Verdict
+from adapter.types import DEFAULT_PRIORITY, Canvas, CheckResult, Event, Inputs, StreamDetail, Usage
 
 DONE = Event("an answer", "length", Usage(3, 32, 32, 32), seed=7)
 SIGN_OF_LIFE = Event("an")
@@ -77,15 +77,15 @@ class ScriptedEngine:
     probe_error: AdapterError | None = None
     probe_hangs: bool = False
     reload_error: AdapterError | None = None
-    #: What it says of prompts before they run; of the others, that there is this much room.
-    verdicts: dict[str, Verdict] = field(default_factory=dict)
-    room: int = 1000
+    #: What it says of prompts before they run; of the others, that there is this much headroom.
+    check_results: dict[str, CheckResult] = field(default_factory=dict)
+    headroom: int = 1000
     check_hangs: bool = False
     checked: list[Inputs] = field(default_factory=list)
     requests: list[Inputs] = field(default_factory=list)
     request_ids: list[str] = field(default_factory=list)
     priorities: list[int] = field(default_factory=list)
-    details: list[Detail] = field(default_factory=list)
+    details: list[StreamDetail] = field(default_factory=list)
     cancels: list[str] = field(default_factory=list)
     closed: int = 0
     loadings: int = 0
@@ -96,7 +96,7 @@ class ScriptedEngine:
         inputs: Inputs,
         *,
         request_id: str,
-        detail: Detail = Detail.RESULT,
+        detail: StreamDetail = StreamDetail.RESULT,
         priority: int = DEFAULT_PRIORITY,
     ) -> AsyncGenerator[Event, None]:
         """Play the next script."""
@@ -121,14 +121,17 @@ class ScriptedEngine:
         finally:
             self.closed += 1
 
-    async def check(self, requests: Sequence[Inputs]) -> list[Verdict]:
+    async def check(self, requests: Sequence[Inputs]) -> list[CheckResult]:
         """Refuse what it is told to, if it can be asked."""
         self.checked.extend(requests)
         if not self.alive:
             raise EngineDead("Stub process 'dllm_0_0' is not healthy.")
         if self.check_hangs:
             await asyncio.Event().wait()
-        return [self.verdicts.get(_words(inputs), Verdict(room=self.room)) for inputs in requests]
+        return [
+            self.check_results.get(_words(inputs), CheckResult(headroom=self.headroom))
+            for inputs in requests
+        ]
 
     def cancel(self, request_id: str) -> None:
         """Note it."""

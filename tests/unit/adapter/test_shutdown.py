@@ -34,7 +34,7 @@ async def test_running_jobs_may_finish(database_url: str, store: JobStore) -> No
         await api.submit()
         await until(lambda: len(engine.requests) == 1)
         await api.submit()
-        asyncio.get_running_loop().call_later(0.3, may_answer.set)
+        asyncio.get_running_loop().call_later(0.1, may_answer.set)
 
     assert await store.get(0) == Job(0, JobState.FINISHED, 0, DONE.text, None)
     assert await store.get(1) == Job(1, JobState.QUEUED, 0, None, None)

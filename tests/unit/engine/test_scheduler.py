@@ -65,7 +65,7 @@ def test_admission_reserves_pages_and_lets_nobody_pass() -> None:
 def test_request_that_runs_alone_waits_for_all_and_all_for_it() -> None:
     """It gets a slot when nobody has one, and nobody gets one beside it."""
     scheduler = empty(4, 100)
-    before, alone, after = make(0, 10), make(1, 10, alone=True), make(2, 10)
+    before, alone, after = make(0, 10), make(1, 10, exclusive=True), make(2, 10)
     for request in (before, alone, after):
         scheduler.add(request)
     assert ids(scheduler.admit()) == [0]

@@ -52,16 +52,18 @@ def test_request_that_runs_alone(checkpoint: Path) -> None:
         if update.usage.steps:  # not the signs of life of one that waits
             log.put((name, update.finished))
 
-    def ask(name: str, *, alone: bool = False) -> None:
+    def ask(name: str, *, exclusive: bool = False) -> None:
         params = SamplingParams(gen_length=12, ignore_eos=True)
-        request = worker.engine.make_request(Prompt([1]), params, stream_interval=0, alone=alone)
+        request = worker.engine.make_request(
+            Prompt([1]), params, stream_interval=0, exclusive=exclusive
+        )
         worker.submit(request, functools.partial(note, name))
 
     for name in ("before", "before too"):
         ask(name)
-    ask("alone", alone=True)
+    ask("alone", exclusive=True)
     for name in ("after", "alone too", "last"):
-        ask(name, alone=name == "alone too")
+        ask(name, exclusive=name == "alone too")
     events = [log.get(timeout=60) for _ in range(6 * 12)]
     worker.close()
     names = [name for name, _ in events]

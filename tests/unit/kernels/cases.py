@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+#: The operations under test.
+KERNELS = choose_operations("triton", DEVICE, torch.float32)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 #: Of an engine that starts quickly: it begins with as many rows as a step may have.
 SMALL: dict[str, Any] = {"max_model_len": 64, "max_num_batched_tokens": 128}

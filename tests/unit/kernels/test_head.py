@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from dllm_engine.ops import Head, HeadOptions, HeadStatistics, noise
 from dllm_engine.ops.kernels import head as kernels
+from dllm_engine.parallel.rank_merge import merge
 from dllm_engine.sampling import LISTED, Credits, SpecialTokens, sample_candidates
-from dllm_engine.sampling.rank_merge import _joined
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.budget import examples
 from tests.support.sampling import row_sampling
-from tests.unit.kernels.cases import DEVICE, DTYPES
+from tests.unit.kernels.cases import DEVICE, DTYPES, KERNELS
 
 #: Products of numbers of any type are exact in float32, sums of some hundred rounded.
 TOLERANCE = 1e-4
@@ -127,7 +127,7 @@ def check(found: HeadStatistics, hidden: Tensor, weight: Tensor, options: HeadOp
 def test_statistics_are_those_of_the_logits(case: Case) -> None:
     """For any sizes, types and kinds of rows: exact tokens, and numbers near those of float64."""
     hidden, weight, options = case.tensors()
-    check(Head(weight, kernels=True).statistics(hidden, options), hidden, weight, options)
+    check(Head(weight, KERNELS).statistics(hidden, options), hidden, weight, options)
 
 
 @pytest.mark.parametrize("noisy", [False, True])
@@ -141,10 +141,10 @@ def test_a_split_may_have_several_tiles(noisy: bool) -> None:
     weight[[3, 70]] = torch.tensor([[10.0], [20.0]], device=DEVICE) * hidden[0]
     weight[[130, 200]] = torch.tensor([[20.0], [10.0]], device=DEVICE) * hidden[1]
     weight[[260, 330]] = 20.0 * hidden[2]
-    _, each, splits = kernels._split(weight)
+    _, each, splits = kernels.splits_of(weight)
     assert each == 2
     assert splits * each * 64 > 8600 + 63
-    found = Head(weight, kernels=True).statistics(hidden, options)
+    found = Head(weight, KERNELS).statistics(hidden, options)
     check(found, hidden, weight, options)
     if not noisy:
         assert found.token.tolist() == [70, 130, 260]
@@ -169,7 +169,7 @@ def test_a_row_has_the_same_result_in_any_company(dtype: torch.dtype) -> None:
     assert options.logits_eos_inf is not None
     assert options.confidence_eos_eot_inf is not None
     assert options.keys is not None
-    head = Head(weight, kernels=True)
+    head = Head(weight, KERNELS)
     together = head.statistics(hidden, options)
     plain = (options.temperature == 0) & ~options.logits_eos_inf & ~options.confidence_eos_eot_inf
     for i in (int(plain.nonzero()[0]), 63, 64, int(plain.nonzero()[-1]), 139):
@@ -204,7 +204,7 @@ def _store_uniform(keys, out, first, COUNT: tl.constexpr):  # type: ignore[no-un
 )
 @settings(max_examples=examples(10))
 def test_random_numbers_are_those_of_the_loop(parts: list[int], first: int) -> None:
-    """Bit by bit the uniform numbers of `sampling.noise`, for any seed, step and position."""
+    """Bit by bit the uniform numbers of `ops.noise`, for any seed, step and position."""
     keys = noise.row_keys(*(torch.tensor([part], device=DEVICE) for part in parts), 1)
     out = torch.empty(1, 128, dtype=torch.float64, device=DEVICE)
     _store_uniform[(1,)](keys, out, first, 128)
@@ -221,7 +221,7 @@ def test_the_leftmost_of_equal_tokens_wins(best: list[int], noisy: bool) -> None
     heat = torch.zeros(1, dtype=torch.float64, device=DEVICE) if noisy else None
     keys = torch.zeros(1, dtype=torch.int64, device=DEVICE) if noisy else None
     options = HeadOptions(7, nothing, nothing, None, None, heat, keys, needs_entropy=True)
-    found = Head(weight, kernels=True).statistics(torch.ones(1, 4, device=DEVICE), options)
+    found = Head(weight, KERNELS).statistics(torch.ones(1, 4, device=DEVICE), options)
     assert found.token.tolist() == [40]  # 7 is the mask token
     assert found.max_logit.tolist() == found.second.tolist() == [4.0]
 
@@ -242,10 +242,10 @@ def test_slices_of_the_vocabulary_together_are_the_whole(cut: int) -> None:
     )
     hidden, weight, options = case.tensors()
     extra_tokens = torch.randint(-1, 200, (4, LISTED), device=DEVICE)
-    whole = kernels.head_statistics(hidden, weight, 0, options, extra_tokens)
-    left = kernels.head_statistics(hidden, weight[:cut], 0, options, extra_tokens)
-    right = kernels.head_statistics(hidden, weight[cut:], cut, options, extra_tokens)
-    merged = _joined(left, right)
+    whole = Head(weight, KERNELS).statistics(hidden, options, extra_tokens)
+    left = Head(weight[:cut], KERNELS).statistics(hidden, options, extra_tokens)
+    right = Head(weight[cut:], KERNELS, first=cut).statistics(hidden, options, extra_tokens)
+    merged = merge(left, right)
     assert torch.equal(merged.token, whole.token)
     for field in dataclasses.fields(whole):
         near(getattr(merged, field.name), getattr(whole, field.name))
@@ -260,7 +260,7 @@ def test_listed_tokens_have_their_logits(dtype: torch.dtype) -> None:
     assert options.confidence_eos_eot_inf is not None
     extra_tokens = torch.randint(-1, 90, (5, LISTED), device=DEVICE)
     extra_tokens[:, :5] = torch.cat([options.eos, options.stop])
-    found = Head(weight, kernels=True).statistics(hidden, options, extra_tokens).extra_logits
+    found = Head(weight, KERNELS).statistics(hidden, options, extra_tokens).extra_logits
     assert found is not None
     logits = hidden.double() @ weight.double().T
     logits[options.logits_eos_inf.nonzero(), options.eos] = -torch.inf
@@ -302,7 +302,7 @@ def test_candidates_are_those_of_the_loop_without_waiting(temperature: float) ->
     )
     options = {"budget_bytes": 1, "credits": None if temperature else credits}
     wanted = sample_candidates(hidden, Head(weight), sampling, special, **options)
-    head = Head(weight, kernels=True)
+    head = Head(weight, KERNELS)
     with Watched():
         found = sample_candidates(hidden, head, sampling, special, **options)
     assert torch.equal(found.token, wanted.token)

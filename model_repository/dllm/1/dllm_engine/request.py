@@ -45,7 +45,7 @@ class Request:
     #: 0 goes first; each level more counts as coming `PRIORITY_STEPS` steps later.
     priority: int = 0
     #: It runs while nothing else does.
-    alone: bool = False
+    exclusive: bool = False
     #: Seconds that it is willing to wait for a place; None: for ever.
     timeout: float | None = None
     #: What its caller calls it, for the log and for cancelling; need not be unique.

@@ -23,7 +23,7 @@ from adapter_fakes import (
 from openai import AsyncOpenAI
 
 from adapter.errors import EngineFailure, InvalidRequest, Overloaded
-from adapter.types import Detail, Event, Usage
+from adapter.types import Event, StreamDetail, Usage
 
 CHAT = "/chat/completions"
 TEXT = "/completions"
@@ -87,7 +87,7 @@ async def test_chat_completion(client: AsyncOpenAI, engine: ScriptedEngine) -> N
             "messages": '[{"role": "user", "content": "What is AI?"}]',
         }
     ]
-    assert engine.details == [Detail.RESULT]
+    assert engine.details == [StreamDetail.RESULT]
 
 
 async def test_parameters_reach_the_engine(client: AsyncOpenAI, engine: ScriptedEngine) -> None:
@@ -164,7 +164,7 @@ async def test_chat_stream(client: AsyncOpenAI, engine: ScriptedEngine) -> None:
     assert last.usage is not None
     assert last.usage.total_tokens == 7
     assert len({chunk.id for chunk in [*chunks, last]}) == 1
-    assert engine.details == [Detail.TEXT]
+    assert engine.details == [StreamDetail.TEXT]
 
 
 async def test_only_what_is_final_is_streamed(url: str, engine: ScriptedEngine) -> None:

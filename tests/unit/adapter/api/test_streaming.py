@@ -24,7 +24,7 @@ from adapter_fakes import (
 
 from adapter.errors import EngineDead, EngineFailure, InvalidRequest, Overloaded
 from adapter.settings import Settings
-from adapter.types import Detail, Event, Usage
+from adapter.types import Event, StreamDetail, Usage
 
 STREAM = "/v1/generate/stream"
 Events = list[tuple[str, dict[str, Any]]]
@@ -109,7 +109,7 @@ async def test_events_show_the_canvas_until_the_answer(
             "seed": 7,
         },
     )
-    assert engine.details == [Detail.CANVAS]
+    assert engine.details == [StreamDetail.CANVAS]
 
 
 async def test_masked_positions_are_null(api: RunningApp, engine: ScriptedEngine) -> None:

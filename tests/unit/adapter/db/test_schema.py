@@ -71,7 +71,7 @@ async def test_database_of_the_first_release_is_upgraded(database_url: str) -> N
         assert await database.write(differences) == []
         store = JobStore(database, max_attempts=3)
         assert await store.get(0) == Job(0, JobState.FINISHED, 1, "kept", None)
-        assert await store.recover() == 1
+        assert await store.requeue_expired() == 1
         claimed = await store.claim("a", limit=9, lease=30)
         assert [(job.id, job.inputs, job.attempts) for job in claimed] == [
             (1, {"seed": 7}, 0),

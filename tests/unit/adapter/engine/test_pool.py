@@ -16,6 +16,7 @@ from adapter_fakes import (
     until,
 )
 
+from adapter.engine.follow import follow
 from adapter.errors import SettingsError, StreamInterrupted, Unavailable
 from adapter.settings import load_settings
 from adapter.types import Event, Inputs
@@ -157,8 +158,9 @@ async def test_pause_grows_with_each_failure(database_url: str) -> None:
         rests = []
         for _ in range(5):
             with suppress(Unavailable):
-                async for _event in endpoint.generate({}, request_id="x"):
-                    pass
+                await follow(
+                    endpoint, {}, lambda _: None, request_id="x", deadline=None, idle_timeout=5
+                )
             rests.append(round(endpoint.backoff_left, 1))
             await asyncio.sleep(max(0.0, endpoint.backoff_left))
     first, second, third, answered, again = rests

@@ -24,7 +24,7 @@ from adapter.errors import (
     StreamInterrupted,
     Unavailable,
 )
-from adapter.types import Detail, Event, Verdict
+from adapter.types import CheckResult, Event, StreamDetail
 
 #: When the engine was started, as it says itself.
 STARTED = "4711.25"
@@ -47,7 +47,7 @@ class ScriptedTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
     #: Ids of requests that it was told to end.
     ends: list[str] = field(default_factory=list)
     #: Finish reason and text for each request of a stream; the last is answered first.
-    verdicts: list[tuple[str, str]] = field(default_factory=list)
+    check_results: list[tuple[str, str]] = field(default_factory=list)
     #: It does not say that it has.
     mute: bool = False
 
@@ -64,9 +64,9 @@ class ScriptedTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
                         yield _answer(Event(STARTED, "cancelled"))
                     continue
                 self.requests.append(request)
-                if self.verdicts:
-                    if len(self.requests) == len(self.verdicts):
-                        asked = zip(self.requests, self.verdicts, strict=True)
+                if self.check_results:
+                    if len(self.requests) == len(self.check_results):
+                        asked = zip(self.requests, self.check_results, strict=True)
                         for question, (reason, text) in reversed(list(asked)):
                             yield _answer(Event(text, reason), question.id)
                     continue
@@ -212,10 +212,18 @@ async def test_request_carries_inputs_and_asks_for_signs_of_life(
 
 @pytest.mark.parametrize(
     ("detail", "interval", "canvas"),
-    [(Detail.RESULT, 0.5, False), (Detail.TEXT, 0.0, False), (Detail.CANVAS, 0.0, True)],
+    [
+        (StreamDetail.RESULT, 0.5, False),
+        (StreamDetail.TEXT, 0.0, False),
+        (StreamDetail.CANVAS, 0.0, True),
+    ],
 )
 async def test_only_what_is_wanted_is_asked_for(
-    engine: TritonEngine, triton: ScriptedTriton, detail: Detail, interval: float, canvas: bool
+    engine: TritonEngine,
+    triton: ScriptedTriton,
+    detail: StreamDetail,
+    interval: float,
+    canvas: bool,
 ) -> None:
     """Results need signs of life, texts an event for each step, and only watchers the canvas."""
     triton.script = [Event("ab", "length")]
@@ -310,11 +318,11 @@ async def test_a_reload_has_a_connection_of_its_own(triton: ScriptedTriton) -> N
 
 
 async def test_checks_share_a_stream(engine: TritonEngine, triton: ScriptedTriton) -> None:
-    """Verdicts are told apart by their ids; nothing runs, and only what says so is asked for."""
-    triton.verdicts = [("valid", "17"), ("invalid", "steps: too few"), ("valid", "0")]
-    verdicts = await engine.check([{"text_input": text} for text in "abc"])
+    """Each result has its request's id; nothing runs, and only its outputs are requested."""
+    triton.check_results = [("valid", "17"), ("invalid", "steps: too few"), ("valid", "0")]
+    check_results = await engine.check([{"text_input": text} for text in "abc"])
 
-    assert verdicts == [Verdict(room=17), Verdict("steps: too few"), Verdict()]
+    assert check_results == [CheckResult(headroom=17), CheckResult("steps: too few"), CheckResult()]
     for request in triton.requests:
         assert {tensor.name for tensor in request.inputs} == {"text_input", "check"}
         assert {output.name for output in request.outputs} == {"finish_reason", "text_output"}
@@ -326,7 +334,7 @@ async def test_checks_share_a_stream(engine: TritonEngine, triton: ScriptedTrito
 async def test_check_fails_as_streams_do(
     engine: TritonEngine, triton: ScriptedTriton, step: str
 ) -> None:
-    """An error is the engine's, never a verdict."""
+    """An error is the engine's, never a check's result."""
     triton.script = [step]
     with pytest.raises(EngineError):
         await engine.check([{"text_input": "a"}])

@@ -33,7 +33,7 @@ from adapter.jobs.job import Job, JobState
 from adapter.jobs.store import JobStore
 from adapter.types import Event
 
-#: Each test that uses a database runs on both kinds.
+#: The store has tests of its own on both kinds of databases.
 DATABASES = ("sqlite", pytest.param("postgresql", marks=pytest.mark.slow))
 
 
@@ -117,7 +117,7 @@ async def test_engine_is_told_that_the_last_attempt_runs_alone(
     engine.scripts = [[EngineFailure("CUDA error")]]
     await api.result(await api.submit())
 
-    assert [inputs.get("alone") for inputs in engine.requests] == [None, None, True]
+    assert [inputs.get("exclusive") for inputs in engine.requests] == [None, None, True]
 
 
 @pytest.mark.parametrize("end", [[], [SIGN_OF_LIFE], [Event("", "cancelled")]])
@@ -435,7 +435,7 @@ async def test_unforeseen_error_does_not_keep_the_job(
 
     assert DONE.text == (await api.result(await api.submit()))["text"]
     assert "'job': 0, " in caplog.text
-    assert "job_broken" in caplog.text
+    assert "job_failed_unexpectedly" in caplog.text
     assert "surprise" in caplog.text
 
 

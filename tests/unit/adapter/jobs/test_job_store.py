@@ -10,7 +10,7 @@ from adapter_fakes import HandClock
 
 from adapter.db.database import Database
 from adapter.errors import KeyReused, TooManyJobs
-from adapter.jobs.job import ClaimedJob, Job, JobState, Terms
+from adapter.jobs.job import ClaimedJob, Job, JobOptions, JobState
 from adapter.jobs.store import JobStore
 from adapter.telemetry.metrics import JOBS_DONE
 from adapter.types import Event, Usage
@@ -70,9 +70,13 @@ async def test_refused_submission_leaves_its_key_free(store: JobStore) -> None:
 
 async def test_submission_keys_are_their_owners(store: JobStore) -> None:
     """The same key of somebody else is another key."""
-    for terms, ids in ((Terms(), [0]), (Terms(api_key="a"), [1]), (Terms(api_key="b"), [2])):
+    for options, ids in (
+        (JobOptions(), [0]),
+        (JobOptions(api_key="a"), [1]),
+        (JobOptions(api_key="b"), [2]),
+    ):
         for new in (True, False):
-            given = await store.add_once([{}], key="k", max_queued=9, terms=terms)
+            given = await store.add_once([{}], key="k", max_queued=9, options=options)
             assert given == (ids, new)
 
 
@@ -80,11 +84,11 @@ async def test_submission_keys_are_forgotten(store: JobStore, clock: HandClock) 
     """A key is kept for as long as it is told, and may then stand for something else."""
     await store.add_once([{}], key="k", max_queued=9)
     clock.advance(10)
-    await store.forget_keys(ttl=10)
+    await store.purge_idempotency_keys(ttl=10)
     with pytest.raises(KeyReused):
         await store.add_once([{"seed": 1}], key="k", max_queued=9)
     clock.advance(1)
-    await store.forget_keys(ttl=10)
+    await store.purge_idempotency_keys(ttl=10)
     assert await store.add_once([{"seed": 1}], key="k", max_queued=9) == ([1], True)
 
 
@@ -126,62 +130,20 @@ async def test_claim_takes_the_oldest_first_and_no_more_than_asked(store: JobSto
 async def test_claimed_job_carries_its_request_and_terms(store: JobStore, clock: HandClock) -> None:
     """What was submitted comes back as it was, with the time that is left of it."""
     request = {"messages": "[ü]", "temperature": 0.5, "stop": ["a"], "ignore_eos": True}
-    terms = Terms(3, 60.0, "team", "call-1", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b71-01")
-    await store.add([request], max_queued=10, terms=terms)
+    options = JobOptions(
+        3, 60.0, "team", "call-1", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b71-01"
+    )
+    await store.add([request], max_queued=10, options=options)
     clock.advance(20)
 
-    expected = ClaimedJob(0, "a", request, 0, terms, time_left=40.0, waited=20.0)
+    expected = ClaimedJob(0, "a", request, 0, options, time_left=40.0, waited=20.0)
     assert [expected] == await store.claim("a", limit=1, lease=30)
-
-
-async def arrive(store: JobStore, owner: str = "a") -> tuple[int, ClaimedJob | None]:
-    return await store.add_claimed({"seed": 1}, owner, lease=30, max_queued=9)
-
-
-async def test_job_may_be_claimed_as_it_arrives(store: JobStore, clock: HandClock) -> None:
-    """It is then as if it had been claimed; if its worker dies, another one gets it."""
-    terms = Terms(3, 60.0, "team", "call-1", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b71-01")
-    arrived = await store.add_claimed({"seed": 1}, "a", lease=30, max_queued=1, terms=terms)
-
-    assert arrived == (0, ClaimedJob(0, "a", {"seed": 1}, 0, terms, time_left=60.0))
-    assert await claim(store, "b") == []
-    assert await store.renew("a", [0], lease=30) == {0}
-    clock.advance(31)
-    assert await store.recover() == 1
-    (again,) = await store.claim("b", limit=1, lease=30)
-    assert (again.inputs, again.terms, again.time_left) == ({"seed": 1}, terms, 29.0)
-
-
-async def test_job_that_arrives_overtakes_nobody(store: JobStore) -> None:
-    """Where jobs wait, or the last attempt of one runs, it is queued like any other."""
-    await add(store)
-    assert await arrive(store) == (1, None)
-    assert await claim(store) == [0, 1]
-    for _ in range(2):
-        await lose(store, 0)
-        await store.finish("a", 1, DONE)
-        assert await claim(store) == [0]
-    assert await arrive(store, "b") == (2, None)
-    await store.finish("a", 0, DONE)
-    assert await state(store, 2) == JobState.QUEUED
-    with pytest.raises(TooManyJobs, match="1 jobs are waiting, and at most 1 may"):
-        await store.add_claimed({}, "a", lease=30, max_queued=1)
-
-
-async def test_jobs_that_arrive_at_once_are_their_workers(store: JobStore) -> None:
-    """Each has an id of its own, and is run by the worker that it came to."""
-    arrived = await asyncio.gather(*(arrive(store, str(n)) for n in range(20)))
-
-    assert list(range(20)) == sorted(job_id for job_id, _ in arrived)
-    for number, (job_id, job) in enumerate(arrived):
-        assert job is not None
-        assert (job.id, job.owner) == (job_id, str(number))
 
 
 async def test_urgent_jobs_overtake(store: JobStore) -> None:
     """Claims go by priority first and by age second."""
     for priority in (3, 2, 1, 2, 1):
-        await store.add([{}], max_queued=10, terms=Terms(priority=priority))
+        await store.add([{}], max_queued=10, options=JobOptions(priority=priority))
 
     assert [await claim(store, limit=2), await claim(store)] == [[2, 4], [1, 3, 0]]
 
@@ -206,7 +168,7 @@ async def test_only_the_owner_of_a_running_job_changes_it(store: JobStore) -> No
     assert not await store.finish("b", 0, DONE)
     assert not await store.fail("b", 0, "no")
     assert not await store.retry("b", 0, "no")
-    assert not await store.put_back("b", 0)
+    assert not await store.release("b", 0)
     assert await state(store, 0) == JobState.RUNNING
 
 
@@ -229,7 +191,7 @@ async def test_expired_lease_frees_the_job(store: JobStore, clock: HandClock) ->
     await store.renew("a", [1], lease=30)
     clock.advance(20)
 
-    assert await store.recover() == 1
+    assert await store.requeue_expired() == 1
     assert await claim(store, "b") == [0]
     assert not await store.finish("a", 0, DONE)
     assert await store.finish("b", 0, DONE)
@@ -245,7 +207,7 @@ async def test_clocks_of_machines_may_differ_by_less_than_what_is_left_of_a_leas
     clock.advance(1)
     other = JobStore(database, max_attempts=3, clock=lambda: clock() + ahead)
 
-    assert await other.recover() == lost
+    assert await other.requeue_expired() == lost
 
 
 async def test_deaths_of_workers_cost_no_attempt_but_end(store: JobStore, clock: HandClock) -> None:
@@ -254,7 +216,7 @@ async def test_deaths_of_workers_cost_no_attempt_but_end(store: JobStore, clock:
     for _ in range(20):
         assert await claim(store) == [0]
         clock.advance(60)
-        assert await store.recover() == 1
+        assert await store.requeue_expired() == 1
 
     error = "given up: 20 workers have died that ran it"
     assert Job(0, JobState.FAILED, 0, None, error) == await store.get(0)
@@ -277,7 +239,7 @@ async def test_each_run_of_a_job_has_a_name_of_its_own(store: JobStore, clock: H
             await lose(store, 0)
         else:
             clock.advance(31)
-            assert await store.recover() == 1
+            assert await store.requeue_expired() == 1
 
     assert len(set(names)) == 3
 
@@ -307,7 +269,7 @@ async def test_last_attempt_runs_alone(store: JobStore) -> None:
         await lose(store, 0)
     assert await claim(store) == [0]
     assert await claim(store, "b") == []
-    await store.put_back("a", 0)
+    await store.release("a", 0)
 
     await store.cancel(0)
     await add(store, 1)
@@ -334,13 +296,13 @@ async def test_job_that_may_run_once_only_does_not_wait(database: Database) -> N
 
 async def test_late_jobs_fail_where_they_wait(store: JobStore, clock: HandClock) -> None:
     """A job whose deadline passes in the queue is not claimed any more, and fails with the time."""
-    await store.add([{}], max_queued=10, terms=Terms(timeout=2.5))
+    await store.add([{}], max_queued=10, options=JobOptions(timeout=2.5))
     await add(store)
-    assert await store.expire() == 0
+    assert await store.fail_overdue() == 0
     clock.advance(3)
 
     assert await claim(store) == [1]
-    assert [await store.expire(), await store.expire()] == [1, 0]
+    assert [await store.fail_overdue(), await store.fail_overdue()] == [1, 0]
     error = "timeout: the job was not done within 2.5 s"
     assert Job(0, JobState.FAILED, 0, None, error) == await store.get(0)
 
@@ -348,7 +310,7 @@ async def test_late_jobs_fail_where_they_wait(store: JobStore, clock: HandClock)
 async def test_jobs_are_their_keys_alone(store: JobStore) -> None:
     """With a key, jobs of other keys can neither be seen nor cancelled; without, all can."""
     for name in ("one", "two", None):
-        await store.add([{}], max_queued=10, terms=Terms(api_key=name))
+        await store.add([{}], max_queued=10, options=JobOptions(api_key=name))
 
     assert [await store.get(n, api_key="one") is not None for n in range(3)] == [True, False, False]
     assert not await store.cancel(1, api_key="one")
@@ -356,21 +318,21 @@ async def test_jobs_are_their_keys_alone(store: JobStore) -> None:
     assert await store.get(1) is not None
 
 
-async def test_undone_jobs_are_counted(store: JobStore) -> None:
+async def test_active_jobs_are_counted(store: JobStore) -> None:
     """How many jobs wait and run, whatever else there is."""
-    assert await store.undone() == {JobState.QUEUED: 0, JobState.RUNNING: 0}
+    assert await store.count_active() == {JobState.QUEUED: 0, JobState.RUNNING: 0}
     await add(store, 4)
     await claim(store, limit=2)
     await store.finish("a", 0, DONE)
 
-    assert await store.undone() == {JobState.QUEUED: 2, JobState.RUNNING: 1}
+    assert await store.count_active() == {JobState.QUEUED: 2, JobState.RUNNING: 1}
 
 
 async def test_retry_counts_and_put_back_does_not(store: JobStore) -> None:
     """A lost job has used an attempt, a postponed one has not."""
     await add(store)
     await claim(store)
-    await store.put_back("a", 0)
+    await store.release("a", 0)
     assert Job(0, JobState.QUEUED, 0, None, None) == await store.get(0)
 
     await claim(store)
@@ -519,17 +481,17 @@ async def test_jobs_that_are_given_up_are_counted(store: JobStore, clock: HandCl
     for left in reversed(range(20)):
         await claim(store)
         clock.advance(60)
-        await store.recover()
+        await store.requeue_expired()
         assert ended.counts == ({"failed": 1} if left else {"failed": 2})
 
 
 async def test_late_jobs_are_counted_once_by_all_workers(store: JobStore, clock: HandClock) -> None:
     """Many workers find the same jobs late; each job is one failure."""
     ended = Ended()
-    await store.add([{}] * 30, max_queued=100, terms=Terms(timeout=1))
+    await store.add([{}] * 30, max_queued=100, options=JobOptions(timeout=1))
     await add(store)
     clock.advance(2)
-    expired = await asyncio.gather(*(store.expire() for _ in range(5)))
+    expired = await asyncio.gather(*(store.fail_overdue() for _ in range(5)))
 
     assert sum(expired) == 30
     assert ended.counts == {"failed": 30}

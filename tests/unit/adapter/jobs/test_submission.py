@@ -8,7 +8,7 @@ import pytest
 from adapter_fakes import RunningApp, ScriptedEngine, fast_settings, running_app, until
 
 from adapter.jobs.service import CHECK_SECONDS
-from adapter.types import Verdict
+from adapter.types import CheckResult
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ async def test_what_the_engine_would_refuse_is_not_queued(
     api: RunningApp, engine: ScriptedEngine
 ) -> None:
     """What only the engine can judge is refused at submission, in its words."""
-    engine.verdicts["bad"] = Verdict("steps: must be at least 2; got 1")
+    engine.check_results["bad"] = CheckResult("steps: must be at least 2; got 1")
     found = await refusal(api, "/v1/generate", {"prompt": "bad", "steps": 1})
 
     assert found == ("body.steps", "must be at least 2; got 1")
@@ -41,8 +41,8 @@ async def test_what_the_engine_would_refuse_is_not_queued(
 
 async def test_refused_prompt_of_a_batch_is_named(api: RunningApp, engine: ScriptedEngine) -> None:
     """The first that would be refused is named, unless all would be, and none is queued."""
-    engine.verdicts["long"] = Verdict("gen_length: too much")
-    engine.room = 3
+    engine.check_results["long"] = CheckResult("gen_length: too much")
+    engine.headroom = 3
     for prompts, problem in (
         (["short", "long", "short", "long"], ("body.prompts.1", "gen_length: too much")),
         (["long", "long"], ("body.gen_length", "too much")),
@@ -56,7 +56,7 @@ async def test_engine_is_asked_once_about_what_fits(
     api: RunningApp, engine: ScriptedEngine
 ) -> None:
     """Other words and seeds are no reason to ask again; more words than fit are, and new ids."""
-    engine.room = 10
+    engine.headroom = 10
     for fields in (
         {"prompt": "a first one", "seed": 1},
         {"prompt": "any other", "seed": 2},

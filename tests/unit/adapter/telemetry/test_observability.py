@@ -109,7 +109,9 @@ async def test_metrics_tell_what_happened(api: RunningApp, engine: ScriptedEngin
         return await growth.now(api, name, **labels)
 
     assert await grown("jobs_submitted_total") == 4
-    settled = [await grown("jobs_settled_total", outcome=o) for o in ("finished", "failed", "lost")]
+    settled = [
+        await grown("jobs_settled_total", outcome=o) for o in ("finished", "failed", "interrupted")
+    ]
     assert settled == [2, 1, 1]
     done = [await grown("jobs_done_total", state=s) for s in ("finished", "failed", "cancelled")]
     assert done == [2, 1, 0]
@@ -343,7 +345,7 @@ def answer(prompt):
 try:
     answer("sec" + "ret")
 except KeyError as error:
-    get_logger().error("job_broken", exc_info=error)
+    get_logger().error("answer_failed", exc_info=error)
 """
     command = [sys.executable, "-c", code]
     log = subprocess.run(command, check=True, timeout=60, capture_output=True, text=True).stderr

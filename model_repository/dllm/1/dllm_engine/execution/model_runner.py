@@ -47,6 +47,7 @@ from dllm_engine.ops import (
     make_quantizer,
     sequences_at_once,
 )
+from dllm_engine.ops.rows import ROW_MULTIPLE
 from dllm_engine.parallel import Group
 from dllm_engine.sampling import (
     Candidates,
@@ -57,7 +58,6 @@ from dllm_engine.sampling import (
     sample_candidates,
 )
 from dllm_engine.sampling.credit import LISTED
-from dllm_engine.sampling.rows import ROW_MULTIPLE
 from dllm_engine.state.batch import StepBatch
 from dllm_engine.state.canvas import CanvasTable
 
@@ -124,7 +124,7 @@ class ModelShard:
         limit = parse_limit(config.memory_limit, available)
         if on_cpu:  # which the ranks have in common, while each has a GPU of its own
             available, limit = available // spec.num_ranks, limit // spec.num_ranks
-        operations = choose_operations(
+        self._operations = operations = choose_operations(
             config.kernels, self.device, self._dtype, batch_invariant=config.batch_invariant
         )
         #: Rows per tile of the flat layouts that kernels take; None: layouts are grouped.
@@ -223,7 +223,7 @@ class ModelShard:
                     max_pages=self.pages.table.shape[2],
                     record=cuda_recorder(),
                 )
-        if self.model.head.kernels:
+        if self._operations.kernels:
             self._compile_layers()
             self._compile_head()
 
@@ -264,8 +264,10 @@ class ModelShard:
                 keys=keys if noisy else None,
                 needs_entropy=needs_entropy,
             )
-            self.model.head.statistics(hidden, options)
-        self.model.head.statistics(hidden, options, keys.new_zeros(1, LISTED))
+            self._operations.head_statistics(self.model.head, hidden, options)
+        self._operations.head_statistics(
+            self.model.head, hidden, options, keys.new_zeros(1, LISTED)
+        )
 
     @torch.inference_mode()
     def candidates(self, inputs: StepInputs) -> Candidates:

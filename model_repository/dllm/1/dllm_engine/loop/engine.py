@@ -155,7 +155,7 @@ class Engine:
         *,
         stream_interval: float | None = None,
         priority: int = 0,
-        alone: bool = False,
+        exclusive: bool = False,
         timeout: float | None = None,
         name: str = "",
     ) -> Request:
@@ -167,7 +167,7 @@ class Engine:
             stream_interval: seconds between updates, while it waits too; 0: one per step; None:
                 only the final one.
             priority: 0 goes first, larger ones later.
-            alone: run it while nothing else runs.
+            exclusive: run it while nothing else runs.
             timeout: seconds that it may wait for a place, after which it fails with QueueTimeout.
             name: what its caller calls it, for the log.
 
@@ -176,7 +176,7 @@ class Engine:
         """
         resolved = self._limits.check(prompt, params)
         request = Request(
-            next(self._ids), prompt, resolved, stream_interval, priority, alone, timeout, name
+            next(self._ids), prompt, resolved, stream_interval, priority, exclusive, timeout, name
         )
         request.num_pages = self._limits.check_pages(
             resolved, request.length, copies=request.forwards_per_step

@@ -91,7 +91,7 @@ class Scheduler:
             request = self._waiting[0]
             if request.num_pages > self._allocator.num_free:
                 break
-            if self._running and (request.alone or self._running[0].alone):
+            if self._running and (request.exclusive or self._running[0].exclusive):
                 break
             self._waiting.pop(0)
             request.slot = self._free_slots.pop()

@@ -111,7 +111,7 @@ def head_copy_bytes(
     """
     shape = (spec.vocab_size // spec.num_ranks, spec.hidden_size)
     weight = torch.empty((), device=device, dtype=dtype).expand(shape)  # takes no memory
-    if not spec.tied_head or not Head.packs(weight, kernels=operations.kernels):
+    if not spec.tied_head or not Head.packs(weight, operations):
         return 0
     return weight.numel() * dtype.itemsize
 
@@ -243,10 +243,10 @@ class DiffusionModel(nn.Module):
     def _make_head(self) -> Head:
         weight: Tensor = self.embedding if self.spec.tied_head else self.head_weight
         if self._group is None:
-            return Head(weight, kernels=self._operations.kernels)
+            return Head(weight, self._operations)
         if self.spec.tied_head:  # of the embedding each rank has all
             weight = weight.chunk(self._group.size)[self._group.rank]
-        return SlicedHead(weight, self._group, kernels=self._operations.kernels)
+        return SlicedHead(weight, self._group, self._operations)
 
     def forward(
         self,

@@ -2,7 +2,8 @@
 
 from dllm_engine.ops.attention import GATHER_BYTES, packed_attention, sequences_at_once
 from dllm_engine.ops.dispatch import TORCH, Operations, choose_operations
-from dllm_engine.ops.head import LOWEST, TILE, Head, HeadOptions, HeadStatistics
+from dllm_engine.ops.head import Head
+from dllm_engine.ops.head_types import TILE, HeadOptions, HeadStatistics
 from dllm_engine.ops.layout import (
     FlatLayout,
     FlatSelection,
@@ -17,12 +18,13 @@ from dllm_engine.ops.linear import GatedLinear, Linear
 from dllm_engine.ops.norm import rms_norm
 from dllm_engine.ops.quantization import make_quantizer, quantized_bytes
 from dllm_engine.ops.rotary import RotaryTable, apply_rotary
+from dllm_engine.ops.rows import ROW_MULTIPLE
 from dllm_engine.ops.selection import select_positions
 from dllm_engine.ops.transfer import UPLOAD_BYTES, Array, Download, Upload
 
 __all__ = [
     "GATHER_BYTES",
-    "LOWEST",
+    "ROW_MULTIPLE",
     "TILE",
     "TORCH",
     "UPLOAD_BYTES",

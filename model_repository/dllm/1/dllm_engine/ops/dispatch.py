@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dllm_engine.errors import InvalidConfig
-from dllm_engine.ops import attention, linear, norm, rotary
+from dllm_engine.ops import attention, head_statistics, linear, norm, rotary
+from dllm_engine.ops.head_types import HeadOptions, HeadStatistics, TiledHead
 from dllm_engine.ops.layout import LayerPages, Layout
 from dllm_engine.ops.linear import AddedProduct, Product, SiluMul
 
@@ -37,9 +38,27 @@ class PackedAttention(Protocol):
     ) -> Tensor: ...
 
 
+class ReduceHead(Protocol):
+    """See `Head.statistics`."""
+
+    def __call__(
+        self,
+        head: TiledHead,
+        hidden: Tensor,
+        options: HeadOptions,
+        extra_tokens: Tensor | None = None,
+    ) -> HeadStatistics: ...
+
+
+class ReduceHeadBytes(Protocol):
+    """See `Head.statistics_bytes`."""
+
+    def __call__(self, head: TiledHead, *, noisy: bool, needs_entropy: bool) -> int: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Operations:
-    """One implementation of what a layer is made of."""
+    """One implementation of the model's operations."""
 
     packed_attention: PackedAttention
     rms_norm: RmsNorm
@@ -47,7 +66,9 @@ class Operations:
     linear: Product
     add_linear: AddedProduct
     silu_mul: SiluMul
-    #: Whether layouts are flat, and the head's statistics are made by its kernel.
+    head_statistics: ReduceHead
+    head_statistics_bytes: ReduceHeadBytes
+    #: Whether these are kernels, which take flat layouts and unpacked weights.
     kernels: bool
     #: Rows, times the query heads that share a KV head, that one program of the attention kernel
     #: has.
@@ -66,6 +87,8 @@ TORCH = Operations(
     F.linear,
     linear.add_linear,
     linear.silu_mul,
+    head_statistics.head_statistics,
+    head_statistics.head_statistics_bytes,
     kernels=False,
 )
 
@@ -116,6 +139,7 @@ def _choose(choice: str, device: str, dtype: torch.dtype) -> Operations:
 def _triton_operations(dtype: torch.dtype) -> Operations:
     # Not at the top: the package is optional.
     from dllm_engine.ops.kernels import attention as attention_kernels
+    from dllm_engine.ops.kernels import head as head_kernels
     from dllm_engine.ops.kernels import norm as norm_kernels
 
     return Operations(
@@ -125,6 +149,8 @@ def _triton_operations(dtype: torch.dtype) -> Operations:
         F.linear,
         linear.add_linear_in_place,
         norm_kernels.silu_mul,
+        head_kernels.head_statistics,
+        head_kernels.head_statistics_bytes,
         kernels=True,
         lanes=attention_kernels.program_lanes(dtype),
     )

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dllm_engine.ops import Head
 from dllm_engine.sampling.credit import Credits
-from dllm_engine.sampling.full_logits import by_full_logits
+from dllm_engine.sampling.from_statistics import from_statistics
+from dllm_engine.sampling.full_logits import from_full_logits
 from dllm_engine.sampling.rows import (
     Candidates,
     RowSampling,
@@ -22,7 +23,6 @@ from dllm_engine.sampling.rows import (
     joined,
     needs_full_logits,
 )
-from dllm_engine.sampling.tiles import by_tiles
 
 
 def sample_candidates(
@@ -53,27 +53,22 @@ def sample_candidates(
         credits: where any row is decided with credit; only greedy rows without filters may be.
     """
     if not rows.num_full_logits:
-        return by_tiles(hidden, head, rows, special, budget_bytes, needs_entropy, credits)
+        return from_statistics(hidden, head, rows, special, budget_bytes, needs_entropy, credits)
     filtered = (rows.top_p < 1) | (rows.top_k > 0)
     whole = needs_full_logits(rows.temperature > 0, filtered, rows.dream_statistics)
     num_tiled = len(hidden) - rows.num_full_logits
     order = whole.to(torch.uint8).argsort(stable=True)
     tiled, whole_rows = order[:num_tiled], order[num_tiled:]
     parts = [
-        by_full_logits(
+        from_full_logits(
             hidden[whole_rows], head, rows.take(whole_rows), special, budget_bytes, needs_entropy
         )
     ]
     if len(tiled):
         mine = None if credits is None else credits.take(tiled)
         arguments = (hidden[tiled], head, rows.take(tiled), special, budget_bytes, needs_entropy)
-        parts.insert(0, by_tiles(*arguments, mine))
-    found = joined(parts)
-    # Back into the order of the rows.
-    back = order.argsort()
-    found = Candidates(
-        found.token[back], found.confidence[back], found.entropy[back], found.margin[back]
-    )
+        parts.insert(0, from_statistics(*arguments, mine))
+    found = joined(parts).take(order.argsort())  # in the order of the rows again
     if credits is None:
         return found
     after = Credits(credits.used, credits.tokens.clone(), credits.values.clone())

@@ -5,17 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dllm_engine.ops import Head, noise
-from dllm_engine.sampling.rows import (
-    ROW_MULTIPLE,
-    Candidates,
-    RowSampling,
-    SpecialTokens,
-    forbid,
-    joined,
-    pad_rows,
-    widen,
-)
+from dllm_engine.ops import ROW_MULTIPLE, Head, noise
+from dllm_engine.ops.rows import forbid, pad_rows, widen
+from dllm_engine.sampling.rows import Candidates, RowSampling, SpecialTokens, joined
 
 #: Bytes per logit: itself, its float64 copies, their order and the noise.
 _BYTES = 64
@@ -29,7 +21,7 @@ def least_bytes(vocab_size: int, element_size: int) -> int:
     return 2 * ROW_MULTIPLE * vocab_size * max(4, element_size)
 
 
-def by_full_logits(
+def from_full_logits(
     hidden: Tensor,
     head: Head,
     rows: RowSampling,
@@ -54,7 +46,7 @@ def by_full_logits(
         # Behind the last row it comes again.
         part = torch.arange(start, end, device=hidden.device).clamp_(max=count - 1)
         parts.append(_choose(_logits(hidden[part], head), rows.take(part), special, needs_entropy))
-    return joined(parts).first(count)
+    return joined(parts).take(slice(count))
 
 
 def _logits(hidden: Tensor, head: Head) -> Tensor:

@@ -7,14 +7,9 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dllm_engine.sampling.credit import Credits
-
-#: Row counts are padded up to this. Matrix kernels choose their inner loops by row count for
-#: very few rows; from 8 rows on, a row's result was seen not to depend on its neighbours.
-ROW_MULTIPLE = 16
 
 Truth = TypeVar("Truth", bool, Tensor)
 
@@ -104,37 +99,21 @@ class Candidates:
     #: Credit after the step, where the step had any.
     credits: Credits | None = None
 
-    def first(self, count: int) -> Candidates:
-        """Those of the first rows; credit is left to the caller."""
+    def take(self, index: slice | Tensor) -> Candidates:
+        """The candidates of some rows, without credit."""
         return Candidates(
-            token=self.token[:count],
-            confidence=self.confidence[:count],
-            entropy=self.entropy[:count],
-            margin=self.margin[:count],
+            token=self.token[index],
+            confidence=self.confidence[index],
+            entropy=self.entropy[index],
+            margin=self.margin[index],
         )
 
 
 def joined(parts: Sequence[Candidates]) -> Candidates:
-    """Those of some rows after those of others; credit is left to the caller."""
+    """Concatenate the candidates of several groups of rows, without credit."""
     return Candidates(
         token=torch.cat([part.token for part in parts]),
         confidence=torch.cat([part.confidence for part in parts]),
         entropy=torch.cat([part.entropy for part in parts]),
         margin=torch.cat([part.margin for part in parts]),
     )
-
-
-def pad_rows(hidden: Tensor) -> Tensor:
-    """Zero rows added up to a multiple of `ROW_MULTIPLE`."""
-    missing = -hidden.shape[0] % ROW_MULTIPLE
-    return F.pad(hidden, (0, 0, 0, missing)) if missing else hidden
-
-
-def widen(logits: Tensor) -> Tensor:
-    """In at least float32."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def forbid(logits: Tensor, where: Tensor, ids: Tensor) -> None:
-    """Set the logits of `ids` to −inf in the rows that ask for it."""
-    logits[:, ids] = logits[:, ids].masked_fill_(where.unsqueeze(1), -torch.inf)

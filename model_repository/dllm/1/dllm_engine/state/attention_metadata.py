@@ -19,7 +19,7 @@ from dllm_engine.ops import (
     Upload,
 )
 from dllm_engine.ops.layout import tiles_of
-from dllm_engine.sampling.rows import ROW_MULTIPLE
+from dllm_engine.ops.rows import ROW_MULTIPLE
 from dllm_engine.state.canvas import CanvasTable
 from dllm_engine.state.slots import SlotState
 

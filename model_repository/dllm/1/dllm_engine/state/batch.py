@@ -10,8 +10,8 @@ from torch import Tensor
 from dllm_engine.decoding import Rule, Score
 from dllm_engine.memory import KVPages
 from dllm_engine.ops import Array, Layout, Upload
+from dllm_engine.ops.rows import ROW_MULTIPLE
 from dllm_engine.sampling import CommitPlan, CreditRows, RowSampling, SamplingFlags
-from dllm_engine.sampling.rows import ROW_MULTIPLE
 from dllm_engine.state.attention_metadata import Sequences, flat_layout, grouped_layout
 from dllm_engine.state.canvas import Blocks, CanvasTable
 from dllm_engine.state.slots import SlotState

@@ -1,13 +1,15 @@
-"""The language-model head fused with its reduction: logits live in registers only.
+"""The language-model head fused with its reduction: logits exist in registers only.
 
-A program has some rows and a split of the vocabulary. It multiplies a tile of the vocabulary at a
-time and folds the products into running statistics, as `sampling.tiles` does: the online softmax
-of Milakov & Gimelshein (2018), with entropy and runner-up. A second, small launch merges splits.
+A program takes a block of rows and a split of the vocabulary. It multiplies a tile of the
+vocabulary at a time and folds the products into running statistics, as `ops.head_statistics`
+does: the online softmax of Milakov & Gimelshein (2018), with entropy and runner-up. A second,
+small launch merges the splits.
 
-A row's result never depends on the other rows: shapes of tiles and borders of splits follow from
-type and vocabulary alone, so every sum has its order whatever the batch. There are about as many
-splits as a large GPU has multiprocessors, so that a single block of rows keeps it busy; and a
-block is no taller than lets its products hide behind the reading of the weights.
+A row's result never depends on the other rows: the shapes of tiles and the borders of splits
+follow from the type and the vocabulary alone, so every sum is taken in the same order for every
+batch. There are about as many splits as a large GPU has multiprocessors, so that a single block of
+rows keeps it busy. A block is small enough that its products hide behind the reading of the
+weights.
 """
 
 from __future__ import annotations
@@ -19,20 +21,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dllm_engine.ops.head import LOWEST, HeadOptions, HeadStatistics
+from dllm_engine.ops.head_types import LOWEST, HeadOptions, HeadStatistics, TiledHead
 from dllm_engine.ops.kernels.operands import operand_type, precision
 
-#: At most so many splits of the vocabulary: the multiprocessors of an H100.
+#: The most splits of the vocabulary: the multiprocessors of an H100.
 _SPLITS = 132
 #: Rows of one program of the merge.
 _MERGED_ROWS = 8
-#: Hidden dimensions that are summed at once for a extra_tokens token.
+#: Hidden dimensions that are summed at once for an extra token.
 _EXTRA_DEPTH = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """Rows, tokens and hidden dimensions that are multiplied at once, and how."""
+    """Rows, tokens and hidden dimensions that one program multiplies at once, and how."""
 
     rows: int
     tile: int
@@ -41,42 +43,39 @@ class _Shape:
     stages: int
 
 
-# float32 is multiplied without tensor cores, where the operands lie in registers too.
+# float32 is multiplied without tensor cores; its operands are in registers too.
 _SHAPES = {4: _Shape(64, 64, 16, 8, 3), 2: _Shape(128, 128, 64, 8, 4)}
 
 _LOWEST = tl.constexpr(LOWEST)
-# splitmix64, as in `sampling.noise`.
+# splitmix64, as in `ops.noise`.
 _GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 _MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
 _MIX_2 = tl.constexpr(0x94D049BB133111EB)
 _TO_UNIT = tl.constexpr(2.0**-53)
 
 
-def _split(weight: Tensor) -> tuple[_Shape, int, int]:
-    """Shape of the tiles of a head's weight, tiles of one split, and number of splits."""
+def splits_of(weight: Tensor) -> tuple[_Shape, int, int]:
+    """How a weight is divided: shape of a tile, tiles per split, number of splits."""
     shape = _SHAPES[weight.element_size()]
     tiles = triton.cdiv(len(weight), shape.tile)
     each = triton.cdiv(tiles, _SPLITS)
     return shape, each, triton.cdiv(tiles, each)
 
 
-def partial_bytes(weight: Tensor, *, noisy: bool, needs_entropy: bool) -> int:
-    """Bytes per row of what is written between the two launches."""
-    return 4 * (4 + 2 * noisy + 2 * needs_entropy) * _split(weight)[2]
+def head_statistics_bytes(head: TiledHead, *, noisy: bool, needs_entropy: bool) -> int:
+    """See `Head.statistics_bytes`: what is written between the two launches."""
+    return 4 * (4 + 2 * noisy + 2 * needs_entropy) * splits_of(head.weight)[2]
 
 
 def head_statistics(
-    hidden: Tensor,
-    weight: Tensor,
-    first: int,
-    options: HeadOptions,
-    extra_tokens: Tensor | None = None,
+    head: TiledHead, hidden: Tensor, options: HeadOptions, extra_tokens: Tensor | None = None
 ) -> HeadStatistics:
-    """See `Head.statistics`; `weight` [tokens, hidden_size] is of the tokens from `first` on."""
+    """See `Head.statistics`. The logits are never written to memory, and the host never waits."""
+    weight, first = head.weight, head.first
     rows, width = hidden.shape
     hidden, weight = hidden.contiguous(), weight.contiguous()
     noisy, needs_entropy = options.temperature is not None, options.needs_entropy
-    shape, each, splits = _split(weight)
+    shape, each, splits = splits_of(weight)
     found = _empty((rows,), hidden, torch.int64, noisy=True, needs_entropy=True)
     if extra_tokens is not None:
         found.extra_logits = _logits_of(hidden, weight, first, options, extra_tokens)
@@ -84,15 +83,11 @@ def head_statistics(
         return found
     parts = _empty((rows, splits), hidden, torch.int32, noisy=noisy, needs_entropy=needs_entropy)
 
-    # What no row needs is never read, but its pointer has a type, by which kernels are compiled.
-    nobody = torch.empty(1, dtype=torch.bool, device=hidden.device)
-    logits_eos_inf = (
-        nobody if options.logits_eos_inf is None else options.logits_eos_inf.contiguous()
-    )
-    confidence_eos_eot_inf = (
-        nobody
-        if options.confidence_eos_eot_inf is None
-        else options.confidence_eos_eot_inf.contiguous()
+    # The kernel never reads what no row needs, but is compiled for the type of its pointer.
+    unused = torch.empty(1, dtype=torch.bool, device=hidden.device)
+    logits_eos_inf, confidence_eos_eot_inf = (
+        unused if rows_with is None else rows_with.contiguous()
+        for rows_with in (options.logits_eos_inf, options.confidence_eos_eot_inf)
     )
     _reduce[(triton.cdiv(rows, shape.rows), splits)](
         hidden,
@@ -157,20 +152,20 @@ def head_statistics(
 def _empty(
     shape: tuple[int, ...], like: Tensor, token: torch.dtype, *, noisy: bool, needs_entropy: bool
 ) -> HeadStatistics:
-    """Room for statistics; without `noisy` or `spread` what they need is not there."""
+    """Memory for statistics; those that the options do not need get one number."""
 
-    def room(dtype: torch.dtype, there: bool = True) -> Tensor:
-        return torch.empty(shape if there else (1,), dtype=dtype, device=like.device)
+    def memory(dtype: torch.dtype, needed: bool = True) -> Tensor:
+        return torch.empty(shape if needed else (1,), dtype=dtype, device=like.device)
 
     wide = torch.float32
     return HeadStatistics(
-        token=room(token),
-        score=room(torch.float64, noisy),
-        logit=room(wide),
-        max_logit=room(wide),
-        second=room(wide, needs_entropy),
-        sum_exp=room(wide),
-        sum_exp_logit=room(wide, needs_entropy),
+        token=memory(token),
+        score=memory(torch.float64, noisy),
+        logit=memory(wide),
+        max_logit=memory(wide),
+        second=memory(wide, needs_entropy),
+        sum_exp=memory(wide),
+        sum_exp_logit=memory(wide, needs_entropy),
     )
 
 
@@ -183,7 +178,7 @@ def _mix(x):
 
 @triton.jit
 def uniform(keys, tokens):
-    """The numbers of uint64 keys for int64 tokens, as `sampling.noise.uniform` has them."""
+    """The numbers of uint64 keys for int64 tokens, as `ops.noise.uniform` has them."""
     bits = _mix(keys + (tokens + 1).to(tl.uint64) * _GOLDEN)
     return ((bits >> 11).to(tl.int64).to(tl.float64) + 0.5) * _TO_UNIT
 
@@ -390,7 +385,7 @@ def _merge(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # What `sampling.merge` does with two parts, with all splits of a row at once.
+    # What `parallel.rank_merge` does with two parts, with all splits of a row at once.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < num_rows
     split = tl.arange(0, BLOCK)[None, :]

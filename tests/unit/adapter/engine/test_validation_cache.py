@@ -5,7 +5,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter.engine.validation_cache import MAX_SHAPES, Verdicts
+from adapter.engine.validation_cache import MAX_SHAPES, ValidationCache
 from adapter.types import Inputs
 
 LIMIT = 64
@@ -28,34 +28,37 @@ def chat(*contents: str, **rest: int) -> Inputs:
     return {"messages": json.dumps(messages), **rest}
 
 
-@given(st.lists(st.tuples(st.lists(texts, min_size=1, max_size=3), fields)), st.characters())
+@given(
+    st.lists(st.tuples(st.lists(texts, min_size=1, max_size=3), fields)),
+    st.characters(codec="utf-8"),
+)
 def test_nothing_is_covered_that_would_be_refused(
     asked: list[tuple[list[str], dict[str, int]]], merged: str
 ) -> None:
     """Whatever was taken before: what is covered fits, by any tokenizer that starts from bytes."""
-    verdicts = Verdicts()
+    cache = ValidationCache()
     for contents, rest in asked:
         inputs = chat(*contents, **rest)
         room = LIMIT - num_tokens(inputs, merged) - 10 * rest["gen_length"]
-        if verdicts.cover(inputs, 0):
+        if cache.covers(inputs, 0):
             assert room >= 0
         elif room >= 0:
-            verdicts.add(inputs, 0, room=room)
+            cache.add(inputs, 0, headroom=room)
 
 
 def test_the_largest_room_counts() -> None:
     """A longer prompt leaves less room, which says nothing against what a shorter one left."""
-    verdicts = Verdicts()
-    verdicts.add(chat("short"), 0, room=50)
-    verdicts.add(chat("a longer one"), 0, room=40)
-    assert verdicts.cover(chat("x" * 50), 0)
-    assert not verdicts.cover(chat("x" * 51), 0)
+    cache = ValidationCache()
+    cache.add(chat("short"), 0, headroom=50)
+    cache.add(chat("a longer one"), 0, headroom=40)
+    assert cache.covers(chat("x" * 50), 0)
+    assert not cache.covers(chat("x" * 51), 0)
 
 
 def test_only_the_newest_shapes_are_remembered() -> None:
     """Callers who never repeat themselves do not fill the memory."""
-    verdicts = Verdicts()
+    cache = ValidationCache()
     for length in range(MAX_SHAPES + 1):
-        verdicts.add(chat("a", gen_length=length), 0, room=10)
-    assert not verdicts.cover(chat("a", gen_length=0), 0)
-    assert verdicts.cover(chat("a", gen_length=MAX_SHAPES), 0)
+        cache.add(chat("a", gen_length=length), 0, headroom=10)
+    assert not cache.covers(chat("a", gen_length=0), 0)
+    assert cache.covers(chat("a", gen_length=MAX_SHAPES), 0)

@@ -1,0 +1,89 @@
+"""Candidates of rows without filters, from statistics of their logits."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from dllm_engine.ops import ROW_MULTIPLE, Head, HeadOptions, noise
+from dllm_engine.sampling.credit import Credits, decide
+from dllm_engine.sampling.rows import Candidates, RowSampling, SpecialTokens, joined
+
+
+def from_statistics(
+    hidden: Tensor,
+    head: Head,
+    rows: RowSampling,
+    special: SpecialTokens,
+    budget_bytes: int,
+    needs_entropy: bool,
+    credits: Credits | None = None,
+) -> Candidates:
+    """Candidates from the clean distribution; see `sample_candidates`.
+
+    The budget limits how many rows are reduced at once.
+    """
+    row_bytes = head.statistics_bytes(noisy=rows.flags.noisy, needs_entropy=needs_entropy)
+    chunk = max(ROW_MULTIPLE, budget_bytes // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE)
+    slices = [slice(i, i + chunk) for i in range(0, max(1, len(hidden)), chunk)]
+    parts = [
+        _candidates(
+            hidden[part],
+            head,
+            _options(rows.take(part), special, needs_entropy),
+            None if credits is None else credits.take(part),
+        )
+        for part in slices
+    ]
+    found = joined(parts)
+    if credits is None:
+        return found
+    lists = [part.credits for part in parts if part.credits is not None]
+    after = Credits(
+        credits.used,
+        torch.cat([part.tokens for part in lists]),
+        torch.cat([part.values for part in lists]),
+    )
+    return dataclasses.replace(found, credits=after)
+
+
+def _options(rows: RowSampling, special: SpecialTokens, needs_entropy: bool) -> HeadOptions:
+    flags, keys = rows.flags, None
+    if flags.noisy:
+        keys = noise.row_keys(rows.seed, rows.step, rows.position, noise.STREAM_TOKEN)
+    uncounted = rows.confidence_eos_eot_inf if flags.confidence_eos_eot_inf else None
+    return HeadOptions(
+        mask=special.mask,
+        eos=special.eos,
+        stop=special.stop,
+        logits_eos_inf=rows.logits_eos_inf if flags.logits_eos_inf else None,
+        confidence_eos_eot_inf=uncounted,
+        temperature=rows.temperature if flags.noisy else None,
+        keys=keys,
+        needs_entropy=needs_entropy,
+    )
+
+
+def _candidates(
+    hidden: Tensor, head: Head, options: HeadOptions, credits: Credits | None
+) -> Candidates:
+    found = head.statistics(hidden, options, None if credits is None else credits.tokens)
+    token, logit = found.token, found.logit
+    if options.confidence_eos_eot_inf is not None:
+        is_stop = options.confidence_eos_eot_inf & torch.isin(token, options.stop)
+        logit = logit.masked_fill(is_stop, -torch.inf)
+    confidence = (logit - found.max_logit).exp() / found.sum_exp
+    after = None
+    if credits is not None and found.extra_logits is not None:
+        fused = decide(credits, found.extra_logits, token, logit, found.max_logit, found.sum_exp)
+        token = torch.where(credits.used, fused.token, token)
+        confidence = torch.where(credits.used, fused.confidence, confidence)
+        after = fused.credits
+    if not options.needs_entropy:
+        nothing = torch.zeros_like(confidence)
+        return Candidates(token, confidence, nothing, nothing, after)
+    entropy = found.sum_exp.log() - found.sum_exp_logit / found.sum_exp
+    margin = (1 - (found.second - found.max_logit).exp()) / found.sum_exp
+    return Candidates(token, confidence, entropy, margin, after)
