@@ -41,13 +41,6 @@ def test_input_types_are_those_of_the_model() -> None:
     declared = dict(re.findall(r'name: "(\w+)"\s+data_type: TYPE_(\w+)', inputs))
     types = {name: kind.replace("STRING", "BYTES") for name, kind in declared.items()}
     assert triton.INPUT_TYPES.items() <= types.items()
-    assert types.keys() - triton.INPUT_TYPES.keys() == {
-        "priority",
-        "alone",
-        "stream_interval",
-        "check",
-        "cancel",
-    }
 
 
 @pytest.mark.parametrize("protocol", [triton_http, triton_grpc])
