@@ -1,4 +1,4 @@
-"""Bodies of the REST API. What the settings limit is checked by `check_limits`."""
+"""Bodies of the REST API. `check_limits` checks the limits that settings have."""
 
 import json
 from typing import Annotated, Any, Literal, Self
@@ -47,14 +47,14 @@ class Body(BaseModel):
 
 
 class Message(Body):
-    """One chat message; the checkpoint's chat template judges the role."""
+    """One chat message. The checkpoint's chat template decides which roles it takes."""
 
     role: Name
     content: PlainText
 
 
 class Denoising(Body):
-    """How to denoise: inputs of the Triton model, by its names."""
+    """How to denoise. Each field is the input of the Triton model with the same name."""
 
     # From the engine's table of sampling fields. make fields: begin
     steps: int | None = Field(
@@ -193,7 +193,7 @@ class Denoising(Body):
 
 
 class Sampling(Denoising):
-    """How to denoise, and how much."""
+    """How to denoise, with the fields that settings limit."""
 
     # make fields: begin
     temperature: float = Field(
@@ -213,17 +213,17 @@ class Sampling(Denoising):
 
     @property
     def canvas_length(self) -> int:
-        """How many tokens are decided on."""
+        """Length of the canvas in tokens."""
         return self.gen_length
 
     def sampling_inputs(self) -> dict[str, InputValue]:
-        """What was given, by the names of the Triton model."""
+        """The fields that were given, as inputs of the Triton model."""
         given = self.model_dump(include=set(Sampling.model_fields), exclude_none=True)
         return {name: value for name, value in given.items() if value != []}
 
 
 class Queueing(Body):
-    """How long a request may take, and what it may overtake."""
+    """How long a request may take, and its priority."""
 
     timeout: float | None = Field(
         None, gt=0, description="seconds until it must be done; at most DLLM_MAX_TIMEOUT"
@@ -232,7 +232,7 @@ class Queueing(Body):
 
 
 def _one_of_three() -> dict[str, Any]:
-    """In the words of JSON Schema: one form of the prompt, and `raw` with a string only."""
+    """JSON Schema for exactly one form of the prompt, and `raw` only with a string."""
     forms = {"prompt": "string", "messages": "array", "input_ids": "array"}
     nothing = {name: {"type": "null"} for name in forms}
     cooked = {"raw": {"const": False}}
@@ -280,7 +280,7 @@ class GenerateRequest(Sampling, Queueing):
 
     @property
     def canvas_length(self) -> int:
-        """That of the canvas where there is one, unless the request says otherwise."""
+        """`gen_length`, or the length of `canvas_ids` if only that is given."""
         if self.canvas_ids is None or "gen_length" in self.model_fields_set:
             return self.gen_length
         return len(self.canvas_ids)
@@ -309,7 +309,7 @@ class GenerateRequest(Sampling, Queueing):
 
 
 class BatchRequest(Sampling, Queueing):
-    """Several prompts, asked in the same way."""
+    """Several prompts with the same fields."""
 
     prompts: list[Prompt] = Field(min_length=1, description="at most DLLM_MAX_BATCH_SIZE")
     raw: bool = Field(False, description="pass the prompts as they are")
@@ -321,14 +321,14 @@ class BatchRequest(Sampling, Queueing):
 
 
 def prompt_input(prompt: str, *, raw: bool) -> dict[str, InputValue]:
-    """A prompt as one user message, which the engine renders; or as it is."""
+    """The input for a prompt: raw, or as one user message for the chat template."""
     if raw:
         return {"text_input": prompt}
     return {"messages": json.dumps([{"role": "user", "content": prompt}])}
 
 
 class Submitted(BaseModel):
-    """The ids under which results can be had."""
+    """The ids of the jobs, in the order of the prompts."""
 
     request_ids: list[int]
     status: Literal["submitted"] = "submitted"
@@ -344,7 +344,7 @@ class Result(BaseModel):
 
     @classmethod
     def of(cls, job: Job) -> Self:
-        """Show the job; whether it waits or runs is nobody's business."""
+        """Show the job; a queued job counts as running."""
         status = job.state if job.state.done else JobState.RUNNING
         fields: dict[str, Any] = {"request_id": job.id, "status": status.value, "text": job.text}
         if job.state is JobState.FAILED:
@@ -353,7 +353,7 @@ class Result(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether requests can be answered, and if not, why."""
+    """Whether the service can answer requests, and if not, the reason."""
 
     status: Literal["ok", "unavailable"]
     reason: str | None = None

@@ -46,7 +46,7 @@ def test_generate(client: Client, adapter: AdapterServer) -> None:
 
 
 def test_batch_longer_than_the_servers_limit(client: Client) -> None:
-    """`generate_batch` splits more prompts than the server takes in one call; chat messages work."""
+    """`generate_batch` splits what the server takes in several calls only; messages work, too."""
     prompts = [f"What is {i % 7} + 1?" for i in range(65)]
     with pytest.raises(BadRequestError, match="at most 64 items"):
         client.submit_batch(prompts, gen_length=4)

@@ -1,4 +1,4 @@
-"""Bodies of the OpenAI calls, and what they are as requests of our own.
+"""Bodies of the OpenAI calls, and their translation to requests of the REST API.
 
 A parameter that cannot be honoured is an error that names it, unless its value means "off".
 """
@@ -32,12 +32,12 @@ from adapter.api.schemas import (
     Token,
 )
 
-#: What OpenAI's completions have always had for a `max_tokens` that is not given.
+#: OpenAI's default for `max_tokens` of completions.
 COMPLETION_MAX_TOKENS = 16
 
 
 class Off:
-    """Marks a parameter that is not honoured: null, or one of the values that ask for nothing."""
+    """A parameter that is not supported: only null or a value that means "off" is accepted."""
 
     def __init__(self, *values: object) -> None:
         self._values = (None, *values)
@@ -45,13 +45,13 @@ class Off:
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> CoreSchema:
-        """Check the value as it comes."""
+        """Check the value before any conversion."""
         return no_info_after_validator_function(self._check, handler(source))
 
     def __get_pydantic_json_schema__(
         self, _core: CoreSchema, _handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        """Describe the parameter by what it may be."""
+        """List the accepted values."""
         return {"enum": list(self._values)}
 
     def _check(self, value: object) -> None:
@@ -69,7 +69,7 @@ def _as_parts(value: object) -> object:
 
 
 def _form_of(value: object) -> str | None:
-    """Which form of a prompt this is."""
+    """The form of a prompt, or None if it is none of the four."""
     if isinstance(value, str):
         return "text"
     first = value[0] if isinstance(value, list) and value else None
@@ -94,14 +94,14 @@ Prompts = Annotated[
 
 
 class StreamOptions(Body):
-    """What a stream tells besides the text."""
+    """What a stream contains besides the text."""
 
     include_usage: bool | None = Field(None, description="a last chunk with the usage")
     include_obfuscation: Annotated[Any, Off(False)] = None
 
 
 class Call(Denoising, Queueing):
-    """What both kinds of completions have in common.
+    """Fields of both kinds of completions.
 
     The diffusion parameters, `timeout` and `priority` are those of /v1/generate; OpenAI's clients
     send them by `extra_body`.
@@ -136,7 +136,7 @@ class Call(Denoising, Queueing):
 
     @property
     def includes_usage(self) -> bool:
-        """Whether a stream ends with a chunk that tells the usage."""
+        """Whether a stream ends with a chunk that contains the usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def _request(self, max_tokens: int, **prompt: Any) -> GenerateRequest:
@@ -148,7 +148,7 @@ class Call(Denoising, Queueing):
 
 
 class CompletionCall(Call):
-    """Body of /v1/completions: prompts, which the model sees as they are."""
+    """Body of /v1/completions: prompts without a chat template."""
 
     prompt: Prompts
     suffix: Prompt | None = Field(None, description="text behind the gap that is filled")
@@ -160,7 +160,7 @@ class CompletionCall(Call):
     logprobs: Annotated[Any, Off()] = None
 
     def requests(self) -> list[GenerateRequest]:
-        """One request of ours for each prompt."""
+        """A request of the REST API for each prompt."""
         max_tokens = self.max_tokens or COMPLETION_MAX_TOKENS
         suffix = {} if self.suffix is None else {"suffix": self.suffix}
         return [self._request(max_tokens, **prompt, **suffix) for prompt in self._prompts()]
@@ -175,14 +175,14 @@ class CompletionCall(Call):
 
 
 class TextPart(Body):
-    """A piece of a message; text is all that these models read."""
+    """A part of a message. The models take text only."""
 
     type: Literal["text"]
     text: PlainText
 
 
 class ChatMessage(Body):
-    """One message. What clients send back of an answer is accepted where it says nothing."""
+    """One message. Fields of an answer that clients send back are accepted if they are empty."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
@@ -198,7 +198,7 @@ class ChatMessage(Body):
     tool_calls: Annotated[Any, Off([])] = None
 
     def message(self) -> Message:
-        """The message for the checkpoint's chat template, which knows no developers."""
+        """The message for the checkpoint's chat template, with `developer` as `system`."""
         role = "system" if self.role == "developer" else self.role
         return Message(role=role, content="\n".join(part.text for part in self.content))
 
@@ -243,11 +243,11 @@ class ChatCall(Call):
 
     @property
     def length_name(self) -> str:
-        """Which of the two names for it an error should have."""
+        """The name of the length that the call used, for errors."""
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     def request(self, default_max_tokens: int) -> GenerateRequest:
-        """The request of ours."""
+        """The call as a request of the REST API."""
         max_tokens = self.max_completion_tokens or self.max_tokens or default_max_tokens
         messages = [message.message() for message in self.messages]
         return self._request(max_tokens, messages=messages)
