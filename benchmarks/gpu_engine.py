@@ -125,7 +125,7 @@ class Load:
         waiting = [self._request() for _ in arrivals][::-1]
         came: dict[int, float] = {}
         latencies, tokens = [], 0
-        with PeakMeter(engine.memory_plan.device) as meter:
+        with PeakMeter(engine.runner.plan.device) as meter:
             began = time.perf_counter()
             while waiting or came:
                 now = time.perf_counter() - began

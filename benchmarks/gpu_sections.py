@@ -119,7 +119,7 @@ class Section:
     def _engine(self) -> None:
         name = self._name
         llm = self._llm("dream" if name == "dream" else "llada", **SETTINGS[name])
-        plan = dataclasses.asdict(llm.engine.memory_plan)
+        plan = dataclasses.asdict(llm.engine.runner.plan)
 
         def done(rows: list[dict[str, Any]]) -> None:
             row = rows[-1]

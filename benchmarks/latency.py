@@ -65,7 +65,10 @@ class System:
         self.name = name
         self.engine = LLM(DEMO_CHECKPOINT, memory_limit="2GiB").engine
         self._scheduler = scheduler_of(
-            name, self.engine.config.max_num_seqs, self.engine.token_budget, self.engine.allocator
+            name,
+            self.engine.config.max_num_seqs,
+            self.engine.runner.token_budget,
+            self.engine.allocator,
         )
         #: (rows, seconds) of every step since `begin`.
         self.steps: list[tuple[int, float]] = []
@@ -136,7 +139,7 @@ def simulated(system: System, load: list[Arrival], cost: CostModel) -> Outcome:
     """Latencies of the same arrivals in the simulator."""
     engine = system.engine
     scheduler = scheduler_of(
-        system.name, engine.config.max_num_seqs, engine.token_budget, without_pages()
+        system.name, engine.config.max_num_seqs, engine.runner.token_budget, without_pages()
     )
     padded = system.name == SYSTEMS[3]
     return simulate(scheduler, load, cost, run_to_completion=wave_of(system.name), padded=padded)

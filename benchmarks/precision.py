@@ -82,7 +82,7 @@ def score_precisions(checkpoint: Path, count: int) -> list[Precision]:
         llm = LLM(checkpoint, **settings)
         for family, rule in RULES.items():
             scored = score(llm, family, label, rule, count)
-            results.append(Precision(label, llm.engine.memory_plan.weights, scored))
+            results.append(Precision(label, llm.engine.runner.plan.weights, scored))
             print(f"{label}, {family}: {scored.exact_match:.1%}", flush=True)
     return results
 

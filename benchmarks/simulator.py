@@ -99,7 +99,7 @@ class SimulatedRequest:
         age = self._step % block
         begin = arrival.prompt_length + self._step - age
         width = min(block, request.length - begin)
-        request.next_refresh = arrival.cache == "none" or age == 0
+        request.next_is_refresh = arrival.cache == "none" or age == 0
         reuse = {
             "none": request.length,
             "prefix": request.length - begin,
@@ -108,7 +108,7 @@ class SimulatedRequest:
             # The masked positions, and the one committed last.
             "delayed": min(width, width - age + 1),
         }[arrival.cache]
-        request.next_rows = request.length if request.next_refresh else reuse
+        request.next_rows = request.length if request.next_is_refresh else reuse
         return self._step == arrival.gen_length
 
 
@@ -187,7 +187,7 @@ class FcfsScheduler(Scheduler):
 
     def schedule(self) -> list[Request]:
         """Requests in order of arrival, up to the first that does not fit."""
-        if any(request.under_way for request in self._running):
+        if any(request.in_flight for request in self._running):
             return []
         chosen: list[Request] = []
         used = 0

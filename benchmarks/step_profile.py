@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from dllm_engine import LLM, Engine, Prompt, SamplingParams
+from dllm_engine.execution.runner import SingleRankRunner
 from dllm_engine.ops import Upload
 from dllm_engine.state.batch import build_batch
 from torch.profiler import ProfilerActivity, profile
@@ -38,13 +39,14 @@ def kind_of(name: str) -> str:
 
 
 def layout_seconds(engine: Engine, block_m: int | None, repeats: int = 300) -> float:
-    """Median time of laying out the next step of all running requests, on the host."""
-    runner = engine._runner
+    """Median time of laying out the next step of all that runs, on the host."""
+    runner = engine.runner
+    assert isinstance(runner, SingleRankRunner)
     slots = [r.slot for r in engine.scheduler.running if r.slot is not None]
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
-        build_batch(runner.table, runner._pages, slots, Upload("cpu"), block_m)
+        build_batch(runner.table, runner.rank.pages, slots, Upload("cpu"), block_m)
         times.append(time.perf_counter() - began)
     return statistics.median(times)
 

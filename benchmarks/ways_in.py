@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import aiohttp
 import numpy as np
-from dllm_engine import CanvasUpdate, Engine, EngineConfig, EngineWorker, Prompt, SamplingParams
+from dllm_engine import CanvasUpdate, Engine, EngineConfig, EngineThread, Prompt, SamplingParams
 from tritonclient.grpc import InferInput
 from tritonclient.grpc.aio import InferenceServerClient
 
@@ -60,7 +60,7 @@ class InProcess:
         engine = Engine(EngineConfig(model_path=DEMO_CHECKPOINT, device="cpu"))
         assert engine.codec is not None
         self._codec = engine.codec
-        self._worker = EngineWorker(engine)
+        self._worker = EngineThread(engine)
 
     async def ask(self, question: str, work: Work) -> str:
         """One final update."""

@@ -1,4 +1,4 @@
-"""Bodies of the REST API. `check_limits` checks the limits that settings have."""
+"""Bodies of requests and responses. `check_limits` checks the limits that settings put on them."""
 
 import json
 from typing import Annotated, Any, Literal, Self
@@ -47,14 +47,14 @@ class Body(BaseModel):
 
 
 class Message(Body):
-    """One chat message. The checkpoint's chat template decides which roles it takes."""
+    """One chat message; the checkpoint's chat template judges the role."""
 
     role: Name
     content: PlainText
 
 
 class Denoising(Body):
-    """How to denoise. Each field is the input of the Triton model with the same name."""
+    """How to denoise: inputs of the Triton model, under their names there."""
 
     # From the engine's table of sampling fields. make fields: begin
     steps: int | None = Field(
@@ -193,7 +193,7 @@ class Denoising(Body):
 
 
 class Sampling(Denoising):
-    """How to denoise, with the fields that settings limit."""
+    """How to denoise, and how much."""
 
     # make fields: begin
     temperature: float = Field(
@@ -217,13 +217,13 @@ class Sampling(Denoising):
         return self.gen_length
 
     def sampling_inputs(self) -> dict[str, InputValue]:
-        """The fields that were given, as inputs of the Triton model."""
+        """The given values as inputs of the Triton model."""
         given = self.model_dump(include=set(Sampling.model_fields), exclude_none=True)
         return {name: value for name, value in given.items() if value != []}
 
 
-class Queueing(Body):
-    """How long a request may take, and its priority."""
+class SchedulingParams(Body):
+    """Deadline and priority of a request."""
 
     timeout: float | None = Field(
         None, gt=0, description="seconds until it must be done; at most DLLM_MAX_TIMEOUT"
@@ -232,7 +232,7 @@ class Queueing(Body):
 
 
 def _one_of_three() -> dict[str, Any]:
-    """JSON Schema for exactly one form of the prompt, and `raw` only with a string."""
+    """JSON Schema for: exactly one form of the prompt, and `raw` only with a string."""
     forms = {"prompt": "string", "messages": "array", "input_ids": "array"}
     nothing = {name: {"type": "null"} for name in forms}
     cooked = {"raw": {"const": False}}
@@ -249,7 +249,7 @@ def _one_of_three() -> dict[str, Any]:
     }
 
 
-class GenerateRequest(Sampling, Queueing):
+class GenerateRequest(Sampling, SchedulingParams):
     """One prompt, in exactly one of three forms."""
 
     model_config = ConfigDict(json_schema_extra=_one_of_three())
@@ -280,13 +280,13 @@ class GenerateRequest(Sampling, Queueing):
 
     @property
     def canvas_length(self) -> int:
-        """`gen_length`, or the length of `canvas_ids` if only that is given."""
+        """`gen_length` if the request has it, else the length of `canvas_ids` if given."""
         if self.canvas_ids is None or "gen_length" in self.model_fields_set:
             return self.gen_length
         return len(self.canvas_ids)
 
     def inputs(self) -> Inputs:
-        """The request for the Triton model."""
+        """Inputs of the Triton model for this request."""
         sampling = self.sampling_inputs() | self._gap_inputs()
         if self.prompt is not None:
             return sampling | prompt_input(self.prompt, raw=self.raw)
@@ -308,34 +308,34 @@ class GenerateRequest(Sampling, Queueing):
         return getattr(self, name) is not None
 
 
-class BatchRequest(Sampling, Queueing):
-    """Several prompts with the same fields."""
+class BatchRequest(Sampling, SchedulingParams):
+    """Several prompts with the same parameters."""
 
     prompts: list[Prompt] = Field(min_length=1, description="at most DLLM_MAX_BATCH_SIZE")
     raw: bool = Field(False, description="pass the prompts as they are")
 
     def inputs(self) -> list[Inputs]:
-        """The requests for the Triton model."""
+        """Inputs of the Triton model, for each prompt."""
         sampling = self.sampling_inputs()
         return [sampling | prompt_input(prompt, raw=self.raw) for prompt in self.prompts]
 
 
 def prompt_input(prompt: str, *, raw: bool) -> dict[str, InputValue]:
-    """The input for a prompt: raw, or as one user message for the chat template."""
+    """The prompt as one user message for the chat template, or unchanged if `raw`."""
     if raw:
         return {"text_input": prompt}
     return {"messages": json.dumps([{"role": "user", "content": prompt}])}
 
 
 class Submitted(BaseModel):
-    """The ids of the jobs, in the order of the prompts."""
+    """Ids with which to ask for the results."""
 
     request_ids: list[int]
     status: Literal["submitted"] = "submitted"
 
 
 class Result(BaseModel):
-    """A job as its owner sees it; `error` is there only when it failed."""
+    """A job as its owner sees it; a failed one has `error`."""
 
     request_id: int
     status: Literal["running", "finished", "failed", "cancelled"]
@@ -344,7 +344,7 @@ class Result(BaseModel):
 
     @classmethod
     def of(cls, job: Job) -> Self:
-        """Show the job; a queued job counts as running."""
+        """The job's state; a queued job counts as running."""
         status = job.state if job.state.done else JobState.RUNNING
         fields: dict[str, Any] = {"request_id": job.id, "status": status.value, "text": job.text}
         if job.state is JobState.FAILED:
@@ -353,7 +353,26 @@ class Result(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether the service can answer requests, and if not, the reason."""
+    """Whether the service can answer requests; if not, the reason."""
 
     status: Literal["ok", "unavailable"]
     reason: str | None = None
+
+
+class FieldProblem(BaseModel):
+    """One invalid field, in FastAPI's format."""
+
+    type: str
+    loc: list[str | int]
+    msg: str
+
+
+class Problem(BaseModel):
+    """Body of an error; a list where fields of the request are invalid."""
+
+    detail: str | list[FieldProblem]
+
+
+def error_responses(model: type[BaseModel] = Problem) -> dict[int | str, dict[str, Any]]:
+    """Describe the body of every error status in the OpenAPI document."""
+    return {codes: {"model": model} for codes in ("4XX", "5XX")}

@@ -254,7 +254,8 @@ class EngineMonitor:
         if state == self._state:
             return
         if state.ok != self._state.ok:
-            log.warning("engine_state", engine=self._store.engine, ok=state.ok, reason=state.reason)
+            write = log.info if state.ok else log.warning
+            write("engine_state", engine=self._store.engine, ok=state.ok, reason=state.reason)
         self._state = state
         ENGINE_READY.labels(self._store.engine).set(state.ok)
         self._notify()

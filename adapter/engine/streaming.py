@@ -11,6 +11,7 @@ from adapter.engine.follow import follow
 from adapter.engine.pool import Endpoint, EnginePool
 from adapter.errors import AdapterError, StreamInterrupted, TooManyCalls, Unavailable
 from adapter.telemetry.logs import get_logger
+from adapter.telemetry.metrics import TokenTimer
 from adapter.types import DEFAULT_PRIORITY, Event, Inputs, StreamDetail
 
 log = get_logger()
@@ -36,6 +37,7 @@ class StreamingRequest:
     ) -> None:
         self._monitor = endpoint.monitor
         self._epoch = endpoint.monitor.epoch
+        self._timer = None if detail is StreamDetail.RESULT else TokenTimer()
         self._newest: Event | None = None
         self._error: AdapterError | None = None
         self._changed = asyncio.Event()
@@ -112,6 +114,8 @@ class StreamingRequest:
 
     def _put(self, event: Event) -> None:
         self._accepted.set()
+        if self._timer is not None:
+            self._timer.observe(event)
         if not event.is_queued:  # before that there is nothing to show
             self._newest = event
             self._changed.set()
@@ -185,7 +189,7 @@ class StreamingRequests:
         request = self._running.pop(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("streaming_request_failed", exc_info=error)
-            request.fail(StreamInterrupted("the adapter met an error of its own"))
+            request.fail(StreamInterrupted("internal error of the adapter"))
 
     def _engines_changed(self) -> None:
         for request in list(self._running.values()):

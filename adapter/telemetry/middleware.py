@@ -1,35 +1,41 @@
-"""Around every call: its id, its line in the log, its time, its span."""
+"""Request id, log line, metrics and span of every call."""
 
 import re
 import time
 import uuid
+from collections.abc import Sequence
 
 import structlog
 from fastapi import Request
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapter.telemetry.logs import get_logger
-from adapter.telemetry.metrics import HTTP_REQUESTS, HTTP_SECONDS
+from adapter.telemetry.metrics import count_call
 from adapter.telemetry.tracing import TRACEPARENT, call_span, set_failed
 
 log = get_logger()
 
 HEADER = "X-Request-ID"
-#: What we take over from a caller; it goes into the log, the database and Triton's messages.
+#: Ids accepted from clients; they go into the log, the database and Triton's messages.
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-#: Asked for every few seconds by machines that keep their own record.
+#: Polled every few seconds by machines; logged at debug.
 ROUTINE = frozenset({"/v1/health", "/v1/livez", "/metrics"})
 
 
-class Observe:
-    """Gives every call an id, and tells log, metrics and traces what became of it."""
+class TelemetryMiddleware:
+    """Gives every call an id, and records it in log, metrics and traces.
 
-    def __init__(self, app: ASGIApp) -> None:
+    `routes` name the route of a call that a middleware answers before it is routed.
+    """
+
+    def __init__(self, app: ASGIApp, *, routes: Sequence[BaseRoute]) -> None:
         self._app = app
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the call through and watch it."""
+        """Pass the call on and record its outcome."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -42,26 +48,33 @@ class Observe:
         structlog.contextvars.bind_contextvars(request_id=request_id)
         began = time.perf_counter()
         status = 0
+        kind = "response"
 
         async def watched(message: Message) -> None:
-            nonlocal status
+            nonlocal status, kind
             if message["type"] == "http.response.start":
                 status = message["status"]
+                kind = _kind(request, Headers(raw=message["headers"]))
                 MutableHeaders(scope=message)[HEADER] = request_id
             await send(message)
 
         try:
             await self._app(scope, receive, watched)
+        except Exception as error:
+            set_failed(span, error)
+            if not status:
+                # Answered here, and not by the server, so that the response has the request id.
+                response = await request.app.exception_handlers[Exception](request, error)
+                await response(scope, receive, watched)
+            raise
         except BaseException as error:
             set_failed(span, error)
             raise
         finally:
             seconds = time.perf_counter() - began
-            # A template, since ids would make a series of each job; unknown paths are all one.
-            route = getattr(scope.get("route"), "path", "none")
-            # 499 is nginx's word for a caller who left before the answer began.
-            HTTP_REQUESTS.labels(request.method, route, str(status or 499)).inc()
-            HTTP_SECONDS.labels(request.method, route).observe(seconds)
+            route = self._route(scope)
+            # 499, as in nginx: the client disconnected before the response began.
+            count_call(request.method, route, status or 499, kind, seconds)
             span.set_attributes(
                 {
                     "http.route": route,
@@ -81,3 +94,16 @@ class Observe:
                 key=getattr(request.state, "api_key", None),
             )
             structlog.contextvars.unbind_contextvars("request_id")
+
+    def _route(self, scope: Scope) -> str:
+        """The route's template, since ids in paths would make a series for each job."""
+        if (route := scope.get("route")) is None:
+            found = (r for r in self._routes if r.matches(scope)[0] is not Match.NONE)
+            route = next(found, None)
+        return getattr(route, "path", "none")
+
+
+def _kind(request: Request, headers: Headers) -> str:
+    if headers.get("content-type", "").startswith("text/event-stream"):
+        return "stream"
+    return "poll" if request.query_params.get("wait") else "response"

@@ -12,6 +12,7 @@ from dllm_engine import EngineConfig
 from adapter.settings import Settings as AdapterSettings
 from benchmarks import parallel, precision, quality, throughput
 from launcher.settings import Settings as LauncherSettings
+from tests.unit.test_layering import LAYERS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -105,6 +106,15 @@ def test_the_first_release_of_the_changelog_is_the_packages() -> None:
     heading = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert heading is not None
     assert heading[1] in (version, "Unreleased")
+
+
+@pytest.mark.parametrize("root", LAYERS, ids=lambda root: root.name)
+def test_the_architecture_page_draws_the_layers(root: Path) -> None:
+    """docs/architecture.md has the layers that tests/unit/test_layering.py checks."""
+    page = (ROOT / "docs/architecture.md").read_text()
+    chains = re.findall(r"^`\w+` →[^\n]*(?:\n.+)*", page, re.M)
+    layers = [[" ".join(re.findall(r"`(\w+)`", part)) for part in c.split("→")] for c in chains]
+    assert LAYERS[root] in layers
 
 
 def test_every_decision_is_listed() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
-from dllm_engine import CanvasUpdate, EngineDead, EngineWorker, Request
+from dllm_engine import CanvasUpdate, EngineDead, EngineThread, Request
 from dllm_metrics import Metrics
 from dllm_peers import InstanceBus
 from dllm_tensors import cancel_response, error_response, to_response
@@ -86,7 +86,7 @@ class _Countdown:
 class ResponseDispatcher:
     """Sends the engine's updates to their callers and tells the engine who has gone away."""
 
-    def __init__(self, worker: EngineWorker, model: str, instance: str) -> None:
+    def __init__(self, worker: EngineThread, model: str, instance: str) -> None:
         self._worker = worker
         self._started = time.monotonic()
         self._pending: dict[int, PendingRequest] = {}
@@ -145,7 +145,7 @@ class ResponseDispatcher:
             ids = [i for i, caller in self._pending.items() if caller.request.name == triton_id]
         for request_id in ids:
             self._worker.cancel(request_id)
-        self._worker.between_steps(done)
+        self._worker.call_between_steps(done)
 
     def _end_for_peer(self, triton_id: str, done: Callable[[], None]) -> None:
         try:

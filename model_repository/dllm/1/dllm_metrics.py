@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
-from dllm_engine import EngineStats, EngineWorker
+from dllm_engine import EngineStats, EngineThread
 
 #: Fields of the memory plan that are exported.
 MEMORY_USES = ("limit", "weights", "requests", "activations", "logits", "graphs", "pages")
@@ -63,17 +63,17 @@ class Metrics:
         del self._running, self._waiting, self._capacity, self._pages, self._all_pages
         self._families.clear()
 
-    def publish(self, worker: EngineWorker) -> None:
+    def publish(self, worker: EngineThread) -> None:
         """Bring the published figures up to date."""
         now = dataclasses.replace(worker.engine.stats)
         for field, metric in self._totals.items():
             metric.increment(getattr(now, field) - getattr(self._last, field))
         self._last = now
-        self._running.set(worker.engine.num_running)
-        self._waiting.set(worker.engine.num_waiting)
+        self._running.set(worker.engine.scheduler.num_running)
+        self._waiting.set(worker.engine.scheduler.num_waiting)
         self._capacity.set(worker.engine.config.max_num_seqs)
-        self._pages.set(worker.engine.num_used_pages)
-        plan = worker.engine.memory_plan
+        self._pages.set(worker.engine.allocator.num_used)
+        plan = worker.engine.runner.plan
         self._all_pages.set(plan.num_pages)
         for use, gauge in self._memory.items():
             gauge.set(getattr(plan, use))

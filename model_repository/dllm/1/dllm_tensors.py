@@ -15,7 +15,7 @@ from dllm_engine import (
     Engine,
     FinishReason,
     InvalidRequest,
-    NotRun,
+    NotStarted,
     Prompt,
     Request,
     SamplingParams,
@@ -197,7 +197,7 @@ def to_response(
             sooner or later that corrupts the interpreter's memory.
     """
     if update.error is not None:
-        again = isinstance(update.error, NotRun)
+        again = isinstance(update.error, NotStarted)
         code = pb_utils.TritonError.UNAVAILABLE if again else pb_utils.TritonError.INTERNAL
         return error_response(str(update.error), code)
     masked = update.token_ids == engine.spec.mask_token_id

@@ -16,7 +16,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 from dllm_dispatcher import PendingRequest, ResponseDispatcher
-from dllm_engine import Engine, EngineConfig, EngineDead, EngineWorker, InvalidRequest, QueueFull
+from dllm_engine import Engine, EngineConfig, EngineDead, EngineThread, InvalidRequest, QueueFull
 from dllm_tensors import (
     check_response,
     error_response,
@@ -43,7 +43,7 @@ class TritonPythonModel:
         _log_to_triton()
         config = EngineConfig.from_mapping(_settings(args))
         logger.info("loading checkpoint path=%s", config.model_path)
-        self._worker = EngineWorker(Engine(config), on_death=self._on_engine_death)
+        self._worker = EngineThread(Engine(config), on_death=self._on_engine_death)
         self._dispatcher = ResponseDispatcher(
             self._worker, args["model_name"], args["model_instance_name"]
         )

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from dllm_engine import LLM, Engine, EngineConfig, EngineWorker, InvalidConfig, SamplingParams
-from dllm_engine.execution.model_runner import rank_device
+from dllm_engine import LLM, Engine, EngineConfig, EngineThread, InvalidConfig, SamplingParams
+from dllm_engine.execution.devices import rank_device
+
+from tests.support.engines import runner_of
 
 #: Devices made current, with the name of the thread they were made so for.
 Bindings = list[tuple[str, str]]
@@ -53,10 +55,10 @@ def test_loading_makes_the_gpu_current_before_it_asks_for_memory(
 def test_the_threads_that_step_are_on_the_engines_gpu(checkpoint: Path, bindings: Bindings) -> None:
     """A worker's thread before its first step, and whoever calls `generate`."""
     llm = LLM(checkpoint, device="cpu")
-    llm.engine._runner._shard.device = "cuda:1"
+    runner_of(llm.engine).rank.device = "cuda:1"
     llm.generate([[1]], SamplingParams(gen_length=1), progress=False)
     assert bindings == [("cuda:1", threading.current_thread().name)]
-    EngineWorker(llm.engine).close()
+    EngineThread(llm.engine).close()
     assert bindings[1:] == [("cuda:1", "dllm-engine")]
 
 
@@ -70,7 +72,7 @@ def test_no_device_is_made_current_where_none_is_named(
         with pytest.raises(OutOfReach):
             LLM(checkpoint, device=device)
     else:
-        worker = EngineWorker(Engine(EngineConfig(model_path=checkpoint, device=device)))
+        worker = EngineThread(Engine(EngineConfig(model_path=checkpoint, device=device)))
         worker.close()
     assert not bindings
 

@@ -1,4 +1,4 @@
-"""Who hears of it when a request fails, or the device."""
+"""What happens to requests when one of them fails, or the device is lost."""
 
 import time
 import weakref
@@ -9,41 +9,38 @@ import torch
 from dllm_engine import Engine, EngineDead, Prompt, QueueTimeout, RequestFailed, SamplingParams
 
 from tests.support.checkpoints import MASK
-from tests.support.engines import PROMPT, make_engine, run, submit
+from tests.support.engines import PROMPT, FakeRunner, make_engine, run, runner_of, submit
 
 
 def test_a_failing_request_harms_no_other(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An error inside a step fails the request that causes it; the others get their answers.
-
-    The log has the name that the caller gave it.
-    """
-    engine = make_engine(checkpoint)
-    whole = {i: run_alone(checkpoint, i) for i in (4, 6, 9)}
+    """An error inside a step fails only the request that causes it, and is logged with its name."""
+    engine = make_engine(checkpoint, runner := FakeRunner())
     ids = {}
-    for length in whole:
+    for length in (4, 6, 9):
         params = SamplingParams(gen_length=length, ignore_eos=True)
         request = engine.make_request(Prompt(PROMPT), params, name=f"of {length} tokens")
         engine.add(request)
         ids[length] = request.request_id
-    model = engine._runner._model
-    forward = model.forward
 
-    def fail_on_six(input_ids: torch.Tensor, *rest: object, **named: object) -> torch.Tensor:
-        lengths = [group.length for group in rest[1].fresh]  # type: ignore[attr-defined]
-        if len(PROMPT) + 6 in lengths:
+    def fail_on_six(lengths: list[int]) -> None:
+        if 6 in lengths:
             raise RuntimeError("no memory left for this one")
-        return forward(input_ids, *rest, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(model, "forward", fail_on_six)
+    runner.on_launch = fail_on_six
     finished = run(engine)
     assert isinstance(finished[ids[6]].error, RequestFailed)
     assert "no memory left" in str(finished[ids[6]].error)
     for length in (4, 9):
-        assert finished[ids[length]].token_ids.tolist() == whole[length]
+        assert finished[ids[length]].token_ids.tolist() == answer(length)
     assert engine.stats.requests_failed == 1
     assert "request failed request_id=of 6 tokens" in caplog.text
+
+
+def answer(length: int) -> list[int]:
+    """What a `FakeRunner` decodes."""
+    return [100 + len(PROMPT) + i for i in range(length)]
 
 
 def run_alone(checkpoint: Path, gen_length: int, **settings: object) -> list[int]:
@@ -53,9 +50,14 @@ def run_alone(checkpoint: Path, gen_length: int, **settings: object) -> list[int
     return run(engine)[request].token_ids.tolist()
 
 
+def lost(*_: object) -> None:
+    """Fail as a lost device does."""
+    raise torch.AcceleratorError("device lost")
+
+
 def break_layouts(engine: Engine, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """Requests with a canvas of nine tokens meet `error` when it is laid out, half-way."""
-    table = engine._runner.table
+    table = runner_of(engine).table
     fill = table.fill
 
     def fail_on_nine(slot: int, prompt: Prompt, params: SamplingParams) -> None:
@@ -72,13 +74,13 @@ def break_layouts(engine: Engine, monkeypatch: pytest.MonkeyPatch, error: Except
 def test_a_request_that_cannot_be_laid_out_fails_alone(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, during: bool
 ) -> None:
-    """It ends with nothing but masks and gives its place back; its neighbour goes on, and whoever
-    takes the place after it gets the usual tokens."""
+    """Its update shows only masks, its slot is free again, and the requests beside it and after it
+    in that slot get their usual tokens."""
     expected = {i: run_alone(checkpoint, i, cache="dual") for i in (5, 6)}
     engine = make_engine(checkpoint, max_num_seqs=2, cache="dual")
     break_layouts(engine, monkeypatch, error)
     neighbour = submit(engine, gen_length=5, ignore_eos=True)
-    launch = engine._runner.launch
+    launch = engine.runner.launch
     late: list[int] = []
 
     def joined_by_more(slots: list[int]) -> torch.Tensor:
@@ -88,7 +90,7 @@ def test_a_request_that_cannot_be_laid_out_fails_alone(
         return report
 
     if during:
-        monkeypatch.setattr(engine._runner, "launch", joined_by_more)
+        monkeypatch.setattr(engine.runner, "launch", joined_by_more)
     else:
         late.extend(submit(engine, gen_length=length, ignore_eos=True) for length in (9, 6))
     broken = [update for update in engine.step() if update.finished]
@@ -98,142 +100,111 @@ def test_a_request_that_cannot_be_laid_out_fails_alone(
     assert "no memory left" in str(broken[0].error)
     assert set(broken[0].token_ids.tolist()) == {MASK}
     engine.scheduler.check_integrity()
-    assert engine.num_running + engine.num_waiting == 2
-    assert engine.num_used_pages == engine.num_running
+    assert engine.scheduler.num_running + engine.scheduler.num_waiting == 2
+    assert engine.allocator.num_used == engine.scheduler.num_running
     finished = run(engine)
     assert finished[neighbour].token_ids.tolist() == expected[5]
     assert finished[good].token_ids.tolist() == expected[6]
     assert (engine.stats.requests_admitted, engine.stats.requests_failed) == (2, 1)
 
 
-def test_a_device_lost_while_a_request_is_laid_out_is_the_end(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What failed before it is still told."""
-    engine = make_engine(checkpoint)
-    break_layouts(engine, monkeypatch, RuntimeError("no memory left"))
-    first = submit(engine, gen_length=9)
-    fail = engine._runner.table.fill
+def test_a_device_lost_while_a_request_is_laid_out_is_the_end(checkpoint: Path) -> None:
+    """The engine dies, and the request that failed before still gets its own error."""
+    engine = make_engine(checkpoint, runner := FakeRunner())
 
-    def then_lose(*args: object) -> None:
-        monkeypatch.setattr(engine._runner.table, "fill", lost)
-        fail(*args)  # type: ignore[arg-type]
+    def fail_on_nine(params: SamplingParams) -> None:
+        if params.gen_length == 9:
+            raise RuntimeError("no memory left")
+        lost()
 
-    def lost(*_: object) -> None:
-        raise torch.AcceleratorError("device lost")
-
-    monkeypatch.setattr(engine._runner.table, "fill", then_lose)
-    second = submit(engine, gen_length=4)
+    runner.on_start = fail_on_nine
+    first, second = submit(engine, gen_length=9), submit(engine, gen_length=4)
     with pytest.raises(EngineDead, match="device lost") as raised:
         engine.step()
-    updates = {update.request_id: update.error for update in engine.abandon(raised.value)}
+    updates = {update.request_id: update.error for update in engine.abort_all(raised.value)}
     assert isinstance(updates[first], RequestFailed)
     assert updates[second] is raised.value
 
 
-def test_a_lost_device_is_the_end(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_device_is_the_end(checkpoint: Path) -> None:
     """A device error ends the engine; every unfinished request is failed with the reason."""
-    engine = make_engine(checkpoint, max_num_seqs=1)
+    engine = make_engine(checkpoint, runner := FakeRunner(), max_num_seqs=1)
     submit(engine)
     submit(engine)
-
-    def lost(*_: object, **__: object) -> torch.Tensor:
-        raise torch.AcceleratorError("device lost")
-
-    monkeypatch.setattr(engine._runner._model, "forward", lost)
+    runner.on_launch = lost
     with pytest.raises(EngineDead, match="device lost") as raised:
         engine.step()
-    updates = engine.abandon(raised.value)
+    updates = engine.abort_all(raised.value)
     assert [u.error for u in updates] == [raised.value] * 2
     assert not engine.has_work
 
 
-def test_a_lost_device_is_no_request_s_fault(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A library that meets it says so in words of its own; the device is asked before anybody is
-    blamed."""
-    engine = make_engine(checkpoint)
+def test_a_lost_device_is_no_request_s_fault(checkpoint: Path) -> None:
+    """An error in a library's own words ends the engine if the device turns out to be lost."""
+    engine = make_engine(checkpoint, runner := FakeRunner())
     submit(engine)
 
-    def broken(*_: object, **__: object) -> torch.Tensor:
+    def broken(_: object) -> None:
         raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
 
-    def lost() -> None:
-        raise torch.AcceleratorError("an illegal memory access was encountered")
-
-    monkeypatch.setattr(engine._runner._model, "forward", broken)
-    monkeypatch.setattr(engine._runner, "wait", lost)
-    with pytest.raises(EngineDead, match="device error: an illegal memory access"):
+    runner.on_launch, runner.on_wait = broken, lost
+    with pytest.raises(EngineDead, match="device error: device lost"):
         engine.step()
 
 
-def test_a_failed_step_keeps_no_memory(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While its requests are run alone, what it had allocated is free."""
-    engine = make_engine(checkpoint)
+def test_a_failed_step_keeps_no_memory(checkpoint: Path) -> None:
+    """Before its requests are retried alone, all that a failed step had allocated is freed."""
+    engine = make_engine(checkpoint, runner := FakeRunner())
     requests = [submit(engine, gen_length=length) for length in (1, 2)]
-    forward = engine._runner._model.forward
     allocated: list[weakref.ref[torch.Tensor]] = []
 
-    def together_it_fails(*arguments: object, **named: object) -> torch.Tensor:
+    def together_it_fails(_: object) -> None:
         if not allocated:
             activations = torch.zeros(8)
             allocated.append(weakref.ref(activations))
             raise RuntimeError("out of memory")
         assert allocated[0]() is None
-        return forward(*arguments, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(engine._runner._model, "forward", together_it_fails)
+    runner.on_launch = together_it_fails
     finished = run(engine)
     assert [finished[request].error for request in requests] == [None, None]
 
 
-def test_nothing_finished_is_lost_when_the_device_goes(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A device lost while failed requests are sorted out: finished ones keep their answers."""
-    engine = make_engine(checkpoint)
+def test_nothing_finished_is_lost_when_the_device_goes(checkpoint: Path) -> None:
+    """Requests that finished before the device is lost during retries keep their answers."""
+    engine = make_engine(checkpoint, runner := FakeRunner())
     first, second = submit(engine, gen_length=1), submit(engine, gen_length=2)
-    forward = engine._runner._model.forward
 
-    def lost_for_longer_ones(
-        input_ids: torch.Tensor, *rest: object, **named: object
-    ) -> torch.Tensor:
-        lengths = [group.length for group in rest[1].fresh]  # type: ignore[attr-defined]
+    def lost_for_longer_ones(lengths: list[int]) -> None:
         if len(lengths) > 1:
             raise RuntimeError("together it fails")
-        if lengths[0] > len(PROMPT) + 1:
-            raise torch.AcceleratorError("device lost")
-        return forward(input_ids, *rest, **named)  # type: ignore[arg-type]
+        if lengths[0] > 1:
+            lost()
 
-    monkeypatch.setattr(engine._runner._model, "forward", lost_for_longer_ones)
+    runner.on_launch = lost_for_longer_ones
     with pytest.raises(EngineDead) as raised:
         engine.step()
-    updates = {u.request_id: u for u in engine.abandon(raised.value)}
+    updates = {u.request_id: u for u in engine.abort_all(raised.value)}
     assert updates[first].finish_reason is not None
     assert updates[second].error is raised.value
 
 
-def test_whoever_waited_too_long_hears_of_it_though_the_device_goes(
+def test_an_expired_timeout_is_reported_though_the_device_is_lost(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An update that was ready before the step in which the device is lost is not lost with it."""
+    """Updates that were ready before the device was lost are still returned."""
     clock = time.monotonic()
     monkeypatch.setattr("dllm_engine.loop.engine.time.monotonic", lambda: clock)
-    engine = make_engine(checkpoint, max_num_seqs=1)
+    engine = make_engine(checkpoint, runner := FakeRunner(), max_num_seqs=1)
     submit(engine, gen_length=8)
     params = SamplingParams(gen_length=8)
     late = engine.make_request(Prompt(PROMPT), params, timeout=1.0)
     engine.add(late)
     engine.step()
     clock += 2.0
-
-    def lost(*_: object, **__: object) -> torch.Tensor:
-        raise torch.AcceleratorError("device lost")
-
-    monkeypatch.setattr(engine._runner._model, "forward", lost)
+    runner.on_launch = lost
     with pytest.raises(EngineDead) as raised:
         engine.step()
-    updates = {u.request_id: u for u in engine.abandon(raised.value)}
+    updates = {u.request_id: u for u in engine.abort_all(raised.value)}
     assert isinstance(updates[late.request_id].error, QueueTimeout)
     assert len(updates) == 2

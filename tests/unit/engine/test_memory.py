@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tests.support.checkpoints import write_llada
+from tests.support.engines import runner_of
 
 MIB = 2**20
 PROMPT = [1, 2, 3]
@@ -57,12 +58,12 @@ def test_the_plan_adds_up_and_is_kept(checkpoint: Path) -> None:
     engine = Engine(
         EngineConfig(model_path=checkpoint, memory_limit="40MiB", logits_budget_mb=4, cache="dual")
     )
-    plan = engine.memory_plan
+    plan = engine.runner.plan
     assert plan.limit == 40 * MIB
     assert plan.logits == 4 * MIB
     spec = read_spec(checkpoint)
     assert plan.weights == 4 * spec.num_parameters
-    assert plan.requests == engine._runner.table.num_bytes > 0
+    assert plan.requests == runner_of(engine).table.num_bytes > 0
     used = plan.weights + plan.requests + plan.activations + plan.logits + plan.pages
     assert used <= plan.limit
     assert plan.page == 32 * 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 4
@@ -90,7 +91,7 @@ def test_a_table_of_requests_that_does_not_fit_is_refused(checkpoint: Path) -> N
         Engine(config)
     shorter = dataclasses.replace(config, max_gen_length=16)
     for fits in (dataclasses.replace(config, max_num_seqs=64), shorter):
-        assert Engine(fits).memory_plan.requests < 24 * MIB
+        assert Engine(fits).runner.plan.requests < 24 * MIB
 
 
 def test_nothing_is_added_to_the_table_of_requests_while_they_run(checkpoint: Path) -> None:
@@ -100,7 +101,7 @@ def test_nothing_is_added_to_the_table_of_requests_while_they_run(checkpoint: Pa
         params = Params(gen_length=length, confidence_threshold=0.9, credit=True)
         engine.add(engine.make_request(Prompt([1, 2, 3]), params))
         engine.step()
-    assert engine._runner.table.num_bytes == engine.memory_plan.requests
+    assert runner_of(engine).table.num_bytes == engine.runner.plan.requests
 
 
 def test_a_peak_is_measured() -> None:
@@ -110,16 +111,16 @@ def test_a_peak_is_measured() -> None:
     assert 60 * MIB <= meter.peak <= 80 * MIB
 
 
-def _keep_pages(engine: Engine, pages: int) -> None:
-    """Leave an idle engine this many pages."""
-    engine.allocator._free = engine.allocator._free[-pages:]
-    engine.allocator.num_pages = pages
+def _with_pages(engine: Engine, pages: int) -> Engine:
+    """The same engine with this many pages."""
+    engine.runner.plan = dataclasses.replace(engine.runner.plan, num_pages=pages)
+    return Engine(engine.config, engine.runner)
 
 
 def _few_pages(checkpoint: Path, pages: int) -> LLM:
     """An engine with this many pages of 8 tokens."""
     free = LLM(checkpoint, kv_page_size=8, logits_budget_mb=1)
-    _keep_pages(free.engine, pages)
+    free.engine = _with_pages(free.engine, pages)
     return free
 
 
@@ -133,10 +134,10 @@ def test_requests_wait_for_pages_and_none_is_lost(checkpoint: Path) -> None:
     most = 0
     while llm.engine.has_work:
         llm.engine.step()
-        most = max(most, llm.engine.num_running)
+        most = max(most, llm.engine.scheduler.num_running)
         llm.engine.scheduler.check_integrity()
     assert most == 2
-    assert llm.engine.num_used_pages == 0
+    assert llm.engine.allocator.num_used == 0
     plenty = LLM(checkpoint).generate(prompts, params, progress=False)
     scarce = llm.generate(prompts, params, progress=False)
     assert [a.token_ids.tolist() for a in plenty] == [a.token_ids.tolist() for a in scarce]
@@ -148,9 +149,9 @@ def test_cancelling_gives_the_pages_back(checkpoint: Path) -> None:
     request = engine.make_request(Prompt([1] * 20), Params(cache="sparse", cfg_scale=1.0))
     engine.add(request)
     engine.step()
-    assert engine.num_used_pages == request.num_pages > 0
+    assert engine.allocator.num_used == request.num_pages > 0
     engine.cancel(request.request_id)
-    assert engine.num_used_pages == 0
+    assert engine.allocator.num_used == 0
 
 
 def _ending_early(directory: Path, params: Params, by: str) -> Params:
@@ -178,20 +179,21 @@ def test_an_early_end_gives_the_pages_back_in_its_own_step(
     params = Params(gen_length=16, block_length=4, confidence_threshold=0.5, cache=cache)
     params = _ending_early(tmp_path, params, by)
     engine = LLM(tmp_path, kv_page_size=8, max_num_seqs=1).engine
+    needed = engine.make_request(Prompt(PROMPT), params).num_pages
+    engine = _with_pages(engine, needed)
     first, second = (engine.make_request(Prompt(PROMPT), params) for _ in range(2))
-    _keep_pages(engine, first.num_pages)
     engine.add(first)
     engine.add(second)
     while not (updates := engine.step()):
-        assert engine.num_used_pages == first.num_pages > 0
+        assert engine.allocator.num_used == first.num_pages > 0
     assert [(u.request_id, u.finish_reason) for u in updates] == [
         (first.request_id, FinishReason.STOP)
     ]
     assert updates[0].num_ready < params.gen_length
-    assert engine.num_used_pages == 0
+    assert engine.allocator.num_used == 0
     engine.scheduler.check_integrity()
     engine.step()
-    assert (second.steps_run, engine.num_used_pages) == (1, second.num_pages)
+    assert (second.steps_run, engine.allocator.num_used) == (1, second.num_pages)
     engine.scheduler.check_integrity()
 
 

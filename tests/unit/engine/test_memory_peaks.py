@@ -80,7 +80,7 @@ def peak_of(engine: Engine, steps: int, gen_length: int, **params: Any) -> int:
 def test_a_step_takes_no_more_than_was_planned(engine: Engine, params: dict[str, Any]) -> None:
     """A Refresh of the longest sequence and its twin, and the step after it, whatever is kept and
     however tokens are chosen; and the plan is no more than twice of what the largest takes."""
-    plan = engine.memory_plan
+    plan = engine.runner.plan
     peak = peak_of(engine, 2, cfg_scale=1.0, **params)
     assert plan.activations / 2 < peak <= plan.activations + plan.logits
 
@@ -118,28 +118,30 @@ def test_a_step_of_reuses_takes_no_more_than_was_planned(
     prompt = Prompt([1] * (HELD - asked["gen_length"]))
     for _ in range(count):
         engine.add(engine.make_request(prompt, SamplingParams(**asked)))
-    engine._admit()
-    slots = [request.slot for request in engine.scheduler.running if request.slot is not None]
+    runner, slots = engine.runner, []
+    for request in engine.scheduler.admit():
+        assert request.slot is not None
+        runner.start(request.slot, request.prompt, request.params, request.pages)
+        slots.append(request.slot)
     assert len(slots) == count
-    runner = engine._runner
     for slot in slots:
         runner.finish(runner.launch([slot]))
     with AllocationMeter() as meter:
         runner.finish(runner.launch(slots))
-    plan = engine.memory_plan
+    plan = engine.runner.plan
     assert meter.peak <= plan.activations + plan.logits
 
 
 def held_by_weights(engine: Engine) -> int:
     """Bytes of parameters and of what was packed from them, each once."""
-    model = engine._runner._model
-    packed: list[torch.Tensor] = list(model.head._tiles) if model.head._packed else []
+    model = engine.runner.rank.model
+    packed: list[torch.Tensor] = list(model.head.tiles) if model.head.packed else []
     for module in model.modules():
-        form = getattr(module, "_packed", None)
+        form = getattr(module, "packed", None)
         packed += [form] if isinstance(form, torch.Tensor) else form or []
     plain = list(model.parameters())
-    if not (model.head._packed or model.spec.tied_head):
-        plain += model.head._tiles
+    if not (model.head.packed or model.spec.tied_head):
+        plain += model.head.tiles
     return sum(weight.nbytes for weight in [*plain, *packed])
 
 
@@ -148,8 +150,8 @@ def held_by_weights(engine: Engine) -> int:
 def test_weights_take_what_was_planned(tmp_path: Path, sizes: dict[str, int], tied: bool) -> None:
     """Packed ones too; of a head tied to the embedding both are there, where it is packed."""
     engine = make_engine(tmp_path, weight_tying=tied, mlp_hidden_size=1024, **sizes)
-    assert engine._runner._model.head._packed == (not sizes)
-    assert held_by_weights(engine) == engine.memory_plan.weights
+    assert engine.runner.rank.model.head.packed == (not sizes)
+    assert held_by_weights(engine) == engine.runner.plan.weights
 
 
 def test_whole_rows_take_no_more_than_was_planned(
@@ -158,7 +160,7 @@ def test_whole_rows_take_no_more_than_was_planned(
     """With a budget too small for the rows that the head makes at once, these are planned for."""
     words = 2**15
     engine = make_engine(tmp_path, vocab_size=words, embedding_size=words, n_layers=1)
-    assert engine.memory_plan.logits == least_bytes(words, 4) == 4 * MIB
+    assert engine.runner.plan.logits == least_bytes(words, 4) == 4 * MIB
     peaks = []
 
     def measured(*args: Any, **named: Any) -> Candidates:
@@ -167,9 +169,9 @@ def test_whole_rows_take_no_more_than_was_planned(
         peaks.append(meter.peak)
         return found
 
-    monkeypatch.setattr("dllm_engine.execution.model_runner.sample_candidates", measured)
+    monkeypatch.setattr("dllm_engine.execution.rank_model.sample_candidates", measured)
     params = SamplingParams(gen_length=20, temperature=1.0, top_p=0.9, top_k=5, ignore_eos=True)
     engine.add(engine.make_request(Prompt([1, 2, 3]), params))
     engine.step()
     # Some KiB are the rows' own: keys, tokens, statistics.
-    assert least_bytes(words, 4) / 2 < max(peaks) <= 1.02 * engine.memory_plan.logits
+    assert least_bytes(words, 4) / 2 < max(peaks) <= 1.02 * engine.runner.plan.logits

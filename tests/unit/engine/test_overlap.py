@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ from hypothesis import strategies as st
 
 from tests.support.budget import examples
 from tests.support.cases import Case, cases, run_with_arrivals
-from tests.support.engines import make_engine, run, submit
+from tests.support.checkpoints import MASK
+from tests.support.engines import FakeRunner, make_engine, run, submit
 
 
 @pytest.fixture(scope="module")
@@ -39,18 +39,21 @@ def overlapped(checkpoint: Path) -> LLM:
 def watch(engine: Engine, patch: pytest.MonkeyPatch) -> list[tuple[str, frozenset[int]]]:
     """What is launched and finished, and with which slots, from now on."""
     seen: list[tuple[str, frozenset[int]]] = []
-    launch, finish = engine._runner.launch, engine._runner.finish
+    launch, finish = engine.runner.launch, engine.runner.finish
+    slots_of: dict[int, frozenset[int]] = {}
 
     def noted_launch(slots: list[int]) -> Any:
         seen.append(("launch", frozenset(slots)))
-        return launch(slots)
+        step = launch(slots)
+        slots_of[id(step)] = frozenset(slots)
+        return step
 
-    def noted_finish(launched: Any) -> Any:
-        seen.append(("finish", frozenset(launched.state.slots.tolist())))
-        return finish(launched)
+    def noted_finish(step: Any) -> Any:
+        seen.append(("finish", slots_of[id(step)]))
+        return finish(step)
 
-    patch.setattr(engine._runner, "launch", noted_launch)
-    patch.setattr(engine._runner, "finish", noted_finish)
+    patch.setattr(engine.runner, "launch", noted_launch)
+    patch.setattr(engine.runner, "finish", noted_finish)
     return seen
 
 
@@ -66,14 +69,14 @@ def test_answers_are_those_of_one_step_at_a_time(
     with pytest.MonkeyPatch.context() as patch:
         seen = watch(overlapped.engine, patch)
         found = run_with_arrivals(overlapped, batch)
-    under_way: list[frozenset[int]] = []
+    in_flight: list[frozenset[int]] = []
     for what, slots in seen:
         if what == "launch":
-            assert not any(slots & others for others in under_way)
-            under_way.append(slots)
-            assert len(under_way) <= 2
+            assert not any(slots & others for others in in_flight)
+            in_flight.append(slots)
+            assert len(in_flight) <= 2
         else:
-            under_way.remove(slots)
+            in_flight.remove(slots)
     for expected, update in zip(run_with_arrivals(llm64, batch), found, strict=True):
         assert update.token_ids.tolist() == expected.token_ids.tolist()
         assert update.usage == expected.usage
@@ -109,7 +112,7 @@ def test_too_few_rows_for_two_steps_make_one(
         assert [what for what, _ in seen] == ["launch", "finish"] * 3
 
 
-def test_a_request_is_cancelled_while_it_is_under_way(checkpoint: Path) -> None:
+def test_a_request_is_cancelled_while_it_is_in_flight(checkpoint: Path) -> None:
     """Its place goes to another only when its step has ended: that one's answer is its own."""
     alone = make_engine(checkpoint)
     submit(alone, gen_length=9, ignore_eos=True, seed=5)
@@ -118,16 +121,16 @@ def test_a_request_is_cancelled_while_it_is_under_way(checkpoint: Path) -> None:
     victims = [submit(engine, gen_length=6, ignore_eos=True) for _ in range(2)]
     heir = submit(engine, gen_length=9, ignore_eos=True, seed=5)
     engine.step()
-    assert engine.num_running == 2
-    under_way = [r.request_id for r in engine.scheduler.running if r.under_way]
-    assert len(under_way) == 1
-    cancelled = engine.cancel(under_way[0])
+    assert engine.scheduler.num_running == 2
+    in_flight = [r.request_id for r in engine.scheduler.running if r.in_flight]
+    assert len(in_flight) == 1
+    cancelled = engine.cancel(in_flight[0])
     assert cancelled is not None
     assert cancelled.finish_reason is FinishReason.CANCELLED
     assert cancelled.usage.steps == 1  # the one that was under way counts
     finished = run(engine)
     assert finished[heir].token_ids.tolist() == expected.token_ids.tolist()
-    assert set(finished) == {heir, *victims} - {under_way[0]}
+    assert set(finished) == {heir, *victims} - {in_flight[0]}
     engine.scheduler.check_integrity()
 
 
@@ -144,29 +147,21 @@ def test_a_request_that_ends_as_it_is_cancelled_is_answered_once(checkpoint: Pat
     assert not engine.has_work
 
 
-def test_a_step_that_fails_beside_another_concerns_nobody_else(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only the request that cannot be run fails; the step under way is settled as usual."""
-    plain = make_engine(checkpoint)
-    for i in range(4):
-        submit(plain, gen_length=4 + i, ignore_eos=True, seed=i)
-    expected = run(plain)
-    engine = make_engine(checkpoint, overlap_rows=1, max_num_seqs=4)
-    model = engine._runner._model
-    forward: Callable[..., torch.Tensor] = model.forward
+def test_a_step_that_fails_beside_another_concerns_nobody_else(checkpoint: Path) -> None:
+    """Only the request that cannot be run fails; the step in flight ends as usual."""
+    engine = make_engine(checkpoint, runner := FakeRunner(overlap_rows=1), max_num_seqs=4)
 
-    def fail_on_six(input_ids: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
-        if any(group.length == 3 + 6 for group in rest[1].fresh):
+    def fail_on_six(lengths: list[int]) -> None:
+        if 6 in lengths:
             raise RuntimeError("no memory left for this one")
-        return forward(input_ids, *rest, **named)
 
-    monkeypatch.setattr(model, "forward", fail_on_six)
+    runner.on_launch = fail_on_six
     ids = [submit(engine, gen_length=4 + i, ignore_eos=True, seed=i) for i in range(4)]
     finished = run(engine)
     assert isinstance(finished[ids[2]].error, RequestFailed)
     for i in (0, 1, 3):
-        assert finished[ids[i]].token_ids.tolist() == expected[i].token_ids.tolist()
+        assert finished[ids[i]].finish_reason is FinishReason.LENGTH
+        assert MASK not in finished[ids[i]].token_ids.tolist()
 
 
 def test_the_setting_is_refused_where_it_means_nothing() -> None:
@@ -209,7 +204,7 @@ def test_what_does_not_fit_into_an_upload_goes_by_itself() -> None:
         assert torch.equal(tensor, torch.from_numpy(source))
 
 
-def test_prompts_can_be_given_while_two_steps_are_under_way(checkpoint: Path) -> None:
+def test_prompts_can_be_given_while_two_steps_are_in_flight(checkpoint: Path) -> None:
     """Newcomers are laid out in free places without touching what is under way."""
     engine = make_engine(checkpoint, overlap_rows=1, max_num_seqs=4, dtype="float64")
     plain = LLM(checkpoint, dtype="float64")

@@ -158,9 +158,9 @@ class Denoising:
         self.request.rows_run += self.request.step_cost
         self.request.steps_run += 1
         self.step += 1
-        self.request.next_refresh = self.step % params.block_length == 0
+        self.request.next_is_refresh = self.step % params.block_length == 0
         self.request.next_rows = (
-            self.request.length if self.request.next_refresh else params.block_length
+            self.request.length if self.request.next_is_refresh else params.block_length
         )
         return self.step == params.gen_length
 
@@ -246,7 +246,7 @@ def reusing(request_id: int, rows: int) -> Request:
     """A request whose every step is a Reuse of `rows` rows."""
     params = SamplingParams(gen_length=rows, block_length=rows, steps=rows, cache="dual")
     request = Request(request_id, Prompt([0]), params)
-    request.next_rows, request.next_refresh = rows, False
+    request.next_rows, request.next_is_refresh = rows, False
     return request
 
 
@@ -262,7 +262,7 @@ def steps_of(scheduler: Scheduler, wanted: list[Request], count: int) -> dict[in
     for step in range(1, count + 1):
         for request in scheduler.schedule():
             first.setdefault(request.request_id, step)
-            request.next_refresh = False
+            request.next_is_refresh = False
             request.next_rows = min(request.step_cost, 1000)
     return {r.request_id: first[r.request_id] for r in wanted}
 
@@ -367,7 +367,7 @@ class ClosedLoop:
         assert len(chosen) == 1 or (chosen and used <= self.budget)
         for i in self.idle.keys() - set(ids(chosen)):
             left_out = self.live[i].request
-            held = left_out.next_refresh and self.idle[i] < 32
+            held = left_out.next_is_refresh and self.idle[i] < 32
             assert held or used + left_out.step_cost > self.budget
             self.idle[i] += 1
             self.longest_idle = max(self.longest_idle, self.idle[i])
@@ -412,11 +412,11 @@ def test_a_large_request_does_not_keep_small_ones_out(others: list[int], beside:
         scheduler.add(make(i, size))
     scheduler.admit()
     for request in scheduler.running:
-        request.next_refresh = False
+        request.next_is_refresh = False
     first = scheduler.schedule()
     assert ids(first) == list(range(1 + beside))
     for request in first:
-        request.under_way = True
+        request.in_flight = True
     assert ids(scheduler.schedule()) == ([] if beside else [1, 2, 3, 4])
 
 
@@ -429,7 +429,7 @@ class Overlapped:
     overlap_rows: int
     rng: random.Random
     longest_idle: int = 0
-    most_under_way: int = 0
+    most_in_flight: int = 0
 
     def run(self, steps: int) -> None:
         """Launch so many steps, and check each."""
@@ -454,17 +454,17 @@ class Overlapped:
                 used = sum(request.step_cost for request in chosen)
                 assert used <= self.budget or len(chosen) == 1
                 for request in chosen:
-                    assert not request.under_way
-                    request.under_way = True
+                    assert not request.in_flight
+                    request.in_flight = True
                     idle = launched - last[request.request_id]
                     self.longest_idle = max(self.longest_idle, idle)
                     last[request.request_id] = launched
                 flights.append(chosen)
-                self.most_under_way = max(self.most_under_way, len(flights))
+                self.most_in_flight = max(self.most_under_way, len(flights))
                 continue
             assert flights, "nothing runs and nothing is launched"
             for request in flights.pop(0):
-                request.under_way = False
+                request.in_flight = False
                 if live[request.request_id].take_step():
                     scheduler.remove(request)
                     del live[request.request_id], last[request.request_id]
@@ -475,7 +475,7 @@ class Overlapped:
     ("num_slots", "budget", "overlap_rows", "longest_idle"),
     [(4, 2048, 64, 38), (16, 2048, 256, 50), (64, 2048, 512, 98), (64, 16384, 1024, 98)],
 )
-def test_nobody_starves_while_two_steps_are_under_way(
+def test_nobody_starves_while_two_steps_are_in_flight(
     num_slots: int, budget: int, overlap_rows: int, longest_idle: int
 ) -> None:
     """There is always one under way, often two, of different requests, each within its budget; a
@@ -484,5 +484,5 @@ def test_nobody_starves_while_two_steps_are_under_way(
     for seed in range(4):
         load = Overlapped(num_slots, budget, overlap_rows, random.Random(seed))
         load.run(1500)
-        assert load.most_under_way == 2
+        assert load.most_in_flight == 2
         assert load.longest_idle <= longest_idle

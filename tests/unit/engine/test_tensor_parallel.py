@@ -21,14 +21,14 @@ from dllm_engine import (
     Engine,
     EngineConfig,
     EngineDead,
-    EngineWorker,
+    EngineThread,
     InvalidConfig,
     Prompt,
     SamplingParams,
 )
 from dllm_engine.models import load_model, loader, read_spec
 from dllm_engine.parallel import Group, Ranks
-from dllm_engine.watchdog import Alarm
+from dllm_engine.watchdog import Watchdog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -207,9 +207,9 @@ def test_a_size_that_does_not_divide_is_refused(checkpoint: Path, size: int, mes
 def test_memory_is_planned_per_rank(checkpoint: Path) -> None:
     """Ranks share a CPU's memory: each takes half, and a page holds half of the heads."""
     common = {"memory_limit": "60MiB", "logits_budget_mb": 4, "cache": "dual"}
-    one = LLM(checkpoint, **common).engine.memory_plan
+    one = LLM(checkpoint, **common).engine.runner.plan
     with LLM(checkpoint, tensor_parallel_size=2, **common) as llm:
-        two = llm.engine.memory_plan
+        two = llm.engine.runner.plan
         assert llm.engine.allocator.num_pages == two.num_pages
     assert (two.limit, two.page) == (one.limit // 2, one.page // 2)
     assert two.weights < one.weights
@@ -236,7 +236,7 @@ def test_a_lost_rank_ends_the_engine(
     )
     before = {p.pid for p in ranks_of(os.getpid())}
     deaths: queue.Queue[EngineDead] = queue.Queue()
-    worker = EngineWorker(Engine(config), on_death=deaths.put)
+    worker = EngineThread(Engine(config), on_death=deaths.put)
     (rank,) = [p for p in ranks_of(os.getpid()) if p.pid not in before]
     updates: queue.Queue[CanvasUpdate] = queue.Queue()
 
@@ -279,7 +279,7 @@ def test_a_rank_that_hangs_a_gpu_ends_the_engine(
     )
     before = {p.pid for p in ranks_of(os.getpid())}
     deaths: queue.Queue[EngineDead] = queue.Queue()
-    worker = EngineWorker(Engine(config), on_death=deaths.put)
+    worker = EngineThread(Engine(config), on_death=deaths.put)
     (rank,) = [p for p in ranks_of(os.getpid()) if p.pid not in before]
     updates: queue.Queue[CanvasUpdate] = queue.Queue()
     rank.send_signal(signal.SIGSTOP)
@@ -295,17 +295,17 @@ def test_a_rank_that_hangs_a_gpu_ends_the_engine(
 def test_an_alarm_rings_for_long_blocks_only() -> None:
     """However many short ones there were; once; and never when it is closed."""
     rung = threading.Event()
-    alarm = Alarm(0.4, rung.set)
+    watchdog = Watchdog(0.4, rung.set)
     for _ in range(1000):
-        with alarm:
+        with watchdog:
             pass
     assert not rung.wait(0.6)
-    with alarm:
+    with watchdog:
         assert rung.wait(30)
     rung.clear()
-    closed = Alarm(0.01, rung.set)
+    closed = Watchdog(0.01, rung.set)
     closed.close()
-    with closed, alarm:
+    with closed, watchdog:
         assert not rung.wait(0.6)
 
 

@@ -1,4 +1,4 @@
-"""The engine on its own thread: hand-over, backpressure, cancellation, death."""
+"""The engine on its own thread: submitting, backpressure, cancellation, death."""
 
 import functools
 import queue
@@ -9,20 +9,25 @@ import pytest
 import torch
 from dllm_engine import (
     CanvasUpdate,
-    Engine,
-    EngineConfig,
     EngineDead,
-    EngineWorker,
-    NotRun,
+    EngineThread,
+    NotStarted,
     Prompt,
     QueueFull,
     SamplingParams,
 )
 
+from tests.support.engines import FakeRunner, make_engine
 
-def start(checkpoint: Path, **settings: int) -> EngineWorker:
-    """A worker with an engine of its own."""
-    return EngineWorker(Engine(EngineConfig(model_path=checkpoint, **settings)))  # type: ignore[arg-type]
+
+def start(checkpoint: Path, runner: FakeRunner | None = None, **settings: float) -> EngineThread:
+    """A thread with an engine of its own."""
+    return EngineThread(make_engine(checkpoint, runner, **settings))
+
+
+def lost(*_: object) -> None:
+    """Fail as a lost device does."""
+    raise torch.AcceleratorError("device lost")
 
 
 def test_requests_from_many_threads_are_all_answered(checkpoint: Path) -> None:
@@ -73,7 +78,7 @@ def test_request_that_runs_alone(checkpoint: Path) -> None:
 
 
 def test_more_than_may_wait_are_refused(checkpoint: Path) -> None:
-    """Beyond the places and the queue `submit` raises, and works again once somebody has left."""
+    """`submit` raises when slots and queue are full, and works again once a request has ended."""
     worker = start(checkpoint, max_num_seqs=1, max_queue_size=1)
     answers: queue.Queue[CanvasUpdate] = queue.Queue()
     params = SamplingParams(gen_length=250, ignore_eos=True)
@@ -121,8 +126,8 @@ def test_close_finishes_what_runs(checkpoint: Path) -> None:
     assert answers.qsize() == 5
 
 
-def test_close_turns_away_what_waits_and_takes_cancels(checkpoint: Path) -> None:
-    """Who has no place when the worker is closed is told so at once; the others may still leave."""
+def test_close_rejects_waiting_requests_and_takes_cancels(checkpoint: Path) -> None:
+    """On `close` requests without a slot fail at once; running ones can still be cancelled."""
     worker = start(checkpoint, max_num_seqs=1)
     answers: queue.Queue[CanvasUpdate] = queue.Queue()
     started = threading.Event()
@@ -143,15 +148,15 @@ def test_close_turns_away_what_waits_and_takes_cancels(checkpoint: Path) -> None
     assert not worker.close(timeout=0.0)
     for _ in requests[1:]:
         error = answers.get(timeout=30).error
-        assert isinstance(error, NotRun)
+        assert isinstance(error, NotStarted)
         assert "stopping" in str(error)
     worker.cancel(requests[0].request_id)
     assert worker.close(timeout=30)
     assert answers.get_nowait().finish_reason is not None
 
 
-def test_what_is_asked_for_between_steps_is_done_in_order(checkpoint: Path) -> None:
-    """Whoever has something done after a cancel knows by it that the cancel is done."""
+def test_calls_between_steps_run_in_order(checkpoint: Path) -> None:
+    """A call that follows a cancel runs once the cancel is done."""
     worker = start(checkpoint)
     log: queue.Queue[str] = queue.Queue()
     request = worker.engine.make_request(
@@ -159,23 +164,21 @@ def test_what_is_asked_for_between_steps_is_done_in_order(checkpoint: Path) -> N
     )
     worker.submit(request, lambda update: log.put(str(update.finish_reason)))
     worker.cancel(request.request_id)
-    worker.between_steps(lambda: log.put("done"))
+    worker.call_between_steps(lambda: log.put("done"))
     assert [log.get(timeout=30) for _ in range(2)] == ["cancelled", "done"]
     worker.close()
 
 
-def test_close_gives_a_hanging_engine_up(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_gives_a_hanging_engine_up(checkpoint: Path) -> None:
     """Closing waits for a running step no longer than it is told."""
-    worker = start(checkpoint)
+    worker = start(checkpoint, runner := FakeRunner())
     entered, release = threading.Event(), threading.Event()
-    forward = worker.engine._runner._model.forward
 
-    def hang(*arguments: object, **named: object) -> torch.Tensor:
+    def hang(_: object) -> None:
         entered.set()
         release.wait(30)
-        return forward(*arguments, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(worker.engine._runner._model, "forward", hang)
+    runner.on_launch = hang
     answers: queue.Queue[CanvasUpdate] = queue.Queue()
     request = worker.engine.make_request(Prompt([1]), SamplingParams(gen_length=1))
     worker.submit(request, answers.put)
@@ -186,26 +189,23 @@ def test_close_gives_a_hanging_engine_up(checkpoint: Path, monkeypatch: pytest.M
     assert answers.qsize() == 1
 
 
-def test_a_step_that_does_not_end_is_given_up(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever waits for it is told why, once, the owner too, and `submit` raises; short steps that
-    take longer together are none."""
+def test_a_step_that_does_not_end_is_given_up(checkpoint: Path) -> None:
+    """Every request and the owner are told why, once, and `submit` raises; short steps that take
+    longer together are no reason."""
     deaths: queue.Queue[EngineDead] = queue.Queue()
-    config = EngineConfig(model_path=checkpoint, max_num_seqs=1, step_timeout=0.5)
-    worker = EngineWorker(Engine(config), on_death=deaths.put)
+    runner = FakeRunner(step_timeout=0.5)
+    worker = EngineThread(make_engine(checkpoint, runner, max_num_seqs=1), on_death=deaths.put)
     answers: queue.Queue[CanvasUpdate] = queue.Queue()
     entered, release = threading.Event(), threading.Event()
-    forward, delay = worker.engine._runner._model.forward, 0.05
+    delay = 0.05
 
-    def slow(*arguments: object, **named: object) -> torch.Tensor:
+    def slow(_: object) -> None:
         if not delay:
             entered.set()
             release.wait(60)
         threading.Event().wait(delay)
-        return forward(*arguments, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(worker.engine._runner._model, "forward", slow)
+    runner.on_launch = slow
 
     def ask() -> None:
         params = SamplingParams(gen_length=20, ignore_eos=True)
@@ -232,9 +232,8 @@ def test_a_step_that_does_not_end_is_given_up(
 def test_a_cancel_that_waits_for_a_hanging_step_is_given_up(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a step under way, a cancel waits for its end, which may never come."""
-    config = EngineConfig(model_path=checkpoint, max_num_seqs=1, step_timeout=0.5)
-    worker = EngineWorker(Engine(config))
+    """A cancel waits for the end of a step in flight, which may never come."""
+    worker = start(checkpoint, max_num_seqs=1, step_timeout=0.5)
     release = threading.Event()
 
     def hang(_: int) -> None:
@@ -251,18 +250,12 @@ def test_a_cancel_that_waits_for_a_hanging_step_is_given_up(
     assert worker.close(timeout=30)
 
 
-def test_a_dead_engine_fails_its_requests_and_refuses_new_ones(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dead_engine_fails_its_requests_and_refuses_new_ones(checkpoint: Path) -> None:
     """On a device error every caller hears of it, the owner is told, and `submit` raises."""
-    engine = Engine(EngineConfig(model_path=checkpoint, max_num_seqs=2))
+    engine = make_engine(checkpoint, runner := FakeRunner(), max_num_seqs=2)
     deaths: queue.Queue[EngineDead] = queue.Queue()
-    worker = EngineWorker(engine, on_death=deaths.put)
-
-    def lost(*_: object, **__: object) -> torch.Tensor:
-        raise torch.AcceleratorError("device lost")
-
-    monkeypatch.setattr(engine._runner._model, "forward", lost)
+    worker = EngineThread(engine, on_death=deaths.put)
+    runner.on_launch = lost
     answers: queue.Queue[CanvasUpdate] = queue.Queue()
     worker.submit(engine.make_request(Prompt([1]), SamplingParams()), answers.put)
     assert isinstance(answers.get(timeout=30).error, EngineDead)
@@ -271,27 +264,25 @@ def test_a_dead_engine_fails_its_requests_and_refuses_new_ones(
         worker.submit(engine.make_request(Prompt([1]), SamplingParams()), answers.put)
 
 
-def test_whoever_comes_as_the_engine_dies_is_answered(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_requests_that_arrive_as_the_engine_dies_are_answered(checkpoint: Path) -> None:
     """Requests that wait, and those handed over during the last step, fail like those that run."""
-    engine = Engine(EngineConfig(model_path=checkpoint, max_num_seqs=1))
-    worker = EngineWorker(engine)
+    engine = make_engine(checkpoint, runner := FakeRunner(), max_num_seqs=1)
+    worker = EngineThread(engine)
     answers: queue.Queue[CanvasUpdate] = queue.Queue()
     entered, release = threading.Event(), threading.Event()
 
-    def lost(*_: object, **__: object) -> torch.Tensor:
+    def lost_after_a_while(_: object) -> None:
         entered.set()
         release.wait(30)
-        raise torch.AcceleratorError("device lost")
+        lost()
 
-    monkeypatch.setattr(engine._runner._model, "forward", lost)
+    runner.on_launch = lost_after_a_while
     worker.submit(engine.make_request(Prompt([1]), SamplingParams()), answers.put)
     assert entered.wait(30)
     for _ in range(3):
         worker.submit(engine.make_request(Prompt([1]), SamplingParams()), answers.put)
     done = threading.Event()
-    worker.between_steps(done.set)
+    worker.call_between_steps(done.set)
     release.set()
     assert done.wait(30)
     assert all(isinstance(answers.get(timeout=30).error, EngineDead) for _ in range(4))

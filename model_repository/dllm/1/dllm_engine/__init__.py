@@ -7,14 +7,14 @@ from dllm_engine.errors import (
     EngineDead,
     InvalidConfig,
     InvalidRequest,
-    NotRun,
+    NotStarted,
     QueueFull,
     QueueTimeout,
     RequestFailed,
 )
 from dllm_engine.llm import LLM
 from dllm_engine.loop.engine import Engine, EngineStats
-from dllm_engine.loop.engine_thread import EngineWorker
+from dllm_engine.loop.engine_thread import EngineThread
 from dllm_engine.request import CanvasUpdate, Completion, FinishReason, Prompt, Request, Usage
 from dllm_engine.sampling_params import SamplingParams
 
@@ -28,11 +28,11 @@ __all__ = [
     "EngineConfig",
     "EngineDead",
     "EngineStats",
-    "EngineWorker",
+    "EngineThread",
     "FinishReason",
     "InvalidConfig",
     "InvalidRequest",
-    "NotRun",
+    "NotStarted",
     "Prompt",
     "QueueFull",
     "QueueTimeout",

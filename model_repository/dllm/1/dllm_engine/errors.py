@@ -6,7 +6,7 @@ DllmError
 ├── CheckpointError  the checkpoint is incomplete, malformed or of an unknown family
 ├── QueueFull        the engine lets no more requests wait
 ├── RequestFailed    one request met an error inside the engine
-│   └── NotRun           … before it began, for no fault of its own
+│   └── NotStarted           … before it began, for no fault of its own
 │       └── QueueTimeout it waited for longer than it was willing to
 └── EngineDead       the engine stopped; nothing more will be answered
 """
@@ -41,11 +41,11 @@ class QueueFull(DllmError):
     """As many requests wait as may; the message names the setting."""
 
 
-class NotRun(RequestFailed):
+class NotStarted(RequestFailed):
     """A request ended before it began, for no fault of its own: it may be made again."""
 
 
-class QueueTimeout(NotRun):
+class QueueTimeout(NotStarted):
     """A request waited for a place for longer than its own timeout."""
 
 

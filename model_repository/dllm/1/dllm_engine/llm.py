@@ -64,7 +64,7 @@ class LLM:
             for prompt, p in zip(batch, each, strict=True)
         ]
         # This thread may not be the one that loaded the model, or have run another since.
-        self.engine.bind_thread()
+        self.engine.runner.bind_thread()
         for request in requests:
             self.engine.add(request)
         finished: dict[int, CanvasUpdate] = {}
@@ -77,7 +77,7 @@ class LLM:
 
     def close(self) -> None:
         """End the processes of other ranks (`tensor_parallel_size`); `with` does it too."""
-        self.engine.close()
+        self.engine.runner.close()
 
     def __enter__(self) -> Self:
         return self

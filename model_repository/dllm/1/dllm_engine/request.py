@@ -57,14 +57,14 @@ class Request:
     slot: int | None = None
     steps_run: int = 0
     #: It is in a step that has not ended.
-    under_way: bool = False
+    in_flight: bool = False
     #: Rows pushed through the model so far.
     rows_run: int = 0
     #: Rows of the next step of one sequence, and whether it is a Refresh; None: all, it is.
     next_rows: int | None = None
-    next_refresh: bool = True
+    next_is_refresh: bool = True
     #: Scheduler's step of its arrival and what its priority adds: lower goes first.
-    turn: int = 0
+    arrival_order: int = 0
     #: Scheduler's step in which it ran last, or was admitted.
     ready_since: int = 0
     #: Tokens from the left that are final, short of an end-of-text token.

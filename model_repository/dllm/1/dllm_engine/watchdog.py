@@ -1,4 +1,4 @@
-"""A bound on how long a step may take."""
+"""Bounds how long a step may take."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-#: Looks at the clock within the time that is given.
-_LOOKS = 8
+#: How often the watchdog looks at the clock within its time-out.
+_CHECKS = 8
 
 
-class Alarm:
-    """Rings once if a `with` block takes longer than `seconds`.
+class Watchdog:
+    """Calls `on_timeout`, once, when a `with` block takes longer than `seconds`.
 
     Args:
-        ring: called on a thread of the alarm's own, while the block is still at work.
+        on_timeout: called on the watchdog's own thread, while the block is still running.
     """
 
-    def __init__(self, seconds: float, ring: Callable[[], object]) -> None:
-        self._seconds, self._ring = seconds, ring
+    def __init__(self, seconds: float, on_timeout: Callable[[], object]) -> None:
+        self._seconds, self._on_timeout = seconds, on_timeout
         self._since: float | None = None
         self._closed = threading.Event()
-        threading.Thread(target=self._watch, name="dllm-alarm", daemon=True).start()
+        threading.Thread(target=self._watch, name="dllm-watchdog", daemon=True).start()
 
     def __enter__(self) -> None:
         self._since = time.monotonic()
@@ -36,13 +36,13 @@ class Alarm:
         self._since = None
 
     def close(self) -> None:
-        """Never ring from now on."""
+        """Stop watching."""
         self._closed.set()
 
     def _watch(self) -> None:
-        # The block is not slowed down by waking anybody.
-        while not self._closed.wait(self._seconds / _LOOKS):
+        # The thread polls, so that entering and leaving a block costs nothing.
+        while not self._closed.wait(self._seconds / _CHECKS):
             since = self._since
             if since is not None and time.monotonic() - since > self._seconds:
-                self._ring()
+                self._on_timeout()
                 return

@@ -33,9 +33,6 @@ from adapter.jobs.job import Job, JobState
 from adapter.jobs.store import JobStore
 from adapter.types import Event
 
-#: The store has tests of its own on both kinds of databases.
-DATABASES = ("sqlite", pytest.param("postgresql", marks=pytest.mark.slow))
-
 
 @pytest.fixture
 async def api(database_url: str, engine: ScriptedEngine) -> AsyncIterator[RunningApp]:

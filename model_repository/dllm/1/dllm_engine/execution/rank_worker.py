@@ -13,7 +13,8 @@ import torch
 
 from dllm_engine.config import EngineConfig
 from dllm_engine.errors import DllmError, EngineDead
-from dllm_engine.execution.model_runner import ModelShard, StepInputs, import_libraries, rank_device
+from dllm_engine.execution.devices import import_libraries, rank_device
+from dllm_engine.execution.rank_model import RankModel, StepInputs
 from dllm_engine.models import ModelSpec
 from dllm_engine.parallel import Group, PackedObject, RankConnection
 
@@ -24,7 +25,7 @@ READY = "ready"
 
 
 @dataclasses.dataclass(frozen=True)
-class RankTask:
+class RankConfig:
     """What a rank needs to know besides its `RankInfo`."""
 
     config: EngineConfig
@@ -36,7 +37,7 @@ class RankTask:
 def serve(connection: RankConnection) -> None:
     """Load this rank's part of the model, then do steps until told to stop."""
     info, task = connection.info, connection.task
-    assert isinstance(task, RankTask)
+    assert isinstance(task, RankConfig)
     torch.set_num_threads(info.threads)
     device = rank_device(task.config, info.rank)
     import_libraries(task.config)
@@ -47,17 +48,17 @@ def serve(connection: RankConnection) -> None:
         connection.reply(READY)
         assert connection.next() == READY  # so are the others
 
-    shard = ModelShard(task.config, task.spec, task.stop_token_ids, group, loaded)
-    connection.reply(shard.plan.num_pages)
+    model = RankModel(task.config, task.spec, task.stop_token_ids, group, loaded)
+    connection.reply(model.plan.num_pages)
     num_pages = connection.next()
     assert isinstance(num_pages, int)
-    shard.allocate(num_pages)
+    model.allocate(num_pages)
     connection.reply(READY)
     while (packed := connection.next()) is not None:
         assert isinstance(packed, PackedObject)
         inputs = packed.fill(group.receive(packed.shapes))
         assert isinstance(inputs, StepInputs)
-        shard.candidates(inputs)
+        model.candidates(inputs)
 
 
 def main(descriptor: int) -> None:

@@ -1,4 +1,4 @@
-"""Owns the model and the device: runs one denoising step for a set of slots."""
+"""Runs denoising steps on a device: the protocol that the engine uses, and its implementation."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dllm_engine.config import EngineConfig
-from dllm_engine.execution.model_runner import ModelShard, StepInputs
-from dllm_engine.execution.tensor_parallel import ModelTeam
+from dllm_engine.execution.rank_model import RankModel, StepInputs
+from dllm_engine.memory.plan import MemoryPlan
 from dllm_engine.models import ModelSpec
 from dllm_engine.ops import Download, Upload
 from dllm_engine.request import Prompt
 from dllm_engine.sampling import BlockStatistics, Candidates, select_commits
 from dllm_engine.sampling_params import SamplingParams
 from dllm_engine.state.batch import StepBatch, build_batch
-from dllm_engine.state.canvas import Blocks, CanvasTable, StepResult
+from dllm_engine.state.canvas import Blocks, Canvas, CanvasTable, StepResult
 from dllm_engine.state.slots import SlotState
 
 logger = logging.getLogger("dllm_engine")
@@ -32,8 +33,69 @@ OVERLAP_ROWS = 1024
 STEP_TIMEOUT = 300.0
 
 
-class Runner:
-    """A loaded model and the canvases it works on.
+class ModelRunner(Protocol):
+    """Runs denoising steps for requests in numbered slots, and holds their canvases."""
+
+    #: Rows that one step may push through the model.
+    token_budget: int
+    #: Rows that are enough to launch a step while another is in flight; 0: never.
+    overlap_rows: int
+    #: Seconds after which the engine gives up a step; 0: never.
+    step_timeout: float
+    #: How memory was shared out at start.
+    plan: MemoryPlan
+
+    def start(self, slot: int, prompt: Prompt, params: SamplingParams, pages: list[int]) -> None:
+        """Set up the canvas of a new request in `slot`; `pages` are its own from now on."""
+
+    def launch(self, slots: list[int]) -> Any:
+        """Begin a denoising step for the requests in `slots`; a GPU is still busy on return.
+
+        A step that raises can be launched again: canvases change in `finish` alone.
+
+        Returns:
+            The step, for `finish`.
+        """
+
+    def finish(self, step: Any) -> StepResult:
+        """Wait for the step to end, and commit what it decoded.
+
+        Raises:
+            EngineDead: another rank failed.
+        """
+        ...
+
+    def canvas(self, slot: int) -> Canvas:
+        """A copy of the canvas in `slot`."""
+        ...
+
+    def wait(self) -> None:
+        """Wait until the device is idle.
+
+        Raises:
+            torch.AcceleratorError: the device is lost.
+        """
+        return
+
+    def bind_thread(self) -> None:
+        """Make the calling thread able to run steps; call it on every thread that does."""
+        return
+
+    def check(self) -> None:
+        """Raise EngineDead if another rank has failed."""
+        return
+
+    def on_failure(self, listener: Callable[[], None]) -> None:  # noqa: ARG002
+        """Call `listener`, on any thread, when `check` begins to raise."""
+        return
+
+    def close(self) -> None:
+        """End the processes of other ranks."""
+        return
+
+
+class SingleRankRunner(ModelRunner):
+    """Runs steps of a model that this process holds alone.
 
     Raises:
         CheckpointError: the weights do not fit the config.
@@ -43,116 +105,99 @@ class Runner:
     def __init__(
         self, config: EngineConfig, spec: ModelSpec, stop_token_ids: tuple[int, ...]
     ) -> None:
-        parallel = spec.num_ranks > 1
-        self._shard: ModelShard | ModelTeam = (ModelTeam if parallel else ModelShard)(
-            config, spec, stop_token_ids
-        )
-        self._model, self._device = self._shard.model, self._shard.device
-        #: Rows that one step may push through the model.
-        self.token_budget = self._shard.token_budget
-        #: Rows from which on a step is launched while another is under way; 0: never.
-        self.overlap_rows = 0 if parallel else config.overlap_rows or 0
-        if config.overlap_rows is None and not parallel and self._device != "cpu":
-            self.overlap_rows = OVERLAP_ROWS
-        #: Seconds after which a step that has not ended is to be given up; 0: never.
-        self.step_timeout = config.step_timeout or 0.0
-        if config.step_timeout is None and self._device != "cpu":
-            self.step_timeout = STEP_TIMEOUT
-        if isinstance(self._shard, ModelShard):
-            self._shard.allocate(self._shard.plan.num_pages)
-        self.plan = self._shard.plan
+        #: The model, or the part of it that rank 0 holds.
+        self.rank = self._load(config, spec, stop_token_ids)
+        self._device = self.rank.device
+        self.token_budget, self.plan = self.rank.token_budget, self.rank.plan
+        on_gpu, parallel = self._device != "cpu", spec.num_ranks > 1
+        overlap_rows, step_timeout = config.overlap_rows, config.step_timeout
+        if overlap_rows is None:
+            overlap_rows = OVERLAP_ROWS if on_gpu and not parallel else 0
+        if step_timeout is None:
+            step_timeout = STEP_TIMEOUT if on_gpu else 0.0
+        self.overlap_rows, self.step_timeout = overlap_rows, step_timeout
         logger.info("memory plan%s\n%s", " of each rank" if parallel else "", self.plan)
-        self._pages = self._shard.pages
         self.table = CanvasTable.of(config, spec, stop_token_ids, device=self._device)
         logger.info("model ready device=%s ranks=%d", self._device, spec.num_ranks)
 
-    def bind_thread(self) -> None:
-        """See `ModelShard.bind_thread`."""
-        self._shard.bind_thread()
+    def _load(
+        self, config: EngineConfig, spec: ModelSpec, stop_token_ids: tuple[int, ...]
+    ) -> RankModel:
+        model = RankModel(config, spec, stop_token_ids)
+        model.allocate(model.plan.num_pages)
+        return model
 
     def start(self, slot: int, prompt: Prompt, params: SamplingParams, pages: list[int]) -> None:
-        """Lay out a new request in `slot`, with the pages that are its own from now on."""
+        """See `ModelRunner.start`."""
         self.table.fill(slot, prompt, params)
-        self._pages.assign(slot, pages, 2 if params.cfg_scale > 0 else 1)
+        self.rank.pages.assign(slot, pages, 2 if params.cfg_scale > 0 else 1)
 
     @torch.inference_mode()
-    def launch(self, slots: list[int]) -> Launched:
-        """Begin a denoising step for the requests in `slots`; a GPU is still at work on return.
+    def launch(self, slots: list[int]) -> InflightStep:
+        """See `ModelRunner.launch`.
 
-        Canvases change in `finish` alone, and the keys and values that the step stores are read
-        only together with these canvases: one that raised can be tried again.
-
-        Returns:
-            For `finish`.
+        The keys and values that a step stores are read only together with the canvases that
+        `finish` changes, so a step that raised can be launched again.
         """
         with self._watched():
             upload = Upload(self._device)
-            batch = build_batch(self.table, self._pages, slots, upload, self._shard.block_m)
+            batch = build_batch(self.table, self.rank.pages, slots, upload, self.rank.block_m)
             upload.send()
             credits = None
             if batch.credit_rows is not None:
                 credits = self.table.credits.read(batch.credit_rows)
-            found = self._shard.candidates(StepInputs.of(batch, credits))
+            found = self._candidates(StepInputs.of(batch, credits))
             tokens = torch.where(_pick(batch, found), found.token, -1).to(torch.int32)
             confidence = found.confidence.to(torch.float32)
             decoded = torch.stack([tokens, confidence.view(torch.int32)])
             if batch.credit_rows is not None and found.credits is not None:
                 self.table.credits.write(batch.credit_rows, found.credits)
-            return Launched(batch.state, batch.blocks, Download(decoded))
+            return InflightStep(batch.state, batch.blocks, Download(decoded))
 
-    def finish(self, launched: Launched) -> StepResult:
-        """Wait for the step to end, and commit what it has decoded."""
+    def finish(self, step: InflightStep) -> StepResult:
+        """See `ModelRunner.finish`."""
         try:
             with self._watched():
-                tokens, confidence = launched.decoded.array()
-        finally:  # a rank that has failed is the reason of whatever the device says
+                tokens, confidence = step.decoded.array()
+        finally:  # if a rank failed, it is the cause of any error that the device reports
             self.check()
-        return self.table.advance(
-            launched.state, launched.blocks, tokens, confidence.view(np.float32)
-        )
+        return self.table.advance(step.state, step.blocks, tokens, confidence.view(np.float32))
+
+    def canvas(self, slot: int) -> Canvas:
+        """See `ModelRunner.canvas`."""
+        return self.table.canvas(slot)
 
     def wait(self) -> None:
-        """Return once a GPU has done what it was asked for.
-
-        Raises:
-            torch.AcceleratorError: it is lost.
-        """
+        """See `ModelRunner.wait`."""
         if self._device != "cpu":
             torch.cuda.synchronize(self._device)
 
-    def _watched(self) -> AbstractContextManager[None]:
-        return self._shard.watched() if isinstance(self._shard, ModelTeam) else nullcontext()
+    def bind_thread(self) -> None:
+        """See `ModelRunner.bind_thread`."""
+        self.rank.bind_thread()
 
-    def check(self) -> None:
-        """Raise EngineDead if a rank has failed: what was computed without it means nothing."""
-        if isinstance(self._shard, ModelTeam):
-            self._shard.check()
+    def _candidates(self, inputs: StepInputs) -> Candidates:
+        return self.rank.candidates(inputs)
 
-    def on_failure(self, listener: Callable[[], None]) -> None:
-        """Call `listener`, on any thread, when a rank fails."""
-        if isinstance(self._shard, ModelTeam):
-            self._shard.on_failure(listener)
-
-    def close(self) -> None:
-        """End the other ranks, if there are any."""
-        if isinstance(self._shard, ModelTeam):
-            self._shard.close()
+    def _watched(self) -> AbstractContextManager[Any]:
+        """Bounds the time of a block that may wait for other ranks."""
+        return nullcontext()
 
 
 @dataclasses.dataclass(frozen=True)
-class Launched:
-    """A step that is under way."""
+class InflightStep:
+    """A step that was launched and has not ended."""
 
-    #: Of the requests that take part, as they are before it.
+    #: Of the requests in it, as they were before it.
     state: SlotState
     blocks: Blocks
-    #: [2, M] int32: of each masked position the token that it is committed with, −1
-    #: where it is not; and the bits of its confidence.
+    #: [2, M] int32: for each masked position the token to commit, −1 for none; and the bits of
+    #: its confidence.
     decoded: Download
 
 
 def _pick(batch: StepBatch, candidates: Candidates) -> Tensor:
-    """Which of the masked positions the step commits: [M] bool."""
+    """Choose the masked positions that the step commits: [M] bool."""
 
     def spread(values: Tensor) -> Tensor:
         """[M] values at their places in the [R, block] matrix."""

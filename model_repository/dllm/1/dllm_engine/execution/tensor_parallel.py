@@ -1,47 +1,56 @@
-"""Rank 0 of a model that is split over several ranks: the engine's own process."""
+"""Runs steps of a model that is split over several ranks; this process is rank 0."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
 from dllm_engine.config import EngineConfig
-from dllm_engine.execution.model_runner import ModelShard, StepInputs, import_libraries, rank_device
-from dllm_engine.execution.rank_worker import READY, RankTask
-from dllm_engine.memory import KVPages
-from dllm_engine.memory.plan import MemoryPlan
-from dllm_engine.models import DiffusionModel, ModelSpec
+from dllm_engine.execution.devices import import_libraries, rank_device
+from dllm_engine.execution.rank_model import RankModel, StepInputs
+from dllm_engine.execution.rank_worker import READY, RankConfig
+from dllm_engine.execution.runner import ModelRunner, SingleRankRunner
+from dllm_engine.models import ModelSpec
 from dllm_engine.parallel import Group, Ranks, pack_tensors, thread_share
 from dllm_engine.sampling import Candidates
-from dllm_engine.watchdog import Alarm
+from dllm_engine.watchdog import Watchdog
 
 
-class ModelTeam:
-    """What a `ModelShard` is to the runner, for several ranks: they do every step together.
+def load_runner(
+    config: EngineConfig, spec: ModelSpec, stop_token_ids: tuple[int, ...]
+) -> ModelRunner:
+    """Load the model, on as many ranks as `spec` is split over."""
+    runner = TensorParallelRunner if spec.num_ranks > 1 else SingleRankRunner
+    return runner(config, spec, stop_token_ids)
 
-    Any error in a step leaves the ranks out of step with each other, so it ends the engine.
+
+class TensorParallelRunner(SingleRankRunner):
+    """Runs steps on several ranks, which do every step together.
+
+    An error in a step leaves the ranks out of sync, so it ends the engine.
 
     Raises:
-        CheckpointError, InvalidConfig: see `ModelShard`; of another rank, with its number.
+        CheckpointError, InvalidConfig: see `SingleRankRunner`; names the rank if it is another.
         EngineDead: a rank could not be started.
     """
 
-    def __init__(
+    def _load(
         self, config: EngineConfig, spec: ModelSpec, stop_token_ids: tuple[int, ...]
-    ) -> None:
+    ) -> RankModel:
         device = rank_device(config, 0)
         self._threads = torch.get_num_threads()
         share = thread_share(spec.num_ranks)
+        self._watchdog: Watchdog | None = None
         self._ranks = Ranks(
             spec.num_ranks,
             threads=share,
             timeout=config.tensor_parallel_timeout,
-            task=RankTask(config, spec, stop_token_ids),
+            task=RankConfig(config, spec, stop_token_ids),
         )
         info = self._ranks.info
-        self._alarm: Alarm | None = None
         try:
             if device == "cpu":
                 torch.set_num_threads(share)
@@ -49,67 +58,34 @@ class ModelTeam:
             self._ranks.collect()
             self._group = Group.join(info.rendezvous_file, 0, info.size, device, info.timeout)
             self._ranks.on_failure(self._group.abort)
-            self._shard = ModelShard(config, spec, stop_token_ids, self._group, self._loaded)
-            self._allocate()
+            model = RankModel(config, spec, stop_token_ids, self._group, self._wait_for_loading)
+            self._allocate(model)
             if not self._group.waits:
-                self._alarm = Alarm(info.timeout, self._late)
+                self._watchdog = Watchdog(info.timeout, self._on_timeout)
         except (RuntimeError, OSError) as error:
             why = self._ranks.diagnose(error)
-            self.close(at_once=True)
+            self._close(at_once=True)
             raise why from error
         except BaseException:
-            self.close(at_once=True)
+            self._close(at_once=True)
             raise
+        return model
 
-    def _loaded(self) -> None:
+    def _wait_for_loading(self) -> None:
         """Wait until all ranks have loaded their parts: one may take much longer than a step."""
         self._ranks.collect()
         self._ranks.post(READY)
 
-    def _allocate(self) -> None:
-        """As many pages as the rank with the least memory has room for."""
-        plans = [self._shard.plan.num_pages, *self._ranks.collect()]
+    def _allocate(self, model: RankModel) -> None:
+        """Allocate as many pages as the rank with the least memory has room for."""
+        plans = [model.plan.num_pages, *self._ranks.collect()]
         num_pages = min(n for n in plans if isinstance(n, int))
         self._ranks.post(num_pages)
-        self._shard.allocate(num_pages)
+        model.allocate(num_pages)
         self._ranks.collect()
 
-    @property
-    def device(self) -> str:
-        """Rank 0's."""
-        return self._shard.device
-
-    @property
-    def token_budget(self) -> int:
-        """Rows that one step may push through the model."""
-        return self._shard.token_budget
-
-    @property
-    def block_m(self) -> int | None:
-        """See `ModelShard.block_m`; the same on all."""
-        return self._shard.block_m
-
-    @property
-    def plan(self) -> MemoryPlan:
-        """Rank 0's, with as many pages as every rank has."""
-        return self._shard.plan
-
-    @property
-    def pages(self) -> KVPages:
-        """Rank 0's part of them; who holds what is the same on all."""
-        return self._shard.pages
-
-    @property
-    def model(self) -> DiffusionModel:
-        """Rank 0's part."""
-        return self._shard.model
-
-    def bind_thread(self) -> None:
-        """See `ModelShard.bind_thread`; the other ranks have a thread each, which is bound."""
-        self._shard.bind_thread()
-
-    def candidates(self, inputs: StepInputs) -> Candidates:
-        """See `ModelShard.candidates`.
+    def _candidates(self, inputs: StepInputs) -> Candidates:
+        """See `RankModel.candidates`.
 
         Raises:
             EngineDead: names the rank that failed.
@@ -118,28 +94,31 @@ class ModelTeam:
             packed, tensors = pack_tensors(inputs)
             self._ranks.post(packed)
             self._group.send(tensors)
-            return self._shard.candidates(inputs)
+            return self.rank.candidates(inputs)
         except (RuntimeError, ValueError, OSError, MemoryError) as error:
             raise self._ranks.diagnose(error) from error
 
-    def watched(self) -> AbstractContextManager[None]:
-        """Around whatever may wait for the other ranks: if it takes too long, `check` raises."""
-        return self._alarm or nullcontext()
+    def _watched(self) -> AbstractContextManager[Any]:
+        """If the block takes too long, `check` raises."""
+        return self._watchdog or nullcontext()
 
-    def _late(self) -> None:
+    def _on_timeout(self) -> None:
         self._ranks.diagnose(TimeoutError("a step has not ended"))
 
     def check(self) -> None:
-        """Raise EngineDead if a rank has failed."""
+        """See `ModelRunner.check`."""
         self._ranks.check()
 
     def on_failure(self, listener: Callable[[], None]) -> None:
-        """Call `listener`, on any thread, when a rank fails."""
+        """See `ModelRunner.on_failure`."""
         self._ranks.on_failure(listener)
 
-    def close(self, *, at_once: bool = False) -> None:
-        """End the other ranks."""
-        if self._alarm is not None:
-            self._alarm.close()
+    def close(self) -> None:
+        """See `ModelRunner.close`."""
+        self._close(at_once=False)
+
+    def _close(self, *, at_once: bool) -> None:
+        if self._watchdog is not None:
+            self._watchdog.close()
         self._ranks.close(at_once=at_once)
         torch.set_num_threads(self._threads)

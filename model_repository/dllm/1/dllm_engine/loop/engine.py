@@ -9,18 +9,18 @@ import itertools
 import logging
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator
-from typing import NamedTuple
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
 
 import torch
 
 from dllm_engine.config import EngineConfig
 from dllm_engine.errors import EngineDead, QueueTimeout, RequestFailed
-from dllm_engine.execution.runner import Launched, Runner
+from dllm_engine.execution.runner import ModelRunner
+from dllm_engine.execution.tensor_parallel import load_runner
 from dllm_engine.loop.scheduler import Scheduler
 from dllm_engine.loop.validation import RequestLimits, longest_sequence
 from dllm_engine.memory import PageAllocator
-from dllm_engine.memory.plan import MemoryPlan
 from dllm_engine.models import read_spec
 from dllm_engine.request import CanvasUpdate, FinishReason, Prompt, Request, Usage
 from dllm_engine.sampling_params import SamplingParams
@@ -29,10 +29,10 @@ from dllm_engine.tokenizer import Tokenizer, find_stop
 
 logger = logging.getLogger("dllm_engine")
 
-#: How often requests that wait are looked at: has one waited for too long, is an update due.
-WAITING_LOOK_SECONDS = 0.1
-#: Steps that are launched and have not ended, at most.
-MAX_UNDER_WAY = 2
+#: How often the engine checks waiting requests for expired timeouts and updates that are due.
+WAITING_CHECK_SECONDS = 0.1
+#: Most steps in flight.
+MAX_INFLIGHT_STEPS = 2
 
 
 @dataclasses.dataclass
@@ -59,22 +59,26 @@ class EngineStats:
 
 
 class _Step(NamedTuple):
-    """A step that is under way."""
+    """A step in flight."""
 
     by_slot: dict[int, Request]
-    launched: Launched
+    inflight: Any
     began: float
 
 
 class Engine:
-    """One model and the requests running on it. Not thread-safe: see `EngineWorker`.
+    """One model and the requests running on it. Not thread-safe: see `EngineThread`.
+
+    Args:
+        config: the settings.
+        runner: runs the steps; None: the checkpoint's model is loaded.
 
     Raises:
         CheckpointError: the checkpoint cannot be served.
         InvalidConfig: a setting does not fit the checkpoint or the machine.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, runner: ModelRunner | None = None) -> None:
         spec = read_spec(config.model_path)
         self.codec = Tokenizer.load(config.model_path, spec.mask_token_id)
         stop_ids = {*spec.eos_token_ids, *(self.codec.stop_token_ids if self.codec else ())}
@@ -84,69 +88,29 @@ class Engine:
         spec = dataclasses.replace(spec, max_model_len=longest_sequence(config, spec))
         self.spec = spec = spec.split(config.tensor_parallel_size)
         self.stats = EngineStats()
-        self._runner = Runner(config, spec, self.stop_token_ids)
-        #: Rows that one step may push through the model.
-        self.token_budget = self._runner.token_budget
-        #: Seconds after which a step that has not ended is to be given up; 0: never.
-        self.step_timeout = self._runner.step_timeout
-        self.allocator = PageAllocator(self._runner.plan.num_pages, config.kv_page_size)
+        self.runner = runner or load_runner(config, spec, self.stop_token_ids)
+        self.allocator = PageAllocator(self.runner.plan.num_pages, config.kv_page_size)
         self._limits = RequestLimits(config, spec, self.allocator, has_text=self.codec is not None)
         self.scheduler = Scheduler(
             config.max_num_seqs,
-            self.token_budget,
+            self.runner.token_budget,
             self.allocator,
-            overlap_rows=self._runner.overlap_rows,
+            overlap_rows=self.runner.overlap_rows,
         )
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count()
-        self._next_look = 0.0
-        #: Updates that nobody has been given yet; a step that meets an error leaves some.
+        self._next_check = 0.0
+        #: Updates not yet returned; a step that raises leaves some.
         self._ready: list[CanvasUpdate] = []
-        #: Steps that are launched and have not ended, oldest first; and when the last one ended.
-        self._under_way: collections.deque[_Step] = collections.deque()
-        self._lost = self._under_way
+        #: Steps in flight, oldest first; and when the last one ended.
+        self._inflight: collections.deque[_Step] = collections.deque()
+        self._lost = self._inflight
         self._last_end = 0.0
 
     @property
     def has_work(self) -> bool:
-        """Whether any request is unfinished, or has an update that nobody was given."""
+        """Whether any request is unfinished, or an update is not yet returned."""
         return bool(self._requests or self._ready)
-
-    def bind_thread(self) -> None:
-        """Prepare the calling thread for steps; the one that made the engine is prepared."""
-        self._runner.bind_thread()
-
-    def check(self) -> None:
-        """Raise EngineDead if a rank of the model has failed since the last step."""
-        self._runner.check()
-
-    def on_failure(self, listener: Callable[[], None]) -> None:
-        """Call `listener`, on any thread, when `check` begins to raise."""
-        self._runner.on_failure(listener)
-
-    def close(self) -> None:
-        """End the processes of other ranks; needed with tensor parallelism only."""
-        self._runner.close()
-
-    @property
-    def num_running(self) -> int:
-        """Requests that take steps."""
-        return self.scheduler.num_running
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests that wait for a place."""
-        return self.scheduler.num_waiting
-
-    @property
-    def num_used_pages(self) -> int:
-        """Pages of keys and values that running requests hold."""
-        return self.allocator.num_pages - self.allocator.num_free
-
-    @property
-    def memory_plan(self) -> MemoryPlan:
-        """How memory was shared out at start."""
-        return self._runner.plan
 
     def make_request(
         self,
@@ -159,17 +123,17 @@ class Engine:
         timeout: float | None = None,
         name: str = "",
     ) -> Request:
-        """Check a request against this model's limits; it is not queued yet. Thread-safe.
+        """Check a request against this model's limits, without queueing it. Thread-safe.
 
         Args:
-            prompt: the tokens that are given.
+            prompt: the given tokens.
             params: how to denoise.
-            stream_interval: seconds between updates, while it waits too; 0: one per step; None:
-                only the final one.
-            priority: 0 goes first, larger ones later.
-            exclusive: run it while nothing else runs.
-            timeout: seconds that it may wait for a place, after which it fails with QueueTimeout.
-            name: what its caller calls it, for the log.
+            stream_interval: seconds between updates, also while the request waits; 0: one per
+                step; None: only the final one.
+            priority: 0 goes first, larger numbers later.
+            exclusive: run the request while nothing else runs.
+            timeout: seconds the request may wait for a slot before it fails with QueueTimeout.
+            name: the caller's name for it, used in the log.
 
         Raises:
             InvalidRequest: names the field and the limit.
@@ -184,7 +148,7 @@ class Engine:
         return request
 
     def room(self, request: Request) -> int:
-        """By how many tokens its prompt might be longer. Thread-safe."""
+        """How many tokens longer the prompt could be. Thread-safe."""
         return self._limits.room(request.params, request.length, copies=request.forwards_per_step)
 
     def add(self, request: Request) -> None:
@@ -196,7 +160,7 @@ class Engine:
     def cancel(self, request_id: int) -> CanvasUpdate | None:
         """End a request now; None if it has finished already."""
         request = self._requests.get(request_id)
-        if request is not None and request.under_way:  # its place may not be another's before
+        if request is not None and request.in_flight:  # the step still uses its slot
             self._end_steps()
             request = self._requests.get(request_id)
         if request is None:
@@ -204,41 +168,44 @@ class Engine:
         self.stats.requests_cancelled += 1
         return self._finish(request, FinishReason.CANCELLED)
 
-    def abandon(self, error: Exception) -> list[CanvasUpdate]:
-        """Fail every unfinished request with `error`; touches no device.
+    def abort_all(self, error: Exception) -> list[CanvasUpdate]:
+        """Fail every unfinished request with `error`, without using the device.
 
         Returns:
-            Their final updates, and those that were ready when the error was met.
+            Their final updates, after the updates that were ready before the error.
         """
-        # Not given up: to free what a lost device may still write to ends the process.
-        self._lost, self._under_way = self._under_way, collections.deque()
+        # Keeps the steps alive: freeing memory that a lost device may still write to ends the
+        # process.
+        self._lost, self._inflight = self._inflight, collections.deque()
         self.stats.requests_failed += len(self._requests)
         failed = [self._finish(r, None, error) for r in list(self._requests.values())]
         return self._take_ready() + failed
 
-    def turn_away(self, error: Exception) -> list[CanvasUpdate]:
-        """Fail the requests that find no place now; their final updates."""
+    def reject_waiting(self, error: Exception) -> list[CanvasUpdate]:
+        """Fail the requests that get no slot now; returns their final updates."""
         self._admit()
         waiting = self.scheduler.waiting
         self.stats.requests_failed += len(waiting)
         return self._take_ready() + [self._finish(request, None, error) for request in waiting]
 
     def step(self) -> list[CanvasUpdate]:
-        """End a denoising step of as many requests as the budget allows, or two, in turns.
+        """Run a denoising step for as many requests as the token budget allows.
+
+        With two steps in flight, this launches the newer one and ends the older one.
 
         Returns:
-            Updates of the requests that finished, failed, or are due for one, waiting ones too.
+            Updates of running and waiting requests that finished, failed or are due for one.
 
         Raises:
             EngineDead: the device is lost; no request can go on.
         """
         self._admit()
-        self._ready += self._look_at_waiting()
-        for _ in range(MAX_UNDER_WAY - len(self._under_way)):
+        self._ready += self._check_waiting()
+        for _ in range(MAX_INFLIGHT_STEPS - len(self._inflight)):
             if chosen := self.scheduler.schedule():
                 self._launch(chosen)
-        if self._under_way:
-            # While a GPU is at work, whoever joins a later step is laid out.
+        if self._inflight:
+            # Sets up newcomers while a GPU is busy.
             self._admit()
             self._end_step()
         return self._take_ready()
@@ -247,11 +214,11 @@ class Engine:
         ready, self._ready = self._ready, []
         return ready
 
-    def _look_at_waiting(self) -> list[CanvasUpdate]:
+    def _check_waiting(self) -> list[CanvasUpdate]:
         now = time.monotonic()
-        if now < self._next_look:
+        if now < self._next_check:
             return []
-        self._next_look = now + WAITING_LOOK_SECONDS
+        self._next_check = now + WAITING_CHECK_SECONDS
         updates = []
         for request in self.scheduler.waiting:
             if request.timeout is not None and now - request.queued_at > request.timeout:
@@ -263,15 +230,15 @@ class Engine:
         return updates
 
     def _admit(self) -> None:
-        """Give places to those that wait, and lay them out; one that cannot be fails alone."""
+        """Give slots to waiting requests and set up their canvases; an error fails one request."""
         now = time.monotonic()
         for request in self.scheduler.admit():
             assert request.slot is not None
             try:
                 with _device_errors():
-                    self._runner.start(request.slot, request.prompt, request.params, request.pages)
+                    self.runner.start(request.slot, request.prompt, request.params, request.pages)
             except (RuntimeError, ValueError, MemoryError) as error:
-                # Its place is given back first: what stands there is no canvas of its own.
+                # Frees the slot first: it holds no canvas that an update could show.
                 self.scheduler.requeue(request)
                 self._ready.append(self._fail(request, error))
                 continue
@@ -283,40 +250,40 @@ class Engine:
         began = time.perf_counter()
         with _device_errors():
             try:
-                launched = self._runner.launch(list(by_slot))
+                inflight = self.runner.launch(list(by_slot))
             except torch.AcceleratorError:
                 raise
             except (RuntimeError, ValueError, MemoryError) as error:
-                # A lost device may be met by a library first, which says so in words of its own.
-                self._runner.wait()
-                # What the step had in memory would be missing when each is run alone.
+                # A library may report a lost device first, in its own words; `wait` raises then.
+                self.runner.wait()
+                # Frees the failed step's memory for the retries.
                 traceback.clear_frames(error.__traceback__)
-                self._isolate(chosen, error)
+                self._retry_individually(chosen, error)
                 return
         for request in chosen:
-            request.under_way = True
-        self._under_way.append(_Step(by_slot, launched, began))
+            request.in_flight = True
+        self._inflight.append(_Step(by_slot, inflight, began))
 
     def _end_step(self) -> None:
-        """Wait for the oldest step; what it has to tell is added to what is ready."""
-        step = self._under_way.popleft()
+        """Wait for the oldest step in flight and collect its updates."""
+        step = self._inflight.popleft()
         with _device_errors():
-            result = self._runner.finish(step.launched)
+            result = self.runner.finish(step.inflight)
         now = time.perf_counter()
         for request in step.by_slot.values():
-            request.under_way = False
+            request.in_flight = False
         self._count(step.by_slot.values(), now - max(step.began, self._last_end))
         self._last_end = now
-        self._ready += self._settle_all(step.by_slot, result)
+        self._ready += self._process_outputs(step.by_slot, result)
 
     def _end_steps(self) -> None:
-        while self._under_way:
+        while self._inflight:
             self._end_step()
 
-    def _isolate(self, chosen: list[Request], error: Exception) -> None:
-        """A step failed and wrote nothing: find whom it concerns by running each alone."""
+    def _retry_individually(self, chosen: list[Request], error: Exception) -> None:
+        """After a failed step, run each of its requests alone to find the ones that fail."""
         if len(chosen) > 1:
-            logger.warning("step failed requests=%d; running each alone: %s", len(chosen), error)
+            logger.warning("step failed requests=%d; retrying each alone: %s", len(chosen), error)
             for request in chosen:
                 self._launch([request])
                 self._end_steps()
@@ -324,7 +291,7 @@ class Engine:
             self._ready.append(self._fail(chosen[0], error))
 
     def _fail(self, request: Request, error: Exception) -> CanvasUpdate:
-        """End a request that met an error that is no other's."""
+        """Fail a request with an error of its own."""
         logger.error("request failed request_id=%s", request.name, exc_info=error)
         self.stats.requests_failed += 1
         return self._finish(request, None, RequestFailed(f"{type(error).__name__}: {error}"))
@@ -337,15 +304,20 @@ class Engine:
             request.rows_run += request.step_cost
             self.stats.forward_passes += request.forwards_per_step
             self.stats.batched_tokens += request.step_cost
-            self.stats.refreshes += request.next_refresh
+            self.stats.refreshes += request.next_is_refresh
 
-    def _settle_all(self, by_slot: dict[int, Request], result: StepResult) -> list[CanvasUpdate]:
-        """The updates of a step; ends the requests that are to end."""
+    def _process_outputs(
+        self, by_slot: dict[int, Request], result: StepResult
+    ) -> list[CanvasUpdate]:
+        """Finish the requests that a step completed; returns the updates that are due."""
         now = time.monotonic()
         updates = []
         for i, slot in enumerate(result.slots):
             request = by_slot[slot]
-            request.next_rows, request.next_refresh = result.next_rows[i], result.next_refresh[i]
+            request.next_rows, request.next_is_refresh = (
+                result.next_rows[i],
+                result.next_is_refresh[i],
+            )
             before, request.num_ready = request.num_ready, result.num_ready[i]
             stop = self._stop_in(request, before) if request.num_ready > before else None
             if stop is not None:
@@ -361,12 +333,12 @@ class Engine:
         return updates
 
     def _stop_in(self, request: Request, before: int) -> int | None:
-        """Tokens up to the one that completes a stop string; those up to `before` held none."""
+        """How many tokens the first stop string ends after; the first `before` hold none."""
         if not request.params.stop:
             return None
         assert self.codec is not None
         assert request.slot is not None
-        ready = self._runner.table.canvas(request.slot).tokens[: request.num_ready]
+        ready = self.runner.canvas(request.slot).tokens[: request.num_ready]
         if find_stop(self.codec.decode(ready), request.params.stop) is None:
             return None
         for count in range(before + 1, request.num_ready):
@@ -393,7 +365,7 @@ class Engine:
         if request.slot is None:
             canvas = Canvas.empty(request.params.gen_length, self.spec.mask_token_id)
         else:
-            canvas = self._runner.table.canvas(request.slot)
+            canvas = self.runner.canvas(request.slot)
         usage = Usage(
             prompt_tokens=request.prompt.num_tokens,
             completion_tokens=request.num_ready + request.ended_by_token,
@@ -415,7 +387,7 @@ class Engine:
 
 @contextlib.contextmanager
 def _device_errors() -> Iterator[None]:
-    """An error of the device ends the engine."""
+    """Turn an error of the device into EngineDead."""
     try:
         yield
     except torch.AcceleratorError as error:

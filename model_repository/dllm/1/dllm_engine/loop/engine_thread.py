@@ -8,10 +8,10 @@ import queue
 import threading
 from collections.abc import Callable
 
-from dllm_engine.errors import EngineDead, NotRun, QueueFull
+from dllm_engine.errors import EngineDead, NotStarted, QueueFull
 from dllm_engine.loop.engine import Engine
 from dllm_engine.request import CanvasUpdate, Request
-from dllm_engine.watchdog import Alarm
+from dllm_engine.watchdog import Watchdog
 
 logger = logging.getLogger("dllm_engine")
 
@@ -19,51 +19,51 @@ logger = logging.getLogger("dllm_engine")
 OnUpdate = Callable[[CanvasUpdate], None]
 
 
-class EngineWorker:
-    """Steps an engine while it has work, and bounds how many requests wait in it."""
+class EngineThread:
+    """Steps an engine while it has work, and limits how many requests it holds."""
 
     def __init__(
         self, engine: Engine, on_death: Callable[[EngineDead], None] | None = None
     ) -> None:
         self.engine = engine
         self._on_death = on_death
-        #: Requests, things to do between two steps, and None: finish.
+        #: Requests, actions to call between two steps, and None: drain and stop.
         self._inbox: queue.SimpleQueue[Request | Callable[[], None] | None] = queue.SimpleQueue()
-        #: Whom to tell of each request, from `submit` to its final update.
+        #: By request id, from `submit` to the final update.
         self._callbacks: dict[int, OnUpdate] = {}
-        self._most = engine.config.max_num_seqs + engine.config.max_queue_size
-        #: Held while a request is handed over, so that none can slip in behind the engine's death.
+        self._max_requests = engine.config.max_num_seqs + engine.config.max_queue_size
+        #: Held while a request is submitted, so that none arrives after the engine's death.
         self._lock = threading.Lock()
         self._death: EngineDead | None = None
         self._closing = False
-        seconds = engine.step_timeout
-        self._alarm = Alarm(seconds, self._late) if seconds else None
-        engine.on_failure(lambda: self._inbox.put(engine.check))
+        seconds = engine.runner.step_timeout
+        self._watchdog = Watchdog(seconds, self._on_timeout) if seconds else None
+        engine.runner.on_failure(lambda: self._inbox.put(engine.runner.check))
         self._thread = threading.Thread(target=self._loop, name="dllm-engine", daemon=True)
         self._thread.start()
 
     def submit(self, request: Request, on_update: OnUpdate) -> None:
-        """Hand over a request from `Engine.make_request`; returns at once.
+        """Queue a request from `Engine.make_request`; returns at once.
 
         Raises:
             EngineDead: the engine has stopped.
-            QueueFull: every slot is taken, and as many requests wait as may.
+            QueueFull: all slots and the queue are full.
         """
         with self._lock:
             if self._death is not None:
                 raise self._death
-            if len(self._callbacks) >= self._most:
+            if len(self._callbacks) >= self._max_requests:
                 limit = self.engine.config.max_queue_size
                 raise QueueFull(f"exceeds maximum queue size of {limit} (DLLM_MAX_QUEUE_SIZE)")
             self._callbacks[request.request_id] = on_update
             self._inbox.put(request)
 
     def cancel(self, request_id: int) -> None:
-        """End a request before the next step; its final update says so. Unknown ids are fine."""
+        """End a request before the next step; ids of no running request are ignored."""
         self._inbox.put(lambda: self._cancel(request_id))
 
-    def between_steps(self, action: Callable[[], None]) -> None:
-        """Call `action` on the engine's thread, after what was asked for before.
+    def call_between_steps(self, action: Callable[[], None]) -> None:
+        """Call `action` on the engine's thread, after all earlier calls of this object.
 
         Raises:
             EngineDead: the engine has stopped.
@@ -74,10 +74,10 @@ class EngineWorker:
             self._inbox.put(action)
 
     def close(self, timeout: float | None = None) -> bool:
-        """Fail what waits, finish what runs, then stop the thread.
+        """Fail waiting requests, finish running ones, then stop the thread.
 
         Returns:
-            Whether it has stopped within `timeout` seconds.
+            Whether it stopped within `timeout` seconds.
         """
         self._inbox.put(None)
         self._thread.join(timeout)
@@ -85,12 +85,12 @@ class EngineWorker:
 
     def _loop(self) -> None:
         try:
-            self.engine.bind_thread()
+            self.engine.runner.bind_thread()
             while self._take_commands():
-                with self._alarm or contextlib.nullcontext():
+                with self._watchdog or contextlib.nullcontext():
                     updates = self.engine.step()
                 if self._death is not None:
-                    break  # given up meanwhile
+                    break  # the watchdog gave the step up
                 for update in updates:
                     self._deliver(update)
         except EngineDead as death:
@@ -99,15 +99,15 @@ class EngineWorker:
             logger.exception("engine loop failed")
             self._die(EngineDead(f"{type(error).__name__}: {error}"))
         finally:
-            if self._alarm is not None:
-                self._alarm.close()
-            self.engine.close()
+            if self._watchdog is not None:
+                self._watchdog.close()
+            self.engine.runner.close()
 
     def _take_commands(self) -> bool:
-        """Run what other threads asked for; waits when there is nothing else to do.
+        """Run what other threads asked for; blocks while there is no other work.
 
         Returns:
-            Whether to go on.
+            Whether to keep stepping.
         """
         while True:
             try:
@@ -116,12 +116,12 @@ class EngineWorker:
                 break
             if command is None:
                 self._closing = True
-                for update in self.engine.turn_away(NotRun("the server is stopping")):
+                for update in self.engine.reject_waiting(NotStarted("the server is stopping")):
                     self._deliver(update)
             elif isinstance(command, Request):
                 self.engine.add(command)
             else:
-                with self._alarm or contextlib.nullcontext():  # a cancel may wait for a step
+                with self._watchdog or contextlib.nullcontext():  # a cancel may wait for a step
                     command()
         return not self._closing or self.engine.has_work
 
@@ -136,9 +136,9 @@ class EngineWorker:
             del self._callbacks[update.request_id]
         on_update(update)
 
-    def _late(self) -> None:
-        """The engine's thread is lost in a step; called on the alarm's."""
-        seconds = self.engine.step_timeout
+    def _on_timeout(self) -> None:
+        """Give up the engine, whose thread hangs in a step; called on the watchdog's thread."""
+        seconds = self.engine.runner.step_timeout
         self._die(EngineDead(f"a step has not ended within {seconds:g} s (DLLM_STEP_TIMEOUT)"))
 
     def _die(self, death: EngineDead) -> None:
@@ -147,24 +147,24 @@ class EngineWorker:
                 return
             self._death = death
         try:
-            self._abandon(death)
+            self._abort_all(death)
         finally:
             if self._on_death:
                 self._on_death(death)
 
-    def _abandon(self, death: EngineDead) -> None:
-        """Fail all that is with the engine, and let go of it."""
+    def _abort_all(self, death: EngineDead) -> None:
+        """Fail all requests, those still in the inbox too, and close the engine."""
         actions = []
         with contextlib.suppress(queue.Empty):
             while True:
                 command = self._inbox.get_nowait()
                 if isinstance(command, Request):
-                    self.engine.add(command)  # to be abandoned with the others
+                    self.engine.add(command)  # `abort_all` fails it with the others
                 elif command is not None:
                     actions.append(command)
-        for update in self.engine.abandon(death):
+        for update in self.engine.abort_all(death):
             self._deliver(update)
-        for action in actions:  # somebody may wait for them; there is nothing left to cancel
+        for action in actions:  # another thread may wait for them
             with contextlib.suppress(EngineDead):
                 action()
-        self.engine.close()  # the owner may end the process at once
+        self.engine.runner.close()  # the owner may end the process at once

@@ -57,7 +57,7 @@ class Scheduler:
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._num_slots = num_slots
         self._step = 0
-        self._carry = 0.0
+        self._deficit = 0.0
 
     @property
     def num_waiting(self) -> int:
@@ -81,8 +81,8 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request behind those of its priority, and older ones of lower."""
-        request.turn = self._step + PRIORITY_STEPS * request.priority
-        bisect.insort(self._waiting, request, key=lambda waiting: waiting.turn)
+        request.arrival_order = self._step + PRIORITY_STEPS * request.priority
+        bisect.insort(self._waiting, request, key=lambda waiting: waiting.arrival_order)
 
     def admit(self) -> list[Request]:
         """Give slots and pages to waiting requests, in order; returns the admitted."""
@@ -103,18 +103,18 @@ class Scheduler:
 
     def schedule(self) -> list[Request]:
         """The requests of the next step; empty only when nothing runs, or a step is under way."""
-        ready = [request for request in self._running if not request.under_way]
+        ready = [request for request in self._running if not request.in_flight]
         budget = self._budget(ready)
         if not ready or not budget:
             return []
         self._step += 1
-        allowance = self._even_load(ready) + self._carry
+        allowance = self._even_load(ready) + self._deficit
         chosen: list[Request] = []
         used = 0
         for request in sorted(ready, key=self._order):
             cost = request.step_cost
             limit = budget
-            if request.next_refresh and not self._is_late(request):
+            if request.next_is_refresh and not self._is_late(request):
                 limit = min(limit, int(allowance))
             if not chosen or used + cost <= limit:
                 chosen.append(request)
@@ -123,7 +123,7 @@ class Scheduler:
         left = allowance - used
         if len(chosen) == len(ready):
             left = min(left, 0.0)  # nobody waits for what was left
-        self._carry = min(max(left, -self._token_budget), self._token_budget)
+        self._deficit = min(max(left, -self._token_budget), self._token_budget)
         return chosen
 
     def _budget(self, ready: list[Request]) -> int:
@@ -150,7 +150,7 @@ class Scheduler:
 
     def _order(self, request: Request) -> tuple[bool, int]:
         late = self._is_late(request)
-        return not late, request.ready_since if late else request.turn
+        return not late, request.ready_since if late else request.arrival_order
 
     def requeue(self, request: Request) -> None:
         """Take the place of a running request away; it waits, ahead of all others."""

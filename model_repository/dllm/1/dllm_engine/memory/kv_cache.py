@@ -21,8 +21,13 @@ class PageAllocator:
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody holds."""
+        """Pages not reserved."""
         return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        """Pages reserved by running requests."""
+        return self.num_pages - len(self._free)
 
     def pages_for(self, rows: int) -> int:
         """Pages that hold this many rows."""

@@ -36,7 +36,7 @@ class StepResult:
     ended: list[bool]
     #: Rows of the next step, of one sequence, and whether it is a Refresh.
     next_rows: list[int]
-    next_refresh: list[bool]
+    next_is_refresh: list[bool]
 
 
 class Canvas(NamedTuple):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dllm_engine.config import EngineConfig
 from dllm_engine.errors import InvalidConfig
+from dllm_engine.execution.devices import resolve_device
 from dllm_engine.execution.graphs import (
     GRAPH_BYTES,
     LARGEST_ROWS,
@@ -44,12 +45,12 @@ from dllm_engine.ops import (
     PackedLayout,
     PagedGroup,
     choose_operations,
-    make_quantizer,
     sequences_at_once,
 )
 from dllm_engine.ops.rows import ROW_MULTIPLE
 from dllm_engine.parallel import Group
 from dllm_engine.sampling import (
+    LISTED,
     Candidates,
     Credits,
     RowSampling,
@@ -57,7 +58,6 @@ from dllm_engine.sampling import (
     least_bytes,
     sample_candidates,
 )
-from dllm_engine.sampling.credit import LISTED
 from dllm_engine.state.batch import StepBatch
 from dllm_engine.state.canvas import CanvasTable
 
@@ -90,7 +90,7 @@ class StepInputs:
         return cls(**{name: getattr(batch, name) for name in names}, credits=credits)
 
 
-class ModelShard:
+class RankModel:
     """A loaded model, or a rank's part of one, with its keys and values.
 
     Every method is a collective call of all ranks in `group`, which have the time of a step for it;
@@ -159,7 +159,7 @@ class ModelShard:
         activations = self._peak_activations(max(2 * longest, self.token_budget))
         if self.block_m is None:
             activations += self._peak_gathered(operations)
-        self._graph_sizes = graph_sizes(_largest_graph(config, operations, self.device, group))
+        self._graph_sizes = graph_sizes(largest_graph(config, operations, self.device, group))
         graphs = len(self._graph_sizes) * GRAPH_BYTES
         if self._graph_sizes:
             graphs += self._peak_activations(self._graph_sizes[-1])
@@ -181,7 +181,8 @@ class ModelShard:
         )
         self.pages: KVPages
         self._layer_pages: list[LayerPages] = []
-        self._graphs: ForwardGraphs | None = None
+        #: Recorded forward passes, once `allocate` has made them.
+        self.graphs: ForwardGraphs | None = None
 
     def bind_thread(self) -> None:
         """Make the shard's GPU the calling thread's; needed on every thread that steps.
@@ -214,7 +215,7 @@ class ModelShard:
         ]
         if self._graph_sizes and self.block_m:
             with torch.inference_mode():
-                self._graphs = ForwardGraphs(
+                self.graphs = ForwardGraphs(
                     self.model,
                     self._layer_pages,
                     sizes=self._graph_sizes,
@@ -301,8 +302,8 @@ class ModelShard:
 
     def _hidden(self, inputs: StepInputs, wanted: Tensor) -> Tensor:
         """Head inputs of the `wanted` rows."""
-        if self._graphs is not None and isinstance(inputs.layout, FlatLayout):
-            hidden = self._graphs.run(inputs.input_ids, inputs.positions, inputs.layout)
+        if self.graphs is not None and isinstance(inputs.layout, FlatLayout):
+            hidden = self.graphs.run(inputs.input_ids, inputs.positions, inputs.layout)
             if hidden is not None:
                 return hidden[wanted]
         hidden = self.model(
@@ -368,7 +369,7 @@ class ModelShard:
         return max(meter.peak, GATHER_BYTES[torch.device(self.device).type])
 
 
-def _largest_graph(
+def largest_graph(
     config: EngineConfig, operations: Operations, device: str, group: Group | None
 ) -> int:
     """Rows of the largest step that is replayed; 0: none is.
@@ -385,64 +386,6 @@ def _largest_graph(
             f"is not split over ranks; set 0, or nothing, on {device}"
         )
     return config.cuda_graph_rows
-
-
-def import_libraries(config: EngineConfig) -> None:
-    """Import what loading needs. It takes seconds, so ranks do it before they wait for each other.
-
-    Raises:
-        InvalidConfig: a library is missing.
-    """
-    if config.quantization != "none":
-        make_quantizer(config.quantization)
-
-
-def resolve_device(config: EngineConfig) -> tuple[str, torch.dtype]:
-    """Device (of the first rank) and number type that `config` means on this machine.
-
-    Raises:
-        InvalidConfig: the device does not exist here.
-    """
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InvalidConfig(f"DLLM_DEVICE: {device} asked for, but no CUDA device is visible")
-    name = config.dtype
-    if name == "auto":
-        name = "float32" if device == "cpu" else "bfloat16"
-    return device, getattr(torch, name)
-
-
-def rank_device(config: EngineConfig, rank: int) -> str:
-    """The device of one of several ranks: GPUs in a row from the first on, or the CPU.
-
-    Raises:
-        InvalidConfig: there are not that many.
-    """
-    device, _ = resolve_device(config)
-    if not device.startswith("cuda"):
-        return device
-    first, size = torch.device(device).index or 0, config.tensor_parallel_size
-    count = torch.cuda.device_count()
-    if first + size > count:
-        message = (
-            f"DLLM_TENSOR_PARALLEL_SIZE: {size} ranks from cuda:{first} on need a GPU each; this "
-            f"machine has {count}"
-        )
-        if size <= count:
-            message += (
-                ". Triton makes an instance for every GPU by itself; give each instance the first "
-                f"of its GPUs in config.pbtxt: instance_group [ {_instances(size, count)} ]"
-            )
-        raise InvalidConfig(message)
-    return f"cuda:{first + rank}"
-
-
-def _instances(size: int, count: int) -> str:
-    """An instance for each `size` of `count` GPUs, in the words of config.pbtxt."""
-    firsts = range(0, count - size + 1, size)
-    return ", ".join(f"{{ count: 1 kind: KIND_GPU gpus: [ {first} ] }}" for first in firsts)
 
 
 def _log_progress(done: int, total: int) -> None:

@@ -1,0 +1,67 @@
+"""Which devices and libraries a configuration means on this machine."""
+
+from __future__ import annotations
+
+import torch
+
+from dllm_engine.config import EngineConfig
+from dllm_engine.errors import InvalidConfig
+from dllm_engine.ops import make_quantizer
+
+
+def import_libraries(config: EngineConfig) -> None:
+    """Import what loading needs. It takes seconds, so ranks do it before they wait for each other.
+
+    Raises:
+        InvalidConfig: a library is missing.
+    """
+    if config.quantization != "none":
+        make_quantizer(config.quantization)
+
+
+def resolve_device(config: EngineConfig) -> tuple[str, torch.dtype]:
+    """Device (of the first rank) and number type that `config` means on this machine.
+
+    Raises:
+        InvalidConfig: the device does not exist here.
+    """
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InvalidConfig(f"DLLM_DEVICE: {device} asked for, but no CUDA device is visible")
+    name = config.dtype
+    if name == "auto":
+        name = "float32" if device == "cpu" else "bfloat16"
+    return device, getattr(torch, name)
+
+
+def rank_device(config: EngineConfig, rank: int) -> str:
+    """The device of one of several ranks: GPUs in a row from the first on, or the CPU.
+
+    Raises:
+        InvalidConfig: there are not that many.
+    """
+    device, _ = resolve_device(config)
+    if not device.startswith("cuda"):
+        return device
+    first, size = torch.device(device).index or 0, config.tensor_parallel_size
+    count = torch.cuda.device_count()
+    if first + size > count:
+        message = (
+            f"DLLM_TENSOR_PARALLEL_SIZE: {size} ranks from cuda:{first} on need a GPU each; this "
+            f"machine has {count}"
+        )
+        if size <= count:
+            message += (
+                ". Triton makes an instance for every GPU by itself; give each instance the first "
+                f"of its GPUs in config.pbtxt: instance_group [ {_instances(size, count)} ]"
+            )
+        raise InvalidConfig(message)
+    return f"cuda:{first + rank}"
+
+
+def _instances(size: int, count: int) -> str:
+    """An instance for each `size` of `count` GPUs, in the words of config.pbtxt."""
+    firsts = range(0, count - size + 1, size)
+    return ", ".join(f"{{ count: 1 kind: KIND_GPU gpus: [ {first} ] }}" for first in firsts)
