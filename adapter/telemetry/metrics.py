@@ -138,9 +138,6 @@ ENGINE_READY = Gauge(
     multiprocess_mode="livemax",
     registry=REGISTRY,
 )
-ENGINE_RELOADS = Counter(
-    "dllm_adapter_engine_reloads", "Engines replaced", ["engine"], registry=REGISTRY
-)
 STORE_SECONDS = Histogram(
     "dllm_adapter_store_seconds",
     "Duration of database transactions, including lock waits",
