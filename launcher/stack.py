@@ -15,10 +15,11 @@ from launcher.tritonserver import TritonServer
 WATCH_SECONDS = 0.1
 #: Before the second restart; the first one is immediate.
 FIRST_DELAY = 1.0
-LONGEST_DELAY = 30.0
+LONGEST_DELAY = 10.0
 #: A part that has run this long is healthy again: its next death starts the count afresh.
-STEADY_SECONDS = 60.0
-MAX_RESTARTS = 5
+STEADY_SECONDS = 10.0
+#: A job that kills engines ends tritonserver a few times before it is given up.
+MAX_RESTARTS = 20
 
 
 class Reporter(Protocol):
