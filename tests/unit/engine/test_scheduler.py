@@ -460,7 +460,7 @@ class Overlapped:
                     self.longest_idle = max(self.longest_idle, idle)
                     last[request.request_id] = launched
                 flights.append(chosen)
-                self.most_in_flight = max(self.most_under_way, len(flights))
+                self.most_in_flight = max(self.most_in_flight, len(flights))
                 continue
             assert flights, "nothing runs and nothing is launched"
             for request in flights.pop(0):
