@@ -51,14 +51,12 @@ from dllm_engine.ops.rows import ROW_MULTIPLE
 from dllm_engine.parallel import Group
 from dllm_engine.sampling import (
     Candidates,
-    Credits,
-    RowSampling,
     SpecialTokens,
     least_bytes,
     sample_candidates,
 )
 from dllm_engine.sampling.credit import LISTED
-from dllm_engine.state.batch import StepBatch
+from dllm_engine.state.batch import StepInputs
 from dllm_engine.state.canvas import CanvasTable
 
 logger = logging.getLogger("dllm_engine")
@@ -67,27 +65,6 @@ logger = logging.getLogger("dllm_engine")
 #: short.
 CPU_TOKEN_BUDGET = 2048
 GPU_TOKEN_BUDGET = 16384
-
-
-@dataclasses.dataclass(frozen=True)
-class StepInputs:
-    """What every rank must know of a step; see `StepBatch`."""
-
-    input_ids: Tensor
-    positions: Tensor
-    layout: Layout
-    rows: Tensor
-    uncond_rows: Tensor
-    cfg_scale: Tensor | None
-    sampling: RowSampling
-    needs_entropy: bool
-    credits: Credits | None
-
-    @classmethod
-    def of(cls, batch: StepBatch, credits: Credits | None) -> StepInputs:
-        """Of a batch everything that does not concern canvases."""
-        names = [f.name for f in dataclasses.fields(cls) if f.name != "credits"]
-        return cls(**{name: getattr(batch, name) for name in names}, credits=credits)
 
 
 class RankModel:

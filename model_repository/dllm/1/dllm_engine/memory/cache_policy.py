@@ -67,10 +67,6 @@ class Phases:
         refresh = ~cached | (since <= 0) | again
         return cls(policy, refresh, cached & refresh & (since >= 0))
 
-    def take(self, index: Array) -> Phases:
-        """Those of some requests."""
-        return Phases(self.policy[index], self.refresh[index], self.store[index])
-
     @property
     def selects(self) -> Array:
         """bool; what is stored is a selection."""
@@ -79,7 +75,7 @@ class Phases:
 
     @property
     def partial(self) -> Array:
-        """bool; only some positions of the window go through the model (`unfinished`)."""
+        """bool; only some positions of the window go through the model (`delayed_rows`)."""
         partial: Array = ~self.refresh & (self.policy == int(CachePolicy.DELAYED))
         return partial
 
@@ -89,15 +85,15 @@ class Phases:
         return np.where(self.refresh, 0, window_start), np.where(behind, length, window_end)
 
 
-def unfinished(masked: Array, recent: Array, *, shifted: bool) -> Array:
+def delayed_rows(masked: Array, last_committed: Array, *, shifted: bool) -> Array:
     """What `delayed` computes of a window: bool [R, width], as the arguments are.
 
     Args:
         masked: still to be decoded.
-        recent: committed by the step before.
+        last_committed: committed by the step before.
         shifted: whether a hidden state predicts the next position.
     """
-    found = masked | recent
+    found = masked | last_committed
     if shifted:
         found[:, :-1] |= masked[:, 1:]
     return found

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dllm_engine.config import EngineConfig
-from dllm_engine.memory import Phases, unfinished
+from dllm_engine.decoding import Rule
+from dllm_engine.memory import Phases, delayed_rows
 from dllm_engine.models import ModelSpec
 from dllm_engine.ops import Array
 from dllm_engine.request import Prompt
@@ -21,6 +22,7 @@ from dllm_engine.sampling import CreditLists
 from dllm_engine.sampling.schedule import dream_chances, dream_count, linear_count
 from dllm_engine.sampling_params import SamplingParams
 from dllm_engine.state.slots import SlotState, SlotTable
+from dllm_engine.state.step_plan import Blocks, Sequences, StepPlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,25 +52,6 @@ class Canvas(NamedTuple):
     def empty(cls, gen_length: int, mask: int) -> Canvas:
         """Nothing but masks."""
         return cls(np.full(gen_length, mask, np.int32), np.full(gen_length, -1.0, np.float32))
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """The active blocks of R requests, and the M positions that are masked in them.
-
-    Those are in row-major order of the [R, width] matrix of blocks; all int64 unless said
-    otherwise.
-    """
-
-    #: [R, width] bool.
-    masked: Array
-    #: [M]; request, and where in its block it stands; place in the matrix.
-    request: Array
-    column: Array
-    index: Array
-    #: [M]; slot, and position in the sequence.
-    slots: Array
-    positions: Array
 
 
 class CanvasTable:
@@ -104,7 +87,7 @@ class CanvasTable:
         #: that a mask token in a prompt stays what it is.
         self._masked = by_canvas(False, np.bool_)
         #: [slots, max_canvas] bool; positions that the step before committed.
-        self._recent = by_canvas(False, np.bool_)
+        self._last_committed = by_canvas(False, np.bool_)
         #: [slots, max_canvas] bool; committed tokens that end the request.
         self._ends = by_canvas(False, np.bool_)
         #: [slots, max_canvas] float32; probability at commit, −1 elsewhere.
@@ -136,7 +119,7 @@ class CanvasTable:
         """Device memory of the table, whatever runs: nothing is added later."""
         if self._device != "cpu":
             return self.credits.num_bytes
-        by_slot = (self.tokens, self.given, self._masked, self._recent, self._ends)
+        by_slot = (self.tokens, self.given, self._masked, self._last_committed, self._ends)
         here = sum(each.nbytes for each in (*by_slot, self._confidence, self._chance))
         return self.credits.num_bytes + here + self._slots.num_bytes
 
@@ -151,48 +134,81 @@ class CanvasTable:
         self.given[slot, start : start + length] = ~masked
         self._masked[slot] = False
         self._masked[slot, :length] = masked
-        self._recent[slot] = False
+        self._last_committed[slot] = False
         self._ends[slot] = False
         self._confidence[slot] = -1.0
         if params.alg:
             chances = [dream_chances(steps) for _, _, steps in blocks_of(params)]
             self._chance[slot, : params.steps] = np.concatenate(chances)
         self._slots.fill(slot, prompt, params)
-        state, _ = self._enter_block(self.state([slot]))
+        state, _ = self._prepare_step(self._slots.read(np.array([slot])))
         self._slots.change(state)
 
-    def state(self, slots: list[int]) -> SlotState:
-        """The numbers of the requests in `slots`."""
-        return self._slots.read(np.array(slots, np.int64))
+    def plan_step(self, slots: list[int], *, page_size: int | None = None) -> StepPlan:
+        """Plan the next step of the requests in `slots`; all that the step needs of the canvases.
 
-    def phases(self, state: SlotState) -> Phases:
-        """What the next step of these requests is."""
-        return Phases.of(state.cache, state.block_age, state.delay_steps, state.refresh_interval)
+        A request with guidance adds its sequence twice, the second time with all given tokens
+        masked (LLaDA, generate.py: `un_x`). In a shifted model each position is predicted from the
+        one before it, and the first one from itself (Dream).
 
-    def window(self, state: SlotState) -> tuple[Array, Array]:
-        """First position and end of the active blocks' windows (see `cache.policy`), [R]."""
+        Args:
+            page_size: orders requests so that sequences of equal shape stand together; None: keeps
+                the order of the slots.
+        """
+        state = self._slots.read(np.array(slots, np.int64))
+        sequences = Sequences.of(state, *self._window(state), self._delayed_rows, page_size)
+        requests = sequences.requests
+        blocks = self._blocks(requests)
+        counts, chances = self._commit_counts(requests, blocks)
+        predictor = np.maximum(blocks.positions - 1, 0) if self.shifted else blocks.positions
+        conditional = sequences.first_copy[blocks.request]
+        rows = uncond_rows = sequences.row_of(conditional, predictor)
+        if sequences.guided:
+            unconditional = conditional + (requests.cfg_scale[blocks.request] > 0)
+            uncond_rows = sequences.row_of(unconditional, predictor)
+        looks_back = (requests.rule == int(Rule.LOCAL_LEAP)).any()
+        return StepPlan(
+            sequences=sequences,
+            input_ids=self._input_ids(sequences),
+            blocks=blocks,
+            rows=rows,
+            uncond_rows=uncond_rows,
+            counts=counts,
+            chances=chances,
+            committed=self._block_confidence(requests) if looks_back else None,
+        )
+
+    def _input_ids(self, sequences: Sequences) -> Array:
+        slots, positions = sequences.state.slots[sequences.owner], sequences.positions
+        ids: Array = self.tokens[slots, positions]
+        if sequences.guided:
+            hidden = (sequences.uncond[sequences.owner] == 1) & self.given[slots, positions]
+            ids[hidden] = self.mask
+        return ids
+
+    def _window(self, state: SlotState) -> tuple[Array, Array]:
+        """First position and end of the active blocks' windows (see `cache_policy`), [R]."""
         start = state.block_start
         return (np.maximum(start - 1, 0) if self.shifted else start), state.block_end
 
-    def unfinished(self, state: SlotState) -> Array:
-        """What `delayed` computes of the windows (see `cache.policy`): bool [R, width + 1].
+    def _delayed_rows(self, state: SlotState) -> Array:
+        """What `delayed` computes of the windows (see `cache_policy`): bool [R, width + 1].
 
-        The first column is the position before the block, which there must be if it is true.
+        The first column is the position before the block; it is true only if there is one.
         """
         inside, place = _block_places(state, before=1, behind=1)
         slots = state.slots[:, None]
         # What is behind the block is predicted by its last position.
         exists = (place >= 0) & (place < (state.canvas_end - state.canvas_start)[:, None])
         masked = exists & self._masked[slots, np.where(exists, place, 0)]
-        recent = inside & self._recent[slots, np.where(inside, place, 0)]
-        found = unfinished(masked, recent, shifted=self.shifted)
+        recent = inside & self._last_committed[slots, np.where(inside, place, 0)]
+        found = delayed_rows(masked, recent, shifted=self.shifted)
         found &= inside
         if self.shifted:
             found[:, 0] = (state.block_start > 0) & masked[:, 1]
         return found[:, :-1]
 
-    def blocks(self, state: SlotState) -> Blocks:
-        """The active blocks of these requests."""
+    def _blocks(self, state: SlotState) -> Blocks:
         inside, place = _block_places(state)
         masked = inside & self._masked[state.slots[:, None], np.where(inside, place, 0)]
         request, column = masked.nonzero()
@@ -205,13 +221,13 @@ class CanvasTable:
             positions=state.block_start[request] + column,
         )
 
-    def block_confidence(self, state: SlotState) -> Array:
-        """What the active blocks were committed with: float32 [R, width], −1 where they are not."""
+    def _block_confidence(self, state: SlotState) -> Array:
+        """Confidences at commit in the active blocks: float32 [R, width], −1 where masked."""
         inside, place = _block_places(state)
         known = self._confidence[state.slots[:, None], np.where(inside, place, 0)]
         return np.where(inside, known, np.float32(-1.0))
 
-    def commit_counts(self, state: SlotState, blocks: Blocks) -> tuple[Array, Array]:
+    def _commit_counts(self, state: SlotState, blocks: Blocks) -> tuple[Array, Array]:
         """What the schedules say for the step at hand: counts int64 and Dream's chances, [R].
 
         The chances mean nothing for a request without Dream's statistics.
@@ -225,26 +241,24 @@ class CanvasTable:
         dream = dream_count(blocks.masked.sum(axis=1), chance)
         return np.where(state.dream_statistics, dream, linear), chance
 
-    def advance(
-        self, state: SlotState, blocks: Blocks, tokens: Array, confidence: Array
-    ) -> StepResult:
-        """Commit what a step has decoded, and open the next block where one is done.
+    def advance(self, plan: StepPlan, tokens: Array, confidence: Array) -> StepResult:
+        """Commit what the planned step decoded, and open the next block where one is done.
 
         Args:
-            state, blocks: of the requests that took part, as they were before the step.
-            tokens: int [M]; of each masked position the token, −1 where it stays masked.
-            confidence: float32 [M]; what it is committed with.
+            tokens: int [M]; the token of each masked position, −1 where it stays masked.
+            confidence: float32 [M]; the probability it is committed with.
         """
+        state, blocks = plan.sequences.requests, plan.blocks
         picked = tokens >= 0
         slots, positions, tokens = blocks.slots[picked], blocks.positions[picked], tokens[picked]
         places = positions - state.canvas_start[blocks.request[picked]]
-        self._recent[state.slots] = False
-        self._recent[slots, places] = True
+        self._last_committed[state.slots] = False
+        self._last_committed[slots, places] = True
         self._masked[slots, places] = False
         self._ends[slots, places] = (tokens[:, None] == self._stop).any(axis=1)
         self._confidence[slots, places] = confidence[picked]
         self.tokens[slots, positions] = tokens
-        state, first_masked = self._enter_block(
+        state, first_masked = self._prepare_step(
             state._replace(
                 step=state.step + 1,
                 block_step=state.block_step + 1,
@@ -253,23 +267,14 @@ class CanvasTable:
         )
         self._slots.change(state)
         first_end = self._first_end(state)
-        phases = self.phases(state)
         return StepResult(
             state.slots.tolist(),
             (first_masked == state.canvas_end).tolist(),
             (np.minimum(first_masked, first_end) - state.canvas_start).tolist(),
             (first_end < first_masked).tolist(),
-            self.num_rows(state, phases).tolist(),
-            phases.refresh.tolist(),
+            state.num_rows.tolist(),
+            state.refresh.tolist(),
         )
-
-    def num_rows(self, state: SlotState, phases: Phases) -> Array:
-        """Rows that go through the model in the next step, of one sequence: [R]."""
-        start, end = phases.span(state.length, *self.window(state))
-        partial = phases.partial
-        if not partial.any():
-            return end - start
-        return np.where(partial, self.unfinished(state).sum(axis=1), end - start)
 
     def canvas(self, slot: int) -> Canvas:
         """A copy of the canvas in `slot`."""
@@ -286,6 +291,22 @@ class CanvasTable:
         ends = self._ends[state.slots, : self._width(state)]
         ended = ends.any(axis=1) & state.honours_eos
         return np.where(ended, state.canvas_start + ends.argmax(axis=1), state.canvas_end)
+
+    def _prepare_step(self, state: SlotState) -> tuple[SlotState, Array]:
+        """Open the next block where one is done, and determine the next step's phase and rows.
+
+        Returns:
+            See `_enter_block`.
+        """
+        state, first_masked = self._enter_block(state)
+        phases = Phases.of(state.cache, state.block_age, state.delay_steps, state.refresh_interval)
+        start, end = phases.span(state.length, *self._window(state))
+        num_rows = end - start
+        if (partial := phases.partial).any():
+            num_rows = np.where(partial, self._delayed_rows(state).sum(axis=1), num_rows)
+        return state._replace(
+            num_rows=num_rows, refresh=phases.refresh, store=phases.store
+        ), first_masked
 
     def _enter_block(self, state: SlotState) -> tuple[SlotState, Array]:
         """Move each request whose block holds no mask to its next block that holds one.
@@ -317,7 +338,7 @@ class CanvasTable:
                 block_start=start,
                 block_end=np.where(opens, end, state.block_end),
             )
-        if state.skips.any():
+        if state.has_empty_steps.any():
             state = self._skip_empty_steps(state)
         return state, first_masked
 
@@ -326,14 +347,14 @@ class CanvasTable:
 
         A block's last step commits all that is left, so one is always found.
         """
-        num_masked = self.blocks(state).masked.sum(axis=1)
+        num_masked = self._blocks(state).masked.sum(axis=1)
         chance = self._chance[state.slots]
         places = np.arange(chance.shape[1])
         place = state.block_first_step + state.block_step
         commits = dream_count(num_masked[:, None], chance) > 0
         later = commits & (places >= place[:, None])
         found = np.where(later.any(axis=1), later.argmax(axis=1), chance.shape[1])
-        skipped = np.where(state.skips & (num_masked > 0), found - place, 0)
+        skipped = np.where(state.has_empty_steps & (num_masked > 0), found - place, 0)
         return state._replace(step=state.step + skipped, block_step=state.block_step + skipped)
 
 

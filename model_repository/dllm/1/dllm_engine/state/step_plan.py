@@ -1,0 +1,202 @@
+"""All that one step needs of the canvases, on the host."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from dllm_engine.memory import LEAST_KEPT, CachePolicy
+from dllm_engine.ops import Array
+from dllm_engine.state.slots import SlotState
+
+#: Rows of Reuses are grouped by their number rounded up to a multiple of this.
+_QUERY_MULTIPLE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """The active blocks of R requests, and the M positions that are masked in them.
+
+    Those are in row-major order of the [R, width] matrix of blocks; all int64 unless said
+    otherwise.
+    """
+
+    #: [R, width] bool.
+    masked: Array
+    #: [M]; request, and where in its block it stands; place in the matrix.
+    request: Array
+    column: Array
+    index: Array
+    #: [M]; slot, and position in the sequence.
+    slots: Array
+    positions: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequences:
+    """The sequences of a step, in the order of their rows.
+
+    R requests; S sequences, two for a request with guidance; N packed rows. All int64 unless
+    said otherwise.
+    """
+
+    #: Of the R requests; and [R], the first sequence of each.
+    requests: SlotState
+    first_copy: Array
+    #: Of the S sequences; and [S], 1 for the unconditional sequence.
+    state: SlotState
+    uncond: Array
+    #: [S]; the window; the first packed row.
+    window_start: Array
+    window_end: Array
+    query_starts: Array
+    #: [S]; stored rows: what `sparse` keeps outside the window, and all that a Reuse attends to.
+    keep: Array
+    kv_lens: Array
+    #: [S, 6]; sequences with equal keys form a group; None: they are not grouped.
+    shape: Array | None
+    #: [N]; sequence and position of each row.
+    owner: Array
+    positions: Array
+    #: [S]; position of the first row, where all up to the last go through the model.
+    _begin: Array
+    #: [S, width + 1] int64 and bool; of partial windows the place of each position among their
+    #: rows, from the one before the block on; and which windows are partial. None: none is.
+    _partial: tuple[Array, Array] | None
+
+    @classmethod
+    def of(
+        cls,
+        state: SlotState,
+        start: Array,
+        end: Array,
+        delayed_rows: Callable[[SlotState], Array],
+        page_size: int | None,
+    ) -> Sequences:
+        """Pack the sequences of some requests.
+
+        Args:
+            start, end: their windows.
+            delayed_rows: which positions of a window `delayed` computes.
+            page_size: see `CanvasTable.plan_step`.
+        """
+        keep, kv_lens = _stored_rows(state, end - start)
+        shape = None
+        if page_size is not None:
+            shape = _shape(page_size, state, end - start, keep, kv_lens)
+            order = np.lexsort(shape.T[::-1])
+        else:
+            order = np.arange(len(keep))
+        requests = state.take(order)
+        first_copy = np.arange(len(order))
+        uncond = np.zeros_like(first_copy)
+        state = requests
+        if (requests.cfg_scale > 0).any():
+            # Each unconditional sequence follows its own, so that equal shapes stay together.
+            copies = 1 + (requests.cfg_scale > 0)
+            first_copy = copies.cumsum() - copies
+            which = np.repeat(np.arange(len(copies)), copies)
+            uncond = np.arange(len(which)) - first_copy[which]
+            state, order = requests.take(which), order[which]
+        start, end, keep, kv_lens = start[order], end[order], keep[order], kv_lens[order]
+        shape = None if shape is None else shape[order]
+        phases, num_rows = state.phases, state.num_rows
+        begin, _ = phases.span(state.length, start, end)
+        query_starts = num_rows.cumsum() - num_rows
+        owner = np.repeat(np.arange(len(num_rows)), num_rows)
+        positions = np.arange(len(owner)) + (begin - query_starts)[owner]
+        partial = None
+        if (is_partial := phases.partial).any():
+            wanted = delayed_rows(state) & is_partial[:, None]
+            sequence, column = wanted.nonzero()
+            positions[is_partial[owner]] = state.block_start[sequence] - 1 + column
+            partial = wanted.cumsum(axis=1) - 1, is_partial
+        return cls(
+            requests=requests,
+            first_copy=first_copy,
+            state=state,
+            uncond=uncond,
+            window_start=start,
+            window_end=end,
+            query_starts=query_starts,
+            keep=keep,
+            kv_lens=kv_lens,
+            shape=shape,
+            owner=owner,
+            positions=positions,
+            _begin=begin,
+            _partial=partial,
+        )
+
+    def row_of(self, sequence: Array, position: Array) -> Array:
+        """Packed row of a position that goes through the model; all [n]."""
+        row: Array = position - self._begin[sequence]
+        if self._partial is not None:
+            places, partial = self._partial
+            column = np.clip(
+                position - self.state.block_start[sequence] + 1, 0, places.shape[1] - 1
+            )
+            row = np.where(partial[sequence], places[sequence, column], row)
+        packed: Array = self.query_starts[sequence] + row
+        return packed
+
+    @property
+    def guided(self) -> bool:
+        """Whether any sequence is an unconditional one."""
+        return len(self.state.slots) > len(self.requests.slots)
+
+
+def _stored_rows(state: SlotState, window: Array) -> tuple[Array, Array]:
+    """Rows that `sparse` keeps outside the window (else 0), and all that a Reuse attends to."""
+    sparse = state.cache == int(CachePolicy.SPARSE)
+    if not sparse.any():
+        return np.zeros_like(window), state.length
+    candidates = state.length - window
+    kept = np.maximum((state.retention_ratio * candidates).astype(np.int64), LEAST_KEPT)
+    keep = np.where(sparse, np.minimum(kept, candidates), 0)
+    return keep, np.where(sparse, keep + window, state.length)
+
+
+def _shape(page_size: int, state: SlotState, window: Array, keep: Array, kv_lens: Array) -> Array:
+    """[R, 6] int64; what must be equal for two sequences to share a kernel call.
+
+    For a Refresh: 0, length and, where it selects, block, window, kept rows and pooling. For a
+    Reuse: 1, rows rounded up, pages, and whether the last page is full.
+    """
+    shape = np.zeros((len(keep), 6), np.int64)
+    refresh, selects = state.refresh, state.phases.selects
+    shape[:, 0] = ~refresh
+    shape[:, 1] = np.where(refresh, state.length, _round_up(state.num_rows, _QUERY_MULTIPLE))
+    if selects.any():
+        selecting = [state.block_end - state.block_start, window, keep, state.pool_kernel]
+        shape[:, 2:] = np.where(selects, selecting, 0).T
+    shape[:, 2] = np.where(refresh, shape[:, 2], -(-kv_lens // page_size))
+    shape[:, 3] = np.where(refresh, shape[:, 3], kv_lens % page_size == 0)
+    return shape
+
+
+def _round_up(values: Array, multiple: int) -> Array:
+    rounded: Array = -(-values // multiple) * multiple
+    return rounded
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """What a step computes; R requests, N packed rows, M masked positions in active blocks."""
+
+    sequences: Sequences
+    #: [N] int64.
+    input_ids: Array
+    blocks: Blocks
+    #: [M] int64: packed row that predicts each masked position; and its row in the unconditional
+    #: sequence, equal to `rows` without guidance.
+    rows: Array
+    uncond_rows: Array
+    #: [R]: positions to commit by the schedule, int64; Dream's share of the masks, float32.
+    counts: Array
+    chances: Array
+    #: [R, width] float32: the confidence of committed positions of the active blocks, −1 where
+    #: masked; None: no rule needs it.
+    committed: Array | None
