@@ -15,7 +15,6 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from adapter.db.migrate import is_current, upgrade_schema
 from adapter.db.sqlite import SqliteBackend
 from adapter.errors import StoreUnavailable
-from adapter.periodic import PeriodicTask
 from adapter.telemetry.metrics import observe_transaction
 
 T = TypeVar("T")
@@ -165,8 +164,7 @@ async def connect(url: str) -> AsyncIterator[Backend]:
     if url.startswith("sqlite"):
         file = SqliteBackend(url)
         try:
-            async with PeriodicTask("sqlite-sync", file.sync):
-                yield file
+            yield file
         finally:
             file.close()
     else:

@@ -1,4 +1,4 @@
-"""Bringing a database to the schema of this release."""
+"""Upgrades a database to the schema of this release."""
 
 from pathlib import Path
 
@@ -12,22 +12,22 @@ from sqlalchemy import Connection, inspect
 from adapter.errors import SettingsError
 
 MIGRATIONS = Path(__file__).with_name("migrations")
-#: What a database has whose tables were made before they were versioned.
+#: The revision of a database whose tables were made before they were versioned.
 UNVERSIONED = "0001"
 
 
 def is_current(connection: Connection) -> bool:
-    """Whether there is nothing to upgrade; asked without a lock, so that nobody is held up."""
+    """Whether the schema is up to date; takes no lock."""
     config = _config(connection)
     heads = ScriptDirectory.from_config(config).get_heads()
     return list(MigrationContext.configure(connection).get_current_heads()) == heads
 
 
 def upgrade_schema(connection: Connection) -> None:
-    """Apply what is missing, in the connection's transaction: all of it, or nothing.
+    """Apply the missing migrations in the connection's transaction, all or none.
 
-    The caller holds a lock that keeps other processes out. Raises `SettingsError` for a database
-    that a later release has changed.
+    The caller holds a lock against other processes. Raises `SettingsError` for a schema of a later
+    release.
     """
     config = _config(connection)
     tables = inspect(connection).get_table_names()

@@ -64,7 +64,7 @@ def test_cancel_by_id(triton: TritonServer) -> None:
     """A request that names another's id ends it, even a unary call, and nobody else's."""
     with (
         triton_http.InferenceServerClient(triton.http_url, network_timeout=120) as client,
-        GrpcStream(triton, LONG | {"stream": True}) as other,
+        GrpcStream(triton, LONG | {"stream": True, "gen_length": 450}) as other,
         ThreadPoolExecutor(1) as pool,
     ):
         next(iter(other))

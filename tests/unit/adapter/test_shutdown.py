@@ -1,4 +1,4 @@
-"""A worker that is told to end."""
+"""Shutting a worker down."""
 
 import asyncio
 import signal
@@ -18,7 +18,7 @@ from launcher.ports import free_port
 
 
 async def test_running_jobs_may_finish(database_url: str, store: JobStore) -> None:
-    """What is done within the time for draining is kept; nothing new is begun meanwhile."""
+    """Jobs that finish within the drain time are kept, and no job starts meanwhile."""
     may_answer = asyncio.Event()
 
     class SlowEngine(ScriptedEngine):
@@ -42,7 +42,7 @@ async def test_running_jobs_may_finish(database_url: str, store: JobStore) -> No
 
 
 async def test_stopping_worker_answers_held_polls(database_url: str) -> None:
-    """A poll that is held is answered at once when its worker is about to end."""
+    """A held poll is answered at once when its worker shuts down."""
     async with running_app(fast_settings(database_url), ScriptedEngine([["hang"]])) as api:
         await api.submit()
         poll = asyncio.create_task(api.result(0, wait=60))
@@ -56,7 +56,7 @@ async def test_stopping_worker_answers_held_polls(database_url: str) -> None:
 async def test_signal_ends_the_process_while_a_poll_is_held(
     database_url: str, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """SIGTERM and Ctrl-C are not held up by callers who wait; these get their answer."""
+    """SIGTERM and Ctrl-C end the process at once, and held polls get an answer."""
     port = free_port()
     environment = {"DLLM_DATABASE_URL": database_url, "DLLM_TRITON_URL": f"127.0.0.1:{free_port()}"}
     command = [sys.executable, "-m", "uvicorn", "adapter.app:app", "--port", str(port)]

@@ -1,4 +1,4 @@
-"""Jobs, their counter, and the record of each engine; databases of 0.1 have this unversioned."""
+"""Jobs, their counter, and a record of each engine; the first databases have this unversioned."""
 
 import sqlalchemy as sa
 from alembic import op

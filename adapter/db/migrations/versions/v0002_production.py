@@ -1,7 +1,6 @@
-"""Owners, priorities, deadlines and traces of jobs; attempts counted when lost; rate limits.
+"""Keys, priorities, deadlines and traces of jobs; attempts counted when lost; rate limits.
 
-Every new column has a default, so that workers of the release before may go on until they are
-replaced.
+Every new column has a default, so that older workers can go on until they are replaced.
 """
 
 import sqlalchemy as sa
@@ -25,7 +24,7 @@ def upgrade() -> None:
     op.create_index("ix_jobs_queue", "jobs", ["state", "attempts", "priority", "id"])
     op.create_index("ix_jobs_deadline", "jobs", ["deadline"])
     op.drop_index("ix_jobs_state", "jobs")
-    # An attempt was counted when it began; now it is when the engine has lost it.
+    # An attempt used to count when it began; now it counts when the engine loses it.
     op.execute("UPDATE jobs SET attempts = attempts - 1 WHERE state = 'running' AND attempts > 0")
     op.create_table(
         "rate_limits",

@@ -1,4 +1,4 @@
-"""Keys under which submissions may be made twice."""
+"""Submissions under idempotency keys."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""Which errors of a database mean that it is away, and how much of it a worker takes."""
+"""Which database errors are transient, and how many connections a worker takes."""
 
 import asyncio
 import uuid
@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from adapter.db.database import Database, connect
 from adapter.errors import StoreUnavailable
 
-#: Where a test uses a database, it is this.
+#: Tests that use a database use this one.
 DATABASES = ("postgresql",)
 
 T = TypeVar("T")
@@ -21,7 +21,7 @@ ONE = select(literal(1))
 
 
 class DriverError(Exception):
-    """What a driver of PostgreSQL raises."""
+    """An error of a PostgreSQL driver."""
 
     def __init__(self, sqlstate: str | None) -> None:
         super().__init__("no")
@@ -29,7 +29,7 @@ class DriverError(Exception):
 
 
 class Failing:
-    """Connections that fail in one way."""
+    """A backend that always fails with one error."""
 
     def __init__(self, error: Exception) -> None:
         self._error = error
@@ -44,7 +44,7 @@ class Failing:
 
 
 def shapes(sqlstate: str | None) -> Iterator[Exception]:
-    """The driver's error, as SQLAlchemy reports it and as it may come from connecting."""
+    """The driver's error, wrapped by SQLAlchemy and as raised while connecting."""
     yield DBAPIError("SELECT 1", {}, DriverError(sqlstate))
     yield DriverError(sqlstate)
 
@@ -59,7 +59,7 @@ def shapes(sqlstate: str | None) -> Iterator[Exception]:
     ],
 )
 async def test_database_that_cannot_answer_now_is_away(sqlstate: str) -> None:
-    """What passes by itself is an error that callers and results wait for."""
+    """A transient error becomes `StoreUnavailable`."""
     for error in shapes(sqlstate):
         database = Database(Failing(error))
         with pytest.raises(StoreUnavailable, match="no"):
@@ -70,14 +70,14 @@ async def test_database_that_cannot_answer_now_is_away(sqlstate: str) -> None:
 
 @pytest.mark.parametrize("sqlstate", ["42P01", None])
 async def test_database_that_refuses_a_statement_is_there(sqlstate: str | None) -> None:
-    """What a second try would not change is a defect, and reported as it is."""
+    """A permanent error is raised unchanged."""
     for error in shapes(sqlstate):
         with pytest.raises(type(error)):
             await Database(Failing(error)).read(ONE)
 
 
 async def test_postgresql_without_free_connections_is_away(database_url: str) -> None:
-    """PostgreSQL's own refusal of a connection means that it is to be asked later."""
+    """If PostgreSQL has no free connection, the error is `StoreUnavailable`."""
     role = f"limited_{uuid.uuid4().hex}"
     async with connect(database_url) as connections:
         create = text(f"CREATE ROLE {role} LOGIN CONNECTION LIMIT 0")
@@ -89,7 +89,7 @@ async def test_postgresql_without_free_connections_is_away(database_url: str) ->
 
 
 async def test_ten_workers_leave_connections_to_others(database_url: str) -> None:
-    """PostgreSQL has 100 unless told otherwise, whatever else a busy worker would like."""
+    """A busy worker takes at most 8 of PostgreSQL's 100 connections."""
     sleep = select(func.pg_sleep(0.02))
     here = text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()")
     async with connect(database_url) as connections:

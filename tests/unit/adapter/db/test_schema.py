@@ -18,8 +18,8 @@ from adapter.types import Event
 
 DATABASES = ("sqlite", "postgresql")
 
-#: What release 0.1 made, and what it may have left.
-RELEASE_0_1 = [
+#: The tables before they were versioned, with a job in each state.
+UNVERSIONED = [
     """CREATE TABLE jobs (
         id {id} NOT NULL PRIMARY KEY, state VARCHAR(16) NOT NULL, request TEXT NOT NULL, text TEXT,
         error TEXT, finish_reason VARCHAR(16), prompt_tokens INTEGER, completion_tokens INTEGER,
@@ -37,18 +37,18 @@ RELEASE_0_1 = [
     """INSERT INTO jobs (id, state, request, attempts, created_at, text, finished_at)
         VALUES (0, 'finished', '{{}}', 1, 1.0, 'kept', 3.0)""",
     """INSERT INTO jobs (id, state, request, attempts, created_at, owner, lease_expires)
-        VALUES (1, 'running', '{{"seed": 7}}', 1, 1.0, 'a worker that is no more', 2.0)""",
+        VALUES (1, 'running', '{{"seed": 7}}', 1, 1.0, 'a dead worker', 2.0)""",
     """INSERT INTO jobs (id, state, request, attempts, created_at)
         VALUES (2, 'queued', '{{}}', 0, 1.0)""",
 ]
 
 
-async def make_release_0_1(url: str) -> None:
+async def make_unversioned(url: str) -> None:
     def make(connection: Connection) -> None:
         postgresql = connection.dialect.name == "postgresql"
         double = "DOUBLE PRECISION" if postgresql else "DOUBLE"
         kinds = {"id": "BIGINT" if postgresql else "INTEGER", "double": double}
-        for statement in RELEASE_0_1:
+        for statement in UNVERSIONED:
             connection.execute(text(statement.format(**kinds).replace(": ", "\\: ")))
 
     async with connect(url) as connections:
@@ -60,13 +60,13 @@ def differences(connection: Connection) -> list[object]:
 
 
 async def test_migrations_make_the_tables(database: Database) -> None:
-    """The changes, applied one after the other, give exactly the tables that the code has."""
+    """All migrations together make exactly the tables of `tables.py`."""
     assert await database.write(differences) == []
 
 
-async def test_database_of_the_first_release_is_upgraded(database_url: str) -> None:
-    """Jobs of a database from before there were versions go on, and ids count on."""
-    await make_release_0_1(database_url)
+async def test_unversioned_database_is_upgraded(database_url: str) -> None:
+    """Upgrading an unversioned database keeps its jobs and continues its ids."""
+    await make_unversioned(database_url)
     async with Database.open(database_url) as database:
         assert await database.write(differences) == []
         store = JobStore(database, max_attempts=3)
@@ -82,8 +82,8 @@ async def test_database_of_the_first_release_is_upgraded(database_url: str) -> N
 
 
 async def test_many_workers_upgrade_at_once(database_url: str) -> None:
-    """Whichever worker is first upgrades; the others wait for it and go on."""
-    await make_release_0_1(database_url)
+    """If many workers start at once, one upgrades and the others wait for it."""
+    await make_unversioned(database_url)
 
     async def start() -> Job | None:
         async with Database.open(database_url) as database:
@@ -94,7 +94,7 @@ async def test_many_workers_upgrade_at_once(database_url: str) -> None:
 
 
 async def test_database_of_a_later_release_is_refused(database_url: str) -> None:
-    """A schema that this release does not know is left alone, and the start says so."""
+    """The adapter does not start on a schema of a later release, and says so."""
     later = text("UPDATE alembic_version SET version_num = '9999'")
     async with Database.open(database_url) as database:
         await database.write(lambda connection: connection.execute(later))
@@ -105,7 +105,7 @@ async def test_database_of_a_later_release_is_refused(database_url: str) -> None
 
 
 async def test_database_does_not_grow_without_bound(database_url: str) -> None:
-    """With results removed in time, fifty times the jobs take no more room than the first."""
+    """If results are purged, fifty rounds of jobs take no more space than the first."""
     async with Database.open(database_url) as database:
         now = 0.0
         store = JobStore(database, max_attempts=3, clock=lambda: now)
@@ -115,7 +115,7 @@ async def test_database_does_not_grow_without_bound(database_url: str) -> None:
             await store.claim("a", limit=50, lease=30)
             for job_id in ids:
                 await store.finish("a", job_id, Event("y" * 2000, "stop"))
-                await asyncio.sleep(0)  # transactions of SQLite by themselves let nobody in between
+                await asyncio.sleep(0)  # SQLite's transactions do not yield to the loop
             now += 100
             await store.purge(ttl=150, limit=1000)
             count = text("SELECT count(*) FROM jobs")
@@ -126,7 +126,7 @@ async def test_database_does_not_grow_without_bound(database_url: str) -> None:
             pages = await database.write(lambda connection: connection.scalar(count))
             assert pages * 4096 < 3 * 100 * 4000
             log = Path(f"{make_url(database_url).database}-wal")
-            async with asyncio.timeout(60):  # on a slow disk it may have fallen behind
+            async with asyncio.timeout(60):  # on a slow disk a checkpoint may take longer
                 while log.stat().st_size > LOG_LIMIT_BYTES:
                     await store.purge(ttl=150, limit=1000)
                     await asyncio.sleep(0.1)

@@ -1,4 +1,4 @@
-"""SQLite's log: what was written and is not in the file yet."""
+"""SQLite's write-ahead log stays small."""
 
 import asyncio
 import sqlite3
@@ -19,7 +19,7 @@ REPLACE = text("INSERT OR REPLACE INTO counters VALUES (:name, 1)")
 
 
 class Workers:
-    """Two workers that share a file, and write one after the other without a pause."""
+    """Two workers that write to one file in turns, without a pause."""
 
     def __init__(self, file: Path, databases: list[Database]) -> None:
         self.file = file
@@ -32,7 +32,7 @@ class Workers:
         return self.file.with_name(f"{self.file.name}-wal").stat().st_size
 
     async def write(self, rows: int) -> None:
-        """A row, which is at least a page in the log, at each of them."""
+        """Write rows at each worker; a row takes at least a page of the log."""
         for row in range(rows):
             for number, database in enumerate(self.databases):
                 values = {"name": f"{number} {row % 100}"}
@@ -46,7 +46,7 @@ class Workers:
 
 @pytest.fixture
 async def workers(tmp_path: Path) -> AsyncIterator[Workers]:
-    """They have opened the file."""
+    """Two workers that have opened the file."""
     file = tmp_path / "jobs.db"
     async with AsyncExitStack() as stack:
         opening = [Database.open(f"sqlite:///{file}") for _ in range(2)]
@@ -54,15 +54,15 @@ async def workers(tmp_path: Path) -> AsyncIterator[Workers]:
 
 
 async def test_log_is_bounded_while_writes_go_on(workers: Workers) -> None:
-    """However much is written without a pause, what is in the file leaves the log."""
+    """The log stays bounded under sustained writes."""
     while workers.written < 3 * BOUND:
         await workers.write(100)
 
     assert workers.largest < BOUND
 
 
-async def test_reader_that_stays_stops_nobody(workers: Workers) -> None:
-    """While a backup reads, writes go on and the log keeps them; it shrinks when that is done."""
+async def test_long_reader_does_not_block_writes(workers: Workers) -> None:
+    """Writes go on while a backup reads; the log grows, and shrinks when the backup ends."""
     with closing(sqlite3.connect(workers.file)) as backup:
         backup.execute("BEGIN")
         backup.execute("SELECT count(*) FROM counters").fetchone()

@@ -1,4 +1,4 @@
-"""What an engine need not be asked."""
+"""The cache of accepted request shapes."""
 
 import json
 
@@ -14,7 +14,7 @@ fields = st.fixed_dictionaries({"gen_length": st.integers(1, 3)})
 
 
 def num_tokens(inputs: Inputs, merged: str) -> int:
-    """Bytes, of which those of one character are a token, and a template around each message."""
+    """Tokens of a byte-level tokenizer that merges one character, with a template per message."""
     count = 0
     for message in json.loads(str(inputs["messages"])):
         text = message["content"]
@@ -23,7 +23,7 @@ def num_tokens(inputs: Inputs, merged: str) -> int:
 
 
 def chat(*contents: str, **rest: int) -> Inputs:
-    """A chat of a user with himself."""
+    """A chat with user messages only."""
     messages = [{"role": "user", "content": content} for content in contents]
     return {"messages": json.dumps(messages), **rest}
 
@@ -35,7 +35,7 @@ def chat(*contents: str, **rest: int) -> Inputs:
 def test_nothing_is_covered_that_would_be_refused(
     asked: list[tuple[list[str], dict[str, int]]], merged: str
 ) -> None:
-    """Whatever was taken before: what is covered fits, by any tokenizer that starts from bytes."""
+    """A covered request fits, under any byte-level tokenizer."""
     cache = ValidationCache()
     for contents, rest in asked:
         inputs = chat(*contents, **rest)
@@ -46,8 +46,8 @@ def test_nothing_is_covered_that_would_be_refused(
             cache.add(inputs, 0, headroom=room)
 
 
-def test_the_largest_room_counts() -> None:
-    """A longer prompt leaves less room, which says nothing against what a shorter one left."""
+def test_the_largest_headroom_counts() -> None:
+    """The largest headroom of a shape counts."""
     cache = ValidationCache()
     cache.add(chat("short"), 0, headroom=50)
     cache.add(chat("a longer one"), 0, headroom=40)
@@ -56,7 +56,7 @@ def test_the_largest_room_counts() -> None:
 
 
 def test_only_the_newest_shapes_are_remembered() -> None:
-    """Callers who never repeat themselves do not fill the memory."""
+    """The cache keeps a bounded number of shapes."""
     cache = ValidationCache()
     for length in range(MAX_SHAPES + 1):
         cache.add(chat("a", gen_length=length), 0, headroom=10)

@@ -49,7 +49,7 @@ async def test_concurrent_submissions_get_distinct_ids(store: JobStore) -> None:
 
 
 async def test_same_submission_is_made_once(store: JobStore) -> None:
-    """However often it is made, and however many at once, it makes its jobs once."""
+    """A submission repeated under its key, even concurrently, makes its jobs once."""
 
     async def submit() -> tuple[list[int], bool]:
         return await store.add_once([{"seed": 1}, {}], key="k", max_queued=2)
@@ -57,19 +57,19 @@ async def test_same_submission_is_made_once(store: JobStore) -> None:
     given = await asyncio.gather(*(submit() for _ in range(8)))
     assert [ids for ids, _ in given] == [[0, 1]] * 8
     assert sum(new for _, new in given) == 1
-    # What was accepted is accepted, however full the queue is now.
+    # An accepted submission stays accepted, however full the queue is now.
     assert await submit() == ([0, 1], False)
 
 
 async def test_refused_submission_leaves_its_key_free(store: JobStore) -> None:
-    """What found no room may be submitted again under its key."""
+    """A submission that the queue refused may be repeated under its key."""
     with pytest.raises(TooManyJobs):
         await store.add_once([{}] * 2, key="k", max_queued=1)
     assert await store.add_once([{}], key="k", max_queued=1) == ([0], True)
 
 
 async def test_submission_keys_are_their_owners(store: JobStore) -> None:
-    """The same key of somebody else is another key."""
+    """The same idempotency key under another API key is another key."""
     for options, ids in (
         (JobOptions(), [0]),
         (JobOptions(api_key="a"), [1]),
@@ -81,7 +81,7 @@ async def test_submission_keys_are_their_owners(store: JobStore) -> None:
 
 
 async def test_submission_keys_are_forgotten(store: JobStore, clock: HandClock) -> None:
-    """A key is kept for as long as it is told, and may then stand for something else."""
+    """A key is kept for its time to live; after that it may be used for another body."""
     await store.add_once([{}], key="k", max_queued=9)
     clock.advance(10)
     await store.purge_idempotency_keys(ttl=10)
@@ -93,7 +93,7 @@ async def test_submission_keys_are_forgotten(store: JobStore, clock: HandClock) 
 
 
 async def test_batch_that_exceeds_the_queue_is_refused_whole(store: JobStore) -> None:
-    """A batch of which one would be too many leaves no job and uses up no id."""
+    """A batch that exceeds the queue's limit makes no job and uses no id."""
     await store.add([{}] * 2, max_queued=3)
 
     with pytest.raises(TooManyJobs, match="2 jobs are waiting, and at most 3 may"):
@@ -103,7 +103,7 @@ async def test_batch_that_exceeds_the_queue_is_refused_whole(store: JobStore) ->
 
 
 async def test_running_jobs_do_not_count_as_queued(store: JobStore) -> None:
-    """The queue's limit is about jobs that wait."""
+    """The queue's limit counts queued jobs only."""
     await store.add([{}] * 3, max_queued=3)
     await claim(store, limit=1)
 
@@ -127,8 +127,8 @@ async def test_claim_takes_the_oldest_first_and_no_more_than_asked(store: JobSto
     assert await claim(store, "b") == []
 
 
-async def test_claimed_job_carries_its_request_and_terms(store: JobStore, clock: HandClock) -> None:
-    """What was submitted comes back as it was, with the time that is left of it."""
+async def test_claimed_job_has_its_request_and_options(store: JobStore, clock: HandClock) -> None:
+    """A claimed job has the submitted inputs and options, and the time left to its deadline."""
     request = {"messages": "[ü]", "temperature": 0.5, "stop": ["a"], "ignore_eos": True}
     options = JobOptions(
         3, 60.0, "team", "call-1", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b71-01"
@@ -140,7 +140,7 @@ async def test_claimed_job_carries_its_request_and_terms(store: JobStore, clock:
     assert [expected] == await store.claim("a", limit=1, lease=30)
 
 
-async def test_urgent_jobs_overtake(store: JobStore) -> None:
+async def test_urgent_jobs_come_first(store: JobStore) -> None:
     """Claims go by priority first and by age second."""
     for priority in (3, 2, 1, 2, 1):
         await store.add([{}], max_queued=10, options=JobOptions(priority=priority))
@@ -160,7 +160,7 @@ async def test_finish_keeps_the_result(store: JobStore) -> None:
 
 
 async def test_only_the_owner_of_a_running_job_changes_it(store: JobStore) -> None:
-    """Whoever is not the owner, or comes too late, changes nothing and learns so."""
+    """A worker that is not the owner, or comes too late, changes nothing and is told so."""
     await add(store)
     assert not await store.finish("a", 0, DONE)
     await claim(store, "a")
@@ -172,8 +172,8 @@ async def test_only_the_owner_of_a_running_job_changes_it(store: JobStore) -> No
     assert await state(store, 0) == JobState.RUNNING
 
 
-async def test_renewal_tells_what_is_still_ours(store: JobStore) -> None:
-    """The answer to a renewal lacks what was cancelled, finished, or is another's."""
+async def test_renewal_returns_the_jobs_still_owned(store: JobStore) -> None:
+    """A renewal leaves out jobs that were cancelled, finished, or are another worker's."""
     await add(store, 4)
     await claim(store, "a", limit=3)
     await claim(store, "b")
@@ -184,7 +184,7 @@ async def test_renewal_tells_what_is_still_ours(store: JobStore) -> None:
 
 
 async def test_expired_lease_frees_the_job(store: JobStore, clock: HandClock) -> None:
-    """A job whose worker fell silent is queued again; a renewed one is not."""
+    """A job whose lease has expired is requeued; a renewed one is not."""
     await add(store, 2)
     await claim(store, "a")
     clock.advance(20)
@@ -201,7 +201,7 @@ async def test_expired_lease_frees_the_job(store: JobStore, clock: HandClock) ->
 async def test_clocks_of_machines_may_differ_by_less_than_what_is_left_of_a_lease(
     store: JobStore, database: Database, clock: HandClock, ahead: float, lost: int
 ) -> None:
-    """A lease that is renewed every second lasts on a machine whose clock is ahead by little."""
+    """A lease renewed every second holds while clocks differ by less than the lease."""
     await add(store)
     await claim(store)
     clock.advance(1)
@@ -211,7 +211,7 @@ async def test_clocks_of_machines_may_differ_by_less_than_what_is_left_of_a_leas
 
 
 async def test_deaths_of_workers_cost_no_attempt_but_end(store: JobStore, clock: HandClock) -> None:
-    """A job may lose worker after worker, up to a number that no accident reaches."""
+    """A job survives many deaths of its workers, but not MAX_RESCUES of them."""
     await add(store)
     for _ in range(20):
         assert await claim(store) == [0]
@@ -250,7 +250,7 @@ async def lose(store: JobStore, *ids: int) -> None:
 
 
 async def test_few_suspects_run_at_a_time(store: JobStore) -> None:
-    """After an engine died with many jobs, these come back a few at a time, beside fresh ones."""
+    """After an engine died, its jobs are retried a few at a time, beside new ones."""
     await add(store, 12)
     await lose(store, *await claim(store, limit=20))
     await add(store, 3)
@@ -262,7 +262,7 @@ async def test_few_suspects_run_at_a_time(store: JobStore) -> None:
 
 
 async def test_last_attempt_runs_alone(store: JobStore) -> None:
-    """Before a job is given up it runs by itself: nothing else is claimed before or beside it."""
+    """The last attempt of a job runs alone: no job is claimed before or beside it."""
     await add(store, 2)
     for _ in range(2):
         await claim(store, limit=1)
@@ -285,7 +285,7 @@ async def test_last_attempt_runs_alone(store: JobStore) -> None:
 
 
 async def test_job_that_may_run_once_only_does_not_wait(database: Database) -> None:
-    """With one attempt for each job there is no last one to be set apart."""
+    """If jobs have only one attempt, a new job does not run alone."""
     store = JobStore(database, max_attempts=1)
     await add(store, 2)
 
@@ -294,8 +294,8 @@ async def test_job_that_may_run_once_only_does_not_wait(database: Database) -> N
     assert await state(store, 0) == JobState.FAILED
 
 
-async def test_late_jobs_fail_where_they_wait(store: JobStore, clock: HandClock) -> None:
-    """A job whose deadline passes in the queue is not claimed any more, and fails with the time."""
+async def test_overdue_jobs_fail_in_the_queue(store: JobStore, clock: HandClock) -> None:
+    """An overdue queued job is not claimed; it fails with an error that names the timeout."""
     await store.add([{}], max_queued=10, options=JobOptions(timeout=2.5))
     await add(store)
     assert await store.fail_overdue() == 0
@@ -308,7 +308,7 @@ async def test_late_jobs_fail_where_they_wait(store: JobStore, clock: HandClock)
 
 
 async def test_jobs_are_their_keys_alone(store: JobStore) -> None:
-    """With a key, jobs of other keys can neither be seen nor cancelled; without, all can."""
+    """With an API key, jobs of other keys can neither be read nor cancelled."""
     for name in ("one", "two", None):
         await store.add([{}], max_queued=10, options=JobOptions(api_key=name))
 
@@ -319,7 +319,7 @@ async def test_jobs_are_their_keys_alone(store: JobStore) -> None:
 
 
 async def test_active_jobs_are_counted(store: JobStore) -> None:
-    """How many jobs wait and run, whatever else there is."""
+    """Only queued and running jobs are counted."""
     assert await store.count_active() == {JobState.QUEUED: 0, JobState.RUNNING: 0}
     await add(store, 4)
     await claim(store, limit=2)
@@ -328,8 +328,8 @@ async def test_active_jobs_are_counted(store: JobStore) -> None:
     assert await store.count_active() == {JobState.QUEUED: 2, JobState.RUNNING: 1}
 
 
-async def test_retry_counts_and_put_back_does_not(store: JobStore) -> None:
-    """A lost job has used an attempt, a postponed one has not."""
+async def test_retry_counts_and_release_does_not(store: JobStore) -> None:
+    """A retry counts as an attempt, a release does not."""
     await add(store)
     await claim(store)
     await store.release("a", 0)
@@ -341,7 +341,7 @@ async def test_retry_counts_and_put_back_does_not(store: JobStore) -> None:
 
 
 async def test_last_retry_fails_with_the_reason(store: JobStore) -> None:
-    """The retry after the last attempt is a failure."""
+    """A retry after the last attempt fails the job with the reason."""
     await add(store)
     for _ in range(3):
         await claim(store)
@@ -362,8 +362,8 @@ async def test_cancel_is_idempotent(store: JobStore) -> None:
     assert await state(store, 0) == JobState.CANCELLED
 
 
-async def test_done_among_names_the_done(store: JobStore) -> None:
-    """Of the ids asked for, those come back that will not change any more."""
+async def test_done_among_returns_final_jobs(store: JobStore) -> None:
+    """Of the given ids, those in a final state come back."""
     await add(store, 4)
     await claim(store, limit=3)
     await store.finish("a", 0, DONE)
@@ -376,7 +376,7 @@ async def test_old_results_are_removed_in_small_batches(
     store: JobStore,
     clock: HandClock,
 ) -> None:
-    """Only what was done for longer than the time to live goes, and ids are not used again."""
+    """Only results older than their time to live are deleted, and no id is used again."""
     await add(store, 4)
     await claim(store, limit=3)
     for job_id in range(3):
@@ -409,7 +409,7 @@ asyncio.run(main(*sys.argv[1:]))
 
 
 def test_processes_may_start_at_once_on_a_fresh_database(database_url: str) -> None:
-    """The schema is made once, submissions get their own ids, and no job has two owners."""
+    """The schema is made once, every submission gets its own ids, and no job has two owners."""
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, database_url, f"worker-{n}"],
@@ -429,14 +429,14 @@ def test_processes_may_start_at_once_on_a_fresh_database(database_url: str) -> N
 
 
 async def test_two_stores_see_the_same_jobs(database_url: str, store: JobStore) -> None:
-    """What one worker writes, another reads at once."""
+    """Another worker reads a write at once."""
     await add(store)
     async with Database.open(database_url) as other:
         assert await state(JobStore(other, max_attempts=3), 0) == JobState.QUEUED
 
 
 class Ended:
-    """How many jobs were counted since this was made, by how they ended."""
+    """Counts jobs by final state from now on."""
 
     def __init__(self) -> None:
         self._before = self._now()
@@ -454,7 +454,7 @@ class Ended:
 
 
 async def test_each_job_that_ends_is_counted_once(store: JobStore) -> None:
-    """Finished, failed or cancelled, by whoever drives it or while it waits; not once more."""
+    """Each job counts once when it ends, whether it was queued or running."""
     ended = Ended()
     await add(store, 4)
     await claim(store, limit=3)
@@ -469,7 +469,7 @@ async def test_each_job_that_ends_is_counted_once(store: JobStore) -> None:
 
 
 async def test_jobs_that_are_given_up_are_counted(store: JobStore, clock: HandClock) -> None:
-    """The last of a job's attempts, or of its workers, makes it a failure; the others nothing."""
+    """The last attempt or the last rescue counts as a failure; the earlier ones do not count."""
     ended = Ended()
     await add(store)
     for left in (2, 1, 0):
@@ -485,8 +485,10 @@ async def test_jobs_that_are_given_up_are_counted(store: JobStore, clock: HandCl
         assert ended.counts == ({"failed": 1} if left else {"failed": 2})
 
 
-async def test_late_jobs_are_counted_once_by_all_workers(store: JobStore, clock: HandClock) -> None:
-    """Many workers find the same jobs late; each job is one failure."""
+async def test_overdue_jobs_are_counted_once_by_all_workers(
+    store: JobStore, clock: HandClock
+) -> None:
+    """If many workers find the same overdue jobs, each job counts as one failure."""
     ended = Ended()
     await store.add([{}] * 30, max_queued=100, options=JobOptions(timeout=1))
     await add(store)

@@ -1,4 +1,4 @@
-"""What the engine says of a request before it becomes a job."""
+"""The engine's check of a request before it becomes a job."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -20,7 +20,7 @@ async def api(database_url: str, engine: ScriptedEngine) -> AsyncIterator[Runnin
 
 
 async def refusal(api: RunningApp, path: str, body: Any) -> tuple[str, str]:
-    """Field and reason of the only problem with a body."""
+    """Submit a body that has one problem; its field and reason."""
     answer = await api.client.post(path, json=body)
     assert answer.status_code == 422, answer.text
     [problem] = answer.json()["detail"]
@@ -30,7 +30,7 @@ async def refusal(api: RunningApp, path: str, body: Any) -> tuple[str, str]:
 async def test_what_the_engine_would_refuse_is_not_queued(
     api: RunningApp, engine: ScriptedEngine
 ) -> None:
-    """What only the engine can judge is refused at submission, in its words."""
+    """A request that the engine would refuse is refused at submission with the engine's reason."""
     engine.check_results["bad"] = CheckResult("steps: must be at least 2; got 1")
     found = await refusal(api, "/v1/generate", {"prompt": "bad", "steps": 1})
 
@@ -40,7 +40,7 @@ async def test_what_the_engine_would_refuse_is_not_queued(
 
 
 async def test_refused_prompt_of_a_batch_is_named(api: RunningApp, engine: ScriptedEngine) -> None:
-    """The first that would be refused is named, unless all would be, and none is queued."""
+    """The first refused prompt is named, unless all are refused; none is queued."""
     engine.check_results["long"] = CheckResult("gen_length: too much")
     engine.headroom = 3
     for prompts, problem in (
@@ -55,7 +55,7 @@ async def test_refused_prompt_of_a_batch_is_named(api: RunningApp, engine: Scrip
 async def test_engine_is_asked_once_about_what_fits(
     api: RunningApp, engine: ScriptedEngine
 ) -> None:
-    """Other words and seeds are no reason to ask again; more words than fit are, and new ids."""
+    """Another text or seed needs no new check; a text that may not fit and token ids do."""
     engine.headroom = 10
     for fields in (
         {"prompt": "a first one", "seed": 1},
@@ -85,7 +85,7 @@ async def test_engine_is_asked_once_about_what_fits(
 
 
 async def test_another_engine_is_asked_again(api: RunningApp, engine: ScriptedEngine) -> None:
-    """What the one before it said does not hold for an engine that was started since."""
+    """The cache of an earlier engine does not hold for its successor."""
     await api.submit()
     engine.alive = False
     api.monitor.request_probe()
@@ -96,10 +96,10 @@ async def test_another_engine_is_asked_again(api: RunningApp, engine: ScriptedEn
 
 
 @pytest.mark.parametrize("trouble", ["dead", "silent"])
-async def test_engine_that_does_not_answer_keeps_nobody_from_submitting(
+async def test_jobs_are_accepted_while_the_engine_does_not_answer(
     api: RunningApp, engine: ScriptedEngine, trouble: str
 ) -> None:
-    """Jobs are taken while the engine is away, and judged when they run."""
+    """While the engine does not answer, jobs are accepted without a check."""
     engine.alive, engine.check_hangs = trouble != "dead", True
     async with asyncio.timeout(CHECK_SECONDS + 2):
         assert await api.submit() == 0
