@@ -99,12 +99,10 @@ def delayed_rows(masked: Array, last_committed: Array, *, shifted: bool) -> Arra
     return found
 
 
-def kept_rows(num_candidates: int, retention_ratio: float) -> int:
-    """Of how many of `num_candidates` positions a head keeps keys and values under `sparse`.
-
-    See `layout`, which says the same of tensors.
-    """
-    return min(num_candidates, max(LEAST_KEPT, int(retention_ratio * num_candidates)))
+def kept_rows(num_candidates: Array | int, retention_ratio: Array | float) -> Array:
+    """How many of `num_candidates` positions a head keeps under `sparse`: int64."""
+    kept = (retention_ratio * np.asarray(num_candidates)).astype(np.int64)
+    return np.minimum(num_candidates, np.maximum(kept, LEAST_KEPT))
 
 
 def reserved_rows(
@@ -115,4 +113,4 @@ def reserved_rows(
         return 0
     if policy is not CachePolicy.SPARSE:
         return length
-    return kept_rows(length - widest_window, retention_ratio) + widest_window
+    return int(kept_rows(length - widest_window, retention_ratio)) + widest_window

@@ -24,6 +24,7 @@ from dllm_engine.ops import (
 )
 from dllm_engine.ops.layout import tiles_of
 from dllm_engine.ops.rows import ROW_MULTIPLE
+from dllm_engine.state.slots import SlotState
 from dllm_engine.state.step_plan import Sequences
 
 
@@ -42,11 +43,8 @@ class AttentionMetadata:
     slot_mapping: Array
     #: [S]; positions outside the window that each head keeps; 0: all rows are stored or none.
     keep: Array
-    #: [S].
-    block_start: Array
-    window_start: Array
-    window_end: Array
-    pool_kernel: Array
+    #: Has the windows and the pooling of sequences that keep a selection.
+    state: SlotState
     #: [S, 6]; equal rows of consecutive sequences form a group; None: they are not ordered.
     shape: Array | None
 
@@ -58,22 +56,19 @@ class AttentionMetadata:
         return cls(
             query_starts=sequences.query_starts,
             query_lens=state.num_rows,
-            kv_lens=np.where(phases.refresh, 0, sequences.kv_lens),
+            kv_lens=np.where(phases.refresh, 0, state.kv_lens),
             block_tables=pages.table[state.slots, sequences.uncond, :num_pages],
             page_size=pages.page_size,
             slot_mapping=_slot_mapping(sequences, pages),
-            keep=np.where(phases.selects, sequences.keep, 0),
-            block_start=state.block_start,
-            window_start=sequences.window_start,
-            window_end=sequences.window_end,
-            pool_kernel=state.pool_kernel,
+            keep=np.where(phases.selects, state.keep, 0),
+            state=state,
             shape=sequences.shape,
         )
 
 
 def _slot_mapping(sequences: Sequences, pages: KVPages) -> Array:
     """Place in the pool where each packed row is stored, −1 where it is not."""
-    num_rows, phases = len(sequences.owner), sequences.state.phases
+    num_rows, state, phases = len(sequences.owner), sequences.state, sequences.state.phases
     mapping = np.full(num_rows + -num_rows % ROW_MULTIPLE, -1)
     stores = ~phases.refresh | (phases.store & ~phases.selects)
     rows = stores[sequences.owner].nonzero()[0]
@@ -81,9 +76,9 @@ def _slot_mapping(sequences: Sequences, pages: KVPages) -> Array:
         owner = sequences.owner[rows]
         # `sparse` stores the window behind what it keeps; the others store each row in its place.
         sparse = phases.policy == int(CachePolicy.SPARSE)
-        moved = np.where(sparse, sequences.keep - sequences.window_start, 0)
+        moved = np.where(sparse, state.keep - state.window_start, 0)
         mapping[rows] = pages.slot_mapping(
-            sequences.state.slots[owner],
+            state.slots[owner],
             sequences.uncond[owner],
             sequences.positions[rows] + moved[owner],
         )
@@ -98,10 +93,10 @@ def flat_layout(flat: AttentionMetadata, block_m: int, upload: Upload) -> FlatLa
     if flat.keep.any():
         selection = FlatSelection(
             keep=upload(flat.keep),
-            block_start=upload(flat.block_start),
-            window_start=upload(flat.window_start),
-            window_end=upload(flat.window_end),
-            pool_kernel=upload(flat.pool_kernel),
+            block_start=upload(flat.state.block_start),
+            window_start=upload(flat.state.window_start),
+            window_end=upload(flat.state.block_end),
+            pool_kernel=upload(flat.state.pool_kernel),
             max_candidates=int(flat.query_lens[flat.keep > 0].max()),
         )
     return FlatLayout(
@@ -163,7 +158,7 @@ def _selection(
     flat: AttentionMetadata, members: slice, shape: list[int], upload: Upload
 ) -> Selection:
     length, block, window, keep, pool_kernel = shape
-    start, end = flat.window_start[members, None], flat.window_end[members, None]
+    start, end = flat.state.window_start[members, None], flat.state.block_end[members, None]
     columns = np.arange(length - window)
     candidates = np.where(columns < start, columns, columns + window)
     first, kept = flat.query_starts[members, None], np.arange(keep)

@@ -14,7 +14,7 @@ import numpy as np
 
 from dllm_engine.config import EngineConfig
 from dllm_engine.decoding import Rule
-from dllm_engine.memory import Phases, delayed_rows
+from dllm_engine.memory import CachePolicy, Phases, delayed_rows, kept_rows
 from dllm_engine.models import ModelSpec
 from dllm_engine.ops import Array
 from dllm_engine.request import Prompt
@@ -156,7 +156,7 @@ class CanvasTable:
                 the order of the slots.
         """
         state = self._slots.read(np.array(slots, np.int64))
-        sequences = Sequences.of(state, *self._window(state), self._delayed_rows, page_size)
+        sequences = Sequences.of(state, self._delayed_rows, page_size)
         requests = sequences.requests
         blocks = self._blocks(requests)
         counts, chances = self._commit_counts(requests, blocks)
@@ -185,11 +185,6 @@ class CanvasTable:
             hidden = (sequences.uncond[sequences.owner] == 1) & self.given[slots, positions]
             ids[hidden] = self.mask
         return ids
-
-    def _window(self, state: SlotState) -> tuple[Array, Array]:
-        """First position and end of the active blocks' windows (see `cache_policy`), [R]."""
-        start = state.block_start
-        return (np.maximum(start - 1, 0) if self.shifted else start), state.block_end
 
     def _delayed_rows(self, state: SlotState) -> Array:
         """What `delayed` computes of the windows (see `cache_policy`): bool [R, width + 1].
@@ -300,13 +295,27 @@ class CanvasTable:
         """
         state, first_masked = self._enter_block(state)
         phases = Phases.of(state.cache, state.block_age, state.delay_steps, state.refresh_interval)
-        start, end = phases.span(state.length, *self._window(state))
-        num_rows = end - start
+        start = np.maximum(state.block_start - self.shifted, 0)
+        first_row, end = phases.span(state.length, start, state.block_end)
+        num_rows = end - first_row
         if (partial := phases.partial).any():
             num_rows = np.where(partial, self._delayed_rows(state).sum(axis=1), num_rows)
-        return state._replace(
-            num_rows=num_rows, refresh=phases.refresh, store=phases.store
-        ), first_masked
+        keep, kv_lens = np.zeros_like(start), state.length
+        if (sparse := state.cache == int(CachePolicy.SPARSE)).any():
+            window = state.block_end - start
+            kept = kept_rows(state.length - window, state.retention_ratio)
+            keep = np.where(sparse, kept, 0)
+            kv_lens = np.where(sparse, kept + window, state.length)
+        state = state._replace(
+            refresh=phases.refresh,
+            store=phases.store,
+            window_start=start,
+            first_row=first_row,
+            num_rows=num_rows,
+            keep=keep,
+            kv_lens=kv_lens,
+        )
+        return state, first_masked
 
     def _enter_block(self, state: SlotState) -> tuple[SlotState, Array]:
         """Move each request whose block holds no mask to its next block that holds one.

@@ -39,11 +39,19 @@ class SlotState(NamedTuple):
     block_age: Int
     block_start: Int
     block_end: Int
-    #: The next step: rows of one sequence that go through the model, whether these are the whole
-    #: sequence, and whether the keys and values of a whole sequence are stored.
-    num_rows: Int
+    #: The next step: whether the whole sequence goes through the model, and whether its keys and
+    #: values are then stored.
     refresh: Bool
     store: Bool
+    #: The block's window begins (see `cache_policy`; it ends with the block).
+    window_start: Int
+    #: First position and number of the rows of one sequence that go through the model; of a
+    #: partial window all that it is part of begins there.
+    first_row: Int
+    num_rows: Int
+    #: Stored rows: those that `sparse` keeps outside the window, and all that a Reuse attends to.
+    keep: Int
+    kv_lens: Int
     length: Int
     #: The positions to be filled: first and end.
     canvas_start: Int
@@ -119,9 +127,13 @@ CHANGING = (
     "block_age",
     "block_start",
     "block_end",
-    "num_rows",
     "refresh",
     "store",
+    "window_start",
+    "first_row",
+    "num_rows",
+    "keep",
+    "kv_lens",
 )
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dllm_engine.memory import LEAST_KEPT, CachePolicy
 from dllm_engine.ops import Array
 from dllm_engine.state.slots import SlotState
 
@@ -48,20 +47,13 @@ class Sequences:
     #: Of the S sequences; and [S], 1 for the unconditional sequence.
     state: SlotState
     uncond: Array
-    #: [S]; the window; the first packed row.
-    window_start: Array
-    window_end: Array
+    #: [S]; the first packed row.
     query_starts: Array
-    #: [S]; stored rows: what `sparse` keeps outside the window, and all that a Reuse attends to.
-    keep: Array
-    kv_lens: Array
     #: [S, 6]; sequences with equal keys form a group; None: they are not grouped.
     shape: Array | None
     #: [N]; sequence and position of each row.
     owner: Array
     positions: Array
-    #: [S]; position of the first row, where all up to the last go through the model.
-    _begin: Array
     #: [S, width + 1] int64 and bool; of partial windows the place of each position among their
     #: rows, from the one before the block on; and which windows are partial. None: none is.
     _partial: tuple[Array, Array] | None
@@ -69,28 +61,22 @@ class Sequences:
     @classmethod
     def of(
         cls,
-        state: SlotState,
-        start: Array,
-        end: Array,
+        requests: SlotState,
         delayed_rows: Callable[[SlotState], Array],
         page_size: int | None,
     ) -> Sequences:
         """Pack the sequences of some requests.
 
         Args:
-            start, end: their windows.
             delayed_rows: which positions of a window `delayed` computes.
             page_size: see `CanvasTable.plan_step`.
         """
-        keep, kv_lens = _stored_rows(state, end - start)
         shape = None
         if page_size is not None:
-            shape = _shape(page_size, state, end - start, keep, kv_lens)
+            shape = _shape(page_size, requests)
             order = np.lexsort(shape.T[::-1])
-        else:
-            order = np.arange(len(keep))
-        requests = state.take(order)
-        first_copy = np.arange(len(order))
+            requests, shape = requests.take(order), shape[order]
+        first_copy = np.arange(len(requests.slots))
         uncond = np.zeros_like(first_copy)
         state = requests
         if (requests.cfg_scale > 0).any():
@@ -99,16 +85,13 @@ class Sequences:
             first_copy = copies.cumsum() - copies
             which = np.repeat(np.arange(len(copies)), copies)
             uncond = np.arange(len(which)) - first_copy[which]
-            state, order = requests.take(which), order[which]
-        start, end, keep, kv_lens = start[order], end[order], keep[order], kv_lens[order]
-        shape = None if shape is None else shape[order]
-        phases, num_rows = state.phases, state.num_rows
-        begin, _ = phases.span(state.length, start, end)
+            state, shape = requests.take(which), None if shape is None else shape[which]
+        num_rows = state.num_rows
         query_starts = num_rows.cumsum() - num_rows
         owner = np.repeat(np.arange(len(num_rows)), num_rows)
-        positions = np.arange(len(owner)) + (begin - query_starts)[owner]
+        positions = np.arange(len(owner)) + (state.first_row - query_starts)[owner]
         partial = None
-        if (is_partial := phases.partial).any():
+        if (is_partial := state.phases.partial).any():
             wanted = delayed_rows(state) & is_partial[:, None]
             sequence, column = wanted.nonzero()
             positions[is_partial[owner]] = state.block_start[sequence] - 1 + column
@@ -118,21 +101,16 @@ class Sequences:
             first_copy=first_copy,
             state=state,
             uncond=uncond,
-            window_start=start,
-            window_end=end,
             query_starts=query_starts,
-            keep=keep,
-            kv_lens=kv_lens,
             shape=shape,
             owner=owner,
             positions=positions,
-            _begin=begin,
             _partial=partial,
         )
 
     def row_of(self, sequence: Array, position: Array) -> Array:
         """Packed row of a position that goes through the model; all [n]."""
-        row: Array = position - self._begin[sequence]
+        row: Array = position - self.state.first_row[sequence]
         if self._partial is not None:
             places, partial = self._partial
             column = np.clip(
@@ -148,38 +126,24 @@ class Sequences:
         return len(self.state.slots) > len(self.requests.slots)
 
 
-def _stored_rows(state: SlotState, window: Array) -> tuple[Array, Array]:
-    """Rows that `sparse` keeps outside the window (else 0), and all that a Reuse attends to."""
-    sparse = state.cache == int(CachePolicy.SPARSE)
-    if not sparse.any():
-        return np.zeros_like(window), state.length
-    candidates = state.length - window
-    kept = np.maximum((state.retention_ratio * candidates).astype(np.int64), LEAST_KEPT)
-    keep = np.where(sparse, np.minimum(kept, candidates), 0)
-    return keep, np.where(sparse, keep + window, state.length)
-
-
-def _shape(page_size: int, state: SlotState, window: Array, keep: Array, kv_lens: Array) -> Array:
+def _shape(page_size: int, state: SlotState) -> Array:
     """[R, 6] int64; what must be equal for two sequences to share a kernel call.
 
     For a Refresh: 0, length and, where it selects, block, window, kept rows and pooling. For a
     Reuse: 1, rows rounded up, pages, and whether the last page is full.
     """
-    shape = np.zeros((len(keep), 6), np.int64)
+    shape = np.zeros((len(state.slots), 6), np.int64)
     refresh, selects = state.refresh, state.phases.selects
     shape[:, 0] = ~refresh
-    shape[:, 1] = np.where(refresh, state.length, _round_up(state.num_rows, _QUERY_MULTIPLE))
+    rounded = -(-state.num_rows // _QUERY_MULTIPLE) * _QUERY_MULTIPLE
+    shape[:, 1] = np.where(refresh, state.length, rounded)
     if selects.any():
-        selecting = [state.block_end - state.block_start, window, keep, state.pool_kernel]
+        end, window = state.block_end, state.block_end - state.window_start
+        selecting = [end - state.block_start, window, state.keep, state.pool_kernel]
         shape[:, 2:] = np.where(selects, selecting, 0).T
-    shape[:, 2] = np.where(refresh, shape[:, 2], -(-kv_lens // page_size))
-    shape[:, 3] = np.where(refresh, shape[:, 3], kv_lens % page_size == 0)
+    shape[:, 2] = np.where(refresh, shape[:, 2], -(-state.kv_lens // page_size))
+    shape[:, 3] = np.where(refresh, shape[:, 3], state.kv_lens % page_size == 0)
     return shape
-
-
-def _round_up(values: Array, multiple: int) -> Array:
-    rounded: Array = -(-values // multiple) * multiple
-    return rounded
 
 
 @dataclasses.dataclass(frozen=True)
