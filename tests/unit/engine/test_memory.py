@@ -213,8 +213,8 @@ def test_room_is_what_a_prompt_may_still_grow_by(
     """With so many tokens more it is accepted, with one more it is refused."""
     engine = _few_pages(checkpoint, pages).engine
     params = Params(**({"gen_length": 8, "cache": "dual"} | fields))  # type: ignore[arg-type]
-    room = engine.room(engine.make_request(Prompt([1] * 5), params))
-    assert engine.room(engine.make_request(Prompt([1] * (5 + room)), params)) == 0
+    headroom = engine.headroom(engine.make_request(Prompt([1] * 5), params))
+    assert engine.headroom(engine.make_request(Prompt([1] * (5 + headroom)), params)) == 0
     with pytest.raises(InvalidRequest, match="^(cache|gen_length): "):
         engine.make_request(Prompt([1] * (6 + room)), params)
 

@@ -1,4 +1,4 @@
-"""Keys and values kept between steps: which (policies) and where (pages)."""
+"""Memory: the plan made at start, the pages of keys and values, and what each policy keeps."""
 
 from dllm_engine.memory.cache_policy import (
     LEAST_KEPT,

@@ -137,7 +137,7 @@ def _commit_plan(plan: StepPlan, upload: Upload) -> CommitPlan:
 
 def _credit_rows(state: SlotState, blocks: Blocks, upload: Upload) -> CreditRows:
     uses = state.uses_credit[blocks.request]
-    # A block begins with none; what stands there is another block's.
+    # A new block starts with none: the rows still hold another block's.
     empty = ~uses | (state.block_age[blocks.request] == 0)
     return CreditRows(upload(blocks.slots), upload(blocks.column), upload(uses), upload(empty))
 

@@ -1,8 +1,8 @@
-"""The state of every running request, as arrays on the host: one row ("slot") per request.
+"""Holds the state of all running requests as arrays on the host, one row ("slot") per request.
 
-Canvases, masks, schedules and parameters lie side by side so that a step is planned and committed
-for all requests with the same few operations, however many there are. The device is sent what a
-step is made of and says what it has decoded (docs/decisions/023).
+A step is planned and committed for all requests with the same few array operations, however many
+requests there are. The device receives a step's inputs and returns the decoded tokens
+(docs/decisions/023).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dllm_engine.state.step_plan import Blocks, Sequences, StepPlan
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What has become of each stepped request."""
+    """The outcome of a step for each of its requests."""
 
     slots: list[int]
     #: Whether no mask is left in the canvas.
@@ -36,13 +36,13 @@ class StepResult:
     num_ready: list[int]
     #: Whether an end-of-text token is committed with nothing masked before it.
     ended: list[bool]
-    #: Rows of the next step, of one sequence, and whether it is a Refresh.
+    #: Rows of one sequence in the next step, and whether it is a Refresh.
     next_rows: list[int]
     next_is_refresh: list[bool]
 
 
 class Canvas(NamedTuple):
-    """What stands on one request's canvas: [gen_length] int32 and float32."""
+    """One request's canvas: [gen_length] int32 and float32."""
 
     tokens: Array
     #: −1 where masked.
@@ -50,15 +50,15 @@ class Canvas(NamedTuple):
 
     @classmethod
     def empty(cls, gen_length: int, mask: int) -> Canvas:
-        """Nothing but masks."""
+        """Make a canvas of masks."""
         return cls(np.full(gen_length, mask, np.int32), np.full(gen_length, -1.0, np.float32))
 
 
 class CanvasTable:
-    """`num_slots` sequences of up to `max_len` tokens and what their denoising needs.
+    """The sequences in `num_slots` slots, of up to `max_len` tokens, and their denoising state.
 
-    Canvases, and so blocks, are no longer than `max_canvas`. All arrays by canvas begin with its
-    first position, wherever in the sequence that is.
+    Canvases, and so blocks, are at most `max_canvas` long. Arrays by canvas begin with its first
+    position, wherever in the sequence that is.
     """
 
     def __init__(
@@ -81,12 +81,12 @@ class CanvasTable:
 
         #: [slots, max_len] int64; prompt, canvas, suffix; the mask token where masked.
         self.tokens = np.zeros((num_slots, max_len), np.int64)
-        #: [slots, max_len] bool; positions that the request came with.
+        #: [slots, max_len] bool; positions given by the request.
         self.given = np.zeros((num_slots, max_len), np.bool_)
-        #: [slots, max_canvas] bool; positions still to be decoded. Not read off the tokens, so
-        #: that a mask token in a prompt stays what it is.
+        #: [slots, max_canvas] bool; positions still to be decoded. Not derived from the tokens: a
+        #: mask token in a prompt is just a token.
         self._masked = by_canvas(False, np.bool_)
-        #: [slots, max_canvas] bool; positions that the step before committed.
+        #: [slots, max_canvas] bool; positions that the previous step committed.
         self._last_committed = by_canvas(False, np.bool_)
         #: [slots, max_canvas] bool; committed tokens that end the request.
         self._ends = by_canvas(False, np.bool_)
@@ -95,14 +95,14 @@ class CanvasTable:
         #: [slots, max_len] float32; Dream's share of the masks for each step of the schedule.
         self._chance = np.zeros((num_slots, max_len), np.float32)
         self._slots = SlotTable(num_slots)
-        #: Credit of the active blocks, on the device.
+        #: Credit of the active blocks; on the device.
         self.credits = CreditLists(num_slots, max_canvas, device)
 
     @classmethod
     def of(
         cls, config: EngineConfig, spec: ModelSpec, stop_token_ids: tuple[int, ...], *, device: str
     ) -> CanvasTable:
-        """For as many requests as `config` lets run, as long as it and the model let them be."""
+        """Make a table for all requests that `config` allows, of the longest length allowed."""
         longest = spec.max_model_len
         return cls(
             config.max_num_seqs,
@@ -116,7 +116,7 @@ class CanvasTable:
 
     @property
     def num_bytes(self) -> int:
-        """Device memory of the table, whatever runs: nothing is added later."""
+        """Device memory of the table, which never grows."""
         if self._device != "cpu":
             return self.credits.num_bytes
         by_slot = (self.tokens, self.given, self._masked, self._last_committed, self._ends)
@@ -124,7 +124,7 @@ class CanvasTable:
         return self.credits.num_bytes + here + self._slots.num_bytes
 
     def fill(self, slot: int, prompt: Prompt, params: SamplingParams) -> None:
-        """Lay out a new request in `slot`; `params` must be resolved."""
+        """Set up the canvas of a new request in `slot`; `params` must be resolved."""
         canvas = prompt.canvas_ids or [self.mask] * params.gen_length
         everything = np.array([*prompt.ids, *canvas, *prompt.suffix_ids], np.int64)
         start, length = len(prompt.ids), params.gen_length
@@ -193,7 +193,7 @@ class CanvasTable:
         """
         inside, place = _block_places(state, before=1, behind=1)
         slots = state.slots[:, None]
-        # What is behind the block is predicted by its last position.
+        # The position behind the block is predicted by the block's last one.
         exists = (place >= 0) & (place < (state.canvas_end - state.canvas_start)[:, None])
         masked = exists & self._masked[slots, np.where(exists, place, 0)]
         recent = inside & self._last_committed[slots, np.where(inside, place, 0)]
@@ -223,14 +223,14 @@ class CanvasTable:
         return np.where(inside, known, np.float32(-1.0))
 
     def _commit_counts(self, state: SlotState, blocks: Blocks) -> tuple[Array, Array]:
-        """What the schedules say for the step at hand: counts int64 and Dream's chances, [R].
+        """How many positions the schedules commit now: counts int64 and Dream's chances, [R].
 
-        The chances mean nothing for a request without Dream's statistics.
+        The chances are used only for requests with Dream's statistics.
         """
         linear = linear_count(state.block_masks, state.block_steps, state.block_step)
         if not state.dream_statistics.any():
             return linear, np.zeros(len(linear), np.float32)
-        # A threshold may take more steps than the schedule has; its chances do not matter then.
+        # With a threshold a request may run longer than its schedule; its chances are unused.
         place = state.block_first_step + state.block_step
         chance = self._chance[state.slots, np.minimum(place, self._chance.shape[1] - 1)]
         dream = dream_count(blocks.masked.sum(axis=1), chance)
@@ -282,7 +282,7 @@ class CanvasTable:
         return int((state.canvas_end - state.canvas_start).max())
 
     def _first_end(self, state: SlotState) -> Array:
-        """Position of the first committed end-of-text token, the canvas's end where none is."""
+        """Find the first committed end-of-text token; the canvas's end if there is none."""
         ends = self._ends[state.slots, : self._width(state)]
         ended = ends.any(axis=1) & state.honours_eos
         return np.where(ended, state.canvas_start + ends.argmax(axis=1), state.canvas_end)
@@ -323,7 +323,7 @@ class CanvasTable:
         Blocks and their shares of the steps are those of `blocks_of`.
 
         Returns:
-            The state then; int64 [R]: position of the first mask, the canvas's end where there is
+            The new state; int64 [R]: the position of the first mask, the canvas's end if there is
             none.
         """
         masked = self._masked[state.slots, : self._width(state)]
@@ -352,9 +352,9 @@ class CanvasTable:
         return state, first_masked
 
     def _skip_empty_steps(self, state: SlotState) -> SlotState:
-        """Pass over steps in which Dream's schedule commits nothing: no forward pass is needed.
+        """Skip steps in which Dream's schedule commits nothing: they need no forward pass.
 
-        A block's last step commits all that is left, so one is always found.
+        A block's last step commits all masks that are left, so the search always succeeds.
         """
         num_masked = self._blocks(state).masked.sum(axis=1)
         chance = self._chance[state.slots]
@@ -368,7 +368,7 @@ class CanvasTable:
 
 
 def _block_places(state: SlotState, before: int = 0, behind: int = 0) -> tuple[Array, Array]:
-    """Which columns of the blocks are in them, and where on the canvas all columns are.
+    """Locate the columns of the blocks: whether inside the block, and where on the canvas.
 
     Returns:
         bool and int64, both [R, before + longest block + behind].
@@ -379,11 +379,10 @@ def _block_places(state: SlotState, before: int = 0, behind: int = 0) -> tuple[A
 
 
 def blocks_of(params: SamplingParams) -> list[tuple[int, int, int]]:
-    """(start, end, steps) of each block of a canvas; `params` must be resolved.
+    """List (start, end, steps) of each block of a canvas; `params` must be resolved.
 
-    A block's share of the steps is what falls into it when all are spread evenly over the canvas:
-    exactly steps / blocks where the reference allows it (equal blocks), and a smaller share for a
-    shorter last block.
+    Steps are spread evenly over the canvas: each of equal blocks gets steps / blocks, as in the
+    reference, and a shorter last block gets a smaller share.
     """
     length, block_length, steps = params.gen_length, params.block_length, params.steps
     assert block_length is not None

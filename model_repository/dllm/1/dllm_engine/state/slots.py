@@ -151,7 +151,7 @@ class SlotTable:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of all of it."""
+        """Memory of the three tables."""
         return sum(table.nbytes for table in self._tables)
 
     def read(self, slots: Array) -> SlotState:
@@ -171,7 +171,7 @@ class SlotTable:
 
 
 def _numbers(prompt: Prompt, params: SamplingParams) -> dict[str, float | bool]:
-    """The columns of a request, before its first block is opened."""
+    """Compute the columns of a request that no step changes, and where its canvas begins."""
     assert params.block_length is not None
     assert params.steps is not None
     assert params.seed is not None
@@ -186,7 +186,7 @@ def _numbers(prompt: Prompt, params: SamplingParams) -> dict[str, float | bool]:
     dream_statistics = params.alg is not None
     top_p = 1.0 if params.top_p is None else params.top_p
     filtered = top_p < 1 or bool(params.top_k)
-    # In a gap, what stands behind it goes on whatever is decoded before.
+    # Infilling goes on after an end-of-text token, since text follows the gap.
     is_gap = bool(prompt.suffix_ids or prompt.canvas_ids)
     return {
         "block_start": start,

@@ -16,15 +16,15 @@ _QUERY_MULTIPLE = 8
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """The active blocks of R requests, and the M positions that are masked in them.
+    """The active blocks of R requests, and their M masked positions.
 
-    Those are in row-major order of the [R, width] matrix of blocks; all int64 unless said
-    otherwise.
+    The positions are in row-major order of the [R, width] matrix of blocks. All arrays are int64
+    unless noted.
     """
 
     #: [R, width] bool.
     masked: Array
-    #: [M]; request, and where in its block it stands; place in the matrix.
+    #: [M]; request, column in its block, and index in the flattened matrix.
     request: Array
     column: Array
     index: Array
@@ -35,27 +35,27 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-    """The sequences of a step, in the order of their rows.
+    """The sequences of a step, in the order of their packed rows.
 
-    R requests; S sequences, two for a request with guidance; N packed rows. All int64 unless
-    said otherwise.
+    There are R requests, S sequences (two for a request with guidance) and N packed rows. All
+    arrays are int64 unless noted.
     """
 
-    #: Of the R requests; and [R], the first sequence of each.
+    #: The R requests; and [R], the first sequence of each.
     requests: SlotState
     first_copy: Array
-    #: Of the S sequences; and [S], 1 for the unconditional sequence.
+    #: The S sequences; and [S], 1 for an unconditional one.
     state: SlotState
     uncond: Array
     #: [S]; the first packed row.
     query_starts: Array
-    #: [S, 6]; sequences with equal keys form a group; None: they are not grouped.
+    #: [S, 6]; consecutive sequences with equal rows form a group; None: they are not grouped.
     shape: Array | None
     #: [N]; sequence and position of each row.
     owner: Array
     positions: Array
-    #: [S, width + 1] int64 and bool; of partial windows the place of each position among their
-    #: rows, from the one before the block on; and which windows are partial. None: none is.
+    #: [S, width + 1] int64: the row of each position of a partial window, beginning before the
+    #: block; [S] bool: which windows are partial. None: none is.
     _partial: tuple[Array, Array] | None
 
     @classmethod
@@ -109,7 +109,7 @@ class Sequences:
         )
 
     def row_of(self, sequence: Array, position: Array) -> Array:
-        """Packed row of a position that goes through the model; all [n]."""
+        """Return the packed row of each position, which must be in the step; all [n]."""
         row: Array = position - self.state.first_row[sequence]
         if self._partial is not None:
             places, partial = self._partial
@@ -127,7 +127,7 @@ class Sequences:
 
 
 def _shape(page_size: int, state: SlotState) -> Array:
-    """[R, 6] int64; what must be equal for two sequences to share a kernel call.
+    """Return what must be equal for two sequences to share a call: [R, 6] int64.
 
     For a Refresh: 0, length and, where it selects, block, window, kept rows and pooling. For a
     Reuse: 1, rows rounded up, pages, and whether the last page is full.
