@@ -14,9 +14,9 @@ from fastapi.middleware.cors import CORSMiddleware
 from adapter.api import health, jobs, metrics, page, stream
 from adapter.api.error_handlers import add_error_handlers
 from adapter.api.openai import routes as openai
-from adapter.api.openapi import complete_description
+from adapter.api.openapi import extend_openapi
 from adapter.auth.keys import Keyring
-from adapter.auth.middleware import Gate
+from adapter.auth.middleware import AuthMiddleware
 from adapter.auth.rate_limit import RateLimiter
 from adapter.db.database import Database
 from adapter.engine.monitor import EngineMonitor
@@ -32,7 +32,7 @@ from adapter.periodic import PeriodicTask
 from adapter.settings import Settings, load_settings
 from adapter.shutdown import on_shutdown_signal
 from adapter.telemetry.logs import configure_logging, get_logger
-from adapter.telemetry.middleware import Observe
+from adapter.telemetry.middleware import TelemetryMiddleware
 from adapter.telemetry.tracing import configure_tracing
 from adapter.types import Engine
 
@@ -70,13 +70,13 @@ def create_app(
     )
     app.state.settings = chosen
     app.add_middleware(
-        Gate,
+        AuthMiddleware,
         keyring=Keyring(chosen.api_keys, chosen.api_keys_file),
         max_body_bytes=chosen.max_body_bytes,
         guard_metrics=chosen.metrics_need_key,
     )
     if origins := [origin.strip() for origin in chosen.cors_origins.split(",") if origin.strip()]:
-        # Outside the gate: a browser asks beforehand, without a key.
+        # Outside the auth middleware: a browser sends its preflight without a key.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=origins,
@@ -84,7 +84,7 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["Retry-After", "X-Request-ID"],
         )
-    app.add_middleware(Observe)
+    app.add_middleware(TelemetryMiddleware)
     add_error_handlers(app)
     app.include_router(jobs.router)
     app.include_router(stream.router)
@@ -93,7 +93,7 @@ def create_app(
     page.mount_files(app)
     app.include_router(health.router)
     app.include_router(metrics.router)
-    complete_description(app, chosen)
+    extend_openapi(app, chosen)
     return app
 
 
@@ -103,7 +103,7 @@ async def _open(
     engines: Mapping[str, Engine],
     stack: AsyncExitStack,
 ) -> None:
-    """Open what the routes need, each to be closed before what it rests on."""
+    """Open the services in the order of their dependencies; the stack closes them in reverse."""
     worker = _worker_name()
     database = await stack.enter_async_context(Database.open(settings.database_url))
     app.state.rate_limiter = None
@@ -137,8 +137,8 @@ async def _open(
         max_queued=settings.max_queued_jobs,
         max_held=settings.max_held_polls,
     )
-    # What is there now stays. To look through all of it again and again, as a full collection does,
-    # held every call up for 70 to 180 ms, some times a minute.
+    # These objects stay. Full collections that walk them delayed every call by 70 to 180 ms,
+    # several times a minute.
     gc.collect()
     gc.freeze()
     log.info("worker_started", worker=worker, engines=list(engines))
@@ -168,7 +168,7 @@ def _monitor(
 
 
 def _worker_name() -> str:
-    """Another one at every start: a restarted worker must not renew what it has forgotten."""
+    """A name unique to each start, so that a restarted worker renews no old lease."""
     return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 

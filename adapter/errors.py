@@ -1,26 +1,26 @@
-"""What can go wrong, as one small tree, and the HTTP status of each kind.
+"""The adapter's errors as one tree, each with its HTTP status.
 
 AdapterError
-  SettingsError        the environment holds a value that makes no sense
-  Unauthorized         a key is needed, and this is none
-  RateLimited          too many calls in too short a time
-  BodyTooLarge         more bytes than are read
-  InvalidRequest       the engine refuses the values of a request
-  KeyReused            the Idempotency-Key stands for another submission
-  JobNotFound          no such job, or its result has expired
-  TooManyJobs          the queue is full: come back later
-  TooManyCalls         as many calls as may wait for their answers: come back later
-  DeadlineExceeded     the time that the request gave itself is over
-  CallerGone           whoever asked has hung up
-  StoreUnavailable     the database does not answer
-  EngineError          the engine could not answer
-    Overloaded           its queue is full
-    Unavailable          not there, or still loading
-      EngineDraining         it is about to end, and has not run the request
-    EngineDead           its process has died
-    EngineFailure        it answered with an error of its own
-    StreamInterrupted           the stream ended without a result
-    ModelControlRefused  this server lets nobody load models
+  SettingsError          a setting is invalid
+  Unauthorized           the API key is missing or unknown
+  RateLimited            too many calls in too short a time
+  BodyTooLarge           the body exceeds its limit
+  InvalidRequest         the engine refuses the request's values
+  KeyReused              the Idempotency-Key belongs to another submission
+  JobNotFound            no such job, or its result has expired
+  TooManyJobs            the queue of jobs is full
+  TooManyCalls           the worker serves as many calls as it may
+  DeadlineExceeded       the request's `timeout` is over
+  ClientDisconnected     the client closed the connection
+  StoreUnavailable       the database does not answer
+  EngineError            the engine could not answer
+    Overloaded             its queue is full
+    Unavailable            it is unreachable or still loading
+      EngineDraining         it is shutting down and did not run the request
+    EngineDead             its process has died
+    EngineFailure          it reported an internal error
+    StreamInterrupted      the stream ended without a result
+    ModelControlRefused    the server does not allow loading models
 """
 
 from collections.abc import Mapping
@@ -28,15 +28,15 @@ from typing import ClassVar
 
 
 class AdapterError(Exception):
-    """Base of all errors of the adapter; its text is meant for the user."""
+    """Base of the adapter's errors; its text is written for the user."""
 
     status: ClassVar[int] = 500
-    #: Seconds after which the same call may be answered otherwise.
+    #: Seconds after which a retry may succeed.
     retry_after: int | None = None
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """What the answer says beside its body."""
+        """Headers of the response."""
         return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
 
 
@@ -45,13 +45,13 @@ class SettingsError(AdapterError):
 
 
 class Unauthorized(AdapterError):
-    """A key is needed, and this is none."""
+    """The API key is missing or unknown."""
 
     status = 401
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """The scheme, which HTTP asks for."""
+        """The authentication scheme, which HTTP requires."""
         return {"WWW-Authenticate": "Bearer"}
 
 
@@ -66,24 +66,24 @@ class RateLimited(AdapterError):
 
 
 class BodyTooLarge(AdapterError):
-    """More bytes than are read."""
+    """The body exceeds its limit."""
 
     status = 413
 
 
 class InvalidRequest(AdapterError):
-    """The engine refuses the values of a request: an input's name, a colon, and why."""
+    """The engine refuses the request's values; the text is an input's name, a colon, a reason."""
 
     status = 422
 
     def __init__(self, message: str, *, prompt: int | None = None) -> None:
         super().__init__(message)
-        #: Which of several prompts it is about; None: all, or the only one.
+        #: Index of the prompt among several; None if it concerns all, or the only one.
         self.prompt = prompt
 
 
 class KeyReused(AdapterError):
-    """The Idempotency-Key stands for another submission."""
+    """The Idempotency-Key belongs to another submission."""
 
     status = 422
 
@@ -102,25 +102,25 @@ class TooManyJobs(AdapterError):
 
 
 class TooManyCalls(AdapterError):
-    """As many calls as may are waiting for their answers."""
+    """The worker serves as many calls as it may."""
 
     status = 429
     retry_after = 1
 
 
 class DeadlineExceeded(AdapterError):
-    """The time that the request gave itself is over."""
+    """The request's `timeout` is over."""
 
     status = 408
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """OpenAI's clients repeat what is answered 408 unless they are told not to."""
+        """OpenAI's clients retry a 408 unless this header says not to."""
         return {"x-should-retry": "false"}
 
 
-class CallerGone(AdapterError):
-    """Whoever asked has hung up; nobody will read this."""
+class ClientDisconnected(AdapterError):
+    """The client closed the connection; the response is never read."""
 
     status = 499
 
@@ -146,14 +146,14 @@ class Overloaded(EngineError):
 
 
 class Unavailable(EngineError):
-    """Triton is away, or the model is not loaded."""
+    """Triton is unreachable, or the model is not loaded."""
 
     status = 503
     retry_after = 5
 
 
 class EngineDraining(Unavailable):
-    """The engine is about to end, and says itself that it has not run the request."""
+    """The engine is shutting down and reports that it did not run the request."""
 
 
 class EngineDead(EngineError):

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from types import TracebackType
 from typing import Self
 
 from adapter.errors import StoreUnavailable
@@ -39,12 +38,7 @@ class PeriodicTask:
         self._task = asyncio.create_task(self._run(), name=self._name)
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._stopping = True
         self._woken.set()
         if self._task is not None:

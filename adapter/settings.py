@@ -1,16 +1,16 @@
-"""Every setting of the adapter. Each is an environment variable: `DLLM_` and the field's name."""
+"""The adapter's settings. Each is an environment variable: `DLLM_` and the field's name."""
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Self
 
-from limits import parse_many
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from adapter.errors import SettingsError
+from adapter.rates import Rate
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -19,59 +19,59 @@ Count = Annotated[int, Field(ge=1)]
 class Settings(BaseSettings):
     """The adapter's configuration, validated once at start; see `load_settings`."""
 
-    # The engine reads DLLM_ variables of its own, so an unknown name can be no error here.
+    # The engine has DLLM_ variables of its own, so unknown names are not errors.
     model_config = SettingsConfigDict(
         env_prefix="DLLM_", env_ignore_empty=True, extra="ignore", frozen=True
     )
 
     triton_url: str = Field(
         default="127.0.0.1:8011",
-        description="Triton's gRPC address, host:port; several with commas between them",
+        description="Triton's gRPC address, host:port; separate several by commas",
     )
     model_name: str = Field(default="dllm", description="the Triton model that generates")
-    database_url: str = Field(default="sqlite:///./dllm-jobs.db", description="where jobs live")
+    database_url: str = Field(
+        default="sqlite:///./dllm-jobs.db", description="database of the jobs"
+    )
     log_level: str = Field(default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
     log_format: str = Field(
-        default="text", pattern="^(text|json)$", description="lines for people, or for machines"
+        default="text", pattern="^(text|json)$", description="text lines, or JSON lines"
     )
     tracing: bool = Field(default=False, description="OpenTelemetry traces; needs the extra `otel`")
 
-    api_keys: str = Field(
-        default="", description="keys that are admitted, as name:hash, with commas between them"
-    )
+    api_keys: str = Field(default="", description="API keys as name:hash, separated by commas")
     api_keys_file: Path | None = Field(
         default=None, description="a file of name:hash lines, read again when it changes"
     )
-    metrics_need_key: bool = Field(default=False, description="/metrics asks for a key too")
+    metrics_need_key: bool = Field(default=False, description="/metrics requires a key too")
     rate_limit: str = Field(
         default="", description="calls that one key or address may make, like 60/minute"
     )
     max_body_bytes: Count = Field(default=4 * 2**20, description="largest body of a call")
     cors_origins: str = Field(
-        default="", description="web pages that may call, with commas between them; * for all"
+        default="", description="origins of web pages that may call, separated by commas; * for all"
     )
 
     max_prompt_chars: Count = Field(
         default=4096,
-        description="longest prompt; also the most characters of `messages` in all, and ids",
+        description="longest prompt in characters; also for all `messages` together, and for ids",
     )
     served_model_name: str = Field(
-        default="", description="name that OpenAI calls ask for; the Triton model's if empty"
+        default="", description="model name in OpenAI calls; the Triton model's name if empty"
     )
     chat_max_tokens: Count = Field(
-        default=128, description="canvas of a chat completion that does not say"
+        default=128, description="canvas of a chat completion that gives no length"
     )
-    max_gen_length: Count = Field(default=512, description="longest canvas a request may ask for")
+    max_gen_length: Count = Field(default=512, description="longest canvas of a request")
     max_temperature: float = Field(default=2.0, ge=0, allow_inf_nan=False)
     max_batch_size: Count = Field(default=64, description="most prompts in one batch call")
-    max_timeout: Seconds = Field(
-        default=86_400.0, description="longest `timeout` a request may ask for"
-    )
+    max_timeout: Seconds = Field(default=86_400.0, description="longest `timeout` of a request")
     max_queued_jobs: Count = Field(
-        default=10_000, description="jobs waiting; beyond it answers are 429"
+        default=10_000, description="jobs that may wait; more are answered 429"
     )
 
-    max_inflight: Count = Field(default=256, description="jobs one worker process drives at a time")
+    max_inflight: Count = Field(
+        default=256, description="jobs that one worker process runs at a time"
+    )
     max_live: Count = Field(
         default=256, description="streams and OpenAI calls that one worker process serves at a time"
     )
@@ -79,28 +79,30 @@ class Settings(BaseSettings):
         default=1000, description="polls that one worker process holds at a time"
     )
     heartbeat_interval: Seconds = Field(
-        default=15.0, description="longest silence on a stream to a client"
+        default=15.0, description="longest pause between events of a stream to a client"
     )
     lease_seconds: Seconds = Field(
-        default=30.0, description="a worker silent for longer loses its jobs to the others"
+        default=30.0, description="jobs of a worker that is silent for longer go to other workers"
     )
     job_max_attempts: Count = Field(
-        default=3, description="runs a job gets when the engine loses it"
+        default=3, description="how often a job is run if the engine dies"
     )
     drain_seconds: float = Field(
         default=5.0,
         ge=0,
         allow_inf_nan=False,
-        description="time that running jobs get to finish when a worker is stopped",
+        description="time in which running jobs may finish when a worker stops",
     )
     poll_interval: Seconds = Field(
-        default=0.4, description="pause between looks for other workers' jobs"
+        default=0.4, description="pause between queries for other workers' jobs"
     )
     result_ttl: Seconds = Field(default=86_400.0, description="how long a result is kept")
 
-    stream_interval: Seconds = Field(default=2.5, description="longest pause between signs of life")
+    stream_interval: Seconds = Field(
+        default=2.5, description="longest pause between heartbeats of a request"
+    )
     engine_idle_timeout: Seconds = Field(
-        default=60.0, description="a silence longer than this means dead"
+        default=60.0, description="silence after which an engine counts as dead"
     )
     probe_interval: Seconds = Field(
         default=5.0, description="silence after which the engine is probed"
@@ -128,17 +130,16 @@ class Settings(BaseSettings):
                 msg = f"{url!r} should be host:port"
                 raise ValueError(msg)
         if len(set(urls)) < len(urls):
-            msg = "every address should be there once"
+            msg = "each address should be given once"
             raise ValueError(msg)
         return value
 
     @field_validator("database_url")
     @classmethod
     def _database_lasts(cls, value: str) -> str:
-        # `+aiosqlite` is what earlier releases wanted to see there.
         file, server = r"sqlite(\+aiosqlite)?:///(?!:memory:).+", r"postgresql\+asyncpg://.+"
         if not re.fullmatch(f"{file}|{server}", value):
-            # Not repeated: it may hold a password.
+            # The value is not shown, as it may hold a password.
             msg = "should be sqlite:///FILE or postgresql+asyncpg://USER:PASSWORD@HOST/NAME"
             raise PydanticCustomError("database_url", msg)
         return value
@@ -148,7 +149,7 @@ class Settings(BaseSettings):
     def _rate_is_one(cls, value: str) -> str:
         if value:
             try:
-                parse_many(value)
+                Rate.parse_all(value)
             except ValueError:
                 msg = "should be like 60/minute, or 5/second; 60/minute"
                 raise ValueError(msg) from None
@@ -164,7 +165,7 @@ class Settings(BaseSettings):
 
 
 def load_settings() -> Settings:
-    """The settings from the environment. Raises `SettingsError` naming variable, value, reason."""
+    """Read the environment. Raises `SettingsError` with each variable, value and reason."""
     try:
         return Settings()
     except ValidationError as error:
@@ -177,6 +178,6 @@ def _problem(error: Mapping[str, object]) -> str:
     if not isinstance(location, tuple) or not location:
         return str(error["msg"])
     name = f"DLLM_{str(location[0]).upper()}"
-    # An address of a database may hold a password.
+    # A database's address may hold a password.
     given = "" if error["type"] == "database_url" else f"={error['input']!r}"
     return f"{name}{given}: {error['msg']}"

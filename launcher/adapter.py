@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 
@@ -38,6 +39,7 @@ class Adapter:
         self._on_log = on_log
         self._on_wait = on_wait
         self._process: GuardedProcess | None = None
+        self._metrics: tempfile.TemporaryDirectory[str] | None = None
 
     @property
     def running(self) -> bool:
@@ -54,10 +56,17 @@ class Adapter:
         """
         settings = self._settings
         require_free_port("the REST API's", settings.host, settings.port, "DLLM_PORT")
+        # Its workers count together there, and each start begins with an empty one.
+        self._metrics = tempfile.TemporaryDirectory(prefix="dllm-metrics-")
         process = GuardedProcess(
             self._command(),
             name="the adapter",
-            env={**os.environ, "DLLM_TRITON_URL": self._triton_url, **self._env},
+            env={
+                **os.environ,
+                "DLLM_TRITON_URL": self._triton_url,
+                **self._env,
+                "PROMETHEUS_MULTIPROC_DIR": self._metrics.name,
+            },
             grace=CONNECTION_SECONDS + settings.drain_seconds + EXIT_SECONDS,
             on_log=self._on_log,
         )
@@ -73,6 +82,8 @@ class Adapter:
         process, self._process = self._process, None
         if process is not None:
             process.stop()
+        if self._metrics is not None:
+            self._metrics.cleanup()
 
     @property
     def _triton_url(self) -> str:

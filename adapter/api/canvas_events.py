@@ -1,4 +1,4 @@
-"""What somebody who watches a canvas is shown, event by event."""
+"""Events of /v1/generate/stream: the canvas after each step, then the answer."""
 
 from collections.abc import AsyncGenerator, Sequence
 from typing import Self
@@ -15,7 +15,7 @@ CONFIDENCE_DIGITS = 6  # all that a 32-bit float holds
 
 
 class Block(BaseModel):
-    """A block of the canvas; `end` is the position behind its last one."""
+    """A block of the canvas, from position `start` up to but not including `end`."""
 
     index: int
     start: int
@@ -23,32 +23,32 @@ class Block(BaseModel):
 
 
 class Committed(BaseModel):
-    """A position that was decoded since the event before, for good."""
+    """A position committed since the previous event; it will not change."""
 
     position: int
     token_id: int
-    text: str = Field(description='what it adds to the text; "" for special tokens')
-    confidence: float = Field(description="probability it was committed with")
+    text: str = Field(description='the text it adds; "" for special tokens')
+    confidence: float = Field(description="probability at which it was committed")
 
 
 class Step(BaseModel):
     """Event `step`: the canvas after a denoising step.
 
-    A reader that is slower than the steps gets fewer of these; `committed` then holds what all
-    the steps since the event before have committed.
+    A slow reader gets fewer of these events; `committed` then covers all steps since the
+    previous event.
     """
 
     step: int = Field(description="denoising steps run so far")
     block: Block = Field(description="the block that the next step decodes")
     canvas: list[str | None] = Field(
-        description="provisional: what each position adds to the text, null where it is masked"
+        description="text of each position, which may still change; null where masked"
     )
     committed: list[Committed]
-    final_text: str = Field(description="the beginning of the answer; it will not change")
+    final_text: str = Field(description="the beginning of the answer, which will not change")
 
 
 class Usage(BaseModel):
-    """What the request cost."""
+    """Tokens, steps and forward passes of the request."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -57,7 +57,7 @@ class Usage(BaseModel):
 
 
 class Done(BaseModel):
-    """Event `done`: the answer. Nothing follows."""
+    """Event `done`: the answer. It is the last event."""
 
     text: str
     finish_reason: str
@@ -66,7 +66,7 @@ class Done(BaseModel):
 
     @classmethod
     def of(cls, event: Event) -> Self:
-        """Show the last event of a request."""
+        """Make it from the last event of the engine."""
         assert event.usage is not None
         assert event.seed is not None
         usage = Usage.model_validate(event.usage, from_attributes=True)
@@ -74,16 +74,16 @@ class Done(BaseModel):
 
 
 class Failed(BaseModel):
-    """Event `error`: there will be no answer. Nothing follows."""
+    """Event `error`: the request failed. It is the last event."""
 
     error: str
 
 
 class CanvasView:
-    """Tells from one event to the next what is new on a canvas.
+    """Turns events of the engine into `step` events, with what is new in each.
 
     Args:
-        given: the canvas as it was asked for, token by token; empty: all masks.
+        given: token ids of the requested canvas; empty if it was all masks.
     """
 
     def __init__(self, given: Sequence[int]) -> None:
@@ -91,7 +91,7 @@ class CanvasView:
         self._shown: set[int] = set()
 
     def step(self, event: Event) -> Step:
-        """What to show of an event; each committed position appears in one of them."""
+        """The `step` event; each committed position appears in exactly one of them."""
         canvas, usage = event.canvas, event.usage
         assert canvas is not None
         assert usage is not None
@@ -126,14 +126,14 @@ class CanvasView:
         ]
 
     def _is_given(self, position: int, token_id: int) -> bool:
-        # Where the caller asked for a token it holds the mask, which is never committed.
+        # Positions to decode hold the mask id, which is never committed.
         return bool(self._given) and self._given[position] == token_id
 
 
 async def denoising_events(
     request: StreamingRequest, view: CanvasView, *, heartbeat: float
 ) -> AsyncGenerator[bytes, None]:
-    """A request as server-sent events: steps, then the answer or an error."""
+    """Stream a request as server-sent events: steps, then the answer or an error."""
     try:
         while True:
             event = await request.next_event(heartbeat)

@@ -1,32 +1,62 @@
-"""What routes are given; asynchronous, as the framework hands all else to threads.
+"""Dependencies of the routes: who calls, the settings, and the services of the application.
 
-The framework takes its time for each of these, so that the routes of jobs, which are called most,
-take what they need from the call themselves.
+They are asynchronous because FastAPI runs other dependencies in threads. FastAPI also spends time
+on each of them, so the routes of jobs, which are called most, use the plain functions instead.
 """
 
+from dataclasses import dataclass
 from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
-from adapter.api.caller import Caller, caller_of
 from adapter.engine.pool import EnginePool
 from adapter.engine.streaming import StreamingRequests
+from adapter.jobs.job import JobOptions
 from adapter.jobs.service import JobService
 from adapter.settings import Settings
+from adapter.types import DEFAULT_PRIORITY
+
+
+@dataclass(frozen=True, slots=True)
+class RequestContext:
+    """What the middleware has found out about a call."""
+
+    #: Name of the API key; None where no keys are required.
+    api_key: str | None = None
+    #: `X-Request-ID`: the client's, or a generated one.
+    request_id: str = ""
+    #: W3C trace context of the call's span.
+    traceparent: str | None = None
+
+    def options(self, priority: int = DEFAULT_PRIORITY, timeout: float | None = None) -> JobOptions:
+        """Options for the jobs that this call submits."""
+        return JobOptions(
+            priority, timeout, self.api_key, self.request_id or None, self.traceparent
+        )
+
+
+def request_context(request: Request) -> RequestContext:
+    """The context of this call."""
+    state = request.state
+    return RequestContext(
+        api_key=getattr(state, "api_key", None),
+        request_id=getattr(state, "request_id", ""),
+        traceparent=getattr(state, "traceparent", None),
+    )
 
 
 def settings_of(request: Request) -> Settings:
-    """The settings of the application that is called."""
+    """The application's settings."""
     return cast(Settings, request.app.state.settings)
 
 
 def jobs_of(request: Request) -> JobService:
-    """Its jobs."""
+    """The application's jobs."""
     return cast(JobService, request.app.state.jobs)
 
 
-async def _caller(request: Request) -> Caller:
-    return caller_of(request)
+async def _context(request: Request) -> RequestContext:
+    return request_context(request)
 
 
 async def _settings(request: Request) -> Settings:
@@ -45,7 +75,7 @@ async def _pool(request: Request) -> EnginePool:
     return cast(EnginePool, request.app.state.pool)
 
 
-CallerDep = Annotated[Caller, Depends(_caller)]
+ContextDep = Annotated[RequestContext, Depends(_context)]
 SettingsDep = Annotated[Settings, Depends(_settings)]
 JobsDep = Annotated[JobService, Depends(_jobs)]
 StreamingDep = Annotated[StreamingRequests, Depends(_live)]

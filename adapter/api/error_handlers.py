@@ -1,4 +1,4 @@
-"""The one place where errors become HTTP answers."""
+"""Turns errors into HTTP responses."""
 
 from typing import Any
 
@@ -14,12 +14,12 @@ from adapter.telemetry.logs import get_logger
 
 log = get_logger()
 
-#: What the engine calls an input, and what it is called in a request.
+#: Names of the engine's inputs that differ from the request's fields.
 NAMES = {"text_input": "prompt"}
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Answer every error as `{"detail": ...}`, or in OpenAI's shape where OpenAI's clients call."""
+    """Answer every error as `{"detail": ...}`, or in OpenAI's format on OpenAI's paths."""
     app.add_exception_handler(AdapterError, _adapter_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -37,7 +37,7 @@ async def _adapter_error(request: Request, error: Exception) -> JSONResponse:
 
 
 def _detail(error: AdapterError) -> str | list[dict[str, Any]]:
-    """What the engine refuses is reported like what is refused here: field by field."""
+    """An engine's refusal by field, like the adapter's own; other errors as text."""
     if not isinstance(error, InvalidRequest):
         return str(error)
     name, colon, reason = str(error).partition(": ")
@@ -50,7 +50,7 @@ def _detail(error: AdapterError) -> str | list[dict[str, Any]]:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """What the framework refuses: no such path, or no such method."""
+    """Unknown paths and methods, which the framework refuses."""
     assert isinstance(error, HTTPException)
     if not openai.is_openai(request.url.path):
         return await http_exception_handler(request, error)
@@ -59,18 +59,18 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _own_error(request: Request, _error: Exception) -> JSONResponse:
-    """A defect of ours; the server writes what it is into the log, which is where it belongs."""
-    message = "the adapter met an error of its own"
+    """A bug in the adapter; the server logs it, and the client gets no details."""
+    message = "internal error of the adapter"
     is_openai = openai.is_openai(request.url.path)
     body = openai.body(500, message) if is_openai else {"detail": message}
     return JSONResponse(body, status_code=500)
 
 
 async def _validation_error(request: Request, error: Exception) -> JSONResponse:
-    """FastAPI's answer without the input.
+    """FastAPI's response without the input.
 
-    Echoing a prompt helps nobody, and what is wrong with an input (NaN, half a character) may be
-    the very thing that cannot be written as JSON. A name that nobody knows may be so too.
+    An invalid value or field name (NaN, a lone surrogate) may not be valid JSON, and prompts are
+    not repeated.
     """
     assert isinstance(error, RequestValidationError)
     if openai.is_openai(request.url.path):

@@ -1,4 +1,4 @@
-"""For load balancers and orchestrators."""
+"""Readiness and liveness, for load balancers and orchestrators."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ router = APIRouter(prefix="/v1", tags=["health"])
 
 @router.get("/health", response_model_exclude_none=True, responses={503: {"model": Health}})
 async def health(pool: PoolDep, response: Response) -> Health:
-    """Ready to answer: send requests here."""
+    """Readiness: 200 while an engine answers, 503 with the reason otherwise."""
     state = pool.state
     if state.ok:
         return Health(status="ok")
@@ -22,5 +22,5 @@ async def health(pool: PoolDep, response: Response) -> Health:
 
 @router.get("/livez")
 async def livez() -> dict[str, Literal["ok"]]:
-    """Alive: restarting this process would help nobody, whatever the engine does."""
+    """Liveness: 200 while this process responds, whatever the engine's state."""
     return {"status": "ok"}

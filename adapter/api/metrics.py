@@ -1,4 +1,4 @@
-"""For Prometheus."""
+"""Metrics for Prometheus."""
 
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -16,5 +16,5 @@ async def metrics(jobs: JobsDep) -> Response:
     try:
         active = {state.value: count for state, count in (await jobs.count_active()).items()}
     except StoreUnavailable:
-        active = None  # the rest is worth knowing all the more
+        active = None  # still show all other figures
     return Response(await exposition(active), media_type=CONTENT_TYPE_LATEST)

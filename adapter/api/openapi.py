@@ -1,4 +1,4 @@
-"""The published description of the API: what the framework cannot know of it."""
+"""Additions to the OpenAPI document: limits from the settings, and events of streams."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,9 +11,9 @@ from adapter.api.canvas_events import Done, Failed, Step
 from adapter.api.openai.responses import ChatChunk
 from adapter.settings import Settings
 
-#: Components of the description that are bodies of requests.
+#: Names of the models that are bodies of requests.
 BODIES = ("GenerateRequest", "BatchRequest", "CompletionCall", "ChatCall")
-#: What events of streams hold; of the other bodies the framework knows.
+#: Models in events of streams, which FastAPI does not find by itself.
 STREAMED: tuple[type[BaseModel], ...] = (Step, Done, Failed, ChatChunk)
 COMPONENT = "#/components/schemas/{model}"
 
@@ -21,12 +21,12 @@ Schema = dict[str, Any]
 
 
 def stream_of(*models: str, events: tuple[str, ...] = (), other: tuple[str, ...] = ()) -> Schema:
-    """A content of server-sent events, each with the JSON of one of these components.
+    """Describe a stream of server-sent events whose data is JSON of one of the models.
 
     Args:
-        models: names of the components.
-        events: what the events are called.
-        other: data that is no JSON.
+        models: names of the models.
+        events: names of the events.
+        other: data besides JSON.
     """
     bodies = {"oneOf": [{"$ref": COMPONENT.format(model=model)} for model in models]}
     data: Schema = {
@@ -42,9 +42,8 @@ def stream_of(*models: str, events: tuple[str, ...] = (), other: tuple[str, ...]
     return {"text/event-stream": {"itemSchema": item}}
 
 
-def complete_description(app: FastAPI, settings: Settings) -> None:
-    """Have `/openapi.json` and `/docs` name what `check_limits` will hold requests to, and what
-    streams bring."""
+def extend_openapi(app: FastAPI, settings: Settings) -> None:
+    """Add the limits that `check_limits` enforces, and the events of streams."""
     describe = app.openapi
 
     def described() -> Schema:
@@ -70,7 +69,7 @@ def _streamed() -> Mapping[str, Schema]:
 
 
 def _limits(settings: Settings) -> Mapping[str, Schema]:
-    """What each field is limited by, in the words of JSON Schema, by its type."""
+    """JSON Schema of each field's limit, by the field's type."""
     text = {"string": {"maxLength": settings.max_prompt_chars}}
     canvas = {"integer": {"maximum": settings.max_gen_length}}
     return {

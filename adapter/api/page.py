@@ -1,4 +1,4 @@
-"""The page on which one watches a text being denoised."""
+"""Web page that shows a text being denoised."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from fastapi.staticfiles import StaticFiles
 
 STATIC = Path(__file__).parents[1] / "static"
 
-#: The page runs its own script, talks to its own server, and does nothing else.
+#: The page may run its own script and call its own server, nothing else.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -19,11 +19,11 @@ router = APIRouter(include_in_schema=False)
 
 @router.get("/")
 async def page() -> FileResponse:
-    """The page; it uses /v1/generate/stream like any other client."""
+    """Serve the page, which is a client of /v1/generate/stream."""
     headers = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"}
     return FileResponse(STATIC / "index.html", headers=headers)
 
 
 def mount_files(app: FastAPI) -> None:
-    """Serve what the page is made of."""
+    """Serve the page's script and styles."""
     app.mount("/static", StaticFiles(directory=STATIC), name="static")

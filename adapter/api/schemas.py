@@ -1,4 +1,4 @@
-"""Bodies of the REST API. What the settings limit is checked by `check_limits`."""
+"""Bodies of requests and responses. `check_limits` checks the limits that settings put on them."""
 
 import json
 from typing import Annotated, Any, Literal, Self
@@ -54,7 +54,7 @@ class Message(Body):
 
 
 class Denoising(Body):
-    """How to denoise: inputs of the Triton model, by its names."""
+    """How to denoise: inputs of the Triton model, under their names there."""
 
     # From the engine's table of sampling fields. make fields: begin
     steps: int | None = Field(
@@ -213,17 +213,17 @@ class Sampling(Denoising):
 
     @property
     def canvas_length(self) -> int:
-        """How many tokens are decided on."""
+        """Length of the canvas in tokens."""
         return self.gen_length
 
     def sampling_inputs(self) -> dict[str, InputValue]:
-        """What was given, by the names of the Triton model."""
+        """The given values as inputs of the Triton model."""
         given = self.model_dump(include=set(Sampling.model_fields), exclude_none=True)
         return {name: value for name, value in given.items() if value != []}
 
 
-class Queueing(Body):
-    """How long a request may take, and what it may overtake."""
+class SchedulingParams(Body):
+    """Deadline and priority of a request."""
 
     timeout: float | None = Field(
         None, gt=0, description="seconds until it must be done; at most DLLM_MAX_TIMEOUT"
@@ -232,7 +232,7 @@ class Queueing(Body):
 
 
 def _one_of_three() -> dict[str, Any]:
-    """In the words of JSON Schema: one form of the prompt, and `raw` with a string only."""
+    """JSON Schema for: exactly one form of the prompt, and `raw` only with a string."""
     forms = {"prompt": "string", "messages": "array", "input_ids": "array"}
     nothing = {name: {"type": "null"} for name in forms}
     cooked = {"raw": {"const": False}}
@@ -249,7 +249,7 @@ def _one_of_three() -> dict[str, Any]:
     }
 
 
-class GenerateRequest(Sampling, Queueing):
+class GenerateRequest(Sampling, SchedulingParams):
     """One prompt, in exactly one of three forms."""
 
     model_config = ConfigDict(json_schema_extra=_one_of_three())
@@ -280,13 +280,13 @@ class GenerateRequest(Sampling, Queueing):
 
     @property
     def canvas_length(self) -> int:
-        """That of the canvas where there is one, unless the request says otherwise."""
+        """`gen_length` if the request has it, else the length of `canvas_ids` if given."""
         if self.canvas_ids is None or "gen_length" in self.model_fields_set:
             return self.gen_length
         return len(self.canvas_ids)
 
     def inputs(self) -> Inputs:
-        """The request for the Triton model."""
+        """Inputs of the Triton model for this request."""
         sampling = self.sampling_inputs() | self._gap_inputs()
         if self.prompt is not None:
             return sampling | prompt_input(self.prompt, raw=self.raw)
@@ -308,34 +308,34 @@ class GenerateRequest(Sampling, Queueing):
         return getattr(self, name) is not None
 
 
-class BatchRequest(Sampling, Queueing):
-    """Several prompts, asked in the same way."""
+class BatchRequest(Sampling, SchedulingParams):
+    """Several prompts with the same parameters."""
 
     prompts: list[Prompt] = Field(min_length=1, description="at most DLLM_MAX_BATCH_SIZE")
     raw: bool = Field(False, description="pass the prompts as they are")
 
     def inputs(self) -> list[Inputs]:
-        """The requests for the Triton model."""
+        """Inputs of the Triton model, for each prompt."""
         sampling = self.sampling_inputs()
         return [sampling | prompt_input(prompt, raw=self.raw) for prompt in self.prompts]
 
 
 def prompt_input(prompt: str, *, raw: bool) -> dict[str, InputValue]:
-    """A prompt as one user message, which the engine renders; or as it is."""
+    """The prompt as one user message for the chat template, or unchanged if `raw`."""
     if raw:
         return {"text_input": prompt}
     return {"messages": json.dumps([{"role": "user", "content": prompt}])}
 
 
 class Submitted(BaseModel):
-    """The ids under which results can be had."""
+    """Ids with which to ask for the results."""
 
     request_ids: list[int]
     status: Literal["submitted"] = "submitted"
 
 
 class Result(BaseModel):
-    """A job as its owner sees it; `error` is there only when it failed."""
+    """A job as its owner sees it; a failed one has `error`."""
 
     request_id: int
     status: Literal["running", "finished", "failed", "cancelled"]
@@ -344,7 +344,7 @@ class Result(BaseModel):
 
     @classmethod
     def of(cls, job: Job) -> Self:
-        """Show the job; whether it waits or runs is nobody's business."""
+        """The job's state; a queued job counts as running."""
         status = job.state if job.state.done else JobState.RUNNING
         fields: dict[str, Any] = {"request_id": job.id, "status": status.value, "text": job.text}
         if job.state is JobState.FAILED:
@@ -353,7 +353,26 @@ class Result(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether requests can be answered, and if not, why."""
+    """Whether the service can answer requests; if not, the reason."""
 
     status: Literal["ok", "unavailable"]
     reason: str | None = None
+
+
+class FieldProblem(BaseModel):
+    """One invalid field, in FastAPI's format."""
+
+    type: str
+    loc: list[str | int]
+    msg: str
+
+
+class Problem(BaseModel):
+    """Body of an error; a list where fields of the request are invalid."""
+
+    detail: str | list[FieldProblem]
+
+
+def error_responses(model: type[BaseModel] = Problem) -> dict[int | str, dict[str, Any]]:
+    """Describe the body of every error status in the OpenAPI document."""
+    return {codes: {"model": model} for codes in ("4XX", "5XX")}

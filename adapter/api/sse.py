@@ -1,4 +1,4 @@
-"""Calls that hold their connection: who left is noticed, and what they asked for is let go."""
+"""Server-sent events, and cancelling work when the client disconnects."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
@@ -11,21 +11,21 @@ from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
-from adapter.errors import CallerGone
+from adapter.errors import ClientDisconnected
 
 T = TypeVar("T")
 
-#: Some clients take these for ends of lines, which a string in JSON may hold as they are.
+#: JSON strings may contain these, but some clients take them for line ends.
 LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
-#: How long a streaming call may wait for its first event before it is answered with a stream all
-#: the same. What goes wrong earlier is told by the status, later by an event.
-SETTLING_SECONDS = 5.0
-#: Proxies that buffer, or a cache, would make a stream of a whole.
+#: How long a streaming call waits for its first event before the response starts anyway. An error
+#: before that sets the HTTP status; a later one is an event of the stream.
+FIRST_EVENT_TIMEOUT = 5.0
+#: Keep proxies and caches from buffering the stream.
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; however the call ends, `release` is awaited then."""
+    """Response of server-sent events; awaits `release` when the call ends, for any reason."""
 
     media_type = "text/event-stream"
 
@@ -37,7 +37,7 @@ class EventStream(StreamingResponse):
         self._release = release
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events until they end or the caller leaves."""
+        """Send the events until they end or the client disconnects."""
         try:
             async with aclosing(self._events):
                 await super().__call__(scope, receive, send)
@@ -46,30 +46,30 @@ class EventStream(StreamingResponse):
 
 
 def sse(data: BaseModel | str, event: str | None = None) -> bytes:
-    """One server-sent event; a model goes out as JSON, a string must be such or a word."""
+    """Format one event: a model becomes JSON, a string is sent unchanged."""
     text = data if isinstance(data, str) else data.model_dump_json()
     return format_sse_event(data_str=text.translate(LINE_ENDS), event=event)
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The outcome of `work`, which is cancelled when the caller hangs up: `CallerGone`.
+async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Await `work`, but cancel it and raise `ClientDisconnected` if the client disconnects.
 
-    Whoever only awaits never learns of that, and the engine would work for nobody.
+    Awaiting alone would not notice a disconnect, and the engine would go on for nothing.
     """
     working = asyncio.ensure_future(work)
-    leaving = asyncio.create_task(_hung_up(request))
+    disconnect = asyncio.create_task(_disconnected(request))
     try:
-        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([working, disconnect], return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        msg = "the caller has gone"
-        raise CallerGone(msg)
+        msg = "the client disconnected"
+        raise ClientDisconnected(msg)
     finally:
-        for task in (working, leaving):
+        for task in (working, disconnect):
             task.cancel()
-        await asyncio.wait([working, leaving])
+        await asyncio.wait([working, disconnect])
 
 
-async def _hung_up(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

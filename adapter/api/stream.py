@@ -1,4 +1,4 @@
-"""Watching a text being denoised."""
+"""Route that streams the canvas while a text is denoised."""
 
 import secrets
 from typing import Any
@@ -7,11 +7,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
 from adapter.api.canvas_events import CanvasView, denoising_events
-from adapter.api.deps import CallerDep, SettingsDep, StreamingDep
+from adapter.api.deps import ContextDep, SettingsDep, StreamingDep
 from adapter.api.openapi import stream_of
-from adapter.api.problems import problems
-from adapter.api.schemas import GenerateRequest
-from adapter.api.sse import SETTLING_SECONDS, EventStream, unless_gone
+from adapter.api.schemas import GenerateRequest, error_responses
+from adapter.api.sse import FIRST_EVENT_TIMEOUT, EventStream, cancel_on_disconnect
 from adapter.api.validation import check_limits
 from adapter.types import StreamDetail
 
@@ -19,7 +18,7 @@ router = APIRouter(prefix="/v1", tags=["stream"])
 
 _EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "Events `step`, then one `done` or one `error`; docs/streaming.md has them.",
+        "description": "Events `step`, then one `done` or one `error`; see docs/streaming.md.",
         "content": stream_of("Step", "Done", "Failed", events=("step", "done", "error")),
     }
 }
@@ -28,29 +27,29 @@ _EVENTS: dict[int | str, dict[str, Any]] = {
 @router.post(
     "/generate/stream",
     response_class=StreamingResponse,
-    responses=_EVENTS | problems(),
+    responses=_EVENTS | error_responses(),
 )
 async def generate_stream(
     body: GenerateRequest,
     request: Request,
-    caller: CallerDep,
+    context: ContextDep,
     live: StreamingDep,
     settings: SettingsDep,
 ) -> EventStream:
-    """Denoise one prompt, step by step, as server-sent events.
+    """Denoise one prompt and stream each step as a server-sent event.
 
-    Hanging up cancels the request.
+    Closing the connection cancels the request.
     """
     check_limits(body, settings)
     running = live.start(
         body.inputs(),
-        request_id=caller.request_id or secrets.token_hex(8),
+        request_id=context.request_id or secrets.token_hex(8),
         detail=StreamDetail.CANVAS,
         priority=body.priority,
         timeout=body.timeout,
     )
     try:
-        await unless_gone(request, running.wait_accepted(SETTLING_SECONDS))
+        await cancel_on_disconnect(request, running.wait_accepted(FIRST_EVENT_TIMEOUT))
     except BaseException:
         await running.close()
         raise

@@ -1,4 +1,4 @@
-"""The limits that the settings put on a request, reported as FastAPI reports its own."""
+"""Checks requests against the settings' limits; errors have FastAPI's format."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,13 +12,13 @@ Problem = dict[str, Any]
 
 
 def check_limits(body: GenerateRequest | BatchRequest, settings: Settings) -> None:
-    """Raise `RequestValidationError` naming every field that exceeds its limit, and the limit."""
+    """Raise `RequestValidationError` with every field that exceeds its limit, and the limit."""
     if problems := list(_problems(body, settings)):
         raise RequestValidationError(problems)
 
 
 def check_batch_size(field: str, items: Sequence[Any], settings: Settings) -> None:
-    """The same for the number of prompts in one call, under the name that the call has for them."""
+    """Raise `RequestValidationError` if a call has too many prompts, which it names `field`."""
     if problems := list(_too_long(field, items, settings.max_batch_size, "List", "items")):
         raise RequestValidationError(problems)
 
@@ -48,7 +48,7 @@ def _prompt_problems(body: GenerateRequest, limit: int) -> Iterator[Problem]:
     if body.input_ids is not None:
         yield from _too_long("input_ids", body.input_ids, limit, "List", "items")
     if body.messages is not None:
-        # An empty message costs tokens too, so that every message counts for one character more.
+        # An empty message costs tokens too, so each message counts one extra character.
         content = "".join(message.content + "\n" for message in body.messages)
         yield from _too_long("messages", content, limit, "All messages together", "characters")
 

@@ -1,7 +1,7 @@
-"""API keys: who may call, and under which name. `python -m adapter.auth.keys new NAME` makes one.
+"""API keys and their names. `python -m adapter.auth.keys new NAME` makes one.
 
-Only SHA-256 hashes are kept. A key holds 256 random bits, so that nothing is gained by a slow hash
-or a salt. Several keys may have one name, which is how a key is replaced without a gap.
+Only SHA-256 hashes are stored. A key has 256 random bits, so a slow hash or a salt would add
+nothing. Several keys may share a name, so you can replace a key without downtime.
 """
 
 import argparse
@@ -25,10 +25,10 @@ Signature = tuple[int, int, int]
 
 
 class Keyring:
-    """The keys of the settings, and those of a file that is read again whenever it changes.
+    """The keys from the settings, and from a file that is read again whenever it changes.
 
-    Raises `SettingsError` for a key or a file that makes no sense, without repeating it: somebody
-    may have written the key itself where its hash belongs.
+    Raises `SettingsError` for an invalid entry, without repeating it: it may hold a key in the
+    place of its hash.
     """
 
     def __init__(self, keys: str = "", file: Path | None = None) -> None:
@@ -45,22 +45,22 @@ class Keyring:
 
     @property
     def required(self) -> bool:
-        """Callers need a key. A file that holds none admits nobody."""
+        """Whether calls need a key. An empty file of keys admits no call."""
         return bool(self._fixed) or self._file is not None
 
     def name_of(self, key: str) -> str | None:
-        """The name of the key, or None if it is not one of ours."""
+        """The name of the key, or None if it is unknown."""
         self._read_again()
         digest = hashlib.sha256(key.encode(errors="surrogateescape")).digest()
         found = None
         for name, known in (*self._fixed, *self._from_file):
-            # No early end: the time says nothing about which key came close.
+            # No early exit: the time must not depend on which key matches.
             if hmac.compare_digest(digest, known):
                 found = name
         return found
 
     def _read_again(self) -> None:
-        """Notice that the file has changed; one that makes no sense leaves the keys as they are."""
+        """Read the file again if it has changed; keep the present keys if it is invalid."""
         if self._file is None:
             return
         try:
@@ -93,32 +93,32 @@ def _entries(source: str, lines: Sequence[str]) -> Iterator[tuple[str, bytes]]:
         name, _, digest = entry.partition(":")
         if not NAME.fullmatch(name) or not HASH.fullmatch(digest):
             msg = (
-                f"{source}: entry {number} should be name:hash, the name of up to 64 letters, "
-                "digits and ._-, the hash SHA-256 in lower-case hexadecimal"
+                f"{source}: entry {number} must be name:hash, a name of up to 64 letters, digits "
+                "and ._-, and the key's SHA-256 in lower-case hexadecimal"
             )
             raise SettingsError(msg)
         yield name, bytes.fromhex(digest)
 
 
 def new_key() -> str:
-    """A key that nobody guesses."""
+    """Make a random key."""
     return f"dllm-{secrets.token_urlsafe(32)}"
 
 
 def entry_of(name: str, key: str) -> str:
-    """The line that admits the key. Raises ValueError for a name that is none."""
+    """The entry that admits the key. Raises ValueError for an invalid name."""
     if not NAME.fullmatch(name):
-        msg = "a name is up to 64 letters, digits and ._-"
+        msg = "a name has up to 64 letters, digits and ._-"
         raise ValueError(msg)
     return f"{name}:{hashlib.sha256(key.encode()).hexdigest()}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make a key: the key goes to stdout, its entry to the file, or to stderr."""
+    """Make a key: print it to stdout, and its entry to the file or stderr."""
     parser = argparse.ArgumentParser(prog="python -m adapter.auth.keys")
     commands = parser.add_subparsers(required=True)
     new = commands.add_parser("new", help="make a key and print it; it is shown once")
-    new.add_argument("name", help="whom it is for; jobs belong to the name")
+    new.add_argument("name", help="name of the client; jobs belong to this name")
     new.add_argument("--file", type=Path, help="append the entry to this file")
     options = parser.parse_args(arguments)
     key = new_key()

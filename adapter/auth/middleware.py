@@ -1,7 +1,7 @@
-"""Before any route: is the caller known, not too fast, and the body not too large?
+"""Checks the key, the rate and the size of the body before any route.
 
-A middleware rather than a dependency, so that nothing of a body is read for a caller without a key,
-and no route can be forgotten.
+It is a middleware and not a dependency, so that it covers every route and reads no body of a client
+without a key.
 """
 
 from fastapi import Request
@@ -13,13 +13,13 @@ from adapter.auth.rate_limit import RateLimiter
 from adapter.errors import AdapterError, BodyTooLarge, Unauthorized
 
 API = "/v1/"
-#: For load balancers and orchestrators, which have no key.
+#: Open to load balancers and orchestrators, which have no key.
 OPEN = frozenset({"/v1/health", "/v1/livez"})
 METRICS = "/metrics"
 
 
-class Gate:
-    """Answers 401, 413 and 429 in the shape that the route's other errors have."""
+class AuthMiddleware:
+    """Answers 401, 413 and 429, in the format of the route's other errors."""
 
     def __init__(
         self, app: ASGIApp, *, keyring: Keyring, max_body_bytes: int, guard_metrics: bool
@@ -30,7 +30,7 @@ class Gate:
         self._guard_metrics = guard_metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the call through, or answer it."""
+        """Pass the call on, or answer it with an error."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -56,17 +56,17 @@ class Gate:
         if self._keyring.required:
             name = self._keyring.name_of(_key(request))
             if name is None:
-                msg = "a key is needed: X-API-Key: KEY, or Authorization: Bearer KEY"
+                msg = "an API key is required: send X-API-Key: KEY, or Authorization: Bearer KEY"
                 raise Unauthorized(msg)
         request.state.api_key = name
-        # Polls and cancellations cost the engine nothing.
+        # Polling and cancelling cost the engine nothing, so they are not counted.
         if guarded and request.method == "POST":
             limiter: RateLimiter | None = request.app.state.rate_limiter
             if limiter is not None:
                 await limiter.hit(f"key:{name}" if name else f"address:{_address(request)}")
 
     async def _body(self, request: Request) -> bytes | None:
-        """The whole body, which every route reads whole anyway; None where none is sent."""
+        """Read the whole body, which every route needs anyway; None if there is none."""
         length = request.headers.get("content-length", "")
         if not length and "transfer-encoding" not in request.headers:
             return None
@@ -80,12 +80,12 @@ class Gate:
         return bytes(body)
 
     def _too_large(self) -> BodyTooLarge:
-        msg = f"the body may have {self._max_body_bytes} bytes at most (DLLM_MAX_BODY_BYTES)"
+        msg = f"the body is larger than {self._max_body_bytes} bytes (DLLM_MAX_BODY_BYTES)"
         return BodyTooLarge(msg)
 
 
 class _Replay:
-    """`receive` of a request whose body has been read; later messages are passed on."""
+    """An ASGI `receive` that returns the body already read, then passes messages on."""
 
     def __init__(self, body: bytes | None, receive: Receive) -> None:
         self._body = body
@@ -106,12 +106,12 @@ def _key(request: Request) -> str:
 
 
 def _address(request: Request) -> str:
-    """Where the call comes from; behind a proxy, as uvicorn's `--forwarded-allow-ips` has it."""
+    """The client's address; behind a proxy, see uvicorn's `--forwarded-allow-ips`."""
     return request.client.host if request.client else "unknown"
 
 
 def _path_in_app(scope: Scope) -> str:
-    """The path that routes are matched with: without the prefix a proxy has added."""
+    """The path that routes match, without the prefix of a proxy."""
     path: str = scope["path"]
     prefix = scope.get("root_path", "").rstrip("/")
     if prefix and path.startswith(f"{prefix}/"):

@@ -185,7 +185,7 @@ class StreamingRequests:
         request = self._running.pop(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("streaming_request_failed", exc_info=error)
-            request.fail(StreamInterrupted("the adapter met an error of its own"))
+            request.fail(StreamInterrupted("internal error of the adapter"))
 
     def _engines_changed(self) -> None:
         for request in list(self._running.values()):

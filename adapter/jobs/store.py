@@ -163,29 +163,26 @@ class JobStore:
         """Store the result. False if the job is not this owner's."""
         usage = result.usage
         values = {
-            "job": job_id,
-            "by": owner,
-            "now": self._clock(),
-            "new_text": result.text,
-            "reason": result.finish_reason,
-            "new_seed": result.seed,
-            "prompt_count": usage and usage.prompt_tokens,
-            "completion_count": usage and usage.completion_tokens,
-            "step_count": usage and usage.steps,
-            "pass_count": usage and usage.forward_passes,
+            **_ended(JobState.FINISHED, self._clock()),
+            "text": result.text,
+            "finish_reason": result.finish_reason,
+            "seed": result.seed,
+            "prompt_tokens": usage and usage.prompt_tokens,
+            "completion_tokens": usage and usage.completion_tokens,
+            "steps": usage and usage.steps,
+            "forward_passes": usage and usage.forward_passes,
         }
-        return await self._end(JobState.FINISHED, _FINISH, values)
+        return await self._end(JobState.FINISHED, _OWN_JOB, {"job": job_id, "by": owner, **values})
 
     async def fail(self, owner: str, job_id: int, error: str) -> bool:
         """Fail the job with the reason. False if it is not this owner's."""
-        failure = update(jobs).where(jobs.c.id == job_id, _owned_by(owner))
-        ended = _ended(JobState.FAILED, self._clock())
-        return await self._end(JobState.FAILED, failure.values(ended | {"error": error}))
+        values = {**_ended(JobState.FAILED, self._clock()), "error": error}
+        return await self._end(JobState.FAILED, _OWN_JOB, {"job": job_id, "by": owner, **values})
 
     async def release(self, owner: str, job_id: int) -> bool:
         """Requeue the job without counting an attempt. False if it is not this owner's."""
-        release = update(jobs).where(jobs.c.id == job_id, _owned_by(owner))
-        return await self._database.change(release.values(_QUEUED_AGAIN)) == 1
+        values = {"job": job_id, "by": owner, **_QUEUED_AGAIN}
+        return await self._database.change(_OWN_JOB, values) == 1
 
     async def retry(self, owner: str, job_id: int, reason: str) -> bool:
         """Requeue the job, or fail it after its last attempt. False if it is not this owner's."""
@@ -393,18 +390,8 @@ _RESERVE_IDS = (
     .returning(counters.c.next_id)
 )
 _INSERT = insert(jobs)
-_FINISH = (
-    update(jobs)
-    .where(jobs.c.id == bindparam("job"), RUNNING, jobs.c.owner == bindparam("by"))
-    .values(
-        **_ended(JobState.FINISHED, bindparam("now")),
-        text=bindparam("new_text"),
-        finish_reason=bindparam("reason"),
-        seed=bindparam("new_seed"),
-        prompt_tokens=bindparam("prompt_count"),
-        completion_tokens=bindparam("completion_count"),
-        steps=bindparam("step_count"),
-        forward_passes=bindparam("pass_count"),
-    )
+# It sets the columns that it gets values for.
+_OWN_JOB = update(jobs).where(
+    jobs.c.id == bindparam("job"), RUNNING, jobs.c.owner == bindparam("by")
 )
 _QUEUED_AGAIN: dict[str, Any] = {"state": JobState.QUEUED, "owner": None, "lease_expires": None}

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections import defaultdict
-from types import TracebackType
 from typing import Self
 
 from adapter.jobs.job import Job
@@ -62,13 +61,8 @@ class JobWatcher:
         await self._loop.__aenter__()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self._loop.__aexit__(kind, error, trace)
+    async def __aexit__(self, *_: object) -> None:
+        await self._loop.__aexit__()
 
     async def _poll(self) -> float | None:
         elsewhere = [job_id for job_id in self._waiting if not self._runner.owns(job_id)]

@@ -1,4 +1,4 @@
-// Shows POST /v1/generate/stream. Text of the model is only ever set as text, never as markup.
+// Shows POST /v1/generate/stream. The model's text is always inserted as text, never as markup.
 
 const form = document.getElementById("form");
 const start = document.getElementById("start");
@@ -10,7 +10,7 @@ const final = document.getElementById("final");
 const MASK = "░";
 const SPECIAL = "·";
 
-let running = null; // the AbortController of the call that is shown
+let running = null; // AbortController of the running call
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
@@ -18,7 +18,7 @@ form.addEventListener("submit", (event) => {
 });
 stop.addEventListener("click", () => running?.abort());
 
-/** What was filled in; numbers as numbers, and the rest left to the server. */
+/** The filled-in fields, numbers as numbers; the server has defaults for the rest. */
 function fieldsOf(source) {
   const fields = {};
   for (const [name, value] of new FormData(source)) {

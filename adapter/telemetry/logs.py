@@ -1,6 +1,6 @@
-"""The log: events with fields, as lines for people or as JSON for machines.
+"""Structured log: events with fields, as text or as JSON lines.
 
-Neither fields nor tracebacks hold what users write or what admits them: no prompt, no text, no key.
+Fields and tracebacks never hold prompts, generated text or keys.
 """
 
 import logging
@@ -14,7 +14,7 @@ NAME = "adapter"
 
 
 def _component(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    event.pop("color_message", None)  # uvicorn's copy of its message, for terminals
+    event.pop("color_message", None)  # uvicorn's message again, with colors
     return event
 
 
@@ -43,9 +43,9 @@ def get_logger() -> FilteringBoundLogger:
 
 
 def configure_logging(level: str, kind: str) -> None:
-    """Write our log to stderr, and with `json` uvicorn's too.
+    """Write the adapter's log to stderr, and with `json` uvicorn's too.
 
-    Whoever starts us may have arranged for the log otherwise; then lines stay with them.
+    If the logger has handlers already, they are kept.
     """
     ours = logging.getLogger(NAME)
     ours.setLevel(level)
@@ -53,7 +53,7 @@ def configure_logging(level: str, kind: str) -> None:
     handler.setFormatter(_formatter(kind))
     if not ours.hasHandlers():
         ours.addHandler(handler)
-        # Every call is an event of ours, with more fields.
+        # The adapter logs every call itself, with more fields.
         logging.getLogger("uvicorn.access").disabled = True
     if kind == "json":
         for name in ("uvicorn", "uvicorn.error"):
@@ -66,7 +66,7 @@ def _formatter(kind: str) -> logging.Formatter:
     if kind == "json":
         processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     else:
-        # Its own choice shows what variables held, such as prompts, and takes seconds.
+        # The default shows values of variables, such as prompts, and takes seconds.
         plain = structlog.dev.plain_traceback
         console = structlog.dev.ConsoleRenderer(
             colors=False, pad_event_to=0, exception_formatter=plain

@@ -1,12 +1,15 @@
-"""What is counted and timed, for Prometheus. Engine figures are on Triton's own port."""
+"""Counters and timings for Prometheus. The engine's are on Triton's own metrics port.
+
+Several workers count together if PROMETHEUS_MULTIPROC_DIR names a directory that is empty when they
+start; without it each worker shows its own figures.
+"""
 
 import asyncio
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
 
-from adapter.telemetry.multiprocess import VARIABLE, forget_the_dead  # before prometheus_client
-
-# isort: split
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
@@ -21,13 +24,13 @@ LONG = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 
 HTTP_REQUESTS = Counter(
     "dllm_adapter_http_requests",
-    "Calls answered",
+    "HTTP requests answered",
     ["method", "route", "status"],
     registry=REGISTRY,
 )
 HTTP_SECONDS = Histogram(
     "dllm_adapter_http_request_seconds",
-    "Time until a call was answered; a held poll is held",
+    "Duration of HTTP requests, including the wait of held polls",
     ["method", "route"],
     buckets=(*SHORT, 30, 60, 300),
     registry=REGISTRY,
@@ -47,13 +50,13 @@ JOBS_DONE = Counter(
 )
 JOB_QUEUE_SECONDS = Histogram(
     "dllm_adapter_job_queue_seconds",
-    "Time from a job's submission until a worker took it up",
+    "Time from a job's submission until a worker claimed it",
     buckets=LONG,
     registry=REGISTRY,
 )
 JOB_RUN_SECONDS = Histogram(
     "dllm_adapter_job_run_seconds",
-    "Time from then until it was finished, in the engine's queue and in its steps",
+    "Time from claiming a job until it finished, including the engine's queue",
     buckets=LONG,
     registry=REGISTRY,
 )
@@ -82,18 +85,18 @@ ENGINE_RELOADS = Counter(
 )
 STORE_SECONDS = Histogram(
     "dllm_adapter_store_seconds",
-    "Time of transactions, with the wait for the database",
+    "Duration of database transactions, including lock waits",
     ["kind"],
     buckets=SHORT,
     registry=REGISTRY,
 )
-#: To find a label's figure takes longer than to change it.
+#: Looking a label up takes longer than observing a value.
 _STORE_SECONDS = {kind: STORE_SECONDS.labels(kind) for kind in ("read", "write")}
 _PROMPT_TOKENS, _COMPLETION_TOKENS = TOKENS.labels("prompt"), TOKENS.labels("completion")
 
 
 def count_usage(usage: Usage) -> None:
-    """A request has finished."""
+    """Count the usage of a finished request."""
     _PROMPT_TOKENS.inc(usage.prompt_tokens)
     _COMPLETION_TOKENS.inc(usage.completion_tokens)
     STEPS.inc(usage.steps)
@@ -106,10 +109,10 @@ def observe_transaction(kind: str, seconds: float) -> None:
 
 
 async def exposition(jobs: Mapping[str, int] | None) -> bytes:
-    """The page that Prometheus reads: of all workers, with the jobs by state if they are known."""
+    """The metrics of all workers in Prometheus's text format, and `jobs` by state if known."""
     registry = REGISTRY
-    if os.environ.get(VARIABLE):
-        forget_the_dead(mark_process_dead)
+    if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        _remove_gauges_of_dead_workers(Path(folder))
         registry = CollectorRegistry()
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     page = await asyncio.to_thread(generate_latest, registry)
@@ -120,14 +123,31 @@ async def exposition(jobs: Mapping[str, int] | None) -> bytes:
     return page + generate_latest(active)
 
 
+def _remove_gauges_of_dead_workers(folder: Path) -> None:
+    for pid in {int(file.stem.rpartition("_")[2]) for file in folder.glob("gauge_live*.db")}:
+        if not _is_alive(pid):
+            with suppress(FileNotFoundError):  # another worker does the same
+                mark_process_dead(pid)  # type: ignore[no-untyped-call]
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
+
+
 class _Jobs(Collector):
-    """Jobs that are not done, as the database has them: those of all machines."""
+    """Unfinished jobs in the database, of all machines."""
 
     def __init__(self, jobs: Mapping[str, int]) -> None:
         self._jobs = jobs
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        family = GaugeMetricFamily("dllm_adapter_jobs", "Jobs that are not done", labels=["state"])
+        family = GaugeMetricFamily(
+            "dllm_adapter_jobs", "Unfinished jobs in the database by state", labels=["state"]
+        )
         for state, count in self._jobs.items():
             family.add_metric([state], count)
         yield family

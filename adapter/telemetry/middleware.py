@@ -1,4 +1,4 @@
-"""Around every call: its id, its line in the log, its time, its span."""
+"""Request id, log line, metrics and span of every call."""
 
 import re
 import time
@@ -16,20 +16,20 @@ from adapter.telemetry.tracing import TRACEPARENT, call_span, set_failed
 log = get_logger()
 
 HEADER = "X-Request-ID"
-#: What we take over from a caller; it goes into the log, the database and Triton's messages.
+#: Ids accepted from clients; they go into the log, the database and Triton's messages.
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-#: Asked for every few seconds by machines that keep their own record.
+#: Polled every few seconds by machines; logged at debug.
 ROUTINE = frozenset({"/v1/health", "/v1/livez", "/metrics"})
 
 
-class Observe:
-    """Gives every call an id, and tells log, metrics and traces what became of it."""
+class TelemetryMiddleware:
+    """Gives every call an id, and records it in log, metrics and traces."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the call through and watch it."""
+        """Pass the call on and record its outcome."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -57,9 +57,9 @@ class Observe:
             raise
         finally:
             seconds = time.perf_counter() - began
-            # A template, since ids would make a series of each job; unknown paths are all one.
+            # The route's template: ids in paths would make a series for each job.
             route = getattr(scope.get("route"), "path", "none")
-            # 499 is nginx's word for a caller who left before the answer began.
+            # 499, as in nginx: the client disconnected before the response began.
             HTTP_REQUESTS.labels(request.method, route, str(status or 499)).inc()
             HTTP_SECONDS.labels(request.method, route).observe(seconds)
             span.set_attributes(

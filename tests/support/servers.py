@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -181,10 +182,12 @@ class AdapterServer:
         command = [sys.executable, "-m", "uvicorn", "adapter.app:app", "--host", "127.0.0.1"]
         command += ["--port", str(self.port), "--workers", str(self._workers)]
         command += ["--timeout-graceful-shutdown", "2"]
+        # As the launcher does: a new folder for the metrics of each start's workers.
+        metrics = tempfile.mkdtemp(prefix="metrics-", dir=self._log_file.parent)
         self._process = GuardedProcess(
             command,
             name="adapter",
-            env={**os.environ, **self._env},
+            env={**os.environ, **self._env, "PROMETHEUS_MULTIPROC_DIR": metrics},
             grace=self._drain + 10.0,
             log_file=self._log_file,
         )

@@ -18,7 +18,8 @@ from launcher.adapter import KEEP_ALIVE_SECONDS
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
-ADAPTER = {f"DLLM_{name.upper()}" for name in Settings.model_fields} | {"WEB_CONCURRENCY"}
+ADAPTER = {f"DLLM_{name.upper()}" for name in Settings.model_fields}
+ADAPTER |= {"WEB_CONCURRENCY", "PROMETHEUS_MULTIPROC_DIR"}
 ENGINE = {*EngineConfig.settings(), "MODEL_PATH", "TRITON_CACHE_DIR", "HOME"}
 READ = {"adapter": ADAPTER, "triton": ENGINE}
 COMPOSE = sorted(DEPLOY.glob("compose*.yaml"))

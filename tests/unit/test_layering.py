@@ -4,34 +4,28 @@ from __future__ import annotations
 
 import ast
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+ADAPTER = ROOT / "adapter"
 ENGINE = ROOT / "model_repository/dllm/1/dllm_engine"
 
-#: Inside the engine, each layer may import the layers after it, never one before it.
-LAYERS = [
-    {"llm"},
-    {"loop"},
-    {"execution"},
-    {"state"},
-    {"memory"},
-    {"models", "sampling"},
-    {"parallel"},
-    {"ops", "tokenizer"},
-    {"config", "request"},
-    {"sampling_params"},
-    {"decoding", "watchdog"},
-    {"errors"},
-]
+#: Inside a package, each layer may import the layers after it, never one before it.
+LAYERS = {
+    ADAPTER: ["app", "api", "auth jobs", "engine", "db", "periodic", "telemetry",
+              "settings shutdown types", "rates", "errors"],
+    ENGINE: ["llm", "loop", "execution", "state", "memory", "models sampling", "parallel",
+             "ops tokenizer", "config request", "sampling_params", "decoding watchdog", "errors"],
+}  # fmt: skip
 
 FORBIDDEN = {
     ENGINE: {"adapter", "launcher", "dllm_client", "fastapi", "tritonclient", "pb_utils",
              "triton_python_backend_utils"},
     ROOT / "model_repository/dllm_unary": {"torch", "dllm_engine", "adapter"},
-    ROOT / "adapter": {"torch", "transformers", "dllm_engine", "dllm_client", "launcher"},
+    ADAPTER: {"torch", "transformers", "dllm_engine", "dllm_client", "launcher"},
     ROOT / "client/dllm_client": {"torch", "dllm_engine", "adapter", "launcher", "fastapi"},
     ROOT / "launcher": {"torch", "dllm_engine", "adapter"},
 }  # fmt: skip
@@ -63,25 +57,30 @@ def test_packages_import_only_what_they_may(root: Path) -> None:
         assert not packages(path) & FORBIDDEN[root], path
 
 
-def test_the_engine_imports_downwards_only() -> None:
-    """Every import inside the engine goes to the same layer or a lower one."""
-    level = {name: i for i, names in enumerate(LAYERS) for name in names}
-    for path in ENGINE.rglob("*.py"):
-        place = path.relative_to(ENGINE).parts[0].removesuffix(".py")
-        if place == "__init__":
-            continue
+@pytest.mark.parametrize("root", LAYERS, ids=lambda root: root.name)
+def test_imports_go_down(root: Path) -> None:
+    """Every part of a package has a layer, and imports only from lower ones."""
+    level = {name: i for i, names in enumerate(LAYERS[root]) for name in names.split()}
+    parts = set()
+    for path in root.rglob("*.py"):
+        part = path.relative_to(root).parts[0].removesuffix(".py")
+        parts.add(part)
         for target in imports(path):
             package, _, inner = target.partition(".")
             layer = inner.split(".")[0]
-            if package == ENGINE.name and layer != place:
-                assert level[place] < level[layer], f"{path} imports {target}"
+            if package == root.name and part not in ("__init__", layer):
+                assert level[part] < level[layer], f"{path} imports {target}"
+    assert parts - {"__init__"} == set(level)
 
 
-def test_every_engine_module_has_its_layer() -> None:
-    """A new module must be given a place in the picture."""
-    modules = {p.name.removesuffix(".py") for p in ENGINE.iterdir() if not p.name.startswith("_")}
-    known = {name for names in LAYERS for name in names}
-    assert modules - {"py.typed"} == known
+def test_no_modules_of_the_adapter_form_a_circle() -> None:
+    """No chain of imports leads back to the module where it begins."""
+    TopologicalSorter(
+        {
+            ".".join(path.relative_to(ROOT).with_suffix("").parts): imports(path)
+            for path in ADAPTER.rglob("*.py")
+        }
+    ).prepare()
 
 
 def test_the_engine_needs_nothing_of_the_servers() -> None:

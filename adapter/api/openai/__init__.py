@@ -1,1 +1,1 @@
-"""The API that OpenAI's clients speak: requests, answers and errors in its shapes."""
+"""OpenAI-compatible API: requests, responses and errors in OpenAI's format."""

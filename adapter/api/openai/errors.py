@@ -1,4 +1,4 @@
-"""Our errors in OpenAI's shape, for the calls that are OpenAI's."""
+"""Errors in OpenAI's format, for OpenAI's paths."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ Body = dict[str, Any]
 PATHS = re.compile(r"/v1/(completions|chat/completions|models)(/|$)")
 
 INVALID = "invalid_request_error"
-#: Type and code of what a status stands for; 5xx are all `server_error`.
+#: Type and code for each status; every 5xx is `server_error`.
 KINDS: Mapping[int, tuple[str, str | None]] = {
     400: (INVALID, None),
     401: (INVALID, "invalid_api_key"),
@@ -26,37 +26,36 @@ KINDS: Mapping[int, tuple[str, str | None]] = {
     429: ("rate_limit_error", "rate_limit_exceeded"),
 }
 
-#: What our own requests call a parameter, and what it is called in these calls; the length has two
-#: names in some, see `length_name`.
+#: OpenAI's names of fields that differ from the adapter's; for the length see `length_name`.
 NAMES: Mapping[str, str] = {
     "gen_length": "max_tokens",
     "text_input": "prompt",
     "input_ids": "prompt",
 }
 _NAMES = re.compile(rf"\b({'|'.join(NAMES)})\b")
-#: Parts of a validation error's path that tell of alternatives, not of fields.
+#: Parts of a validation error's path that name alternatives instead of fields.
 _ALTERNATIVES = frozenset({"text", "texts", "tokens", "token lists"})
 
 
 class ModelNotFound(AdapterError):
-    """There is no model of that name here."""
+    """The server has no model of that name."""
 
     status = 404
 
 
 def is_openai(path: str) -> bool:
-    """Whether whoever calls this path expects errors of this shape."""
+    """Whether errors on this path have OpenAI's format."""
     return PATHS.search(path) is not None
 
 
 def length_name(request: Request) -> str:
-    """What this call has named the length, or would have."""
+    """The name that this call uses for the length."""
     name: str = getattr(request.state, "length_name", NAMES["gen_length"])
     return name
 
 
 def status_and_body(error: AdapterError, length: str) -> tuple[int, Body]:
-    """An error of ours; what the engine refuses names the parameter before a colon."""
+    """Status and body of an error; a refusal by the engine names the parameter before a colon."""
     message = str(error)
     if isinstance(error, InvalidRequest):
         message = _renamed(message, length)
@@ -67,7 +66,7 @@ def status_and_body(error: AdapterError, length: str) -> tuple[int, Body]:
 
 
 def of_validation(error: RequestValidationError, length: str) -> Body:
-    """The first thing that is wrong with a body, by the parameter's name."""
+    """The first validation error, with the parameter's name."""
     problem = error.errors()[0]
     path = _path(problem, length)
     message = f"{path}: {problem['msg']}" if path else str(problem["msg"])
@@ -75,7 +74,7 @@ def of_validation(error: RequestValidationError, length: str) -> Body:
 
 
 def body(status: int, message: str, *, param: str | None = None) -> Body:
-    """The body for this status, `ErrorAnswer` as JSON."""
+    """The `ErrorAnswer` for this status, as JSON."""
     kind, code = KINDS.get(status, ("server_error", None) if status >= 500 else (INVALID, None))
     info = ErrorInfo(message=message, type=kind, param=param, code=code)
     return ErrorAnswer(error=info).model_dump()
@@ -85,7 +84,7 @@ def _path(problem: Mapping[str, Any], length: str) -> str:
     location: Sequence[str | int] = problem["loc"]
     fields = [str(part) for part in location[1:] if part not in _ALTERNATIVES]
     if problem["type"] == "json_invalid":
-        return ""  # the rest is where in the text it is
+        return ""  # the path is an offset in the text
     path = ".".join(fields)
     return path if problem["type"] == "extra_forbidden" else _renamed(path, length)
 

@@ -1,4 +1,4 @@
-"""How results look as completions and as chat completions, whole and chunk by chunk."""
+"""Formats results as completions and chat completions, whole or as chunks."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -13,41 +13,41 @@ from adapter.api.openai.responses import (
     ChatCompletion,
     Completion,
     Delta,
-    Head,
+    ResponseHeader,
     TextChoice,
     TokenUsage,
 )
 from adapter.types import Event
 
 
-class Shape(Protocol):
-    """The chunks of one answer; `index` is the number of the prompt."""
+class ResponseFormatter(Protocol):
+    """Makes the chunks of one streamed response; `index` is the number of the prompt."""
 
     def opening(self, index: int) -> BaseModel | None:
-        """What comes before any text, if anything does."""
+        """The chunk before any text, if there is one."""
         ...
 
     def piece(self, index: int, text: str) -> BaseModel:
-        """Some text more."""
+        """A chunk of text."""
         ...
 
     def ending(self, index: int, result: Event) -> BaseModel:
-        """There is no more text, and why."""
+        """The last chunk of a prompt, with its finish reason."""
         ...
 
     def usage(self, results: Sequence[Event]) -> BaseModel:
-        """What it all cost."""
+        """The chunk with the usage of all prompts."""
         ...
 
 
-class CompletionShape:
-    """Answers of /v1/completions."""
+class CompletionFormatter:
+    """Formats responses of /v1/completions."""
 
     def __init__(self, model: str) -> None:
-        self.head = Head.new("cmpl", model)
+        self.head = ResponseHeader.new("cmpl", model)
 
     def whole(self, results: Sequence[Event]) -> Completion:
-        """All in one."""
+        """The whole response."""
         choices = [
             TextChoice(
                 index=index,
@@ -60,34 +60,34 @@ class CompletionShape:
         return self._completion(choices, TokenUsage.of(results))
 
     def opening(self, index: int) -> None:
-        """Nothing."""
+        """Completions have no opening chunk."""
 
     def piece(self, index: int, text: str) -> Completion:
         """A choice with text."""
         return self._completion([TextChoice(index=index, text=text, finish_reason=None)])
 
     def ending(self, index: int, result: Event) -> Completion:
-        """A choice with a reason."""
+        """A choice with a finish reason."""
         reason = result.finish_reason
         choice = TextChoice(index=index, text="", finish_reason=reason, seed=result.seed)
         return self._completion([choice])
 
     def usage(self, results: Sequence[Event]) -> Completion:
-        """No choices."""
+        """Usage without choices."""
         return self._completion([], TokenUsage.of(results))
 
     def _completion(self, choices: list[TextChoice], usage: TokenUsage | None = None) -> Completion:
         return Completion(**self.head.model_dump(), choices=choices, usage=usage)
 
 
-class ChatShape:
-    """Answers of /v1/chat/completions."""
+class ChatFormatter:
+    """Formats responses of /v1/chat/completions."""
 
     def __init__(self, model: str) -> None:
-        self.head = Head.new("chatcmpl", model)
+        self.head = ResponseHeader.new("chatcmpl", model)
 
     def whole(self, results: Sequence[Event]) -> ChatCompletion:
-        """All in one."""
+        """The whole response."""
         choices = [
             ChatChoice(
                 index=index,
@@ -102,7 +102,7 @@ class ChatShape:
         )
 
     def opening(self, index: int) -> ChatChunk:
-        """Who speaks."""
+        """A delta with the role."""
         return self._chunk(index, Delta(role="assistant", content=""))
 
     def piece(self, index: int, text: str) -> ChatChunk:
@@ -110,11 +110,11 @@ class ChatShape:
         return self._chunk(index, Delta(content=text))
 
     def ending(self, index: int, result: Event) -> ChatChunk:
-        """An empty delta with a reason."""
+        """An empty delta with a finish reason."""
         return self._chunk(index, Delta(), result.finish_reason, result.seed)
 
     def usage(self, results: Sequence[Event]) -> ChatChunk:
-        """No choices."""
+        """Usage without choices."""
         return ChatChunk(**self.head.model_dump(), choices=[], usage=TokenUsage.of(results))
 
     def _chunk(

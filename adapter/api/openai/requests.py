@@ -1,6 +1,6 @@
-"""Bodies of the OpenAI calls, and what they are as requests of our own.
+"""Bodies of OpenAI's calls, and their translation to the adapter's own requests.
 
-A parameter that cannot be honoured is an error that names it, unless its value means "off".
+A parameter that is not supported is an error that names it, unless its value means "off".
 """
 
 from collections.abc import Mapping
@@ -28,16 +28,16 @@ from adapter.api.schemas import (
     Message,
     PlainText,
     Prompt,
-    Queueing,
+    SchedulingParams,
     Token,
 )
 
-#: What OpenAI's completions have always had for a `max_tokens` that is not given.
+#: OpenAI's default for `max_tokens` of a completion.
 COMPLETION_MAX_TOKENS = 16
 
 
-class Off:
-    """Marks a parameter that is not honoured: null, or one of the values that ask for nothing."""
+class Unsupported:
+    """Marks an unsupported parameter: only null and the given values, which mean "off", pass."""
 
     def __init__(self, *values: object) -> None:
         self._values = (None, *values)
@@ -45,13 +45,13 @@ class Off:
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> CoreSchema:
-        """Check the value as it comes."""
+        """Check the value before any conversion."""
         return no_info_after_validator_function(self._check, handler(source))
 
     def __get_pydantic_json_schema__(
         self, _core: CoreSchema, _handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        """Describe the parameter by what it may be."""
+        """Describe the parameter by its permitted values."""
         return {"enum": list(self._values)}
 
     def _check(self, value: object) -> None:
@@ -69,7 +69,7 @@ def _as_parts(value: object) -> object:
 
 
 def _form_of(value: object) -> str | None:
-    """Which form of a prompt this is."""
+    """The form of the prompt, or None if it is none of them."""
     if isinstance(value, str):
         return "text"
     first = value[0] if isinstance(value, list) and value else None
@@ -88,23 +88,23 @@ Prompts = Annotated[
         _form_of,
         custom_error_type="prompt_form",
         custom_error_message="Should be a string, a list of strings, a list of token ids, or a "
-        "list of such lists; none of them empty",
+        "list of such lists; none may be empty",
     ),
 ]
 
 
 class StreamOptions(Body):
-    """What a stream tells besides the text."""
+    """Options of a stream."""
 
-    include_usage: bool | None = Field(None, description="a last chunk with the usage")
-    include_obfuscation: Annotated[Any, Off(False)] = None
+    include_usage: bool | None = Field(None, description="send a last chunk with the usage")
+    include_obfuscation: Annotated[Any, Unsupported(False)] = None
 
 
-class Call(Denoising, Queueing):
-    """What both kinds of completions have in common.
+class Call(Denoising, SchedulingParams):
+    """Fields that both kinds of completions have.
 
     The diffusion parameters, `timeout` and `priority` are those of /v1/generate; OpenAI's clients
-    send them by `extra_body`.
+    send them in `extra_body`.
     """
 
     model_config = ConfigDict(
@@ -119,48 +119,48 @@ class Call(Denoising, Queueing):
     model: Annotated[PlainText, Field(min_length=1, max_length=256)]
     temperature: float | None = Field(None, ge=0, description="at most DLLM_MAX_TEMPERATURE")
     stream: bool | None = None
-    stream_options: StreamOptions | None = Field(None, description="with stream only")
+    stream_options: StreamOptions | None = Field(None, description="only with stream")
     user: Label | None = Field(None, description="has no effect")
-    n: Annotated[Any, Off(1)] = None
-    frequency_penalty: Annotated[Any, Off(0)] = None
-    presence_penalty: Annotated[Any, Off(0)] = None
-    logit_bias: Annotated[Any, Off({})] = None
+    n: Annotated[Any, Unsupported(1)] = None
+    frequency_penalty: Annotated[Any, Unsupported(0)] = None
+    presence_penalty: Annotated[Any, Unsupported(0)] = None
+    logit_bias: Annotated[Any, Unsupported({})] = None
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError(
-                "stream_options_without_stream", "stream_options should be given with stream only"
+                "stream_options_without_stream", "stream_options may be given only with stream"
             )
         return self
 
     @property
     def includes_usage(self) -> bool:
-        """Whether a stream ends with a chunk that tells the usage."""
+        """Whether a stream ends with a chunk that has the usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def _request(self, max_tokens: int, **prompt: Any) -> GenerateRequest:
         given = self.model_dump(
-            include={*Denoising.model_fields, *Queueing.model_fields}, exclude_none=True
+            include={*Denoising.model_fields, *SchedulingParams.model_fields}, exclude_none=True
         )
         temperature = 0.0 if self.temperature is None else self.temperature
         return GenerateRequest(gen_length=max_tokens, temperature=temperature, **given, **prompt)
 
 
 class CompletionCall(Call):
-    """Body of /v1/completions: prompts, which the model sees as they are."""
+    """Body of /v1/completions: prompts, passed to the model without a chat template."""
 
     prompt: Prompts
-    suffix: Prompt | None = Field(None, description="text behind the gap that is filled")
+    suffix: Prompt | None = Field(None, description="text after the gap to fill")
     max_tokens: Count | None = Field(
-        None, description=f"the canvas; default {COMPLETION_MAX_TOKENS}"
+        None, description=f"length of the canvas; default {COMPLETION_MAX_TOKENS}"
     )
-    best_of: Annotated[Any, Off(1)] = None
-    echo: Annotated[Any, Off(False)] = None
-    logprobs: Annotated[Any, Off()] = None
+    best_of: Annotated[Any, Unsupported(1)] = None
+    echo: Annotated[Any, Unsupported(False)] = None
+    logprobs: Annotated[Any, Unsupported()] = None
 
     def requests(self) -> list[GenerateRequest]:
-        """One request of ours for each prompt."""
+        """One request for each prompt."""
         max_tokens = self.max_tokens or COMPLETION_MAX_TOKENS
         suffix = {} if self.suffix is None else {"suffix": self.suffix}
         return [self._request(max_tokens, **prompt, **suffix) for prompt in self._prompts()]
@@ -175,14 +175,14 @@ class CompletionCall(Call):
 
 
 class TextPart(Body):
-    """A piece of a message; text is all that these models read."""
+    """A part of a message; only text is supported."""
 
     type: Literal["text"]
     text: PlainText
 
 
 class ChatMessage(Body):
-    """One message. What clients send back of an answer is accepted where it says nothing."""
+    """One message. Fields that clients copy from a response are accepted if they are empty."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
@@ -190,64 +190,66 @@ class ChatMessage(Body):
         Field(min_length=1),
         BeforeValidator(_as_parts, json_schema_input_type=PlainText | list[TextPart]),
     ]
-    name: Annotated[Any, Off()] = None
-    refusal: Annotated[Any, Off()] = None
-    audio: Annotated[Any, Off()] = None
-    annotations: Annotated[Any, Off([])] = None
-    function_call: Annotated[Any, Off()] = None
-    tool_calls: Annotated[Any, Off([])] = None
+    name: Annotated[Any, Unsupported()] = None
+    refusal: Annotated[Any, Unsupported()] = None
+    audio: Annotated[Any, Unsupported()] = None
+    annotations: Annotated[Any, Unsupported([])] = None
+    function_call: Annotated[Any, Unsupported()] = None
+    tool_calls: Annotated[Any, Unsupported([])] = None
 
     def message(self) -> Message:
-        """The message for the checkpoint's chat template, which knows no developers."""
+        """The message for the chat template, where `developer` becomes `system`."""
         role = "system" if self.role == "developer" else self.role
         return Message(role=role, content="\n".join(part.text for part in self.content))
 
 
 class ChatCall(Call):
-    """Body of /v1/chat/completions: messages, rendered by the checkpoint's chat template."""
+    """Body of /v1/chat/completions: messages for the checkpoint's chat template."""
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_tokens: Count | None = Field(None, description="older name of max_completion_tokens")
     max_completion_tokens: Count | None = Field(
         None,
-        description="the canvas; default DLLM_CHAT_MAX_TOKENS; as max_tokens, if both are given",
+        description="length of the canvas; default DLLM_CHAT_MAX_TOKENS; must equal max_tokens "
+        "if both are given",
     )
     safety_identifier: Label | None = Field(None, description="has no effect")
     prompt_cache_key: Label | None = Field(None, description="has no effect")
-    logprobs: Annotated[Any, Off(False)] = None
-    top_logprobs: Annotated[Any, Off(0)] = None
-    tools: Annotated[Any, Off([])] = None
-    tool_choice: Annotated[Any, Off("none", "auto")] = None
-    parallel_tool_calls: Annotated[Any, Off(True, False)] = None
-    functions: Annotated[Any, Off([])] = None
-    function_call: Annotated[Any, Off("none", "auto")] = None
-    response_format: Annotated[Any, Off({"type": "text"})] = None
-    modalities: Annotated[Any, Off(["text"])] = None
-    audio: Annotated[Any, Off()] = None
-    prediction: Annotated[Any, Off()] = None
-    web_search_options: Annotated[Any, Off()] = None
-    reasoning_effort: Annotated[Any, Off("none")] = None
-    verbosity: Annotated[Any, Off()] = None
-    store: Annotated[Any, Off(False)] = None
-    metadata: Annotated[Any, Off({})] = None
-    service_tier: Annotated[Any, Off("auto", "default")] = None
+    logprobs: Annotated[Any, Unsupported(False)] = None
+    top_logprobs: Annotated[Any, Unsupported(0)] = None
+    tools: Annotated[Any, Unsupported([])] = None
+    tool_choice: Annotated[Any, Unsupported("none", "auto")] = None
+    parallel_tool_calls: Annotated[Any, Unsupported(True, False)] = None
+    functions: Annotated[Any, Unsupported([])] = None
+    function_call: Annotated[Any, Unsupported("none", "auto")] = None
+    response_format: Annotated[Any, Unsupported({"type": "text"})] = None
+    modalities: Annotated[Any, Unsupported(["text"])] = None
+    audio: Annotated[Any, Unsupported()] = None
+    prediction: Annotated[Any, Unsupported()] = None
+    web_search_options: Annotated[Any, Unsupported()] = None
+    reasoning_effort: Annotated[Any, Unsupported("none")] = None
+    verbosity: Annotated[Any, Unsupported()] = None
+    store: Annotated[Any, Unsupported(False)] = None
+    metadata: Annotated[Any, Unsupported({})] = None
+    service_tier: Annotated[Any, Unsupported("auto", "default")] = None
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:
             raise PydanticCustomError(
-                "two_lengths", "max_tokens and max_completion_tokens should not differ"
+                "two_lengths",
+                "max_tokens and max_completion_tokens must be equal if both are given",
             )
         return self
 
     @property
     def length_name(self) -> str:
-        """Which of the two names for it an error should have."""
+        """The name of the length that errors use."""
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     def request(self, default_max_tokens: int) -> GenerateRequest:
-        """The request of ours."""
+        """The adapter's own request."""
         max_tokens = self.max_completion_tokens or self.max_tokens or default_max_tokens
         messages = [message.message() for message in self.messages]
         return self._request(max_tokens, messages=messages)

@@ -1,4 +1,4 @@
-"""Bodies of the OpenAI calls' answers, whole and in chunks."""
+"""Bodies of OpenAI's responses, whole and in chunks."""
 
 import secrets
 import time
@@ -11,7 +11,7 @@ from adapter.types import Event
 
 
 class TokenUsage(BaseModel):
-    """Tokens read and written, over all prompts of a call."""
+    """Tokens of all prompts of a call."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -19,7 +19,7 @@ class TokenUsage(BaseModel):
 
     @classmethod
     def of(cls, results: Sequence[Event]) -> Self:
-        """What these results cost together."""
+        """The usage of these results together."""
         counts = [result.usage for result in results if result.usage is not None]
         read = sum(count.prompt_tokens for count in counts)
         written = sum(count.completion_tokens for count in counts)
@@ -27,7 +27,7 @@ class TokenUsage(BaseModel):
 
 
 class TextChoice(BaseModel):
-    """The answer to one prompt, or a piece of it. `seed`: what repeats it."""
+    """The answer to one prompt, or a chunk of it; the same `seed` repeats it."""
 
     index: int
     text: str
@@ -37,7 +37,7 @@ class TextChoice(BaseModel):
 
 
 class AssistantMessage(BaseModel):
-    """What the assistant says."""
+    """The assistant's message."""
 
     role: Literal["assistant"] = "assistant"
     content: str
@@ -45,7 +45,7 @@ class AssistantMessage(BaseModel):
 
 
 class ChatChoice(BaseModel):
-    """The answer. `seed`: what repeats it."""
+    """The answer; the same `seed` repeats it."""
 
     index: int
     message: AssistantMessage
@@ -55,7 +55,7 @@ class ChatChoice(BaseModel):
 
 
 class Delta(BaseModel):
-    """What is new in a piece of an answer."""
+    """New content of a chunk."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
@@ -66,7 +66,7 @@ class Delta(BaseModel):
 
 
 class ChatChunkChoice(BaseModel):
-    """A piece of an answer."""
+    """The choice in a chunk."""
 
     index: int
     delta: Delta
@@ -75,8 +75,8 @@ class ChatChunkChoice(BaseModel):
     seed: int | None = None
 
 
-class Head(BaseModel):
-    """What every answer, and every chunk of one answer, begins with."""
+class ResponseHeader(BaseModel):
+    """Fields that a response and each of its chunks begin with."""
 
     id: str
     created: int
@@ -84,29 +84,29 @@ class Head(BaseModel):
 
     @classmethod
     def new(cls, kind: str, model: str) -> Self:
-        """That of a new answer."""
+        """Make the header of a new response."""
         name = f"{kind}-{secrets.token_hex(12)}"
         return cls(id=name, created=int(time.time()), model=model)
 
 
-class Completion(Head):
-    """Answer of /v1/completions; a chunk of it looks the same."""
+class Completion(ResponseHeader):
+    """Response of /v1/completions, whole or a chunk."""
 
     object: Literal["text_completion"] = "text_completion"
     choices: list[TextChoice]
     usage: TokenUsage | None = None
 
 
-class ChatCompletion(Head):
-    """Answer of /v1/chat/completions."""
+class ChatCompletion(ResponseHeader):
+    """Response of /v1/chat/completions."""
 
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
     usage: TokenUsage
 
 
-class ChatChunk(Head):
-    """A chunk of an answer of /v1/chat/completions."""
+class ChatChunk(ResponseHeader):
+    """Chunk of a response of /v1/chat/completions."""
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChatChunkChoice]
@@ -114,7 +114,7 @@ class ChatChunk(Head):
 
 
 class Model(BaseModel):
-    """A model that may be asked for."""
+    """A model that calls may name."""
 
     id: str
     object: Literal["model"] = "model"
@@ -123,14 +123,14 @@ class Model(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All models that may be asked for."""
+    """All models that calls may name."""
 
     object: Literal["list"] = "list"
     data: list[Model]
 
 
 class ErrorInfo(BaseModel):
-    """What went wrong, and with which parameter."""
+    """Message, kind and parameter of an error."""
 
     message: str
     type: str
@@ -139,6 +139,6 @@ class ErrorInfo(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """Why there is no answer."""
+    """Body of an error."""
 
     error: ErrorInfo

@@ -1,4 +1,4 @@
-"""The calls that OpenAI's clients make."""
+"""Routes of the OpenAI-compatible API."""
 
 import secrets
 import time
@@ -6,14 +6,14 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 
-from adapter.api.deps import CallerDep, SettingsDep, StreamingDep
+from adapter.api.deps import ContextDep, SettingsDep, StreamingDep
 from adapter.api.openai.errors import ModelNotFound
-from adapter.api.openai.formatters import ChatShape, CompletionShape
+from adapter.api.openai.formatters import ChatFormatter, CompletionFormatter
 from adapter.api.openai.requests import ChatCall, CompletionCall
 from adapter.api.openai.responses import ChatCompletion, Completion, ErrorAnswer, Model, ModelList
-from adapter.api.openai.runner import Runner
+from adapter.api.openai.runner import CompletionRunner
 from adapter.api.openapi import stream_of
-from adapter.api.problems import problems
+from adapter.api.schemas import error_responses
 from adapter.api.sse import EventStream
 from adapter.api.validation import check_batch_size, check_limits
 from adapter.settings import Settings
@@ -24,41 +24,43 @@ STARTED = int(time.time())
 
 
 def _chunks(model: str) -> dict[int | str, dict[str, Any]]:
-    """What the description of a call says of a success."""
+    """Describe a success in the OpenAPI document."""
     return {
         200: {
-            "description": "The answer; with `stream`, chunks of it as server-sent events.",
+            "description": "The response; with `stream`, its chunks as server-sent events.",
             "content": stream_of(model, "ErrorAnswer", other=("[DONE]",)),
         }
     }
 
 
-_FAULTS = problems(ErrorAnswer)
+_FAULTS = error_responses(ErrorAnswer)
 
 
 async def _runner(
-    request: Request, caller: CallerDep, live: StreamingDep, settings: SettingsDep
-) -> Runner:
-    request_id = caller.request_id or secrets.token_hex(8)
-    return Runner(live, request, request_id=request_id, heartbeat=settings.heartbeat_interval)
+    request: Request, context: ContextDep, live: StreamingDep, settings: SettingsDep
+) -> CompletionRunner:
+    request_id = context.request_id or secrets.token_hex(8)
+    return CompletionRunner(
+        live, request, request_id=request_id, heartbeat=settings.heartbeat_interval
+    )
 
 
-RunnerDep = Annotated[Runner, Depends(_runner)]
+RunnerDep = Annotated[CompletionRunner, Depends(_runner)]
 
 
 @router.post("/completions", response_model=Completion, responses=_chunks("Completion") | _FAULTS)
 async def completions(
     body: CompletionCall, runner: RunnerDep, settings: SettingsDep
 ) -> Completion | EventStream:
-    """Go on writing after each prompt, which the model sees as it is."""
-    shape = CompletionShape(_served(body.model, settings))
+    """Continue each prompt, which the model sees without a chat template."""
+    formatter = CompletionFormatter(_served(body.model, settings))
     requests = body.requests()
     check_batch_size("prompt", requests, settings)
     for request in requests:
         check_limits(request, settings)
     if body.stream:
-        return await runner.stream(requests, shape, includes_usage=body.includes_usage)
-    return shape.whole(await runner.results(requests))
+        return await runner.stream(requests, formatter, includes_usage=body.includes_usage)
+    return formatter.whole(await runner.results(requests))
 
 
 @router.post(
@@ -69,29 +71,29 @@ async def chat_completions(
 ) -> ChatCompletion | EventStream:
     """Answer a conversation."""
     call.state.length_name = body.length_name
-    shape = ChatShape(_served(body.model, settings))
+    formatter = ChatFormatter(_served(body.model, settings))
     request = body.request(min(settings.chat_max_tokens, settings.max_gen_length))
     check_limits(request, settings)
     if body.stream:
-        return await runner.stream([request], shape, includes_usage=body.includes_usage)
-    return shape.whole(await runner.results([request]))
+        return await runner.stream([request], formatter, includes_usage=body.includes_usage)
+    return formatter.whole(await runner.results([request]))
 
 
 @router.get("/models", responses=_FAULTS)
 async def models(settings: SettingsDep) -> ModelList:
-    """The models that may be asked for."""
+    """List the models that calls may name."""
     return ModelList(data=[Model(id=settings.openai_model, created=STARTED)])
 
 
 @router.get("/models/{model:path}", responses=_FAULTS)
 async def one_model(model: str, settings: SettingsDep) -> Model:
-    """The model, if it may be asked for."""
+    """Return the model, if calls may name it."""
     return Model(id=_served(model, settings), created=STARTED)
 
 
 def _served(model: str, settings: Settings) -> str:
-    """The model's name. Raises `ModelNotFound` if it is another."""
+    """Return the model's name. Raises `ModelNotFound` for any other."""
     if model != settings.openai_model:
-        msg = f"the model {model!r} does not exist here; {settings.openai_model!r} does"
+        msg = f"the model {model!r} does not exist; this server has {settings.openai_model!r}"
         raise ModelNotFound(msg)
     return model

@@ -1,4 +1,4 @@
-"""Running the requests of one OpenAI call: all of them, or none."""
+"""Runs the requests of one OpenAI call: all of them or none."""
 
 import asyncio
 import json
@@ -10,22 +10,22 @@ from fastapi.sse import KEEPALIVE_COMMENT
 from pydantic import BaseModel
 
 from adapter.api.openai.errors import length_name, status_and_body
-from adapter.api.openai.formatters import Shape
+from adapter.api.openai.formatters import ResponseFormatter
 from adapter.api.schemas import GenerateRequest
-from adapter.api.sse import SETTLING_SECONDS, EventStream, sse, unless_gone
+from adapter.api.sse import FIRST_EVENT_TIMEOUT, EventStream, cancel_on_disconnect, sse
 from adapter.engine.streaming import StreamingRequest, StreamingRequests
 from adapter.errors import AdapterError
 from adapter.types import Event, StreamDetail
 
 
-class Runner:
-    """Runs what one call asks for.
+class CompletionRunner:
+    """Runs the requests of one call.
 
     Args:
-        live: where requests run.
-        http: the call, whose end cancels them.
-        request_id: what they are called in the engine.
-        heartbeat: longest silence on a stream, in seconds.
+        live: runs each request.
+        http: the call; a disconnect cancels the requests.
+        request_id: their id in the engine.
+        heartbeat: longest pause between events of a stream, in seconds.
     """
 
     def __init__(
@@ -37,23 +37,27 @@ class Runner:
         self._heartbeat = heartbeat
 
     async def results(self, requests: Sequence[GenerateRequest]) -> list[Event]:
-        """The results, in order. Raises what ends any of the requests."""
+        """Return the results in order. Raises the error of any request that fails."""
         async with AsyncExitStack() as stack:
             running = self._begin(requests, StreamDetail.RESULT, stack)
-            return await unless_gone(self._http, _results(running))
+            return await cancel_on_disconnect(self._http, _results(running))
 
     async def stream(
-        self, requests: Sequence[GenerateRequest], shape: Shape, *, includes_usage: bool
+        self,
+        requests: Sequence[GenerateRequest],
+        formatter: ResponseFormatter,
+        *,
+        includes_usage: bool,
     ) -> EventStream:
-        """The results as chunks. Raises what ends the requests at once."""
+        """Return a stream of chunks. Raises if the requests fail before the first event."""
         async with AsyncExitStack() as stack:
             running = self._begin(requests, StreamDetail.TEXT, stack)
-            # Begun together, refused together: the first one speaks for all.
-            await unless_gone(self._http, running[0].wait_accepted(SETTLING_SECONDS))
+            # They start together, so the engine refuses either all or none.
+            await cancel_on_disconnect(self._http, running[0].wait_accepted(FIRST_EVENT_TIMEOUT))
             release = stack.pop_all().aclose
         chunks = _chunks(
             running,
-            shape,
+            formatter,
             includes_usage=includes_usage,
             heartbeat=self._heartbeat,
             length=length_name(self._http),
@@ -63,7 +67,7 @@ class Runner:
     def _begin(
         self, requests: Sequence[GenerateRequest], detail: StreamDetail, stack: AsyncExitStack
     ) -> list[StreamingRequest]:
-        """Begin the requests; leaving `stack` ends them."""
+        """Start the requests; closing `stack` cancels them."""
         running = []
         for index, request in enumerate(requests):
             begun = self._live.start(
@@ -84,14 +88,14 @@ async def _results(running: Sequence[StreamingRequest]) -> list[Event]:
 
 async def _chunks(
     running: Sequence[StreamingRequest],
-    shape: Shape,
+    formatter: ResponseFormatter,
     *,
     includes_usage: bool,
     heartbeat: float,
     length: str,
 ) -> AsyncGenerator[bytes, None]:
     def sent(chunk: BaseModel) -> bytes:
-        # With the usage asked for, chunks without it say so; else none has the field.
+        # With `include_usage` every chunk has the field, null but in the last one.
         return sse(chunk.model_dump_json(exclude=None if includes_usage else {"usage"}))
 
     now = asyncio.get_running_loop().time
@@ -100,7 +104,7 @@ async def _chunks(
     results: dict[int, Event] = {}
     try:
         for index in range(len(running)):
-            if (opening := shape.opening(index)) is not None:
+            if (opening := formatter.opening(index)) is not None:
                 yield sent(opening)
         async with aclosing(_merged(running, heartbeat)) as updates:
             async for update in updates:
@@ -111,23 +115,23 @@ async def _chunks(
                     continue
                 index, event = update
                 if len(event.text) > lengths[index]:
-                    yield sent(shape.piece(index, event.text[lengths[index] :]))
+                    yield sent(formatter.piece(index, event.text[lengths[index] :]))
                     lengths[index], spoke = len(event.text), now()
                 if event.finish_reason:
                     results[index] = event
-                    yield sent(shape.ending(index, event))
+                    yield sent(formatter.ending(index, event))
     except AdapterError as error:
         yield sse(json.dumps(status_and_body(error, length)[1]))
         return
     if includes_usage:
-        yield sent(shape.usage(list(results.values())))
+        yield sent(formatter.usage(list(results.values())))
     yield sse("[DONE]")
 
 
 async def _merged(
     running: Sequence[StreamingRequest], heartbeat: float
 ) -> AsyncGenerator[tuple[int, Event] | None, None]:
-    """Events of all requests, with their numbers; None when there is none for so many seconds."""
+    """Merge the events of all requests, with their index; None after a silent `heartbeat`."""
     waiting = {asyncio.create_task(r.next_event()): index for index, r in enumerate(running)}
     try:
         while waiting:

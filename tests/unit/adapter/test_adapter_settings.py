@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from adapter.errors import SettingsError
+from adapter.rates import Rate
 from adapter.settings import load_settings
 
 ADAPTER = Path(__file__).parents[3] / "adapter"
@@ -67,6 +68,28 @@ def test_silence_must_outlast_the_signs_of_life(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("DLLM_ENGINE_IDLE_TIMEOUT", "1.5")
 
     with pytest.raises(SettingsError, match="engine_idle_timeout must be at least twice"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "rates"),
+    [
+        ("60/minute", [("60 per 1 minute", 60)]),
+        ("5/second; 60 per 2 Hours", [("5 per 1 second", 1), ("60 per 2 hour", 7200)]),
+        ("7 / 3days,1/year", [("7 per 3 day", 3 * 86_400), ("1 per 1 year", 365 * 86_400)]),
+    ],
+)
+def test_rates_are_read(text: str, rates: list[tuple[str, int]]) -> None:
+    """A rate is a number of calls in a window of one or several units; there may be several."""
+    assert [(str(rate), rate.seconds) for rate in Rate.parse_all(text)] == rates
+
+
+@pytest.mark.parametrize("text", ["60", "minute", "a/minute", "1/fortnight", "1/minute;", "-1/day"])
+def test_a_rate_that_is_none_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error shows how a rate is written."""
+    monkeypatch.setenv("DLLM_RATE_LIMIT", text)
+
+    with pytest.raises(SettingsError, match="DLLM_RATE_LIMIT=.* should be like 60/minute"):
         load_settings()
 
 

@@ -3,12 +3,26 @@
 import os
 from pathlib import Path
 
+import httpx
 import pytest
 
 import launcher.adapter
 from launcher.adapter import Adapter
 from launcher.ports import free_port
 from launcher.settings import Settings
+
+SHOW_METRICS_FOLDER = """
+import os
+
+import fastapi
+
+app = fastapi.FastAPI()
+app.get("/v1/health")(lambda: "ok")
+folder = os.environ["PROMETHEUS_MULTIPROC_DIR"]
+found = os.listdir(folder)
+open(os.path.join(folder, "counter_1.db"), "w").close()
+app.get("/folder")(lambda: [folder, *found])
+"""
 
 SLOW_TO_STOP = """
 import asyncio
@@ -45,3 +59,22 @@ def test_stop_leaves_running_jobs_their_time(
     adapter.start()
     adapter.stop()
     assert (tmp_path / "drained").exists() == drained
+
+
+def test_each_start_has_an_empty_folder_for_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter finds an empty `PROMETHEUS_MULTIPROC_DIR` at each start; a stop removes it."""
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/app.py").write_text(SHOW_METRICS_FOLDER)
+    monkeypatch.chdir(tmp_path)
+    adapter = Adapter(settings := Settings(port=free_port()), env=dict(os.environ))
+    folders = set()
+    for _ in range(2):
+        adapter.start()
+        folder, *found = httpx.get(f"{settings.url}/folder").json()
+        assert found == []
+        adapter.stop()
+        assert not Path(folder).exists()
+        folders.add(folder)
+    assert len(folders) == 2

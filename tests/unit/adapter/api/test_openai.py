@@ -320,8 +320,8 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
      "messages.0.content.0.type", "'text'"),
     (CHAT, {"messages": [{"role": "user", "content": "x" * 4097}]}, "messages", "4096"),
-    (CHAT, {"stream_options": {"include_usage": True}}, "", "with stream only"),
-    (CHAT, {"max_tokens": 5, "max_completion_tokens": 6}, "", "should not differ"),
+    (CHAT, {"stream_options": {"include_usage": True}}, "", "only with stream"),
+    (CHAT, {"max_tokens": 5, "max_completion_tokens": 6}, "", "must be equal"),
     (CHAT, {"block_length": 129}, "block_length", "less than or equal to 128"),
     (TEXT, {"best_of": 2}, "best_of", "not supported"),
     (TEXT, {"echo": True}, "echo", "not supported"),
@@ -449,7 +449,7 @@ async def _collect(stream: Any, texts: list[str]) -> None:
 async def test_every_error_of_these_calls_has_openais_shape(
     url: str, method: str, path: str, body: str | None, status: int
 ) -> None:
-    """Whatever refuses a call, clients of OpenAI can read it; our own calls keep their shape."""
+    """Errors on OpenAI's paths have OpenAI's format; those of other paths keep theirs."""
     headers = {"Content-Type": "application/json"}
     async with httpx.AsyncClient() as http:
         answer = await http.request(method, url + path, content=body, headers=headers)
@@ -463,9 +463,9 @@ async def test_every_error_of_these_calls_has_openais_shape(
 async def test_defects_of_ours_have_openais_shape(
     client: AsyncOpenAI, engine: ScriptedEngine
 ) -> None:
-    """An error that nobody foresaw is a 500 in the shape of the call, without its details."""
+    """An error that nobody foresaw is a 500 in the format of the call, without its details."""
     engine.scripts = [[RuntimeError("secret")]]
-    with pytest.raises(openai.InternalServerError, match="error of its own") as caught:
+    with pytest.raises(openai.InternalServerError, match="internal error of the adapter") as caught:
         await client.completions.create(model="dllm", prompt="a")
     assert "secret" not in str(caught.value)
 

@@ -32,7 +32,7 @@ async def api(database_url: str, engine: ScriptedEngine) -> AsyncIterator[Runnin
         yield running
 
 
-async def problems(api: RunningApp, path: str, body: Any) -> list[tuple[str, str]]:
+async def error_responses(api: RunningApp, path: str, body: Any) -> list[tuple[str, str]]:
     content = body if isinstance(body, str) else json.dumps(body)
     headers = {"content-type": "application/json"}
     answer = await api.client.post(path, content=content, headers=headers)
@@ -165,7 +165,7 @@ async def test_block_fits_the_canvas(api: RunningApp, engine: ScriptedEngine) ->
     assert engine.requests[0]["block_length"] == 64
 
     long = {"prompt": "a", "canvas_ids": [5] * 3, "block_length": 4}
-    ((where, why),) = await problems(api, "/v1/generate", long)
+    ((where, why),) = await error_responses(api, "/v1/generate", long)
     assert where == "body.block_length"
     assert "less than or equal to 3" in why
 
@@ -235,7 +235,7 @@ async def test_bad_value_is_422_naming_field_and_limit(
     api: RunningApp, body: Any, loc: str, message: str
 ) -> None:
     """A value out of bounds is refused with the field's name and the limit."""
-    ((where, why),) = await problems(api, "/v1/generate", body)
+    ((where, why),) = await error_responses(api, "/v1/generate", body)
 
     assert f"body.{loc}" == where
     assert message in why
@@ -252,7 +252,7 @@ async def test_bad_value_is_422_naming_field_and_limit(
 )
 async def test_exactly_one_prompt(api: RunningApp, body: Any, given: str) -> None:
     """Prompt, messages and input_ids exclude one another, and the answer says so."""
-    ((where, why),) = await problems(api, "/v1/generate", body)
+    ((where, why),) = await error_responses(api, "/v1/generate", body)
 
     assert where == "body"
     expected = f"Exactly one of prompt, messages, input_ids should be given, not {given}"
@@ -261,7 +261,7 @@ async def test_exactly_one_prompt(api: RunningApp, body: Any, given: str) -> Non
 
 async def test_raw_goes_with_a_prompt_only(api: RunningApp) -> None:
     """Raw means nothing for token ids, so it is refused rather than ignored."""
-    ((_, why),) = await problems(api, "/v1/generate", {"input_ids": [1], "raw": True})
+    ((_, why),) = await error_responses(api, "/v1/generate", {"input_ids": [1], "raw": True})
 
     assert why == "raw should be given together with prompt only"
 
@@ -280,7 +280,7 @@ async def test_raw_goes_with_a_prompt_only(api: RunningApp) -> None:
 )
 async def test_bad_batch_leaves_no_job(api: RunningApp, body: Any, loc: str, message: str) -> None:
     """One bad prompt refuses the whole batch."""
-    ((where, why),) = await problems(api, "/v1/generate_batch", body)
+    ((where, why),) = await error_responses(api, "/v1/generate_batch", body)
 
     assert f"body.{loc}" == where
     assert message in why
@@ -291,7 +291,7 @@ async def test_all_excesses_are_named_at_once(api: RunningApp) -> None:
     """A request that exceeds several limits learns of all of them."""
     body = {"prompt": "x" * 4097, "temperature": 3, "gen_length": 600}
 
-    where = [loc for loc, _ in await problems(api, "/v1/generate", body)]
+    where = [loc for loc, _ in await error_responses(api, "/v1/generate", body)]
     assert where == ["body.prompt", "body.temperature", "body.gen_length"]
 
 
@@ -315,7 +315,7 @@ async def test_limits_are_settings(database_url: str) -> None:
     async with running_app(settings, ScriptedEngine()) as api:
         assert await api.submit("x" * 5000, gen_length=8, temperature=0.5) == 0
         body = {"prompts": ["a", "b"], "gen_length": 9, "temperature": 0.6}
-        where = [loc for loc, _ in await problems(api, "/v1/generate_batch", body)]
+        where = [loc for loc, _ in await error_responses(api, "/v1/generate_batch", body)]
         assert where == ["body.prompts", "body.temperature", "body.gen_length"]
 
 

@@ -184,7 +184,7 @@ def test_broken_file_leaves_the_keys_as_they_were(
     for _ in range(3):
         assert [keyring.name_of(KEY), keyring.name_of(OTHER)] == ["team", None]
     assert caplog.text.count("api_keys_not_read") == 1
-    assert "entry 2 should be name:hash" in caplog.text
+    assert "entry 2 must be name:hash" in caplog.text
 
     file.unlink()
     for _ in range(3):
@@ -214,7 +214,7 @@ def test_no_keys_admit_everybody() -> None:
 )
 def test_nonsense_stops_the_start_without_being_shown(entry: str) -> None:
     """What is no name and hash is refused by its place; it may be a key."""
-    with pytest.raises(SettingsError, match="DLLM_API_KEYS: entry 2 should be name:hash") as caught:
+    with pytest.raises(SettingsError, match="DLLM_API_KEYS: entry 2 must be name:hash") as caught:
         Keyring(f"{entry_of('team', KEY)},{entry}")
     assert KEY not in str(caught.value)
 

@@ -130,7 +130,7 @@ async def test_engine_that_turns_requests_away_rests(database_url: str) -> None:
 @pytest.mark.parametrize(
     ("urls", "reason"),
     [
-        ("a:1,a:1", "every address should be there once"),
+        ("a:1,a:1", "each address should be given once"),
         ("a", "'a' should be host:port"),
         ("http://a:1", "'http://a:1' should be host:port"),
         ("a:1,", "'' should be host:port"),

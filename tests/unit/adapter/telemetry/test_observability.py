@@ -376,3 +376,44 @@ async def test_loop_outlives_its_errors(
     assert "'task': 'looking'" in record.getMessage()
     assert "away" in caplog.text
     assert ("Traceback" in caplog.text) == traced
+
+
+WORKER = """
+import asyncio, sys
+from adapter.telemetry.metrics import INFLIGHT, JOBS_SUBMITTED, exposition
+INFLIGHT.inc()
+JOBS_SUBMITTED.inc()
+print(asyncio.run(exposition(None)).decode(), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_dead_worker_leaves_its_counts_and_not_its_gauges(tmp_path: Path) -> None:
+    """Workers count together; of one that has died counters stay, and gauges go."""
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+
+    def counts() -> tuple[float, float]:
+        """What a new worker shows; it ends then."""
+        command = [sys.executable, "-c", WORKER]
+        page = subprocess.run(
+            command, env=environment, input="", capture_output=True, text=True, timeout=60
+        ).stdout
+        shown = {s.name: s.value for f in text_string_to_metric_families(page) for s in f.samples}
+        return (
+            shown["dllm_adapter_jobs_submitted_total"],
+            shown["dllm_adapter_inflight_requests"],
+        )
+
+    with subprocess.Popen(
+        [sys.executable, "-c", WORKER],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as living:
+        assert living.stdout is not None
+        living.stdout.readline()
+        assert counts() == (2, 2)
+        assert counts() == (3, 2)
+        living.kill()
+        living.wait()
+        assert counts() == (4, 1)

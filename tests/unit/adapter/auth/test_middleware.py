@@ -13,10 +13,13 @@ from adapter_fakes import (
     fast_settings,
     running_app,
 )
+from sqlalchemy import select
 
 from adapter.auth.keys import entry_of
-from adapter.auth.rate_limit import DatabaseStorage
+from adapter.auth.rate_limit import RateLimiter
 from adapter.db.database import Database
+from adapter.db.tables import rate_limits
+from adapter.errors import RateLimited
 
 #: Each test that uses a database runs on both kinds.
 DATABASES = ("sqlite", "postgresql")
@@ -78,25 +81,36 @@ async def test_every_address_has_its_own_rate(database_url: str) -> None:
 
 async def test_window_ends(database: Database, clock: HandClock) -> None:
     """A caller's count begins anew when its window is over, and is forgotten in the end."""
-    storage = DatabaseStorage(database, clock)
-    assert [await storage.incr("a", 60) for _ in range(3)] == [1, 2, 3]
-    assert await storage.get_expiry("a") == clock.now + 60
-    clock.advance(60)
-    assert await storage.get("a") == 0
-    assert await storage.incr("a", 60) == 1
+    limiter = RateLimiter(database, "3/minute; 100/hour", clock)
 
-    await storage.incr("b", 10)
-    clock.advance(30)
-    await storage.purge()
-    assert [await storage.get("a"), await storage.reset()] == [1, 1]
+    async def windows() -> list[tuple[str, int]]:
+        rows = await database.read(select(rate_limits).order_by(rate_limits.c.expires))
+        return [(row.key, row.calls) for row in rows]
+
+    for _ in range(3):
+        await limiter.hit("a")
+    clock.advance(20.5)
+    with pytest.raises(RateLimited, match="more calls than 3 per 1 minute") as refused:
+        await limiter.hit("a")
+    assert refused.value.retry_after == 40
+    clock.advance(39.5)
+    await limiter.hit("a")
+    assert await windows() == [("a 3 per 1 minute", 1), ("a 100 per 1 hour", 4)]
+
+    clock.advance(60)
+    await limiter.tidy()
+    assert await windows() == [("a 100 per 1 hour", 4)]
+    clock.advance(3600)
+    await limiter.tidy()
+    assert await windows() == []
 
 
 async def test_first_calls_at_once_are_all_counted(database: Database) -> None:
     """Many calls of a new caller at the same time make one count."""
-    storage = DatabaseStorage(database)
-    counts = await asyncio.gather(*(storage.incr("a", 60) for _ in range(10)))
+    limiter = RateLimiter(database, "7/minute")
+    answers = await asyncio.gather(*(limiter.hit("a") for _ in range(10)), return_exceptions=True)
 
-    assert sorted(counts) == list(range(1, 11))
+    assert sum(isinstance(answer, RateLimited) for answer in answers) == 3
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -111,7 +125,7 @@ async def test_too_large_a_body_is_413(database_url: str, chunked: bool) -> None
         body = chunks() if chunked else b" " * 1001
         answer = await api.client.post("/v1/generate", content=body)
         assert answer.status_code == 413
-        assert "1000 bytes at most (DLLM_MAX_BODY_BYTES)" in answer.json()["detail"]
+        assert "larger than 1000 bytes (DLLM_MAX_BODY_BYTES)" in answer.json()["detail"]
 
         padded = b'{"prompt": "a"}'.ljust(1000)
         answer = await api.client.post(
