@@ -69,7 +69,7 @@ class Endpoint:
             set_failed(span, error)
             self._back_off()
             if not isinstance(error, Overloaded):
-                self.monitor.request_probe(error)
+                self.monitor.request_probe()
             raise
         finally:
             self.inflight -= 1

@@ -18,7 +18,7 @@ FIELDS = {"text_input": "one", "gen_length": 4, "steps": 1}
 CALLERS, CALLS = 24, 200
 
 
-@pytest.mark.parametrize("model", ["dllm", "dllm_unary"])
+@pytest.mark.parametrize("model", ["dllm", pytest.param("dllm_unary", marks=pytest.mark.slow)])
 def test_thousands_ask_for_one_output(triton: TritonServer, model: str) -> None:
     """Each gets that output and no other, and the model's process lives on.
 

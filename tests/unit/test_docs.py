@@ -37,13 +37,14 @@ def test_every_setting_is_documented_with_its_default() -> None:
             elif isinstance(field.default, int) and not isinstance(field.default, bool):
                 documented_elsewhere = name == "max_gen_length"
                 assert documented_elsewhere or int(shown) == field.default, name
-    assert set(EngineConfig.settings()) <= set(rows)
+    assert {*EngineConfig.settings(), "DLLM_EXIT_ON_ENGINE_DEATH"} <= set(rows)
 
 
 def test_the_triton_model_has_every_setting_as_a_parameter() -> None:
-    """config.pbtxt lists exactly the settings of the engine."""
+    """config.pbtxt lists exactly the settings of the engine and of its process."""
     config = (ROOT / "model_repository/dllm/config.pbtxt").read_text()
-    assert re.findall(r'key: "(\w+)"', config) == EngineConfig.settings()
+    settings = [*EngineConfig.settings(), "DLLM_EXIT_ON_ENGINE_DEATH"]
+    assert re.findall(r'key: "(\w+)"', config) == settings
 
 
 def test_links_between_pages_lead_somewhere() -> None:
@@ -108,12 +109,13 @@ def test_the_first_release_of_the_changelog_is_the_packages() -> None:
     assert heading[1] in (version, "Unreleased")
 
 
-def test_the_architecture_page_has_the_layers_of_the_engine() -> None:
-    """docs/architecture.md draws the layers that tests/unit/test_layering.py checks."""
+@pytest.mark.parametrize("root", LAYERS, ids=lambda root: root.name)
+def test_the_architecture_page_draws_the_layers(root: Path) -> None:
+    """docs/architecture.md has the layers that tests/unit/test_layering.py checks."""
     page = (ROOT / "docs/architecture.md").read_text()
-    drawn = re.search(r"^`llm` →.*?(?=\n\n)", page, re.M | re.S)
-    assert drawn is not None
-    assert [set(re.findall(r"`(\w+)`", part)) for part in drawn[0].split("→")] == LAYERS
+    chains = re.findall(r"^`\w+` →[^\n]*(?:\n.+)*", page, re.M)
+    layers = [[" ".join(re.findall(r"`(\w+)`", part)) for part in c.split("→")] for c in chains]
+    assert LAYERS[root] in layers
 
 
 def test_every_decision_is_listed() -> None:

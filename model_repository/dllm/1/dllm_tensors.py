@@ -1,4 +1,4 @@
-"""Between Triton's tensors and the engine's requests; the names are those of config.pbtxt."""
+"""Translates Triton's tensors to engine requests and back, with the names of config.pbtxt."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def _scalar(inputs: Inputs, name: str) -> Any:
         raise InvalidRequest(name, f"must be a single value; got {values.size}")
     value = values[0]
     if isinstance(value, np.float32):
-        # The decimal that was meant: ⌊0.7 · 10⌋ is 7, with 0.7 in float32 it would be 6.
+        # The decimal number that the client wrote: ⌊0.7 · 10⌋ is 7, but 6 with 0.7 in float32.
         return float(str(value))
     return _text(name, value) if isinstance(value, bytes) else value.item()
 

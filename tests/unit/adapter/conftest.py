@@ -21,15 +21,17 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run the tests of a module that names DATABASES on each of them."""
+    """Run each test that uses a database on both kinds: on PostgreSQL in `make test-slow` alone,
+    unless the module names its DATABASES."""
     if "database_url" in metafunc.fixturenames:
-        kinds = getattr(metafunc.module, "DATABASES", ("sqlite",))
+        slow = pytest.param("postgresql", marks=pytest.mark.slow)
+        kinds = getattr(metafunc.module, "DATABASES", ("sqlite", slow))
         metafunc.parametrize("database_url", kinds, indirect=True)
 
 
 @pytest.fixture
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Address of an empty database, on SQLite unless the module names others."""
+    """Address of an empty database."""
     if request.param == "postgresql":
         server: PostgresServer = request.getfixturevalue("postgres")
         return server.fresh_database()

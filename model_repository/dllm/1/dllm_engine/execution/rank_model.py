@@ -50,12 +50,12 @@ from dllm_engine.ops import (
 from dllm_engine.ops.rows import ROW_MULTIPLE
 from dllm_engine.parallel import Group
 from dllm_engine.sampling import (
+    LISTED,
     Candidates,
     SpecialTokens,
     least_bytes,
     sample_candidates,
 )
-from dllm_engine.sampling.credit import LISTED
 from dllm_engine.state.batch import StepInputs
 from dllm_engine.state.canvas import CanvasTable
 
@@ -135,7 +135,7 @@ class RankModel:
         activations = self._peak_activations(max(2 * longest, self.token_budget))
         if self.block_m is None:
             activations += self._peak_gathered(operations)
-        self._graph_sizes = graph_sizes(_largest_graph(config, operations, self.device, group))
+        self._graph_sizes = graph_sizes(largest_graph(config, operations, self.device, group))
         graphs = len(self._graph_sizes) * GRAPH_BYTES
         if self._graph_sizes:
             graphs += self._peak_activations(self._graph_sizes[-1])
@@ -345,7 +345,7 @@ class RankModel:
         return max(meter.peak, GATHER_BYTES[torch.device(self.device).type])
 
 
-def _largest_graph(
+def largest_graph(
     config: EngineConfig, operations: Operations, device: str, group: Group | None
 ) -> int:
     """Return the rows of the largest step to replay from a graph; 0: no graphs.
