@@ -33,10 +33,9 @@ USER triton-server
 EXPOSE 8000 8001 8002
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m \
     CMD ["curl", "--fail", "--silent", "http://localhost:8000/v2/models/dllm/ready"]
-# Explicit control lets the adapter replace an engine that has died.
+# Completing a configuration would import torch once more at each start.
 CMD ["tritonserver", "--model-repository=/opt/dllm-serve/model_repository", \
-     "--model-control-mode=explicit", "--load-model=dllm", "--load-model=dllm_unary", \
-     "--exit-timeout-secs=30"]
+     "--disable-auto-complete-config", "--exit-timeout-secs=30"]
 
 # The adapter in a virtual environment, so that the image has neither pip's cache nor the sources.
 FROM python:${PYTHON_TAG} AS adapter-build

@@ -21,7 +21,6 @@ from adapter.auth.rate_limit import RateLimiter
 from adapter.db.database import Database
 from adapter.engine.monitor import EngineMonitor
 from adapter.engine.pool import Endpoint, EnginePool
-from adapter.engine.reload_lease import HealStore, OldEngines, engine_name
 from adapter.engine.streaming import StreamingRequests
 from adapter.engine.triton import TritonEngine
 from adapter.jobs.runner import JobRunner
@@ -84,15 +83,13 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["Retry-After", "X-Request-ID"],
         )
-    app.add_middleware(TelemetryMiddleware)
+    routers = [m.router for m in (jobs, stream, openai, page, health, metrics)]
+    routes = [route for router in routers for route in router.routes]
+    app.add_middleware(TelemetryMiddleware, routes=routes)
     add_error_handlers(app)
-    app.include_router(jobs.router)
-    app.include_router(stream.router)
-    app.include_router(openai.router)
-    app.include_router(page.router)
+    for router in routers:
+        app.include_router(router)
     page.mount_files(app)
-    app.include_router(health.router)
-    app.include_router(metrics.router)
     extend_openapi(app, chosen)
     return app
 
@@ -110,15 +107,9 @@ async def _open(
     if settings.rate_limit:
         app.state.rate_limiter = limiter = RateLimiter(database, settings.rate_limit)
         await stack.enter_async_context(PeriodicTask("rate-limits", limiter.tidy))
-    names = [engine_name(url, settings.model_name) for url in engines]
-    old_engines = OldEngines(database, names)
-    await stack.enter_async_context(PeriodicTask("old-engines", old_engines.forget))
     store = JobStore(database, max_attempts=settings.job_max_attempts)
     pool = EnginePool(
-        [
-            Endpoint(url, engine, _monitor(settings, url, engine, database, worker))
-            for url, engine in engines.items()
-        ]
+        [Endpoint(url, engine, _monitor(settings, url, engine)) for url, engine in engines.items()]
     )
     runner = JobRunner(store, pool, owner=worker, settings=settings)
     watcher = JobWatcher(store, runner)
@@ -127,6 +118,7 @@ async def _open(
     )
     for service in (pool, watcher, runner, live):
         await stack.enter_async_context(service)
+    app.state.database = database
     app.state.pool = pool
     app.state.live = live
     app.state.jobs = JobService(
@@ -149,21 +141,16 @@ def _triton(settings: Settings, url: str) -> Engine:
         url,
         settings.model_name,
         stream_interval=settings.stream_interval,
-        reload_timeout=settings.reload_timeout,
         idle_timeout=settings.engine_idle_timeout,
     )
 
 
-def _monitor(
-    settings: Settings, url: str, engine: Engine, database: Database, worker: str
-) -> EngineMonitor:
+def _monitor(settings: Settings, url: str, engine: Engine) -> EngineMonitor:
     return EngineMonitor(
+        url,
         engine,
-        HealStore(database, engine=engine_name(url, settings.model_name), owner=worker),
         probe_interval=settings.probe_interval,
         idle_timeout=settings.engine_idle_timeout,
-        lease=settings.lease_seconds,
-        heal=settings.heal,
     )
 
 

@@ -17,10 +17,10 @@ AdapterError
     Overloaded             its queue is full
     Unavailable            it is unreachable or still loading
       EngineDraining         it is shutting down and did not run the request
+      ConnectionLost         its connection broke: it may have begun the request
     EngineDead             its process has died
     EngineFailure          it reported an internal error
     StreamInterrupted      the stream ended without a result
-    ModelControlRefused    the server does not allow loading models
 """
 
 from collections.abc import Mapping
@@ -156,6 +156,10 @@ class EngineDraining(Unavailable):
     """The engine is shutting down and reports that it did not run the request."""
 
 
+class ConnectionLost(Unavailable):
+    """The connection broke after the request was sent; tritonserver may have ended."""
+
+
 class EngineDead(EngineError):
     """The model's process has died; Triton does not start it again by itself."""
 
@@ -169,7 +173,3 @@ class EngineFailure(EngineError):
 
 class StreamInterrupted(EngineError):
     """The stream of a request ended before its result."""
-
-
-class ModelControlRefused(EngineError):
-    """Triton runs without `--model-control-mode=explicit`."""

@@ -107,8 +107,6 @@ class Settings(BaseSettings):
     probe_interval: Seconds = Field(
         default=5.0, description="silence after which the engine is probed"
     )
-    heal: bool = Field(default=True, description="unload and load a model whose process has died")
-    reload_timeout: Seconds = Field(default=900.0, description="longest time that loading may take")
 
     @property
     def triton_urls(self) -> list[str]:

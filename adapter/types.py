@@ -100,26 +100,8 @@ class Engine(Protocol):
         """Cancel the requests of this id, without waiting for the engine."""
         ...
 
-    async def probe(self) -> str:
-        """See whether it takes steps; which of its processes has answered.
-
-        Raises `InvalidRequest` or an `EngineError`.
-        """
-        ...
-
-    async def processes(self) -> int:
-        """Of how many processes it consists, any of which may get a request.
-
-        Raises an `EngineError`.
-        """
-        ...
-
-    async def loading(self) -> bool:
-        """Whether the engine is being started or stopped now. Raises an `EngineError`."""
-        ...
-
-    async def reload(self) -> None:
-        """Replace the engine's process. Raises an `EngineError` when that fails."""
+    async def probe(self) -> None:
+        """See whether it takes steps. Raises `InvalidRequest` or an `EngineError`."""
         ...
 
     async def close(self) -> None:

@@ -12,12 +12,14 @@ from launcher.ports import require_free_port
 from launcher.settings import Settings
 from launcher.tritonserver import TritonServer
 
-WATCH_SECONDS = 0.5
+WATCH_SECONDS = 0.1
+#: Before the second restart; the first one is immediate.
 FIRST_DELAY = 1.0
-LONGEST_DELAY = 30.0
+LONGEST_DELAY = 10.0
 #: A part that has run this long is healthy again: its next death starts the count afresh.
-STEADY_SECONDS = 60.0
-MAX_RESTARTS = 5
+STEADY_SECONDS = 10.0
+#: A job that kills engines ends tritonserver a few times before it is given up.
+MAX_RESTARTS = 20
 
 
 class Reporter(Protocol):
@@ -63,13 +65,15 @@ class Backoff:
         self._started = self._clock()
 
     def next_delay(self) -> float | None:
-        """Seconds to wait, doubling from death to death; None when it has died too often."""
+        """Seconds to wait: none at first, then doubling; None when it has died too often."""
         if self._clock() - self._started > STEADY_SECONDS:
             self.restarts = 0
         if self.restarts >= MAX_RESTARTS:
             return None
         self.restarts += 1
-        return float(min(FIRST_DELAY * 2 ** (self.restarts - 1), LONGEST_DELAY))
+        if self.restarts == 1:
+            return 0.0
+        return float(min(FIRST_DELAY * 2 ** (self.restarts - 2), LONGEST_DELAY))
 
 
 def triton_server(
@@ -141,7 +145,8 @@ class Stack:
         delay = self._backoffs[name].next_delay()
         if delay is None:
             raise ProcessDiedError(f"{name} died {MAX_RESTARTS + 1} times in a row", tail)
-        self._reporter.trouble(f"{name} ended on its own; starting it again in {delay:.0f} s")
+        when = f"in {delay:.0f} s" if delay else "now"
+        self._reporter.trouble(f"{name} ended on its own; starting it again {when}")
         if until.wait(delay):
             return
         try:

@@ -25,7 +25,7 @@ WaitCallback = Callable[[float, str], None]
 
 
 class TritonServer:
-    """tritonserver with the given models loaded, listening on three ports of `address`.
+    """tritonserver with every model of a repository, listening on three ports of `address`.
 
     Entering starts it and returns once every model is ready; leaving ends it with all its
     processes and shared memory. So does the end of this process, however it comes. Port 0 stands
@@ -196,9 +196,8 @@ class TritonServer:
     def _arguments(self, shm_prefix: str) -> list[str]:
         return [
             f"--model-repository={self.repository}",
-            # Explicit control lets a dead model be unloaded and loaded again over the API.
-            "--model-control-mode=explicit",
-            *(f"--load-model={name}" for name in self.models),
+            # Completing a configuration imports the model once more, which takes seconds of torch.
+            "--disable-auto-complete-config",
             f"--http-address={self.address}",
             f"--http-port={self.http_port}",
             f"--grpc-address={self.address}",

@@ -84,8 +84,7 @@ def _mortal(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def mortal(_mortal: TritonServer) -> TritonServer:
     """A tritonserver that the test may harm.
 
-    One that has died, or whose model was unloaded when a test ended, is started again for the next
-    test. A dead process of the model is replaced by the next test's adapter.
+    One that has ended is started again for the next test.
     """
     ready = f"http://{_mortal.http_url}/v2/models/dllm/ready"
     if not _mortal.running or requests.get(ready, timeout=30).status_code != 200:
@@ -96,7 +95,7 @@ def mortal(_mortal: TritonServer) -> TritonServer:
 
 @pytest.fixture
 def undying(mortal: TritonServer) -> Iterator[TritonServer]:
-    """A tritonserver that the test may kill, or whose models: it is started again by itself."""
+    """A tritonserver that the test may kill, with its models: it is started again each time."""
     with kept_running(mortal):
         yield mortal
 

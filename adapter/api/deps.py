@@ -9,6 +9,7 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
+from adapter.db.database import Database
 from adapter.engine.pool import EnginePool
 from adapter.engine.streaming import StreamingRequests
 from adapter.jobs.job import JobOptions
@@ -71,6 +72,10 @@ async def _live(request: Request) -> StreamingRequests:
     return cast(StreamingRequests, request.app.state.live)
 
 
+async def _database(request: Request) -> Database:
+    return cast(Database, request.app.state.database)
+
+
 async def _pool(request: Request) -> EnginePool:
     return cast(EnginePool, request.app.state.pool)
 
@@ -78,5 +83,6 @@ async def _pool(request: Request) -> EnginePool:
 ContextDep = Annotated[RequestContext, Depends(_context)]
 SettingsDep = Annotated[Settings, Depends(_settings)]
 JobsDep = Annotated[JobService, Depends(_jobs)]
+DatabaseDep = Annotated[Database, Depends(_database)]
 StreamingDep = Annotated[StreamingRequests, Depends(_live)]
 PoolDep = Annotated[EnginePool, Depends(_pool)]

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Protocol, Self, TypeVar
 
-from sqlalchemy import Connection, Row, Select, UpdateBase, text
+from sqlalchemy import Connection, Row, Select, UpdateBase, literal, select, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -54,6 +54,10 @@ class Database:
             return await self._backend.read(
                 lambda connection: connection.execute(query, values).all()
             )
+
+    async def ping(self) -> None:
+        """Read nothing, to see whether the database answers. Raises `StoreUnavailable`."""
+        await self.read(select(literal(1)))
 
     async def write(self, change: Callable[[Connection], T]) -> T:
         """Call `change` in a writing transaction; SQLite runs one at a time.

@@ -56,16 +56,6 @@ counters = Table(
     Column("next_id", BigInteger, nullable=False),
 )
 
-engine_heal = Table(
-    "engine_heal",
-    metadata,
-    Column("engine", String(255), primary_key=True),
-    Column("epoch", Integer, nullable=False),  # how often this engine was replaced
-    Column("healer", String(160)),  # the worker that is replacing it now
-    Column("lease_expires", Double),
-    Column("last_life", Double, nullable=False),  # when any worker last heard from it
-)
-
 # One row for each call that submitted jobs under an Idempotency-Key.
 submissions = Table(
     "submissions",

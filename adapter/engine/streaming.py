@@ -11,6 +11,7 @@ from adapter.engine.follow import follow
 from adapter.engine.pool import Endpoint, EnginePool
 from adapter.errors import AdapterError, StreamInterrupted, TooManyCalls, Unavailable
 from adapter.telemetry.logs import get_logger
+from adapter.telemetry.metrics import TokenTimer
 from adapter.types import DEFAULT_PRIORITY, Event, Inputs, StreamDetail
 
 log = get_logger()
@@ -35,7 +36,7 @@ class StreamingRequest:
         idle_timeout: float,
     ) -> None:
         self._monitor = endpoint.monitor
-        self._epoch = endpoint.monitor.epoch
+        self._timer = None if detail is StreamDetail.RESULT else TokenTimer()
         self._newest: Event | None = None
         self._error: AdapterError | None = None
         self._changed = asyncio.Event()
@@ -53,11 +54,6 @@ class StreamingRequest:
         )
         #: Ends with the engine's events.
         self.task = asyncio.create_task(self._run(run), name="streaming-request")
-
-    @property
-    def is_stale(self) -> bool:
-        """Whether the engine that ran it was replaced; the new one does not know it."""
-        return self._epoch < self._monitor.epoch
 
     async def wait_accepted(self, seconds: float) -> None:
         """Wait for the engine to accept it, at most for so long. Raises what ended it before."""
@@ -112,6 +108,8 @@ class StreamingRequest:
 
     def _put(self, event: Event) -> None:
         self._accepted.set()
+        if self._timer is not None:
+            self._timer.observe(event)
         if not event.is_queued:  # before that there is nothing to show
             self._newest = event
             self._changed.set()
@@ -169,7 +167,6 @@ class StreamingRequests:
         return request
 
     async def __aenter__(self) -> Self:
-        self._pool.subscribe(self._engines_changed)
         return self
 
     async def __aexit__(
@@ -186,8 +183,3 @@ class StreamingRequests:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("streaming_request_failed", exc_info=error)
             request.fail(StreamInterrupted("internal error of the adapter"))
-
-    def _engines_changed(self) -> None:
-        for request in list(self._running.values()):
-            if request.is_stale:
-                request.fail(StreamInterrupted("the engine that ran it was replaced"))

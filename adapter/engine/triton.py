@@ -12,12 +12,12 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from adapter.engine.tensors import CANVAS_OUTPUTS, INPUT_TYPES, OUTPUTS, make_request, read_event
 from adapter.errors import (
     AdapterError,
+    ConnectionLost,
     EngineDead,
     EngineDraining,
     EngineError,
     EngineFailure,
     InvalidRequest,
-    ModelControlRefused,
     Overloaded,
     StreamInterrupted,
     Unavailable,
@@ -41,7 +41,6 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
 PROBE_ID = "probe"
 END_OF_STREAM_SECONDS = 1.0
 CANCEL_SECONDS = 5.0
-INDEX_SECONDS = 10.0
 
 #: What Triton says in a message; looked at first. On a stream an error has no code: the header
 #: `triton_grpc_error` would keep it, but with it a few refused requests in a row crash the server
@@ -53,7 +52,12 @@ ERROR_TEXTS: Sequence[tuple[str, type[AdapterError]]] = (
     ("request timeout expired", Overloaded),
     ("the server is stopping", EngineDraining),
     ("the engine takes no more requests", EngineDraining),
-    ("explicit model load / unload is not allowed", ModelControlRefused),
+    # gRPC's own words for a connection that ended under a request.
+    ("socket closed", ConnectionLost),
+    ("connection reset", ConnectionLost),
+    ("broken pipe", ConnectionLost),
+    ("ping timeout", ConnectionLost),
+    ("stream removed", ConnectionLost),
 )
 ERROR_CODES: Mapping[str, type[AdapterError]] = {
     "INVALID_ARGUMENT": InvalidRequest,
@@ -91,16 +95,13 @@ class TritonEngine:
         model_name: str,
         *,
         stream_interval: float,
-        reload_timeout: float,
         idle_timeout: float,
     ) -> None:
-        self._url = url
         options = (*CHANNEL_OPTIONS, *_keepalive(idle_timeout))
         self._channel = grpc.aio.insecure_channel(url, options=options)
         self._triton = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._model_name = model_name
         self._stream_interval = stream_interval
-        self._reload_timeout = reload_timeout
         self._cancelling: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
@@ -166,44 +167,9 @@ class TritonEngine:
         self._cancelling.add(task)
         task.add_done_callback(self._cancelling.discard)
 
-    async def probe(self) -> str:
-        """See whether the engine takes steps: it answers between two of them, however many wait."""
-        return await self._cancel_and_wait(PROBE_ID)
-
-    async def processes(self) -> int:
-        """Of how many instances the model is; those on GPUs are counted for each GPU."""
-        request = service_pb2.ModelConfigRequest(name=self._model_name)
-        with _mapped_errors():
-            answer = await self._triton.ModelConfig(request, timeout=INDEX_SECONDS)
-        groups = answer.config.instance_group
-        return sum(group.count * max(1, len(group.gpus)) for group in groups)
-
-    async def loading(self) -> bool:
-        """Whether Triton loads or unloads the model now: it goes on when who asked for it dies."""
-        request = service_pb2.RepositoryIndexRequest()
-        with _mapped_errors():
-            index = await self._triton.RepositoryIndex(request, timeout=INDEX_SECONDS)
-        states = {model.state for model in index.models if model.name == self._model_name}
-        return bool(states & {"LOADING", "UNLOADING"})
-
-    async def reload(self) -> None:
-        """Unload and load the model: loading alone does nothing while its files are the same.
-
-        Over a connection of its own, since the one that there is may be what has died; and without
-        pings, which Triton would take for abuse when a model is loaded for minutes.
-        """
-        name, bound = self._model_name, self._reload_timeout
-        unload = service_pb2.RepositoryModelUnloadRequest(model_name=name)
-        load = service_pb2.RepositoryModelLoadRequest(model_name=name)
-        try:
-            with _mapped_errors():
-                options = (*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
-                async with grpc.aio.insecure_channel(self._url, options=options) as channel:
-                    triton = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-                    await triton.RepositoryModelUnload(unload, timeout=bound)
-                    await triton.RepositoryModelLoad(load, timeout=bound)
-        except InvalidRequest as error:  # so Triton calls a model that does not load
-            raise EngineFailure(str(error)) from error
+    async def probe(self) -> None:
+        """See whether the engine takes steps: it answers between two of them, however full."""
+        await self._cancel_and_wait(PROBE_ID)
 
     def _request(
         self,
@@ -231,14 +197,14 @@ class TritonEngine:
             async with asyncio.timeout(CANCEL_SECONDS):
                 await self._cancel_and_wait(request_id)
 
-    async def _cancel_and_wait(self, request_id: str) -> str:
-        """End the requests of this id; returns once the engine has, with when it was started."""
+    async def _cancel_and_wait(self, request_id: str) -> None:
+        """End the requests of this id; returns once the engine has."""
         request = self._request({"cancel": request_id}, request_id="cancel", outputs=CANCEL_OUTPUTS)
         with self._open_stream(request) as responses:
             async for response in responses:
-                event = _event(response)
+                _event(response)
                 await _drain(responses)
-                return event.text
+                return
         msg = "the stream of a cancel ended without an event"
         raise StreamInterrupted(msg)
 

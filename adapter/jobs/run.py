@@ -8,6 +8,7 @@ import structlog
 from adapter.engine.follow import follow
 from adapter.engine.pool import Endpoint
 from adapter.errors import (
+    ConnectionLost,
     DeadlineExceeded,
     EngineDead,
     EngineDraining,
@@ -42,7 +43,6 @@ class JobRun:
         self._complete = complete
         self._exclusive = exclusive
         self._idle_timeout = idle_timeout
-        self._epoch = endpoint.monitor.epoch
         self._started = self._last_event = _now()
         self._has_slot = False
         self._following = False
@@ -63,14 +63,11 @@ class JobRun:
         if self._following:
             self.task.cancel()
 
-    def on_engine_replaced(self, *, elsewhere: bool) -> None:
-        """Interrupt the run if its engine died; `elsewhere`: another engine could run the job."""
-        monitor = self._endpoint.monitor
-        if self._epoch < monitor.epoch:
-            self.interrupt(Interrupted("the engine that ran it was replaced"))
-        elif monitor.state.dead and elsewhere:
-            # With no other engine, the job may as well wait until the death is certain.
-            self.interrupt(Interrupted(monitor.state.reason))
+    def on_engine_dead(self, *, elsewhere: bool) -> None:
+        """Interrupt the run if its engine is dead; `elsewhere`: another one could run the job."""
+        state = self._endpoint.monitor.state
+        if state.dead and elsewhere:
+            self.interrupt(Interrupted(state.reason))
 
     async def _run(self) -> Job | None:
         structlog.contextvars.bind_contextvars(
@@ -122,15 +119,11 @@ class JobRun:
         """The outcome after an engine's error: may the engine have begun the request?"""
         if isinstance(error, Overloaded | EngineDraining):
             return Snoozed(str(error))
-        if isinstance(error, Unavailable):
-            # When tritonserver goes down, the connection breaks under every request in flight.
-            return Interrupted(str(error)) if self._has_slot else Snoozed(str(error))
-        monitor = self._endpoint.monitor
-        dead_since = monitor.last_heartbeat
-        if self._last_event == self._started:  # the stream brought no event
-            dead_since = min(dead_since, monitor.dead_since(str(error)))
-        if isinstance(error, EngineDead) and self._started > dead_since:
-            # The engine died before it saw the request. Otherwise the request may have killed it.
+        unheard = self._last_event == self._started  # the stream brought no event
+        if isinstance(error, EngineDead) and unheard:
+            return Snoozed(str(error))  # Triton says so of requests that came after the death
+        may_be_cause = self._has_slot or (unheard and isinstance(error, ConnectionLost))
+        if isinstance(error, Unavailable) and not may_be_cause:
             return Snoozed(str(error))
         return Interrupted(str(error))
 

@@ -117,7 +117,7 @@ class JobRunner:
     def _engines_changed(self) -> None:
         elsewhere = self._pool.pick() is not None
         for run in list(self._runs.values()):
-            run.on_engine_replaced(elsewhere=elsewhere)
+            run.on_engine_dead(elsewhere=elsewhere)
         self._claiming.wake()
 
     async def _claim(self) -> float:

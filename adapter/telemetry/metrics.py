@@ -5,17 +5,31 @@ start; without it each worker shows its own figures.
 """
 
 import asyncio
+import functools
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
-from adapter.types import Usage
+from adapter.types import Event, Usage
+
+# A series `_created` beside each counter and bucket would be a quarter of the page.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 REGISTRY = CollectorRegistry()
 
@@ -30,9 +44,53 @@ HTTP_REQUESTS = Counter(
 )
 HTTP_SECONDS = Histogram(
     "dllm_adapter_http_request_seconds",
-    "Duration of HTTP requests, including the wait of held polls",
+    "Duration of HTTP requests, but for held polls and streams",
     ["method", "route"],
     buckets=(*SHORT, 30, 60, 300),
+    registry=REGISTRY,
+)
+POLL_SECONDS = Histogram(
+    "dllm_adapter_http_poll_seconds",
+    "Duration of polls with `wait`",
+    ["route"],
+    buckets=(*SHORT, 30, 60),
+    registry=REGISTRY,
+)
+STREAM_SECONDS = Histogram(
+    "dllm_adapter_http_stream_seconds",
+    "Duration of responses that are streams of events",
+    ["route"],
+    buckets=LONG,
+    registry=REGISTRY,
+)
+#: OpenTelemetry's names for generative AI, of streams.
+FIRST_TOKEN_SECONDS = Histogram(
+    "gen_ai_server_time_to_first_token_seconds",
+    "Time from a streaming request's start until its first text",
+    buckets=(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10),
+    registry=REGISTRY,
+)
+TOKEN_SECONDS = Histogram(
+    "gen_ai_server_time_per_output_token_seconds",
+    "Time per token of a streaming request after its first text",
+    buckets=(
+        0.001,
+        0.0025,
+        0.005,
+        0.01,
+        0.025,
+        0.05,
+        0.075,
+        0.1,
+        0.15,
+        0.2,
+        0.3,
+        0.4,
+        0.5,
+        0.75,
+        1,
+        2.5,
+    ),
     registry=REGISTRY,
 )
 JOBS_SUBMITTED = Counter("dllm_adapter_jobs_submitted", "Jobs accepted", registry=REGISTRY)
@@ -80,9 +138,6 @@ ENGINE_READY = Gauge(
     multiprocess_mode="livemax",
     registry=REGISTRY,
 )
-ENGINE_RELOADS = Counter(
-    "dllm_adapter_engine_reloads", "Engines replaced", ["engine"], registry=REGISTRY
-)
 STORE_SECONDS = Histogram(
     "dllm_adapter_store_seconds",
     "Duration of database transactions, including lock waits",
@@ -93,6 +148,36 @@ STORE_SECONDS = Histogram(
 #: Looking a label up takes longer than observing a value.
 _STORE_SECONDS = {kind: STORE_SECONDS.labels(kind) for kind in ("read", "write")}
 _PROMPT_TOKENS, _COMPLETION_TOKENS = TOKENS.labels("prompt"), TOKENS.labels("completion")
+
+
+def count_call(method: str, route: str, status: int, kind: str, seconds: float) -> None:
+    """Count an HTTP request and its duration; `kind` is response, poll or stream."""
+    HTTP_REQUESTS.labels(method, route, str(status)).inc()
+    if kind == "stream":
+        STREAM_SECONDS.labels(route).observe(seconds)
+    elif kind == "poll":
+        POLL_SECONDS.labels(route).observe(seconds)
+    else:
+        HTTP_SECONDS.labels(method, route).observe(seconds)
+
+
+class TokenTimer:
+    """Times the text of one streaming request, from its creation on."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._first: float | None = None
+        self._tokens = 0
+
+    def observe(self, event: Event) -> None:
+        """Record the first text, and the pace of the rest once the request has finished."""
+        now = time.perf_counter()
+        tokens = event.usage.completion_tokens if event.usage else 0
+        if self._first is None and event.text:
+            self._first, self._tokens = now, tokens
+            FIRST_TOKEN_SECONDS.observe(now - self._began)
+        if event.finish_reason and self._first is not None and tokens > self._tokens:
+            TOKEN_SECONDS.observe((now - self._first) / (tokens - self._tokens))
 
 
 def count_usage(usage: Usage) -> None:
@@ -110,24 +195,25 @@ def observe_transaction(kind: str, seconds: float) -> None:
 
 async def exposition(jobs: Mapping[str, int] | None) -> bytes:
     """The metrics of all workers in Prometheus's text format, and `jobs` by state if known."""
-    registry = REGISTRY
+    registry, workers = REGISTRY, {os.getpid()}
     if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
-        _remove_gauges_of_dead_workers(Path(folder))
+        workers = _living_workers(Path(folder))
         registry = CollectorRegistry()
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     page = await asyncio.to_thread(generate_latest, registry)
-    if jobs is None:
-        return page
-    active = CollectorRegistry()
-    active.register(_Jobs(jobs))
-    return page + generate_latest(active)
+    service = CollectorRegistry()
+    service.register(_Service(jobs, workers))
+    return page + generate_latest(service)
 
 
-def _remove_gauges_of_dead_workers(folder: Path) -> None:
-    for pid in {int(file.stem.rpartition("_")[2]) for file in folder.glob("gauge_live*.db")}:
-        if not _is_alive(pid):
-            with suppress(FileNotFoundError):  # another worker does the same
-                mark_process_dead(pid)  # type: ignore[no-untyped-call]
+def _living_workers(folder: Path) -> set[int]:
+    """Process ids of the workers; removes the gauges of dead ones."""
+    workers = {int(file.stem.rpartition("_")[2]) for file in folder.glob("*.db")}
+    living = {pid for pid in workers if _is_alive(pid)}
+    for pid in workers - living:
+        with suppress(FileNotFoundError):  # another worker does the same
+            mark_process_dead(pid)  # type: ignore[no-untyped-call]
+    return living
 
 
 def _is_alive(pid: int) -> bool:
@@ -138,16 +224,34 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-class _Jobs(Collector):
-    """Unfinished jobs in the database, of all machines."""
+class _Service(Collector):
+    """Figures that no worker counts: version, processes, and unfinished jobs of all machines."""
 
-    def __init__(self, jobs: Mapping[str, int]) -> None:
+    def __init__(self, jobs: Mapping[str, int] | None, workers: Iterable[int]) -> None:
         self._jobs = jobs
+        self._workers = workers
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        family = GaugeMetricFamily(
-            "dllm_adapter_jobs", "Unfinished jobs in the database by state", labels=["state"]
-        )
-        for state, count in self._jobs.items():
-            family.add_metric([state], count)
-        yield family
+    def collect(self) -> Iterator[Metric]:
+        build = GaugeMetricFamily("dllm_adapter_build_info", "The version", labels=["version"])
+        build.add_metric([version("dllm-serve")], 1)
+        yield build
+        yield from _process_metrics(self._workers)
+        if self._jobs is not None:
+            family = GaugeMetricFamily("dllm_adapter_jobs", "Unfinished jobs", labels=["state"])
+            for state, count in self._jobs.items():
+                family.add_metric([state], count)
+            yield family
+
+
+def _process_metrics(pids: Iterable[int]) -> Iterator[Metric]:
+    """The conventional `process_*` metrics, summed over processes where a sum makes sense."""
+    families: dict[str, list[Metric]] = {}
+    for pid in pids:
+        for family in ProcessCollector(pid=functools.partial(int, pid), registry=None).collect():
+            families.setdefault(family.name, []).append(family)
+    for name, found in families.items():
+        combine = min if name in ("process_start_time_seconds", "process_max_fds") else sum
+        value = combine(family.samples[0].value for family in found)
+        sample = found[0].samples[0]._replace(value=value)
+        found[0].samples[:] = [sample]
+        yield found[0]

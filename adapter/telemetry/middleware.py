@@ -3,14 +3,16 @@
 import re
 import time
 import uuid
+from collections.abc import Sequence
 
 import structlog
 from fastapi import Request
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapter.telemetry.logs import get_logger
-from adapter.telemetry.metrics import HTTP_REQUESTS, HTTP_SECONDS
+from adapter.telemetry.metrics import count_call
 from adapter.telemetry.tracing import TRACEPARENT, call_span, set_failed
 
 log = get_logger()
@@ -23,10 +25,14 @@ ROUTINE = frozenset({"/v1/health", "/v1/livez", "/metrics"})
 
 
 class TelemetryMiddleware:
-    """Gives every call an id, and records it in log, metrics and traces."""
+    """Gives every call an id, and records it in log, metrics and traces.
 
-    def __init__(self, app: ASGIApp) -> None:
+    `routes` name the route of a call that a middleware answers before it is routed.
+    """
+
+    def __init__(self, app: ASGIApp, *, routes: Sequence[BaseRoute]) -> None:
         self._app = app
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the call on and record its outcome."""
@@ -42,26 +48,33 @@ class TelemetryMiddleware:
         structlog.contextvars.bind_contextvars(request_id=request_id)
         began = time.perf_counter()
         status = 0
+        kind = "response"
 
         async def watched(message: Message) -> None:
-            nonlocal status
+            nonlocal status, kind
             if message["type"] == "http.response.start":
                 status = message["status"]
+                kind = _kind(request, Headers(raw=message["headers"]))
                 MutableHeaders(scope=message)[HEADER] = request_id
             await send(message)
 
         try:
             await self._app(scope, receive, watched)
+        except Exception as error:
+            set_failed(span, error)
+            if not status:
+                # Answered here, and not by the server, so that the response has the request id.
+                response = await request.app.exception_handlers[Exception](request, error)
+                await response(scope, receive, watched)
+            raise
         except BaseException as error:
             set_failed(span, error)
             raise
         finally:
             seconds = time.perf_counter() - began
-            # The route's template: ids in paths would make a series for each job.
-            route = getattr(scope.get("route"), "path", "none")
+            route = self._route(scope)
             # 499, as in nginx: the client disconnected before the response began.
-            HTTP_REQUESTS.labels(request.method, route, str(status or 499)).inc()
-            HTTP_SECONDS.labels(request.method, route).observe(seconds)
+            count_call(request.method, route, status or 499, kind, seconds)
             span.set_attributes(
                 {
                     "http.route": route,
@@ -81,3 +94,16 @@ class TelemetryMiddleware:
                 key=getattr(request.state, "api_key", None),
             )
             structlog.contextvars.unbind_contextvars("request_id")
+
+    def _route(self, scope: Scope) -> str:
+        """The route's template, since ids in paths would make a series for each job."""
+        if (route := scope.get("route")) is None:
+            found = (r for r in self._routes if r.matches(scope)[0] is not Match.NONE)
+            route = next(found, None)
+        return getattr(route, "path", "none")
+
+
+def _kind(request: Request, headers: Headers) -> str:
+    if headers.get("content-type", "").startswith("text/event-stream"):
+        return "stream"
+    return "poll" if request.query_params.get("wait") else "response"

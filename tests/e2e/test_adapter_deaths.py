@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -85,9 +86,9 @@ def test_killed_adapter(start_adapter: StartAdapter) -> None:
 
 
 def test_killed_engine(start_adapter: StartAdapter, undying: TritonServer) -> None:
-    """kill -9 of the model's process: health says 503, then ok again by itself; no job is lost.
+    """kill -9 of the engine: health is 503 until the server is back, and no job is lost.
 
-    Whoever watches a stream is told that it has ended.
+    An open stream ends with an error within 2 s.
     """
     adapter = start_adapter(undying, DLLM_MAX_INFLIGHT="4", **QUICK)
     jobs = adapter.submit_batch([f"prompt {i}" for i in range(16)], **UNIQUE)
@@ -99,9 +100,11 @@ def test_killed_engine(start_adapter: StartAdapter, undying: TritonServer) -> No
         lines = stream.iter_lines()
         assert next(lines) == b"event: step"
         stub_of(undying, "dllm").kill()
+        killed = time.monotonic()
         assert [line for line in lines if line.startswith(b"event: ")][-1] == b"event: error"
+        assert time.monotonic() - killed < 2
     eventually(lambda: adapter.health() == 503, "the death is noticed")
-    eventually(lambda: adapter.health() == 200, "the engine is replaced")
+    eventually(lambda: adapter.health() == 200, "the server is back")
     assert len({adapter.finished(job) for job in jobs}) == len(jobs)
 
 
@@ -124,7 +127,7 @@ def test_lost_instance(
 ) -> None:
     """One of two instances is killed, or hangs in a step, while the other one sends events.
 
-    It is noticed all the same, both are replaced, and no job is lost.
+    The server ends with it, both start again, and no job is lost.
     """
     adapter = start_adapter(paired, DLLM_MAX_INFLIGHT="8", **QUICK)
     jobs: list[int] = []
@@ -149,13 +152,12 @@ def test_lost_instance(
     assert "running" in adapter.statuses(jobs), "too late: all jobs were done"
 
     def replaced() -> bool:
-        # Until it is, calls that reach the other instance may well be answered; and tritonserver
-        # itself may have ended with the process, and be about to start.
+        # The server has ended, or is about to start.
         with suppress(psutil.NoSuchProcess, AssertionError):
             return adapter.health() == 200 and stub_of(paired, "dllm", 1) != victim
         return False
 
-    eventually(replaced, "both are replaced")
+    eventually(replaced, "both are back")
     assert len({adapter.finished(job) for job in jobs}) == len(jobs)
 
 

@@ -39,7 +39,7 @@ def kill_all_workers(adapter: AdapterServer, _: TritonServer) -> None:
 
 
 def kill_the_engine(_: AdapterServer, triton: TritonServer) -> None:
-    """Kill it, or find it gone: tritonserver is on its way back."""
+    """Kill it, or find it gone: the server is about to start again."""
     with suppress(AssertionError, RuntimeError, psutil.NoSuchProcess):
         stub_of(triton, "dllm").kill()
 
@@ -154,24 +154,6 @@ def test_one_of_two_tritonservers_is_killed(
         eventually(
             lambda: metric(two, "dllm_requests_finished_total") > 0, "the other has done its part"
         )
-
-
-@pytest.mark.slow
-def test_workers_that_heal_are_killed(start_adapter: StartAdapter, undying: TritonServer) -> None:
-    """However often the one who replaces the engine is killed meanwhile, it is replaced."""
-    adapter = start_adapter(undying, workers=2, **QUICK)
-    jobs = adapter.submit_batch(["a", "b"], **UNIQUE)
-    kill_the_engine(adapter, undying)
-    for starts in (1, 2):
-        eventually(
-            lambda: adapter.log.count("engine_reload_started") >= starts,  # noqa: B023
-            "somebody begins to replace it",
-        )
-        for worker in adapter.worker_processes():
-            with suppress(psutil.NoSuchProcess):
-                worker.kill()
-    eventually(lambda: adapter.health() == 200, "the engine is back")
-    assert len({adapter.finished(job) for job in jobs}) == 2
 
 
 @pytest.mark.slow

@@ -61,7 +61,8 @@ def test_metrics_leave_with_the_model(checkpoint: Path) -> None:
 
     On a server of its own: Triton keeps what a killed process of the model had counted.
     """
-    with triton_server(checkpoint) as server:
+    control = ["--model-control-mode=explicit", "--load-model=dllm"]
+    with triton_server(checkpoint, extra_args=[*control, "--load-model=dllm_unary"]) as server:
         repository = f"http://{server.http_url}/v2/repository/models/dllm"
         assert metric(server, "dllm_max_running_requests") == 64
         assert requests.post(f"{repository}/unload", timeout=60).status_code == 200

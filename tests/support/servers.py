@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -58,6 +58,7 @@ def triton_server(
     repository: Path = REPOSITORY,
     log_file: Path | None = None,
     settings: Mapping[str, str] | None = None,
+    extra_args: Sequence[str] = (),
 ) -> TritonServer:
     """tritonserver with both of our models on free ports; not started yet."""
     return TritonServer(
@@ -68,6 +69,7 @@ def triton_server(
         start_timeout=PATIENCE,
         env={"MODEL_PATH": str(checkpoint), "DLLM_DEVICE": "cpu", **(settings or {})},
         log_file=log_file,
+        extra_args=extra_args,
     )
 
 

@@ -21,6 +21,7 @@ DEPLOY = ROOT / "deploy"
 ADAPTER = {f"DLLM_{name.upper()}" for name in Settings.model_fields}
 ADAPTER |= {"WEB_CONCURRENCY", "PROMETHEUS_MULTIPROC_DIR"}
 ENGINE = {*EngineConfig.settings(), "MODEL_PATH", "TRITON_CACHE_DIR", "HOME"}
+ENGINE |= {"DLLM_EXIT_ON_ENGINE_DEATH"}
 READ = {"adapter": ADAPTER, "triton": ENGINE}
 COMPOSE = sorted(DEPLOY.glob("compose*.yaml"))
 

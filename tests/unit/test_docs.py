@@ -37,13 +37,14 @@ def test_every_setting_is_documented_with_its_default() -> None:
             elif isinstance(field.default, int) and not isinstance(field.default, bool):
                 documented_elsewhere = name == "max_gen_length"
                 assert documented_elsewhere or int(shown) == field.default, name
-    assert set(EngineConfig.settings()) <= set(rows)
+    assert {*EngineConfig.settings(), "DLLM_EXIT_ON_ENGINE_DEATH"} <= set(rows)
 
 
 def test_the_triton_model_has_every_setting_as_a_parameter() -> None:
-    """config.pbtxt lists exactly the settings of the engine."""
+    """config.pbtxt lists exactly the settings of the engine and of its process."""
     config = (ROOT / "model_repository/dllm/config.pbtxt").read_text()
-    assert re.findall(r'key: "(\w+)"', config) == EngineConfig.settings()
+    settings = [*EngineConfig.settings(), "DLLM_EXIT_ON_ENGINE_DEATH"]
+    assert re.findall(r'key: "(\w+)"', config) == settings
 
 
 def test_links_between_pages_lead_somewhere() -> None:

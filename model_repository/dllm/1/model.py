@@ -16,7 +16,16 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 from dllm_dispatcher import PendingRequest, ResponseDispatcher
-from dllm_engine import Engine, EngineConfig, EngineDead, EngineThread, InvalidRequest, QueueFull
+from dllm_engine import (
+    Engine,
+    EngineConfig,
+    EngineDead,
+    EngineThread,
+    InvalidConfig,
+    InvalidRequest,
+    QueueFull,
+)
+from dllm_fail_fast import FailFast
 from dllm_tensors import (
     check_response,
     error_response,
@@ -31,29 +40,35 @@ logger = logging.getLogger("dllm_engine.triton")
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 #: How long unloading waits for running requests.
 DRAIN_SECONDS = 30
-#: Callers that hand a request to a dead engine are answered for this long.
+#: A dead engine refuses new requests for this long before its process ends.
 NOTICE_SECONDS = 1.0
+#: The setting that lets the server outlive its engine.
+EXIT_ON_ENGINE_DEATH = "DLLM_EXIT_ON_ENGINE_DEATH"
 
 
 class TritonPythonModel:
-    """What Triton's Python backend loads."""
+    """The model as Triton's Python backend loads it."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the checkpoint; an error here is a failed model load that carries its message."""
         _log_to_triton()
-        config = EngineConfig.from_mapping(_settings(args))
+        settings = _settings(args)
+        fail_fast = _parse_switch(EXIT_ON_ENGINE_DEATH, settings.pop(EXIT_ON_ENGINE_DEATH, ""))
+        config = EngineConfig.from_mapping(settings)
         logger.info("loading checkpoint path=%s", config.model_path)
         self._worker = EngineThread(Engine(config), on_death=self._on_engine_death)
         self._dispatcher = ResponseDispatcher(
             self._worker, args["model_name"], args["model_instance_name"]
         )
-        # What is there now stays; a full collection that looks through all of it takes the time of
-        # several steps.
+        # These objects stay: a full collection that visits them takes as long as several steps.
         gc.collect()
         gc.freeze()
+        self._fail_fast = FailFast()
+        if fail_fast:
+            self._fail_fast.arm()
 
     def execute(self, requests: list[Any]) -> None:
-        """Queue a batch with the engine; responses follow from the exchange's thread."""
+        """Queue a batch with the engine; the dispatcher's thread sends the responses."""
         for request in requests:
             sender = request.get_response_sender()
             try:
@@ -63,16 +78,17 @@ class TritonPythonModel:
             except QueueFull as error:
                 _refuse(sender, error, pb_utils.TritonError.UNAVAILABLE)
             except EngineDead as error:
-                # Unlike those that were with the engine when it died, this one did not do it.
+                # The engine was dead before: this request did not kill it.
                 refusal = EngineDead(f"the engine takes no more requests: {error}")
                 _refuse(sender, refusal, pb_utils.TritonError.UNAVAILABLE)
             except Exception as error:
-                # A defect of ours that one request lays bare must not fail its whole batch.
-                logger.exception("request not understood")
+                # A defect that one request meets must not fail its whole batch.
+                logger.exception("request not parsed")
                 _refuse(sender, error, pb_utils.TritonError.INTERNAL)
 
     def finalize(self) -> None:
-        """Finish what runs and stop every thread; an engine that hangs is left behind."""
+        """Finish running requests and stop every thread; an engine that hangs is left behind."""
+        self._fail_fast.disarm()
         if not self._worker.close(timeout=DRAIN_SECONDS):
             logger.error("engine did not finish within %d s, leaving it", DRAIN_SECONDS)
         self._dispatcher.close()
@@ -96,9 +112,9 @@ class TritonPythonModel:
             raise
 
     def _on_engine_death(self, death: EngineDead) -> None:
-        # Nothing here can work again, and a process that lives on would look healthy. Once it is
-        # gone Triton answers every request with an error, and whoever watches reloads the model.
-        logger.critical("engine dead, leaving the process: %s", death)
+        # Nothing here can work again, and a process that lives on would look healthy. Its end is
+        # the server's as well (dllm_fail_fast.py).
+        logger.critical("engine dead, ending the process: %s", death)
         self._dispatcher.flush(timeout=5)
         time.sleep(NOTICE_SECONDS)
         os._exit(1)
@@ -112,12 +128,20 @@ def _settings(args: dict[str, str]) -> dict[str, str]:
     """Parameters of config.pbtxt, overridden by the environment; defaults for this instance."""
     parameters = json.loads(args["model_config"])["parameters"]
     settings = {name: value["string_value"] for name, value in parameters.items()}
-    settings |= {name: os.environ[name] for name in EngineConfig.settings() if name in os.environ}
+    names = [*EngineConfig.settings(), EXIT_ON_ENGINE_DEATH]
+    settings |= {name: os.environ[name] for name in names if name in os.environ}
     if not settings.get("MODEL_PATH"):
         settings["MODEL_PATH"] = str(Path(__file__).parent / "demo_checkpoint")
     if args["model_instance_kind"] == "GPU" and settings.get("DLLM_DEVICE") in ("", "auto"):
         settings["DLLM_DEVICE"] = f"cuda:{args['model_instance_device_id']}"
     return settings
+
+
+def _parse_switch(name: str, text: str) -> bool:
+    """`on`, the default, or `off`. Raises `InvalidConfig`."""
+    if text not in ("", "on", "off"):
+        raise InvalidConfig(f"{name}: {text!r} is neither on nor off")
+    return text != "off"
 
 
 class _TritonLogHandler(logging.Handler):

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 from adapter.app import create_app
 from adapter.engine.monitor import EngineMonitor
-from adapter.errors import AdapterError, EngineDead
+from adapter.errors import AdapterError, ConnectionLost, EngineDead, Unavailable
 from adapter.settings import Settings
 from adapter.types import DEFAULT_PRIORITY, Canvas, CheckResult, Event, Inputs, StreamDetail, Usage
 
@@ -76,7 +76,6 @@ class ScriptedEngine:
     alive: bool = True
     probe_error: AdapterError | None = None
     probe_hangs: bool = False
-    reload_error: AdapterError | None = None
     #: What it says of prompts before they run; of the others, that there is this much headroom.
     check_results: dict[str, CheckResult] = field(default_factory=dict)
     headroom: int = 1000
@@ -88,8 +87,7 @@ class ScriptedEngine:
     details: list[StreamDetail] = field(default_factory=list)
     cancels: list[str] = field(default_factory=list)
     closed: int = 0
-    loadings: int = 0
-    reloads: int = 0
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def generate(
         self,
@@ -102,6 +100,7 @@ class ScriptedEngine:
         """Play the next script."""
         self.request_ids.append(request_id)
         self.priorities.append(priority)
+        self.check_connection()
         if not self.alive:
             raise EngineDead(f"Stub process 'dllm_0_0' is not healthy. {request_id}")
         script = self.scripts[min(len(self.requests), len(self.scripts) - 1)]
@@ -117,13 +116,15 @@ class ScriptedEngine:
                 elif isinstance(item, asyncio.Event):
                     await item.wait()
                 else:
-                    await asyncio.Event().wait()
+                    await self.ended.wait()
+                    raise ConnectionLost("Socket closed")
         finally:
             self.closed += 1
 
     async def check(self, requests: Sequence[Inputs]) -> list[CheckResult]:
         """Refuse what it is told to, if it can be asked."""
         self.checked.extend(requests)
+        self.check_connection()
         if not self.alive:
             raise EngineDead("Stub process 'dllm_0_0' is not healthy.")
         if self.check_hangs:
@@ -137,35 +138,31 @@ class ScriptedEngine:
         """Note it."""
         self.cancels.append(request_id)
 
-    async def probe(self) -> str:
+    async def probe(self) -> None:
         """Answer as the engine is."""
+        self.check_connection()
         if not self.alive:
             raise EngineDead("Stub process 'dllm_0_0' is not healthy.")
         if self.probe_hangs:
             await asyncio.Event().wait()
         if self.probe_error is not None:
             raise self.probe_error
-        return "dllm_0_0"
 
-    async def processes(self) -> int:
-        """One, as far as it knows."""
-        return 1
+    def end(self) -> None:
+        """End as tritonserver does: every stream breaks, and it answers nothing any more."""
+        self.ended.set()
 
-    async def loading(self) -> bool:
-        """Say so a few times, if told to."""
-        self.loadings -= 1
-        return self.loadings >= 0
-
-    async def reload(self) -> None:
-        """Bring it back to life, unless told otherwise."""
-        self.reloads += 1
-        await asyncio.sleep(0.02)
-        if self.reload_error is not None:
-            raise self.reload_error
-        self.alive, self.probe_hangs = True, False
+    def start(self) -> None:
+        """Start again, with no memory of earlier requests."""
+        self.ended, self.alive, self.probe_hangs = asyncio.Event(), True, False
 
     async def close(self) -> None:
         """Nothing to let go of."""
+
+    def check_connection(self) -> None:
+        """Raise what a call to a tritonserver that has ended raises."""
+        if self.ended.is_set():
+            raise Unavailable("failed to connect")
 
 
 def _words(inputs: Inputs) -> str:

@@ -29,7 +29,7 @@ def test_environment_overrides_the_default(monkeypatch: pytest.MonkeyPatch) -> N
         ("DLLM_MAX_QUEUED_JOBS", "many"),
         ("DLLM_MAX_GEN_LENGTH", "0"),
         ("DLLM_MAX_TEMPERATURE", "nan"),
-        ("DLLM_HEAL", "perhaps"),
+        ("DLLM_METRICS_NEED_KEY", "perhaps"),
         ("DLLM_LOG_LEVEL", "loud"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What the benchmarks compare with does the same work: the same tokens."""
+"""The benchmarks compare the engine with loops that decode the same tokens."""
 
 from pathlib import Path
 
@@ -10,7 +10,8 @@ from tests.support.checkpoints import MASK
 
 
 def test_parallel_baseline_decodes_what_the_engine_decodes(checkpoint: Path, llm: LLM) -> None:
-    """Fast-dLLM with a threshold equals `dual` with one, in fewer steps than there are tokens."""
+    """Fast-dLLM with a threshold decodes the same as `dual` with that threshold, in fewer steps
+    than tokens."""
     plain = PlainLlama(checkpoint)
     prompts = torch.randint(0, 499, (3, 20), generator=torch.Generator().manual_seed(2))
     fewest = 16
@@ -31,7 +32,8 @@ def test_parallel_baseline_decodes_what_the_engine_decodes(checkpoint: Path, llm
 
 
 def test_baselines_decode_what_the_engine_decodes(checkpoint: Path, llm: LLM) -> None:
-    """The reference equals `none` and Fast-dLLM equals `dual`, alone and in a static batch."""
+    """The reference decodes the same as `none`, and Fast-dLLM the same as `dual`, alone and in a
+    static batch."""
     plain, work = PlainLlama(checkpoint), Work(gen_length=16, block_length=8, mask_id=MASK)
     prompts = torch.randint(0, 499, (3, 20), generator=torch.Generator().manual_seed(2))
     for policy, generate in (("none", reference), ("dual", fast_dllm)):

@@ -1,4 +1,4 @@
-"""Scores, schedules and the table of rules: what a whole step commits."""
+"""Scores, schedules and the table of rules: the positions that a whole step commits."""
 
 import itertools
 import math
@@ -30,7 +30,7 @@ def block(confidence: list[float], entropy: list[float], margin: list[float]) ->
 
 
 def plan(rows: int = 1, **columns: float) -> CommitPlan:
-    """One position by confidence in each of `rows` equal rows, unless said otherwise."""
+    """One position by confidence in each of `rows` equal rows, unless given otherwise."""
     defaults: dict[str, float] = {"score": 0, "rule": 0, "count": 1, "seed": 0, "step": 0}
     defaults |= {"block_start": 0, "chance": 0.0, "threshold": 0.0, "second_threshold": 0.0}
     values = defaults | {"alg_temp": 0.0} | columns
@@ -80,7 +80,7 @@ def test_each_score_ranks_by_its_statistic() -> None:
 
 
 def committed_sets(scores: list[float], draws: int, **columns: float) -> Counter[tuple[int, ...]]:
-    """How often each set of columns is committed, over as many seeds."""
+    """Count how often each set of columns is committed, over `draws` seeds."""
     statistics = block(scores, [0.0] * len(scores), [0.0] * len(scores))
     rows = plan(draws, **columns)
     rows.seed.copy_(torch.arange(draws))
@@ -92,13 +92,14 @@ def committed_sets(scores: list[float], draws: int, **columns: float) -> Counter
 
 
 def chi_square(counts: Counter[tuple[int, ...]], expected: dict[tuple[int, ...], float]) -> float:
-    """Pearson's statistic of counts against expected ones."""
+    """Pearson's statistic of counts against expected counts."""
     assert set(counts) <= set(expected)
     return sum((counts[key] - value) ** 2 / value for key, value in expected.items())
 
 
 def test_random_order_ignores_statistics_and_follows_the_seed() -> None:
-    """`random` commits every pair of positions equally often over seeds, and repeats."""
+    """`random` commits every pair of positions equally often over seeds, and a seed repeats its
+    pair."""
     draws = 6000
     asked = {"score": Score.RANDOM, "count": 2}
     counts = committed_sets([0.9, 0.1, 0.1, 0.1], draws, **asked)
@@ -190,7 +191,7 @@ ALL_RULES = [
 
 @pytest.mark.parametrize("rule", ALL_RULES, ids=str)
 def test_every_rule_fills_the_canvas_within_its_steps(llm: LLM, rule: dict[str, object]) -> None:
-    """No rule leaves a mask behind or takes more steps than it may; none depends on the batch."""
+    """Every rule fills the canvas within its steps, and its result does not depend on the batch."""
     params = SamplingParams(
         gen_length=29,
         block_length=8,

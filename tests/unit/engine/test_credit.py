@@ -1,4 +1,4 @@
-"""Credit in short lists: the whole matrix until a list overflows, and what happens then."""
+"""Credit lists equal the whole credit matrix until a list overflows, and lose little then."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ LEAST = BETA**LISTED / (1 - BETA)
 
 @dataclasses.dataclass
 class Position:
-    """One position's list, and its row of dInfer's matrix beside it."""
+    """One position's list, and the same row of dInfer's matrix."""
 
     credits: Credits
     matrix: torch.Tensor
 
     @classmethod
     def empty(cls) -> Position:
-        """When a block begins."""
+        """The list at the start of a block."""
         tokens = torch.full((1, LISTED), -1)
         lists = Credits(torch.tensor([True]), tokens, torch.zeros(1, LISTED, dtype=torch.float64))
         return cls(lists, torch.zeros(VOCABULARY, dtype=torch.float64))
@@ -37,7 +37,8 @@ class Position:
         return {token: value for token, value in pairs if token >= 0}
 
     def step(self, best: int, ahead: float) -> tuple[int, float]:
-        """A step whose logits are 0 but for the best token; what is chosen, and how surely."""
+        """Run a step whose logits are 0 except for the best token; returns the chosen token and its
+        confidence."""
         logits = torch.zeros(1, VOCABULARY, dtype=torch.float64)
         logits[0, best] = ahead
         tokens = self.credits.tokens
@@ -53,7 +54,8 @@ class Position:
 
 @given(st.lists(st.tuples(st.integers(0, LISTED - 1), st.floats(0.1, 9)), max_size=60))
 def test_as_many_tokens_as_a_list_holds_are_exact(steps: list[tuple[int, float]]) -> None:
-    """However long the block: credit, choice and confidence are those of the whole matrix."""
+    """Until a list overflows, credit, token and confidence equal those of the whole matrix, for any
+    length of block."""
     position = Position.empty()
     for best, ahead in steps:
         _, confidence = position.step(best, ahead)
@@ -66,7 +68,8 @@ def test_as_many_tokens_as_a_list_holds_are_exact(steps: list[tuple[int, float]]
 
 
 def test_the_seventeenth_token_takes_the_place_of_the_least_credit() -> None:
-    """After 17 different best tokens the first is forgotten; best again, it begins anew."""
+    """The 17th different best token replaces the one with least credit, which starts from 0 if it
+    is best again."""
     position = Position.empty()
     for best in range(LISTED + 1):
         assert len(position.listed()) == best
@@ -84,8 +87,7 @@ def test_the_seventeenth_token_takes_the_place_of_the_least_credit() -> None:
 def test_what_an_overflow_loses_is_less_than_a_tenth_of_a_logit(
     steps: list[tuple[int, float]],
 ) -> None:
-    """Whatever was best when and how surely: a token leaves with little credit, and the latest
-    stays."""
+    """A token that leaves a full list has little credit, and the latest token stays."""
     assert ALPHA * math.log1p(LEAST) < 0.1
     position = Position.empty()
     for best, ahead in [*((0, 9.0) for _ in range(20)), *steps]:
@@ -98,7 +100,8 @@ def test_what_an_overflow_loses_is_less_than_a_tenth_of_a_logit(
 
 
 def test_a_block_longer_than_a_list_is_decoded_alike_alone_and_in_a_batch(llm: LLM) -> None:
-    """Overflowing or not, a request with credit fills its block and touches no neighbour."""
+    """A request with credit fills its block and does not affect other requests, even if lists
+    overflow."""
     params = SamplingParams(
         gen_length=48,
         block_length=48,

@@ -1,4 +1,5 @@
-"""The table of decoding rules is whole: every row can be asked for, is documented and is scored."""
+"""Every row of the table of decoding rules can be requested, is documented and has quality
+scores."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ ROWS = pytest.mark.parametrize("row", DECODINGS, ids=lambda row: row.name)
 
 
 def request_for(row: Decoding) -> dict[str, Any]:
-    """The fewest fields that ask for it."""
+    """The fewest fields that select a row."""
     fields: dict[str, Any] = {row.field: 0.5 if row.value is None else row.value}
     if row.also:
         fields[row.also] = True if row.also == "credit" else 0.25
@@ -26,13 +27,13 @@ def request_for(row: Decoding) -> dict[str, Any]:
 
 
 def rows_of(requests: list[dict[str, Any]]) -> set[str]:
-    """Names of what they ask for."""
+    """Names of the rows that these requests select."""
     return {decoding_of(SamplingParams(**fields)).name for fields in requests}
 
 
 @ROWS
 def test_a_request_reaches_it(row: Decoding) -> None:
-    """A valid request asks for each row and for no other."""
+    """Each row is selected by a valid request that selects no other row."""
     params = SamplingParams(**request_for(row)).resolved()
     assert decoding_of(params) is row
     assert row.source
@@ -40,19 +41,19 @@ def test_a_request_reaches_it(row: Decoding) -> None:
 
 
 def test_names_rules_and_scores_are_all_used_once() -> None:
-    """No two rows have one name; no rule or score is without a name."""
+    """No two rows have the same name, and every rule and score has a row."""
     assert len({row.name for row in DECODINGS}) == len(DECODINGS)
     assert {row.rule for row in DECODINGS} == set(Rule)
     assert {row.score for row in DECODINGS} == {None, *Score}
 
 
 def test_defaults_ask_for_llada() -> None:
-    """A request that says nothing gets LLaDA's low-confidence schedule."""
+    """A request without decoding fields uses LLaDA's low-confidence schedule."""
     assert decoding_of(SamplingParams()).name == "remasking=low_confidence"
 
 
 def test_bounds_are_the_requests_numbers() -> None:
-    """First the field that asks, then the second number or its default."""
+    """The first parameter is the selecting field, the second is the second field or its default."""
     given = SamplingParams(confidence_threshold=0.9, low_threshold=0.4)
     assert decoding_of(given).bounds(given) == (0.9, 0.4)
     given = SamplingParams(anchor_threshold=0.9)
@@ -64,7 +65,7 @@ def test_bounds_are_the_requests_numbers() -> None:
 @pytest.mark.parametrize("first", COMMIT_FIELDS)
 @pytest.mark.parametrize("second", COMMIT_FIELDS)
 def test_two_parallel_rules_at_once_are_refused(first: str, second: str) -> None:
-    """At most one field may say how many positions a step commits."""
+    """At most one field may choose how many positions a step commits."""
     if first != second:
         with pytest.raises(InvalidRequest, match="cannot be combined"):
             SamplingParams(**{first: 0.5, second: 0.5}).resolved()
@@ -72,7 +73,7 @@ def test_two_parallel_rules_at_once_are_refused(first: str, second: str) -> None
 
 @ROWS
 def test_it_is_documented(row: Decoding) -> None:
-    """README.md names its fields and value; docs/decoding.md has its row, word for word."""
+    """README.md names the row's fields and value; docs/decoding.md has the row, word for word."""
     readme = (ROOT / "README.md").read_text()
     for word in {row.field, row.value, row.also, row.second} - {None}:
         assert f"`{word}`" in readme, word
@@ -83,7 +84,7 @@ def test_it_is_documented(row: Decoding) -> None:
 
 
 def test_all_are_scored_on_both_checkpoints() -> None:
-    """`benchmarks/quality.py` asks for every row, and has the LLaDA checkpoint's and the twin's."""
+    """`benchmarks/quality.py` scores every row on the LLaDA and on the Dream checkpoint."""
     assert rows_of([rule for _, _, rule in RULES]) == {row.name for row in DECODINGS}
     for model in MODELS.values():
         scored = [(score.family, score.label, score.params) for score in stored(model.name)]
@@ -91,7 +92,7 @@ def test_all_are_scored_on_both_checkpoints() -> None:
 
 
 def test_all_are_compared_with_the_reference() -> None:
-    """The requests of the parity tests ask for every row."""
+    """The requests of the parity tests select every row."""
     assert rows_of([dict(rule) for rule in cases.RULES]) >= {row.name for row in DECODINGS} - {
         "remasking=low_confidence"
     }

@@ -56,9 +56,9 @@ def test_an_end_of_text_token_ends_the_request_early(eager: Path) -> None:
     assert stopped.usage.steps <= 8 < whole.usage.steps == 16
     assert (stopped.token_ids[8:] == MASK).all()
     assert (stopped.confidence[8:] == -1).all()
-    codec = llm.engine.codec
-    assert codec is not None
-    assert stopped.text == codec.decode(whole.token_ids[:first])
+    tokenizer = llm.engine.tokenizer
+    assert tokenizer is not None
+    assert stopped.text == tokenizer.decode(whole.token_ids[:first])
 
 
 def test_end_of_turn_tokens_of_the_tokenizer_end_a_request_too(checkpoint: Path) -> None:
@@ -83,8 +83,8 @@ def test_a_stop_string_ends_the_count_of_tokens(llm: LLM) -> None:
     whole = llm.generate([PROMPT], params, progress=False)[0]
     stop = whole.text[3:6]
     cut = llm.generate([PROMPT], dataclasses.replace(params, stop=(stop,)), progress=False)[0]
-    assert llm.engine.codec is not None
-    decoded = [llm.engine.codec.decode(whole.token_ids[:count]) for count in range(25)]
+    assert llm.engine.tokenizer is not None
+    decoded = [llm.engine.tokenizer.decode(whole.token_ids[:count]) for count in range(25)]
     assert (whole.usage.completion_tokens, cut.text) == (24, whole.text[: whole.text.index(stop)])
     assert cut.usage.completion_tokens == next(n for n in range(25) if stop in decoded[n])
 

@@ -1,4 +1,4 @@
-"""Linear maps: packed weights compute what plain ones do, and rows do not influence each other."""
+"""Packed weights compute the same as plain ones, and rows do not influence each other."""
 
 import pytest
 import torch
@@ -23,7 +23,8 @@ def plain_gated(weight: Tensor, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("width", [64, 512], ids=["small", "large"])
 @torch.inference_mode()
 def test_packed_maps_equal_plain_ones(width: int) -> None:
-    """Within float32's rounding, with bias, residual, gate and the head's tiles."""
+    """Packed maps equal plain ones within float32's rounding, with bias, residual, gate and the
+    head's tiles."""
     linear, summed = Linear(width, width, bias=True), Linear(width, width, bias=False)
     gated = GatedLinear(width, width)
     for module in (linear, summed, gated):
@@ -49,7 +50,7 @@ def test_packed_maps_equal_plain_ones(width: int) -> None:
 @pytest.mark.parametrize("width", [64, 512], ids=["small", "large"])
 @torch.inference_mode()
 def test_result_of_a_row_does_not_depend_on_the_number_of_rows(width: int) -> None:
-    """Bit by bit, for row counts as steps have them."""
+    """A row is bitwise the same for every row count of a step."""
     linear, gated = Linear(width, width, bias=False), GatedLinear(width, width)
     for module in (linear, gated):
         fill(module)

@@ -1,4 +1,4 @@
-"""Checkpoints are read from their real layouts, completely or not at all."""
+"""Checkpoints are read completely from their real layouts, or rejected."""
 
 import json
 import re
@@ -67,7 +67,7 @@ def test_dream_logits_equal_transformers_qwen2(tmp_path: Path, layout: dict[str,
 
 
 def assert_logits_equal(directory: Path, oracle: Forward, *, shifted: bool = False) -> None:
-    """Four packed sequences against the oracle, one by one: no logit differs by more than 1e-5."""
+    """Compare four packed sequences with the oracle: no logit differs by more than 1e-5."""
     lengths = [1, 17, 17, 40]
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(0, 512, (sum(lengths),), generator=generator)
@@ -94,7 +94,7 @@ def _load(directory: Path) -> None:
 
 
 def test_every_missing_and_unexpected_tensor_is_named(tmp_path: Path) -> None:
-    """A checkpoint that lacks tensors or brings strange ones is refused with all their names."""
+    """A checkpoint with missing or unexpected tensors is rejected with all their names."""
     write_llada(tmp_path)
     gone = "model.transformer.blocks.1.up_proj.weight"
     _edit_tensors(tmp_path, {gone: None, "model.extra": torch.zeros(1)})
@@ -103,7 +103,7 @@ def test_every_missing_and_unexpected_tensor_is_named(tmp_path: Path) -> None:
 
 
 def test_however_many_are_missing_all_are_named(tmp_path: Path) -> None:
-    """The message does not end after some of them."""
+    """The error names every missing tensor, however many there are."""
     write_llada(tmp_path)
     names = [n for n in load_file(tmp_path / "model.safetensors") if "blocks" in n]
     extra = {f"model.extra.{i}": torch.zeros(1) for i in range(30)}
@@ -115,7 +115,7 @@ def test_however_many_are_missing_all_are_named(tmp_path: Path) -> None:
 
 
 def test_all_that_is_wrong_with_the_tensors_is_one_error(tmp_path: Path) -> None:
-    """Missing, unexpected, misshapen and of a wrong type: one message names each of them."""
+    """One error names every missing and unexpected tensor and every wrong shape and type."""
     write_llada(tmp_path)
     block = "model.transformer.blocks"
     _edit_tensors(
@@ -145,16 +145,16 @@ def test_all_that_is_wrong_with_the_tensors_is_one_error(tmp_path: Path) -> None
     "weight_map", [None, {}, [], "x", {"a": 1}, {"a": ["model.safetensors"]}, {"a": None}], ids=str
 )
 def test_a_malformed_index_is_an_error_with_its_path(tmp_path: Path, weight_map: object) -> None:
-    """An index whose `weight_map` is not a mapping of names to files is refused, saying so."""
+    """An index whose `weight_map` does not map names to files is rejected with its path."""
     write_llada(tmp_path, shards=2)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    with pytest.raises(CheckpointError, match=r"index\.json: weight_map: must map names"):
+    with pytest.raises(CheckpointError, match=r"index\.json: weight_map: must map tensor names"):
         _load(tmp_path)
 
 
 def test_an_index_that_names_a_missing_file_is_an_error_with_its_path(tmp_path: Path) -> None:
-    """A shard that was not copied is reported by path."""
+    """A missing shard is reported with its path."""
     write_llada(tmp_path, shards=2)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors"):
@@ -163,7 +163,7 @@ def test_an_index_that_names_a_missing_file_is_an_error_with_its_path(tmp_path: 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_shapes_that_only_add_up_are_refused(tmp_path: Path, family: str) -> None:
-    """Of projections that are kept stacked each must have its own shape, not only their sum."""
+    """Each of several stacked projections must have its own shape; the right sum is not enough."""
     write = {"llada": write_llada, "dream": write_dream}[family]
     write(tmp_path)  # type: ignore[operator]
     layer = {"llada": "model.transformer.blocks.1", "dream": "model.layers.1.self_attn"}[family]
@@ -176,7 +176,7 @@ def test_shapes_that_only_add_up_are_refused(tmp_path: Path, family: str) -> Non
 
 
 def test_quantised_weights_are_refused_by_name(tmp_path: Path) -> None:
-    """Numbers that mean nothing without their scales are not read as if they were weights."""
+    """Weights that need scales are rejected by name."""
     write_llada(tmp_path)
     name = "model.transformer.blocks.0.up_proj.weight"
     _edit_tensors(tmp_path, {name: torch.zeros(96, 64, dtype=torch.int8)})
@@ -185,12 +185,12 @@ def test_quantised_weights_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_no_code_of_a_checkpoint_is_run(tmp_path: Path) -> None:
-    """Python files that config and tokenizer point at are never imported, nor asked about."""
+    """Python files that config and tokenizer refer to are never imported."""
     write_dream(tmp_path)
     for name in ("modeling_dream", "configuration_dream", "tokenization_dream"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('remote code was run')")
     engine = LLM(tmp_path).engine
-    assert engine.codec is not None
+    assert engine.tokenizer is not None
     assert not [name for name in sys.modules if "_dream" in name and "transformers_modules" in name]
 
 
@@ -212,14 +212,15 @@ sys.stdin.readline()
 
 
 def _anonymous(pid: int) -> int:
-    """Bytes of a process's own memory, pages of mapped files left out."""
+    """Bytes of a process's own memory, without pages of mapped files."""
     found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     assert found
     return int(found[1]) * 1024
 
 
 def test_a_model_never_exists_twice_in_memory(tmp_path: Path) -> None:
-    """While weights are read, cast and packed the process takes little more than they do."""
+    """While weights are read, converted and packed, the process takes little more than their
+    bytes."""
     write_llada(
         tmp_path,
         tokenizer=False,
@@ -253,7 +254,7 @@ def test_a_model_never_exists_twice_in_memory(tmp_path: Path) -> None:
 
 
 def test_progress_goes_up_to_the_last_parameter(tmp_path: Path) -> None:
-    """Every parameter is reported once, in order, with their number."""
+    """Every parameter is reported once, in order, with the total."""
     write_dream(tmp_path)
     seen: list[tuple[int, int]] = []
     spec = read_spec(tmp_path)
@@ -266,7 +267,7 @@ def test_progress_goes_up_to_the_last_parameter(tmp_path: Path) -> None:
 
 
 def test_progress_is_logged(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Who starts a server sees how far loading is, in ten lines, to the end."""
+    """Loading logs its progress in ten lines, up to 100%."""
     with caplog.at_level("INFO", logger="dllm_engine"):
         LLM(checkpoint)
     percents = [int(found) for found in re.findall(r"loading weights (\d+)%", caplog.text)]
@@ -276,7 +277,7 @@ def test_progress_is_logged(checkpoint: Path, caplog: pytest.LogCaptureFixture) 
 
 
 def test_a_misshaped_tensor_is_named_with_both_shapes(tmp_path: Path) -> None:
-    """A tensor of the wrong shape is refused with its name, its shape and the expected one."""
+    """A tensor of the wrong shape is rejected with its name, its shape and the expected shape."""
     write_llada(tmp_path)
     name = "model.transformer.blocks.0.attn_out.weight"
     _edit_tensors(tmp_path, {name: torch.zeros(64, 32)})
@@ -285,7 +286,7 @@ def test_a_misshaped_tensor_is_named_with_both_shapes(tmp_path: Path) -> None:
 
 
 def test_a_truncated_file_is_an_error_with_its_path(tmp_path: Path) -> None:
-    """A damaged safetensors file is reported by path."""
+    """A damaged safetensors file is reported with its path."""
     write_llada(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
@@ -294,7 +295,7 @@ def test_a_truncated_file_is_an_error_with_its_path(tmp_path: Path) -> None:
 
 
 def test_pickles_are_never_read(tmp_path: Path) -> None:
-    """A directory with only a pickle is refused, saying why."""
+    """A directory with only a pickle is rejected with the reason."""
     write_llada(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="pytorch_model.bin is a pickle"):
@@ -317,7 +318,7 @@ def test_pickles_are_never_read(tmp_path: Path) -> None:
     ids=str,
 )
 def test_config_problems_are_named(tmp_path: Path, change: dict[str, object], message: str) -> None:
-    """A config of another architecture, or without a needed field, is refused by field name."""
+    """A config of another architecture, or without a required field, is rejected by field name."""
     write_llada(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text()) | change
@@ -342,7 +343,7 @@ def test_config_problems_are_named(tmp_path: Path, change: dict[str, object], me
 def test_dream_config_problems_are_named(
     tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
-    """The same for Dream's fields."""
+    """A Dream config with an unsupported or missing field is rejected by field name."""
     write_dream(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text()) | change
@@ -352,13 +353,14 @@ def test_dream_config_problems_are_named(
 
 
 def test_dreams_context_is_what_it_was_trained_for(tmp_path: Path) -> None:
-    """The config repeats its ancestor's 131,072 positions; Dream was trained for 2,048."""
+    """The context of Dream is the 2,048 positions it was trained for, not the 131,072 of its
+    config."""
     write_dream(tmp_path, max_position_embeddings=131072)
     assert read_spec(tmp_path).max_model_len == 2048
 
 
 def test_a_missing_directory_and_broken_json_are_named(tmp_path: Path) -> None:
-    """What cannot be read is reported by path."""
+    """A directory or file that cannot be read is reported with its path."""
     with pytest.raises(CheckpointError, match="nowhere: no such directory"):
         read_spec(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text("{")

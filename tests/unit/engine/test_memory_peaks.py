@@ -135,13 +135,13 @@ def test_a_step_of_reuses_takes_no_more_than_was_planned(
 def held_by_weights(engine: Engine) -> int:
     """Bytes of parameters and of what was packed from them, each once."""
     model = engine.runner.rank.model
-    packed: list[torch.Tensor] = list(model.head._tiles) if model.head._packed else []
+    packed: list[torch.Tensor] = list(model.head.tiles) if model.head.packed else []
     for module in model.modules():
-        form = getattr(module, "_packed", None)
+        form = getattr(module, "packed", None)
         packed += [form] if isinstance(form, torch.Tensor) else form or []
     plain = list(model.parameters())
-    if not (model.head._packed or model.spec.tied_head):
-        plain += model.head._tiles
+    if not (model.head.packed or model.spec.tied_head):
+        plain += model.head.tiles
     return sum(weight.nbytes for weight in [*plain, *packed])
 
 
@@ -150,7 +150,7 @@ def held_by_weights(engine: Engine) -> int:
 def test_weights_take_what_was_planned(tmp_path: Path, sizes: dict[str, int], tied: bool) -> None:
     """Packed ones too; of a head tied to the embedding both are there, where it is packed."""
     engine = make_engine(tmp_path, weight_tying=tied, mlp_hidden_size=1024, **sizes)
-    assert engine.runner.rank.model.head._packed == (not sizes)
+    assert engine.runner.rank.model.head.packed == (not sizes)
     assert held_by_weights(engine) == engine.runner.plan.weights
 
 

@@ -1,4 +1,4 @@
-"""The published checkpoints' own configs: sizes, ids, tensor names."""
+"""Sizes, special tokens and tensor names of the published checkpoints' configs."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ DREAM_GENERATION = {
 
 
 def read(directory: Path, config: dict[str, Any], generation: dict[str, Any] | None) -> ModelSpec:
-    """The spec of a directory with these two files."""
+    """Read the spec of a directory with these two files."""
     (directory / "config.json").write_text(json.dumps(config))
     if generation is not None:
         (directory / "generation_config.json").write_text(json.dumps(generation))
@@ -126,7 +126,7 @@ def read(directory: Path, config: dict[str, Any], generation: dict[str, Any] | N
 
 @pytest.mark.parametrize("generation", [LLADA_GENERATION, None, {"eos_token_id": None}], ids=str)
 def test_llada_8b_has_its_published_size(tmp_path: Path, generation: dict[str, Any] | None) -> None:
-    """Base, Instruct and 1.5: 8,015,581,184 parameters in 291 tensors, whatever else is said."""
+    """LLaDA Base, Instruct and 1.5 have 8,015,581,184 parameters in 291 tensors."""
     spec = read(tmp_path, LLADA_8B, generation)
     assert spec.num_parameters == 8_015_581_184
     names = [name for sources in llada.tensors(spec).values() for name in sources]
@@ -148,7 +148,7 @@ def test_llada_8b_has_its_published_size(tmp_path: Path, generation: dict[str, A
 def test_dream_7b_and_what_shares_its_format_have_the_published_size(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """Dream, Dream-Coder and DiffuCoder: 7,615,616,512 parameters in 339 tensors."""
+    """Dream, Dream-Coder and DiffuCoder have 7,615,616,512 parameters in 339 tensors."""
     config = {k: v for k, v in (DREAM_7B | changes).items() if v is not None}
     spec = read(tmp_path, config, DREAM_GENERATION)
     assert spec.num_parameters == 7_615_616_512
@@ -160,7 +160,8 @@ def test_dream_7b_and_what_shares_its_format_have_the_published_size(
 
 
 def test_ends_of_a_turn_are_those_of_all_files(tmp_path: Path) -> None:
-    """An `eos_token_id` may be a list; the tokenizer adds `<|im_end|>` and DiffuCoder's padding."""
+    """Stop tokens come from both configs and from the tokenizer, and `eos_token_id` may be a
+    list."""
     write_dream(tmp_path)
     settings_file = tmp_path / "tokenizer_config.json"
     settings = json.loads(settings_file.read_text())
@@ -170,8 +171,8 @@ def test_ends_of_a_turn_are_those_of_all_files(tmp_path: Path) -> None:
     settings_file.write_text(json.dumps(settings))
     added = DREAM_SPECIALS | {"<|dlm_pad|>": 505}
     (tmp_path / "added_tokens.json").write_text(json.dumps(added))
-    codec = Tokenizer.load(tmp_path, DREAM_MASK)
-    assert codec is not None
-    assert set(codec.stop_token_ids) == {500, 502, 505}
+    tokenizer = Tokenizer.load(tmp_path, DREAM_MASK)
+    assert tokenizer is not None
+    assert set(tokenizer.stop_token_ids) == {500, 502, 505}
     spec = read(tmp_path, DREAM_7B, DREAM_GENERATION | {"eos_token_id": [151643, 151645]})
     assert spec.eos_token_ids == (151643, 151645)

@@ -1,4 +1,4 @@
-"""Weights of 8 bits: what is computed with them, what they take, and where they are refused."""
+"""8-bit weights: their products, their memory, and the configurations that are rejected."""
 
 import sys
 import weakref
@@ -28,7 +28,7 @@ MAPS = ("qkv", "out", "gate_up", "down")
 
 
 def random_weight(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows of very different size, one of them all zeros."""
+    """Rows of very different magnitude, and one row of zeros."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, columns, generator=generator)
     weight *= torch.logspace(-3, 0, rows).unsqueeze(1)
@@ -37,7 +37,7 @@ def random_weight(rows: int, columns: int, dtype: torch.dtype = torch.float32) -
 
 
 def quantise(module: Linear | GatedLinear, kind: str) -> Tensor:
-    """Quantise a map as the loader does; returns its weight in numbers again, in float32."""
+    """Quantise a map as the loader does; returns the weight it represents, in float32."""
     weight = make_quantizer(kind)(random_weight(*module.weight.shape, module.weight.dtype))
     module.weight = nn.Parameter(weight, requires_grad=False)
     module.pack()
@@ -47,7 +47,7 @@ def quantise(module: Linear | GatedLinear, kind: str) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_int8_is_within_half_a_step_of_each_row(dtype: torch.dtype) -> None:
-    """A row has 255 steps from its largest magnitude down to the negative of it."""
+    """int8 rounds to 255 equal steps between plus and minus the row's largest magnitude."""
     weight = random_weight(64, 96, dtype)
     rounded = make_quantizer("int8")(weight).dequantize(torch.float32)  # type: ignore[operator]
     step = weight.float().abs().amax(1, keepdim=True) / 127.5
@@ -56,7 +56,7 @@ def test_int8_is_within_half_a_step_of_each_row(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_fp8_is_within_a_sixteenth_of_each_number(dtype: torch.dtype) -> None:
-    """Three bits of mantissa; numbers far below the largest of their row have fewer."""
+    """fp8 has three bits of mantissa, and fewer for numbers far below the row's largest."""
     weight = random_weight(64, 96, dtype)
     rounded = make_quantizer("fp8")(weight).dequantize(torch.float32)  # type: ignore[operator]
     exact = weight.float()
@@ -72,8 +72,8 @@ def test_fp8_is_within_a_sixteenth_of_each_number(dtype: torch.dtype) -> None:
 )
 @torch.inference_mode()
 def test_quantised_maps_equal_plain_ones(kind: str, dtype: torch.dtype, tolerance: float) -> None:
-    """The product with the numbers that the 8 bits stand for, within the rounding of the type
-    that goes in and out: with bias, residual and gate, and a row of zeros."""
+    """A quantised product equals the product with the represented weights, within the rounding of
+    its type, with bias, residual, gate and a row of zeros."""
     with torch.inference_mode(False):
         linear = Linear(320, 448, bias=True).to(dtype)
         summed, gated = Linear(320, 320, bias=False).to(dtype), GatedLinear(320, 448).to(dtype)
@@ -97,7 +97,7 @@ def test_quantised_maps_equal_plain_ones(kind: str, dtype: torch.dtype, toleranc
 @pytest.mark.parametrize("width", [64, 512], ids=["small", "large"])
 @torch.inference_mode()
 def test_result_of_a_row_does_not_depend_on_the_number_of_rows(kind: str, width: int) -> None:
-    """Bit by bit, for row counts as steps have them."""
+    """A row is bitwise the same for every row count of a step."""
     with torch.inference_mode(False):
         linear, gated = Linear(width, width, bias=False), GatedLinear(width, width)
         quantise(linear, kind), quantise(gated, kind)
@@ -110,7 +110,7 @@ def test_result_of_a_row_does_not_depend_on_the_number_of_rows(kind: str, width:
 
 
 def write_rounded(source: Path, target: Path, kind: str, ranks: int) -> Path:
-    """The same checkpoint with every map of its layers in numbers that 8 bits can stand for."""
+    """Write the checkpoint with each linear map rounded to 8 bits."""
     target.mkdir()
     for file in source.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
@@ -141,8 +141,8 @@ def write_rounded(source: Path, target: Path, kind: str, ranks: int) -> Path:
 def test_the_engine_decodes_what_it_does_with_the_rounded_checkpoint(
     tmp_path: Path, write: Callable[[Path], Path], kind: str, ranks: int
 ) -> None:
-    """A checkpoint rounded beforehand and served in float32 gives the same tokens, with every
-    cache, guidance, thresholds and sampling; split over ranks, each rank rounds its own part."""
+    """A quantised engine decodes the same tokens as a float32 engine with the rounded checkpoint,
+    with every cache, guidance, thresholds and sampling, also split over ranks."""
     folder = write(tmp_path / "exact")
     rounded = write_rounded(folder, tmp_path / "rounded", kind, ranks)
     kinds: list[dict[str, object]] = [
@@ -170,7 +170,7 @@ def test_the_engine_decodes_what_it_does_with_the_rounded_checkpoint(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_held_out_questions_are_answered(kind: str) -> None:
-    """Of four questions for each demo task as many as in float32, but for two at most."""
+    """Of four questions per demo task, at most two fewer are answered than in float32."""
     asked = [e for task in corpus.TASKS for e in corpus.held_out_set(task, 4)]
 
     def right(quantization: str) -> int:
@@ -187,7 +187,7 @@ def test_held_out_questions_are_answered(kind: str) -> None:
 
 
 def stored(tensor: Tensor) -> list[Tensor]:
-    """The plain tensors that a tensor is made of."""
+    """The plain tensors inside a tensor."""
     if type(tensor) in (Tensor, nn.Parameter):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
@@ -197,7 +197,7 @@ def stored(tensor: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_plan_counts_quantised_bytes(tmp_path: Path, kind: str, ranks: int) -> None:
-    """Exactly those that the weights of a rank take, and less than without."""
+    """The plan counts the exact bytes of a rank's quantised weights, fewer than unquantised."""
     folder = write_dream(tmp_path)
     spec = read_spec(folder).split(ranks)
     group = None if ranks == 1 else Group(0, ranks, "cpu", None)
@@ -212,7 +212,7 @@ def test_the_plan_counts_quantised_bytes(tmp_path: Path, kind: str, ranks: int) 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_that_fits_only_quantised(tmp_path: Path, kind: str) -> None:
-    """What float32 is refused for fits with 8 bits, and the plan says what it takes."""
+    """A memory limit that rejects float32 accepts 8 bits, and the plan shows their bytes."""
     folder = write_llada(tmp_path, n_layers=24)
     spec = read_spec(folder)
     limit = spec.weight_bytes(4) - 1
@@ -230,7 +230,7 @@ def test_a_model_that_fits_only_quantised(tmp_path: Path, kind: str) -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows what torch allocates inside a `with` block until it is freed."""
+    """Counts the bytes that torch allocates in a `with` block and has not freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, and take note of storages that are new."""
+        """Run the operation and count new storages."""
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if type(tensor) is Tensor and tensor.device.type == "cpu":
@@ -254,7 +254,7 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_one_map_at_a_time_is_whole_while_loading(tmp_path: Path, kind: str) -> None:
-    """Loading needs what is to stay, and some times the largest map in float32; not the model."""
+    """Loading takes the final weights plus a few times the largest map in float32."""
     folder = write_llada(tmp_path, n_layers=16, d_model=128, mlp_hidden_size=384)
     spec = read_spec(folder)
     largest = 2 * 384 * 128 * 4
@@ -268,7 +268,7 @@ def test_only_one_map_at_a_time_is_whole_while_loading(tmp_path: Path, kind: str
 
 
 def test_int8_in_float16_would_overflow() -> None:
-    """Why that is refused: a sum that float16 can hold is infinite before it is scaled."""
+    """int8 with float16 can overflow before scaling, so the combination is rejected."""
     x, weight = torch.full((16, 4096), 2.0), torch.full((16, 4096), 2.0**-6)
     assert float(x[0] @ weight[0]) == 128
     quantised = make_quantizer("int8")(weight.half())
@@ -292,7 +292,7 @@ def test_int8_in_float16_would_overflow() -> None:
     ids=str,
 )
 def test_what_cannot_work_is_refused(settings: dict[str, object], message: str) -> None:
-    """The message names the settings that do not go together."""
+    """Impossible combinations of settings are rejected by name."""
     with pytest.raises(InvalidConfig, match=message):
         EngineConfig(model_path=Path(), **settings)  # type: ignore[arg-type]
 
@@ -300,7 +300,7 @@ def test_what_cannot_work_is_refused(settings: dict[str, object], message: str) 
 def test_a_missing_library_says_what_to_install(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And only those who ask for it need it."""
+    """A missing torchao is reported with the command to install it, only if quantisation is on."""
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     LLM(checkpoint)
     for kind in KINDS:

@@ -76,28 +76,28 @@ MESSAGES = json.dumps(
 
 @dataclasses.dataclass(frozen=True)
 class Real:
-    """A checkpoint of a family, and the engine on it."""
+    """A checkpoint of a family, and an engine that serves it."""
 
     family: str
     directory: Path
     llm: LLM
 
     @property
-    def codec(self) -> Tokenizer:
-        """Its tokenizer."""
-        assert self.llm.engine.codec is not None
-        return self.llm.engine.codec
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the checkpoint."""
+        assert self.llm.engine.tokenizer is not None
+        return self.llm.engine.tokenizer
 
     @property
     def ids(self) -> Ids:
-        """Its special tokens."""
+        """The special tokens of the checkpoint."""
         spec = self.llm.engine.spec
         return Ids(spec.mask_token_id, spec.eos_token_ids, self.llm.engine.stop_token_ids)
 
 
 @pytest.fixture(scope="module", params=["llada", pytest.param("dream", marks=pytest.mark.slow)])
 def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Real:
-    """bf16 files in two shards, under a logits budget of a few rows."""
+    """bf16 files in two shards, with a logits budget of a few rows."""
     directory = tmp_path_factory.mktemp(request.param)
     # At this scale logits are a few units large, and float32 leaves no tokens to chance.
     shape: dict[str, Any] = {"shards": 2, "dtype": torch.bfloat16, "tokenizer": False, "scale": 0.1}
@@ -111,7 +111,8 @@ def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_a_real_vocabulary_goes_through_under_a_small_logits_budget(real: Real) -> None:
-    """Decoded whole, greedy and sampled; greedy as the reference does on transformers' class."""
+    """Greedy and sampled requests decode fully; greedy equals the reference on transformers'
+    class."""
     llm, ids = real.llm, real.ids
     oracle = {"llada": llada_oracle, "dream": dream_oracle}[real.family]
     forward = oracle(real.directory, torch.float32)
@@ -132,11 +133,12 @@ def test_a_real_vocabulary_goes_through_under_a_small_logits_budget(real: Real) 
 
 
 def test_a_chat_is_rendered_with_the_real_ids(real: Real) -> None:
-    """Two messages: control tokens at their published ids, the mask's name as text."""
-    ids = real.codec.encode_messages(MESSAGES)
+    """Two messages get control tokens with their published ids, and the mask token's name stays
+    text."""
+    ids = real.tokenizer.encode_messages(MESSAGES)
     assert real.ids.mask not in ids
     specials = [i for i in ids if i > 126000]
-    text = real.codec.decode(ids)
+    text = real.tokenizer.decode(ids)
     if real.family == "llada":
         assert specials == [126080, *[126346, 126347, 126348] * 2, 126346, 126347]
         assert text == "system\n\nBe brief.user\n\nHé <|mdm_mask|>assistant\n\n"
@@ -146,9 +148,9 @@ def test_a_chat_is_rendered_with_the_real_ids(real: Real) -> None:
 
 
 def test_a_guided_chat_under_every_cache_policy_equals_its_definition(real: Real) -> None:
-    """From chat messages through tokenizer, guidance, a rule of the family's own and each of the
-    five policies, all in one batch, to the tokens that the definitions give."""
-    prompt = Prompt(real.codec.encode_messages(MESSAGES))
+    """Chat messages with guidance and a rule of their family decode to the tokens of the
+    definitions, for all five cache policies in one batch."""
+    prompt = Prompt(real.tokenizer.encode_messages(MESSAGES))
     rule: dict[str, Any] = {"alg": "maskgit_plus"} if real.family == "dream" else {}
     params = [
         SamplingParams(
@@ -166,7 +168,7 @@ def test_a_guided_chat_under_every_cache_policy_equals_its_definition(real: Real
 
 
 def test_a_chat_ends_at_a_stop_string(real: Real) -> None:
-    """The answer is cut before a stop string that spans tokens, and says why it ended."""
+    """The answer is cut before a stop string that spans tokens, and has that finish reason."""
     params = SamplingParams(gen_length=12, block_length=4, ignore_eos=True)
     whole = real.llm.generate(["Hi"], params, chat=True, progress=False)[0]
     assert whole.finish_reason is FinishReason.LENGTH

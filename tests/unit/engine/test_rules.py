@@ -1,4 +1,4 @@
-"""Every decoding rule equals its definition, written plainly, on random blocks."""
+"""Every decoding rule equals its plain definition on random blocks."""
 
 import torch
 from dllm_engine.sampling import rules
@@ -16,7 +16,7 @@ Block = tuple[list[float], list[bool]]
 
 @st.composite
 def matrices(draw: st.DrawFn, values: st.SearchStrategy[float]) -> list[Block]:
-    """A few blocks of one width: values and masks."""
+    """Random blocks of one width: values and masks."""
     width = draw(st.integers(1, 12))
     row = st.tuples(
         st.lists(values, min_size=width, max_size=width),
@@ -26,12 +26,12 @@ def matrices(draw: st.DrawFn, values: st.SearchStrategy[float]) -> list[Block]:
 
 
 def tensors(blocks: list[Block]) -> tuple[Tensor, Tensor]:
-    """Values float32 and masks, [R, block]."""
+    """float32 values and masks, [R, block]."""
     return torch.tensor([b[0] for b in blocks]), torch.tensor([b[1] for b in blocks])
 
 
 def per_row(values: list[float], rows: int) -> tuple[list[float], Tensor]:
-    """One parameter for each row, cycling through `values`."""
+    """One parameter per row, cycling through `values`."""
     cycled = [values[i % len(values)] for i in range(rows)]
     return cycled, torch.tensor(cycled, dtype=torch.float64)
 
@@ -43,7 +43,7 @@ def positions(chosen: Tensor) -> list[set[int]]:
 
 @given(matrices(PROBABILITIES), st.lists(st.integers(0, 13), min_size=1, max_size=4))
 def test_fixed_count(blocks: list[Block], counts: list[int]) -> None:
-    """The schedule's count of best positions."""
+    """The rule commits the schedule's count of best positions."""
     score, masked = tensors(blocks)
     cycled = [counts[i % len(counts)] for i in range(len(blocks))]
     chosen = rules.fixed_count(score, masked, torch.tensor(cycled))
@@ -54,7 +54,7 @@ def test_fixed_count(blocks: list[Block], counts: list[int]) -> None:
 
 @given(matrices(PROBABILITIES), st.lists(PROBABILITIES, min_size=1, max_size=4))
 def test_threshold(blocks: list[Block], taus: list[float]) -> None:
-    """Everything at or above the threshold, and the best."""
+    """The rule commits every position at or above the threshold, and the best."""
     score, masked = tensors(blocks)
     cycled, tau = per_row(taus, len(blocks))
     chosen = rules.threshold(score, masked, tau)
@@ -65,7 +65,7 @@ def test_threshold(blocks: list[Block], taus: list[float]) -> None:
 
 @given(matrices(PROBABILITIES), st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.5]), min_size=1))
 def test_factor(blocks: list[Block], factors: list[float]) -> None:
-    """Fast-dLLM's longest run under its falling bound."""
+    """The rule commits Fast-dLLM's longest run above its falling bound."""
     score, masked = tensors(blocks)
     score = score.to(torch.float64)
     cycled, f = per_row(factors, len(blocks))
@@ -75,7 +75,7 @@ def test_factor(blocks: list[Block], factors: list[float]) -> None:
 
 @given(matrices(ENTROPIES), st.lists(ENTROPIES, min_size=1, max_size=4))
 def test_entropy_bound(blocks: list[Block], gammas: list[float]) -> None:
-    """EB-sampler's bound on the entropies before each position."""
+    """The rule applies EB-sampler's bound to the entropies before each position."""
     entropy, masked = tensors(blocks)
     cycled, gamma = per_row(gammas, len(blocks))
     chosen = rules.entropy_bound(entropy, masked, gamma)
@@ -86,7 +86,7 @@ def test_entropy_bound(blocks: list[Block], gammas: list[float]) -> None:
 
 @given(matrices(PROBABILITIES), PROBABILITIES, PROBABILITIES)
 def test_hierarchical(blocks: list[Block], low: float, tau: float) -> None:
-    """dInfer's best of each run of masks."""
+    """The rule commits dInfer's best position of each run of masks."""
     score, masked = tensors(blocks)
     lows, taus = per_row([low], len(blocks))[1], per_row([tau], len(blocks))[1]
     chosen = rules.hierarchical(score, masked, lows, taus)
@@ -97,7 +97,8 @@ def test_hierarchical(blocks: list[Block], low: float, tau: float) -> None:
 def test_local_leap(
     blocks: list[Block], count: int, anchor: float, neighbour: float, data: st.DataObject
 ) -> None:
-    """LocalLeap's neighbours of sure positions, committed now or before."""
+    """The rule commits fairly sure neighbours of sure positions that are committed now or
+    earlier."""
     score, masked = tensors(blocks)
     width = score.shape[1]
     committed = [

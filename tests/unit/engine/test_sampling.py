@@ -1,4 +1,4 @@
-"""Tokens are drawn from the distribution asked for, by noise that belongs to the request."""
+"""Tokens follow the requested distribution, with noise that depends on the request alone."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ SPECIAL = SpecialTokens(mask=MASK, eos=torch.tensor([EOS]), stop=torch.tensor([E
 
 
 def draw(logits: Tensor, rows: RowSampling, budget_bytes: int = 2**20) -> tuple[Tensor, Tensor]:
-    """Candidates for rows whose logits are given: the head is the identity."""
+    """Candidates for rows with given logits; the head is the identity."""
     found = sample_candidates(logits, HEAD, rows, SPECIAL, budget_bytes=budget_bytes)
     return found.token, found.confidence
 
@@ -39,7 +39,8 @@ def logits() -> Tensor:
 
 
 def test_greedy_takes_the_best_token_with_its_clean_probability(logits: Tensor) -> None:
-    """At temperature 0: argmax, and its probability under softmax(logits)."""
+    """Temperature 0 chooses the best token, with its probability under softmax(logits) as
+    confidence."""
     rows = torch.stack([logits.roll(i) for i in range(20)])
     rows[:, MASK] = -3
     token, confidence = draw(rows, row_sampling(20))
@@ -48,7 +49,7 @@ def test_greedy_takes_the_best_token_with_its_clean_probability(logits: Tensor) 
 
 
 def test_the_mask_token_is_never_chosen_but_counts_in_the_probability(logits: Tensor) -> None:
-    """A favoured mask token is passed over; the confidence stays the clean one."""
+    """The mask token is never chosen, but counts in the confidence of the chosen token."""
     rows = logits.clone().unsqueeze(0)
     rows[0, MASK] = 9.0
     best = int(rows[0, :MASK].argmax())
@@ -79,7 +80,7 @@ def test_samples_follow_the_tempered_distribution(logits: Tensor, temperature: f
 
 
 def test_each_position_step_and_seed_has_noise_of_its_own() -> None:
-    """Changing any of seed, step, position or stream changes the draw; repeating none does not."""
+    """Seed, step, position and stream each change the draw; the same four repeat it."""
     one = torch.tensor([5])
 
     def numbers(seed: int = 1, step: int = 2, position: int = 3, stream: int = 1) -> list[float]:
@@ -94,8 +95,8 @@ def test_each_position_step_and_seed_has_noise_of_its_own() -> None:
 
 
 def test_noise_is_splitmix64_of_seed_step_and_position() -> None:
-    """The generator's published first output for seed 0, and plain integers for any key: what a
-    request draws is the same after a restart and in every release."""
+    """The noise equals splitmix64's published output for seed 0, and plain integer arithmetic for
+    any key, so draws are the same after a restart and in every release."""
     first = (0xE220A8397B1DCDAF >> 11) + 0.5
     assert noise.uniform(torch.tensor([0]), 1).item() == first * 2.0**-53
     for seed, step, position in ((0, 0, 0), (-1, 3, 70), (2**63 - 1, 511, 4095), (-(2**63), 9, 1)):
@@ -110,7 +111,7 @@ def test_noise_is_splitmix64_of_seed_step_and_position() -> None:
 
 
 def test_uniform_numbers_are_uniform_and_uncorrelated() -> None:
-    """Mean, variance and lag-one correlation of 200,000 numbers are those of U(0, 1)."""
+    """200,000 numbers have the mean, variance and lag-one correlation of U(0, 1)."""
     keys = noise.row_keys(
         torch.zeros(200, dtype=torch.int64),
         torch.zeros(200, dtype=torch.int64),
@@ -126,7 +127,7 @@ def test_uniform_numbers_are_uniform_and_uncorrelated() -> None:
 
 
 def test_top_k_and_top_p_keep_the_best_tokens_only(logits: Tensor) -> None:
-    """At a high temperature only the tokens inside the filter are ever drawn, and all of them."""
+    """At a high temperature all tokens inside the filter are drawn, and no others."""
     rows = logits.clone()
     rows[MASK] = -30.0
     order = rows.argsort(descending=True)
@@ -147,7 +148,8 @@ def test_top_k_and_top_p_keep_the_best_tokens_only(logits: Tensor) -> None:
 def test_samples_follow_the_filtered_distribution(
     logits: Tensor, filters: dict[str, float], is_tempered: bool
 ) -> None:
-    """Frequencies over 20,000 draws fit top-p, then top-k of softmax(logits / T), by chi-square."""
+    """Frequencies over 20,000 draws fit top-p, then top-k of softmax(logits / T) by a chi-square
+    test."""
     draws = 20_000
     rows = logits.clone()
     rows[MASK] = -30.0
@@ -165,7 +167,8 @@ def test_samples_follow_the_filtered_distribution(
 
 
 def test_the_engine_draws_tokens_from_the_models_distribution(llm: LLM, oracle64: Forward) -> None:
-    """2,000 requests of one token, a seed each, fit softmax(logits / T) of transformers' class."""
+    """2,000 requests of one token, each with its own seed, fit softmax(logits / T) of transformers'
+    class."""
     draws, temperature = 2000, 0.8
     params = [
         SamplingParams(gen_length=1, temperature=temperature, seed=seed, ignore_eos=True)
@@ -186,7 +189,7 @@ def test_the_engine_draws_tokens_from_the_models_distribution(llm: LLM, oracle64
 
 
 def test_filters_apply_to_their_own_rows_only(logits: Tensor) -> None:
-    """Rows with and without filters and temperature share a batch without touching each other."""
+    """Rows with and without filters and temperature share a batch without affecting each other."""
     rows = logits.expand(300, -1).clone()
     rows[:, MASK] = -30.0
     third = torch.arange(300) % 3
@@ -221,7 +224,8 @@ def test_end_of_text_can_be_forbidden_or_put_last(logits: Tensor) -> None:
 
 
 def test_statistics_are_those_of_the_distribution_asked_for(logits: Tensor) -> None:
-    """Entropy and margin of softmax(logits), or of the tempered and filtered one (Dream)."""
+    """Entropy and margin are those of softmax(logits), or of the tempered and filtered distribution
+    (Dream)."""
     rows = logits.expand(2, -1).clone()
     rows[:, MASK] = -30.0
     sampling = row_sampling(
@@ -251,7 +255,7 @@ def test_chunking_changes_nothing(logits: Tensor) -> None:
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    """torch works with two, however many the tests are given."""
+    """Let torch use two threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -260,7 +264,8 @@ def two_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("two_threads")
 def test_a_filtered_row_is_bitwise_the_same_alone() -> None:
-    """torch adds up a long row in another order where it is the only one."""
+    """A filtered row has bitwise the same result alone, though torch sums a single long row in a
+    different order."""
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(40_000, 8, generator=generator)
     hidden = torch.randn(12, 8, generator=generator)
@@ -281,9 +286,9 @@ def test_a_filtered_row_is_bitwise_the_same_alone() -> None:
 
 @pytest.mark.parametrize("vocabulary", [TILE - 7, TILE, TILE + 1, 2 * TILE + 100])
 def test_tiles_of_the_vocabulary_change_nothing(vocabulary: int) -> None:
-    """Over one tile or several, whole or cut: what softmax over the whole row says.
+    """Statistics of one or several tiles equal those of softmax over the whole row.
 
-    Ends, masks and favourites lie on the borders of tiles; every third row forbids ends, every
+    Ends, masks and best tokens lie at the borders of tiles; every third row forbids ends, every
     fourth puts them last, every fifth is noisy.
     """
     generator = torch.Generator().manual_seed(vocabulary)
@@ -333,7 +338,7 @@ def test_tiles_of_the_vocabulary_change_nothing(vocabulary: int) -> None:
 def test_logits_and_noise_stay_within_their_budget(
     columns: dict[str, float | bool | Tensor], needs_entropy: bool
 ) -> None:
-    """However many rows there are: 32 MiB of logits are chosen from within a budget of 4 MiB."""
+    """Choosing from 32 MiB of logits takes no more than the budget of 4 MiB."""
     rows, vocabulary, budget = 800, 2 * TILE + 2000, 4 * 2**20
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(rows, 8, generator=generator)
@@ -348,7 +353,7 @@ def test_logits_and_noise_stay_within_their_budget(
 
 
 def test_allocations_are_counted_as_they_live() -> None:
-    """What is freed before something else is made is not added to it; what lives on is."""
+    """The meter adds up only memory that is alive at the same time."""
     kept = []
     with AllocationMeter() as meter:
         for _ in range(3):
@@ -359,14 +364,15 @@ def test_allocations_are_counted_as_they_live() -> None:
 
 
 def test_noise_is_the_same_whatever_the_tiles() -> None:
-    """Token t of a row gets the t-th number of its stream, wherever a tile begins."""
+    """Token t of a row gets number t of its stream, for every division into tiles."""
     keys = noise.row_keys(*(torch.tensor([n]) for n in (3, 1, 4)), noise.STREAM_TOKEN)
     whole = noise.gumbel(keys, 10)
     assert torch.equal(noise.gumbel(keys, 4, first=6), whole[:, 6:])
 
 
 def test_the_seed_decides_the_text(llm: LLM) -> None:
-    """Same seed, same tokens; another seed, others; a drawn seed is reported and repeats."""
+    """A seed repeats its tokens, another seed gives others, and a drawn seed is reported and
+    repeats."""
     params = SamplingParams(temperature=1.0, gen_length=24, seed=5, ignore_eos=True)
 
     def tokens(p: SamplingParams) -> tuple[list[int], int]:
@@ -385,8 +391,8 @@ def test_the_seed_decides_the_text(llm: LLM) -> None:
 def test_the_text_is_the_same_after_a_restart_under_other_limits(
     llm: LLM, checkpoint: Path
 ) -> None:
-    """A request that was cut off half-way and runs again in a new engine, with other neighbours and
-    room for two requests only, gives the text it would have given."""
+    """A request that is interrupted and runs again in a new engine with different neighbours and
+    limits gives the same text."""
     params = SamplingParams(temperature=1.0, gen_length=24, block_length=8, seed=77, top_k=50)
     whole = llm.generate([[1, 2, 3]], params, progress=False)[0]
     engine = LLM(checkpoint, max_num_seqs=2, max_num_batched_tokens=40).engine

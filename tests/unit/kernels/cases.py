@@ -1,4 +1,4 @@
-"""Random steps for the kernels, and what is near enough."""
+"""Random steps for the kernels, and tolerances."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """Attention's sizes."""
+    """Sizes of attention."""
 
     num_kv_heads: int
     group: int
@@ -85,7 +85,7 @@ class Step:
     def layout(
         self, places: Tensor | None = None, selection: FlatSelection | None = None
     ) -> FlatLayout:
-        """The step's layout; `places` and `selection` say what is stored."""
+        """The step's layout, which stores rows and a selection as given."""
         operations = choose_operations("triton", DEVICE, self.heads.dtype)
         block_m = operations.block_m(self.heads.group, 1)
         assert block_m is not None

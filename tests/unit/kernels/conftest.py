@@ -1,8 +1,8 @@
-"""The interpreter multiplies matrices as a GPU does: a row's result depends on that row alone.
+"""Makes the interpreter multiply matrices like a GPU: a row's result depends on that row alone.
 
-It hands `tl.dot` to numpy's BLAS, whose kernels for some processors round a row differently from
-one place in the matrix to another, which no tensor core does. In float64, rounded once, the place
-does not matter.
+The interpreter gives `tl.dot` to numpy's BLAS. On some processors its kernels round a row
+differently by its place in the matrix, which tensor cores never do. In float64, rounded once, the
+place makes no difference.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 
 @pytest.fixture(autouse=True, scope="session")
 def products_of_rows_alone() -> Iterator[None]:
-    """Replace the interpreter's product where it is in use."""
+    """Replace the interpreter's product if the interpreter runs."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return

@@ -1,4 +1,4 @@
-"""The attention kernel against softmax attention sequence by sequence, in float64."""
+"""The attention kernel equals float64 softmax attention, sequence by sequence."""
 
 import torch
 from dllm_engine.ops.kernels.attention import packed_attention
@@ -17,7 +17,7 @@ SEQUENCES = st.lists(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of [rows, heads, head_dim] to [keys, num_kv_heads, head_dim], plainly."""
+    """Plain attention of [rows, heads, head_dim] to [keys, num_kv_heads, head_dim]."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1).double() for x in (k, v))
     scores = torch.einsum("rhd,khd->hrk", q.double(), k) / q.shape[2] ** 0.5
     return torch.einsum("hrk,khd->rhd", scores.softmax(dim=-1), v)
@@ -28,7 +28,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def test_every_sequence_attends_to_its_own(
     heads: Heads, sequences: list[Sequence], seed: int
 ) -> None:
-    """Fresh and stored ones of any lengths in one launch; padding rows come back as zeros."""
+    """One launch handles fresh and stored sequences of any lengths; padding rows return zeros."""
     step = Step(heads, sequences, seed)
     found = packed_attention(step.q, step.k, step.v, step.layout(), step.pages)
     wanted, start = [], 0
@@ -44,7 +44,8 @@ def test_every_sequence_attends_to_its_own(
 @given(HEADS, st.integers(1, 20), st.integers(0, 2**31))
 @settings(max_examples=examples(10))
 def test_rows_are_stored_before_they_are_read(heads: Heads, rows: int, seed: int) -> None:
-    """A Reuse attends to its fresh rows in its pages; rows without a place are not stored."""
+    """A Reuse attends to its fresh rows in its pages; rows with −1 in the slot mapping are not
+    stored."""
     step = Step(heads, [Sequence(rows, kv_len=rows), Sequence(5)], seed)
     page = step.block_tables[0][torch.arange(rows, device=DEVICE) // heads.page_size]
     places = page * heads.page_size + torch.arange(rows, device=DEVICE) % heads.page_size
@@ -61,7 +62,7 @@ def test_rows_are_stored_before_they_are_read(heads: Heads, rows: int, seed: int
 
 
 def test_a_sequence_has_the_same_result_in_any_company() -> None:
-    """Bit by bit."""
+    """A sequence has bitwise the same result alone and in a batch."""
     heads = Heads(num_kv_heads=2, group=2, head_dim=16, page_size=8, dtype=torch.float32)
     alone = Step(heads, [Sequence(33)], seed=1)
     company = Step(heads, [Sequence(7, kv_len=50), Sequence(33), Sequence(70)], seed=2)

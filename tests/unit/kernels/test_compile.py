@@ -1,4 +1,4 @@
-"""The interpreter runs what a card's compiler may refuse: every kernel is compiled for cards."""
+"""Compiles every kernel for real cards, whose compiler rejects more than the interpreter does."""
 
 import ast
 import json
@@ -14,7 +14,7 @@ KERNELS = ROOT / "model_repository/dllm/1/dllm_engine/ops/kernels"
 
 
 def defined_kernels() -> set[str]:
-    """Functions that the kernels' modules launch, by the names of their definitions."""
+    """Names of the functions that the kernels' modules launch."""
     launched = set()
     for path in KERNELS.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -26,11 +26,11 @@ def defined_kernels() -> set[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("capability", "shared"), [(80, 163), (89, 99), (90, 227)])
 def test_every_kernel_compiles(capability: int, shared: int, tmp_path: Path) -> None:
-    """Down to machine code of an A100, an L40 and an H100, at the sizes of LLaDA-8B and Dream-7B;
-    for the last of them in every form.
+    """Every kernel compiles to machine code of an A100, an L40 and an H100.
 
-    Each fits into the card: `shared` KiB are what a program may have there, and what does not fit
-    into registers is next to nothing. Kernels that multiply read ahead.
+    It does so at the sizes of LLaDA-8B and Dream-7B, for the H100 in every form. A program fits
+    into the `shared` KiB of the card and spills next to no registers, and kernels that multiply
+    load ahead.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)

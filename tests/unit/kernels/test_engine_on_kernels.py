@@ -1,4 +1,4 @@
-"""The engine on kernels decodes what it decodes on torch's operations."""
+"""The engine decodes the same with kernels as with torch operations."""
 
 from pathlib import Path
 
@@ -32,7 +32,8 @@ PROMPTS = [list(range(7 * i, 7 * i + length)) for i, length in enumerate(LENGTHS
 
 @pytest.mark.parametrize("write", [write_llada, pytest.param(write_dream, marks=pytest.mark.slow)])
 def test_same_tokens(write: object, tmp_path: Path) -> None:
-    """All policies in one batch; confidences within float32's rounding."""
+    """A batch with all policies gives the same tokens, and confidences within float32's
+    rounding."""
     assert callable(write)
     checkpoint = write(tmp_path)
     options = {"dtype": "float32", "kv_page_size": 8, "max_num_seqs": 6, **SMALL}
@@ -50,7 +51,8 @@ def test_same_tokens(write: object, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_batch_invariance(tmp_path: Path) -> None:
-    """With `batch_invariant`, tokens and confidences are bitwise those of the request alone."""
+    """With `batch_invariant`, a request has bitwise the same tokens and confidences alone and in a
+    batch."""
     llm = LLM(
         write_llada(tmp_path), kernels="triton", device=DEVICE, dtype="float32", kv_page_size=8,
         batch_invariant=True, **SMALL,
@@ -64,7 +66,7 @@ def test_batch_invariance(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_on_kernels(tmp_path: Path) -> None:
-    """A model split over two ranks, each on kernels, decodes what it does on torch's operations."""
+    """A model split over two ranks on kernels decodes the same as on torch operations."""
     checkpoint = write_llada(tmp_path)
     options = {"dtype": "float32", "kv_page_size": 8, "max_num_seqs": 6, "device": "cpu", **SMALL}
     chosen = [0, 1, 3]

@@ -1,4 +1,4 @@
-"""The benchmark of a GPU: what it counts, and that every section of it runs."""
+"""The GPU benchmark: its counts, and every section of it."""
 
 import json
 import os
@@ -38,7 +38,7 @@ POINT = Point(requests=2, prompt_length=6, gen_length=4, block_length=2)
 
 
 def test_bytes_and_operations_are_those_counted_by_hand() -> None:
-    """Each input read once and each output written once, two bytes a number."""
+    """Costs count each input and each output once, at two bytes per number."""
     # A sequence: 5 rows of 8 in, 8 out, a key and a value of 4; 5 × 5 products of 8, twice.
     assert arithmetic.attention(SMALL, [Sequences(3, 5)]) == Cost(3 * 2 * 5 * 24, 3 * 4 * 8 * 25)
     # 2 rows in and out, 7 stored keys and values read, 2 fresh ones read and written.
@@ -63,7 +63,7 @@ def test_bytes_and_operations_are_those_counted_by_hand() -> None:
 
 
 def test_the_shapes_have_the_parameters_of_the_real_models() -> None:
-    """Matrices, with norms and biases, add up to what the checkpoints hold."""
+    """Matrices, norms and biases add up to the checkpoints' parameters."""
     norms = (2 * LLADA.num_layers + 1) * LLADA.hidden_size
     ends = 2 * LLADA.vocab_size * LLADA.hidden_size
     layers = LLADA.num_layers * LLADA.layer_parameters
@@ -75,7 +75,7 @@ def test_the_shapes_have_the_parameters_of_the_real_models() -> None:
 
 
 def test_the_roofline_is_the_slower_of_memory_and_arithmetic() -> None:
-    """And a step turns where both take as long."""
+    """The roofline is the longer of memory time and arithmetic time."""
     ceilings = Ceilings(bandwidth=100.0, rate=1000.0)
     assert (ceilings.seconds(Cost(50, 100)), ceilings.limit(Cost(50, 100))) == (0.5, "memory")
     assert (ceilings.seconds(Cost(10, 1000)), ceilings.limit(Cost(10, 1000))) == (1.0, "compute")
@@ -84,7 +84,7 @@ def test_the_roofline_is_the_slower_of_memory_and_arithmetic() -> None:
 
 
 def test_points_are_different_and_cover_every_policy() -> None:
-    """No load is measured twice."""
+    """No load is measured twice, and every policy is measured."""
     points = important_points() + further_points()
     assert len(points) == len(set(points))
     for policy in POLICIES:
@@ -92,7 +92,8 @@ def test_points_are_different_and_cover_every_policy() -> None:
 
 
 def test_what_a_load_commits_is_counted(tmp_path: Path) -> None:
-    """Of finished requests the whole canvas; of those cut off what they have; none stays behind."""
+    """A load counts the canvas of finished requests and the committed tokens of aborted ones, and
+    leaves no request."""
     checkpoint = random_bf16(tmp_path, "llada", n_layers=1)
     engine = LLM(checkpoint, kernels="torch", max_num_seqs=4, max_num_batched_tokens=64).engine
     load = Load(engine, POINT)
@@ -105,7 +106,7 @@ def test_what_a_load_commits_is_counted(tmp_path: Path) -> None:
 
 
 def test_a_case_that_fails_is_recorded() -> None:
-    """The others are measured all the same."""
+    """A failing case is recorded, and the others are still measured."""
 
     def fail() -> None:
         raise RuntimeError("no such kernel")
@@ -118,7 +119,8 @@ def test_a_case_that_fails_is_recorded() -> None:
 
 
 def test_compiled_parts_stand_beside_torch_s() -> None:
-    """With a compiler that leaves everything as it is, and with one that does not exist."""
+    """Compiled parts are measured with a compiler that changes nothing and reported for one that is
+    missing."""
     for backend, ways in (("eager", {"torch", "compiled"}), ("none such", {"torch"})):
         saved: list[list[dict[str, Any]]] = []
 
@@ -137,7 +139,8 @@ def test_compiled_parts_stand_beside_torch_s() -> None:
 
 @pytest.mark.slow
 def test_every_section_runs_at_toy_sizes(tmp_path: Path) -> None:
-    """All but checkouts, whose code is not ours; nothing is written among the results."""
+    """Every section except checkouts runs at toy sizes and writes nothing to the published
+    results."""
     before = {path.name: path.stat().st_mtime_ns for path in RESULTS.iterdir()}
     sections = ["ceilings", "kernels", "engine", "torch", "dream", "baselines"]
     folders = ["--results", str(tmp_path), "--checkpoints", str(tmp_path / "checkpoints")]
@@ -183,8 +186,8 @@ def _check_kernels(sections: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_the_command_needs_nothing_installed(tmp_path: Path) -> None:
-    """From the repository's root it finds the engine beside it, and so do the sections' processes;
-    a section that fails is named in the file and on the screen, and the others run."""
+    """Run from the repository root, the command and its sections find the engine; a failing section
+    is named and the others run."""
     program = (
         "import sys; from benchmarks import gpu; gpu.main(sys.argv[1:])\n"
         "import dllm_engine; print(dllm_engine.__file__)"
@@ -211,7 +214,7 @@ def test_the_command_needs_nothing_installed(tmp_path: Path) -> None:
 
 
 def test_a_run_that_finds_nothing_is_no_measurement(tmp_path: Path) -> None:
-    """The file says so and why, until a section has found something."""
+    """A file without results says so with the reason, until a section has results."""
     record = Record(tmp_path, tiny=False)
     record.begin()
     assert record.read()["measured"] is False
@@ -230,14 +233,14 @@ def test_a_run_that_finds_nothing_is_no_measurement(tmp_path: Path) -> None:
 
 
 def test_the_published_file_claims_no_measurement_that_is_not_in_it() -> None:
-    """It has sections, or says that nothing was measured."""
+    """The published file has sections, or says that nothing was measured."""
     published = json.loads((RESULTS / "gpu.json").read_text())
     assert published["measured"] == bool(published.get("sections"))
     assert published["measured"] or published["why"]
 
 
 def test_a_section_of_a_checkout_needs_one(capsys: pytest.CaptureFixture[str]) -> None:
-    """And the command says how to name it."""
+    """A section of a checkout without a checkout says how to name one."""
     with pytest.raises(SystemExit):
         gpu.parse(["--only", "fast-dllm"])
     assert "name it with --fast-dllm DIR" in capsys.readouterr().err
@@ -245,7 +248,7 @@ def test_a_section_of_a_checkout_needs_one(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_file_says_why_nothing_was_measured(tmp_path: Path) -> None:
-    """And a measurement that is there stays."""
+    """Without a GPU the file says why there are no results, and keeps existing ones."""
     gpu.main(["--results", str(tmp_path)])
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert (found["measured"], found["why"]) == (

@@ -1,4 +1,4 @@
-"""Forward passes replayed at a larger size, against the model called with the step as it is."""
+"""Forward passes replayed at a larger size equal the model called with the step itself."""
 
 import dataclasses
 import itertools
@@ -25,7 +25,7 @@ MAX_SEQUENCES, MAX_PAGES, PAGE_SIZE = 6, 5, 8
 
 
 def run_again(work: Callable[[], None]) -> Callable[[], None]:
-    """What recording and replaying are without a GPU."""
+    """Stands for recording and replaying without a GPU."""
     work()
     return work
 
@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> DiffusionModel:
 
 
 def random_pages(model: DiffusionModel) -> KVPages:
-    """A pool with something in it."""
+    """A pool with random contents."""
     pages = KVPages.allocate(
         num_layers=model.spec.num_layers,
         num_pages=MAX_SEQUENCES * MAX_PAGES,
@@ -63,7 +63,7 @@ def random_pages(model: DiffusionModel) -> KVPages:
 
 
 def by_layer(pages: KVPages) -> list[LayerPages]:
-    """As the model takes them."""
+    """The pages per layer, as the model takes them."""
     return [LayerPages(k, v) for k, v in zip(pages.keys, pages.values, strict=True)]
 
 
@@ -88,7 +88,7 @@ def step_of(counts: list[int], kv_lens: list[int], rows: int) -> tuple[Tensor, T
 
 @torch.inference_mode()
 def test_a_replay_is_the_forward_pass(model: DiffusionModel) -> None:
-    """Hidden states and stored rows are the same, whatever was replayed before."""
+    """Hidden states and stored rows equal those of the model, whatever was replayed before."""
     replayed, called = random_pages(model), random_pages(model)
     graphs = ForwardGraphs(
         model,
@@ -117,7 +117,7 @@ def test_a_replay_is_the_forward_pass(model: DiffusionModel) -> None:
 
 
 def test_what_has_no_graph_is_left_to_the_model(model: DiffusionModel) -> None:
-    """Steps larger than the largest graph, and those that store a selection."""
+    """Steps larger than the largest graph, and steps that store a selection, are not replayed."""
     graphs = ForwardGraphs(
         model,
         by_layer(random_pages(model)),
@@ -136,7 +136,7 @@ def test_what_has_no_graph_is_left_to_the_model(model: DiffusionModel) -> None:
 
 
 def test_sizes() -> None:
-    """No step above the smallest is more than doubled."""
+    """A step above the smallest size is at most doubled."""
     sizes = graph_sizes(500)
     assert sizes[0] == 16
     assert sizes[-1] == 384
@@ -146,7 +146,7 @@ def test_sizes() -> None:
 
 
 def test_the_largest_is_recorded_first(model: DiffusionModel) -> None:
-    """The pool that they share is then as large as the largest needs, as planned."""
+    """The largest graph is recorded first, so that the shared pool is as large as planned."""
     recorded = []
 
     def record(work: Callable[[], None]) -> Callable[[], None]:
@@ -169,13 +169,14 @@ def test_the_largest_is_recorded_first(model: DiffusionModel) -> None:
 def test_an_engine_with_graphs(
     write: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It decodes what one without them does, by replays, and its memory plan has room for them."""
+    """An engine with graphs decodes the same as one without, and its memory plan includes the
+    graphs."""
     checkpoint = write(tmp_path)
     options = {"dtype": "float32", "kv_page_size": 8, "max_num_seqs": 6, "device": DEVICE}
     options |= {"memory_limit": "400MiB", **SMALL}
     plain = LLM(checkpoint, kernels="torch", **options)
     if DEVICE == "cpu":
-        monkeypatch.setattr(rank_model, "_largest_graph", lambda *_: 32)
+        monkeypatch.setattr(rank_model, "largest_graph", lambda *_: 32)
         monkeypatch.setattr(rank_model, "cuda_recorder", lambda: run_again)
     else:
         options["cuda_graph_rows"] = 32

@@ -1,4 +1,4 @@
-"""The head kernel against the statistics of plain float64 logits, and against the tile loop."""
+"""The head kernel equals statistics of float64 logits, and the torch implementation."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A head and rows for it, all numbers drawn from `seed`."""
+    """A head and its rows; all numbers are drawn from `seed`."""
 
     rows: int
     vocabulary: int
@@ -38,7 +38,7 @@ class Case:
     confidence_eos_eot_inf: bool = False
 
     def tensors(self) -> tuple[Tensor, Tensor, HeadOptions]:
-        """Hidden states, weight and choice; of each kind of row there are some and others."""
+        """Hidden states, weight and options, with rows of every kind."""
         torch.manual_seed(self.seed)
         hidden = torch.randn(self.rows, self.width).to(DEVICE, self.dtype)
         weight = torch.randn(self.vocabulary, self.width).to(DEVICE, self.dtype)
@@ -84,7 +84,7 @@ def near(found: Tensor, wanted: Tensor) -> None:
 
 
 def check(found: HeadStatistics, hidden: Tensor, weight: Tensor, options: HeadOptions) -> None:
-    """Assert that the statistics are those of the logits, made and kept in float64."""
+    """Assert that the statistics are those of float64 logits."""
     for i in range(len(hidden)):
         logits = weight.double() @ hidden[i].double()
         if options.logits_eos_inf is not None and options.logits_eos_inf[i]:
@@ -125,15 +125,16 @@ def check(found: HeadStatistics, hidden: Tensor, weight: Tensor, options: HeadOp
 )
 @settings(max_examples=examples(30))
 def test_statistics_are_those_of_the_logits(case: Case) -> None:
-    """For any sizes, types and kinds of rows: exact tokens, and numbers near those of float64."""
+    """For all sizes, types and kinds of rows, tokens are exact and numbers near those of
+    float64."""
     hidden, weight, options = case.tensors()
     check(Head(weight, KERNELS).statistics(hidden, options), hidden, weight, options)
 
 
 @pytest.mark.parametrize("noisy", [False, True])
 def test_a_split_may_have_several_tiles(noisy: bool) -> None:
-    """With more tiles of the vocabulary than splits, the last split shorter than the others, and
-    the two largest logits in one split, in either order, or equal: then the leftmost wins."""
+    """Splits may have several tiles and different lengths, with the two largest logits in one split
+    in either order or equal; the leftmost of equal tokens wins."""
     case = Case(
         3, 8600, 5, torch.float32, 4, noisy=noisy, needs_entropy=True, confidence_eos_eot_inf=True
     )
@@ -152,7 +153,8 @@ def test_a_split_may_have_several_tiles(noisy: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_has_the_same_result_in_any_company(dtype: torch.dtype) -> None:
-    """Bit by bit, also where the others need noise, spread or forbidden tokens, and it does not."""
+    """A row has bitwise the same result alone, even if other rows need noise, entropy or forbidden
+    tokens."""
     case = Case(
         140,
         200,
@@ -204,7 +206,8 @@ def _store_uniform(keys, out, first, COUNT: tl.constexpr):  # type: ignore[no-un
 )
 @settings(max_examples=examples(10))
 def test_random_numbers_are_those_of_the_loop(parts: list[int], first: int) -> None:
-    """Bit by bit the uniform numbers of `ops.noise`, for any seed, step and position."""
+    """The kernel's uniform numbers are bitwise those of `ops.noise` for any seed, step and
+    position."""
     keys = noise.row_keys(*(torch.tensor([part], device=DEVICE) for part in parts), 1)
     out = torch.empty(1, 128, dtype=torch.float64, device=DEVICE)
     _store_uniform[(1,)](keys, out, first, 128)
@@ -214,7 +217,8 @@ def test_random_numbers_are_those_of_the_loop(parts: list[int], first: int) -> N
 @pytest.mark.parametrize("best", [[40, 41], [7, 40], [7, 40, 200], [40, 60]])
 @pytest.mark.parametrize("noisy", [False, True])
 def test_the_leftmost_of_equal_tokens_wins(best: list[int], noisy: bool) -> None:
-    """In a split or between them, for greedy rows among noisy ones too; equal ones count apart."""
+    """The leftmost of equal tokens wins within a split and between splits, also for greedy rows
+    among noisy ones."""
     weight = torch.zeros(300, 4, device=DEVICE)
     weight[best] = 1.0
     nothing = torch.tensor([], dtype=torch.int64, device=DEVICE)
@@ -228,7 +232,7 @@ def test_the_leftmost_of_equal_tokens_wins(best: list[int], noisy: bool) -> None
 
 @pytest.mark.parametrize("cut", [40, 128])
 def test_slices_of_the_vocabulary_together_are_the_whole(cut: int) -> None:
-    """Each rank's head has its tokens' global ids and noise; merged they say what one head says."""
+    """Merged statistics of two slices equal those of one head, with global token ids and noise."""
     case = Case(
         4,
         200,
@@ -252,8 +256,8 @@ def test_slices_of_the_vocabulary_together_are_the_whole(cut: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_listed_tokens_have_their_logits(dtype: torch.dtype) -> None:
-    """−∞ for no token, for ends in rows that forbid them, and for stops that do not count."""
+def test_extra_tokens_have_their_logits(dtype: torch.dtype) -> None:
+    """Extra tokens get their logits, and −∞ if empty, forbidden or not counted."""
     case = Case(5, 90, 300, dtype, 7, logits_eos_inf=True, confidence_eos_eot_inf=True)
     hidden, weight, options = case.tensors()
     assert options.logits_eos_inf is not None
@@ -271,7 +275,7 @@ def test_listed_tokens_have_their_logits(dtype: torch.dtype) -> None:
 
 
 class Watched(TorchDispatchMode):
-    """Refuses operations for whose result the host has to wait."""
+    """Rejects operations whose result the host waits for."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         """Run `func` unless it is one of these."""
@@ -283,7 +287,8 @@ class Watched(TorchDispatchMode):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_candidates_are_those_of_the_loop_without_waiting(temperature: float) -> None:
-    """Tokens, confidence, entropy, margin and credit; the host asks the device for nothing."""
+    """Tokens, confidence, entropy, margin and credit equal those of torch, and the host never
+    waits."""
     rows, vocabulary = 20, 150
     generator = torch.Generator().manual_seed(8)
     hidden = torch.randn(rows, 16, generator=generator).to(DEVICE)

@@ -1,4 +1,4 @@
-"""The batch-invariant product against torch's."""
+"""The batch-invariant product equals torch's."""
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from tests.unit.kernels.cases import DEVICE, DTYPES, near
 def test_product(
     rows: int, inner: int, columns: int, bias: bool, dtype: torch.dtype, seed: int
 ) -> None:
-    """Any sizes, with a bias or without."""
+    """The product is right for any sizes, with and without a bias."""
     torch.manual_seed(seed)
     x = torch.randn(rows, inner).to(DEVICE, dtype)
     weight = (torch.randn(columns, inner) / inner**0.5).to(DEVICE, dtype)
@@ -43,7 +43,7 @@ def test_product(
 def test_a_residual_is_added_where_it_lies(
     rows: int, inner: int, columns: int, dtype: torch.dtype, seed: int
 ) -> None:
-    """By the library's product, and by the batch-invariant one, which leaves it alone."""
+    """torch's sum is made in place; the batch-invariant one leaves the residual unchanged."""
     torch.manual_seed(seed)
     x, residual = torch.randn(rows, inner), torch.randn(rows, columns)
     x, residual = x.to(DEVICE, dtype), residual.to(DEVICE, dtype)
@@ -57,7 +57,7 @@ def test_a_residual_is_added_where_it_lies(
 
 
 def test_a_row_has_the_same_result_in_any_company() -> None:
-    """Bit by bit, wherever it stands and however many rows there are."""
+    """A row is bitwise the same at every place and for every number of rows."""
     torch.manual_seed(0)
     x, weight = torch.randn(200, 130, device=DEVICE), torch.randn(70, 130, device=DEVICE)
     whole = invariant_linear(x, weight)

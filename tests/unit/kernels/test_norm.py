@@ -1,4 +1,4 @@
-"""RMSNorm, rotary and gate kernels against torch's own operations."""
+"""RMSNorm, rotary and gate kernels equal torch's operations."""
 
 import torch
 from dllm_engine.ops import RotaryTable
@@ -16,7 +16,7 @@ from tests.unit.kernels.cases import DEVICE, DTYPES, near
 @given(st.integers(0, 9), st.integers(1, 100), st.sampled_from(DTYPES), st.integers(0, 2**31))
 @settings(max_examples=examples(25))
 def test_rms_norm(rows: int, dim: int, dtype: torch.dtype, seed: int) -> None:
-    """Any number of rows, any width."""
+    """RMSNorm is right for any number of rows and any width."""
     torch.manual_seed(seed)
     x, weight = torch.randn(rows, dim), torch.randn(dim)
     x, weight = x.to(DEVICE, dtype), weight.to(DEVICE, dtype)
@@ -32,7 +32,7 @@ def test_rms_norm(rows: int, dim: int, dtype: torch.dtype, seed: int) -> None:
 )
 @settings(max_examples=examples(25))
 def test_rotary(rows: int, heads: int, head_dim: int, dtype: torch.dtype, seed: int) -> None:
-    """The first of some heads are rotated where they lie, the others left alone."""
+    """The rotated heads change in place and the other heads stay unchanged."""
     torch.manual_seed(seed)
     table = RotaryTable(head_dim, 64, 10000.0, device=DEVICE, dtype=dtype)
     cos, sin = table.at(torch.randint(0, 64, (rows,), device=DEVICE))
@@ -51,7 +51,7 @@ def test_rotary(rows: int, heads: int, head_dim: int, dtype: torch.dtype, seed: 
 )
 @settings(max_examples=examples(25))
 def test_silu_mul(rows: int, dim: int, dtype: torch.dtype, seed: int) -> None:
-    """Any number of rows, any width, gates of any size among them."""
+    """The gate is right for any number of rows, any width and gates of any magnitude."""
     torch.manual_seed(seed)
     gate_up = (8 * torch.randn(rows, 2 * dim)).to(DEVICE, dtype)
     near(kernels.silu_mul(gate_up), silu_mul(gate_up), dtype)

@@ -30,7 +30,7 @@ QUESTIONS = {
 
 
 class Questions(TorchDispatchMode):
-    """Notes where the host asks the device something."""
+    """Records operations that make the host wait for the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ READS = ("tolist", "numpy", "cpu", "item", "__bool__", "__int__", "__float__", "
 
 
 def note_reads(patch: pytest.MonkeyPatch, asked: list[str]) -> None:
-    """Note where the engine's own lines read a tensor; the kernels' interpreter may."""
+    """Record where the engine's own lines read a tensor; the kernels' interpreter may read."""
 
     def watched(name: str, read: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -78,7 +78,7 @@ def note_reads(patch: pytest.MonkeyPatch, asked: list[str]) -> None:
 
 @contextmanager
 def no_waiting() -> Iterator[list[str]]:
-    """Waits of a GPU are errors; elsewhere the questions that would be waits are collected."""
+    """On a GPU, waiting is an error; elsewhere, collect the operations that would wait."""
     if DEVICE == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
@@ -91,7 +91,7 @@ def no_waiting() -> Iterator[list[str]]:
 
 
 def test_no_question_inside_a_step(tmp_path: Path) -> None:
-    """Whatever the requests ask for."""
+    """No request parameter makes the host wait between launch and finish of a step."""
     engine = LLM(write_llada(tmp_path), kernels="triton", **OPTIONS).engine
     for params in (
         SamplingParams(gen_length=6, block_length=3, cfg_scale=1.0),
@@ -116,7 +116,7 @@ def test_no_question_inside_a_step(tmp_path: Path) -> None:
 
 
 class Work(TorchDispatchMode):
-    """Counts operations that a device would be given: all but views and new memory."""
+    """Counts operations on the device, except views and allocations."""
 
     count = 0
 
@@ -133,7 +133,8 @@ class Work(TorchDispatchMode):
 
 @pytest.mark.parametrize("requests", [1, 8])
 def test_the_device_lays_out_nothing(tmp_path: Path, requests: int) -> None:
-    """Before the forward pass it is given what the host has sent, and next to nothing to do."""
+    """Before the forward pass the device runs at most three operations, for any number of
+    requests."""
     engine = LLM(write_llada(tmp_path), kernels="triton", **OPTIONS).engine
     for i in range(requests):
         params = SamplingParams(gen_length=6 + i, block_length=3, cache=("dual", "sparse")[i % 2])
@@ -157,7 +158,7 @@ def test_the_device_lays_out_nothing(tmp_path: Path, requests: int) -> None:
 
 
 def test_a_read_would_be_seen() -> None:
-    """What the test above looks for, in a line that counts as the engine's."""
+    """`note_reads` records every kind of read in a line of the engine."""
     source = "x.tolist(); x.to('cpu'); bool(x[0]); x.to(torch.int32)"
     code = compile(source, "dllm_engine/anything.py", "exec")
     with pytest.MonkeyPatch.context() as patch:
@@ -168,7 +169,7 @@ def test_a_read_would_be_seen() -> None:
 
 
 def test_a_step_reads_the_device_once(tmp_path: Path) -> None:
-    """However many requests it ends and shows: what it has decoded comes with one copy."""
+    """A step reads its results with one copy, however many requests it ends and streams."""
     engine = LLM(write_llada(tmp_path), **OPTIONS).engine
     fetched = []
     for count in (1, 5):
@@ -188,7 +189,7 @@ def test_a_step_reads_the_device_once(tmp_path: Path) -> None:
 
 
 def test_newcomers_are_laid_out_while_a_step_is_in_flight(tmp_path: Path) -> None:
-    """Whoever finds a place is put there between the step's launch and the wait for its end."""
+    """A request that gets a slot is laid out between a step's launch and the wait for its end."""
     engine = LLM(write_llada(tmp_path), **OPTIONS).engine
     runner, order = engine.runner, []
 

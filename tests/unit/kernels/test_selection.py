@@ -1,9 +1,9 @@
-"""The selection kernels against `select_positions`."""
+"""The selection kernels equal `select_positions`."""
 
 import torch
 from dllm_engine.ops.kernels.selection import score_positions, store_best
 from dllm_engine.ops.layout import FlatSelection
-from dllm_engine.ops.selection import _scores
+from dllm_engine.ops.selection import position_scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,7 +15,7 @@ from tests.unit.kernels.cases import DEVICE, HEADS, Heads, Sequence, Step, near
 def selection_of(
     lengths: list[int], windows: list[tuple[int, int, int]], keep: list[int], pool: list[int]
 ) -> FlatSelection:
-    """Of windows (begin, block's begin, end)."""
+    """A selection with windows (first position, first of the block, end)."""
 
     def column(values: list[int]) -> Tensor:
         return torch.tensor(values, device=DEVICE)
@@ -29,7 +29,7 @@ def selection_of(
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[list[int], FlatSelection]:
-    """Some sequences, with windows that leave candidates on one side or both."""
+    """Sequences with windows that leave candidates on one side or both."""
     lengths = draw(st.lists(st.integers(2, 80), min_size=1, max_size=3))
     windows, keep, pool = [], [], []
     for length in lengths:
@@ -51,7 +51,8 @@ def candidates_of(length: int, selection: FlatSelection, index: int) -> Tensor:
 @given(HEADS, cases(), st.integers(0, 2**31))
 @settings(max_examples=examples(15))
 def test_scores(heads: Heads, case: tuple[list[int], FlatSelection], seed: int) -> None:
-    """log Σ exp over the block's queries, the best over the query heads of a KV head."""
+    """A score is log Σ exp over the block's queries, and the best over the query heads of a KV
+    head."""
     lengths, selection = case
     step = Step(heads, [Sequence(n) for n in lengths], seed)
     found = score_positions(step.q, step.k, step.layout(), selection)
@@ -62,7 +63,7 @@ def test_scores(heads: Heads, case: tuple[list[int], FlatSelection], seed: int) 
                 start + int(selection.block_start[i]), start + int(selection.window_end[i])
             )
             candidates = start + candidates_of(length, selection, i)
-            wanted = _scores(step.q[block].float(), step.k[candidates].float())
+            wanted = position_scores(step.q[block].float(), step.k[candidates].float())
             near(found[i, :, : len(candidates)], wanted, heads.dtype)
         start += length
 
@@ -70,7 +71,8 @@ def test_scores(heads: Heads, case: tuple[list[int], FlatSelection], seed: int) 
 @given(HEADS, cases(), st.integers(0, 2**31))
 @settings(max_examples=examples(25))
 def test_best_are_stored(heads: Heads, case: tuple[list[int], FlatSelection], seed: int) -> None:
-    """As many as asked for, leftmost of equal ones, ascending; nothing else is written."""
+    """The kept candidates are stored in ascending order, the leftmost of equal ones, and nothing
+    else is written."""
     lengths, selection = case
     step = Step(heads, [Sequence(n) for n in lengths], seed)
     generator = torch.Generator().manual_seed(seed)

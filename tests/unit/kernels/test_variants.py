@@ -1,4 +1,4 @@
-"""What a kernel is compiled for does not depend on the batch: nothing is compiled in requests."""
+"""Compiled variants do not depend on the batch, so no request waits for a compilation."""
 
 import functools
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ KINDS = [
 
 @functools.cache
 def compiled(kernel: Any) -> JITFunction[Any]:
-    """What a card would run in the place of an interpreted kernel."""
+    """Stands for the compilation of a kernel that the interpreter runs."""
     if isinstance(kernel, JITFunction):
         return kernel
     names = ("do_not_specialize", "do_not_specialize_on_alignment")
@@ -52,7 +52,7 @@ def variants() -> Iterator[set[str]]:
 
 @pytest.mark.slow
 def test_all_variants_are_compiled_at_start(tmp_path: Path) -> None:
-    """Whatever the requests, their lengths and how many are in a batch."""
+    """All variants are compiled at start, whatever requests, lengths and batch sizes follow."""
     checkpoint = write_llada(tmp_path)
     with variants() as seen:
         options = {"device": DEVICE, "dtype": "float32", "kv_page_size": 4, **SMALL}

@@ -18,9 +18,11 @@ from launcher.errors import PortTakenError, ProcessDiedError, RepositoryError, S
 from launcher.tritonserver import TritonServer
 
 
-def server(repository: Path, *models: str, **options: object) -> TritonServer:
+def server(repository: Path, model: str, **options: object) -> TritonServer:
+    """A server with one model of the repository; by default it loads all of them."""
     ports = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
-    return TritonServer(repository, models=models, **(ports | options))  # type: ignore[arg-type]
+    one = ("--model-control-mode=explicit", f"--load-model={model}")
+    return TritonServer(repository, models=[model], extra_args=one, **(ports | options))  # type: ignore[arg-type]
 
 
 def infer(url: str, values: list[float]) -> list[float]:
@@ -117,6 +119,7 @@ LAUNCHER = """
 import sys, time
 from launcher.tritonserver import TritonServer
 with TritonServer(sys.argv[1], models=["stubborn"], http_port=0, grpc_port=0, metrics_port=0,
+                  extra_args=["--model-control-mode=explicit", "--load-model=stubborn"],
                   exit_timeout=1) as server:
     print(server.pid, flush=True)
     time.sleep(600)

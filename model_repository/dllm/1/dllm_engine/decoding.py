@@ -1,7 +1,7 @@
-"""The table of decoding rules: what a request may ask for, what it means, and whose it is.
+"""The table of decoding rules: request fields, meaning and source of each.
 
-The one place where the names stand. Checks of requests, the commit step and the tests all read
-it from here; docs/decoding.md shows it. Plain data, no torch.
+The checks of requests, the commit step, the tests and docs/decoding.md all take the rules from
+here. Plain data, no torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 
 class Score(enum.IntEnum):
-    """What ranks the positions of a block."""
+    """The value by which positions of a block are ranked."""
 
     CONFIDENCE = 0
     RANDOM = 1
@@ -21,7 +21,7 @@ class Score(enum.IntEnum):
 
 
 class Rule(enum.IntEnum):
-    """What decides how many of them are committed."""
+    """How to decide which positions are committed."""
 
     COUNT = 0
     THRESHOLD = 1
@@ -32,56 +32,56 @@ class Rule(enum.IntEnum):
     ORIGIN = 6
 
 
-#: Scores that need entropy or margin of the candidates.
+#: Scores that need the entropy or margin of candidates.
 ENTROPY_SCORES = frozenset({Score.ENTROPY, Score.MARGIN})
 
 
 def is_given(value: object) -> bool:
-    """Whether a request's field with this value asks for anything; a zero does."""
+    """Whether a request sets a field to this value; 0 counts as set."""
     return value is not None and value is not False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """One row: a way to decide what a step commits."""
+    """One row of the table: a way to decide what a step commits."""
 
-    #: Request field that asks for it, …
+    #: The request field that selects this row, …
     field: str
-    #: … with this value, or with a number where this is None.
+    #: … with this value; None: with any number.
     value: str | None = None
-    #: Another field that has to be given as well.
+    #: Another field that the request must set as well.
     also: str | None = None
-    #: Field of the rule's second number, and what that is where a request leaves it open.
+    #: Field of the rule's second number, and its default.
     second: str | None = None
     second_default: float = 0.0
     rule: Rule
-    #: None: what `remasking` says, where the rule ranks at all.
+    #: None: the score of `remasking`, if the rule ranks positions.
     score: Score | None = None
-    #: Where the definition comes from, and what it is, in one line.
+    #: Where the definition comes from; the definition in one line.
     source: str
     definition: str
 
     @property
     def name(self) -> str:
-        """As a request writes it."""
-        asked = self.field if self.value is None else f"{self.field}={self.value}"
-        return asked if self.also is None else f"{asked} + {self.also}"
+        """The row as a request writes it."""
+        name = self.field if self.value is None else f"{self.field}={self.value}"
+        return name if self.also is None else f"{name} + {self.also}"
 
     def matches(self, params: object) -> bool:
-        """Whether a request with these `SamplingParams` asks for it."""
-        asked = getattr(params, self.field)
-        if asked is None or self.value not in (None, asked):
+        """Whether a request with these `SamplingParams` selects this row."""
+        value = getattr(params, self.field)
+        if value is None or self.value not in (None, value):
             return False
         return self.also is None or is_given(getattr(params, self.also))
 
     def bounds(self, params: object) -> tuple[float, float]:
-        """The rule's two numbers; 0 for those that it has not."""
+        """The rule's two parameters; 0 for a parameter that it does not have."""
         first = getattr(params, self.field) if self.value is None else 0.0
         second = getattr(params, self.second) if self.second else None
         return first, self.second_default if second is None else second
 
 
-#: In this order the first that matches is meant, so what needs more fields comes first.
+#: The first matching row applies, so rows that need more fields come first.
 DECODINGS: tuple[Decoding, ...] = (
     Decoding(
         field="confidence_threshold",
@@ -141,7 +141,8 @@ DECODINGS: tuple[Decoding, ...] = (
         rule=Rule.COUNT,
         score=Score.CONFIDENCE,
         source="Dream, generation_utils.py",
-        definition="the time schedule's count of those with the largest probability of their token",
+        definition="the time schedule's count of positions with the largest probability of their "
+        "token",
     ),
     Decoding(
         field="alg",
@@ -149,7 +150,8 @@ DECODINGS: tuple[Decoding, ...] = (
         rule=Rule.COUNT,
         score=Score.MARGIN,
         source="Dream, generation_utils.py",
-        definition="the time schedule's count of those whose two best tokens are furthest apart",
+        definition="the time schedule's count of positions whose two best tokens are furthest "
+        "apart",
     ),
     Decoding(
         field="alg",
@@ -157,7 +159,7 @@ DECODINGS: tuple[Decoding, ...] = (
         rule=Rule.COUNT,
         score=Score.ENTROPY,
         source="Dream, generation_utils.py",
-        definition="the time schedule's count of those with the least entropy",
+        definition="the time schedule's count of positions with the least entropy",
     ),
     Decoding(
         field="remasking",
@@ -165,7 +167,7 @@ DECODINGS: tuple[Decoding, ...] = (
         rule=Rule.COUNT,
         score=Score.CONFIDENCE,
         source="LLaDA, generate.py",
-        definition="the schedule's count of those with the largest probability of their token",
+        definition="the schedule's count of positions with the largest probability of their token",
     ),
     Decoding(
         field="remasking",
@@ -181,7 +183,7 @@ DECODINGS: tuple[Decoding, ...] = (
         rule=Rule.COUNT,
         score=Score.ENTROPY,
         source="this engine: Dream's score on LLaDA's schedule",
-        definition="the schedule's count of those with the least entropy -sum(p log p) of the "
+        definition="the schedule's count of positions with the least entropy -sum(p log p) of the "
         "untempered distribution",
     ),
     Decoding(
@@ -191,8 +193,8 @@ DECODINGS: tuple[Decoding, ...] = (
         score=Score.MARGIN,
         source="this engine: the score of arXiv 2502.06768 and Dream's topk_margin on LLaDA's "
         "schedule",
-        definition="the schedule's count of those with the largest p1 - p2, the two best tokens' "
-        "probabilities in the untempered distribution",
+        definition="the schedule's count of positions with the largest p1 - p2, the two best "
+        "tokens' probabilities in the untempered distribution",
     ),
 )
 
@@ -205,21 +207,21 @@ def _by_value(field: str) -> Mapping[str, Decoding]:
 REMASKING = _by_value("remasking")
 #: Values of `alg`: Dream's schedule, statistics of the tempered and filtered distribution.
 ALG = _by_value("alg")
-#: Fields that each choose how many positions a step commits: at most one may be given.
+#: Fields that each choose how many positions a step commits; a request may set at most one.
 COMMIT_FIELDS = tuple(dict.fromkeys(row.field for row in DECODINGS if row.value is None))
-#: Fields that mean nothing without another: that other.
+#: Fields that require another field: that field.
 REQUIRED_WITH: Mapping[str, str] = {
     name: row.field for row in DECODINGS if (name := row.also or row.second) is not None
 }
 
 
 def decoding_of(params: object) -> Decoding:
-    """The row that a request with these `SamplingParams` asks for."""
+    """The row that a request with these `SamplingParams` selects."""
     return next(row for row in DECODINGS if row.matches(params))
 
 
 def score_of(params: object) -> Score:
-    """What ranks positions for it; parallel rules that do not rank ignore it."""
+    """The score of a request with these `SamplingParams`; some parallel rules ignore it."""
     score = decoding_of(params).score
     found = REMASKING[getattr(params, "remasking")].score if score is None else score  # noqa: B009
     assert found is not None

@@ -1,4 +1,4 @@
-"""Prompts to token ids and back: the checkpoint's own tokenizer and chat template."""
+"""Encodes prompts and decodes answers with the checkpoint's tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from dllm_engine.errors import CheckpointError, InvalidRequest
 
-#: File that tells a tokenizer's format, and the class that reads it without code of the
-#: checkpoint's own. Dream has Qwen2's two files under a class of its own name.
+#: The file that identifies a tokenizer's format, and the class that reads it without the
+#: checkpoint's own code. Dream has Qwen2's files, but names a class of its own.
 _FORMATS = {"tokenizer.json": PreTrainedTokenizerFast, "vocab.json": Qwen2Tokenizer}
-#: Stands for the n-th piece of user text that must not be read as a special token.
+#: Placeholder for the n-th piece of user text that must not become a special token.
 _SENTINEL = "\ue000{}\ue001"
 _SENTINEL_PATTERN = re.compile("\ue000(\\d+)\ue001")
 _INCOMPLETE = "\ufffd"
@@ -29,15 +29,14 @@ _MAX_CHARACTER_TOKENS = 4  # one for each byte that UTF-8 may take
 class Tokenizer:
     """Encodes prompts and decodes canvases.
 
-    Text that a user writes never becomes a control token: in messages no special token is
-    recognised inside `content`; in a raw prompt only the mask token is taken literally, since
-    hand-written templates need the others. Thread-safe.
+    In messages, `content` never becomes a special token. In a raw prompt only the mask token is
+    taken literally, since hand-written templates need the others. Thread-safe.
     """
 
     def __init__(self, tokenizer: Any, mask_token_id: int) -> None:
         self._tokenizer = tokenizer
         self._pieces: dict[int, str] = {}  # of every token shown so far
-        # Whether control tokens are recognised is a switch on the tokenizer, not an argument.
+        # Encoding switches special tokens on and off on the tokenizer itself.
         self._lock = threading.Lock()
         specials = sorted(set(tokenizer.get_added_vocab()), key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, specials)) or "(?!)")
@@ -45,7 +44,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: Path, mask_token_id: int) -> Tokenizer | None:
-        """The tokenizer of a checkpoint directory; None if it has none.
+        """Load the tokenizer of a checkpoint directory; None if it has none.
 
         Raises:
             CheckpointError: the tokenizer cannot be read, or lacks the mask token.
@@ -58,22 +57,22 @@ class Tokenizer:
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{directory}: tokenizer: {error}") from error
         if tokenizer.convert_ids_to_tokens(mask_token_id) is None:
-            problem = f"has no token {mask_token_id}, which config.json calls the mask"
+            problem = f"has no token {mask_token_id}, the mask token in config.json"
             raise CheckpointError(f"{directory}: tokenizer: {problem}")
         return cls(tokenizer, mask_token_id)
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Ends of text and of turn that the tokenizer knows beside the config's own.
+        """End-of-text and end-of-turn tokens of the tokenizer.
 
-        DiffuCoder-Instruct fills what follows its answer with `<|dlm_pad|>`.
+        DiffuCoder-Instruct fills the canvas behind its answer with `<|dlm_pad|>`.
         """
         vocabulary = self._tokenizer.get_added_vocab()
         names = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>", "<|dlm_pad|>")
         return tuple(vocabulary[name] for name in names if name in vocabulary)
 
     def encode_text(self, text: str) -> list[int]:
-        """A raw prompt, no template.
+        """Encode a raw prompt without a template.
 
         Raises:
             InvalidRequest: the text is empty or not encodable.
@@ -83,7 +82,7 @@ class Tokenizer:
         return self._encode("text_input", *_protect(text, self._mask_pattern, []))
 
     def encode_suffix(self, text: str) -> list[int]:
-        """Text behind a gap; control tokens in it are recognised as in a raw prompt.
+        """Encode the text behind a gap; special tokens are recognised as in a raw prompt.
 
         Raises:
             InvalidRequest: the text is not encodable.
@@ -91,16 +90,16 @@ class Tokenizer:
         return self._encode("suffix", *_protect(text, self._mask_pattern, []))
 
     def encode_chat(self, text: str) -> list[int]:
-        """One user message; see `encode_messages`."""
+        """Encode one user message; see `encode_messages`."""
         return self.encode_messages(json.dumps([{"role": "user", "content": text}]))
 
     def encode_messages(self, messages_json: str) -> list[int]:
-        """Chat messages (JSON list of role and content), rendered by the chat template.
+        """Encode chat messages (JSON list of role and content) with the chat template.
 
-        A checkpoint without a template takes a single user message as it is.
+        A checkpoint without a template takes a single message, as raw text.
 
         Raises:
-            InvalidRequest: not such a list, or the template refuses it.
+            InvalidRequest: this is not such a list, or the template raises an error.
         """
         messages = _parse_messages(messages_json)
         literals: list[str] = []
@@ -124,32 +123,31 @@ class Tokenizer:
         return rendered
 
     def decode(self, token_ids: Sequence[int] | npt.NDArray[np.int32]) -> str:
-        """Text of these tokens, without special tokens and without half a character at the end."""
+        """Decode tokens, without special tokens and without an incomplete character at the end."""
         return self._decode(token_ids).rstrip(_INCOMPLETE)
 
     def answer(self, ready_ids: npt.NDArray[np.int32], stop: tuple[str, ...]) -> str:
-        """A finished answer's text: `decode`, cut before the first stop string."""
+        """The text of a finished answer: decoded, and cut before the first stop string."""
         text = self.decode(ready_ids)
         cut = find_stop(text, stop)
         return text if cut is None else text[:cut]
 
     def prefix(self, ready_ids: npt.NDArray[np.int32], stop: tuple[str, ...]) -> str:
-        """What is certain of an unfinished answer's text: the answer will begin with it.
+        """The text that an unfinished answer is certain to begin with.
 
-        Left out are the end that may yet turn out to begin a stop string, and half a character.
+        It excludes an end that may become a stop string, and an incomplete character.
         """
         text = self.answer(ready_ids, stop)
         return text[: len(text) - _pending_stop(text, stop)]
 
     def pieces(self, token_ids: npt.NDArray[np.int32], shown: npt.NDArray[np.bool_]) -> list[str]:
-        """What each shown position adds to the text; "" where not shown, and for special tokens.
+        """The text that each shown position adds; "" for hidden positions and special tokens.
 
-        A character that spans several tokens stands with the last of them, once all are shown;
-        until then, and where bytes never become a character, nothing stands for it: half a
-        character is never shown, nor is U+FFFD, which decoders write for it.
+        A character that spans several tokens belongs to the last of them, once all are shown. An
+        incomplete character is never shown, nor is U+FFFD, which decoders write in its place.
         """
         pieces: list[str] = []
-        partial: list[int] = []  # the latest tokens, as long as each holds part of a character
+        partial: list[int] = []  # the latest tokens that each hold part of a character
         for token_id, is_shown in zip(token_ids.tolist(), shown.tolist(), strict=True):
             piece = self._piece(token_id) if is_shown else ""
             pieces.append(piece.replace(_INCOMPLETE, ""))
@@ -168,17 +166,19 @@ class Tokenizer:
         return pieces
 
     def _gained(self, token_ids: list[int], joined: str) -> str:
-        """What whole characters these tokens make that none of them makes alone: `joined`, their
-        text, without what the first shows alone; "" if there are none, or if they are not whole."""
+        """Characters that these tokens form together, but none of them alone; "" if there are none.
+
+        `joined` is the text of all of them.
+        """
         alone = [self._piece(token_id).replace(_INCOMPLETE, "") for token_id in token_ids]
         if not joined.startswith(alone[0]):
-            alone[0] = alone[0].lstrip()  # a space that the decoder drops at the start
+            alone[0] = alone[0].lstrip()  # the decoder drops a leading space
         is_whole = joined.startswith(alone[0]) and _INCOMPLETE not in joined
         is_more = len(joined) > sum(map(len, alone))
         return joined[len(alone[0]) :] if is_whole and is_more else ""
 
     def _piece(self, token_id: int) -> str:
-        """What one token adds to a text: some decoders drop the space that begins the first."""
+        """The text that one token adds; some decoders drop a text's leading space."""
         piece = self._pieces.get(token_id)
         if piece is None:
             alone = self._decode([token_id])
@@ -209,20 +209,20 @@ class Tokenizer:
 
 
 def find_stop(text: str, stop: tuple[str, ...]) -> int | None:
-    """Where the first of the stop strings begins in `text`, if any does."""
+    """Index of the first stop string in `text`, or None."""
     found = [at for s in stop if (at := text.find(s)) >= 0]
     return min(found, default=None)
 
 
 def _pending_stop(text: str, stop: tuple[str, ...]) -> int:
-    """Length of the longest end of `text` that begins a stop string without completing it."""
+    """Length of the longest end of `text` that is the beginning of a stop string."""
     longest = min(len(text), max((len(s) for s in stop), default=1) - 1)
     ends = (n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in stop))
     return next(ends, 0)
 
 
 def _protect(text: str, pattern: re.Pattern[str], literals: list[str]) -> tuple[str, list[str]]:
-    """Replace matches (and anything that looks like a sentinel) by sentinels; append them."""
+    """Replace matches, and text that looks like a sentinel, by sentinels; collect the originals."""
     literals = list(literals)
 
     def replace(match: re.Match[str]) -> str:

@@ -363,7 +363,7 @@ async def test_key_has_a_form(api: RunningApp, key: str | bytes) -> None:
 async def test_full_queue_is_429(database_url: str) -> None:
     """Beyond the queue's limit the answer is 429 and says when to come back."""
     settings = fast_settings(database_url, max_queued_jobs=2)
-    async with running_app(settings, ScriptedEngine(alive=False, reload_error=None)) as api:
+    async with running_app(settings, ScriptedEngine(alive=False)) as api:
         await api.client.post("/v1/generate_batch", json={"prompts": ["a", "b"]})
         answer = await api.client.post("/v1/generate", json={"prompt": "c"})
 
@@ -462,7 +462,7 @@ async def test_wait_sees_jobs_of_other_workers(database_url: str) -> None:
     idle = fast_settings(database_url, poll_interval=60)
     async with running_app(idle, ScriptedEngine(alive=False)) as waiting:
         await waiting.submit()
-        async with running_app(fast_settings(database_url, heal=False), ScriptedEngine()):
+        async with running_app(fast_settings(database_url), ScriptedEngine()):
             assert DONE.text == (await waiting.result(0))["text"]
 
 
@@ -477,7 +477,7 @@ async def test_health_is_ok_once_the_engine_answers(api: RunningApp) -> None:
 
 async def test_health_is_503_with_the_reason(database_url: str) -> None:
     """While the engine does not answer, health says why; the process itself is alive."""
-    settings = fast_settings(database_url, heal=False)
+    settings = fast_settings(database_url)
     async with running_app(settings, ScriptedEngine(alive=False)) as api:
         for _ in range(100):
             status, body = await api.health()

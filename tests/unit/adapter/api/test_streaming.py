@@ -10,7 +10,6 @@ from typing import Any
 import httpx
 import pytest
 from adapter_fakes import (
-    DONE,
     HANG,
     WAITING,
     RunningApp,
@@ -226,18 +225,15 @@ async def test_engine_that_falls_silent_has_lost_the_request(
     assert "silent for 0.3 s" in data["error"]
 
 
-async def test_replaced_engine_has_lost_the_request(
-    api: RunningApp, engine: ScriptedEngine
-) -> None:
-    """When the engine's process is replaced, whoever waits for the old one is told."""
-    engine.scripts = [[HANG], [DONE]]
+async def test_engine_that_ends_breaks_the_stream(api: RunningApp, engine: ScriptedEngine) -> None:
+    """When tritonserver ends before the first event, the client gets a 503 at once."""
+    engine.scripts = [[HANG]]
     waiting = asyncio.create_task(api.client.post(STREAM, json={"prompt": "a"}))
     await until(lambda: len(engine.requests) == 1)
-    engine.alive = False
+    engine.end()
 
     answer = await waiting
-    assert answer.status_code == 502
-    assert "replaced" in answer.json()["detail"]
+    assert (answer.status_code, answer.json()["detail"]) == (503, "Socket closed")
 
 
 async def test_timeout_ends_the_request(api: RunningApp, engine: ScriptedEngine) -> None:
@@ -259,7 +255,7 @@ async def test_priority_reaches_the_engine(api: RunningApp, engine: ScriptedEngi
 
 async def test_no_engine_is_a_503(database_url: str) -> None:
     """Nothing is begun while the engine is away."""
-    dead = ScriptedEngine(alive=False, reload_error=EngineFailure("it does not load"))
+    dead = ScriptedEngine(alive=False)
     async with running_app(fast_settings(database_url), dead) as api:
         answer = await api.client.post(STREAM, json={"prompt": "a"})
 

@@ -19,7 +19,6 @@ from adapter.errors import (
     EngineError,
     EngineFailure,
     InvalidRequest,
-    ModelControlRefused,
     Overloaded,
     StreamInterrupted,
     Unavailable,
@@ -27,8 +26,7 @@ from adapter.errors import (
 from adapter.types import CheckResult, Event, StreamDetail
 
 #: When the engine was started, as it says itself.
-STARTED = "4711.25"
-PATIENCE = {"stream_interval": 0.5, "reload_timeout": 5, "idle_timeout": 20}
+PATIENCE = {"stream_interval": 0.5, "idle_timeout": 20}
 
 Step = Event | str | tuple[grpc.StatusCode, str]
 
@@ -40,8 +38,6 @@ class ScriptedTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
     script: list[Step] = field(default_factory=list)
     requests: list[Any] = field(default_factory=list)
     headers: dict[str, str] = field(default_factory=dict)
-    control: list[str] = field(default_factory=list)
-    refusal: tuple[grpc.StatusCode, str] | None = None
     cancelled: int = 0
     ended: int = 0
     #: Ids of requests that it was told to end.
@@ -61,7 +57,7 @@ class ScriptedTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
                 if request.inputs[0].name == "cancel":
                     self.ends.append(request.raw_input_contents[0][4:].decode())
                     if not self.mute:
-                        yield _answer(Event(STARTED, "cancelled"))
+                        yield _answer(Event("4711.25", "cancelled"))
                     continue
                 self.requests.append(request)
                 if self.check_results:
@@ -86,23 +82,6 @@ class ScriptedTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
             return service_pb2.ModelStreamInferResponse(error_message=step)
         await asyncio.Event().wait()
         return None
-
-    async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Note it, or refuse."""
-        if self.refusal:
-            await context.abort(*self.refusal)
-        self.control.append(f"unload {request.model_name}")
-        return service_pb2.RepositoryModelUnloadResponse()
-
-    async def ModelConfig(self, _request: Any, _context: Any) -> Any:  # noqa: N802
-        """One group of two, and one of one on each of two GPUs."""
-        groups = [{"count": 2}, {"count": 1, "gpus": [0, 2]}]
-        return service_pb2.ModelConfigResponse(config={"instance_group": groups})
-
-    async def RepositoryModelLoad(self, request: Any, _context: Any) -> Any:  # noqa: N802
-        """Note it."""
-        self.control.append(f"load {request.model_name}")
-        return service_pb2.RepositoryModelLoadResponse()
 
 
 def _answer(event: Event, request_id: str = "") -> Any:
@@ -286,8 +265,6 @@ async def test_server_that_is_away_is_unavailable() -> None:
     async with asyncio.timeout(5):
         with pytest.raises(Unavailable):
             await engine.probe()
-        with pytest.raises(Unavailable):
-            await engine.reload()
     await engine.close()
 
 
@@ -295,24 +272,12 @@ async def test_a_connection_that_died_without_a_word_is_replaced(triton: Scripte
     """A connection without answers fails within the idle timeout; the next gets a new one."""
     async with grpc_server(triton) as port, Proxy(port) as proxy:
         engine = TritonEngine(f"127.0.0.1:{proxy.port}", "dllm", **PATIENCE | {"idle_timeout": 2})
-        assert await engine.probe() == STARTED
+        await engine.probe()
         proxy.swallow()
         async with asyncio.timeout(20):
             with pytest.raises(EngineError):
                 await engine.probe()
-            assert await engine.probe() == STARTED
-        assert proxy.connections == 2
-        await engine.close()
-
-
-async def test_a_reload_has_a_connection_of_its_own(triton: ScriptedTriton) -> None:
-    """The one that the streams have may be what has died."""
-    async with grpc_server(triton) as port, Proxy(port) as proxy:
-        engine = TritonEngine(f"127.0.0.1:{proxy.port}", "dllm", **PATIENCE)
-        assert await engine.probe() == STARTED
-        proxy.swallow()
-        await engine.reload()
-        assert triton.control == ["unload dllm", "load dllm"]
+            await engine.probe()
         assert proxy.connections == 2
         await engine.close()
 
@@ -347,38 +312,8 @@ async def test_probe_needs_no_place(engine: TritonEngine, triton: ScriptedTriton
     assert (triton.requests, triton.ends) == ([], ["probe"])
 
 
-async def test_instances_are_told_apart(engine: TritonEngine) -> None:
-    """Triton knows how many there are, and an answered probe which it was that answered."""
-    assert await engine.processes() == 4
-    assert await engine.probe() == STARTED
-
-
 async def test_probe_wants_an_answer(engine: TritonEngine, triton: ScriptedTriton) -> None:
     """A stream that ends without one is no sign of life."""
     triton.mute = True
     with pytest.raises(StreamInterrupted):
         await engine.probe()
-
-
-async def test_reload_unloads_first(engine: TritonEngine, triton: ScriptedTriton) -> None:
-    """The model is unloaded and then loaded."""
-    await engine.reload()
-
-    assert triton.control == ["unload dllm", "load dllm"]
-
-
-@pytest.mark.parametrize(
-    ("code", "message", "kind"),
-    [
-        ("UNAVAILABLE", "explicit model load / unload is not allowed", ModelControlRefused),
-        ("INVALID_ARGUMENT", "load failed for model 'dllm': ImportError", EngineFailure),
-    ],
-)
-async def test_failed_reload_is_an_engine_error(
-    engine: TritonEngine, triton: ScriptedTriton, code: str, message: str, kind: type[Exception]
-) -> None:
-    """A model that does not load is the engine's failure; a server that refuses is told apart."""
-    triton.refusal = (grpc.StatusCode[code], message)
-
-    with pytest.raises(kind, match=message):
-        await engine.reload()

@@ -14,10 +14,10 @@ from adapter.engine.tensors import CANVAS_OUTPUTS, INPUT_TYPES, OUTPUTS, make_re
 from adapter.engine.triton import map_error
 from adapter.errors import (
     AdapterError,
+    ConnectionLost,
     EngineDead,
     EngineFailure,
     InvalidRequest,
-    ModelControlRefused,
     Overloaded,
     StreamInterrupted,
     Unavailable,
@@ -119,12 +119,9 @@ def test_missing_outputs_have_defaults() -> None:
         (None, "Stub process 'dllm_0_0' is not healthy.", EngineDead),
         ("INTERNAL", "something broke", EngineFailure),
         (None, "something broke", EngineFailure),
+        ("UNAVAILABLE", "Socket closed", ConnectionLost),
+        ("UNAVAILABLE", "recvmsg:Connection reset by peer", ConnectionLost),
         ("CANCELLED", "Locally cancelled by application!", StreamInterrupted),
-        (
-            "UNAVAILABLE",
-            "explicit model load / unload is not allowed if polling is enabled",
-            ModelControlRefused,
-        ),
     ],
 )
 def test_grpc_errors_become_ours(code: str | None, message: str, kind: type[AdapterError]) -> None:

@@ -1,10 +1,8 @@
 """What becomes of jobs when engine, worker or database misbehave."""
 
 import asyncio
-import itertools
 import time
 from collections.abc import AsyncIterator
-from typing import Literal
 
 import pytest
 from adapter_fakes import (
@@ -21,10 +19,10 @@ from adapter_fakes import (
 
 from adapter.db.database import Database
 from adapter.errors import (
+    ConnectionLost,
     EngineDead,
     EngineDraining,
     EngineFailure,
-    ModelControlRefused,
     Overloaded,
     StoreUnavailable,
     Unavailable,
@@ -127,60 +125,48 @@ async def test_stream_without_result_is_run_again(
     assert DONE.text == (await api.result(await api.submit()))["text"]
 
 
-async def test_killed_engine_is_replaced_and_its_jobs_run_once_more(
+async def test_jobs_of_an_engine_that_ends_run_once_more(
     api: RunningApp, engine: ScriptedEngine
 ) -> None:
-    """Streams into the dead process are closed, and each of their jobs runs exactly once again."""
+    """When a tritonserver ends, its jobs run again on the next one, each exactly once."""
     engine.scripts = [[SIGN_OF_LIFE, HANG], [HANG], [DONE]]
     await api.submit()
     await until(lambda: len(engine.requests) == 1)
     await api.submit()
     await until(lambda: len(engine.requests) == 2)
-    engine.alive = False
+    engine.end()
+    await until(lambda: not api.monitor.state.ok)
+    assert await api.health() == (503, {"status": "unavailable", "reason": "failed to connect"})
+    engine.start()
 
     assert [DONE.text] * 2 == [(await api.result(n))["text"] for n in (0, 1)]
-    assert (engine.reloads, len(engine.requests), engine.closed) == (1, 4, 4)
+    assert (len(engine.requests), engine.closed) == (4, 4)
 
 
-async def test_one_worker_replaces_the_engine_for_all(
-    database_url: str, engine: ScriptedEngine
+async def test_job_that_ends_the_server_before_its_first_event_is_given_up(
+    api: RunningApp, engine: ScriptedEngine
 ) -> None:
-    """Of several workers one reloads the model, and all run their lost jobs again."""
-    engine.scripts = [[HANG], [HANG], [DONE]]
-    settings = fast_settings(database_url, max_inflight=1)
-    async with running_app(settings, engine) as one, running_app(settings, engine) as two:
-        await one.submit()
-        await two.submit()
-        await until(lambda: len(engine.requests) == 2)
-        engine.alive = False
+    """A job whose connection breaks before any event may have broken it: it has three tries."""
+    engine.scripts = [[ConnectionLost("Socket closed")]]
+    result = await api.result(await api.submit())
 
-        assert [DONE.text] * 2 == [(await one.result(n))["text"] for n in (0, 1)]
-    assert (engine.reloads, len(engine.requests)) == (1, 4)
+    assert result["error"] == "given up after 3 attempts: Socket closed"
+    assert len(engine.requests) == 3
 
 
-async def test_hung_engine_is_replaced(api: RunningApp, engine: ScriptedEngine) -> None:
-    """An engine that answers neither streams nor probes for too long is as good as dead."""
+async def test_hung_engine_is_reported(api: RunningApp, engine: ScriptedEngine) -> None:
+    """An engine that answers neither streams nor probes makes health 503; a restart ends that."""
     engine.scripts = [[SIGN_OF_LIFE, HANG], [DONE]]
     await api.submit()
     await until(lambda: len(engine.requests) == 1)
     engine.probe_hangs = True
+    await until(lambda: api.monitor.state.dead)
+    assert "has not answered for 0.3 s" in (await api.health())[1]["reason"]
+    engine.end()
+    engine.start()
 
     assert DONE.text == (await api.result(0))["text"]
-    assert (engine.reloads, len(engine.requests)) == (1, 2)
-
-
-async def test_busy_engine_is_not_taken_for_hung(database_url: str, engine: ScriptedEngine) -> None:
-    """A probe may wait for as long as any worker gets events."""
-    engine.probe_hangs = True
-    async with (
-        running_app(fast_settings(database_url), engine) as busy,
-        running_app(fast_settings(database_url), engine) as idle,
-    ):
-        for _ in range(40):
-            busy.monitor.heartbeat()
-            await asyncio.sleep(0.02)
-        assert engine.reloads == 0
-        assert idle.monitor.state.reason == "the engine has not answered yet"
+    assert len(engine.requests) == 2
 
 
 async def test_engine_that_sends_events_is_not_dead(
@@ -198,114 +184,24 @@ async def test_engine_that_sends_events_is_not_dead(
 
     engine.probe = busy_probe  # type: ignore[method-assign]
     engine.alive = False
+    monitor.request_probe()
     await asyncio.sleep(0.3)
-
-    assert (monitor.state.ok, engine.reloads) == (True, 0)
-
-
-def make_pair(engine: ScriptedEngine, api: RunningApp, *, starved: bool) -> None:
-    """Two processes that are probed in turn, while events never cease.
-
-    Of the first Triton says that it is dead, always or, `starved`, every other time; of the second
-    never.
-    """
-    turns = itertools.count()
-
-    async def probe() -> str:
-        await asyncio.sleep(0.001)
-        api.monitor.heartbeat()
-        turn = next(turns)
-        if turn % 2:
-            return "dllm_0_1"
-        if not engine.alive and (turn % 4 == 0 or not starved):
-            raise EngineDead("Stub process 'dllm_0_0' is not healthy.")
-        return "dllm_0_0"
-
-    async def processes() -> int:
-        return 2
+    assert monitor.state.ok
 
     engine.probe = probe  # type: ignore[method-assign]
-    engine.processes = processes  # type: ignore[method-assign]
+    await until(lambda: monitor.state.dead)
 
 
-async def test_dead_process_beside_a_busy_one(api: RunningApp, engine: ScriptedEngine) -> None:
-    """Events of one process do not hide that another one never answers."""
-    await until(lambda: api.monitor.state.ok)
-    make_pair(engine, api, starved=False)
-    engine.alive = False
-    api.monitor.request_probe()
-    await until(lambda: engine.reloads == 1)
-    await until(lambda: api.monitor.state.ok)
-    await asyncio.sleep(0.3)
-
-    assert engine.reloads == 1
-
-
-async def test_starved_process_beside_a_busy_one(api: RunningApp, engine: ScriptedEngine) -> None:
-    """Two processes that both answer are alive, whatever Triton says about them in between."""
-    await until(lambda: api.monitor.state.ok)
-    make_pair(engine, api, starved=True)
-    engine.alive = False
-    for _ in range(30):
-        api.monitor.request_probe()
-        await asyncio.sleep(0.02)
-
-    assert (api.monitor.state.ok, engine.reloads) == (True, 0)
-
-
-async def test_a_process_that_is_known_to_be_dead_costs_no_attempt(
+async def test_request_that_meets_a_dead_process_costs_no_attempt(
     database_url: str, engine: ScriptedEngine
 ) -> None:
-    """A job that meets it again and again, beside one that goes on answering, is only postponed."""
-
-    class Life(asyncio.Event):
-        async def wait(self) -> Literal[True]:
-            api.monitor.heartbeat()
-            return True
-
-    async def probe() -> str:
-        return "dllm_0_1"
-
+    """Triton says that a process is dead to requests that came after its death alone."""
     dead = EngineDead("Stub process 'dllm_0_0' is not healthy.")
-    engine.scripts = [[Life(), dead], [Life(), dead], [Life(), dead], [DONE]]
-    settings = fast_settings(database_url, job_max_attempts=2)
-    async with running_app(settings, engine) as api:
+    engine.scripts = [[dead], [dead], [dead], [DONE]]
+    async with running_app(fast_settings(database_url, job_max_attempts=2), engine) as api:
         await until(lambda: api.monitor.state.ok)
-        make_pair(engine, api, starved=False)
-        engine.probe = probe  # type: ignore[method-assign]
-
         assert DONE.text == (await api.result(await api.submit()))["text"]
     assert len(engine.requests) == 4
-
-
-async def test_refused_reload_is_tried_once(
-    api: RunningApp, engine: ScriptedEngine, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Where models cannot be loaded, health stays 503 and the log says once what to do."""
-    engine.reload_error = ModelControlRefused("explicit model load / unload is not allowed")
-    engine.alive = False
-    await until(lambda: engine.reloads == 1)
-    await asyncio.sleep(0.3)
-
-    assert (await api.health())[0] == 503
-    assert engine.reloads == 1
-    assert caplog.text.count("engine_reload_refused") == 1
-
-
-async def test_engine_replaced_by_others_loses_the_streams_too(
-    database_url: str, engine: ScriptedEngine
-) -> None:
-    """When somebody else brings the engine back, the jobs of its former life run again."""
-    engine.scripts = [[HANG], [DONE]]
-    async with running_app(fast_settings(database_url, heal=False), engine) as api:
-        await api.submit()
-        await until(lambda: len(engine.requests) == 1)
-        engine.alive = False
-        await until(lambda: api.monitor.state.dead)
-        engine.alive = True
-
-        assert DONE.text == (await api.result(0))["text"]
-    assert len(engine.requests) == 2
 
 
 async def test_silent_stream_of_a_living_engine_is_lost(
@@ -315,7 +211,7 @@ async def test_silent_stream_of_a_living_engine_is_lost(
     engine.scripts = [[SIGN_OF_LIFE, HANG], [DONE]]
 
     assert DONE.text == (await api.result(await api.submit()))["text"]
-    assert (engine.reloads, len(engine.requests), engine.closed) == (0, 2, 2)
+    assert (len(engine.requests), engine.closed) == (2, 2)
 
 
 async def test_stream_without_any_event_is_lost(api: RunningApp, engine: ScriptedEngine) -> None:
@@ -323,7 +219,7 @@ async def test_stream_without_any_event_is_lost(api: RunningApp, engine: Scripte
     engine.scripts = [[HANG], [DONE]]
 
     assert DONE.text == (await api.result(await api.submit()))["text"]
-    assert (engine.reloads, len(engine.requests), engine.closed) == (0, 2, 2)
+    assert (len(engine.requests), engine.closed) == (2, 2)
 
 
 async def test_hanging_engine_costs_a_job_one_attempt(
@@ -331,9 +227,7 @@ async def test_hanging_engine_costs_a_job_one_attempt(
 ) -> None:
     """A job that a hanging engine has lost is not sent there again until the engine responds."""
     engine.scripts = [[SIGN_OF_LIFE, HANG], [DONE]]
-    async with running_app(
-        fast_settings(database_url, heal=False, probe_interval=1.0), engine
-    ) as api:
+    async with running_app(fast_settings(database_url, probe_interval=1.0), engine) as api:
         await api.submit()
         await until(lambda: len(engine.requests) == 1)
         engine.probe_hangs = True
@@ -359,7 +253,7 @@ async def test_deadline_closes_the_stream_and_fails_the_job(
 async def test_deadline_holds_in_the_queue(database_url: str, engine: ScriptedEngine) -> None:
     """A job that no engine takes in time fails as well; the others go on waiting."""
     engine.alive = False
-    async with running_app(fast_settings(database_url, heal=False), engine) as api:
+    async with running_app(fast_settings(database_url), engine) as api:
         late, patient = await api.submit(timeout=0.1), await api.submit()
         error = (await api.result(late))["error"]
         assert error == "timeout: the job was not done within 0.1 s"
@@ -386,7 +280,7 @@ async def test_cancel_from_another_worker_closes_the_stream(
     engine.scripts = [[HANG]]
     bystander = ScriptedEngine(alive=False)
     async with (
-        running_app(fast_settings(database_url, heal=False), bystander) as other,
+        running_app(fast_settings(database_url), bystander) as other,
         running_app(fast_settings(database_url), engine) as driver,
     ):
         await other.submit()

@@ -87,9 +87,11 @@ async def test_engine_is_asked_once_about_what_fits(
 async def test_another_engine_is_asked_again(api: RunningApp, engine: ScriptedEngine) -> None:
     """The cache of an earlier engine does not hold for its successor."""
     await api.submit()
-    engine.alive = False
+    engine.end()
     api.monitor.request_probe()
-    await until(lambda: engine.reloads == 1 and api.monitor.state.ok)
+    await until(lambda: not api.monitor.state.ok)
+    engine.start()
+    await until(lambda: api.monitor.state.ok)
     await api.submit()
 
     assert len(engine.checked) == 2

@@ -10,17 +10,21 @@ import sys
 import threading
 from collections.abc import AsyncIterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from adapter_fakes import (
     DONE,
     HANG,
     SIGN_OF_LIFE,
+    WAITING,
     RunningApp,
     ScriptedEngine,
+    denoising,
     fast_settings,
     running_app,
     until,
@@ -32,7 +36,9 @@ from opentelemetry.trace import SpanKind
 from prometheus_client.parser import text_string_to_metric_families
 
 from adapter.app import create_app
-from adapter.errors import EngineFailure, InvalidRequest, StoreUnavailable
+from adapter.auth.keys import entry_of
+from adapter.errors import EngineFailure, InvalidRequest, StoreUnavailable, Unavailable
+from adapter.jobs.service import JobService
 from adapter.periodic import PeriodicTask
 from adapter.telemetry import tracing
 from launcher.ports import free_port
@@ -142,6 +148,99 @@ async def test_unknown_paths_make_one_series(api: RunningApp) -> None:
     assert await growth.now(api, "http_requests_total", route="none", **get) == 2
     route = "/v1/result/{request_id}"
     assert await growth.now(api, "http_requests_total", route=route, **get) == 2
+
+
+async def test_a_bug_is_counted_as_500(api: RunningApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that meets a bug is a 500 of its route, and its response has the request id."""
+
+    async def broken(*_: object, **__: object) -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr(JobService, "cancel", broken)
+    growth = Growth(await samples(api))
+    answer = await api.client.delete("/v1/result/0", headers={"X-Request-ID": "order-8"})
+
+    assert (answer.status_code, answer.headers["x-request-id"]) == (500, "order-8")
+    labels = {"method": "DELETE", "route": "/v1/result/{request_id}", "status": "500"}
+    assert await growth.now(api, "http_requests_total", **labels) == 1
+
+
+async def test_refusals_have_their_route(database_url: str, engine: ScriptedEngine) -> None:
+    """A call that is refused before it is routed counts for the route that it wanted."""
+    settings = fast_settings(database_url, api_keys=entry_of("me", "key"))
+    async with running_app(settings, engine) as api:
+        growth = Growth(await samples(api))
+        await api.client.post("/v1/generate", json={"prompt": "a"})
+        await api.client.get("/v1/result/7")
+        await api.client.get("/v1/nothing")
+        for method, route in [
+            ("POST", "/v1/generate"),
+            ("GET", "/v1/result/{request_id}"),
+            ("GET", "none"),
+        ]:
+            labels = {"method": method, "route": route, "status": "401"}
+            assert await growth.now(api, "http_requests_total", **labels) == 1
+
+
+async def test_streams_and_held_polls_have_histograms_of_their_own(
+    api: RunningApp, engine: ScriptedEngine
+) -> None:
+    """A stream or a held poll lasts as long as the engine needs: they do not blur the latency."""
+    engine.scripts = [[DONE], [SIGN_OF_LIFE, DONE]]
+    growth = Growth(await samples(api))
+    await api.result(await api.submit())
+    await api.client.get("/v1/result/0")
+    await api.client.post("/v1/generate/stream", json={"prompt": "a"})
+
+    result = {"route": "/v1/result/{request_id}"}
+    assert await growth.now(api, "http_poll_seconds_count", **result) == 1
+    assert await growth.now(api, "http_request_seconds_count", method="GET", **result) == 1
+    stream = {"route": "/v1/generate/stream"}
+    assert await growth.now(api, "http_stream_seconds_count", **stream) == 1
+    assert await growth.now(api, "http_request_seconds_count", method="POST", **stream) == 0
+
+
+async def test_streams_time_their_first_text_and_their_tokens(
+    api: RunningApp, engine: ScriptedEngine
+) -> None:
+    """A stream counts once for the time to its first text and once for its pace; jobs do not."""
+    first = asyncio.Event()
+    engine.scripts = [[DONE], [WAITING, first, *denoising(4)]]
+    growth = Growth(await samples(api))
+    await api.result(await api.submit())
+    asyncio.get_running_loop().call_later(0.2, first.set)
+    await api.client.post("/v1/generate/stream", json={"prompt": "a", "gen_length": 4})
+
+    assert await growth.now(api, "gen_ai_server_time_to_first_token_seconds_count") == 1
+    waited = await growth.now(api, "gen_ai_server_time_to_first_token_seconds_sum")
+    assert 0.1 < waited < 5
+    assert await growth.now(api, "gen_ai_server_time_per_output_token_seconds_count") == 1
+
+
+async def test_version_and_process_are_shown(api: RunningApp) -> None:
+    """The page has the version and the conventional process metrics, and no `_created` series."""
+    page = (await api.client.get("/metrics")).text
+    now = await samples(api)
+    assert now[("build_info", frozenset({("version", version("dllm-serve"))}))] == 1
+    assert now[("process_resident_memory_bytes", frozenset())] > 1e7
+    assert now[("process_cpu_seconds_total", frozenset())] > 0
+    assert (
+        abs(now[("process_start_time_seconds", frozenset())] - psutil.Process().create_time()) < 2
+    )
+    assert "_created" not in page
+
+
+async def test_recovery_is_no_warning(
+    database_url: str, engine: ScriptedEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That an engine answers again is logged at info, that it does not as a warning."""
+    caplog.set_level("INFO", "adapter")
+    async with running_app(fast_settings(database_url), engine) as api:
+        await until(lambda: api.monitor.state.ok)
+        engine.probe_error = Unavailable("away")
+        await until(lambda: not api.monitor.state.ok)
+    levels = [r.levelname for r in caplog.records if "engine_state" in r.getMessage()]
+    assert levels == ["INFO", "WARNING"]
 
 
 async def test_dashboard_shows_metrics_that_exist(api: RunningApp) -> None:

@@ -50,6 +50,7 @@ from dllm_engine.ops import (
 from dllm_engine.ops.rows import ROW_MULTIPLE
 from dllm_engine.parallel import Group
 from dllm_engine.sampling import (
+    LISTED,
     Candidates,
     Credits,
     RowSampling,
@@ -57,7 +58,6 @@ from dllm_engine.sampling import (
     least_bytes,
     sample_candidates,
 )
-from dllm_engine.sampling.credit import LISTED
 from dllm_engine.state.batch import StepBatch
 from dllm_engine.state.canvas import CanvasTable
 
@@ -159,7 +159,7 @@ class RankModel:
         activations = self._peak_activations(max(2 * longest, self.token_budget))
         if self.block_m is None:
             activations += self._peak_gathered(operations)
-        self._graph_sizes = graph_sizes(_largest_graph(config, operations, self.device, group))
+        self._graph_sizes = graph_sizes(largest_graph(config, operations, self.device, group))
         graphs = len(self._graph_sizes) * GRAPH_BYTES
         if self._graph_sizes:
             graphs += self._peak_activations(self._graph_sizes[-1])
@@ -369,7 +369,7 @@ class RankModel:
         return max(meter.peak, GATHER_BYTES[torch.device(self.device).type])
 
 
-def _largest_graph(
+def largest_graph(
     config: EngineConfig, operations: Operations, device: str, group: Group | None
 ) -> int:
     """Rows of the largest step that is replayed; 0: none is.

@@ -1,8 +1,8 @@
-"""The transformer both families share, over packed rows.
+"""The transformer that both model families share, over packed rows.
 
-LLaDA is a Llama and Dream a Qwen2 without the causal mask; they differ in names, in biased
-queries, keys and values, and in whether logits are shifted. Those differences are data
-(`ModelSpec`) and a table of tensor names in each family's file.
+LLaDA is a Llama and Dream a Qwen2, both without the causal mask. They differ in the names of
+tensors, in biases of queries, keys and values, and in whether logits are shifted. These differences
+are data: `ModelSpec`, and a table of tensor names in each family's module.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from dllm_engine.ops import (
 )
 from dllm_engine.parallel import Group, SlicedHead
 
-#: Our matrices that are split over ranks, and the dimension: outputs (0) of what a layer or the
-#: head begins with, inputs (1) of what puts a residual together again.
+#: Matrices that are split over ranks, and the dimension: the outputs (0) of projections that read
+#: the residual, the inputs (1) of projections that add to it.
 _SPLIT = {"qkv": 0, "gate_up": 0, "head_weight": 0, "out": 1, "down": 1}
-#: What quantisation takes: the linear maps of the layers. Embedding, norms and head it leaves.
+#: Weights to quantise: the layers' linear maps, but not embedding, norms and head.
 _QUANTIZED = (".qkv.weight", ".out.weight", ".gate_up.weight", ".down.weight")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """What the engine must know of a checkpoint, read from its config.json."""
+    """A model's sizes and special tokens, read from its config.json."""
 
     architecture: str
     vocab_size: int
@@ -50,20 +50,20 @@ class ModelSpec:
     rope_theta: float
     max_model_len: int
     mask_token_id: int
-    #: End of text, as the configs name it.
+    #: End-of-text tokens named in the config files.
     eos_token_ids: tuple[int, ...]
     qkv_bias: bool
     tied_head: bool
     #: Whether the hidden state at position i predicts the token at i + 1 (Dream).
     shifted: bool
-    #: Ranks that share the model (see `split`).
+    #: Ranks that the model is split over (see `split`).
     num_ranks: int = 1
 
     def split(self, num_ranks: int) -> ModelSpec:
         """The same model, split over ranks: heads, the MLP's inner size, the head's vocabulary.
 
         Raises:
-            InvalidConfig: one of these does not divide; names all that do not.
+            InvalidConfig: some sizes are not divisible; names all of them.
         """
         sizes = {
             "attention heads": self.num_heads,
@@ -86,12 +86,12 @@ class ModelSpec:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in the weights of one rank."""
+        """Parameters of one rank."""
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in DiffusionModel(self).parameters())
 
     def weight_bytes(self, element_size: int, quantization: str = "none") -> int:
-        """Bytes of one rank's weights, of `element_size` each where they are not quantised."""
+        """Bytes of one rank's weights; `element_size` bytes per number that is not quantised."""
         with torch.device("meta"):
             parameters = dict(DiffusionModel(self).named_parameters())
         return sum(
@@ -105,9 +105,9 @@ class ModelSpec:
 def head_copy_bytes(
     spec: ModelSpec, *, device: str, dtype: torch.dtype, operations: Operations
 ) -> int:
-    """Bytes that a rank's head takes besides the weights: a tied one, where it is packed.
+    """Bytes that a rank's head takes besides the weights: above 0 if it is tied and packed.
 
-    The embedding that it is packed from stays, since rows are read from it.
+    The embedding stays, since the model reads rows from it.
     """
     shape = (spec.vocab_size // spec.num_ranks, spec.hidden_size)
     weight = torch.empty((), device=device, dtype=dtype).expand(shape)  # takes no memory
@@ -117,17 +117,17 @@ def head_copy_bytes(
 
 
 def split_dim(parameter: str) -> int | None:
-    """The dimension along which a parameter is split over ranks; None: each has all of it."""
+    """The dimension along which a parameter is split over ranks; None: it is not split."""
     return next((_SPLIT[part] for part in parameter.split(".") if part in _SPLIT), None)
 
 
 def is_quantizable(parameter: str) -> bool:
-    """Whether quantisation takes a parameter."""
+    """Whether a parameter is quantised when quantisation is on."""
     return parameter.endswith(_QUANTIZED)
 
 
 def stacked_rows(spec: ModelSpec, parameter: str) -> tuple[int, ...]:
-    """Rows of each of the projections that a parameter stacks (of the whole model); else none."""
+    """Rows of each projection that a parameter stacks, over all ranks; () if it stacks none."""
     kv_rows = spec.num_kv_heads * spec.head_dim
     parts = {
         "qkv": (spec.num_heads * spec.head_dim, kv_rows, kv_rows),
@@ -137,10 +137,10 @@ def stacked_rows(spec: ModelSpec, parameter: str) -> tuple[int, ...]:
 
 
 class Layer(nn.Module):
-    """One pre-norm block: attention, then a SwiGLU MLP. Projections that share input are fused.
+    """One pre-norm block: attention, then a SwiGLU MLP. Projections of the same input are fused.
 
-    Of several ranks each has some of the heads and of the MLP's inner units; what these add to
-    the residual is summed over the ranks.
+    With several ranks, each computes some of the heads and of the MLP's inner units, and their
+    contributions to the residual are summed.
     """
 
     def __init__(self, spec: ModelSpec, group: Group | None, operations: Operations) -> None:
@@ -170,9 +170,9 @@ class Layer(nn.Module):
         pages: LayerPages | None,
         wanted: Tensor | None = None,
     ) -> Tensor:
-        """[rows, hidden_size] to the same, or to [n, hidden_size] of the `wanted` rows.
+        """[rows, hidden_size] to the same shape, or to [n, hidden_size] for the `wanted` rows.
 
-        `x` may be overwritten.
+        May overwrite `x`.
         """
         spec, do = self.spec, self._operations
         normed = do.rms_norm(x, self.attention_norm, spec.rms_norm_eps)
@@ -188,9 +188,9 @@ class Layer(nn.Module):
         return self._add(x, self.down, self.gate_up(normed))
 
     def _add(self, residual: Tensor, projection: Linear, inner: Tensor) -> Tensor:
-        """residual + projection(inner), of which each rank has a part.
+        """residual + projection(inner), summed over the ranks.
 
-        The residual may be overwritten.
+        May overwrite the residual.
         """
         if self._group is None:
             out: Tensor = projection(inner, residual)
@@ -202,9 +202,9 @@ class DiffusionModel(nn.Module):
     """Embedding, layers, final norm and head of a masked diffusion language model.
 
     Args:
-        spec: sizes; with several ranks this is the part of one of them.
-        group: these ranks; None: there is one, or the model is not run.
-        operations: what layers are made of; takes layouts of its own form.
+        spec: the model's sizes; with several ranks, this is the part of one rank.
+        group: the ranks; None if there is only one, or if the model never runs.
+        operations: the implementation of the layers; determines the form of layouts.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class DiffusionModel(nn.Module):
         self._rotary: RotaryTable | None = None
 
     def prepare(self) -> None:
-        """Bring the weights into the form they are used in; call once after loading."""
+        """Pack the weights and create the head; call once after loading."""
         spec, weight = self.spec, self.embedding
         self._rotary = RotaryTable(
             spec.head_dim,
@@ -244,7 +244,7 @@ class DiffusionModel(nn.Module):
         weight: Tensor = self.embedding if self.spec.tied_head else self.head_weight
         if self._group is None:
             return Head(weight, self._operations)
-        if self.spec.tied_head:  # of the embedding each rank has all
+        if self.spec.tied_head:  # each rank has the whole embedding
             weight = weight.chunk(self._group.size)[self._group.rank]
         return SlicedHead(weight, self._group, self._operations)
 
@@ -262,11 +262,11 @@ class DiffusionModel(nn.Module):
 
         Args:
             input_ids: [rows] int64.
-            positions: [rows] int64, each row's place in its own sequence.
+            positions: [rows] int64, each row's position in its own sequence.
             layout: the sequences among the rows.
-            pages: stored keys and values of each layer, where the layout uses any.
-            wanted: [n] int64; rows to return, all if None. The last layer computes of others
-                only what these attend to.
+            pages: stored keys and values of each layer, if the layout uses any.
+            wanted: [n] int64; rows to return, all if None. For other rows the last layer computes
+                keys and values alone.
             depth: layers to run, all if None.
 
         Returns:
@@ -282,5 +282,5 @@ class DiffusionModel(nn.Module):
         return x
 
     def head_input(self, hidden: Tensor) -> Tensor:
-        """Final norm, for the rows that need logits: [rows, hidden_size] to the same."""
+        """Apply the final norm to rows that need logits: [rows, hidden_size] to the same shape."""
         return self._operations.rms_norm(hidden, self.final_norm, self.spec.rms_norm_eps)

@@ -14,15 +14,15 @@ from dllm_engine.models.base import ModelSpec
 
 ARCHITECTURES = ("DreamModel",)
 
-#: Config fields whose other values change the maths in ways this engine does not implement.
+#: Config fields and the only values that this engine implements.
 _REQUIRED = {
     "hidden_act": "silu",
     "rope_scaling": None,
     "use_mrope": False,
     "use_sliding_window": False,
 }
-#: What Dream's authors state as the context of input and output together; the config's
-#: `max_position_embeddings` is that of the model it was initialised from.
+#: Context length for input and output together, as stated by Dream's authors. The config's
+#: `max_position_embeddings` belongs to the model that Dream was initialised from.
 _TRAINED_CONTEXT = 2048
 
 
@@ -37,7 +37,7 @@ def spec(config: Mapping[str, Any], stop_ids: tuple[int, ...]) -> ModelSpec:
         if config.get(key, expected) != expected:
             raise ValueError(f"{key}: only {expected!r} is supported, got {config[key]!r}")
     num_heads = config["num_attention_heads"]
-    # Where transformers 5 writes what older files have as `rope_theta` and `rope_scaling`.
+    # transformers 5 writes this field in place of `rope_theta` and `rope_scaling`.
     rope = config.get("rope_parameters") or {}
     kind = rope.get("rope_type", "default")
     if kind != "default":
@@ -62,7 +62,7 @@ def spec(config: Mapping[str, Any], stop_ids: tuple[int, ...]) -> ModelSpec:
 
 
 def tensors(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
-    """Our parameter name to the checkpoint tensors it is made of, stacked along the rows."""
+    """Map each parameter to the checkpoint tensors that it stacks along the rows."""
     table: dict[str, tuple[str, ...]] = {
         "embedding": ("model.embed_tokens.weight",),
         "final_norm": ("model.norm.weight",),

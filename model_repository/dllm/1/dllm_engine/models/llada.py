@@ -13,7 +13,7 @@ from dllm_engine.models.base import ModelSpec
 
 ARCHITECTURES = ("LLaDAModelLM",)
 
-#: Config fields whose other values change the maths in ways this engine does not implement.
+#: Config fields and the only values that this engine implements.
 _REQUIRED = {
     "activation_type": "silu",
     "alibi": False,
@@ -58,7 +58,7 @@ def spec(config: Mapping[str, Any], stop_ids: tuple[int, ...]) -> ModelSpec:
 
 
 def tensors(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
-    """Our parameter name to the checkpoint tensors it is made of, stacked along the rows."""
+    """Map each parameter to the checkpoint tensors that it stacks along the rows."""
     root = "model.transformer"
     table: dict[str, tuple[str, ...]] = {
         "embedding": (f"{root}.wte.weight",),

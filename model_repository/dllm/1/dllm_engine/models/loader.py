@@ -1,8 +1,8 @@
-"""Reads Hugging Face checkpoint directories without remote code, and proves completeness.
+"""Loads Hugging Face checkpoint directories without remote code, and checks all tensors.
 
-The model is built on the meta device and each parameter is filled straight from the file, and
-quantised before the next one is read: a model never exists twice in memory, nor whole in a type
-that it is not kept in. Only safetensors are read: pickles can run code.
+The model is built on the meta device. Each parameter is filled directly from the file, and
+quantised before the next one is read, so memory never holds a second copy of the model, nor all of
+it in a wider type. Only safetensors are read, since pickles can run code.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ _FAMILIES: dict[str, ModuleType] = {
 }
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-#: Types of weights that are read; others are quantised, and need scales that this engine ignores.
+#: Supported types of weights. Other types are quantised and need scales, which are not supported.
 _DTYPES = ("BF16", "F16", "F32", "F64")
 
-#: Called with (parameters loaded, parameters in all).
+#: Called with the number of loaded parameters and of all parameters.
 Progress = Callable[[int, int], None]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        CheckpointError: no such file, or not a JSON object.
+        CheckpointError: the file cannot be read, or holds no JSON object.
     """
     try:
         value = json.loads(path.read_text())
@@ -60,7 +60,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_spec(directory: Path) -> ModelSpec:
-    """The model described by `config.json` (and the stop ids of `generation_config.json`).
+    """Read the model's `config.json`, and the stop tokens of `generation_config.json`.
 
     Raises:
         CheckpointError: files or fields are missing, or the family is unknown.
@@ -96,16 +96,16 @@ def load_model(
     operations: Operations = TORCH,
     quantization: str = "none",
 ) -> DiffusionModel:
-    """Load the weights into a model on `device`; of a split one, this rank's part of them.
+    """Load the weights into a model on `device`; of a split model, this rank's part.
 
     See `DiffusionModel` for `group` and `operations`. With a `quantization` (see
-    `ops.quantization`) no more than one linear map is in `dtype` at a time; a rank quantises what
-    it has, so the scales of maps split by inputs are its own.
+    `ops.quantization`), at most one linear map is in `dtype` at a time. Each rank quantises its own
+    part, so scales of maps that are split by inputs differ between ranks.
 
     Raises:
-        InvalidConfig: what quantises is not installed.
-        CheckpointError: a tensor is missing, unexpected, of the wrong shape or of no float type;
-            names all of them.
+        InvalidConfig: the quantisation library is not installed.
+        CheckpointError: tensors are missing or unexpected, or have the wrong shape or type; names
+            all of them.
     """
     quantize = None if quantization == "none" else make_quantizer(quantization)
     with torch.device("meta"):
@@ -145,7 +145,7 @@ def _check(
     spec: ModelSpec,
     checkpoint: _Checkpoint,
 ) -> None:
-    """All that is wrong with a checkpoint's tensors, in one error."""
+    """Report all problems of a checkpoint's tensors in one error."""
     expected = {source for sources in table.values() for source in sources}
     problems = [f"missing {name}" for name in sorted(expected - checkpoint.names)]
     problems += [f"unexpected {name}" for name in sorted(checkpoint.names - expected)]
@@ -203,24 +203,24 @@ class _Checkpoint:
             weight_map = read_json(self.directory / _INDEX).get("weight_map")
             files = list(weight_map.values()) if isinstance(weight_map, dict) else []
             if not files or not all(isinstance(file, str) for file in files):
-                problem = "weight_map: must map names of tensors to names of files"
+                problem = "weight_map: must map tensor names to file names"
                 raise CheckpointError(f"{self.directory / _INDEX}: {problem}")
             return sorted(set(files))
         if (self.directory / _SINGLE).exists():
             return [_SINGLE]
         pickles = [p.name for p in self.directory.glob("*.bin")]
-        hint = f" ({pickles[0]} is a pickle, which is never read)" if pickles else ""
+        hint = f" ({pickles[0]} is a pickle; pickles are not supported)" if pickles else ""
         raise CheckpointError(f"{self.directory}: neither {_SINGLE} nor {_INDEX}{hint}")
 
     def shape(self, name: str) -> torch.Size:
         return torch.Size(self._files[name].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """As safetensors writes it: BF16, F32, I8, …"""
+        """The name of the type in safetensors: BF16, F32, I8, …"""
         return str(self._files[name].get_slice(name).get_dtype())
 
     def part(self, name: str, dim: int | None, group: Group | None) -> Tensor:
-        """What this rank has of a tensor that is split along `dim`; nothing else is read."""
+        """Read this rank's part of a tensor that is split along `dim`."""
         tensor: Tensor
         if group is None or dim is None:
             tensor = self._files[name].get_tensor(name)

@@ -1,6 +1,6 @@
-"""Numerical building blocks; they know tensors and nothing of requests."""
+"""Numerical building blocks: functions of tensors that know nothing of requests."""
 
-from dllm_engine.ops.attention import GATHER_BYTES, packed_attention, sequences_at_once
+from dllm_engine.ops.attention import GATHER_BYTES, sequences_at_once
 from dllm_engine.ops.dispatch import TORCH, Operations, choose_operations
 from dllm_engine.ops.head import Head
 from dllm_engine.ops.head_types import TILE, HeadOptions, HeadStatistics
@@ -15,11 +15,9 @@ from dllm_engine.ops.layout import (
     Selection,
 )
 from dllm_engine.ops.linear import GatedLinear, Linear
-from dllm_engine.ops.norm import rms_norm
 from dllm_engine.ops.quantization import make_quantizer, quantized_bytes
-from dllm_engine.ops.rotary import RotaryTable, apply_rotary
+from dllm_engine.ops.rotary import RotaryTable
 from dllm_engine.ops.rows import ROW_MULTIPLE
-from dllm_engine.ops.selection import select_positions
 from dllm_engine.ops.transfer import UPLOAD_BYTES, Array, Download, Upload
 
 __all__ = [
@@ -46,12 +44,8 @@ __all__ = [
     "RotaryTable",
     "Selection",
     "Upload",
-    "apply_rotary",
     "choose_operations",
     "make_quantizer",
-    "packed_attention",
     "quantized_bytes",
-    "rms_norm",
-    "select_positions",
     "sequences_at_once",
 ]

@@ -1,4 +1,4 @@
-"""Bidirectional attention over packed sequences: fresh rows, and rows stored before."""
+"""Bidirectional attention over packed sequences, to fresh rows and stored rows."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ from torch import Tensor
 from dllm_engine.ops.layout import FreshGroup, LayerPages, PackedLayout, PagedGroup
 from dllm_engine.ops.selection import store_selection
 
-#: What attention to stored rows takes at once, unless one sequence takes more: on a CPU little,
-#: so that what is gathered is still in cache when it is read; on a GPU enough to keep it busy.
-#: The memory plan has room for it.
+#: Bytes of stored rows to gather at once, unless one sequence takes more. On a CPU few, so that
+#: gathered rows are still in cache when they are read; on a GPU enough to keep it busy. The memory
+#: plan reserves them.
 GATHER_BYTES = {"cpu": 2**21, "cuda": 2**28}
 
 
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, pages: LayerPages | None = None
 ) -> Tensor:
-    """Softmax attention of every row to every row of its own sequence, stored ones included.
+    """Softmax attention of every row to every row of its own sequence, including stored rows.
 
     Args:
         q: [rows, num_heads, head_dim].
         k, v: [rows, num_kv_heads, head_dim]; each serves num_heads / num_kv_heads query heads.
-        layout: the sequences; rows behind the last one are padding and come back as zeros.
-        pages: stored keys and values; what the layout says is written before it is read.
+        layout: the sequences; rows behind the last sequence are padding and return zeros.
+        pages: stored keys and values; the rows that the layout stores are written before any read.
 
     Returns:
         [rows, num_heads * head_dim].
     """
-    out = q.new_empty(q.shape[0] + 1, *q.shape[1:])  # the last takes what is of no use
+    out = q.new_empty(
+        q.shape[0] + 1, *q.shape[1:]
+    )  # the last row takes the results of repeated rows
     if layout.write_rows is not None and layout.slot_mapping is not None:
         assert pages is not None
         rows = layout.write_rows
@@ -61,7 +63,7 @@ def _attend_paged(out: Tensor, q: Tensor, group: PagedGroup, pages: LayerPages) 
     at_once = sequences_at_once(q, group, pages)
     for first in range(0, len(group.pages), at_once):
         some = slice(first, first + at_once)
-        # Whole pages and rows are copied by index_select; plain indexing goes number by number.
+        # index_select copies whole pages and rows; plain indexing copies number by number.
         mixed = F.scaled_dot_product_attention(
             _take(q, group.query_rows[some]).transpose(1, 2),
             _take(pages.keys, group.pages[some]).flatten(1, 2).transpose(1, 2),
@@ -73,9 +75,9 @@ def _attend_paged(out: Tensor, q: Tensor, group: PagedGroup, pages: LayerPages) 
 
 
 def sequences_at_once(q: Tensor, group: PagedGroup, pages: LayerPages) -> int:
-    """Of how many of a group's sequences the stored rows are gathered at once."""
+    """Number of a group's sequences whose stored rows are gathered at once."""
     stored = 2 * group.pages.shape[1] * pages.keys[0].nbytes
-    fresh = 2 * group.query_rows.shape[1] * q[0].nbytes  # what asks and what comes of it
+    fresh = 2 * group.query_rows.shape[1] * q[0].nbytes  # queries and results
     return max(1, GATHER_BYTES[q.device.type] // (stored + fresh))
 
 

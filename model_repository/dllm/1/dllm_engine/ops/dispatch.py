@@ -1,4 +1,4 @@
-"""Which implementation of the operations runs: torch's, or kernels in the Triton language."""
+"""Chooses the implementation of the operations: torch, or kernels in the Triton language."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class RmsNorm(Protocol):
 
 
 class ApplyRotary(Protocol):
-    """See `rotary.apply_rotary`; may rotate `x` where it lies."""
+    """See `rotary.apply_rotary`; may rotate `x` in place."""
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor: ...
 
 
 class PackedAttention(Protocol):
-    """See `attention.packed_attention`; takes the form of layout that goes with it."""
+    """See `attention.packed_attention`; takes the form of layout that belongs to it."""
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, pages: LayerPages | None = None
@@ -70,8 +70,7 @@ class Operations:
     head_statistics_bytes: ReduceHeadBytes
     #: Whether these are kernels, which take flat layouts and unpacked weights.
     kernels: bool
-    #: Rows, times the query heads that share a KV head, that one program of the attention kernel
-    #: has.
+    #: Rows times query heads that share a KV head, in one program of the attention kernel.
     lanes: int = 0
 
     def block_m(self, num_heads: int, num_kv_heads: int) -> int | None:
@@ -96,14 +95,14 @@ TORCH = Operations(
 def choose_operations(
     choice: str, device: str, dtype: torch.dtype, *, batch_invariant: bool = False
 ) -> Operations:
-    """The implementation that `choice`, one of `config.KERNELS`, means on this device.
+    """The implementation to use on this device for `choice`, one of `config.KERNELS`.
 
     Args:
-        batch_invariant: a row's numbers must not depend on the others. On a CPU torch's never do
-            (docs/decisions/002).
+        batch_invariant: a row's numbers must not depend on other rows. On a CPU, torch's never
+            do (docs/decisions/002).
 
     Raises:
-        InvalidConfig: kernels are asked for, or needed, and cannot run.
+        InvalidConfig: kernels are requested, or required, and cannot run.
     """
     operations = _choose(choice, device, dtype)
     if batch_invariant and operations.kernels:

@@ -27,12 +27,12 @@ class Head:
         self.first = first
         self.vocab_size = self._num_tokens = len(weight)
         self._operations = operations
-        self._packed = self.packs(weight, operations)
+        self.packed = self.packs(weight, operations)
         tiles = torch.split(weight, TILE)
-        if self._packed:
-            self._tiles = [pack(tile.contiguous()) for tile in tiles]
+        if self.packed:
+            self.tiles = [pack(tile.contiguous()) for tile in tiles]
         else:
-            self.weight, self._tiles = weight, list(tiles)
+            self.weight, self.tiles = weight, list(tiles)
 
     @staticmethod
     def packs(weight: Tensor, operations: Operations) -> bool:
@@ -46,8 +46,8 @@ class Head:
 
     def logits(self, hidden: Tensor, start: int) -> Tensor:
         """Logits of the tile that begins at token `start`: [rows, up to TILE]."""
-        tile = self._tiles[(start - self.first) // TILE]
-        return packed_linear(hidden, tile) if self._packed else F.linear(hidden, tile)
+        tile = self.tiles[(start - self.first) // TILE]
+        return packed_linear(hidden, tile) if self.packed else F.linear(hidden, tile)
 
     def all_logits(self, hidden: Tensor) -> Tensor:
         """Logits of the whole vocabulary: [rows, vocab_size]."""

@@ -100,7 +100,7 @@ def _fold_sums(
     shifted = tile.sub_(max_logit.unsqueeze(1))
     if needs_entropy:
         weight = shifted.exp()
-        # A forbidden token has logit −inf and weight 0; it adds nothing, not NaN.
+        # A forbidden token has logit −inf and weight 0; it must add 0, not NaN.
         inner = (weight * shifted.masked_fill_(weight == 0, 0.0)).sum(dim=1)
         moved = running.sum_exp_logit + below * running.sum_exp
         running.sum_exp_logit = rescale * moved + inner

@@ -1,9 +1,9 @@
-"""How the sequences of one step lie among its packed rows, and what they read and write.
+"""Attention metadata of one step: where its sequences lie and what they read and write.
 
-Two forms of the same. In a `PackedLayout` sequences of equal shape stand together, so that one
-batched call of torch takes all of a group; which group a sequence falls into depends on itself
-alone, so its numbers never depend on the rest of the batch. A `FlatLayout` holds only tensors of
-one entry per sequence or tile, for kernels that take sequences of any shapes in one launch.
+There are two forms. In a `PackedLayout`, sequences of equal shape form a group, and one batched
+call of torch computes a whole group. The group of a sequence depends on that sequence alone, so
+its numbers never depend on the rest of the batch. A `FlatLayout` holds tensors with one entry per
+sequence or tile, for kernels that take sequences of any shape in one launch.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class Selection:
     #: [G, B] and [G, C]; packed rows.
     block_rows: Tensor
     candidate_rows: Tensor
-    #: [G, keep]; places in the pool that take what is kept, the same for every head.
+    #: [G, keep]; rows of the pool that store the kept positions, the same for every head.
     slot_mapping: Tensor
     pool_kernel: int
 
 
 @dataclasses.dataclass(frozen=True)
 class FreshGroup:
-    """Refreshing sequences of one length: each attends to its own rows."""
+    """Sequences of one length in a Refresh: each attends to its own rows."""
 
     #: First packed row, number of sequences, rows of each.
     start: int
@@ -46,24 +46,24 @@ class FreshGroup:
 
 @dataclasses.dataclass(frozen=True)
 class PagedGroup:
-    """Reusing sequences that attend to what lies in their pages, their fresh rows among it.
+    """Sequences in a Reuse: each attends to its pages, which include its fresh rows.
 
-    G sequences, Q rows each, P pages each.
+    G sequences with Q rows and P pages each.
     """
 
     #: [G, Q] int64; packed rows. Shorter sequences repeat a row.
     query_rows: Tensor
-    #: [G, Q] int64; the same, but for repeated ones the step's number of rows, where nothing is
-    #: read.
+    #: [G, Q] int64; rows of the output. A repeated row writes behind the step's last row, where
+    #: nothing is read.
     out_rows: Tensor
     #: [G, P] int64.
     pages: Tensor
-    #: [G, 1, 1, P × page_size] bool, the rows that are held; None when all are.
+    #: [G, 1, 1, P × page_size] bool; the stored rows that exist; None: all do.
     kv_mask: Tensor | None
 
     @classmethod
     def of(cls, count: int, width: int, num_pages: int, device: str) -> PagedGroup:
-        """So many sequences of `width` rows; all have the first rows, and only the first page."""
+        """`count` sequences that share their `width` rows and read page 0 `num_pages` times."""
         rows = torch.arange(width, device=device).expand(count, -1)
         return cls(rows, rows, pages=rows.new_zeros(count, num_pages), kv_mask=None)
 
@@ -76,7 +76,7 @@ class PackedLayout:
     num_rows: int
     fresh: tuple[FreshGroup, ...]
     paged: tuple[PagedGroup, ...] = ()
-    #: [n] int64: packed rows that are stored, and their places in the pool.
+    #: [n] int64: packed rows to store, and the rows of the pool that store them.
     write_rows: Tensor | None = None
     slot_mapping: Tensor | None = None
 
@@ -92,19 +92,19 @@ class PackedLayout:
 
 @dataclasses.dataclass(frozen=True)
 class FlatSelection:
-    """Which sequences store a selection of their keys and values (`sparse`), and which.
+    """The sequences that store a selection of their keys and values (`sparse`).
 
-    All [S] int64; of sequences whose `keep` is 0 the others mean nothing.
+    All [S] int64. If a sequence's `keep` is 0, its other entries mean nothing.
     """
 
     #: Positions outside the window that each head keeps.
     keep: Tensor
-    #: Positions: the active block begins, its window begins and both end.
+    #: Positions: first of the active block, first of its window, and the end of both.
     block_start: Tensor
     window_start: Tensor
     window_end: Tensor
     pool_kernel: Tensor
-    #: No sequence has more candidates.
+    #: An upper bound on the candidates of a sequence.
     max_candidates: int
 
 
@@ -112,22 +112,22 @@ class FlatSelection:
 class FlatLayout:
     """The sequences of a step; S sequences, T tiles of up to `block_m` rows; all int64.
 
-    Rows behind the last sequence are padding. A sequence of no rows takes no part.
+    Rows behind the last sequence are padding. A sequence without rows takes no part.
     """
 
     block_m: int
     #: [S]; first packed row and number of rows.
     query_starts: Tensor
     query_lens: Tensor
-    #: [S]; rows in its pages that a sequence attends to, its fresh ones among them; 0: it attends
-    #: to its fresh rows.
+    #: [S]; rows in its pages that a sequence attends to, including its fresh rows; 0: it attends
+    #: to its fresh rows alone.
     kv_lens: Tensor
     #: [S, pages of the longest sequence].
     block_tables: Tensor
-    #: [T]; sequence of each tile, S behind the last one, and its first row in the sequence.
+    #: [T]; sequence of each tile (S behind the last tile), and its first row in the sequence.
     tile_sequence: Tensor
     tile_row: Tensor
-    #: [rows]; place in the pool where a packed row is stored, −1 where it is not; None: nowhere.
+    #: [rows]; row of the pool that stores each packed row, or −1; None: no row is stored.
     slot_mapping: Tensor | None = None
     selection: FlatSelection | None = None
 
@@ -155,11 +155,11 @@ Layout = PackedLayout | FlatLayout
 
 
 def tiles_of(query_lens: Array, num_rows: int, block_m: int) -> tuple[Array, Array]:
-    """Tiles that cover sequences of [S] `query_lens`, `num_rows` together, without overlap.
+    """Divide sequences of [S] `query_lens`, `num_rows` in all, into tiles of `block_m` rows.
 
     Returns:
-        As many as sequences of so many rows can need, so that a launch depends on less: [T]
-        sequence of each tile, S for those that are too many; [T] first row in the sequence.
+        [T] sequence of each tile and [T] its first row in the sequence. T is the most tiles that
+        so many rows can need, so that a launch depends on less; surplus tiles have sequence S.
     """
     counts = -(-query_lens // block_m)
     ends = counts.cumsum()
@@ -177,7 +177,7 @@ class LayerPages:
     keys: Tensor
     values: Tensor
 
-    def write(self, places: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store [n, num_kv_heads, head_dim] at int64 [n] places."""
-        self.keys.flatten(0, 1).index_copy_(0, places, keys)
-        self.values.flatten(0, 1).index_copy_(0, places, values)
+    def write(self, slot_mapping: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store [n, num_kv_heads, head_dim] at int64 [n] rows of the pool."""
+        self.keys.flatten(0, 1).index_copy_(0, slot_mapping, keys)
+        self.values.flatten(0, 1).index_copy_(0, slot_mapping, values)

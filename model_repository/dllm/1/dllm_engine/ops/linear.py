@@ -1,9 +1,9 @@
-"""Linear maps with what follows them, and the packed weights that make them fast on a CPU.
+"""Linear maps fused with the operation after them, and packed weights for CPUs.
 
-For float32 on a CPU the weights are packed once for oneDNN, which also applies the addition or
-activation that follows while a result is still in cache: on AVX2 machines 1.1 to 1.8 times as fast
-as torch's own call (docs/decisions/014). Results of a row do not depend on the number of rows.
-Quantised weights (docs/decisions/015) stay as they are: torch's call knows them.
+For float32 on a CPU, weights are packed once for oneDNN. It also applies the addition or activation
+that follows while a result is still in cache, which on AVX2 machines is 1.1 to 1.8 times as fast as
+torch's own call (docs/decisions/014). A row's result does not depend on the number of rows.
+Quantised weights (docs/decisions/015) are not packed: torch's call supports them.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from torch import Tensor, nn
 
 from dllm_engine.ops.quantization import is_quantized
 
-#: x [rows, in_features], weight [out_features, in_features] and bias to x @ weight.T + bias.
+#: (x [rows, in_features], weight [out_features, in_features], bias) → x @ weight.T + bias.
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-#: Residual [rows, out_features], x and weight to residual + x @ weight.T, of which the residual may
-#: be overwritten.
+#: (residual [rows, out_features], x, weight) → residual + x @ weight.T. It may overwrite the
+#: residual.
 AddedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
 #: See `silu_mul`.
 SiluMul = Callable[[Tensor], Tensor]
 
-#: Row count that the packed layout is chosen for; others work too.
+#: Row count that the packed layout is optimised for; others work too.
 _ROWS_HINT = 256
-#: Of smaller weights a call of oneDNN costs more than it gains.
+#: For smaller weights, calling oneDNN costs more than it gains.
 _SMALLEST = 2**17
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up: [rows, 2 × n], gates before what they gate, to [rows, n]."""
+    """silu(gate) * up: [rows, 2 × n], the gates in the first half, to [rows, n]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -42,14 +42,14 @@ def add_linear(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def add_linear_in_place(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """The same where the residual lies, in one call, whose sum is rounded once."""
+    """`add_linear` in place, in one call that rounds the sum once."""
     if is_quantized(weight):
         return add_linear(residual, x, weight)
     return residual.addmm_(x, weight.T)
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether a weight of this type, place and size is worth packing."""
+    """Whether packing a weight of this type, device and size pays."""
     if is_quantized(weight):
         return False
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
@@ -72,7 +72,7 @@ def packed_linear(
 
 
 def _packed_combined(x: Tensor, other: Tensor, packed: Tensor, how: str) -> Tensor:
-    """x @ weight.T, combined with `other` of the same shape: "add" or "mul"."""
+    """x @ weight.T combined with `other` of the same shape; `how` is "add" or "mul"."""
     out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, packed, None, how)
     return out
 
@@ -81,8 +81,8 @@ class Linear(nn.Module):
     """x @ weight.T (+ bias), and optionally a residual added to it.
 
     Args:
-        product: makes it, where the weight is not packed.
-        added: the same where there is a residual.
+        product: computes it if the weight is not packed.
+        added: computes it with a residual if the weight is not packed.
     """
 
     def __init__(
@@ -98,32 +98,32 @@ class Linear(nn.Module):
         self._product, self._added = product, added
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self._packed: Tensor | None = None
+        self.packed: Tensor | None = None
 
     def pack(self) -> None:
-        """Replace the weight by its packed form, where that pays."""
+        """Replace the weight by its packed form if that pays."""
         if can_pack(self.weight):
-            self._packed = pack(self.weight)
+            self.packed = pack(self.weight)
             del self.weight
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """[rows, in_features] to [rows, out_features]; no residual where there is a bias.
+        """[rows, in_features] to [rows, out_features]. A map with a bias takes no residual.
 
         The residual may be overwritten.
         """
         if residual is None:
-            if self._packed is None:
+            if self.packed is None:
                 return self._product(x, self.weight, self.bias)
-            return packed_linear(x, self._packed, self.bias)
-        if self._packed is None:
+            return packed_linear(x, self.packed, self.bias)
+        if self.packed is None:
             return self._added(residual, x, self.weight)
-        return _packed_combined(x, residual, self._packed, "add")
+        return _packed_combined(x, residual, self.packed, "add")
 
 
 class GatedLinear(nn.Module):
-    """silu(x @ gate.T) * (x @ up.T), the first half of a SwiGLU MLP; both in one weight.
+    """silu(x @ gate.T) * (x @ up.T), the first half of a SwiGLU MLP, with one stacked weight.
 
-    See `Linear` for `product`; `gate` multiplies its halves where the weight is not packed.
+    See `Linear` for `product`; `gate` multiplies its halves if the weight is not packed.
     """
 
     def __init__(
@@ -136,18 +136,18 @@ class GatedLinear(nn.Module):
         super().__init__()
         self._product, self._gate = product, gate
         self.weight = nn.Parameter(torch.empty(2 * out_features, in_features))
-        self._packed: tuple[Tensor, Tensor] | None = None
+        self.packed: tuple[Tensor, Tensor] | None = None
 
     def pack(self) -> None:
-        """Replace the weight by its packed halves, where that pays."""
+        """Replace the weight by its packed halves if that pays."""
         if can_pack(self.weight):
             gate, up = self.weight.chunk(2)
-            self._packed = (pack(gate.contiguous()), pack(up.contiguous()))
+            self.packed = (pack(gate.contiguous()), pack(up.contiguous()))
             del self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """[rows, in_features] to [rows, out_features]."""
-        if self._packed is None:
+        if self.packed is None:
             return self._gate(self._product(x, self.weight, None))
-        gate, up = self._packed
+        gate, up = self.packed
         return _packed_combined(x, packed_linear(x, gate, None, "swish"), up, "mul")

@@ -1,7 +1,7 @@
 """Random numbers that are a pure function of (seed, step, position, token).
 
-A counter-based generator: what a request draws depends on nothing else in the batch, on no
-order of calls, and is the same after a restart. The mixing function is splitmix64 (Steele, Lea,
+A counter-based generator: a request's numbers do not depend on the rest of the batch or on the
+order of calls, and are the same after a restart. The mixing function is splitmix64 (Steele, Lea,
 Flood 2014), in wrapping int64 arithmetic since torch has no unsigned 64-bit operators.
 """
 
@@ -31,7 +31,7 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Mix the bits of each number, in place: noise is made for millions of tokens at a time."""
+    """Mix the bits of each number. In place, since noise for millions of tokens is made at once."""
     for bits, factor in ((30, _MIX_1), (27, _MIX_2)):
         x ^= _shift_right(x, bits)
         x *= factor
@@ -47,7 +47,7 @@ def row_keys(seed: Tensor, step: Tensor, position: Tensor, stream: int) -> Tenso
 
 
 def uniform(keys: Tensor, count: int, first: int = 0) -> Tensor:
-    """Numbers `first` to `first + count` of each key, in (0, 1), never 0 nor 1.
+    """Numbers `first` to `first + count` of each key, in the open interval (0, 1).
 
     Returns:
         float64 [rows, count].

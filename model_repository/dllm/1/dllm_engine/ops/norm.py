@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm (Zhang & Sennrich 2019) as Llama has it: statistics in at least float32.
+    """RMSNorm (Zhang & Sennrich 2019) as in Llama: statistics in float32 or wider.
 
     Args:
         x: [rows, dim], any float type.
@@ -18,7 +18,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         [rows, dim], type of `x`.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    # One pass over the rows, where squaring and summing them are two.
+    # One pass over the rows; squaring and summing would take two.
     norm: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     floor = _constant(eps, wide.dtype, wide.device)
     scale = torch.addcmul(floor, norm, norm, value=1 / x.shape[-1]).rsqrt_()
@@ -27,5 +27,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @functools.cache
 def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number where it is used: one that Python holds is converted at every call."""
+    """A number on its device: torch converts a Python number at every call."""
     return torch.full((), value, dtype=dtype, device=device)

@@ -1,7 +1,7 @@
-"""Weight-only quantisation: weights of 8 bits, for which torchao makes the products.
+"""Weight-only quantisation to 8 bits; torchao computes the products.
 
-A quantised weight is to `torch.nn.functional.linear` a tensor like any other; what goes in and
-comes out keeps its type. Why, and what it costs: docs/decisions/015.
+`torch.nn.functional.linear` takes a quantised weight like any other tensor; inputs and outputs keep
+their type. Reasons and costs: docs/decisions/015.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from torch import Tensor, nn
 
 from dllm_engine.errors import InvalidConfig
 
-#: Bytes of each row besides its numbers: a float32 scale, to which int8 adds a zero point.
+#: Bytes of each row besides its numbers: a float32 scale, and for int8 a zero point.
 _ROW_BYTES = {"int8": 5, "fp8": 4}
 
 
 def make_quantizer(kind: str) -> Callable[[Tensor], Tensor]:
-    """The function that turns a weight [out, in] of a float type into one of 8 bits a number.
+    """A function that quantises a weight [out, in] of a float type to 8 bits per number.
 
-    Symmetric, with one scale for each row, that is for each output: int8 in steps of 1/127 of the
-    row's largest magnitude, fp8 (e4m3) with three bits of mantissa.
+    Symmetric, with one scale per row (output): int8 in steps of 1/127 of the row's largest
+    magnitude, fp8 (e4m3) with three bits of mantissa.
 
     Args:
         kind: "int8" or "fp8".
 
     Raises:
-        InvalidConfig: the library is missing, or does not go with this torch.
+        InvalidConfig: torchao is missing, or does not work with this torch.
     """
-    # torchao brings libraries for GPUs of which nothing is used here; it warns where they do not
-    # load, as on every CPU.
+    # torchao comes with GPU libraries that this engine does not use; it warns if they do not load,
+    # as on every CPU.
     log = logging.getLogger("torchao")
     before = log.level
     log.setLevel(logging.ERROR)
@@ -60,10 +60,10 @@ def make_quantizer(kind: str) -> Callable[[Tensor], Tensor]:
 
 
 def is_quantized(weight: Tensor) -> bool:
-    """Whether a weight is one of the library's tensors, of which torch's own type is a base."""
+    """Whether a weight is quantised: torchao's tensors are subclasses of torch's."""
     return type(weight) not in (Tensor, nn.Parameter)
 
 
 def quantized_bytes(shape: Sequence[int], kind: str) -> int:
-    """Bytes of a weight of `shape` once it is quantised."""
+    """Bytes of a quantised weight of `shape`."""
     return math.prod(shape) + shape[0] * _ROW_BYTES[kind]

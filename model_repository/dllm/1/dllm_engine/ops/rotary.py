@@ -1,4 +1,4 @@
-"""Rotary position embedding, half-split layout (GPT-NeoX), as LLaDA and Qwen2 use it."""
+"""Rotary position embedding in the half-split layout (GPT-NeoX) of LLaDA and Qwen2."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class RotaryTable:
-    """Cosines and sines of every position, computed once in at least float32.
+    """Cosines and sines of every position, computed once in float32 or wider.
 
     Source: Su et al. 2021, eq. 34, with the halves of a head rotated against each other.
     """
@@ -21,7 +21,7 @@ class RotaryTable:
         angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
         cos, sin = angles.cos(), angles.sin()
         self._cos = torch.cat([cos, cos], dim=-1).to(device=device, dtype=wide)
-        # The sign that turns one half against the other is part of the table.
+        # The sines carry the sign that rotates one half against the other.
         self._sin = torch.cat([-sin, sin], dim=-1).to(device=device, dtype=wide)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ class RotaryTable:
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate heads to their positions; computed in at least float32, returned in `x`'s type.
+    """Rotate heads to their positions; computed in float32 or wider, returned in `x`'s type.
 
     Args:
         x: [rows, heads, head_dim].

@@ -12,20 +12,20 @@ from torch import Tensor
 #: Numbers on the host.
 Array = npt.NDArray[Any]
 
-#: Each array begins at a multiple of this on the device, as those do that torch allocates: kernels
-#: are compiled anew for others.
+#: On the device each array begins at a multiple of this, like torch's own allocations: kernels
+#: would be compiled again for other alignments.
 _ALIGNMENT = 512
-#: Room for what one step sends; whatever is left over goes by itself.
+#: Bytes that one copy of a step sends; arrays beyond that are copied one by one.
 UPLOAD_BYTES = 2**21
 
 
 class Upload:
-    """Sends arrays to the device with one copy, for which the host does not wait.
+    """Sends arrays to the device with one copy, without waiting for it.
 
-    What a call returns holds nothing before `send`. On the CPU it is the array itself.
+    The tensors it returns hold nothing before `send`. On a CPU they are the arrays themselves.
 
     Args:
-        staged: whether arrays are copied at all.
+        staged: whether to copy arrays through a buffer; None: unless the device is a CPU.
     """
 
     def __init__(self, device: str, *, staged: bool | None = None) -> None:
@@ -34,13 +34,13 @@ class Upload:
         self._used = 0
         if device != "cpu" if staged is None else staged:
             pinned = device.startswith("cuda")
-            # The allocators keep both until the copy has been made.
+            # The allocators keep both buffers until the copy is done.
             self._here = torch.empty(UPLOAD_BYTES, dtype=torch.uint8, pin_memory=pinned)
             self._there = torch.empty(UPLOAD_BYTES, dtype=torch.uint8, device=device)
             self._bytes = self._here.numpy()
 
     def __call__(self, array: Array) -> Tensor:
-        """Where `array` will be, of its shape and type."""
+        """The tensor that will hold `array` once `send` is called."""
         array = np.ascontiguousarray(array)
         if self._here is None:
             return torch.from_numpy(array)
@@ -53,16 +53,16 @@ class Upload:
         return self._there[start:end].view(dtype).view(array.shape)
 
     def send(self) -> None:
-        """Begin the copy."""
+        """Start the copy."""
         if self._here is not None:
             used = min(self._used, UPLOAD_BYTES)
             self._there[:used].copy_(self._here[:used], non_blocking=True)
 
 
 class Download:
-    """Brings a tensor to the host.
+    """Copies a tensor to the host without waiting for it.
 
-    The host waits in `array` alone, and for what the device was asked for before, not for more.
+    Only `array` waits, and only for work that was queued before this copy.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -75,7 +75,7 @@ class Download:
             self._event.record()
 
     def array(self) -> Array:
-        """What it holds."""
+        """Wait for the copy and return the numbers."""
         if self._event is not None:
             self._event.synchronize()
         return self._here.numpy()

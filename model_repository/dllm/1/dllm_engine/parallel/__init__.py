@@ -1,15 +1,14 @@
-"""Tensor parallelism: one model over several processes ("ranks"), a device each."""
+"""Tensor parallelism: splits one model over several processes (ranks) with a device each."""
 
 from dllm_engine.parallel.group import Group, thread_share
 from dllm_engine.parallel.head import SlicedHead
-from dllm_engine.parallel.ranks import RankConnection, RankInfo, Ranks
+from dllm_engine.parallel.ranks import RankConnection, Ranks
 from dllm_engine.parallel.wire import PackedObject, pack_tensors
 
 __all__ = [
     "Group",
     "PackedObject",
     "RankConnection",
-    "RankInfo",
     "Ranks",
     "SlicedHead",
     "pack_tensors",

@@ -14,8 +14,8 @@ from dllm_engine.parallel.group import Group
 def merge_over_ranks(mine: HeadStatistics, group: Group) -> HeadStatistics:
     """The statistics that one rank with the whole vocabulary would have; a collective call.
 
-    A few numbers per row travel, whatever the size of the vocabulary. They travel as float64,
-    which represents each of them, and every token id, exactly.
+    The ranks exchange a few numbers per row, for any size of the vocabulary, as float64: it
+    represents each of them, and every token id, exactly.
     """
     fields = [f.name for f in dataclasses.fields(mine) if getattr(mine, f.name) is not None]
     columns = [_column(getattr(mine, name)) for name in fields]

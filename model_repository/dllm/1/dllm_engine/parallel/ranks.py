@@ -1,7 +1,7 @@
-"""Rank processes: started, watched and ended by rank 0, which is the engine's own process.
+"""Starts, watches and ends the rank processes; rank 0 is the engine's own process.
 
-Rank 0 holds one end of a socket pair to each. What must be true of every other rank follows from
-it: a closed pair tells rank 0 of a rank's death and a rank of rank 0's, however either died.
+A socket pair connects rank 0 to each other rank. When one side dies, for any reason, the pair
+closes: rank 0 notices the death of a rank, and a rank that of rank 0.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from dllm_engine.errors import CheckpointError, DllmError, EngineDead, InvalidCo
 
 logger = logging.getLogger("dllm_engine")
 
-#: How long a rank that is told to stop may take.
+#: Seconds that a rank may take to stop before it is killed.
 _STOP_SECONDS = 5.0
-#: When a collective call fails, the reason follows within this if a rank has died, and an answer
-#: from every rank that still runs.
-_NOTICE_SECONDS = 2.0
+#: Seconds to wait after a failed collective call: for the report of a dead rank, then for each
+#: rank's answer to a ping.
+_DIAGNOSIS_SECONDS = 2.0
 _PING, _PONG = "ping", "pong"
 _PACKAGE = Path(__file__).parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class RankInfo:
-    """A rank's place among the others."""
+    """A rank's number and how it joins the others."""
 
     rank: int
     size: int
-    #: A file by way of which the ranks meet; its folder goes when they part.
+    #: The file through which the ranks find each other; its folder is deleted at the end.
     rendezvous_file: Path
-    #: Threads on a CPU.
+    #: Threads to use on a CPU.
     threads: int
-    #: Seconds that a collective call may take.
+    #: Time-out of a collective call, in seconds.
     timeout: float
 
 
@@ -58,42 +58,42 @@ class _Start:
 
 @dataclasses.dataclass(frozen=True)
 class _Failed:
-    """What a rank says before it gives up."""
+    """The last message of a rank that fails."""
 
     error: DllmError
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rank:
-    """Another rank, as rank 0 sees it."""
+    """Another rank, seen from rank 0."""
 
     name: str
     process: subprocess.Popen[bytes]
     connection: Connection[object, object]
-    #: What it answered; None once any rank has failed.
+    #: Its answers; None once any rank has failed.
     replies: queue.SimpleQueue[object]
 
 
 class Ranks:
-    """The other ranks of one model. Not thread-safe, but for `on_failure` and `diagnose`.
+    """The other ranks of one model. Only `on_failure` and `diagnose` are thread-safe.
 
     Args:
-        size: of the group, rank 0 included.
+        size: number of ranks, including rank 0.
         threads, timeout: see `RankInfo`.
-        task: what each rank gets to know at its start.
+        task: sent to each rank at its start.
     """
 
     def __init__(self, size: int, *, threads: int, timeout: float, task: object) -> None:
-        rendezvous_file = Path(tempfile.mkdtemp(prefix="dllm-ranks-")) / "rendezvous_file"
-        #: Rank 0's own place.
+        rendezvous_file = Path(tempfile.mkdtemp(prefix="dllm-ranks-")) / "rendezvous"
+        #: Rank 0's own.
         self.info = RankInfo(0, size, rendezvous_file, threads, timeout)
-        #: Why the group is of no use any more.
+        #: The failure that ended the group.
         self.failure: DllmError | None = None
         self._failed = threading.Event()
         self._closing = False
         self._listeners: list[Callable[[], None]] = []
         self._lock = threading.Lock()
-        self._asking = threading.Lock()
+        self._diagnosing = threading.Lock()
         self._others: list[_Rank] = []
         self._watcher = threading.Thread(target=self._watch, name="dllm-ranks", daemon=True)
         try:
@@ -105,7 +105,7 @@ class Ranks:
         self._watcher.start()
 
     def on_failure(self, listener: Callable[[], None]) -> None:
-        """Call `listener` on a thread of ours when a rank fails, at once if one has."""
+        """Call `listener` from the watching thread when a rank fails; at once if one has failed."""
         with self._lock:
             self._listeners.append(listener)
             failed = self.failure is not None
@@ -113,43 +113,43 @@ class Ranks:
             listener()
 
     def check(self) -> None:
-        """Raise the failure, if there is one."""
+        """Raise the failure if a rank has failed."""
         if self.failure is not None:
             raise type(self.failure)(str(self.failure))
 
     def post(self, message: object) -> None:
-        """Send the same to all."""
+        """Send a message to all other ranks."""
         for rank in self._others:
             rank.connection.send(message)
 
     def collect(self) -> list[object]:
-        """One answer from each; raises the failure if one of them fails instead."""
+        """Wait for one answer from each rank; raise the failure if a rank fails."""
         answers = [rank.replies.get() for rank in self._others]
         self.check()
         return answers
 
     def diagnose(self, error: Exception) -> DllmError:
-        """Why a collective call raised `error`; the group is of no use after it."""
-        with self._asking:
-            if not self._failed.wait(_NOTICE_SECONDS):
+        """Find out why a collective call raised `error`, and end the group."""
+        with self._diagnosing:
+            if not self._failed.wait(_DIAGNOSIS_SECONDS):
                 silent = ", ".join(self._silent())
-                what = f"{type(error).__name__}: {error}"
+                reason = f"{type(error).__name__}: {error}"
                 if silent:
-                    what = f"{silent} did not answer within {self.info.timeout:g} s: {what}"
+                    reason = f"{silent} did not answer within {self.info.timeout:g} s: {reason}"
                 else:
-                    what = f"rank 0 of {self.info.size}: {what}"
-                self._fail(EngineDead(what))
+                    reason = f"rank 0 of {self.info.size}: {reason}"
+                self._fail(EngineDead(reason))
         assert self.failure is not None
         return self.failure
 
     def close(self, *, at_once: bool = False) -> None:
-        """End the others; ones that have not stopped within some seconds are killed."""
+        """Stop the other ranks; kill those that do not stop within some seconds."""
         with self._lock:
             if self._closing:
                 return
             self._closing = True
-        # After a failure they may wait for each other, and would not hear us.
-        patience = 0.0 if at_once or self.failure is not None else _STOP_SECONDS
+        # After a failure ranks may wait for each other, and would not read the message.
+        timeout = 0.0 if at_once or self.failure is not None else _STOP_SECONDS
         for rank in self._others:
             try:
                 rank.connection.send(None)
@@ -157,7 +157,7 @@ class Ranks:
                 continue
         for rank in self._others:
             try:
-                rank.process.wait(patience)
+                rank.process.wait(timeout)
             except subprocess.TimeoutExpired:
                 rank.process.kill()
                 rank.process.wait()
@@ -198,22 +198,22 @@ class Ranks:
             listener()
 
     def _silent(self) -> list[str]:
-        """Names of the ranks that do not answer; one that merely waits for others does."""
+        """Names of ranks that do not answer a ping; a rank in a collective call answers."""
         names = []
         for rank in self._others:
             try:
                 rank.connection.send(_PING)
-                rank.replies.get(timeout=_NOTICE_SECONDS)
+                rank.replies.get(timeout=_DIAGNOSIS_SECONDS)
             except (OSError, queue.Empty):
                 names.append(rank.name)
         return names
 
 
 class RankConnection:
-    """Rank 0, as another rank sees it; `descriptor` is that rank's end of the socket pair."""
+    """A rank's connection to rank 0; `descriptor` is its end of the socket pair."""
 
     def __init__(self, descriptor: int) -> None:
-        # A signal to the whole process group means rank 0: it lets running requests finish first.
+        # A signal to the process group is for rank 0, which lets running requests finish first.
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, signal.SIG_IGN)
         self._connection: Connection[object, object] = Connection(descriptor)
@@ -225,7 +225,7 @@ class RankConnection:
         threading.Thread(target=self._listen, name="dllm-connection", daemon=True).start()
 
     def next(self) -> object:
-        """The next message; None: stop."""
+        """Wait for the next message; None: stop."""
         return self._inbox.get()
 
     def reply(self, message: object) -> None:
@@ -234,12 +234,12 @@ class RankConnection:
             self._connection.send(message)
 
     def fail(self, error: DllmError) -> None:
-        """Tell rank 0 why this rank ends."""
+        """Tell rank 0 why this rank fails."""
         self.reply(_Failed(error))
 
     def _listen(self) -> None:
-        # On a thread of its own, so that a rank that waits for others is heard, and leaves with
-        # rank 0 whatever it is at.
+        # On its own thread, so that a rank answers pings during a collective call, and exits with
+        # rank 0 at any time.
         try:
             while True:
                 message = self._connection.recv()
@@ -254,7 +254,7 @@ class RankConnection:
 
 def _start(info: RankInfo, task: object) -> _Rank:
     ours, theirs = socket.socketpair()
-    # Whatever this process can import, wherever it was started and by whom.
+    # A rank can import the same modules as this process, however this process was started.
     paths = [str(_PACKAGE.parent), *filter(None, sys.path)]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
@@ -284,6 +284,6 @@ def _end_of(process: subprocess.Popen[bytes]) -> str:
 
 
 def _of_rank(name: str, error: DllmError) -> DllmError:
-    """The same error, with whose it is."""
+    """The error with the name of its rank."""
     kind = type(error) if isinstance(error, CheckpointError | InvalidConfig) else EngineDead
     return kind(f"{name}: {error}")

@@ -1,7 +1,7 @@
-"""Objects that hold tensors, taken apart for the way between ranks.
+"""Packs objects that hold tensors, to send them between ranks.
 
-The packed, everything but the tensors' contents, is small and travels through a pipe; the
-contents travel together, as one tensor, from device to device.
+Everything except the tensors' contents is small and goes through a socket. The contents go from
+device to device as one tensor.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import pickle
 import torch
 from torch import Tensor
 
-#: What a tensor looks like.
+#: Type and shape of a tensor.
 Shape = tuple[torch.dtype, tuple[int, ...]]
 
-#: Each tensor begins at a multiple of this, as the largest numbers ask for.
+#: Each tensor begins at a multiple of this: the size of the largest number type.
 _ALIGNMENT = 8
 
 
@@ -29,12 +29,12 @@ class PackedObject:
     pickled: bytes
 
     def fill(self, tensors: list[Tensor]) -> object:
-        """The object, with these tensors in it."""
+        """Restore the object with these tensors."""
         return _Unpickler(io.BytesIO(self.pickled), tensors).load()
 
 
 def pack_tensors(value: object) -> tuple[PackedObject, list[Tensor]]:
-    """The packed of `value`, and its tensors in the packed's order."""
+    """Split `value` into a packed object and its tensors, in the order of the shapes."""
     stream = io.BytesIO()
     pickler = _Pickler(stream)
     pickler.dump(value)
@@ -43,21 +43,21 @@ def pack_tensors(value: object) -> tuple[PackedObject, list[Tensor]]:
 
 
 def num_bytes(shapes: list[Shape]) -> int:
-    """Bytes that tensors of these shapes take side by side."""
+    """Bytes of one buffer that holds tensors of these shapes."""
     return sum(_padded(shape) for shape in shapes)
 
 
 def to_bytes(tensors: list[Tensor], device: str) -> Tensor:
-    """The tensors side by side: uint8."""
+    """Copy the tensors into one uint8 buffer."""
     shapes: list[Shape] = [(t.dtype, tuple(t.shape)) for t in tensors]
     buffer = torch.empty(num_bytes(shapes), dtype=torch.uint8, device=device)
-    for place, tensor in zip(from_bytes(buffer, shapes), tensors, strict=True):
-        place.copy_(tensor)
+    for target, tensor in zip(from_bytes(buffer, shapes), tensors, strict=True):
+        target.copy_(tensor)
     return buffer
 
 
 def from_bytes(buffer: Tensor, shapes: list[Shape]) -> list[Tensor]:
-    """The tensors that lie in `buffer`; not copied."""
+    """The tensors in `buffer`, without copying them."""
     tensors, start = [], 0
     for dtype, shape in shapes:
         end = start + math.prod(shape) * dtype.itemsize
@@ -72,7 +72,7 @@ def _padded(shape: Shape) -> int:
 
 
 class _Pickler(pickle.Pickler):
-    """Puts a number where a tensor stands."""
+    """Replaces each tensor by its index."""
 
     def __init__(self, stream: io.BytesIO) -> None:
         super().__init__(stream, protocol=pickle.HIGHEST_PROTOCOL)
@@ -86,11 +86,11 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Puts the tensors back where their numbers stand."""
+    """Replaces each index by its tensor."""
 
     def __init__(self, stream: io.BytesIO, tensors: list[Tensor]) -> None:
         super().__init__(stream)
         self._tensors = tensors
 
-    def persistent_load(self, number: int) -> Tensor:
-        return self._tensors[number]
+    def persistent_load(self, index: int) -> Tensor:
+        return self._tensors[index]

@@ -1,4 +1,4 @@
-"""From hidden states to committed tokens: candidates at masked positions, then a rule."""
+"""Chooses tokens: candidates at the masked positions, then the ones that a rule commits."""
 
 from dllm_engine.sampling.candidates import sample_candidates
 from dllm_engine.sampling.commit import BlockStatistics, CommitPlan, select_commits

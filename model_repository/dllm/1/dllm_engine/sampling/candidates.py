@@ -1,8 +1,7 @@
-"""Which token each masked position would take, and how sure the model is of it.
+"""Chooses a candidate token for each masked position, with the model's confidence in it.
 
-The head is applied to the rows that need it alone, and its logits are reduced as they are made,
-so that they never take more memory than their budget: (rows × vocabulary) of a whole batch is
-gigabytes.
+The head runs on the masked rows alone, and its logits are reduced as they are made, so that they
+stay within a memory budget: (rows × vocabulary) of a whole batch is gigabytes.
 """
 
 from __future__ import annotations
@@ -39,39 +38,35 @@ def sample_candidates(
 
     At temperature 0 the most likely token; above, `argmax(logits / T + G)` with Gumbel noise G in
     float64, which samples from softmax(logits / T) exactly (LLaDA's generate.py takes the same
-    maximum as exp(logits) / (−ln u)^T). The mask token is never chosen, though it counts in the
-    clean probabilities, as in the reference. In the tempered and filtered distributions it has no
-    part: a filter could leave nothing else.
+    maximum as exp(logits) / (−ln u)^T). The mask token is never chosen, but counts in the clean
+    probabilities, as in the reference. The tempered and filtered distributions exclude it: a filter
+    might leave no other token.
 
     Args:
         hidden: [rows, hidden_size], after the final norm.
-        head: makes logits, a tile of the vocabulary at a time.
+        head: the language-model head.
         rows: temperature, seed, step, position and filters of each row.
-        special: the ids that some rows or all treat apart.
-        budget_bytes: what the logits (and their noise) may take at once.
+        special: tokens with a special meaning.
+        budget_bytes: memory for logits and their noise.
         needs_entropy: compute entropy and margin; zeros otherwise.
-        credits: where any row is decided with credit; only greedy rows without filters may be.
+        credits: given if any row uses credit; only greedy rows without filters may.
     """
     if not rows.num_full_logits:
         return from_statistics(hidden, head, rows, special, budget_bytes, needs_entropy, credits)
     filtered = (rows.top_p < 1) | (rows.top_k > 0)
-    whole = needs_full_logits(rows.temperature > 0, filtered, rows.dream_statistics)
-    num_tiled = len(hidden) - rows.num_full_logits
-    order = whole.to(torch.uint8).argsort(stable=True)
-    tiled, whole_rows = order[:num_tiled], order[num_tiled:]
-    parts = [
-        from_full_logits(
-            hidden[whole_rows], head, rows.take(whole_rows), special, budget_bytes, needs_entropy
-        )
-    ]
-    if len(tiled):
-        mine = None if credits is None else credits.take(tiled)
-        arguments = (hidden[tiled], head, rows.take(tiled), special, budget_bytes, needs_entropy)
-        parts.insert(0, from_statistics(*arguments, mine))
-    found = joined(parts).take(order.argsort())  # in the order of the rows again
-    if credits is None:
-        return found
-    after = Credits(credits.used, credits.tokens.clone(), credits.values.clone())
-    if len(tiled) and parts[0].credits is not None:
-        after.tokens[tiled], after.values[tiled] = parts[0].credits.tokens, parts[0].credits.values
-    return dataclasses.replace(found, credits=after)
+    needs_all = needs_full_logits(rows.temperature > 0, filtered, rows.dream_statistics)
+    order = needs_all.to(torch.uint8).argsort(stable=True)
+    num_reduced = len(hidden) - rows.num_full_logits
+    reduced, full = order[:num_reduced], order[num_reduced:]
+    parts = []
+    if num_reduced:
+        lists = None if credits is None else credits.take(reduced)
+        arguments = hidden[reduced], head, rows.take(reduced), special, budget_bytes, needs_entropy
+        parts.append(from_statistics(*arguments, lists))
+    found = from_full_logits(
+        hidden[full], head, rows.take(full), special, budget_bytes, needs_entropy
+    )
+    parts.append(
+        found if credits is None else dataclasses.replace(found, credits=credits.take(full))
+    )
+    return joined(parts).take(order.argsort())  # back in the order of the rows

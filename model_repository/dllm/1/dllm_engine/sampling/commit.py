@@ -1,7 +1,7 @@
-"""Which masked positions a step commits: scores and schedules of the rules in `decoding`.
+"""Selects the masked positions that a step commits, by the rules in `decoding`.
 
-A row is a request, a column a position of its active block; requests with different rules share
-a step, so each rule in use is worked out for all rows and picked where it applies.
+A row is a request, a column a position of its active block. Requests with different rules share a
+step: each rule in use is computed for all rows, then taken for the rows that use it.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from dllm_engine.sampling import rules
 
 @dataclasses.dataclass(frozen=True)
 class BlockStatistics:
-    """Candidates of the active blocks, and what was committed before; all [R, block]."""
+    """Candidates of the active blocks, and earlier commits; all [R, block]."""
 
-    #: bool; positions that may be committed. Values of the others are meaningless below.
+    #: bool; positions that may be committed. Only these have meaningful values below.
     masked: Tensor
     confidence: Tensor
     entropy: Tensor
     margin: Tensor
-    #: What committed positions were committed with; −1 elsewhere. Read by LocalLeap alone.
+    #: Confidence of committed positions at their commit; −1 elsewhere. Only LocalLeap reads it.
     committed: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class CommitPlan:
-    """What a step may commit, for each of R requests; tensors of [R]."""
+    """Decoding rules and schedules of R requests for one step; tensors are [R]."""
 
     #: int64, a `Score` and a `Rule`.
     score: Tensor
     rule: Tensor
-    #: Rules and scores that occur among the rows, and whether any row has an `alg_temp` above 0;
-    #: known to the host, so that it need not ask the device.
+    #: Rules and scores in use, and whether any row has an `alg_temp` above 0; known on the host
+    #: without asking the device.
     rules_in_use: frozenset[Rule]
     scores_in_use: frozenset[Score]
     draws: bool
-    #: int64; how many positions the schedule commits.
+    #: int64; positions that the schedule commits.
     count: Tensor
     #: float32; chance of each masked position (Dream's `origin`).
     chance: Tensor
-    #: float64; the rule's parameters: threshold, factor, entropy bound or anchor; and the lower
-    #: threshold or the neighbours' one.
+    #: float64; the rule's parameters: threshold, factor, entropy bound or anchor threshold; and
+    #: low threshold or neighbour threshold.
     threshold: Tensor
     second_threshold: Tensor
     #: float64; above 0, positions are drawn by softmax(score / alg_temp) (Dream).
@@ -93,7 +93,7 @@ def _apply(rule: Rule, block: BlockStatistics, plan: CommitPlan, counted: Tensor
 
 def _scores(block: BlockStatistics, plan: CommitPlan) -> Tensor:
     """float64 [R, block]; larger is committed first."""
-    score = block.confidence.to(torch.float64)
+    score = _score_of(Score.CONFIDENCE, block, plan)
     for kind in plan.scores_in_use - {Score.CONFIDENCE}:
         here = (plan.score == kind).unsqueeze(1)
         score = torch.where(here, _score_of(kind, block, plan), score)
@@ -101,7 +101,7 @@ def _scores(block: BlockStatistics, plan: CommitPlan) -> Tensor:
         return score
     drawn = (plan.alg_temp > 0).unsqueeze(1)
     # The n largest of score / T + Gumbel noise are n draws without replacement from
-    # softmax(score / T) (Kool et al. 2019): torch.multinomial's distribution, by our noise.
+    # softmax(score / T) (Kool et al. 2019): torch.multinomial's distribution, with our noise.
     temperature = torch.where(plan.alg_temp > 0, plan.alg_temp, 1.0).unsqueeze(1)
     gumbel = -(-_uniform(block.masked.shape[1], plan).log()).log()
     return torch.where(drawn, score / temperature + gumbel, score)

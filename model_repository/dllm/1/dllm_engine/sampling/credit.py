@@ -13,6 +13,7 @@ the best by fused logits, since the best by plain ones is listed and no unlisted
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,22 +28,31 @@ LISTED = 16
 
 @dataclasses.dataclass(frozen=True)
 class Credits:
-    """Lists of rows; K = `LISTED`."""
+    """Credit lists of some rows; K = `LISTED`."""
 
-    #: [rows] bool; whether the row is decided by fused logits.
+    #: [rows] bool; whether the row uses credit.
     used: Tensor
-    #: [rows, K] int64, −1 where nothing is listed; and float32 credit.
+    #: [rows, K] int64 tokens, −1 for an empty entry; and their float32 credit.
     tokens: Tensor
     values: Tensor
 
     def take(self, index: slice | Tensor) -> Credits:
-        """The same of some rows."""
+        """The lists of some rows."""
         return Credits(self.used[index], self.tokens[index], self.values[index])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Credits]) -> Credits:
+        """Concatenate the lists of several groups of rows."""
+        return cls(
+            torch.cat([part.used for part in parts]),
+            torch.cat([part.tokens for part in parts]),
+            torch.cat([part.values for part in parts]),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Fused:
-    """The choice by fused logits, and the lists after it."""
+    """Tokens chosen by fused logits, and the lists after the step."""
 
     token: Tensor
     confidence: Tensor
@@ -51,20 +61,20 @@ class Fused:
 
 @dataclasses.dataclass(frozen=True)
 class CreditRows:
-    """Which rows of a step have which places in `CreditLists`."""
+    """Where the credit of a step's rows is in `CreditLists`."""
 
     #: [rows] int64.
     slots: Tensor
     column: Tensor
-    #: [rows] bool; whether it is decided by fused logits, and whether its list is empty.
+    #: [rows] bool; whether the row uses credit, and whether its list is empty.
     used: Tensor
     empty: Tensor
 
 
 class CreditLists:
-    """The lists of all requests: of every position of each active block, on the device.
+    """Credit lists of every position of all active blocks, on the device.
 
-    Of a block's first step, and of requests without credit, a list means nothing.
+    A list means nothing in a block's first step, and for requests without credit.
     """
 
     def __init__(self, num_slots: int, max_block: int, device: str) -> None:
@@ -74,7 +84,7 @@ class CreditLists:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of all of it."""
+        """Bytes of all lists."""
         return self._tokens.nbytes + self._values.nbytes
 
     def read(self, rows: CreditRows) -> Credits:
@@ -85,7 +95,7 @@ class CreditLists:
         return Credits(rows.used, tokens.masked_fill_(empty, -1), values.masked_fill_(empty, 0.0))
 
     def write(self, rows: CreditRows, credits: Credits) -> None:
-        """What they have become; of rows that use none it means nothing."""
+        """Store the lists after a step."""
         self._tokens[rows.slots, rows.column] = credits.tokens.to(torch.int32)
         self._values[rows.slots, rows.column] = credits.values
 
@@ -98,18 +108,18 @@ def decide(
     max_logit: Tensor,
     sum_exp: Tensor,
 ) -> Fused:
-    """One step of credit decoding, for all rows.
+    """Run one step of credit decoding for all rows.
 
     Args:
         credits: the lists before the step.
-        logits: [rows, K]; logits of the listed tokens, −∞ where nothing is listed.
+        logits: [rows, K]; logits of the listed tokens, −∞ for empty entries.
         token, logit: [rows]; the best token by plain logits, and its logit.
         max_logit, sum_exp: [rows]; largest logit, and Σ exp(ℓ − max_logit).
     """
     values = credits.values * BETA
     gain = ((logit - max_logit).exp() / sum_exp) ** GAMMA
     same = credits.tokens == token.unsqueeze(1)
-    # Where it is not listed yet it takes the place of the least; empty places have no credit.
+    # A token that is not listed replaces the one with least credit; empty entries have none.
     least = values.argmin(dim=1, keepdim=True)
     place = torch.where(
         same.any(dim=1, keepdim=True), same.int().argmax(dim=1, keepdim=True), least

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -37,16 +35,7 @@ def from_statistics(
         )
         for part in slices
     ]
-    found = joined(parts)
-    if credits is None:
-        return found
-    lists = [part.credits for part in parts if part.credits is not None]
-    after = Credits(
-        credits.used,
-        torch.cat([part.tokens for part in lists]),
-        torch.cat([part.values for part in lists]),
-    )
-    return dataclasses.replace(found, credits=after)
+    return joined(parts)
 
 
 def _options(rows: RowSampling, special: SpecialTokens, needs_entropy: bool) -> HeadOptions:

@@ -1,4 +1,4 @@
-"""Candidates from filtered and tempered distributions, for which a row is needed as a whole."""
+"""Candidates of rows that need all their logits: filters, and Dream's tempered statistics."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dllm_engine.ops import ROW_MULTIPLE, Head, noise
 from dllm_engine.ops.rows import forbid, pad_rows, widen
 from dllm_engine.sampling.rows import Candidates, RowSampling, SpecialTokens, joined
 
-#: Bytes per logit: itself, its float64 copies, their order and the noise.
+#: Bytes per logit: the logit, its float64 copies, their order and the noise.
 _BYTES = 64
 
 
 def least_bytes(vocab_size: int, element_size: int) -> int:
-    """Bytes that whole rows take at least, however small the budget.
+    """Bytes that full logits take even if the budget is smaller.
 
-    The head makes `ROW_MULTIPLE` rows at once: their tiles, and the same joined.
+    The head computes `ROW_MULTIPLE` rows at once: their tiles, and the tiles joined.
     """
     return 2 * ROW_MULTIPLE * vocab_size * max(4, element_size)
 
@@ -29,11 +29,11 @@ def from_full_logits(
     budget_bytes: int,
     needs_entropy: bool,
 ) -> Candidates:
-    """Candidates of rows with filters or tempered statistics (see `sample_candidates`).
+    """Candidates of rows with filters or Dream's statistics; see `sample_candidates`.
 
-    The budget bounds how many rows are worked on at once; one row is always. How torch adds up a
-    row depends on how many there are: on a GPU always, on a CPU where it is one alone. There are
-    always as many, or two at least.
+    The budget limits the rows in one chunk, but a chunk has at least one row. The order in which
+    torch sums a row depends on the number of rows: on a GPU always, on a CPU for a single row. So
+    on a GPU all chunks have the same size, and on a CPU at least two rows if the budget allows.
     """
     chunk = max(1, budget_bytes // (head.vocab_size * _BYTES))
     least = min(chunk, 2)
@@ -43,14 +43,14 @@ def from_full_logits(
     parts = []
     for start in range(0, count, chunk):
         end = start + max(least, min(chunk, count - start))
-        # Behind the last row it comes again.
+        # Repeat the last row to fill the chunk.
         part = torch.arange(start, end, device=hidden.device).clamp_(max=count - 1)
         parts.append(_choose(_logits(hidden[part], head), rows.take(part), special, needs_entropy))
     return joined(parts).take(slice(count))
 
 
 def _logits(hidden: Tensor, head: Head) -> Tensor:
-    """At least float32 [rows, vocab_size]."""
+    """[rows, vocab_size], in float32 or wider."""
     return widen(head.all_logits(pad_rows(hidden))[: len(hidden)])
 
 
@@ -89,7 +89,7 @@ def _statistics(logits: Tensor, token: Tensor, needs_entropy: bool) -> Candidate
     second = shifted.topk(2, dim=-1).values[:, 1]
     weight = shifted.exp()
     sum_exp = weight.sum(dim=-1)
-    # A filtered token has logit −inf and weight 0; it adds nothing, not NaN.
+    # A filtered token has logit −inf and weight 0; it must add 0, not NaN.
     mean = (weight * shifted.masked_fill_(weight == 0, 0.0)).sum(dim=-1) / sum_exp
     return Candidates(
         token, chosen.exp() / sum_exp, sum_exp.log() - mean, (1 - second.exp()) / sum_exp
@@ -118,7 +118,7 @@ def _draw(logits: Tensor, rows: RowSampling) -> Tensor:
 def _filter_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
     """Keep the smallest set of best tokens whose probability reaches `top_p` (Holtzman 2020).
 
-    [rows, 1]; 1 keeps all, whatever the probabilities round to.
+    `top_p` is [rows, 1]; 1 keeps all tokens, however the probabilities round.
     """
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     probability = ordered.softmax(dim=-1)
@@ -128,7 +128,7 @@ def _filter_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
 
 
 def _filter_top_k(logits: Tensor, top_k: Tensor, most: int) -> Tensor:
-    """Keep the `top_k` best tokens of each row, nowhere more than `most`; 0 keeps all."""
+    """Keep the `top_k` best tokens of each row; 0 keeps all. `most` is the largest `top_k`."""
     best = logits.topk(most, dim=-1).values
     kth = best.gather(1, (top_k.clamp(1, most) - 1).unsqueeze(1))
     dropped = (logits < kth) & (top_k > 0).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""What sampling knows of each row, and what it finds: plain tensors side by side."""
+"""Inputs and results of sampling, one entry per row."""
 
 from __future__ import annotations
 
@@ -16,29 +16,32 @@ Truth = TypeVar("Truth", bool, Tensor)
 
 @dataclasses.dataclass(frozen=True)
 class SamplingFlags:
-    """What occurs among some rows; known to the host, so that it need not ask the device.
+    """Which parameters some rows use, known on the host without asking the device.
 
-    True where a row might have it, false only where none has.
+    A flag is true if a row might use the parameter, and false only if no row does.
     """
 
-    #: Temperatures above 0.
+    #: Whether a temperature is above 0.
     noisy: bool
-    #: A `top_p` below 1, and the largest `top_k`.
+    #: Whether a `top_p` is below 1.
     top_p: bool
+    #: The largest `top_k`.
     top_k: int
     logits_eos_inf: bool
     confidence_eos_eot_inf: bool
 
 
 def needs_full_logits(noisy: Truth, filtered: Truth, dream_statistics: Truth) -> Truth:
-    """Whether a row's logits are needed all at once; at temperature 0 and without filters Dream's
-    distribution is the clean one."""
+    """Whether a row needs all its logits at once.
+
+    At temperature 0 and without filters, Dream's distribution equals the clean one.
+    """
     return (noisy & filtered) | (dream_statistics & (noisy | filtered))
 
 
 @dataclasses.dataclass(frozen=True)
 class RowSampling:
-    """What sampling needs to know of each row: all [rows], on the model's device."""
+    """Sampling parameters of each row: all [rows], on the model's device."""
 
     #: float64; 0 is greedy.
     temperature: Tensor
@@ -51,18 +54,19 @@ class RowSampling:
     top_p: Tensor
     #: int64; 0 is off.
     top_k: Tensor
-    #: bool; statistics of the tempered and filtered distribution (Dream) instead of the clean.
+    #: bool; take statistics from the tempered and filtered distribution, as Dream does.
     dream_statistics: Tensor
     #: bool; never choose an end-of-text token.
     logits_eos_inf: Tensor
     #: bool; confidence as if there were no end-of-text or end-of-turn tokens.
     confidence_eos_eot_inf: Tensor
-    #: Of all rows together; how many of them are needed whole.
+    #: Of all rows together.
     flags: SamplingFlags
+    #: Rows that need all their logits at once.
     num_full_logits: int
 
     def take(self, index: slice | Tensor) -> RowSampling:
-        """The same of some rows."""
+        """The parameters of some rows."""
         names = [field.name for field in dataclasses.fields(self)]
         columns = [name for name in names if name not in ("flags", "num_full_logits")]
         return dataclasses.replace(self, **{name: getattr(self, name)[index] for name in columns})
@@ -70,22 +74,22 @@ class RowSampling:
 
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:
-    """Ids that sampling treats apart; int64 tensors on the model's device."""
+    """Tokens with a special meaning; int64 tensors on the model's device."""
 
-    #: May never be chosen.
+    #: The mask token, which is never chosen.
     mask: int
     #: [n]; end of text.
     eos: Tensor
-    #: [n]; everything that ends an answer.
+    #: [n]; all tokens that end an answer.
     stop: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """The chosen token of each row and how sure the model is of it; all [rows].
+    """The chosen token of each row and the model's confidence in it; all [rows].
 
-    Statistics are float32 (float64 for a float64 model), of softmax(logits) unless the row asks
-    for the tempered distribution.
+    Statistics are float32 (float64 for a float64 model), of softmax(logits) unless the row uses
+    Dream's statistics.
     """
 
     #: int64.
@@ -96,24 +100,27 @@ class Candidates:
     entropy: Tensor
     #: Difference of the two largest probabilities.
     margin: Tensor
-    #: Credit after the step, where the step had any.
+    #: Credit after the step; None: no row of the step uses credit.
     credits: Credits | None = None
 
     def take(self, index: slice | Tensor) -> Candidates:
-        """The candidates of some rows, without credit."""
+        """The candidates of some rows."""
         return Candidates(
             token=self.token[index],
             confidence=self.confidence[index],
             entropy=self.entropy[index],
             margin=self.margin[index],
+            credits=None if self.credits is None else self.credits.take(index),
         )
 
 
 def joined(parts: Sequence[Candidates]) -> Candidates:
-    """Concatenate the candidates of several groups of rows, without credit."""
+    """Concatenate the candidates of several groups of rows."""
+    lists = [part.credits for part in parts if part.credits is not None]
     return Candidates(
         token=torch.cat([part.token for part in parts]),
         confidence=torch.cat([part.confidence for part in parts]),
         entropy=torch.cat([part.entropy for part in parts]),
         margin=torch.cat([part.margin for part in parts]),
+        credits=Credits.joined(lists) if lists else None,
     )

@@ -1,4 +1,4 @@
-"""Kernels in the Triton language; each has its equal in torch next door in `ops`.
+"""Kernels in the Triton language; `ops` has a torch implementation of each.
 
-Imported only where `ops.dispatch` chose them: a machine without the package `triton` never is.
+`ops.dispatch` imports them only if it chooses them, so the package `triton` stays optional.
 """

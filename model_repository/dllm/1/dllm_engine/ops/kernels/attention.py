@@ -1,4 +1,4 @@
-"""Attention over packed sequences, fresh and stored ones of any lengths in one launch."""
+"""Attention over packed sequences of any lengths, to fresh and stored rows, in one launch."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ from dllm_engine.ops.layout import FlatLayout, LayerPages
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """What one program multiplies at once, and how."""
+    """Rows and keys that one program multiplies at once, and how."""
 
-    #: Rows, times the query heads that share a KV head.
+    #: Rows times query heads that share a KV head.
     lanes: int
     keys: int
     warps: int
-    #: Blocks of keys on their way from memory: the next is fetched while one is multiplied.
+    #: Blocks of keys in flight from memory: the next loads while one is multiplied.
     stages: int
 
 
-# float32 is multiplied without tensor cores, with whole operands in registers: larger tiles spill.
+# float32 is multiplied without tensor cores, with its operands in registers: larger tiles spill.
 _SHAPES = {4: _Shape(32, 32, 8, 2), 2: _Shape(64, 64, 4, 2)}
 
-#: Which variants there are must not depend on the batch: what lies next to each other for each
-#: sequence or tile may begin anywhere, and its number varies.
+#: Arguments that vary with the batch. Triton must not compile variants for their alignment or size.
 _BY_BATCH = [
     "tile_sequence",
     "tile_row",
@@ -41,12 +40,12 @@ _BY_BATCH = [
     "num_sequences",
     "table_stride",
 ]
-#: Numbers of keys, and as many of values, that one program stores.
+#: Numbers of keys, and of values, that one program stores.
 _STORE_NUMBERS = 2048
 
 
 def program_lanes(dtype: torch.dtype) -> int:
-    """Rows, times the query heads that share a KV head, of one program: what a tile has."""
+    """Rows times query heads that share a KV head, in one program (a tile)."""
     return _SHAPES[dtype.itemsize].lanes
 
 
@@ -59,7 +58,7 @@ def packed_attention(
     out = torch.zeros(rows, num_heads, head_dim, dtype=q.dtype, device=q.device)
     if pages is not None and layout.slot_mapping is not None:
         _store_rows(k, v, layout, pages)
-    # Without pages nothing is stored, and these pointers are never followed.
+    # Without pages no row is stored, and the kernel never follows these pointers.
     keys, values = (k, v) if pages is None else (pages.keys, pages.values)
     shape = _SHAPES[q.element_size()]
     group = num_heads // num_kv_heads
@@ -111,22 +110,22 @@ def _fold(
     values,
     there,
     scale,
-    peak,
-    total,
+    row_max,
+    row_sum,
     mixed,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A block of keys and values added to the online softmax; `there` [keys] says which exist."""
+    """Add a block of keys and values to the online softmax; `there` [keys]: which keys exist."""
     product = tl.dot(query, tl.trans(keys.to(OPERAND)), input_precision=PRECISION)
     scores = tl.where(there[None, :], product * scale, float("-inf"))
-    highest = tl.maximum(peak, tl.max(scores, axis=1))
+    highest = tl.maximum(row_max, tl.max(scores, axis=1))
     weight = tl.exp(scores - highest[:, None])
-    rescale = tl.exp(peak - highest)
+    rescale = tl.exp(row_max - highest)
     mixed = mixed * rescale[:, None] + tl.dot(
         weight.to(values.dtype).to(OPERAND), values.to(OPERAND), input_precision=PRECISION
     )
-    return highest, total * rescale + tl.sum(weight, axis=1), mixed
+    return highest, row_sum * rescale + tl.sum(weight, axis=1), mixed
 
 
 @triton.jit(do_not_specialize=_BY_BATCH)
@@ -161,8 +160,8 @@ def _attend(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # A program has some rows of one sequence, with all query heads that share a KV head, so that
-    # keys and values are loaded once for these; online softmax (Milakov & Gimelshein 2018) over
+    # A program takes some rows of one sequence and all query heads that share a KV head, so that
+    # keys and values are loaded once for them. Online softmax (Milakov & Gimelshein 2018) over
     # blocks of keys, as in FlashAttention (Dao et al. 2022).
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -184,11 +183,11 @@ def _attend(
             mask=live[:, None] & inside[None, :],
             other=0.0,
         ).to(OPERAND)
-        peak = tl.full([ROW_BLOCK * GROUP_BLOCK], float("-inf"), tl.float32)
-        total = tl.zeros([ROW_BLOCK * GROUP_BLOCK], tl.float32)
+        row_max = tl.full([ROW_BLOCK * GROUP_BLOCK], float("-inf"), tl.float32)
+        row_sum = tl.zeros([ROW_BLOCK * GROUP_BLOCK], tl.float32)
         mixed = tl.zeros([ROW_BLOCK * GROUP_BLOCK, DIM_BLOCK], tl.float32)
-        # A loop for either place of the keys, since a load under a condition is not pipelined; the
-        # one that is not meant has no rounds.
+        # One loop for stored and one for fresh keys, since conditional loads are not pipelined. One
+        # of them has no iterations.
         for first in range(0, stored, KEY_BLOCK):
             n = first + tl.arange(0, KEY_BLOCK)
             there = n < stored
@@ -199,8 +198,8 @@ def _attend(
             place = ((page * PAGE_SIZE + n % PAGE_SIZE) * KV_HEADS + kv_head) * HEAD_DIM
             keys = tl.load(page_keys + place[:, None] + d[None, :], mask=both, other=0.0)
             values = tl.load(page_values + place[:, None] + d[None, :], mask=both, other=0.0)
-            peak, total, mixed = _fold(
-                query, keys, values, there, scale, peak, total, mixed, OPERAND, PRECISION
+            row_max, row_sum, mixed = _fold(
+                query, keys, values, there, scale, row_max, row_sum, mixed, OPERAND, PRECISION
             )
         for first in range(0, tl.where(stored > 0, 0, count), KEY_BLOCK):
             n = first + tl.arange(0, KEY_BLOCK)
@@ -210,13 +209,13 @@ def _attend(
             value_place = (start + n) * v_stride + kv_head * HEAD_DIM
             keys = tl.load(k + key_place[:, None] + d[None, :], mask=both, other=0.0)
             values = tl.load(v + value_place[:, None] + d[None, :], mask=both, other=0.0)
-            peak, total, mixed = _fold(
-                query, keys, values, there, scale, peak, total, mixed, OPERAND, PRECISION
+            row_max, row_sum, mixed = _fold(
+                query, keys, values, there, scale, row_max, row_sum, mixed, OPERAND, PRECISION
             )
         out_place = (start + row) * (KV_HEADS * GROUP * HEAD_DIM) + query_place
         tl.store(
             out + out_place[:, None] + d[None, :],
-            (mixed / total[:, None]).to(out.dtype.element_ty),
+            (mixed / row_sum[:, None]).to(out.dtype.element_ty),
             mask=live[:, None] & inside[None, :],
         )
 

@@ -63,7 +63,7 @@ def splits_of(weight: Tensor) -> tuple[_Shape, int, int]:
 
 
 def head_statistics_bytes(head: TiledHead, *, noisy: bool, needs_entropy: bool) -> int:
-    """See `Head.statistics_bytes`: what is written between the two launches."""
+    """See `Head.statistics_bytes`: the statistics of all splits."""
     return 4 * (4 + 2 * noisy + 2 * needs_entropy) * splits_of(head.weight)[2]
 
 
@@ -178,14 +178,14 @@ def _mix(x):
 
 @triton.jit
 def uniform(keys, tokens):
-    """The numbers of uint64 keys for int64 tokens, as `ops.noise.uniform` has them."""
+    """Uniform numbers of uint64 keys for int64 tokens, equal to those of `ops.noise.uniform`."""
     bits = _mix(keys + (tokens + 1).to(tl.uint64) * _GOLDEN)
     return ((bits >> 11).to(tl.int64).to(tl.float64) + 0.5) * _TO_UNIT
 
 
 @triton.jit
 def _among(tokens, ids, count):
-    """Which of the tokens are among the first `count` of `ids`."""
+    """Whether each token is among the first `count` of `ids`."""
     found = tokens < 0
     for i in range(count):
         found = found | (tokens == tl.load(ids + i))
@@ -194,14 +194,14 @@ def _among(tokens, ids, count):
 
 @triton.jit
 def _halves(x):
-    """The left and the right columns."""
+    """Split into the left and the right half of the columns."""
     halves = tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2])
     return tl.split(tl.permute(halves, (0, 2, 1)))
 
 
 @triton.jit
 def _noised_best(logits, keys, temperature, first, start, token, score, logit):
-    """The best token so far, by logit / T + Gumbel noise where T is above 0."""
+    """Update the best token, by logit / T + Gumbel noise where T is above 0."""
     column = tl.arange(0, logits.shape[1])
     ids = first + start + column
     gumbel = -tl.log(-tl.log(uniform(keys[:, None], ids[None, :])))
@@ -215,8 +215,7 @@ def _noised_best(logits, keys, temperature, first, start, token, score, logit):
     return token, tl.where(better, highest, score), tl.where(better, value, logit)
 
 
-# The same code for any number of rows, so that it rounds the same; what lies next to each other for
-# each row may begin anywhere.
+# One compilation for any number of rows and any alignment, so that all round the same.
 @triton.jit(
     do_not_specialize=[
         "keys",
@@ -312,7 +311,7 @@ def _reduce(
 
         choosable = tl.where((ids == mask)[None, :], float("-inf"), logits)
         if NOISY:
-            # A quarter at a time: noise of the whole tile would not fit into the registers.
+            # A quarter at a time: noise for the whole tile does not fit into registers.
             left, right = _halves(choosable)
             for half in tl.static_range(2):
                 quarters = _halves(right if half else left)
@@ -332,7 +331,7 @@ def _reduce(
         logits = tl.where(uncounted[:, None] & stops[None, :], float("-inf"), logits)
         largest = tl.max(logits, axis=1)
         if NEEDS_ENTROPY:
-            # Equal ones count apart.
+            # Equal logits count separately.
             is_largest = logits == largest[:, None]
             below = tl.max(tl.where(is_largest, float("-inf"), logits), axis=1)
             twice = tl.sum(is_largest.to(tl.int32), axis=1) > 1
@@ -344,7 +343,7 @@ def _reduce(
         rescale = tl.exp(max_logit - higher)
         if NEEDS_ENTROPY:
             moved = sum_exp_logit + (max_logit - higher) * sum_exp
-            # A forbidden token has logit −inf and weight 0; it adds nothing, not NaN.
+            # A forbidden token has logit −inf and weight 0; it must add 0, not NaN.
             inner = tl.sum(mass * tl.where(mass > 0, shifted, 0.0), axis=1)
             sum_exp_logit = rescale * moved + inner
         sum_exp = rescale * sum_exp + tl.sum(mass, axis=1)
@@ -385,7 +384,7 @@ def _merge(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # What `parallel.rank_merge` does with two parts, with all splits of a row at once.
+    # As `parallel.rank_merge.merge`, for all splits of a row at once.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < num_rows
     split = tl.arange(0, BLOCK)[None, :]
@@ -395,7 +394,7 @@ def _merge(
     logit = tl.load(logits + place, mask=there, other=_LOWEST)
     wide = logit.to(tl.float64)
     score = tl.load(scores + place, mask=there, other=_LOWEST) if NOISY else wide
-    # The leftmost of equal ones.
+    # The leftmost of equal scores.
     best, at = tl.max(score, axis=1, return_indices=True)
     is_best = split == at[:, None]
     chosen = tl.sum(tl.where(is_best, token, 0), axis=1)
@@ -427,7 +426,7 @@ def _merge(
 def _logits_of(
     hidden: Tensor, weight: Tensor, first: int, options: HeadOptions, tokens: Tensor
 ) -> Tensor:
-    """Logits of each row's own [rows, K] tokens, −∞ where there is none or it does not count."""
+    """Logits of each row's own [rows, K] tokens, −∞ for no token and for excluded tokens."""
     rows, count = tokens.shape
     found = torch.empty(rows, count, dtype=torch.float32, device=hidden.device)
     if rows:

@@ -1,4 +1,4 @@
-"""A matrix product whose every row is computed the same way, however many there are."""
+"""A matrix product that computes each row the same way for any number of rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dllm_engine.ops.kernels.operands import operand_type, precision
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """Rows, columns and inner dimensions that are multiplied at once, and by how many warps."""
+    """Rows, columns and inner dimensions that one program multiplies at once, and its warps."""
 
     rows: int
     columns: int
@@ -22,13 +22,13 @@ class _Shape:
     warps: int
 
 
-# One choice for every number of rows: with another tile a row's sum may be taken in another order,
-# as it is by libraries that choose by shape. Operands of float32 lie in registers.
+# The same tile for every number of rows: a different tile may sum a row in a different order, as
+# libraries do that choose tiles by shape. Operands of float32 are in registers.
 _SHAPES = {4: _Shape(64, 128, 32, 8), 2: _Shape(64, 128, 64, 4)}
 
 
 def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias; a row's result does not depend on the others or on their number.
+    """x @ weight.T + bias; a row's result does not depend on the other rows or their number.
 
     Args:
         x: [rows, in_features].
@@ -41,7 +41,7 @@ def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     shape = _SHAPES[x.element_size()]
     out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     if rows:
-        # Rows go first: programs that run together share columns of the weight.
+        # Rows first: programs that run at the same time share columns of the weight.
         grid = (triton.cdiv(rows, shape.rows), triton.cdiv(columns, shape.columns))
         _linear[grid](
             x,
@@ -63,7 +63,7 @@ def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 
 def add_invariant_linear(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """residual + x @ weight.T, with the same promise."""
+    """residual + x @ weight.T, with the same guarantee."""
     return residual + invariant_linear(x, weight)
 
 

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Numbers that one program works on: enough to keep its threads busy, few enough for registers.
+#: Numbers per program: enough to keep its threads busy, few enough for its registers.
 _NUMBERS = 4096
-#: Gated numbers of a row that one program makes; it reads two for each.
+#: Gated numbers of a row per program; it reads two for each.
 _GATED = 2048
 
 
@@ -23,7 +23,7 @@ def _rms_norm(
     there = (row < rows) & (column < DIM)
     wide = tl.load(x + row * DIM + column, mask=there, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / DIM + eps)
-    # Rounded before the weight, as Llama does.
+    # Rounded before multiplying by the weight, as in Llama.
     normed = (wide * scale[:, None]).to(out.dtype.element_ty).to(tl.float32)
     gain = tl.load(weight + column, mask=column < DIM, other=0.0).to(tl.float32)
     tl.store(out + row * DIM + column, (normed * gain).to(out.dtype.element_ty), mask=there)
@@ -63,7 +63,7 @@ def _rotary(
     left = tl.load(place, mask=there, other=0.0).to(tl.float32)
     right = tl.load(place + HALF, mask=there, other=0.0).to(tl.float32)
     angle = row * (2 * HALF) + column
-    # The table's sines carry the sign: of the left half it is negative.
+    # The table's sines carry the sign: negative in the left half.
     cos_left = tl.load(cos + angle, mask=there, other=0.0).to(tl.float32)
     sin_left = tl.load(sin + angle, mask=there, other=0.0).to(tl.float32)
     cos_right = tl.load(cos + angle + HALF, mask=there, other=0.0).to(tl.float32)
@@ -75,7 +75,7 @@ def _rotary(
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """See `ops.rotary.apply_rotary`; rotates `x` where it lies."""
+    """See `ops.rotary.apply_rotary`; rotates `x` in place."""
     rows, heads, head_dim = x.shape
     assert x.stride()[1:] == (head_dim, 1)
     half, pairs = head_dim // 2, rows * heads
@@ -95,7 +95,7 @@ def _silu_mul(gate_up, out, rows, DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS
     place = gate_up + row * (2 * DIM) + column
     gate = tl.load(place, mask=there, other=0.0).to(tl.float32)
     up = tl.load(place + DIM, mask=there, other=0.0).to(tl.float32)
-    # Rounded before it is multiplied, as torch's two operations do.
+    # Rounded before the product, as torch's two operations do.
     silu = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + row * DIM + column, (silu * up).to(out.dtype.element_ty), mask=there)
 

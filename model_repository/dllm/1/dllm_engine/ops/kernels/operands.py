@@ -1,4 +1,4 @@
-"""In which type the kernels multiply matrices."""
+"""Number types in which the kernels multiply matrices."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _NATIVE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 
 
 def operand_type(dtype: torch.dtype) -> tl.dtype:
-    """The type of a matrix product's operands: that of the tensors.
+    """The type of a matrix product's operands: the tensors' own type.
 
-    Triton's interpreter multiplies the bit patterns of bfloat16 as if they were whole numbers;
-    float32 holds each of its numbers, and each product of two, exactly.
+    Triton's interpreter multiplies the bit patterns of bfloat16 as if they were integers. Use
+    float32 there: it represents each bfloat16, and each product of two, exactly.
     """
     if dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
         return tl.float32
@@ -22,5 +22,5 @@ def operand_type(dtype: torch.dtype) -> tl.dtype:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: in full, since float32 is asked for where that matters."""
+    """Precision of products: full for float32, since users choose that type for its precision."""
     return "ieee" if dtype == torch.float32 else "tf32"

@@ -1,4 +1,4 @@
-"""Head-centric selection, and the page write of what is kept."""
+"""Head-centric selection, and writing the kept keys and values to their pages."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 from dllm_engine.ops.kernels.operands import operand_type, precision
 from dllm_engine.ops.layout import FlatLayout, FlatSelection, LayerPages
 
-#: Rows and candidates that are multiplied at once, and by how many warps, by bytes of a number:
-#: float32 is multiplied with whole operands in registers.
+#: Bytes of a number to rows and candidates multiplied at once, and warps. Operands of float32 are
+#: in registers.
 _SCORED = {4: (16, 8), 2: (32, 4)}
-#: Candidates that are moved at once.
+#: Candidates that one program moves at once.
 _MOVED = 32
-#: A kernel that keeps the best is compiled for powers of two of candidates, from this one on.
+#: `_keep` is compiled for numbers of candidates that are powers of two, starting with this.
 _LEAST_CANDIDATES = 1024
-#: Candidates for each warp of it, within what its threads have registers for.
+#: Candidates per warp of `_keep`, limited by registers.
 _WARP_CANDIDATES = 512
-#: What lies next to each other for each sequence may begin anywhere, and its number varies.
+#: Arguments that vary with the batch. Triton must not compile variants for their alignment or size.
 _BY_SEQUENCE = [
     "query_starts",
     "query_lens",
@@ -35,7 +35,7 @@ _BY_SEQUENCE = [
 
 
 def candidate_sizes(longest: int) -> list[int]:
-    """Largest numbers of candidates of each compilation that sequences of up to `longest` need."""
+    """Numbers of candidates to compile `_keep` for, for sequences of up to `longest`."""
     sizes = [_LEAST_CANDIDATES]
     while sizes[-1] < longest:
         sizes.append(2 * sizes[-1])
@@ -45,7 +45,7 @@ def candidate_sizes(longest: int) -> list[int]:
 def store_selection(q: Tensor, k: Tensor, v: Tensor, layout: FlatLayout, pages: LayerPages) -> None:
     """Select and store densely, as `ops.selection.store_selection` does.
 
-    Only sequences whose `keep` is above 0 take part; all their rows are packed, in order.
+    Only sequences with `keep` above 0 take part; all their rows are packed, in order.
     """
     selection = layout.selection
     assert selection is not None
@@ -54,7 +54,8 @@ def store_selection(q: Tensor, k: Tensor, v: Tensor, layout: FlatLayout, pages: 
 
 
 def score_positions(q: Tensor, k: Tensor, layout: FlatLayout, selection: FlatSelection) -> Tensor:
-    """Scores before pooling: float32 [S, num_kv_heads, max_candidates]; some are undefined."""
+    """Scores before pooling: float32 [S, num_kv_heads, max_candidates], undefined behind each
+    sequence's last candidate."""
     num_heads, head_dim = q.shape[1:]
     num_kv_heads = k.shape[1]
     sequences = len(layout.query_starts)
@@ -132,9 +133,9 @@ def _score(
         ).to(OPERAND)
         best = tl.full([BLOCK], float("-inf"), tl.float32)
         for shared in range(GROUP):
-            # log Σ exp over the block's rows, a block of them at a time.
-            peak = tl.full([BLOCK], float("-inf"), tl.float32)
-            total = tl.zeros([BLOCK], tl.float32)
+            # log Σ exp over the active block's rows, some at a time.
+            max_logit = tl.full([BLOCK], float("-inf"), tl.float32)
+            sum_exp = tl.zeros([BLOCK], tl.float32)
             for first in range(tl.load(block_start + sequence), end, BLOCK):
                 row = first + tl.arange(0, BLOCK)
                 asks = row < end
@@ -146,11 +147,11 @@ def _score(
                 ).to(OPERAND)
                 product = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale
                 product = tl.where(asks[:, None], product, float("-inf"))
-                highest = tl.maximum(peak, tl.max(product, axis=0))
-                total = total * tl.exp(peak - highest)
-                total += tl.sum(tl.exp(product - highest[None, :]), axis=0)
-                peak = highest
-            best = tl.maximum(best, peak + tl.log(total))
+                highest = tl.maximum(max_logit, tl.max(product, axis=0))
+                sum_exp = sum_exp * tl.exp(max_logit - highest)
+                sum_exp += tl.sum(tl.exp(product - highest[None, :]), axis=0)
+                max_logit = highest
+            best = tl.maximum(best, max_logit + tl.log(sum_exp))
         place = (sequence * KV_HEADS + kv_head) * max_candidates + c
         tl.store(scores + place, best, mask=there)
 
@@ -239,11 +240,11 @@ def _keep(
             exists = there & (neighbour >= 0) & (neighbour < candidates)
             score = tl.load(scores + mine + neighbour, mask=exists, other=float("-inf"))
             pooled = tl.maximum(pooled, score)
-        # As whole numbers in the order of the scores; adding 0 makes −0 a 0.
+        # Integers in the order of the scores; adding 0 turns −0 into 0.
         bits = (pooled + 0.0).to(tl.int32, bitcast=True)
         rank = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
         rank = tl.where(there, rank, -(2**31))
-        # The score of the last that is kept: the largest bound that so many reach.
+        # The least kept score: the largest bound that `kept` candidates reach.
         low = tl.full([], -(2**31), tl.int64)
         high = tl.full([], 2**31, tl.int64)
         for _ in range(32):
@@ -257,7 +258,7 @@ def _keep(
         chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= missing))
         place_kept = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
         tl.store(order + mine + c, tl.where(chosen, place_kept, -1), mask=there)
-        # Other threads of this program read what these have written.
+        # Other threads of this program read what these wrote.
         tl.debug_barrier()
         start = tl.load(query_starts + sequence)
         d = tl.arange(0, DIM_BLOCK)
