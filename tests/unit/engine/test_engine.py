@@ -5,6 +5,7 @@ import itertools
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -247,6 +248,21 @@ def test_the_last_token_of_the_context_can_be_used(llm: LLM) -> None:
     params = SamplingParams(gen_length=250, block_length=250, steps=2, ignore_eos=True)
     answer = llm.generate([[1] * 6], params, progress=False)[0]
     assert (answer.confidence >= 0).all()
+
+
+def test_one_prompt_needs_no_list(llm: LLM) -> None:
+    """A text, token ids or a conversation alone is one prompt; messages use the chat template."""
+
+    def tokens(prompts: Any, **options: Any) -> list[list[int]]:
+        params = SamplingParams(gen_length=8)
+        answers = llm.generate(prompts, params, progress=False, **options)
+        return [answer.token_ids.tolist() for answer in answers]
+
+    messages = [{"role": "user", "content": "hi"}]
+    assert tokens("hello") == tokens(["hello"])
+    assert tokens([1, 2, 3]) == tokens(Prompt([1, 2, 3])) == tokens([[1, 2, 3]])
+    assert tokens(messages) == tokens([messages]) == tokens("hi", chat=True)
+    assert len(tokens([messages, "hello", [1, 2]])) == 3
 
 
 def test_a_checkpoint_without_a_tokenizer_serves_token_ids(tmp_path: Path) -> None:
