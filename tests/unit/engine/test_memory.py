@@ -162,8 +162,8 @@ def _ending_early(directory: Path, params: Params, by: str) -> Params:
     llm = LLM(directory)
     answer = llm.generate([PROMPT], free, progress=False)[0]
     if by == "stop":
-        assert llm.engine.codec is not None
-        return dataclasses.replace(free, stop=(llm.engine.codec.decode(answer.token_ids[4:8]),))
+        assert llm.engine.tokenizer is not None
+        return dataclasses.replace(free, stop=(llm.engine.tokenizer.decode(answer.token_ids[4:8]),))
     config = json.loads((directory / "config.json").read_text())
     config["eos_token_id"] = int(answer.token_ids[6])
     (directory / "config.json").write_text(json.dumps(config))

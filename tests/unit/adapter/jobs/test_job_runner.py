@@ -222,6 +222,23 @@ async def test_stream_without_any_event_is_lost(api: RunningApp, engine: Scripte
     assert (len(engine.requests), engine.closed) == (2, 2)
 
 
+async def test_hanging_engine_costs_a_job_one_attempt(
+    database_url: str, engine: ScriptedEngine
+) -> None:
+    """A job that a hanging engine has lost is not sent there again until the engine responds."""
+    engine.scripts = [[SIGN_OF_LIFE, HANG], [DONE]]
+    async with running_app(fast_settings(database_url, probe_interval=1.0), engine) as api:
+        await api.submit()
+        await until(lambda: len(engine.requests) == 1)
+        engine.probe_hangs = True
+        await until(lambda: engine.closed == 1)
+        await asyncio.sleep(1.0)
+        assert len(engine.requests) == 1
+
+        engine.probe_hangs = False
+        assert DONE.text == (await api.result(0))["text"]
+
+
 async def test_deadline_closes_the_stream_and_fails_the_job(
     api: RunningApp, engine: ScriptedEngine
 ) -> None:
