@@ -32,11 +32,16 @@ class Endpoint:
         self._accepted = ValidationCache()
         self._pause = 0.0
         self._not_before = 0.0
+        self._failed_at = 0.0
 
     @property
     def available(self) -> bool:
-        """Whether it answers and is not backing off."""
-        return self.monitor.state.ok and self.backoff_left <= 0
+        """Whether to send it jobs: it responds, and has done so since its last failure.
+
+        Otherwise jobs would go on to an engine that hangs until the monitor takes it for dead.
+        """
+        responds = self.monitor.state.ok and self.monitor.last_heartbeat >= self._failed_at
+        return responds and self.backoff_left <= 0
 
     @property
     def backoff_left(self) -> float:
@@ -68,6 +73,7 @@ class Endpoint:
             set_failed(span, error)
             self._back_off()
             if not isinstance(error, Overloaded):
+                self._failed_at = _now()
                 self.monitor.request_probe()
             raise
         finally:
