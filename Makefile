@@ -47,7 +47,7 @@ format: $(STAMP) ## put the style right
 	$(BIN)/ruff format .
 
 fields: $(STAMP) ## write all lists of sampling fields from the engine's table
-	PYTHONPATH=model_repository/dllm/1 $(BIN)/python -m tools.fields
+	$(BIN)/python -m tools.fields
 
 clean: ## remove the virtual environment and all caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,4 +1,4 @@
-"""The model's tensors: what its inputs and outputs are called, made and read."""
+"""Requests to the Triton model and its responses, as tensors."""
 
 import struct
 from collections.abc import Mapping, Sequence
@@ -51,7 +51,7 @@ INPUT_TYPES: Mapping[str, str] = {
     "check": "BOOL",
     "cancel": "BYTES",
 }
-#: How `struct` calls the numbers among them.
+#: Format characters of `struct` for the types of numbers.
 FORMATS: Mapping[str, str] = {"INT32": "i", "INT64": "q", "FP32": "f", "BOOL": "?"}
 OUTPUTS = ("text_output", "finish_reason", "usage", "seed")
 CANVAS_OUTPUTS = ("token_ids", "token_texts", "confidence", "block")
@@ -62,8 +62,8 @@ def make_request(
 ) -> ModelInferRequest:
     """The inputs as a batch of one. Raises KeyError for a name that the model does not have.
 
-    Made as it goes over the wire: tritonclient's own inputs and outputs take numpy's arrays, which
-    costs more than all else about a small request.
+    The protobuf message is built here: tritonclient's inputs and outputs take NumPy arrays, which
+    cost more than the rest of a small request.
     """
     request = ModelInferRequest(model_name=model_name, id=request_id)
     for name, value in inputs.items():
@@ -77,7 +77,7 @@ def make_request(
 
 
 def read_event(response: ModelInferResponse) -> Event:
-    """One response of the model; an output that it left out keeps its default."""
+    """Read a response of the model. An output that is missing keeps its default."""
     contents = {
         output.name: content
         for output, content in zip(response.outputs, response.raw_output_contents, strict=True)
@@ -94,7 +94,7 @@ def read_event(response: ModelInferResponse) -> Event:
 
 
 def _canvas(contents: Mapping[str, bytes]) -> Canvas | None:
-    """The canvas, where the response has one."""
+    """The canvas, if the response has one."""
     texts = contents.get("token_texts")
     if texts is None:
         return None
@@ -120,7 +120,7 @@ def _numbers(datatype: str, content: bytes) -> list[Any]:
 
 
 def _strings(content: bytes) -> list[bytes]:
-    """Each begins with its length."""
+    """Split a BYTES tensor, in which the length stands before each string."""
     strings, start = [], 0
     while start < len(content):
         end = start + 4 + int.from_bytes(content[start : start + 4], "little")

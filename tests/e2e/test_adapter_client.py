@@ -45,6 +45,17 @@ def test_generate(client: Client, adapter: AdapterServer) -> None:
     assert client.generate_batch(prompts, gen_length=16) == expected
 
 
+def test_batch_longer_than_the_servers_limit(client: Client) -> None:
+    """`generate_batch` splits what the server takes in several calls only; messages work, too."""
+    prompts = [f"What is {i % 7} + 1?" for i in range(65)]
+    with pytest.raises(BadRequestError, match="at most 64 items"):
+        client.submit_batch(prompts, gen_length=4)
+    answers = client.generate_batch(prompts, gen_length=4, steps=1)
+    assert answers == answers[:7] * 9 + answers[:2]
+    messages = [{"role": "user", "content": prompts[1]}]
+    assert client.generate(messages, gen_length=4, steps=1) == answers[1]
+
+
 async def test_generate_async(client: Client, adapter: AdapterServer) -> None:
     """The asyncio client does the same."""
     async with AsyncClient(adapter.url) as other:

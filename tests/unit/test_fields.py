@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
+import shutil
+import subprocess
+import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +17,7 @@ from typing import Any
 import pytest
 from dllm_client import Sampling as ClientSampling
 from dllm_engine import InvalidRequest, SamplingParams
-from dllm_engine.sampling_params import FIELDS, Field, Limits, table
+from dllm_engine.sampling_params import FIELDS, Field, param, table
 from pydantic import ValidationError
 
 from adapter.api.openai.requests import CompletionCall
@@ -33,9 +37,7 @@ GAP = {"suffix", "canvas_ids"}
 class MoreParams(SamplingParams):
     """A table with one field more."""
 
-    warmth: float | None = dataclasses.field(
-        default=None, metadata={"doc": "how warm", "limits": Limits(ge=0, le=9)}
-    )
+    warmth: float | None = param(None, "how warm", ge=0, le=9)
 
 
 def text_of(path: str) -> str:
@@ -67,8 +69,44 @@ def test_a_field_of_the_table_alone_is_found_missing(path: str) -> None:
 @FILES
 def test_a_field_of_one_file_alone_is_found(path: str) -> None:
     """A field added to one list by hand makes that file out of date."""
-    changed = text_of(path).replace("top_k", "top_q")
+    changed = text_of(path).replace("pool_kernel", "pool_width")
     assert fields.written(path, changed) == text_of(path) != changed
+
+
+def test_the_readme_has_every_field() -> None:
+    """The README's table explains each field in one of its rows."""
+    rows = "".join(re.findall(r"^\| `.+$", text_of("README.md"), re.M))
+    assert {name for name in FIELDS if f"`{name}`" not in rows} == set()
+
+
+def test_the_worked_example_works(tmp_path: Path) -> None:
+    """A field that is added as docs/fields.md says reaches every file by `make fields` alone."""
+    for name in ("adapter", "client", "tools", "model_repository/dllm/1/dllm_engine"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (*fields.WRITERS, "pyproject.toml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    example = re.search(
+        r'^   ```python\n   # (\S+), above "(.+)"\n(.+?)^   ```$',
+        text_of("docs/fields.md"),
+        re.M | re.S,
+    )
+    assert example is not None
+    file = tmp_path / example[1]
+    declared = re.sub("^   ", "", example[3], flags=re.M) + example[2]
+    file.write_text(file.read_text().replace(example[2], declared))
+
+    folders = [tmp_path / name for name in ("model_repository/dllm/1", "client", ".")]
+    run = subprocess.run(
+        [sys.executable, "-m", "tools.fields"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.stdout.split("\n")[:-1] == [f"wrote {path}" for path in fields.WRITERS], run.stderr
+    assert all("min_p" in (tmp_path / path).read_text() for path in fields.WRITERS)
 
 
 @pytest.mark.parametrize(

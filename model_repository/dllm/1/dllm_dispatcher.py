@@ -1,4 +1,4 @@
-"""The threads beside the engine's: one sends responses, one watches callers and metrics.
+"""Two threads beside the engine's: one sends responses, one polls for cancellations and metrics.
 
 The engine's thread must not wait for Triton: it puts updates into the outbox and goes on.
 """
@@ -25,49 +25,49 @@ from dllm_tensors import cancel_response, error_response, to_response
 
 logger = logging.getLogger("dllm_engine.triton")
 
-#: Unsent updates of one request beyond which further ones are skipped. Each update carries the
-#: whole canvas, so a reader that is too slow sees fewer steps and misses nothing.
+#: A request with this many unsent updates skips further ones. Each update carries the whole
+#: canvas, so a slow reader sees fewer steps and misses nothing.
 MAX_UNSENT = 64
-#: Shortest time between two rounds of asking callers whether they have left, and the share of its
-#: time for which the asking thread may compute. Asking is a round trip to the server's own process:
-#: 64 of them every 40 ms cost a small model a sixteenth of its throughput on two cores. Whoever
-#: cannot wait for that says that he leaves (`ResponseDispatcher.cancel`).
+#: Shortest pause between two polls for cancelled requests, and the share of its time that the
+#: polling thread may compute. Each request costs a round trip to the server's process: 64 of them
+#: every 40 ms cost a small model a sixteenth of its throughput on two cores. A cancel by id does
+#: not wait for a poll (`ResponseDispatcher.cancel`).
 WATCH_SECONDS = 0.02
 WATCH_SHARE = 0.005
-#: Of the callers that wait for a place, so many are asked in a round, in turn.
-ASKED_WAITING = 8
+#: Queued requests that one poll asks about, in turn.
+POLLED_WAITING = 8
 METRICS_SECONDS = 1.0
 
 
 @dataclasses.dataclass(eq=False)
 class PendingRequest:
-    """Whoever waits for one request."""
+    """One request that is not answered yet, and the sender for its responses."""
 
     request: Request
     sender: Any
-    #: Names of the outputs that it asked for.
+    #: Names of the requested outputs.
     outputs: frozenset[str]
     num_unsent: int = 0
-    #: Held while the sender is used: asking it anything after the final response has been sent
-    #: reaches into memory that the server has freed, and crashes it.
+    #: Held while the sender is used: any call to it after the final response reaches memory that
+    #: the server has freed, and crashes it.
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
     answered: bool = False
 
     def send(self, response: Any, *, final: bool) -> None:
-        """Send a response; the final flag rides on the last one, nobody waits for an empty one."""
+        """Send a response. The last one carries the final flag, so that no empty one follows."""
         flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
         with self.lock:
             self.answered = final
             self.sender.send(response, flags=flags)
 
     def is_cancelled(self) -> bool:
-        """Whether the caller cancelled or disconnected."""
+        """Whether the client cancelled or disconnected."""
         with self.lock:
             return not self.answered and bool(self.sender.is_cancelled())
 
 
 class _Countdown:
-    """Calls `done` once it has been counted down."""
+    """Calls `done` after `parts` calls of `count`."""
 
     def __init__(self, parts: int, done: Callable[[], None]) -> None:
         self._left = parts
@@ -84,7 +84,7 @@ class _Countdown:
 
 
 class ResponseDispatcher:
-    """Sends the engine's updates to their callers and tells the engine who has gone away."""
+    """Sends the engine's updates to Triton, and cancels requests whose clients disconnected."""
 
     def __init__(self, worker: EngineThread, model: str, instance: str) -> None:
         self._worker = worker
@@ -102,26 +102,26 @@ class ResponseDispatcher:
         for thread in self._threads:
             thread.start()
 
-    def register(self, caller: PendingRequest) -> None:
-        """Expect updates for this caller."""
+    def register(self, entry: PendingRequest) -> None:
+        """Expect updates for this request."""
         with self._changed:
-            self._pending[caller.request.request_id] = caller
+            self._pending[entry.request.request_id] = entry
 
     def forget(self, request_id: int) -> None:
-        """Expect no updates for this request any more: it is answered by somebody else, now."""
+        """Expect no more updates for this request: the model answers it itself."""
         with self._changed:
-            caller = self._pending.pop(request_id, None)
-        if caller is not None:
-            with caller.lock:
-                caller.answered = True
+            entry = self._pending.pop(request_id, None)
+        if entry is not None:
+            with entry.lock:
+                entry.answered = True
 
     def cancel(self, triton_id: str, sender: Any, outputs: Collection[str]) -> None:
-        """End what its callers call so before the next step of each instance; answer `sender` then.
+        """End the requests with this id before each instance's next step, then answer `sender`.
 
-        Unknown ids are fine: the answer says that the engines take steps.
+        An unknown id ends nothing; the answer then shows that the engines take steps.
 
         Raises:
-            EngineDead: this one does not.
+            EngineDead: this engine takes no steps any more.
         """
         answer = functools.partial(self._send_cancelled, sender, frozenset(outputs))
         parts = _Countdown(2, lambda: self._put(answer))
@@ -142,7 +142,7 @@ class ResponseDispatcher:
 
     def _end(self, triton_id: str, done: Callable[[], None]) -> None:
         with self._changed:
-            ids = [i for i, caller in self._pending.items() if caller.request.name == triton_id]
+            ids = [i for i, entry in self._pending.items() if entry.request.name == triton_id]
         for request_id in ids:
             self._worker.cancel(request_id)
         self._worker.call_between_steps(done)
@@ -154,15 +154,15 @@ class ResponseDispatcher:
             done()  # it runs nothing any more
 
     def post(self, update: CanvasUpdate) -> None:
-        """Queue an update for its caller; called on the engine's thread."""
+        """Queue an update for sending; called on the engine's thread."""
         with self._changed:
-            caller = self._pending[update.request_id]
+            entry = self._pending[update.request_id]
             if update.finished:
                 del self._pending[update.request_id]
-            elif caller.num_unsent >= MAX_UNSENT:
+            elif entry.num_unsent >= MAX_UNSENT:
                 return
-            caller.num_unsent += 1
-        self._put(functools.partial(self._send, caller, update))
+            entry.num_unsent += 1
+        self._put(functools.partial(self._send, entry, update))
 
     def _put(self, message: Callable[[], None]) -> None:
         with self._changed:
@@ -197,20 +197,20 @@ class ResponseDispatcher:
                 self._outbox.popleft()
                 self._changed.notify_all()
 
-    def _send(self, caller: PendingRequest, update: CanvasUpdate) -> None:
+    def _send(self, entry: PendingRequest, update: CanvasUpdate) -> None:
         try:
-            params = caller.request.params
-            response = to_response(self._worker.engine, update, params, caller.outputs)
+            params = entry.request.params
+            response = to_response(self._worker.engine, update, params, entry.outputs)
         except Exception as error:
-            # Whatever is wrong with one answer, its caller must not wait for ever.
-            logger.exception("answer not made request_id=%s", caller.request.name)
+            # A defect must not leave the client waiting for ever.
+            logger.exception("answer not made request_id=%s", entry.request.name)
             response = error_response(f"answer not made: {error}", pb_utils.TritonError.INTERNAL)
         try:
-            caller.send(response, final=update.finished)
+            entry.send(response, final=update.finished)
         except pb_utils.TritonModelException:
-            logger.exception("response lost request_id=%s", caller.request.name)
+            logger.exception("response lost request_id=%s", entry.request.name)
         with self._changed:
-            caller.num_unsent -= 1
+            entry.num_unsent -= 1
 
     def _send_cancelled(self, sender: Any, outputs: Collection[str]) -> None:
         response = cancel_response(outputs, self._started)
@@ -228,11 +228,11 @@ class ResponseDispatcher:
             with self._changed:
                 pending = dict(self._pending)
             waiting = waiting or [c for i, c in pending.items() if i not in running]
-            for caller in [pending[i] for i in running if i in pending] + waiting[:ASKED_WAITING]:
-                # Asked again until the final update: it may not have been queued yet.
-                if caller.is_cancelled():
-                    self._worker.cancel(caller.request.request_id)
-            del waiting[:ASKED_WAITING]
+            for entry in [pending[i] for i in running if i in pending] + waiting[:POLLED_WAITING]:
+                # Repeated until the final update: the engine may not know the request yet.
+                if entry.is_cancelled():
+                    self._worker.cancel(entry.request.request_id)
+            del waiting[:POLLED_WAITING]
             pause = max(WATCH_SECONDS, (time.thread_time() - spent) / WATCH_SHARE)
             if began - published >= METRICS_SECONDS:
                 self._metrics.publish(self._worker)

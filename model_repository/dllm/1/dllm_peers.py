@@ -1,7 +1,7 @@
-"""Instances of one model on one server tell each other which requests are to end.
+"""Instances of one model on one server forward cancels to each other.
 
-Triton hands a request to whichever instance is free: the one that is asked to end a request is
-often not the one that runs it.
+Triton hands a request to any free instance, so the instance that gets a cancel is often not the one
+that runs the request.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-#: What is not acknowledged is sent again after this many seconds; what found no room (a socket
-#: holds about ten messages), after this many.
+#: Seconds after which an unacknowledged message is sent again, and after which one is sent that
+#: found the socket full (it holds about ten).
 AGAIN_SECONDS = 0.1
 ROOM_SECONDS = 0.002
 #: Longest message; a longer one was not sent by a peer.
@@ -30,10 +30,10 @@ Done = Callable[[], object]
 
 @dataclasses.dataclass
 class _Waiting:
-    """A request to end something, and who has not answered it."""
+    """A cancel, and the instances that have not acknowledged it."""
 
     message: bytes
-    #: Those who have not answered, and when (seconds, monotonic) each is to be asked again.
+    #: Instances to wait for, and when (seconds, monotonic) to send to each again.
     missing: dict[str, float]
     done: Done
 
@@ -41,13 +41,12 @@ class _Waiting:
 class InstanceBus:
     """One instance's place among the others: a socket in a folder that they share.
 
-    Messages may be lost, so they are sent until they are acknowledged, or nobody is there to do so.
+    Messages may be lost, so each is sent until its receiver acknowledges it or is gone.
 
     Args:
-        folder: the same for all instances of a model, and nobody else's; made where it is missing.
-        instance: this one's name.
-        end: ends the requests of an id here, and calls what it is given once that is done; it must
-            not block.
+        folder: shared by all instances of a model, and by them alone; made where it is missing.
+        instance: this instance's name.
+        end: ends the requests with an id here, then calls its second argument; it must not block.
 
     Raises:
         OSError: the folder or the socket cannot be made.
@@ -56,13 +55,13 @@ class InstanceBus:
     def __init__(self, folder: Path, instance: str, end: Callable[[str, Done], None]) -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
         if folder.stat().st_uid != os.getuid():
-            raise PermissionError(f"{folder} belongs to somebody else")
+            raise PermissionError(f"{folder} belongs to another user")
         self._folder = folder
         self._path = folder / f"{instance}-{os.getpid()}"
         self._end = end
         self._tokens = itertools.count()
         self._waiting: dict[int, _Waiting] = {}
-        #: Who has asked for what that is not done yet.
+        #: Senders and tokens of cancels that are not done yet.
         self._ending: set[tuple[str, int]] = set()
         self._lock = threading.Lock()
         self._closing = False
@@ -74,9 +73,9 @@ class InstanceBus:
         self._thread.start()
 
     def broadcast_cancel(self, name: str, done: Done) -> None:
-        """Have all others end the requests of this id; `done` is called once none is left to.
+        """Have all other instances end the requests with this id, then call `done`.
 
-        It is called on any thread, and must not block. An instance that dies has nothing to end.
+        `done` is called on any thread, and must not block. An instance that dies counts as done.
         """
         others = {str(path) for path in self._folder.iterdir()} - {str(self._path)}
         if not others:
@@ -89,7 +88,7 @@ class InstanceBus:
         self._wake()
 
     def close(self) -> None:
-        """Answer no more; whoever waits is told that it is done."""
+        """Stop; cancels that still wait count as done."""
         if self._closing:
             return
         self._closing = True
@@ -115,7 +114,7 @@ class InstanceBus:
                         self._receive(json.loads(message), sender)
 
     def _ask(self) -> float | None:
-        """Ask whoever is to be asked now; seconds until the next."""
+        """Send what is due; returns the seconds until more is."""
         with self._lock:
             waiting = list(self._waiting.items())
         now = time.monotonic()
@@ -136,7 +135,7 @@ class InstanceBus:
             return
         answer = json.dumps({"token": token}).encode()
         if (sender, token) in self._ending:
-            return  # asked again, in a long step
+            return  # sent again during a long step
         self._ending.add((sender, token))
 
         def done() -> None:
@@ -157,7 +156,7 @@ class InstanceBus:
         asked.done()
 
     def _send(self, message: bytes, path: str) -> bool | None:
-        """Send without waiting: whether there was room, None if nobody is there any more."""
+        """Send without waiting; returns whether there was room, None if the receiver is gone."""
         try:
             self._socket.sendto(message, path)
         except (ConnectionRefusedError, FileNotFoundError):

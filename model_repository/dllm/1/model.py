@@ -47,7 +47,7 @@ EXIT_ON_ENGINE_DEATH = "DLLM_EXIT_ON_ENGINE_DEATH"
 
 
 class TritonPythonModel:
-    """What Triton's Python backend loads."""
+    """The model as Triton's Python backend loads it."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the checkpoint; an error here is a failed model load that carries its message."""
@@ -60,8 +60,7 @@ class TritonPythonModel:
         self._dispatcher = ResponseDispatcher(
             self._worker, args["model_name"], args["model_instance_name"]
         )
-        # What is there now stays; a full collection that looks through all of it takes the time of
-        # several steps.
+        # These objects stay: a full collection that visits them takes as long as several steps.
         gc.collect()
         gc.freeze()
         self._fail_fast = FailFast()
@@ -69,7 +68,7 @@ class TritonPythonModel:
             self._fail_fast.arm()
 
     def execute(self, requests: list[Any]) -> None:
-        """Queue a batch with the engine; responses follow from the exchange's thread."""
+        """Queue a batch with the engine; the dispatcher's thread sends the responses."""
         for request in requests:
             sender = request.get_response_sender()
             try:
@@ -79,16 +78,16 @@ class TritonPythonModel:
             except QueueFull as error:
                 _refuse(sender, error, pb_utils.TritonError.UNAVAILABLE)
             except EngineDead as error:
-                # Unlike those that were with the engine when it died, this one did not do it.
+                # The engine was dead before: this request did not kill it.
                 refusal = EngineDead(f"the engine takes no more requests: {error}")
                 _refuse(sender, refusal, pb_utils.TritonError.UNAVAILABLE)
             except Exception as error:
-                # A defect of ours that one request lays bare must not fail its whole batch.
-                logger.exception("request not understood")
+                # A defect that one request meets must not fail its whole batch.
+                logger.exception("request not parsed")
                 _refuse(sender, error, pb_utils.TritonError.INTERNAL)
 
     def finalize(self) -> None:
-        """Finish what runs and stop every thread; an engine that hangs is left behind."""
+        """Finish running requests and stop every thread; an engine that hangs is left behind."""
         self._fail_fast.disarm()
         if not self._worker.close(timeout=DRAIN_SECONDS):
             logger.error("engine did not finish within %d s, leaving it", DRAIN_SECONDS)

@@ -22,7 +22,7 @@ ENGINE_MODEL = "dllm"
 LONG_WAIT_SECONDS = 0.1
 STOPPING = "the server is stopping"
 REFUSED = "the engine takes no more requests"
-#: What is no fault of the request: it may be made again.
+#: Errors that are not the request's fault: the client may repeat it.
 TRY_AGAIN = re.compile(
     f"exceeds maximum queue size|request timeout expired|not healthy|{STOPPING}|{REFUSED}"
 )
@@ -30,7 +30,7 @@ TRY_AGAIN = re.compile(
 
 @dataclasses.dataclass(eq=False)
 class Call:
-    """One request, and when it came and went to the engine (seconds, monotonic)."""
+    """One request, when it arrived and when a thread took it (seconds, monotonic)."""
 
     request: Any
     sender: Any
@@ -71,7 +71,7 @@ class TritonPythonModel:
                 sender.send(self._failed(self._queue_full), flags=FINAL)
 
     def finalize(self) -> None:
-        """Wait for what is in flight; what waits for a thread is refused."""
+        """Wait for requests in flight; refuse those that wait for a thread."""
         self._closing.set()
         with self._changed:
             self._changed.wait_for(lambda: self._open == 0)
@@ -83,7 +83,7 @@ class TritonPythonModel:
             try:
                 response = self._ask_engine(call)
             except Exception as error:  # noqa: BLE001
-                # Nobody looks at what a thread raises, and the caller would wait for ever.
+                # An error that a thread raises is lost, and the client would wait for ever.
                 response = self._failed(str(error))
             self._answer(call, response)
 
@@ -111,8 +111,8 @@ class TritonPythonModel:
                 return self._failed("request timeout expired")
         question = pb_utils.InferenceRequest(
             model_name=ENGINE_MODEL,
-            # Those and no others: an output that the caller did not ask for would be dropped by the
-            # stub without Python's lock, and corrupt the interpreter's memory.
+            # No others: the stub drops an output that was not requested without Python's lock, and
+            # corrupts the interpreter's memory.
             requested_output_names=list(request.requested_output_names()),
             inputs=request.inputs(),
             request_id=request.request_id(),  # to be cancelled by
@@ -132,8 +132,8 @@ class TritonPythonModel:
         return pb_utils.InferenceResponse(output_tensors=answers[0].output_tensors())
 
     def _failed(self, message: str) -> Any:
-        # A call inside the server loses the error's code. The engine's messages about an input
-        # start with its name, which is how an invalid argument is told from a failure.
+        # A call inside the server loses the error's code. But the engine's messages about an input
+        # start with its name, which tells an invalid argument from a failure.
         errors = pb_utils.TritonError
         if self._about_a_field.search(message):
             code = errors.INVALID_ARG

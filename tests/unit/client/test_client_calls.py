@@ -92,7 +92,7 @@ AWAY = [
 
 @pytest.mark.parametrize("timeout", [None, 30.0])
 def test_wait_outlasts_a_restart(client: Client, script: Script, timeout: float | None) -> None:
-    """However often nobody answers, and whichever way, the job is asked for again."""
+    """A poll without an answer is retried, however often and for whichever reason."""
     script.answers = [submitted(4), *AWAY, job("running"), *AWAY, job("finished", "a text")]
     assert client.generate("hi", wait_timeout=timeout) == "a text"
     assert len(script.requests) == 3 + 2 * len(AWAY)
@@ -121,7 +121,7 @@ def test_dead_server_is_reported_in_the_end(
     trouble: httpx.Response | Exception,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Without a limit nobody waits for ever; the error says which job to come back for."""
+    """A wait without a time limit ends after a while, with the job's id in the error."""
     monkeypatch.setattr(_operations, "OUTAGE_SECONDS", 0.02)
     script.answers = [submitted(4), trouble]
     with pytest.raises(UnavailableError, match="no answer about job 4 for 0.02 s: .+") as caught:
@@ -133,7 +133,7 @@ def test_dead_server_is_reported_in_the_end(
 def test_dead_server_at_the_deadline(
     client: Client, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a limit it is the limit that counts; the error has the reason, too."""
+    """A wait with a time limit ends at the limit; the error has the reason, too."""
     monkeypatch.setattr(_operations, "OUTAGE_SECONDS", 0.0)
     script.answers = [submitted(4), httpx.ConnectError("refused")]
     message = r"job 4 was not finished after 0\.02 s: cannot reach http://server: refused"
@@ -142,8 +142,8 @@ def test_dead_server_at_the_deadline(
     assert caught.value.request_id == 4
 
 
-def test_what_ends_the_waiting_names_the_job(client: Client, script: Script) -> None:
-    """The id of a job that was submitted reaches the caller, whatever goes wrong then."""
+def test_errors_of_a_wait_name_the_job(client: Client, script: Script) -> None:
+    """Every error of a wait has the job's id."""
     for answer in (httpx.Response(500), httpx.Response(401), job("failed"), job("cancelled")):
         script.answers = [submitted(4), answer]
         with pytest.raises(dllm_client.DllmError) as caught:
@@ -151,8 +151,8 @@ def test_what_ends_the_waiting_names_the_job(client: Client, script: Script) -> 
         assert caught.value.request_id == 4
 
 
-def test_pauses_grow_while_nobody_answers() -> None:
-    """A blip costs a moment; a server that is away for longer is asked once a second."""
+def test_pauses_grow_without_an_answer() -> None:
+    """The first retries come at once; then the server is asked once a second."""
     operation = _operations.wait(4, None)
     steps = [next(operation)]
     while len(steps) < 11:
@@ -291,8 +291,8 @@ def test_cancelled_job_raises_when_waited_for(client: Client, script: Script) ->
     assert script.asked[0] == "DELETE /v1/result/0"
 
 
-def test_get_is_repeated_when_nobody_answers(client: Client, script: Script) -> None:
-    """A poll survives a server that is away for a moment."""
+def test_get_is_repeated_without_an_answer(client: Client, script: Script) -> None:
+    """A poll goes on after a short outage."""
     script.answers = [httpx.ConnectError("refused"), httpx.ReadError("reset"), job("running")]
     assert not client.result(0).done
     assert len(script.requests) == 3
@@ -310,15 +310,15 @@ def test_submission_is_repeated_under_its_key(client: Client, script: Script) ->
     assert given == "mine"
 
 
-def test_nobody_there(client: Client, script: Script) -> None:
-    """A server that is away for longer is reported."""
+def test_absent_server(client: Client, script: Script) -> None:
+    """A server without an answer is an UnavailableError."""
     script.answers = [httpx.ConnectError("refused")]
     with pytest.raises(UnavailableError, match="cannot reach http://server: refused"):
         client.submit("hi")
 
 
 def test_cancellation_is_not_repeated(client: Client, script: Script) -> None:
-    """What has no key is sent once."""
+    """A call without an idempotency key is sent once."""
     script.answers = [httpx.ReadError("reset"), job("cancelled")]
     with pytest.raises(UnavailableError, match="cannot reach http://server: reset"):
         client.cancel(0)
@@ -326,7 +326,7 @@ def test_cancellation_is_not_repeated(client: Client, script: Script) -> None:
 
 
 def test_timeouts_are_not_repeated(client: Client, script: Script) -> None:
-    """A server that took too long is not asked again."""
+    """A call that ran into its time limit is not sent again."""
     script.answers = [httpx.ReadTimeout("slow")]
     with pytest.raises(dllm_client.TimeoutError, match="did not answer in time"):
         client.result(0)
@@ -362,7 +362,7 @@ OPENAI = {"error": {"message": "too long", "param": "gen_length"}}
 def test_bad_request_names_the_field(
     client: Client, script: Script, body: object, field: str | None, message: str
 ) -> None:
-    """Whichever way the server reports it, field and reason reach the caller."""
+    """Field and reason reach the caller from every form of error body."""
     script.answers = [httpx.Response(422, json=body)]
     with pytest.raises(BadRequestError) as caught:
         client.submit("hi")
@@ -382,7 +382,7 @@ def test_bad_request_names_the_field(
 def test_value_that_cannot_be_sent(
     client: Client, script: Script, prompt: str, params: Any, field: str
 ) -> None:
-    """What is no JSON is refused as the server would refuse it, naming the field."""
+    """A value that JSON cannot hold is refused as the server would refuse it, naming the field."""
     with pytest.raises(BadRequestError, match=f"^{field}: ") as caught:
         client.submit(prompt, **params)
     assert caught.value.field == field
@@ -394,8 +394,8 @@ def test_value_that_cannot_be_sent(
 
 
 @pytest.mark.parametrize("timeout", [float("nan"), -1.0, 0.0, float("inf")])
-def test_time_that_nobody_can_wait(timeout: float) -> None:
-    """What no socket takes for a time limit is refused before one is asked."""
+def test_unusable_time_limit(timeout: float) -> None:
+    """A time limit that no socket takes is refused when the client is made."""
     for kind in (Client, AsyncClient):
         with pytest.raises(BadRequestError, match="^timeout: ") as caught:
             kind("http://server", timeout=timeout)
@@ -477,8 +477,8 @@ def test_unusable_address(kind: type[Client | AsyncClient], url: str) -> None:
         kind(url)
 
 
-def test_address_of_nobody() -> None:
-    """A name that nobody has is a DllmError, not one of httpx's."""
+def test_host_that_does_not_exist() -> None:
+    """An unusable host name is a DllmError, not one of httpx's errors."""
     with pytest.raises(UnavailableError, match="cannot reach"), Client("http://[") as client:
         client.health()
 

@@ -1,4 +1,4 @@
-"""Instances of a model tell each other which requests are to end."""
+"""Instances of a model forward cancels to each other."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def instances(folder: Path) -> Iterator[list[Instance]]:
 
 
 def test_all_others_end_it(instances: list[Instance]) -> None:
-    """Whoever tells has done so itself; it is over when the others have."""
+    """A broadcast reaches all other instances, and not its sender."""
     first, *others = instances
     assert first.broadcast_cancel("mine").wait(PATIENCE)
     assert first.ended == []
@@ -76,15 +76,15 @@ def test_it_is_over_when_the_slowest_is_done(instances: list[Instance]) -> None:
 
 
 def test_many_at_once(instances: list[Instance]) -> None:
-    """More than the sockets have room for: none is lost."""
+    """No cancel is lost when there are more than the sockets hold."""
     overs = [instances[n % 3].broadcast_cancel(f"request {n}") for n in range(300)]
     assert all(over.wait(PATIENCE) for over in overs)
     for n, instance in enumerate(instances):
         assert set(instance.ended) == {f"request {i}" for i in range(300) if i % 3 != n}
 
 
-def test_nobody_waits_for_the_dead(folder: Path, instances: list[Instance]) -> None:
-    """What a killed instance has left behind is cleared away."""
+def test_dead_instances_are_not_waited_for(folder: Path, instances: list[Instance]) -> None:
+    """The socket that a killed instance has left is removed."""
     left = folder / "dllm_0_9-1"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as dead:
         dead.bind(str(left))
@@ -92,8 +92,8 @@ def test_nobody_waits_for_the_dead(folder: Path, instances: list[Instance]) -> N
     assert not left.exists()
 
 
-def test_nobody_waits_for_an_instance_that_ends(instances: list[Instance]) -> None:
-    """Whoever is gone before it has answered has nothing left to end."""
+def test_instances_that_close_are_not_waited_for(instances: list[Instance]) -> None:
+    """An instance that closes before it has answered counts as done."""
     first, _, busy = instances
     busy.busy = True
     over = first.broadcast_cancel("mine")
@@ -103,7 +103,7 @@ def test_nobody_waits_for_an_instance_that_ends(instances: list[Instance]) -> No
 
 
 def test_the_only_instance_is_done_at_once(folder: Path) -> None:
-    """And the folder goes with the last one."""
+    """A broadcast without others is done at once; the last instance removes the folder."""
     with closing(Instance(folder, "dllm_0_0").peers) as peers:
         done = threading.Event()
         peers.broadcast_cancel("mine", done.set)
@@ -111,12 +111,10 @@ def test_the_only_instance_is_done_at_once(folder: Path) -> None:
     assert not folder.exists()
 
 
-def test_somebody_elses_folder_is_not_trusted(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Anybody may make a folder for temporary files first."""
+def test_folder_of_another_user_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user may have made the folder first."""
     folder.mkdir()
     uid = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: uid + 1)
-    with pytest.raises(PermissionError, match="somebody else"):
+    with pytest.raises(PermissionError, match="another user"):
         InstanceBus(folder, "dllm_0_0", lambda _name, done: done())

@@ -79,7 +79,7 @@ class Limits:
             _require(name, ok, rule, f"{len(text)} characters")
 
 
-def _field(default: Any, doc: str, **limits: Any) -> Any:
+def param(default: Any, doc: str, **limits: Any) -> Any:
     """A field of the table: its default, its description for users, and its limits."""
     return dataclasses.field(default=default, metadata={"doc": doc, "limits": Limits(**limits)})
 
@@ -92,88 +92,88 @@ class SamplingParams:
     """
 
     # Gumbel-max over logits / temperature, in float64.
-    temperature: float = _field(
+    temperature: float = param(
         0.0, "0 picks the most probable tokens; above 0 samples", ge=0, le=LARGEST
     )
-    gen_length: int = _field(32, "length of the canvas in tokens", ge=1)
-    steps: int | None = _field(
+    gen_length: int = param(32, "length of the canvas in tokens", ge=1)
+    steps: int | None = param(
         None, "denoising steps over the whole canvas; default: gen_length", ge=1
     )
-    block_length: int | None = _field(
+    block_length: int | None = param(
         None, "tokens per block, at most gen_length; default: 32, with alg gen_length", ge=1
     )
-    cfg_scale: float = _field(0.0, "classifier-free guidance; 0 is off", ge=0, le=LARGEST)
-    remasking: str = _field(
+    cfg_scale: float = param(0.0, "classifier-free guidance; 0 is off", ge=0, le=LARGEST)
+    remasking: str = param(
         "low_confidence", "which positions a step commits first", choices=tuple(REMASKING)
     )
-    confidence_threshold: float | None = _field(
+    confidence_threshold: float | None = param(
         None, "commit every position at least this confident, and the best", gt=0, le=1
     )
-    factor: float | None = _field(
+    factor: float | None = param(
         None,
         "Fast-dLLM: commit the n most confident while c_n >= 1 - factor / (n + 1)",
         ge=0,
         le=LARGEST,
     )
-    entropy_bound: float | None = _field(
+    entropy_bound: float | None = param(
         None,
         "EB-sampler: commit the least uncertain while their entropies sum to at most this",
         ge=0,
         le=LARGEST,
     )
-    low_threshold: float | None = _field(
+    low_threshold: float | None = param(
         None, "dInfer: commit the best of each run of masks, too, if above this", gt=0, le=1
     )
-    credit: bool = _field(False, "dInfer: trust tokens that stay ahead from step to step")
-    anchor_threshold: float | None = _field(
+    credit: bool = param(False, "dInfer: trust tokens that stay ahead from step to step")
+    anchor_threshold: float | None = param(
         None, "LocalLeap: commit neighbors of positions at least this confident", gt=0, le=1
     )
-    neighbor_threshold: float | None = _field(
+    neighbor_threshold: float | None = param(
         None, "LocalLeap: how confident a neighbor has to be; default: 0.75", gt=0, le=1
     )
     # The time schedule, with statistics after temperature, top-p and top-k.
-    alg: str | None = _field(None, "Dream's rule, instead of remasking", choices=tuple(ALG))
-    alg_temp: float = _field(
+    alg: str | None = param(None, "Dream's rule, instead of remasking", choices=tuple(ALG))
+    alg_temp: float = param(
         0.0,
         "Dream: above 0, draw positions from softmax(score / alg_temp); needs alg",
         ge=0,
         le=LARGEST,
     )
     # Both apply at a temperature above 0, and to the statistics of `alg`.
-    top_p: float | None = _field(
+    top_p: float | None = param(
         None, "sample from the most probable tokens that reach this sum", gt=0, le=1
     )
-    top_k: int | None = _field(None, "sample from this many most probable tokens", ge=1)
-    seed: int | None = _field(
+    top_k: int | None = param(None, "sample from this many most probable tokens", ge=1)
+    seed: int | None = param(
         None,
         "repeats an answer; default: drawn at random and reported",
         ge=-(2**63),
         le=2**63 - 1,
     )
-    logits_eos_inf: bool = _field(False, "never choose the end-of-text token")
+    logits_eos_inf: bool = param(False, "never choose the end-of-text token")
     # Their confidence is 0, and they do not count in the others'. (At temperature > 0 the
     # reference suppresses only end of turn.)
-    confidence_eos_eot_inf: bool = _field(
+    confidence_eos_eot_inf: bool = param(
         False, "commit end-of-text and end-of-turn tokens after all others"
     )
-    stop: tuple[str, ...] = _field(
+    stop: tuple[str, ...] = param(
         (), "end the text before the first of these strings", max_items=16, max_chars=256
     )
-    ignore_eos: bool = _field(False, "decode the whole canvas, even after an end-of-text token")
-    cache: str | None = _field(
+    ignore_eos: bool = param(False, "decode the whole canvas, even after an end-of-text token")
+    cache: str | None = param(
         None, "which keys and values are kept between steps", choices=CACHE_POLICIES
     )
-    retention_ratio: float | None = _field(
+    retention_ratio: float | None = param(
         None, "share of the positions outside the block that each KV head keeps", gt=0, le=1
     )
     # Max-pooling over the scores, before the positions are chosen.
-    pool_kernel: int | None = _field(
+    pool_kernel: int | None = param(
         None, "a position scores as the best of this many around it; odd", ge=1, odd=True
     )
-    delay_steps: int | None = _field(
+    delay_steps: int | None = param(
         None, "steps of a block that run in full before one stores keys and values", ge=0
     )
-    refresh_interval: int | None = _field(
+    refresh_interval: int | None = param(
         None, "steps between Refreshes in a block; 0: only at its start", ge=0
     )
 
