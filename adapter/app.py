@@ -109,11 +109,15 @@ async def _open(
 ) -> None:
     """Open the services in the order of their dependencies; the stack closes them in reverse."""
     worker = _worker_name()
-    database = await stack.enter_async_context(Database.open(settings.database_url))
+    database = await stack.enter_async_context(
+        Database.open(settings.database_url, timeout=settings.database_timeout)
+    )
+    tasks = [database.loop]
     app.state.rate_limiter = None
     if settings.rate_limit:
         app.state.rate_limiter = limiter = RateLimiter(database, settings.rate_limit)
-        await stack.enter_async_context(PeriodicTask("rate-limits", limiter.tidy))
+        tidying = PeriodicTask("rate-limits", limiter.tidy)
+        tasks.append(await stack.enter_async_context(tidying))
     store = JobStore(database, max_attempts=settings.job_max_attempts)
     pool = EnginePool(
         [Endpoint(url, engine, _monitor(settings, url, engine)) for url, engine in engines.items()]
@@ -123,9 +127,16 @@ async def _open(
     live = StreamingRequests(
         pool, limit=settings.max_live, idle_timeout=settings.engine_idle_timeout
     )
+    database.subscribe(watcher.wake_all)
     for service in (pool, watcher, runner, live):
         await stack.enter_async_context(service)
     app.state.database = database
+    app.state.tasks = [
+        *tasks,
+        *runner.loops,
+        watcher.loop,
+        *(e.monitor.loop for e in pool.endpoints),
+    ]
     app.state.pool = pool
     app.state.live = live
     app.state.jobs = JobService(

@@ -32,6 +32,9 @@ class Settings(BaseSettings):
     database_url: str = Field(
         default="sqlite:///./dllm-jobs.db", description="database of the jobs"
     )
+    database_timeout: Seconds = Field(
+        default=5.0, description="longest database transaction; jobs are answered 503 beyond"
+    )
     log_level: str = Field(default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
     log_format: str = Field(
         default="text", pattern="^(text|json)$", description="text lines, or JSON lines"

@@ -50,10 +50,10 @@ class Bench:
         self.plain = PlainLlama(DEMO_CHECKPOINT)
         self.engines = {load: LLM(DEMO_CHECKPOINT, max_num_seqs=load).engine for load in LOADS}
         engine = self.engines[1]
-        assert engine.codec is not None
+        assert engine.tokenizer is not None
         each = -(-count // len(corpus.TASKS))
         examples = [e for task in corpus.TASKS for e in corpus.held_out_set(task, each)][:count]
-        self.prompts = [engine.codec.encode_chat(example.question) for example in examples]
+        self.prompts = [engine.tokenizer.encode_chat(example.question) for example in examples]
         self.mask = engine.spec.mask_token_id
 
     def baseline(self, generate: Callable[..., Any], threshold: float | None) -> float:

@@ -58,15 +58,15 @@ class InProcess:
 
     def __init__(self) -> None:
         engine = Engine(EngineConfig(model_path=DEMO_CHECKPOINT, device="cpu"))
-        assert engine.codec is not None
-        self._codec = engine.codec
+        assert engine.tokenizer is not None
+        self._tokenizer = engine.tokenizer
         self._worker = EngineThread(engine)
 
     async def ask(self, question: str, work: Work) -> str:
         """One final update."""
         updates = [update async for update in self._updates(question, work, None)]
         last = updates[-1]
-        return self._codec.answer(last.token_ids[: last.num_ready], ())
+        return self._tokenizer.answer(last.token_ids[: last.num_ready], ())
 
     async def watch(self, question: str, work: Work) -> int:
         """An update per step."""
@@ -78,7 +78,7 @@ class InProcess:
         loop = asyncio.get_running_loop()
         arrived: asyncio.Queue[CanvasUpdate] = asyncio.Queue()
         request = self._worker.engine.make_request(
-            Prompt(self._codec.encode_chat(question)),
+            Prompt(self._tokenizer.encode_chat(question)),
             SamplingParams(**work.fields()),
             stream_interval=interval,
         )

@@ -16,10 +16,10 @@ from launcher.tritonserver import POLL_SECONDS, WaitCallback
 
 #: Open connections (a poll held by `?wait=`, a stream) are cut after this many seconds.
 CONNECTION_SECONDS = 5
-#: What it may take to end besides, once its connections are cut and its jobs have had their time.
+#: Time to exit after its connections are cut and its jobs have drained.
 EXIT_SECONDS = 5.0
-#: An idle connection is kept for longer than proxies keep theirs (nginx: 60 s). A server that
-#: closes first does so now and then as the next call is on its way, which the proxy answers 502.
+#: Longer than proxies keep an idle connection (nginx: 60 s). If the server closed first, a call
+#: already under way would sometimes meet a closed connection, and the proxy would answer 502.
 KEEP_ALIVE_SECONDS = 75
 
 

@@ -102,7 +102,7 @@ def _settings(**options: Any) -> Settings:
 
 @contextmanager
 def _clear_errors() -> Iterator[None]:
-    """What can be expected to go wrong becomes a message on stderr and exit code 1."""
+    """Turn expected errors into a message on stderr and exit code 1."""
     # SIGTERM, which service managers send, ends the service as Ctrl-C does; and so does SIGINT
     # where a shell started us in the background, with that signal ignored.
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -4,7 +4,7 @@ LaunchError
  ├─ ServerMissingError  no tritonserver binary that fits this interpreter
  ├─ RepositoryError     the model repository, or a model in it, is not there
  ├─ PortTakenError      another process listens on a port we need
- ├─ ProcessDiedError    a process ended although nobody asked it to
+ ├─ ProcessDiedError    a process ended on its own
  └─ StartTimeoutError   a process lives but is not ready in time
 """
 

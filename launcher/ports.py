@@ -5,7 +5,7 @@ import socket
 
 from launcher.errors import PortTakenError
 
-#: The system may name a port twice that nobody listens to yet.
+#: The system may name a port twice before a server listens on it.
 _given: set[int] = set()
 
 

@@ -26,7 +26,7 @@ class GuardedProcess:
     """A running command; the guard sees to it that nothing of it survives this process.
 
     `log_file` gets every line it writes; so does `on_log`, called from another thread, which must
-    not raise, since a log that nobody reads blocks its writer. Raises ProcessDiedError when the
+    not raise, since a log that is not read blocks its writer. Raises ProcessDiedError when the
     command cannot be started at all.
     """
 

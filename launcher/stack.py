@@ -15,26 +15,27 @@ from launcher.tritonserver import TritonServer
 WATCH_SECONDS = 0.1
 #: Before the second restart; the first one is immediate.
 FIRST_DELAY = 1.0
-LONGEST_DELAY = 30.0
-#: A part that has run this long is healthy again: its next death starts the count afresh.
-STEADY_SECONDS = 60.0
-MAX_RESTARTS = 5
+LONGEST_DELAY = 10.0
+#: A part that has run this long is healthy: its next death is the first of a new count.
+STEADY_SECONDS = 10.0
+#: A job that kills engines ends tritonserver a few times before it is given up.
+MAX_RESTARTS = 20
 
 
 class Reporter(Protocol):
-    """Who is told what happens; called from the log threads too, and must not raise."""
+    """Receives what happens; called from the log threads too, and must not raise."""
 
     def waiting(self, part: str, seconds: float, last_line: str) -> None:
-        """`part` is loading, for so long, and wrote this line last."""
+        """`part` has been loading for `seconds`; `last_line` is its newest log line."""
 
     def ready(self, part: str, seconds: float) -> None:
-        """`part` answers, after so long."""
+        """`part` answers, `seconds` after its start."""
 
     def log(self, part: str, line: str) -> None:
         """`part` wrote a line."""
 
     def trouble(self, message: str) -> None:
-        """Something died or failed to start again."""
+        """A part died or failed to start again."""
 
 
 class Part(Protocol):
@@ -52,7 +53,7 @@ class Part(Protocol):
 
 
 class Backoff:
-    """How long to wait before the next restart of one part."""
+    """The wait before the next restart of one part."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -78,7 +79,7 @@ class Backoff:
 def triton_server(
     settings: Settings, reporter: Reporter, env: Mapping[str, str] | None = None
 ) -> TritonServer:
-    """Triton as the settings have it, not yet started."""
+    """Triton with these settings, not started yet."""
     return TritonServer(
         settings.model_repository,
         http_port=settings.triton_http_port,
@@ -113,7 +114,7 @@ class Stack:
         self._backoffs = {name: Backoff() for name in self._parts}
 
     def __enter__(self) -> Self:
-        # Before minutes are spent on loading a model that could not be served anyway.
+        # Before minutes go into loading a model that could not be served.
         require_free_port("the REST API's", self.settings.host, self.settings.port, "DLLM_PORT")
         try:
             for name in self._parts:
@@ -132,7 +133,7 @@ class Stack:
         self._stop()
 
     def watch(self, until: threading.Event) -> None:
-        """Restart what dies, until the event is set; raises ProcessDiedError after too many."""
+        """Restart parts that die until the event is set. Raises ProcessDiedError after too many."""
         while not until.wait(WATCH_SECONDS):
             for name, part in self._parts.items():
                 if not part.running:

@@ -399,10 +399,29 @@ class Result(BaseModel):
         return cls(**fields)
 
 
-class Health(BaseModel):
-    """Whether the service can answer requests; if not, the reason."""
+class Readiness(BaseModel):
+    """Whether one kind of call can be taken; if not, the reason."""
 
     status: Literal["ok", "unavailable"]
+    reason: str | None = None
+
+    @classmethod
+    def of(cls, reason: str | None) -> Self:
+        """Unavailable if there is a reason."""
+        return cls(status="ok" if reason is None else "unavailable", reason=reason)
+
+
+class Health(Readiness):
+    """Whether the service can take every kind of call; if not, the reasons."""
+
+    jobs: Readiness = Field(description="submissions, polls and cancellations")
+    live: Readiness = Field(description="streams and OpenAI calls")
+
+
+class Liveness(BaseModel):
+    """Whether the process can go on; if not, it has to be restarted."""
+
+    status: Literal["ok", "stalled"]
     reason: str | None = None
 
 

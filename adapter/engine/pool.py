@@ -1,8 +1,7 @@
-"""Several tritonservers as one: each is watched on its own, and requests go where there is least.
+"""Several tritonservers as one: each has a monitor, and a request goes to the least busy one.
 
-gRPC could balance by itself, but it knows servers only, not engines: a server whose model has died
-still takes connections, must be told by itself to load the model again, and takes only its own
-streams with it.
+gRPC could balance calls, but it knows servers only: one that is loading, or whose model has died,
+takes connections too.
 """
 
 import asyncio
@@ -23,7 +22,7 @@ LONGEST_PAUSE = 8.0
 
 
 class Endpoint:
-    """One engine, whoever watches it, and what this worker has running there."""
+    """One engine, its monitor, and this worker's requests in flight there."""
 
     def __init__(self, name: str, engine: Engine, monitor: EngineMonitor) -> None:
         self.name = name
@@ -33,15 +32,20 @@ class Endpoint:
         self._accepted = ValidationCache()
         self._pause = 0.0
         self._not_before = 0.0
+        self._failed_at = 0.0
 
     @property
     def available(self) -> bool:
-        """It answers, and has not turned a request away just now."""
-        return self.monitor.state.ok and self.backoff_left <= 0
+        """Whether to send it jobs: it responds, and has done so since its last failure.
+
+        Otherwise jobs would go on to an engine that hangs until the monitor takes it for dead.
+        """
+        responds = self.monitor.state.ok and self.monitor.last_heartbeat >= self._failed_at
+        return responds and self.backoff_left <= 0
 
     @property
     def backoff_left(self) -> float:
-        """Seconds that it is to be left alone."""
+        """Seconds until it may get requests again; negative when it may."""
         return self._not_before - _now()
 
     @contextmanager
@@ -69,6 +73,7 @@ class Endpoint:
             set_failed(span, error)
             self._back_off()
             if not isinstance(error, Overloaded):
+                self._failed_at = _now()
                 self.monitor.request_probe()
             raise
         finally:
@@ -96,13 +101,13 @@ class Endpoint:
 
     def _back_off(self) -> None:
         now = _now()
-        if now >= self._not_before:  # of many failures at once, only the first lengthens the pause
+        if now >= self._not_before:  # one of many failures at once: they lengthen the pause once
             self._pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, 2 * self._pause))
             self._not_before = now + self._pause
 
 
 class EnginePool:
-    """All engines; a context manager that keeps their monitors running, and closes them."""
+    """All endpoints; a context manager that runs their monitors and closes their engines."""
 
     def __init__(self, endpoints: Sequence[Endpoint]) -> None:
         self.endpoints = tuple(endpoints)
@@ -111,7 +116,7 @@ class EnginePool:
 
     @property
     def state(self) -> EngineState:
-        """Ready if one of them is; else the reasons of all."""
+        """Ready if one endpoint is; else the reasons of all."""
         states = [endpoint.monitor.state for endpoint in self.endpoints]
         for state in states:
             if state.ok:
@@ -123,24 +128,24 @@ class EnginePool:
 
     @property
     def available(self) -> bool:
-        """Whether `pick` has one."""
+        """Whether `pick` finds an endpoint."""
         return any(endpoint.available for endpoint in self.endpoints)
 
     @property
     def backoff_left(self) -> float:
-        """Seconds until one of those that answer may be asked again."""
+        """Seconds until an endpoint that answers stops backing off."""
         return min((m.backoff_left for m in self.endpoints if m.monitor.state.ok), default=0.0)
 
     @property
     def unavailable_reason(self) -> str:
-        """Why `pick` has none."""
-        return self.state.reason or "the engine has turned requests away just now"
+        """Why `pick` finds no endpoint."""
+        return self.state.reason or "the engine has just refused requests"
 
     def pick(self, *, include_backing_off: bool = False) -> Endpoint | None:
-        """The one with the least to do for this worker, or None while none is available.
+        """The endpoint with the fewest requests of this worker in flight, or None.
 
         `include_backing_off`: also one that is backing off, for a caller that cannot wait.
-        Of equals it is another one each time, since what is begun at once is not counted yet.
+        Equals take turns, since a request counts only once its stream is open.
         """
         self._turn += 1
         count = len(self.endpoints)
@@ -153,12 +158,12 @@ class EnginePool:
         return min(available, key=lambda endpoint: endpoint.inflight, default=None)
 
     def cancel(self, request_id: str) -> None:
-        """Have the requests of this id ended, wherever they run."""
+        """Cancel the requests with this id at every endpoint."""
         for endpoint in self.endpoints:
             endpoint.engine.cancel(request_id)
 
     def subscribe(self, listener: Callable[[], None]) -> None:
-        """Call it after every change of an engine's state."""
+        """Call `listener` after every change of an endpoint's state."""
         for endpoint in self.endpoints:
             endpoint.monitor.subscribe(listener)
 

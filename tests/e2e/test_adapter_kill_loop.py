@@ -50,7 +50,7 @@ def kill_tritonserver(_: AdapterServer, triton: TritonServer) -> None:
 
 
 class Ledger:
-    """What was accepted, and what was seen of it: a result that was seen once must stay."""
+    """Accepted jobs and the results seen so far; a result must never change."""
 
     def __init__(self, adapter: AdapterServer) -> None:
         self.adapter = adapter
@@ -123,7 +123,7 @@ def test_kills_in_a_loop(
     assert all(str(error).startswith("given up after 3 attempts: ") for error in failed)
     assert len(failed) <= len(finished) / 10, failed
     fresh = adapter.submit("next", gen_length=8)
-    assert fresh == len(ledger.accepted), "there are jobs that nobody was told of"
+    assert fresh == len(ledger.accepted), "some jobs were stored but never acknowledged"
     assert adapter.finished(fresh) is not None
 
 

@@ -90,9 +90,9 @@ def test_stop_is_honoured_exactly(client: OpenAI, stream: bool) -> None:
 
 def test_prompts_are_seen_as_they_are(client: OpenAI, llm: LLM) -> None:
     """A completion's prompts, as texts or as tokens, go to the model without a template."""
-    assert llm.engine.codec is not None
+    assert llm.engine.tokenizer is not None
     prompts = ["one prompt", "another"]
-    ids = [llm.engine.codec.encode_text(prompt) for prompt in prompts]
+    ids = [llm.engine.tokenizer.encode_text(prompt) for prompt in prompts]
     sampling = SamplingParams(gen_length=16)
     asked = [Prompt(one) for one in ids]
     here = llm.generate(asked, sampling, progress=False)

@@ -207,13 +207,13 @@ def test_gaps_and_rules_reach_the_engine(
 ) -> None:
     """Infilling and the decoding rules give over Triton what they give in-process."""
 
-    codec = llm.engine.codec
-    assert codec is not None
+    tokenizer = llm.engine.tokenizer
+    assert tokenizer is not None
     given = {
-        name: codec.encode_suffix(value) if isinstance(value, str) else value
+        name: tokenizer.encode_suffix(value) if isinstance(value, str) else value
         for name, value in prompt.items()
     }
-    asked = Prompt(codec.encode_text("hello"), **given)  # type: ignore[arg-type]
+    asked = Prompt(tokenizer.encode_text("hello"), **given)  # type: ignore[arg-type]
     here = llm.generate([asked], SamplingParams(**params), progress=False)[0]  # type: ignore[arg-type]
     there = generate(triton, text_input="hello", **fields)
     assert there.token_ids == here.token_ids.tolist()

@@ -105,13 +105,13 @@ def _prompt_ids(engine: Engine, inputs: Inputs) -> list[int]:
     field = given[0]
     if field == "input_ids":
         return [int(i) for i in _values(inputs, field)]
-    if engine.codec is None:
+    if engine.tokenizer is None:
         raise InvalidRequest(field, "this checkpoint has no tokenizer; send input_ids")
     text = str(_scalar(inputs, field))
     return (
-        engine.codec.encode_text(text)
+        engine.tokenizer.encode_text(text)
         if field == "text_input"
-        else (engine.codec.encode_messages(text))
+        else (engine.tokenizer.encode_messages(text))
     )
 
 
@@ -127,9 +127,9 @@ def _canvas_ids(inputs: Inputs) -> list[int]:
 def _suffix_ids(engine: Engine, inputs: Inputs) -> list[int]:
     if "suffix" not in inputs:
         return []
-    if engine.codec is None:
+    if engine.tokenizer is None:
         raise InvalidRequest("suffix", "this checkpoint has no tokenizer; send canvas_ids")
-    return engine.codec.encode_suffix(str(_scalar(inputs, "suffix")))
+    return engine.tokenizer.encode_suffix(str(_scalar(inputs, "suffix")))
 
 
 def _param(inputs: Inputs, field: Field) -> Any:
@@ -213,8 +213,8 @@ def to_response(
         "block": np.array([_active_block(masked, params)], dtype=np.int32),
     }
     if "token_texts" in wanted:  # the one output that costs anything to make
-        codec = engine.codec
-        shown = codec.pieces(update.token_ids, ~masked) if codec else [""] * masked.size
+        tokenizer = engine.tokenizer
+        shown = tokenizer.pieces(update.token_ids, ~masked) if tokenizer else [""] * masked.size
         outputs["token_texts"] = _strings(shown)
     return _response(outputs, wanted)
 
@@ -226,10 +226,10 @@ def _response(outputs: Mapping[str, npt.NDArray[Any]], wanted: Collection[str]) 
 
 def _answer(engine: Engine, update: CanvasUpdate, stop: tuple[str, ...]) -> str:
     """The finished text, or what is certain of it so far."""
-    if engine.codec is None:
+    if engine.tokenizer is None:
         return ""
     ready = update.token_ids[: update.num_ready]
-    return (engine.codec.answer if update.finished else engine.codec.prefix)(ready, stop)
+    return (engine.tokenizer.answer if update.finished else engine.tokenizer.prefix)(ready, stop)
 
 
 def _active_block(masked: npt.NDArray[np.bool_], params: SamplingParams) -> tuple[int, int, int]:
@@ -267,7 +267,7 @@ def check_response(engine: Engine, request: Any, inputs: Inputs, wanted: Collect
     except InvalidRequest as error:
         verdict, text = "invalid", str(error)
     else:
-        verdict, text = "valid", str(engine.room(parsed))
+        verdict, text = "valid", str(engine.headroom(parsed))
         tokens = parsed.prompt.num_tokens
     outputs = {
         "finish_reason": _strings([verdict]),

@@ -5,6 +5,7 @@ import itertools
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,9 +57,9 @@ def test_an_end_of_text_token_ends_the_request_early(eager: Path) -> None:
     assert stopped.usage.steps <= 8 < whole.usage.steps == 16
     assert (stopped.token_ids[8:] == MASK).all()
     assert (stopped.confidence[8:] == -1).all()
-    codec = llm.engine.codec
-    assert codec is not None
-    assert stopped.text == codec.decode(whole.token_ids[:first])
+    tokenizer = llm.engine.tokenizer
+    assert tokenizer is not None
+    assert stopped.text == tokenizer.decode(whole.token_ids[:first])
 
 
 def test_end_of_turn_tokens_of_the_tokenizer_end_a_request_too(checkpoint: Path) -> None:
@@ -83,8 +84,8 @@ def test_a_stop_string_ends_the_count_of_tokens(llm: LLM) -> None:
     whole = llm.generate([PROMPT], params, progress=False)[0]
     stop = whole.text[3:6]
     cut = llm.generate([PROMPT], dataclasses.replace(params, stop=(stop,)), progress=False)[0]
-    assert llm.engine.codec is not None
-    decoded = [llm.engine.codec.decode(whole.token_ids[:count]) for count in range(25)]
+    assert llm.engine.tokenizer is not None
+    decoded = [llm.engine.tokenizer.decode(whole.token_ids[:count]) for count in range(25)]
     assert (whole.usage.completion_tokens, cut.text) == (24, whole.text[: whole.text.index(stop)])
     assert cut.usage.completion_tokens == next(n for n in range(25) if stop in decoded[n])
 
@@ -247,6 +248,21 @@ def test_the_last_token_of_the_context_can_be_used(llm: LLM) -> None:
     params = SamplingParams(gen_length=250, block_length=250, steps=2, ignore_eos=True)
     answer = llm.generate([[1] * 6], params, progress=False)[0]
     assert (answer.confidence >= 0).all()
+
+
+def test_one_prompt_needs_no_list(llm: LLM) -> None:
+    """A text, token ids or a conversation alone is one prompt; messages use the chat template."""
+
+    def tokens(prompts: Any, **options: Any) -> list[list[int]]:
+        params = SamplingParams(gen_length=8)
+        answers = llm.generate(prompts, params, progress=False, **options)
+        return [answer.token_ids.tolist() for answer in answers]
+
+    messages = [{"role": "user", "content": "hi"}]
+    assert tokens("hello") == tokens(["hello"])
+    assert tokens([1, 2, 3]) == tokens(Prompt([1, 2, 3])) == tokens([[1, 2, 3]])
+    assert tokens(messages) == tokens([messages]) == tokens("hi", chat=True)
+    assert len(tokens([messages, "hello", [1, 2]])) == 3
 
 
 def test_a_checkpoint_without_a_tokenizer_serves_token_ids(tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def test_no_code_of_a_checkpoint_is_run(tmp_path: Path) -> None:
     for name in ("modeling_dream", "configuration_dream", "tokenization_dream"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('remote code was run')")
     engine = LLM(tmp_path).engine
-    assert engine.codec is not None
+    assert engine.tokenizer is not None
     assert not [name for name in sys.modules if "_dream" in name and "transformers_modules" in name]
 
 

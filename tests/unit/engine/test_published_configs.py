@@ -171,8 +171,8 @@ def test_ends_of_a_turn_are_those_of_all_files(tmp_path: Path) -> None:
     settings_file.write_text(json.dumps(settings))
     added = DREAM_SPECIALS | {"<|dlm_pad|>": 505}
     (tmp_path / "added_tokens.json").write_text(json.dumps(added))
-    codec = Tokenizer.load(tmp_path, DREAM_MASK)
-    assert codec is not None
-    assert set(codec.stop_token_ids) == {500, 502, 505}
+    tokenizer = Tokenizer.load(tmp_path, DREAM_MASK)
+    assert tokenizer is not None
+    assert set(tokenizer.stop_token_ids) == {500, 502, 505}
     spec = read(tmp_path, DREAM_7B, DREAM_GENERATION | {"eos_token_id": [151643, 151645]})
     assert spec.eos_token_ids == (151643, 151645)

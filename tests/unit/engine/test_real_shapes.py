@@ -83,10 +83,10 @@ class Real:
     llm: LLM
 
     @property
-    def codec(self) -> Tokenizer:
+    def tokenizer(self) -> Tokenizer:
         """The tokenizer of the checkpoint."""
-        assert self.llm.engine.codec is not None
-        return self.llm.engine.codec
+        assert self.llm.engine.tokenizer is not None
+        return self.llm.engine.tokenizer
 
     @property
     def ids(self) -> Ids:
@@ -135,10 +135,10 @@ def test_a_real_vocabulary_goes_through_under_a_small_logits_budget(real: Real) 
 def test_a_chat_is_rendered_with_the_real_ids(real: Real) -> None:
     """Two messages get control tokens with their published ids, and the mask token's name stays
     text."""
-    ids = real.codec.encode_messages(MESSAGES)
+    ids = real.tokenizer.encode_messages(MESSAGES)
     assert real.ids.mask not in ids
     specials = [i for i in ids if i > 126000]
-    text = real.codec.decode(ids)
+    text = real.tokenizer.decode(ids)
     if real.family == "llada":
         assert specials == [126080, *[126346, 126347, 126348] * 2, 126346, 126347]
         assert text == "system\n\nBe brief.user\n\nHé <|mdm_mask|>assistant\n\n"
@@ -150,7 +150,7 @@ def test_a_chat_is_rendered_with_the_real_ids(real: Real) -> None:
 def test_a_guided_chat_under_every_cache_policy_equals_its_definition(real: Real) -> None:
     """Chat messages with guidance and a rule of their family decode to the tokens of the
     definitions, for all five cache policies in one batch."""
-    prompt = Prompt(real.codec.encode_messages(MESSAGES))
+    prompt = Prompt(real.tokenizer.encode_messages(MESSAGES))
     rule: dict[str, Any] = {"alg": "maskgit_plus"} if real.family == "dream" else {}
     params = [
         SamplingParams(

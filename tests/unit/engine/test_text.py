@@ -31,39 +31,39 @@ from tests.support.checkpoints import (
 
 
 @pytest.fixture(scope="module")
-def codec(checkpoint: Path) -> Tokenizer:
+def tokenizer(checkpoint: Path) -> Tokenizer:
     """The tokenizer of the random checkpoint: bytes and LLaDA's special tokens."""
     loaded = Tokenizer.load(checkpoint, MASK)
     assert loaded is not None
     return loaded
 
 
-def text_of(codec: Tokenizer, ids: list[int]) -> str:
+def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
     """Decoded text, including incomplete characters."""
-    return codec.decode(np.array(ids, dtype=np.int32))
+    return tokenizer.decode(np.array(ids, dtype=np.int32))
 
 
 @pytest.mark.parametrize("text", ["hello", "naïve café", "汉字 🙂", " lead and trail ", "a\nb\t"])
-def test_text_survives_the_round_trip(codec: Tokenizer, text: str) -> None:
+def test_text_survives_the_round_trip(tokenizer: Tokenizer, text: str) -> None:
     """Any Unicode text encodes and decodes to itself."""
-    assert text_of(codec, codec.encode_text(text)) == text
+    assert text_of(tokenizer, tokenizer.encode_text(text)) == text
 
 
-def test_a_message_is_rendered_by_the_chat_template(codec: Tokenizer) -> None:
+def test_a_message_is_rendered_by_the_chat_template(tokenizer: Tokenizer) -> None:
     """One user message becomes begin-of-text, header, content, end of turn and assistant header."""
-    ids = codec.encode_chat("Hi")
+    ids = tokenizer.encode_chat("Hi")
     assert ids[0] == BOS
     assert ids.count(EOT) == 1
-    assert text_of(codec, ids) == "user\n\nHiassistant\n\n"
+    assert text_of(tokenizer, ids) == "user\n\nHiassistant\n\n"
 
 
-def test_turns_and_roles_are_kept(codec: Tokenizer) -> None:
+def test_turns_and_roles_are_kept(tokenizer: Tokenizer) -> None:
     """System, user and assistant messages keep their order and roles."""
     roles = ["system", "user", "assistant", "user"]
     messages = [{"role": role, "content": f"m{i}"} for i, role in enumerate(roles)]
-    ids = codec.encode_messages(json.dumps(messages))
+    ids = tokenizer.encode_messages(json.dumps(messages))
     expected = "system\n\nm0user\n\nm1assistant\n\nm2user\n\nm3assistant\n\n"
-    assert text_of(codec, ids) == expected
+    assert text_of(tokenizer, ids) == expected
     assert ids.count(EOT) == 4
 
 
@@ -89,12 +89,12 @@ def messages_of(turns: list[tuple[str, str]]) -> str:
     return json.dumps([{"role": role, "content": content} for role, content in turns])
 
 
-def literal(codec: Tokenizer, text: str) -> list[int]:
+def literal(tokenizer: Tokenizer, text: str) -> list[int]:
     """Text encoded bracket by bracket, so that it contains no whole name of a special token."""
-    return [i for piece in re.split("(<)", text) if piece for i in codec.encode_text(piece)]
+    return [i for piece in re.split("(<)", text) if piece for i in tokenizer.encode_text(piece)]
 
 
-def test_llada_turns_are_rendered_token_by_token(codec: Tokenizer) -> None:
+def test_llada_turns_are_rendered_token_by_token(tokenizer: Tokenizer) -> None:
     """LLaDA's template writes begin-of-text once, each turn with header and end, stripped content,
     and the header of the answer."""
     header, end_header = LLADA_SPECIALS["<|start_header_id|>"], LLADA_SPECIALS["<|end_header_id|>"]
@@ -103,13 +103,13 @@ def test_llada_turns_are_rendered_token_by_token(codec: Tokenizer) -> None:
     for role, content in TURNS:
         expected += [
             header,
-            *literal(codec, role),
+            *literal(tokenizer, role),
             end_header,
-            *literal(codec, "\n\n" + content.strip()),
+            *literal(tokenizer, "\n\n" + content.strip()),
             EOT,
         ]
-    expected += [header, *literal(codec, "assistant"), end_header, *literal(codec, "\n\n")]
-    assert codec.encode_messages(messages_of(TURNS)) == expected
+    expected += [header, *literal(tokenizer, "assistant"), end_header, *literal(tokenizer, "\n\n")]
+    assert tokenizer.encode_messages(messages_of(TURNS)) == expected
 
 
 @pytest.mark.parametrize("has_system", [True, False])
@@ -135,11 +135,11 @@ def test_dream_turns_are_rendered_token_by_token(dream: Tokenizer, has_system: b
     ],
 )
 def test_a_mask_in_a_suffix_stays_text(
-    codec: Tokenizer, dream: Tokenizer, family: str, mask: int, name: str, end: str
+    tokenizer: Tokenizer, dream: Tokenizer, family: str, mask: int, name: str, end: str
 ) -> None:
     """The mask token in a suffix stays text; other special tokens are recognised, as in a raw
     prompt."""
-    either = {"llada": codec, "dream": dream}[family]
+    either = {"llada": tokenizer, "dream": dream}[family]
     ids = either.encode_suffix(f" a{name}b{end}")
     assert mask not in ids
     assert text_of(either, ids) == f" a{name}b"
@@ -150,29 +150,29 @@ def test_a_mask_in_a_suffix_stays_text(
 @pytest.mark.parametrize(
     "special", ["<|mdm_mask|>", "<|eot_id|>", "<|startoftext|>", "\ue0000\ue001"]
 )
-def test_special_tokens_in_a_message_stay_text(codec: Tokenizer, special: str) -> None:
+def test_special_tokens_in_a_message_stay_text(tokenizer: Tokenizer, special: str) -> None:
     """Text in a message never becomes a special token."""
-    plain = codec.encode_chat("")
-    ids = codec.encode_chat(f"a{special}b")
+    plain = tokenizer.encode_chat("")
+    ids = tokenizer.encode_chat(f"a{special}b")
     assert [ids.count(i) for i in range(500, 506)] == [plain.count(i) for i in range(500, 506)]
-    assert f"a{special}b" in text_of(codec, ids)
+    assert f"a{special}b" in text_of(tokenizer, ids)
 
 
-def test_threads_do_not_take_each_others_text_for_control_tokens(codec: Tokenizer) -> None:
+def test_threads_do_not_take_each_others_text_for_control_tokens(tokenizer: Tokenizer) -> None:
     """Prompts encoded concurrently give the same tokens as alone."""
     text = "<|mdm_mask|>" * 20
-    alone = codec.encode_chat(text)
+    alone = tokenizer.encode_chat(text)
     with ThreadPoolExecutor(3) as pool:
-        together = list(pool.map(codec.encode_chat, [text] * 1500))
+        together = list(pool.map(tokenizer.encode_chat, [text] * 1500))
     assert all(ids == alone for ids in together)
 
 
-def test_a_raw_prompt_keeps_templates_but_not_masks(codec: Tokenizer) -> None:
+def test_a_raw_prompt_keeps_templates_but_not_masks(tokenizer: Tokenizer) -> None:
     """Raw text may contain special tokens; only the mask's name stays text."""
-    ids = codec.encode_text("a<|eot_id|><|mdm_mask|>")
+    ids = tokenizer.encode_text("a<|eot_id|><|mdm_mask|>")
     assert EOT in ids
     assert MASK not in ids
-    assert text_of(codec, ids) == "a<|mdm_mask|>"
+    assert text_of(tokenizer, ids) == "a<|mdm_mask|>"
 
 
 def test_without_a_template_one_message_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -190,78 +190,82 @@ def test_without_a_template_one_message_is_taken_as_it_is(tmp_path: Path) -> Non
     ["", "{}", "[]", "[1]", '[{"role": "user"}]', '[{"role": "user", "content": 1}]',
      '[{"role": "user", "content": "a", "name": "b"}]'],
 )  # fmt: skip
-def test_malformed_messages_are_refused_by_shape(codec: Tokenizer, messages: str) -> None:
+def test_malformed_messages_are_refused_by_shape(tokenizer: Tokenizer, messages: str) -> None:
     """Anything but a list of role and content strings is rejected with the expected shape."""
     with pytest.raises(InvalidRequest, match="^messages: must be a JSON list"):
-        codec.encode_messages(messages)
+        tokenizer.encode_messages(messages)
 
 
-def test_empty_and_unencodable_prompts_are_refused(codec: Tokenizer) -> None:
+def test_empty_and_unencodable_prompts_are_refused(tokenizer: Tokenizer) -> None:
     """An empty prompt and a lone surrogate are rejected."""
     with pytest.raises(InvalidRequest, match="^text_input: must not be empty"):
-        codec.encode_text("")
+        tokenizer.encode_text("")
     with pytest.raises(InvalidRequest, match="^text_input: not encodable"):
-        codec.encode_text("a\ud800b")
+        tokenizer.encode_text("a\ud800b")
 
 
-def test_half_a_character_is_never_shown(codec: Tokenizer) -> None:
+def test_half_a_character_is_never_shown(tokenizer: Tokenizer) -> None:
     """A character that spans tokens is shown once its last byte is there."""
-    ids = codec.encode_text("é🙂")
-    assert [text_of(codec, ids[:n]) for n in range(7)] == ["", "", "é", "é", "é", "é", "é🙂"]
+    ids = tokenizer.encode_text("é🙂")
+    assert [text_of(tokenizer, ids[:n]) for n in range(7)] == ["", "", "é", "é", "é", "é", "é🙂"]
 
 
-def test_special_tokens_are_not_part_of_the_text(codec: Tokenizer) -> None:
+def test_special_tokens_are_not_part_of_the_text(tokenizer: Tokenizer) -> None:
     """Special tokens inside an answer are not shown."""
-    ids = [*codec.encode_text("a"), EOS, *codec.encode_text("b"), EOT]
-    assert text_of(codec, ids) == "ab"
+    ids = [*tokenizer.encode_text("a"), EOS, *tokenizer.encode_text("b"), EOT]
+    assert text_of(tokenizer, ids) == "ab"
 
 
-def test_the_answer_ends_before_the_first_stop_string(codec: Tokenizer) -> None:
+def test_the_answer_ends_before_the_first_stop_string(tokenizer: Tokenizer) -> None:
     """The answer is cut before the earliest stop string, also across tokens."""
-    ids = np.array(codec.encode_text("one two three"), dtype=np.int32)
-    assert codec.answer(ids, ("three", "wo")) == "one t"
-    assert codec.answer(ids, ()) == "one two three"
+    ids = np.array(tokenizer.encode_text("one two three"), dtype=np.int32)
+    assert tokenizer.answer(ids, ("three", "wo")) == "one t"
+    assert tokenizer.answer(ids, ()) == "one two three"
     assert find_stop("abc", ("x",)) is None
 
 
-def test_what_is_certain_leaves_out_a_stop_string_that_has_begun(codec: Tokenizer) -> None:
+def test_what_is_certain_leaves_out_a_stop_string_that_has_begun(tokenizer: Tokenizer) -> None:
     """A prefix excludes an end that may become a stop string."""
-    ids = np.array(codec.encode_text("a bar bars"), dtype=np.int32)
-    shown = [codec.prefix(ids[:n], ("bart", "ars", "a bark")) for n in range(len(ids) + 1)]
+    ids = np.array(tokenizer.encode_text("a bar bars"), dtype=np.int32)
+    shown = [tokenizer.prefix(ids[:n], ("bart", "ars", "a bark")) for n in range(len(ids) + 1)]
     assert shown == [""] * 6 + ["a bar "] * 5
-    assert codec.answer(ids, ("bart", "ars", "a bark")) == "a bar b"
-    assert codec.prefix(ids, ()) == "a bar bars"
+    assert tokenizer.answer(ids, ("bart", "ars", "a bark")) == "a bar b"
+    assert tokenizer.prefix(ids, ()) == "a bar bars"
 
 
 @pytest.mark.parametrize("stop", [("aab",), ("ab", "ba"), ("é🙂", "🙂🙂"), ("bé",)])
 @pytest.mark.parametrize("text", ["aaaab", "abab", "é🙂🙂", "aabéé", "bbb"])
-def test_what_is_certain_never_shrinks(codec: Tokenizer, text: str, stop: tuple[str, ...]) -> None:
+def test_what_is_certain_never_shrinks(
+    tokenizer: Tokenizer, text: str, stop: tuple[str, ...]
+) -> None:
     """Every prefix is the beginning of all later prefixes and of the answer."""
-    ids = np.array(codec.encode_text(text), dtype=np.int32)
+    ids = np.array(tokenizer.encode_text(text), dtype=np.int32)
     shown = []
     for n in range(len(ids) + 1):
-        if find_stop(codec.decode(ids[:n]), stop) is not None:
+        if find_stop(tokenizer.decode(ids[:n]), stop) is not None:
             break
-        shown.append(codec.prefix(ids[:n], stop))
-    shown.append(codec.answer(ids[: len(shown)], stop))
+        shown.append(tokenizer.prefix(ids[:n], stop))
+    shown.append(tokenizer.answer(ids[: len(shown)], stop))
     assert all(after.startswith(before) for before, after in pairwise(shown))
 
 
-def test_each_position_shows_what_it_adds(codec: Tokenizer) -> None:
+def test_each_position_shows_what_it_adds(tokenizer: Tokenizer) -> None:
     """Special tokens and hidden positions show nothing, and a character belongs to its last
     byte."""
-    ids = np.array([*codec.encode_text("aé"), EOS, *codec.encode_text("🙂b")], dtype=np.int32)
+    ids = np.array(
+        [*tokenizer.encode_text("aé"), EOS, *tokenizer.encode_text("🙂b")], dtype=np.int32
+    )
     shown = np.ones(len(ids), dtype=bool)
-    assert codec.pieces(ids, shown) == ["a", "", "é", "", "", "", "", "🙂", "b"]
+    assert tokenizer.pieces(ids, shown) == ["a", "", "é", "", "", "", "", "🙂", "b"]
     shown[5] = False
-    assert codec.pieces(ids, shown) == ["a", "", "é", "", "", "", "", "", "b"]
+    assert tokenizer.pieces(ids, shown) == ["a", "", "é", "", "", "", "", "", "b"]
 
 
-def test_a_whole_character_after_a_torn_one_is_found(codec: Tokenizer) -> None:
+def test_a_whole_character_after_a_torn_one_is_found(tokenizer: Tokenizer) -> None:
     """Bytes that never become a character do not hide the character after them."""
-    whole = codec.encode_text("é")
-    ids = np.array([*codec.encode_text("🙂")[:2], *whole, whole[1]], dtype=np.int32)
-    pieces = codec.pieces(ids, np.ones(5, dtype=bool))
+    whole = tokenizer.encode_text("é")
+    ids = np.array([*tokenizer.encode_text("🙂")[:2], *whole, whole[1]], dtype=np.int32)
+    pieces = tokenizer.pieces(ids, np.ones(5, dtype=bool))
     assert pieces == ["", "", "", "é", ""]
 
 
@@ -299,28 +303,28 @@ def test_text_beside_a_torn_character_stays_where_it_is(
 
 @given(st.lists(st.integers(0, 255), max_size=24), st.data())
 def test_no_piece_ever_holds_half_a_character(
-    codec: Tokenizer, ids: list[int], data: st.DataObject
+    tokenizer: Tokenizer, ids: list[int], data: st.DataObject
 ) -> None:
     """No piece contains U+FFFD, whichever bytes are shown in whichever order."""
     shown = np.array([data.draw(st.booleans()) for _ in ids], dtype=bool)
-    assert "\ufffd" not in "".join(codec.pieces(np.array(ids, dtype=np.int32), shown))
+    assert "\ufffd" not in "".join(tokenizer.pieces(np.array(ids, dtype=np.int32), shown))
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), min_size=1))
-def test_the_pieces_of_a_whole_text_are_the_text(codec: Tokenizer, text: str) -> None:
+def test_the_pieces_of_a_whole_text_are_the_text(tokenizer: Tokenizer, text: str) -> None:
     """All pieces together are the whole text, without gaps or repetitions."""
-    ids = np.array(codec.encode_text(text))
-    assert "".join(codec.pieces(ids, np.ones(len(ids), dtype=bool))) == text
+    ids = np.array(tokenizer.encode_text(text))
+    assert "".join(tokenizer.pieces(ids, np.ones(len(ids), dtype=bool))) == text
 
 
 def test_pieces_of_a_decoder_that_drops_the_first_space() -> None:
     """With a tokenizer that marks spaces, each position keeps its space."""
     words = tokenizers.Tokenizer(models.WordLevel({"▁one": 0, "▁two": 1, "?": 2}, unk_token="?"))
     words.decoder = decoders.Metaspace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, mask_token="?")
-    codec = Tokenizer(tokenizer, 2)
-    assert codec.decode([0, 1]) == "one two"
-    assert codec.pieces(np.array([0, 1]), np.array([True, True])) == [" one", " two"]
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, mask_token="?")
+    tokenizer = Tokenizer(fast, 2)
+    assert tokenizer.decode([0, 1]) == "one two"
+    assert tokenizer.pieces(np.array([0, 1]), np.array([True, True])) == [" one", " two"]
 
 
 def test_dreams_tokenizer_is_read_without_its_own_code(tmp_path: Path) -> None:
@@ -342,6 +346,6 @@ def test_a_tokenizer_without_the_mask_token_is_refused(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path, 505)
 
 
-def test_a_checkpoint_without_a_tokenizer_has_no_codec(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_tokenizer_has_no_tokenizer(tmp_path: Path) -> None:
     """A checkpoint without a tokenizer can be served by token ids."""
     assert Tokenizer.load(write_llada(tmp_path, tokenizer=False), MASK) is None

@@ -256,7 +256,7 @@ def test_slices_of_the_vocabulary_together_are_the_whole(cut: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_listed_tokens_have_their_logits(dtype: torch.dtype) -> None:
+def test_extra_tokens_have_their_logits(dtype: torch.dtype) -> None:
     """Extra tokens get their logits, and −∞ if empty, forbidden or not counted."""
     case = Case(5, 90, 300, dtype, 7, logits_eos_inf=True, confidence_eos_eot_inf=True)
     hidden, weight, options = case.tensors()

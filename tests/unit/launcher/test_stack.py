@@ -137,7 +137,7 @@ def test_too_many_deaths_end_the_stack() -> None:
     """A part that keeps dying makes `watch` raise, with its log, for an outer supervisor."""
     recorder = Recorder()
     with (
-        pytest.raises(ProcessDiedError, match=r"died 6 times in a row.*\n  \| last words"),
+        pytest.raises(ProcessDiedError, match=r"died 21 times in a row.*\n  \| last words"),
         fake_stack(recorder, FakePart("triton", recorder.events, lives=[0])) as stack,
     ):
         stack.watch(Looks(1000))
@@ -149,7 +149,8 @@ def test_backoff_doubles_and_forgets() -> None:
     now = 0.0
     backoff = Backoff(lambda: now)
     delays = [backoff.next_delay() for _ in range(MAX_RESTARTS + 1)]
-    assert delays == [0.0, 1.0, 2.0, 4.0, 8.0, None]
+    assert delays[:6] == [0.0, 1.0, 2.0, 4.0, 8.0, 10.0]
+    assert delays[-2:] == [10.0, None]
     backoff.started()
     now += STEADY_SECONDS + 1
     assert backoff.next_delay() == 0.0

@@ -91,7 +91,7 @@ class LLM:
         messages = _as_messages(prompt)
         if not isinstance(prompt, str) and messages is None:
             return Prompt([int(token_id) for token_id in cast(Sequence[int], prompt)])
-        tokenizer = self.engine.codec
+        tokenizer = self.engine.tokenizer
         if tokenizer is None:
             raise InvalidRequest("prompts", "this checkpoint has no tokenizer; pass token ids")
         if messages is not None:
@@ -103,8 +103,8 @@ class LLM:
         if update.error is not None:
             raise update.error
         assert update.finish_reason is not None
-        codec = self.engine.codec
-        text = codec.answer(update.token_ids[: update.num_ready], stop) if codec else ""
+        tokenizer = self.engine.tokenizer
+        text = tokenizer.answer(update.token_ids[: update.num_ready], stop) if tokenizer else ""
         return Completion(
             text,
             update.token_ids,

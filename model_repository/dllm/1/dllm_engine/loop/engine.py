@@ -1,4 +1,4 @@
-"""The engine: requests in, canvas updates out, one denoising step for many requests at a time."""
+"""Runs requests: takes them in, steps them together, returns updates of their canvases."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class EngineStats:
     forward_passes: int = 0
     #: Rows pushed through the model.
     batched_tokens: int = 0
-    #: Steps of single requests in which their whole sequence went through the model.
+    #: Refreshes, counted per request and step.
     refreshes: int = 0
     #: Tokens of finished answers.
     completion_tokens: int = 0
@@ -52,7 +52,7 @@ class EngineStats:
     requests_finished: int = 0
     requests_cancelled: int = 0
     requests_failed: int = 0
-    #: Seconds that admitted requests had waited for a place, all together.
+    #: Seconds that admitted requests had waited for a slot, in total.
     queue_seconds: float = 0.0
     #: Seconds spent in steps.
     step_seconds: float = 0.0
@@ -80,8 +80,8 @@ class Engine:
 
     def __init__(self, config: EngineConfig, runner: ModelRunner | None = None) -> None:
         spec = read_spec(config.model_path)
-        self.codec = Tokenizer.load(config.model_path, spec.mask_token_id)
-        stop_ids = {*spec.eos_token_ids, *(self.codec.stop_token_ids if self.codec else ())}
+        self.tokenizer = Tokenizer.load(config.model_path, spec.mask_token_id)
+        stop_ids = {*spec.eos_token_ids, *(self.tokenizer.stop_token_ids if self.tokenizer else ())}
         #: Tokens that end an answer: end of text, and of a turn.
         self.stop_token_ids = tuple(sorted(stop_ids))
         self.config = config
@@ -90,7 +90,9 @@ class Engine:
         self.stats = EngineStats()
         self.runner = runner or load_runner(config, spec, self.stop_token_ids)
         self.allocator = PageAllocator(self.runner.plan.num_pages, config.kv_page_size)
-        self._limits = RequestLimits(config, spec, self.allocator, has_text=self.codec is not None)
+        self._limits = RequestLimits(
+            config, spec, self.allocator, has_text=self.tokenizer is not None
+        )
         self.scheduler = Scheduler(
             config.max_num_seqs,
             self.runner.token_budget,
@@ -147,9 +149,11 @@ class Engine:
         )
         return request
 
-    def room(self, request: Request) -> int:
+    def headroom(self, request: Request) -> int:
         """How many tokens longer the prompt could be. Thread-safe."""
-        return self._limits.room(request.params, request.length, copies=request.forwards_per_step)
+        return self._limits.headroom(
+            request.params, request.length, copies=request.forwards_per_step
+        )
 
     def add(self, request: Request) -> None:
         """Queue a request from `make_request`."""
@@ -336,13 +340,13 @@ class Engine:
         """How many tokens the first stop string ends after; the first `before` hold none."""
         if not request.params.stop:
             return None
-        assert self.codec is not None
+        assert self.tokenizer is not None
         assert request.slot is not None
         ready = self.runner.canvas(request.slot).tokens[: request.num_ready]
-        if find_stop(self.codec.decode(ready), request.params.stop) is None:
+        if find_stop(self.tokenizer.decode(ready), request.params.stop) is None:
             return None
         for count in range(before + 1, request.num_ready):
-            if find_stop(self.codec.decode(ready[:count]), request.params.stop) is not None:
+            if find_stop(self.tokenizer.decode(ready[:count]), request.params.stop) is not None:
                 return count
         return request.num_ready
 
