@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from adapter.api import health, jobs, metrics, page, stream
+from adapter.api.body import BodyMiddleware
 from adapter.api.error_handlers import add_error_handlers
 from adapter.api.openai import routes as openai
 from adapter.api.openapi import extend_openapi
@@ -68,10 +69,18 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.settings = chosen
+    routers = [m.router for m in (jobs, stream, openai, page, health, metrics)]
+    routes = [route for router in routers for route in router.routes]
+    # The last one added is the first that a call passes.
+    app.add_middleware(
+        BodyMiddleware,
+        routes=routes,
+        max_bytes=chosen.max_body_bytes,
+        timeout=chosen.body_timeout,
+    )
     app.add_middleware(
         AuthMiddleware,
         keyring=Keyring(chosen.api_keys, chosen.api_keys_file),
-        max_body_bytes=chosen.max_body_bytes,
         guard_metrics=chosen.metrics_need_key,
     )
     if origins := [origin.strip() for origin in chosen.cors_origins.split(",") if origin.strip()]:
@@ -83,8 +92,6 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["Retry-After", "X-Request-ID"],
         )
-    routers = [m.router for m in (jobs, stream, openai, page, health, metrics)]
-    routes = [route for router in routers for route in router.routes]
     app.add_middleware(TelemetryMiddleware, routes=routes)
     add_error_handlers(app)
     for router in routers:

@@ -50,6 +50,9 @@ class Settings(BaseSettings):
         default="", description="calls that one key or address may make, like 60/minute"
     )
     max_body_bytes: Count = Field(default=4 * 2**20, description="largest body of a call")
+    body_timeout: Seconds = Field(
+        default=30.0, description="time in which the body of a call must arrive"
+    )
     cors_origins: str = Field(
         default="", description="origins of web pages that may call, separated by commas; * for all"
     )
