@@ -37,6 +37,8 @@ class StepResult:
     #: Rows of the next step, of one sequence, and whether it is a Refresh.
     next_rows: list[int]
     next_is_refresh: list[bool]
+    #: Whether a confidence is NaN or infinite: the model's logits were.
+    not_finite: list[bool]
 
 
 class Canvas(NamedTuple):
@@ -235,6 +237,8 @@ class CanvasTable:
             tokens: int [M]; of each masked position the token, −1 where it stays masked.
             confidence: float32 [M]; what it is committed with.
         """
+        not_finite = np.zeros(len(state.slots), np.bool_)
+        not_finite[blocks.request[~np.isfinite(confidence)]] = True
         picked = tokens >= 0
         slots, positions, tokens = blocks.slots[picked], blocks.positions[picked], tokens[picked]
         places = positions - state.canvas_start[blocks.request[picked]]
@@ -261,6 +265,7 @@ class CanvasTable:
             (first_end < first_masked).tolist(),
             self.num_rows(state, phases).tolist(),
             phases.refresh.tolist(),
+            not_finite.tolist(),
         )
 
     def num_rows(self, state: SlotState, phases: Phases) -> Array:
