@@ -3,7 +3,6 @@
 import contextlib
 import os
 import secrets
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Self
 import httpx
 
 from launcher.errors import RepositoryError, StartTimeoutError
-from launcher.installation import find_installation
+from launcher.installation import ascii_path, find_installation, make_scratch
 from launcher.ports import free_port, require_free_port
 from launcher.process import GuardedProcess, LogCallback
 
@@ -129,16 +128,17 @@ class TritonServer:
         self._check_repository()
         self._check_ports()
         installation = find_installation()
-        scratch = Path(tempfile.mkdtemp(prefix="dllm-triton-"))
+        scratch = make_scratch()
         shm_prefix = f"dllm_{os.getpid()}_{secrets.token_hex(4)}_"
-        command = [str(installation.binary), *self._arguments(shm_prefix)]
+        repository = ascii_path(self.repository, scratch / "models")
+        command = [str(installation.binary), *self._arguments(repository, shm_prefix)]
         backends = installation.make_backend_directory(scratch)
         if backends is not None:
             command.append(f"--backend-directory={backends}")
         self._process = GuardedProcess(
             [*command, *self._extra_args],
             name="tritonserver",
-            env=installation.environment({**os.environ, **self._env}),
+            env=installation.environment(self._environment(scratch), scratch),
             grace=self.exit_timeout + 5.0,
             shm_prefix=shm_prefix,
             scratch=scratch,
@@ -193,9 +193,15 @@ class TritonServer:
         ):
             require_free_port(what, self.address, port, setting)
 
-    def _arguments(self, shm_prefix: str) -> list[str]:
+    def _environment(self, scratch: Path) -> dict[str, str]:
+        env = {**os.environ, **self._env}
+        if checkpoint := env.get("MODEL_PATH"):
+            env["MODEL_PATH"] = str(ascii_path(Path(checkpoint), scratch / "checkpoint"))
+        return env
+
+    def _arguments(self, repository: Path, shm_prefix: str) -> list[str]:
         return [
-            f"--model-repository={self.repository}",
+            f"--model-repository={repository}",
             # Completing a configuration imports the model once more, which takes seconds of torch.
             "--disable-auto-complete-config",
             f"--http-address={self.address}",
