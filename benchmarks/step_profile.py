@@ -42,11 +42,14 @@ def layout_seconds(engine: Engine, block_m: int | None, repeats: int = 300) -> f
     """Median time of laying out the next step of all that runs, on the host."""
     runner = engine.runner
     assert isinstance(runner, SingleRankRunner)
+    pages = runner.rank.pages
+    page_size = pages.page_size if block_m is None else None
     slots = [r.slot for r in engine.scheduler.running if r.slot is not None]
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
-        build_batch(runner.table, runner.rank.pages, slots, Upload("cpu"), block_m)
+        plan = runner.table.plan_step(slots, page_size=page_size)
+        build_batch(plan, pages, Upload("cpu"), block_m)
         times.append(time.perf_counter() - began)
     return statistics.median(times)
 

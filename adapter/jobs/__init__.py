@@ -1,1 +1,1 @@
-"""Jobs: kept in the database, driven through the engine, waited for and cancelled."""
+"""Stores jobs, claims them, runs them on an engine, records their outcome."""

@@ -18,7 +18,7 @@ LAYERS = {
     ADAPTER: ["app", "api", "auth jobs", "engine", "db", "periodic", "telemetry",
               "settings shutdown types", "rates", "errors"],
     ENGINE: ["llm", "loop", "execution", "state", "memory", "models sampling", "parallel",
-             "ops tokenizer", "config request", "sampling_params", "decoding watchdog", "errors"],
+             "ops config request tokenizer", "sampling_params", "decoding watchdog errors"],
 }  # fmt: skip
 
 FORBIDDEN = {

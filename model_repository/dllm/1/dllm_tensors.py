@@ -267,7 +267,7 @@ def check_response(engine: Engine, request: Any, inputs: Inputs, wanted: Collect
     except InvalidRequest as error:
         verdict, text = "invalid", str(error)
     else:
-        verdict, text = "valid", str(engine.room(parsed))
+        verdict, text = "valid", str(engine.headroom(parsed))
         tokens = parsed.prompt.num_tokens
     outputs = {
         "finish_reason": _strings([verdict]),

@@ -207,16 +207,16 @@ def test_a_request_that_can_never_fit_is_refused(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("pages", [6, 10, 1000])
 @pytest.mark.parametrize("fields", [{}, {"cfg_scale": 1.0}, {"cache": "sparse"}])
-def test_room_is_what_a_prompt_may_still_grow_by(
+def test_headroom_is_how_much_longer_a_prompt_may_be(
     checkpoint: Path, fields: dict[str, float | str], pages: int
 ) -> None:
-    """With so many tokens more it is accepted, with one more it is refused."""
+    """A prompt longer by the headroom is accepted, one more token is refused."""
     engine = _few_pages(checkpoint, pages).engine
     params = Params(**({"gen_length": 8, "cache": "dual"} | fields))  # type: ignore[arg-type]
-    room = engine.room(engine.make_request(Prompt([1] * 5), params))
-    assert engine.room(engine.make_request(Prompt([1] * (5 + room)), params)) == 0
+    headroom = engine.headroom(engine.make_request(Prompt([1] * 5), params))
+    assert engine.headroom(engine.make_request(Prompt([1] * (5 + headroom)), params)) == 0
     with pytest.raises(InvalidRequest, match="^(cache|gen_length): "):
-        engine.make_request(Prompt([1] * (6 + room)), params)
+        engine.make_request(Prompt([1] * (6 + headroom)), params)
 
 
 @given(

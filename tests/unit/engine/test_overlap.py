@@ -1,4 +1,4 @@
-"""Two steps under way at once: the host settles one while the device is at the other."""
+"""Two steps in flight: the host commits one while the device runs the other."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_each_step_is_launched_before_the_one_before_it_ends(
 def test_too_few_rows_for_two_steps_make_one(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And so does an engine that is not asked to overlap, as none on a CPU is by itself."""
+    """So does an engine whose overlap is off, as it is by default on a CPU."""
     for overlap_rows in (7, 0, None):
         engine = make_engine(checkpoint, overlap_rows=overlap_rows, max_num_seqs=4)
         seen = watch(engine, monkeypatch)
@@ -113,7 +113,7 @@ def test_too_few_rows_for_two_steps_make_one(
 
 
 def test_a_request_is_cancelled_while_it_is_in_flight(checkpoint: Path) -> None:
-    """Its place goes to another only when its step has ended: that one's answer is its own."""
+    """Its slot is reused only when its step has ended, so the next request's answer is its own."""
     alone = make_engine(checkpoint)
     submit(alone, gen_length=9, ignore_eos=True, seed=5)
     (expected,) = run(alone).values()
@@ -127,7 +127,7 @@ def test_a_request_is_cancelled_while_it_is_in_flight(checkpoint: Path) -> None:
     cancelled = engine.cancel(in_flight[0])
     assert cancelled is not None
     assert cancelled.finish_reason is FinishReason.CANCELLED
-    assert cancelled.usage.steps == 1  # the one that was under way counts
+    assert cancelled.usage.steps == 1  # the one that was in flight counts
     finished = run(engine)
     assert finished[heir].token_ids.tolist() == expected.token_ids.tolist()
     assert set(finished) == {heir, *victims} - {in_flight[0]}
@@ -135,7 +135,7 @@ def test_a_request_is_cancelled_while_it_is_in_flight(checkpoint: Path) -> None:
 
 
 def test_a_request_that_ends_as_it_is_cancelled_is_answered_once(checkpoint: Path) -> None:
-    """Its last step is under way: it is complete, and the worker still gets to hear of it."""
+    """A cancel that waits for the request's last step changes nothing; its update still follows."""
     engine = make_engine(checkpoint, overlap_rows=1, max_num_seqs=2)
     ids = [submit(engine, gen_length=1, ignore_eos=True) for _ in range(2)]
     (first,) = engine.step()
@@ -205,7 +205,7 @@ def test_what_does_not_fit_into_an_upload_goes_by_itself() -> None:
 
 
 def test_prompts_can_be_given_while_two_steps_are_in_flight(checkpoint: Path) -> None:
-    """Newcomers are laid out in free places without touching what is under way."""
+    """New requests are set up in free slots without touching those in flight."""
     engine = make_engine(checkpoint, overlap_rows=1, max_num_seqs=4, dtype="float64")
     plain = LLM(checkpoint, dtype="float64")
     prompts = [Prompt([5 + i, 6, 7]) for i in range(9)]

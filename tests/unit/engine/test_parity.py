@@ -150,7 +150,7 @@ def test_every_rule_equals_the_reference_beside_longer_blocks(
         assert_equal(answer, subject.expected(prompt, p), abs=abs)
 
 
-def test_confidence_past_the_end_of_a_shorter_block_is_nobodys(subject: Subject) -> None:
+def test_confidence_past_the_end_of_a_shorter_block_is_minus_one(subject: Subject) -> None:
     """Columns that only a longer neighbour has hold −1, whatever the block's start was committed
     with, since they repeat its position."""
     table = CanvasTable(
@@ -164,17 +164,19 @@ def test_confidence_past_the_end_of_a_shorter_block_is_nobodys(subject: Subject)
     )
     defaults = EngineConfig(model_path=Path()).cache_defaults
     for slot, length in enumerate((3, 8)):
-        params = SamplingParams(gen_length=8, block_length=length).with_cache_defaults(defaults)
-        table.fill(slot, Prompt([5, 6]), params.resolved())
-    state = table.state([0, 1])
-    blocks = table.blocks(state)
+        params = SamplingParams(gen_length=8, block_length=length, anchor_threshold=0.5)
+        resolved = params.with_cache_defaults(defaults).resolved()
+        table.fill(slot, Prompt([5, 6]), resolved)
+    plan = table.plan_step([0, 1])
+    blocks = plan.blocks
     assert blocks.masked.sum(axis=1).tolist() == [3, 8]
     first = blocks.column == 0
     confidence = np.where(blocks.request == 0, 0.5, 0.25)
-    table.advance(state, blocks, np.where(first, 7, -1), confidence)
-    state = table.state([0, 1])
-    assert table.blocks(state).masked.sum(axis=1).tolist() == [2, 7]
-    assert table.block_confidence(state).tolist() == [[0.5] + [-1.0] * 7, [0.25] + [-1.0] * 7]
+    table.advance(plan, np.where(first, 7, -1), confidence)
+    plan = table.plan_step([0, 1])
+    assert plan.blocks.masked.sum(axis=1).tolist() == [2, 7]
+    assert plan.committed is not None
+    assert plan.committed.tolist() == [[0.5] + [-1.0] * 7, [0.25] + [-1.0] * 7]
 
 
 def test_credit_equals_its_definition_and_touches_no_neighbour(subject: Subject) -> None:

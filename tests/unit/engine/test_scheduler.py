@@ -405,7 +405,7 @@ def test_nobody_starves_and_no_step_is_wasted(
 
 @pytest.mark.parametrize(("others", "beside"), [([40] * 5, 5), ([400] * 4, 0)])
 def test_a_large_request_does_not_keep_small_ones_out(others: list[int], beside: int) -> None:
-    """Where two steps may be under way, each has half; but the first may be more than that by
+    """Where two steps may be in flight, each has half; but the first may be more than that by
     itself, and whoever fits beside it comes along unless the others make a step of their own."""
     scheduler = Scheduler(8, 16384, PageAllocator(0, 1), overlap_rows=1024)
     for i, size in enumerate([3000, *others]):
@@ -422,7 +422,7 @@ def test_a_large_request_does_not_keep_small_ones_out(others: list[int], beside:
 
 @dataclasses.dataclass
 class Overlapped:
-    """A scheduler that always has six requests waiting, with two steps under way where it can."""
+    """A scheduler that always has six requests waiting, with two steps in flight where it can."""
 
     num_slots: int
     budget: int
@@ -460,7 +460,7 @@ class Overlapped:
                     self.longest_idle = max(self.longest_idle, idle)
                     last[request.request_id] = launched
                 flights.append(chosen)
-                self.most_in_flight = max(self.most_under_way, len(flights))
+                self.most_in_flight = max(self.most_in_flight, len(flights))
                 continue
             assert flights, "nothing runs and nothing is launched"
             for request in flights.pop(0):
@@ -478,7 +478,7 @@ class Overlapped:
 def test_nobody_starves_while_two_steps_are_in_flight(
     num_slots: int, budget: int, overlap_rows: int, longest_idle: int
 ) -> None:
-    """There is always one under way, often two, of different requests, each within its budget; a
+    """There is always one in flight, often two, of different requests, each within its budget; a
     running request is left out of 32 steps and one for each other, and a few while it was under
     way."""
     for seed in range(4):

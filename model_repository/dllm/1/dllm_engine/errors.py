@@ -1,14 +1,14 @@
-"""What can go wrong, in one small tree.
+"""The errors of this package, in one small tree.
 
 DllmError
-├── InvalidRequest   the request asks for something that cannot be done; names field and limit
+├── InvalidRequest   a field of the request is invalid; names field and limit
 ├── InvalidConfig    the engine cannot be started with these settings
 ├── CheckpointError  the checkpoint is incomplete, malformed or of an unknown family
-├── QueueFull        the engine lets no more requests wait
-├── RequestFailed    one request met an error inside the engine
-│   └── NotStarted           … before it began, for no fault of its own
-│       └── QueueTimeout it waited for longer than it was willing to
-└── EngineDead       the engine stopped; nothing more will be answered
+├── QueueFull        the queue is full
+├── RequestFailed    one request failed inside the engine
+│   └── NotStarted       … before it started, through no fault of its own
+│       └── QueueTimeout it waited longer than its timeout
+└── EngineDead       the engine stopped; no request is answered any more
 """
 
 
@@ -34,20 +34,20 @@ class CheckpointError(DllmError):
 
 
 class RequestFailed(DllmError):
-    """The engine met an error while running one request."""
+    """One request failed while running."""
 
 
 class QueueFull(DllmError):
-    """As many requests wait as may; the message names the setting."""
+    """The queue is full; the message names the setting."""
 
 
 class NotStarted(RequestFailed):
-    """A request ended before it began, for no fault of its own: it may be made again."""
+    """A request ended before it started, through no fault of its own: send it again."""
 
 
 class QueueTimeout(NotStarted):
-    """A request waited for a place for longer than its own timeout."""
+    """A request waited longer for a slot than its own timeout."""
 
 
 class EngineDead(DllmError):
-    """The engine has stopped and answers nothing more."""
+    """The engine has stopped; no request is answered any more."""

@@ -1,4 +1,4 @@
-"""A request inside the engine, what its caller gives, and what comes back. No torch."""
+"""Requests: the prompt, the request inside the engine, updates and results. No torch."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-#: Seconds between updates of a request that waits for a place, at least: nothing happens to it.
+#: Least seconds between updates of a waiting request, to which nothing happens.
 WAITING_INTERVAL = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """Everything of a sequence that is given: what stands before, in and behind the canvas."""
+    """The given tokens of a sequence: before, in and behind the canvas."""
 
     ids: list[int]
-    #: The canvas, with the mask id where something is to be decoded; empty: all masks.
+    #: The canvas, with the mask id at positions to decode; empty: all masks.
     canvas_ids: list[int] = dataclasses.field(default_factory=list)
-    #: What follows the canvas (infilling).
+    #: The tokens behind the canvas (infilling).
     suffix_ids: list[int] = dataclasses.field(default_factory=list)
 
     @property
@@ -44,28 +44,28 @@ class Request:
     stream_interval: float | None = None
     #: 0 goes first; each level more counts as coming `PRIORITY_STEPS` steps later.
     priority: int = 0
-    #: It runs while nothing else does.
+    #: Run it while nothing else runs.
     exclusive: bool = False
-    #: Seconds that it is willing to wait for a place; None: for ever.
+    #: Seconds it may wait for a slot; None: for ever.
     timeout: float | None = None
-    #: What its caller calls it, for the log and for cancelling; need not be unique.
+    #: The caller's name for it, for the log and for cancelling; need not be unique.
     name: str = ""
-    #: Pages that it holds while running.
+    #: Pages it holds while running.
     num_pages: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
     #: Row of the canvas table while running; None while waiting.
     slot: int | None = None
     steps_run: int = 0
-    #: It is in a step that has not ended.
+    #: Whether it is in a step in flight.
     in_flight: bool = False
     #: Rows pushed through the model so far.
     rows_run: int = 0
     #: Rows of the next step of one sequence, and whether it is a Refresh; None: all, it is.
     next_rows: int | None = None
     next_is_refresh: bool = True
-    #: Scheduler's step of its arrival and what its priority adds: lower goes first.
+    #: The scheduler's step at its arrival, plus what its priority adds: lower goes first.
     arrival_order: int = 0
-    #: Scheduler's step in which it ran last, or was admitted.
+    #: The scheduler's step in which it ran last, or was admitted.
     ready_since: int = 0
     #: Tokens from the left that are final, short of an end-of-text token.
     num_ready: int = 0
@@ -82,25 +82,25 @@ class Request:
 
     @property
     def forwards_per_step(self) -> int:
-        """Sequences per step: guidance needs an unconditional twin."""
+        """Sequences per step: guidance needs a second, unconditional one."""
         return 2 if self.params.cfg_scale > 0 else 1
 
     @property
     def step_cost(self) -> int:
-        """Rows that its next step pushes through the model."""
+        """Rows of its next step."""
         rows = self.length if self.next_rows is None else self.next_rows
         return rows * self.forwards_per_step
 
     @property
     def mean_cost(self) -> float:
-        """Rows per step over its life: what it has cost, and one block as planned."""
+        """Mean rows per step: all steps so far, and one more block as planned."""
         rows, steps = self._planned_block
         total = self.rows_run + rows * self.forwards_per_step
         return total / (self.steps_run + steps)
 
     @functools.cached_property
     def _planned_block(self) -> tuple[float, int]:
-        """Rows of one sequence and steps of a block, by its parameters: a mean over its blocks."""
+        """Rows of one sequence and steps of a block, as a mean over its blocks."""
         params = self.params
         block_length = params.block_length or params.gen_length
         steps = max(1, (params.steps or params.gen_length) * block_length // params.gen_length)
@@ -110,16 +110,16 @@ class Request:
         again = (steps - first) // params.refresh_interval if params.refresh_interval else 0
         refreshes = min(steps, first + max(0, again))
         reuse: float = block_length
-        if params.cache == "prefix":  # and what is behind the block
+        if params.cache == "prefix":  # and the rows behind the block
             reuse = (block_length + params.gen_length) / 2 + len(self.prompt.suffix_ids)
-        elif params.cache == "delayed":  # what is masked, and what was committed last
+        elif params.cache == "delayed":  # masked rows, and those committed last
             reuse = block_length / 2 + 1
         return refreshes * self.length + (steps - refreshes) * reuse, steps
 
     def is_due(self, now: float) -> bool:
-        """Whether an update is due at `now` (seconds, monotonic); if so, the next is later.
+        """Whether an update is due at `now` (seconds, monotonic); if so, counts it as sent.
 
-        So it is while a request waits: whoever reads can tell a long queue from a dead engine.
+        Waiting requests send updates too, so that clients can tell a long queue from a dead engine.
         """
         if self.stream_interval is None:
             return False
@@ -137,20 +137,20 @@ class FinishReason(enum.StrEnum):
     STOP = "stop"
     #: The whole canvas is decoded.
     LENGTH = "length"
-    #: The caller went away or cancelled.
+    #: The client disconnected or cancelled.
     CANCELLED = "cancelled"
 
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What a request cost so far."""
+    """The cost of a request so far."""
 
     prompt_tokens: int
     #: Tokens of the answer, the end-of-text token included.
     completion_tokens: int
     #: Denoising steps run.
     steps: int
-    #: Sequences pushed through the model; with guidance two per step.
+    #: Sequences run through the model; with guidance two per step.
     forward_passes: int
 
 

@@ -1,4 +1,4 @@
-"""What becomes of jobs when engine, worker or database misbehave."""
+"""Jobs when engine, worker or database fail."""
 
 import asyncio
 import time
@@ -74,7 +74,7 @@ async def test_job_that_takes_tritonserver_down_is_given_up(
 async def test_job_that_cannot_have_taken_tritonserver_down_keeps_its_attempts(
     database_url: str, engine: ScriptedEngine, script: list[Event | str | Exception]
 ) -> None:
-    """A job that had no place yet, or that the engine gives back itself, is only postponed."""
+    """A job that had no place yet, or that the engine gives back itself, is snoozed."""
     engine.scripts = [list(script), [DONE]]
     async with running_app(fast_settings(database_url, job_max_attempts=1), engine) as api:
         assert DONE.text == (await api.result(await api.submit()))["text"]
@@ -215,7 +215,7 @@ async def test_silent_stream_of_a_living_engine_is_lost(
 
 
 async def test_stream_without_any_event_is_lost(api: RunningApp, engine: ScriptedEngine) -> None:
-    """Whatever waits in the engine gives signs of life as well, so that silence means the same."""
+    """A stream without any event is lost too, since queued requests send heartbeats."""
     engine.scripts = [[HANG], [DONE]]
 
     assert DONE.text == (await api.result(await api.submit()))["text"]
@@ -242,7 +242,7 @@ async def test_hanging_engine_costs_a_job_one_attempt(
 async def test_deadline_closes_the_stream_and_fails_the_job(
     api: RunningApp, engine: ScriptedEngine
 ) -> None:
-    """A job that is not done in time fails with the time, and the engine is let go."""
+    """A running job fails at its deadline, and its stream is closed."""
     engine.scripts = [[SIGN_OF_LIFE, HANG]]
     result = await api.result(await api.submit(timeout=0.15))
 
@@ -251,7 +251,7 @@ async def test_deadline_closes_the_stream_and_fails_the_job(
 
 
 async def test_deadline_holds_in_the_queue(database_url: str, engine: ScriptedEngine) -> None:
-    """A job that no engine takes in time fails as well; the others go on waiting."""
+    """A queued job fails at its deadline; others stay queued."""
     engine.alive = False
     async with running_app(fast_settings(database_url), engine) as api:
         late, patient = await api.submit(timeout=0.1), await api.submit()
@@ -261,7 +261,7 @@ async def test_deadline_holds_in_the_queue(database_url: str, engine: ScriptedEn
 
 
 async def test_priority_reaches_the_engine(api: RunningApp, engine: ScriptedEngine) -> None:
-    """The engine's queue is told how urgent a job is."""
+    """A job's priority is passed to the engine."""
     await api.submit(priority=1)
     await api.result(0)
     await api.client.post("/v1/generate_batch", json={"prompts": ["a"], "priority": 3})
@@ -273,7 +273,7 @@ async def test_priority_reaches_the_engine(api: RunningApp, engine: ScriptedEngi
 async def test_cancel_from_another_worker_closes_the_stream(
     database_url: str, engine: ScriptedEngine
 ) -> None:
-    """The worker that is asked tells the engine at once; the one that drives the job notices.
+    """The worker that gets the call cancels at the engine; the one that runs the job notices.
 
     So does who waits for it there.
     """
@@ -296,10 +296,10 @@ async def test_cancel_from_another_worker_closes_the_stream(
             assert result["status"] == "cancelled"
 
 
-async def test_stopping_worker_puts_its_jobs_back(
+async def test_stopping_worker_releases_its_jobs(
     database_url: str, engine: ScriptedEngine, store: JobStore
 ) -> None:
-    """A worker that stops leaves its jobs queued, without an attempt, for the next one."""
+    """A worker that stops releases its jobs without counting an attempt."""
     engine.scripts = [[SIGN_OF_LIFE, HANG]]
     async with running_app(fast_settings(database_url), engine) as api:
         await api.submit()
@@ -311,10 +311,10 @@ async def test_stopping_worker_puts_its_jobs_back(
         assert (await api.result(0))["status"] == "finished"
 
 
-async def test_jobs_of_a_dead_worker_are_taken_up(
+async def test_jobs_of_a_dead_worker_are_rescued(
     database_url: str, engine: ScriptedEngine, database: Database
 ) -> None:
-    """A job whose lease ran out is driven by whoever notices."""
+    """A job whose lease has expired is run by another worker."""
     store = JobStore(database, max_attempts=3)
     await store.add([{"text_input": "a"}], max_queued=1)
     await store.claim("a-dead-worker", limit=1, lease=0.05)
@@ -325,7 +325,7 @@ async def test_jobs_of_a_dead_worker_are_taken_up(
 async def test_leases_of_living_workers_are_renewed(
     database_url: str, engine: ScriptedEngine
 ) -> None:
-    """A job that takes many times its lease stays with its worker."""
+    """A job that runs for many times its lease stays with its worker."""
     engine.scripts = [[HANG]]
     settings = fast_settings(database_url, engine_idle_timeout=30)
     async with (
@@ -340,7 +340,7 @@ async def test_leases_of_living_workers_are_renewed(
 async def test_unforeseen_error_does_not_keep_the_job(
     api: RunningApp, engine: ScriptedEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An error that nobody thought of is logged, and the job runs again when its lease is over."""
+    """An unexpected error is logged, and the job runs again after its lease has expired."""
     engine.scripts = [[KeyError("surprise")], [DONE]]
 
     assert DONE.text == (await api.result(await api.submit()))["text"]
@@ -352,7 +352,7 @@ async def test_unforeseen_error_does_not_keep_the_job(
 async def test_result_is_kept_when_the_database_was_away(
     api: RunningApp, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A result that could not be written is written later, not generated again."""
+    """A result that could not be stored is stored later, not generated again."""
     finish, failures = JobStore.finish, [StoreUnavailable("away"), StoreUnavailable("away")]
 
     async def flaky(self: JobStore, owner: str, job_id: int, result: Event) -> bool:
@@ -368,7 +368,7 @@ async def test_result_is_kept_when_the_database_was_away(
 async def test_jobs_that_end_at_once_leave_room_for_others(
     api: RunningApp, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 40 jobs that one step ends only a few are settled between two turns of the event loop."""
+    """Of 40 jobs that end at once, only a few are recorded between two turns of the event loop."""
     finish, settled = JobStore.finish, 0
 
     async def counted(self: JobStore, owner: str, job_id: int, result: Event) -> bool:
@@ -393,7 +393,7 @@ async def test_jobs_that_end_at_once_leave_room_for_others(
 async def test_no_more_than_max_inflight_at_a_time(
     database_url: str, engine: ScriptedEngine
 ) -> None:
-    """A worker drives as many jobs as it may, and goes on when one of them is done."""
+    """A worker runs at most `max_inflight` jobs, and claims more when one ends."""
     engine.scripts = [[HANG], [HANG], [DONE]]
     async with running_app(fast_settings(database_url, max_inflight=2), engine) as api:
         await api.client.post("/v1/generate_batch", json={"prompts": ["a", "b", "c"]})
@@ -408,7 +408,7 @@ async def test_no_more_than_max_inflight_at_a_time(
 async def test_jobs_that_arrive_at_once_find_no_more_places(
     database_url: str, engine: ScriptedEngine
 ) -> None:
-    """Calls that come together fill the places that there are; the others wait their turn."""
+    """Concurrent submissions fill the free slots; the other jobs wait in the queue."""
     engine.scripts = [[HANG], [HANG], [DONE]]
     async with running_app(fast_settings(database_url, max_inflight=2), engine) as api:
         await until(lambda: api.monitor.state.ok)
@@ -426,7 +426,7 @@ async def test_jobs_that_arrive_at_once_find_no_more_places(
 async def test_many_jobs_on_two_workers_run_exactly_once(
     database_url: str, engine: ScriptedEngine
 ) -> None:
-    """However many jobs there are, each is run once and none is forgotten."""
+    """Two workers run each of many jobs exactly once."""
     settings = fast_settings(database_url, max_inflight=16, lease_seconds=30)
     async with running_app(settings, engine) as one, running_app(settings, engine) as two:
         for worker in (one, two) * 2:
@@ -440,7 +440,7 @@ async def test_many_jobs_on_two_workers_run_exactly_once(
 
 
 async def test_expired_results_go(database_url: str, engine: ScriptedEngine) -> None:
-    """A result is kept for its time, and then unknown."""
+    """A result is unknown after its time to live."""
     async with running_app(fast_settings(database_url, result_ttl=0.05), engine) as api:
         await api.submit()
         async with asyncio.timeout(5):
@@ -451,7 +451,7 @@ async def test_expired_results_go(database_url: str, engine: ScriptedEngine) -> 
 async def test_log_names_the_job_and_not_the_prompt(
     api: RunningApp, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What users write is nothing for the log."""
+    """The log does not contain prompts."""
     caplog.set_level("DEBUG", "adapter")
     await api.result(await api.submit("a secret"))
     await asyncio.sleep(0.02)

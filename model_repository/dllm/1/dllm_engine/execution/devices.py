@@ -1,4 +1,4 @@
-"""Which devices and libraries a configuration means on this machine."""
+"""Resolves the configured devices and libraries on this machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dllm_engine.ops import make_quantizer
 
 
 def import_libraries(config: EngineConfig) -> None:
-    """Import what loading needs. It takes seconds, so ranks do it before they wait for each other.
+    """Import what loading needs: it takes seconds, so ranks do it before they meet.
 
     Raises:
         InvalidConfig: a library is missing.
@@ -20,7 +20,7 @@ def import_libraries(config: EngineConfig) -> None:
 
 
 def resolve_device(config: EngineConfig) -> tuple[str, torch.dtype]:
-    """Device (of the first rank) and number type that `config` means on this machine.
+    """Return the device (of the first rank) and number type to use on this machine.
 
     Raises:
         InvalidConfig: the device does not exist here.
@@ -37,10 +37,10 @@ def resolve_device(config: EngineConfig) -> tuple[str, torch.dtype]:
 
 
 def rank_device(config: EngineConfig, rank: int) -> str:
-    """The device of one of several ranks: GPUs in a row from the first on, or the CPU.
+    """Return the device of one of several ranks: consecutive GPUs, or the CPU.
 
     Raises:
-        InvalidConfig: there are not that many.
+        InvalidConfig: there are too few GPUs.
     """
     device, _ = resolve_device(config)
     if not device.startswith("cuda"):
@@ -62,6 +62,6 @@ def rank_device(config: EngineConfig, rank: int) -> str:
 
 
 def _instances(size: int, count: int) -> str:
-    """An instance for each `size` of `count` GPUs, in the words of config.pbtxt."""
+    """Write an instance per `size` of `count` GPUs, as config.pbtxt has it."""
     firsts = range(0, count - size + 1, size)
     return ", ".join(f"{{ count: 1 kind: KIND_GPU gpus: [ {first} ] }}" for first in firsts)

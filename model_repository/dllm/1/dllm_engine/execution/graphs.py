@@ -1,9 +1,9 @@
-"""The forward pass of small steps, recorded once for each size and replayed as one launch.
+"""Records the forward pass of small steps once per size, and replays it as one launch.
 
 A step of a few hundred rows is some ten kernels a layer, each shorter than the time the host takes
 to launch it. A CUDA graph launches them together. Its addresses and shapes are fixed, so a step is
-copied into buffers of the next larger size; what is added takes no part: sequences without rows,
-rows that are stored nowhere.
+copied into buffers of the next larger size; the padding is sequences without rows, and rows that
+are not stored.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from dllm_engine.ops import FlatLayout, LayerPages
 
 logger = logging.getLogger("dllm_engine")
 
-#: Runs some work, and returns what does the same again.
+#: Runs some work, and returns a function that repeats it.
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 
-#: Rows of the largest graph where none are set: from about here on a GPU is busy with a kernel for
-#: longer than the host with its launch.
+#: Rows of the largest graph by default: from about here on, a kernel takes a GPU longer than its
+#: launch takes the host.
 LARGEST_ROWS = 512
 #: Device memory that a recorded graph takes besides its activations.
 GRAPH_BYTES = 16 * 2**20
 
 
 def graph_sizes(largest: int) -> list[int]:
-    """Rows of each graph up to `largest`: 16 · 2ⁿ and 48 · 2ⁿ, ascending."""
+    """List the rows of each graph up to `largest`: 16 · 2ⁿ and 48 · 2ⁿ, ascending."""
     powers = [16 * 2**n for n in range(largest.bit_length())]
     return sorted(size for size in {*powers, *(3 * size for size in powers)} if size <= largest)
 
 
 def cuda_recorder() -> Recorder:
-    """Records CUDA graphs that share one pool of memory, since only one runs at a time."""
+    """Make a recorder of CUDA graphs that share one memory pool, since only one runs at a time."""
     pool = torch.cuda.graph_pool_handle()
-    # The same for all graphs: memory that a stream gives back is had again by that stream alone.
+    # All graphs use the same streams: only the stream that freed memory can reuse it.
     first, recorded = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def record(work: Callable[[], None]) -> Callable[[], None]:
-        # Once as it is: kernels are compiled and libraries set up outside the recording.
+        # The first run compiles kernels and sets up libraries outside the recording.
         first.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(first):
             work()
         torch.cuda.current_stream().wait_stream(first)
         graph = torch.cuda.CUDAGraph()
-        # What other threads ask of the device meanwhile is none of this recording's.
+        # Calls of other threads do not belong to the recording.
         mode = "thread_local"
         with torch.cuda.graph(graph, pool=pool, stream=recorded, capture_error_mode=mode):
             work()
@@ -60,15 +60,15 @@ def cuda_recorder() -> Recorder:
 
 
 class ForwardGraphs:
-    """The recorded forward passes of one model.
+    """Holds and replays the recorded forward passes of one model.
 
     Args:
         pages: stored keys and values of each layer; graphs hold their addresses.
         sizes: rows of each graph, ascending.
         block_m: see `FlatLayout`.
-        max_sequences: that a step may have.
-        max_pages: of the longest sequence.
-        record: makes a replayable form of some work.
+        max_sequences: the most that a step may have.
+        max_pages: pages of the longest sequence.
+        record: runs some work and returns its replay.
     """
 
     def __init__(
@@ -101,23 +101,23 @@ class ForwardGraphs:
         self._hidden = torch.zeros(
             rows, model.spec.hidden_size, dtype=model.embedding.dtype, device=device
         )
-        # The largest first: what it has given back to the pool is enough for each of the others.
+        # Records the largest first: the memory it frees is enough for each of the others.
         self._replay = {
             size: record(functools.partial(self._forward, size)) for size in reversed(sizes)
         }
         logger.info("recorded forward passes of %s rows", ", ".join(map(str, sizes)))
 
     def run(self, input_ids: Tensor, positions: Tensor, layout: FlatLayout) -> Tensor | None:
-        """What `head_input` makes of the model's hidden states: [rows, hidden_size].
+        """Run the forward pass of a step; returns the head's inputs: [rows, hidden_size].
 
-        Valid until the next call. None: no graph is large enough, or the step stores a selection,
-        whose launches depend on it.
+        They are valid until the next call. None: no graph is large enough, or the step stores a
+        selection, whose launches depend on the step.
         """
         rows = len(input_ids)
-        place = bisect.bisect_left(self._sizes, rows)
-        if place == len(self._sizes) or layout.selection is not None:
+        index = bisect.bisect_left(self._sizes, rows)
+        if index == len(self._sizes) or layout.selection is not None:
             return None
-        size = self._sizes[place]
+        size = self._sizes[index]
         block_tables = layout.block_tables
         self._block_tables[: block_tables.shape[0], : block_tables.shape[1]] = block_tables
         sequences, tiles = self._sequences(size), self._tiles(size)
@@ -133,7 +133,7 @@ class ForwardGraphs:
         ):
             assert values is not None
             buffer[: len(values)] = values
-        # Behind these stands what an earlier step has left; three numbers keep it out of this one.
+        # The buffers hold an earlier step's values behind these; three settings disable them.
         self._slot_mapping[rows:size] = -1
         self._query_lens[len(layout.query_lens) : sequences] = 0
         self._tile_sequence[len(layout.tile_sequence) : tiles] = self._max_sequences

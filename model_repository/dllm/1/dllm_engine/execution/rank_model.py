@@ -1,6 +1,6 @@
-"""What one rank has of the model, and its part of a step: from input tokens to candidates.
+"""Holds one rank's part of the model and runs its part of a step, from input tokens to candidates.
 
-Without tensor parallelism there is one rank, and it has everything.
+Without tensor parallelism there is one rank, which holds everything.
 """
 
 from __future__ import annotations
@@ -52,49 +52,25 @@ from dllm_engine.parallel import Group
 from dllm_engine.sampling import (
     LISTED,
     Candidates,
-    Credits,
-    RowSampling,
     SpecialTokens,
     least_bytes,
     sample_candidates,
 )
-from dllm_engine.state.batch import StepBatch
+from dllm_engine.state.batch import StepInputs
 from dllm_engine.state.canvas import CanvasTable
 
 logger = logging.getLogger("dllm_engine")
 
-#: Token budgets where none is set: enough rows to keep the device busy, few enough that a step is
-#: short.
+#: Default token budgets: enough rows to keep the device busy, few enough for a short step.
 CPU_TOKEN_BUDGET = 2048
 GPU_TOKEN_BUDGET = 16384
-
-
-@dataclasses.dataclass(frozen=True)
-class StepInputs:
-    """What every rank must know of a step; see `StepBatch`."""
-
-    input_ids: Tensor
-    positions: Tensor
-    layout: Layout
-    rows: Tensor
-    uncond_rows: Tensor
-    cfg_scale: Tensor | None
-    sampling: RowSampling
-    needs_entropy: bool
-    credits: Credits | None
-
-    @classmethod
-    def of(cls, batch: StepBatch, credits: Credits | None) -> StepInputs:
-        """Of a batch everything that does not concern canvases."""
-        names = [f.name for f in dataclasses.fields(cls) if f.name != "credits"]
-        return cls(**{name: getattr(batch, name) for name in names}, credits=credits)
 
 
 class RankModel:
     """A loaded model, or a rank's part of one, with its keys and values.
 
-    Every method is a collective call of all ranks in `group`, which have the time of a step for it;
-    `loaded` is called before the first, and may wait until all of them have loaded their parts.
+    Every method is a collective call of all ranks in `group`, bounded by the time-out of a step.
+    `loaded` is called before the first one, and may wait until all ranks have loaded their parts.
 
     Raises:
         CheckpointError: the weights do not fit the config.
@@ -122,7 +98,7 @@ class RankModel:
         )
         available = available_bytes(self.device)
         limit = parse_limit(config.memory_limit, available)
-        if on_cpu:  # which the ranks have in common, while each has a GPU of its own
+        if on_cpu:  # ranks share a CPU's memory, while each has its own GPU
             available, limit = available // spec.num_ranks, limit // spec.num_ranks
         self._operations = operations = choose_operations(
             config.kernels, self.device, self._dtype, batch_invariant=config.batch_invariant
@@ -155,7 +131,7 @@ class RankModel:
             eos=torch.tensor(spec.eos_token_ids, dtype=torch.int64, device=self.device),
             stop=torch.tensor(stop_token_ids, dtype=torch.int64, device=self.device),
         )
-        longest = spec.max_model_len  # two of them: a request and its twin
+        longest = spec.max_model_len  # twice, for a request with guidance
         activations = self._peak_activations(max(2 * longest, self.token_budget))
         if self.block_m is None:
             activations += self._peak_gathered(operations)
@@ -185,17 +161,17 @@ class RankModel:
         self.graphs: ForwardGraphs | None = None
 
     def bind_thread(self) -> None:
-        """Make the shard's GPU the calling thread's; needed on every thread that steps.
+        """Make this rank's GPU current in the calling thread; needed on every thread that steps.
 
         Kernels in the Triton language and CUDA graphs run on the current device, wherever their
-        tensors are, and that of a new thread is the first.
+        tensors are; in a new thread that is the first GPU.
         """
         device = torch.device(self.device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
 
     def allocate(self, num_pages: int) -> None:
-        """Make the pool of keys and values; no more pages than planned."""
+        """Allocate the pool of keys and values; at most as many pages as planned."""
         spec = self._spec
         self.plan = dataclasses.replace(self.plan, num_pages=num_pages)
         self.pages = KVPages.allocate(
@@ -230,15 +206,15 @@ class RankModel:
 
     @torch.inference_mode()
     def _compile_layers(self) -> None:
-        """Compile the layers' kernels now, not in somebody's first request."""
-        # Not at the top: the package triton is optional.
+        """Compile the layers' kernels now, so that the first request does not wait for it."""
+        # Imported here, since the package triton is optional.
         from dllm_engine.ops.kernels.selection import candidate_sizes
 
         assert self.block_m is not None
         nothing = torch.zeros(ROW_MULTIPLE, dtype=torch.int64, device=self.device)
         plain = FlatLayout.of([ROW_MULTIPLE], self.block_m, self.device)
         for candidates in candidate_sizes(self._spec.max_model_len):
-            # A sequence of which no row is stored, and of a selection none.
+            # No row is stored, and the selection is empty.
             none = torch.zeros_like(plain.query_lens)
             layout = dataclasses.replace(
                 plain,
@@ -250,7 +226,7 @@ class RankModel:
 
     @torch.inference_mode()
     def _compile_head(self) -> None:
-        """Compile every form of the head's kernel now, not in somebody's first request."""
+        """Compile every form of the head's kernel now, as `_compile_layers` does."""
         nothing = torch.zeros(1, device=self.device)
         heat, keys = nothing.double(), nothing.long()
         hidden = torch.zeros(1, self._spec.hidden_size, device=self.device, dtype=self._dtype)
@@ -272,7 +248,7 @@ class RankModel:
 
     @torch.inference_mode()
     def candidates(self, inputs: StepInputs) -> Candidates:
-        """A token for each masked position of the step, and how sure the model is of it."""
+        """Choose a token for each masked position of the step, with its confidence."""
         return sample_candidates(
             self._masked_hidden(inputs),
             self.model.head,
@@ -284,7 +260,7 @@ class RankModel:
         )
 
     def _masked_hidden(self, inputs: StepInputs) -> Tensor:
-        """Head inputs of the masked positions, [M, hidden_size], guidance applied.
+        """Compute the head inputs of the masked positions, with guidance: [M, hidden_size].
 
         The head is linear, so guiding its inputs, `u + (s + 1)(c − u)`, equals guiding the logits
         (LLaDA, generate.py) at half the cost.
@@ -301,7 +277,7 @@ class RankModel:
         return torch.where((inputs.cfg_scale > 0).unsqueeze(1), guided, conditional)
 
     def _hidden(self, inputs: StepInputs, wanted: Tensor) -> Tensor:
-        """Head inputs of the `wanted` rows."""
+        """Compute the head inputs of the `wanted` rows."""
         if self.graphs is not None and isinstance(inputs.layout, FlatLayout):
             hidden = self.graphs.run(inputs.input_ids, inputs.positions, inputs.layout)
             if hidden is not None:
@@ -316,21 +292,21 @@ class RankModel:
         return self.model.head_input(hidden)[: len(wanted)]
 
     def _request_bytes(self) -> int:
-        """Bytes of the table of all requests, in which every slot takes the same, and of uploads.
+        """Count the bytes of the canvas table, in which all slots are equal, and of uploads.
 
-        Rank 0 alone has one; but every rank has as many pages as the one with the least room.
+        Only rank 0 has a table; but every rank has as many pages as the one with least memory.
         """
         one = dataclasses.replace(self._config, max_num_seqs=1)
         table = CanvasTable.of(one, self._spec, self._stop_token_ids, device=self.device)
-        uploads = 0 if self.device == "cpu" else 2 * UPLOAD_BYTES  # two steps may be under way
+        uploads = 0 if self.device == "cpu" else 2 * UPLOAD_BYTES  # two steps may be in flight
         return self._config.max_num_seqs * table.num_bytes + uploads
 
     @torch.inference_mode()
     def _peak_activations(self, rows: int) -> int:
-        """Bytes that a step of so many rows, in sequences as long as may be, takes besides logits.
+        """Measure the bytes of a step of `rows` rows, in the longest sequences, without logits.
 
-        One layer is run on them: layers run one after another in the same memory, so one shows
-        the peak of all.
+        It runs one layer: layers run one after another in the same memory, so one shows the peak
+        of all.
         """
         longest = self._spec.max_model_len
         lengths = [longest] * (rows // longest) + [rows % longest] * (rows % longest > 0)
@@ -344,10 +320,10 @@ class RankModel:
 
     @torch.inference_mode()
     def _peak_gathered(self, operations: Operations) -> int:
-        """Bytes that attention to stored rows takes besides what attention to fresh ones does.
+        """Measure the bytes that attention to stored rows needs more than to fresh ones.
 
-        Of two kinds of sequences, as long as may be: one of which every row asks, and as many of
-        few rows as are taken at once.
+        It takes two kinds of sequences of the longest length: one with all rows as queries, and as
+        many single-row ones as run at once.
         """
         spec, longest = self._spec, self._spec.max_model_len
         heads, kv_heads = (n // spec.num_ranks for n in (spec.num_heads, spec.num_kv_heads))
@@ -372,10 +348,10 @@ class RankModel:
 def largest_graph(
     config: EngineConfig, operations: Operations, device: str, group: Group | None
 ) -> int:
-    """Rows of the largest step that is replayed; 0: none is.
+    """Return the rows of the largest step to replay from a graph; 0: no graphs.
 
     Raises:
-        InvalidConfig: graphs are asked for and cannot be had.
+        InvalidConfig: graphs are configured and not possible.
     """
     possible = operations.kernels and device.startswith("cuda") and group is None
     if config.cuda_graph_rows is None:
@@ -389,6 +365,6 @@ def largest_graph(
 
 
 def _log_progress(done: int, total: int) -> None:
-    # Ten lines for a model of any size.
+    # At most ten lines for a model of any size.
     if done == total or done * 10 // total != (done - 1) * 10 // total:
         logger.info("loading weights %d%%", 100 * done // total)

@@ -14,13 +14,14 @@ import torch
 from dllm_engine.config import EngineConfig
 from dllm_engine.errors import DllmError, EngineDead
 from dllm_engine.execution.devices import import_libraries, rank_device
-from dllm_engine.execution.rank_model import RankModel, StepInputs
+from dllm_engine.execution.rank_model import RankModel
 from dllm_engine.models import ModelSpec
 from dllm_engine.parallel import Group, PackedObject, RankConnection
+from dllm_engine.state.batch import StepInputs
 
 logger = logging.getLogger("dllm_engine")
 
-#: Answer of a rank that is there, has its pages, …; what it says of itself otherwise is a number.
+#: A rank's reply when it has started, loaded, allocated; its only other reply is a number.
 READY = "ready"
 
 
@@ -46,7 +47,7 @@ def serve(connection: RankConnection) -> None:
 
     def loaded() -> None:
         connection.reply(READY)
-        assert connection.next() == READY  # so are the others
+        assert connection.next() == READY  # all ranks have loaded
 
     model = RankModel(task.config, task.spec, task.stop_token_ids, group, loaded)
     connection.reply(model.plan.num_pages)
@@ -62,7 +63,7 @@ def serve(connection: RankConnection) -> None:
 
 
 def main(descriptor: int) -> None:
-    """Serve rank 0; whatever ends that is told to it."""
+    """Serve rank 0, and tell it why if that ends with an error."""
     connection = RankConnection(descriptor)
     name = f"dllm rank {connection.info.rank}"
     logging.basicConfig(format=f"{name}: %(levelname)s %(message)s", level=logging.WARNING)
@@ -74,5 +75,5 @@ def main(descriptor: int) -> None:
         logger.exception("rank failed")
         connection.fail(EngineDead(f"{type(error).__name__}: {error}"))
     else:
-        os._exit(0)  # nothing is left to do, and other ranks may be gone already
+        os._exit(0)  # no clean-up is needed, and other ranks may have exited already
     os._exit(1)

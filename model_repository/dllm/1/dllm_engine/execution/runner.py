@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from dllm_engine.config import EngineConfig
-from dllm_engine.execution.rank_model import RankModel, StepInputs
+from dllm_engine.execution.rank_model import RankModel
 from dllm_engine.memory.plan import MemoryPlan
 from dllm_engine.models import ModelSpec
 from dllm_engine.ops import Download, Upload
 from dllm_engine.request import Prompt
 from dllm_engine.sampling import BlockStatistics, Candidates, select_commits
 from dllm_engine.sampling_params import SamplingParams
-from dllm_engine.state.batch import StepBatch, build_batch
-from dllm_engine.state.canvas import Blocks, Canvas, CanvasTable, StepResult
-from dllm_engine.state.slots import SlotState
+from dllm_engine.state.batch import StepBatch, StepInputs, build_batch
+from dllm_engine.state.canvas import Canvas, CanvasTable, StepResult
+from dllm_engine.state.step_plan import StepPlan
 
 logger = logging.getLogger("dllm_engine")
 
@@ -140,19 +140,23 @@ class SingleRankRunner(ModelRunner):
         `finish` changes, so a step that raised can be launched again.
         """
         with self._watched():
+            pages, block_m = self.rank.pages, self.rank.block_m
+            page_size = pages.page_size if block_m is None else None
+            plan = self.table.plan_step(slots, page_size=page_size)
             upload = Upload(self._device)
-            batch = build_batch(self.table, self.rank.pages, slots, upload, self.rank.block_m)
+            batch = build_batch(plan, pages, upload, block_m)
             upload.send()
-            credits = None
-            if batch.credit_rows is not None:
-                credits = self.table.credits.read(batch.credit_rows)
-            found = self._candidates(StepInputs.of(batch, credits))
+            inputs, credit_rows = batch.inputs, batch.credit_rows
+            if credit_rows is not None:
+                credits = self.table.credits.read(credit_rows)
+                inputs = dataclasses.replace(inputs, credits=credits)
+            found = self._candidates(inputs)
             tokens = torch.where(_pick(batch, found), found.token, -1).to(torch.int32)
             confidence = found.confidence.to(torch.float32)
             decoded = torch.stack([tokens, confidence.view(torch.int32)])
-            if batch.credit_rows is not None and found.credits is not None:
-                self.table.credits.write(batch.credit_rows, found.credits)
-            return InflightStep(batch.state, batch.blocks, Download(decoded))
+            if credit_rows is not None and found.credits is not None:
+                self.table.credits.write(credit_rows, found.credits)
+            return InflightStep(plan, Download(decoded))
 
     def finish(self, step: InflightStep) -> StepResult:
         """See `ModelRunner.finish`."""
@@ -161,7 +165,7 @@ class SingleRankRunner(ModelRunner):
                 tokens, confidence = step.decoded.array()
         finally:  # if a rank failed, it is the cause of any error that the device reports
             self.check()
-        return self.table.advance(step.state, step.blocks, tokens, confidence.view(np.float32))
+        return self.table.advance(step.plan, tokens, confidence.view(np.float32))
 
     def canvas(self, slot: int) -> Canvas:
         """See `ModelRunner.canvas`."""
@@ -188,9 +192,7 @@ class SingleRankRunner(ModelRunner):
 class InflightStep:
     """A step that was launched and has not ended."""
 
-    #: Of the requests in it, as they were before it.
-    state: SlotState
-    blocks: Blocks
+    plan: StepPlan
     #: [2, M] int32: for each masked position the token to commit, −1 for none; and the bits of
     #: its confidence.
     decoded: Download
@@ -209,8 +211,8 @@ def _pick(batch: StepBatch, candidates: Candidates) -> Tensor:
     block = BlockStatistics(
         masked=batch.masked,
         confidence=confidence,
-        entropy=spread(candidates.entropy) if batch.needs_entropy else nothing,
-        margin=spread(candidates.margin) if batch.needs_entropy else nothing,
+        entropy=spread(candidates.entropy) if batch.inputs.needs_entropy else nothing,
+        margin=spread(candidates.margin) if batch.inputs.needs_entropy else nothing,
         committed=nothing if batch.committed is None else batch.committed,
     )
-    return select_commits(block, batch.plan).flatten().index_select(0, batch.index)
+    return select_commits(block, batch.commit).flatten().index_select(0, batch.index)

@@ -10,12 +10,13 @@ import torch
 
 from dllm_engine.config import EngineConfig
 from dllm_engine.execution.devices import import_libraries, rank_device
-from dllm_engine.execution.rank_model import RankModel, StepInputs
+from dllm_engine.execution.rank_model import RankModel
 from dllm_engine.execution.rank_worker import READY, RankConfig
 from dllm_engine.execution.runner import ModelRunner, SingleRankRunner
 from dllm_engine.models import ModelSpec
 from dllm_engine.parallel import Group, Ranks, pack_tensors, thread_share
 from dllm_engine.sampling import Candidates
+from dllm_engine.state.batch import StepInputs
 from dllm_engine.watchdog import Watchdog
 
 

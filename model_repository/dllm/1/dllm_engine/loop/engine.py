@@ -1,4 +1,4 @@
-"""The engine: requests in, canvas updates out, one denoising step for many requests at a time."""
+"""Runs requests: takes them in, steps them together, returns updates of their canvases."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class EngineStats:
     forward_passes: int = 0
     #: Rows pushed through the model.
     batched_tokens: int = 0
-    #: Steps of single requests in which their whole sequence went through the model.
+    #: Refreshes, counted per request and step.
     refreshes: int = 0
     #: Tokens of finished answers.
     completion_tokens: int = 0
@@ -52,7 +52,7 @@ class EngineStats:
     requests_finished: int = 0
     requests_cancelled: int = 0
     requests_failed: int = 0
-    #: Seconds that admitted requests had waited for a place, all together.
+    #: Seconds that admitted requests had waited for a slot, in total.
     queue_seconds: float = 0.0
     #: Seconds spent in steps.
     step_seconds: float = 0.0
@@ -149,9 +149,11 @@ class Engine:
         )
         return request
 
-    def room(self, request: Request) -> int:
+    def headroom(self, request: Request) -> int:
         """How many tokens longer the prompt could be. Thread-safe."""
-        return self._limits.room(request.params, request.length, copies=request.forwards_per_step)
+        return self._limits.headroom(
+            request.params, request.length, copies=request.forwards_per_step
+        )
 
     def add(self, request: Request) -> None:
         """Queue a request from `make_request`."""

@@ -7,38 +7,37 @@ import bisect
 from dllm_engine.memory import PageAllocator
 from dllm_engine.request import Request
 
-#: Steps by which one level of priority moves a request back; what is older by more goes first.
+#: One level of priority moves a request back by this many steps; older requests still go first.
 PRIORITY_STEPS = 64
-#: A request that was left out of this many steps in a row goes first, and is held no more.
+#: A request left out of this many steps in a row goes first and ignores the Refresh allowance.
 MAX_IDLE_STEPS = 32
-#: Steps of less than this share of the token budget are not worth making even.
+#: Steps below this share of the token budget are not evened out.
 EVEN_SHARE = 1 / 8
 
 
 class Scheduler:
-    """Waiting requests, running requests, and the slots and pages between them.
+    """Gives slots and pages to waiting requests, and picks the running ones for each step.
 
-    Waiting requests are admitted in order; one that finds no slot or pages lets nobody pass. One
-    that runs alone waits until nothing runs, and those behind it until it is done.
+    Admission is in order: a request that finds no slot or pages holds up all behind it. An
+    exclusive request waits until nothing runs, and all behind it wait until it has ended.
 
-    A step takes the oldest requests, later arrivals of more urgent ones counting as older, until
-    the token budget is full: those that are nearest their end get there, instead of all being slow
-    together. Who was left out of `MAX_IDLE_STEPS` steps goes before all others, longest first. The
-    first always runs, if need be alone: no running request is left out of more than
-    `MAX_IDLE_STEPS` steps and one for each other, and one larger than the budget blocks nobody.
+    A step takes requests by arrival (a higher priority counts as an earlier arrival) until the
+    token budget is full, so that old requests finish instead of all slowing down together. A
+    request left out of `MAX_IDLE_STEPS` steps goes before all others, longest first. The first
+    request always runs, alone if it exceeds the budget: no running request is left out of more
+    than `MAX_IDLE_STEPS` steps plus one for each other request.
 
-    Steps are phase-multiplexed: Refreshes are spread so that every step is about as heavy. A step
-    takes Refreshes up to the mean load of what runs (plus what earlier steps left unspent: deficit
-    carry-over, as in Sangam's scheduler). A burst that arrives together drifts apart within a block
-    or two.
+    Steps are phase-multiplexed: Refreshes are spread so that all steps are about equally heavy. A
+    step takes Refreshes up to the mean load of the running requests, plus what earlier steps left
+    unspent (deficit carry-over, as in Sangam's scheduler). A burst of equal requests drifts apart
+    within a block or two.
 
-    While a step is under way, those that are not in it make another, if there are enough of them
-    for it to keep the device as busy: the host then settles the one and lays out the next while
-    the device is at the other. For that a step takes no more than half of all the rows, as soon as
-    there are enough for two.
+    While a step is in flight, the requests outside it form another one if they have enough rows to
+    keep the device as busy: the host then commits one step and sets up the next while the device
+    runs the other. Once there are rows for two such steps, a step takes at most half of all rows.
 
     Args:
-        overlap_rows: rows that are enough; 0: there is one step at a time.
+        overlap_rows: rows that are enough for a second step; 0: one step at a time.
     """
 
     def __init__(
@@ -71,21 +70,21 @@ class Scheduler:
 
     @property
     def waiting(self) -> tuple[Request, ...]:
-        """Requests without a slot, in the order in which they will get one."""
+        """Requests without a slot, in the order of admission."""
         return tuple(self._waiting)
 
     @property
     def running(self) -> tuple[Request, ...]:
-        """Requests with a slot; may be asked for on any thread."""
+        """Requests with a slot. Thread-safe."""
         return tuple(self._running)
 
     def add(self, request: Request) -> None:
-        """Queue a request behind those of its priority, and older ones of lower."""
+        """Queue a request by arrival and priority."""
         request.arrival_order = self._step + PRIORITY_STEPS * request.priority
         bisect.insort(self._waiting, request, key=lambda waiting: waiting.arrival_order)
 
     def admit(self) -> list[Request]:
-        """Give slots and pages to waiting requests, in order; returns the admitted."""
+        """Give slots and pages to waiting requests, in order; returns the admitted ones."""
         admitted = []
         while self._waiting and self._free_slots:
             request = self._waiting[0]
@@ -102,7 +101,7 @@ class Scheduler:
         return admitted
 
     def schedule(self) -> list[Request]:
-        """The requests of the next step; empty only when nothing runs, or a step is under way."""
+        """Pick the requests of the next step; none only if none run or a step is in flight."""
         ready = [request for request in self._running if not request.in_flight]
         budget = self._budget(ready)
         if not ready or not budget:
@@ -122,26 +121,26 @@ class Scheduler:
                 request.ready_since = self._step
         left = allowance - used
         if len(chosen) == len(ready):
-            left = min(left, 0.0)  # nobody waits for what was left
+            left = min(left, 0.0)  # nothing was left out
         self._deficit = min(max(left, -self._token_budget), self._token_budget)
         return chosen
 
     def _budget(self, ready: list[Request]) -> int:
-        """Rows that a step of some of these may have; 0: it is not worth its while."""
+        """Rows that a step of some of these may have; 0: too few to launch one."""
         enough, load = self._overlap_rows, sum(request.step_cost for request in ready)
-        if len(ready) < len(self._running):  # beside one that is under way
+        if len(ready) < len(self._running):  # another step is in flight
             return self._token_budget if enough and load >= enough else 0
         if ready and enough:
             half = min(self._token_budget, -(-load // 2))
-            # The first may be more than that by itself; what it leaves must be worth a step, or
-            # those who would fit beside it wait for nothing.
+            # The first request alone may exceed that half; splitting pays only if the rest is
+            # enough for a step.
             first = min(ready, key=self._order).step_cost
             if load - max(first, half) >= enough:
                 return half
         return self._token_budget
 
     def _even_load(self, ready: list[Request]) -> float:
-        """Rows beyond which a step of these takes no more Refreshes that can wait."""
+        """Rows beyond which a step takes no more Refreshes that can wait."""
         mean = sum(request.mean_cost for request in ready)
         return max(mean, self._token_budget * EVEN_SHARE)
 
@@ -153,12 +152,12 @@ class Scheduler:
         return not late, request.ready_since if late else request.arrival_order
 
     def requeue(self, request: Request) -> None:
-        """Take the place of a running request away; it waits, ahead of all others."""
+        """Take a running request's slot and pages away; it waits ahead of all others."""
         self.remove(request)
         self._waiting.insert(0, request)
 
     def remove(self, request: Request) -> None:
-        """Forget a finished or cancelled request and free its slot and pages."""
+        """Remove a finished or cancelled request and free its slot and pages."""
         if request.slot is None:
             self._waiting.remove(request)
             return
@@ -168,7 +167,7 @@ class Scheduler:
         request.slot, request.pages = None, []
 
     def check_integrity(self) -> None:
-        """Every slot and page is free or held by exactly one running request.
+        """Check that each slot and page is free or held by exactly one running request.
 
         Raises:
             AssertionError: it is not so.

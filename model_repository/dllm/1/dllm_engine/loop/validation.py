@@ -1,4 +1,4 @@
-"""What requests may ask of a model on this machine; every refusal names the field and the limit."""
+"""Checks requests against the model and the memory; an error names the field and the limit."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dllm_engine.sampling_params import SamplingParams
 
 
 def longest_sequence(config: EngineConfig, spec: ModelSpec) -> int:
-    """Tokens of the longest sequence: what is configured, or what the checkpoint allows.
+    """Return the longest sequence in tokens: the configured one, or the checkpoint's.
 
     Raises:
-        InvalidConfig: it allows less than is configured.
+        InvalidConfig: the checkpoint allows less than is configured.
     """
     wanted = config.max_model_len or spec.max_model_len
     if wanted > spec.max_model_len:
@@ -32,8 +32,8 @@ class RequestLimits:
 
     Args:
         config: the engine's settings.
-        spec: the model; its `max_model_len` is the longest sequence that is served.
-        allocator: of the pages of keys and values.
+        spec: the model; its `max_model_len` is the longest sequence served.
+        allocator: the pages of keys and values.
         has_text: whether the checkpoint has a tokenizer.
     """
 
@@ -46,7 +46,7 @@ class RequestLimits:
         self._has_text = has_text
 
     def check(self, prompt: Prompt, params: SamplingParams) -> SamplingParams:
-        """The parameters with every default filled in.
+        """Return the parameters with every default filled in.
 
         Raises:
             InvalidRequest: names the field and the limit.
@@ -62,7 +62,7 @@ class RequestLimits:
         return resolved
 
     def pages(self, params: SamplingParams, length: int, *, copies: int) -> int:
-        """Pages of keys and values that a request of `length` tokens holds while it runs."""
+        """Count the pages that a request of `length` tokens holds while it runs."""
         assert params.cache is not None
         assert params.block_length is not None
         assert params.retention_ratio is not None
@@ -75,10 +75,10 @@ class RequestLimits:
         return self._allocator.pages_for(rows) * copies
 
     def check_pages(self, params: SamplingParams, length: int, *, copies: int) -> int:
-        """What `pages` says, if there are so many.
+        """Return `pages`.
 
         Raises:
-            InvalidRequest: the server has fewer.
+            InvalidRequest: the server has fewer pages.
         """
         count = self.pages(params, length, copies=copies)
         if count > self._allocator.num_pages:
@@ -89,8 +89,8 @@ class RequestLimits:
             )
         return count
 
-    def room(self, params: SamplingParams, length: int, *, copies: int) -> int:
-        """By how many tokens the prompt of a request of `length` tokens might be longer."""
+    def headroom(self, params: SamplingParams, length: int, *, copies: int) -> int:
+        """How many tokens longer the prompt of a request of `length` tokens could be."""
         longer = range(length + 1, self._spec.max_model_len + 1)
         return bisect.bisect_right(
             longer,

@@ -1,12 +1,12 @@
-"""Keys and values kept between steps: which (policies) and where (pages)."""
+"""Memory: the plan made at start, the pages of keys and values, and what each policy keeps."""
 
 from dllm_engine.memory.cache_policy import (
     LEAST_KEPT,
     CachePolicy,
     Phases,
+    delayed_rows,
     kept_rows,
     reserved_rows,
-    unfinished,
 )
 from dllm_engine.memory.kv_cache import KVPages, PageAllocator
 
@@ -16,7 +16,7 @@ __all__ = [
     "KVPages",
     "PageAllocator",
     "Phases",
+    "delayed_rows",
     "kept_rows",
     "reserved_rows",
-    "unfinished",
 ]

@@ -1,4 +1,4 @@
-"""What each cache policy computes in a step and what it keeps.
+"""Defines what each cache policy computes in a step and what it keeps.
 
 A step of a request is a **Refresh**, its whole sequence goes through the model, or a **Reuse**,
 only its active rows do, and attend to what is stored besides their own fresh keys and values.
@@ -26,10 +26,10 @@ import numpy as np
 
 from dllm_engine.ops import Array
 
-#: Positions outside the window that `sparse` keeps whatever the ratio. Of a short sequence a ratio
-#: leaves so few that answers go wrong (docs/decisions/012), and saves next to nothing: a block with
-#: so many positions besides it takes two pages of the default size. Sparse-dLLM and dLLM-Serve keep
-#: at least one.
+#: Positions outside the window that `sparse` keeps at least, whatever the ratio. In a short
+#: sequence a ratio keeps too few for correct answers (docs/decisions/012) and saves almost nothing:
+#: a block with this many positions takes two pages of the default size. Sparse-dLLM and dLLM-Serve
+#: keep at least one.
 LEAST_KEPT = 32
 
 
@@ -45,7 +45,7 @@ class CachePolicy(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Phases:
-    """How requests stand in their blocks, and what that means for the next step; all [R]."""
+    """Whether the next step of each request is a Refresh, and whether it stores; all [R]."""
 
     #: int64, `CachePolicy`.
     policy: Array
@@ -56,7 +56,7 @@ class Phases:
 
     @classmethod
     def of(cls, policy: Array, age: Array, delay: Array, interval: Array) -> Phases:
-        """Phases of the step that is `age` steps into its block.
+        """Determine the phases of the step that is `age` steps into its block.
 
         The first `delay` steps of a block only look at everything; the next one also stores. From
         there on every `interval`-th step stores anew, or none where it is 0. All int64 [R].
@@ -67,10 +67,6 @@ class Phases:
         refresh = ~cached | (since <= 0) | again
         return cls(policy, refresh, cached & refresh & (since >= 0))
 
-    def take(self, index: Array) -> Phases:
-        """Those of some requests."""
-        return Phases(self.policy[index], self.refresh[index], self.store[index])
-
     @property
     def selects(self) -> Array:
         """bool; what is stored is a selection."""
@@ -79,44 +75,42 @@ class Phases:
 
     @property
     def partial(self) -> Array:
-        """bool; only some positions of the window go through the model (`unfinished`)."""
+        """bool; only some positions of the window go through the model (`delayed_rows`)."""
         partial: Array = ~self.refresh & (self.policy == int(CachePolicy.DELAYED))
         return partial
 
     def span(self, length: Array, window_start: Array, window_end: Array) -> tuple[Array, Array]:
-        """First position and end of what goes through the model, or of what it is part of."""
+        """Return first position and end of a step's rows, or of the window they are part of."""
         behind = self.refresh | (self.policy == int(CachePolicy.PREFIX))
         return np.where(self.refresh, 0, window_start), np.where(behind, length, window_end)
 
 
-def unfinished(masked: Array, recent: Array, *, shifted: bool) -> Array:
-    """What `delayed` computes of a window: bool [R, width], as the arguments are.
+def delayed_rows(masked: Array, last_committed: Array, *, shifted: bool) -> Array:
+    """Determine what `delayed` computes of a window: bool [R, width], as the arguments are.
 
     Args:
         masked: still to be decoded.
-        recent: committed by the step before.
+        last_committed: committed by the step before.
         shifted: whether a hidden state predicts the next position.
     """
-    found = masked | recent
+    found = masked | last_committed
     if shifted:
         found[:, :-1] |= masked[:, 1:]
     return found
 
 
-def kept_rows(num_candidates: int, retention_ratio: float) -> int:
-    """Of how many of `num_candidates` positions a head keeps keys and values under `sparse`.
-
-    See `layout`, which says the same of tensors.
-    """
-    return min(num_candidates, max(LEAST_KEPT, int(retention_ratio * num_candidates)))
+def kept_rows(num_candidates: Array | int, retention_ratio: Array | float) -> Array:
+    """How many of `num_candidates` positions a head keeps under `sparse`: int64."""
+    kept = (retention_ratio * np.asarray(num_candidates)).astype(np.int64)
+    return np.minimum(num_candidates, np.maximum(kept, LEAST_KEPT))
 
 
 def reserved_rows(
     policy: CachePolicy, length: int, widest_window: int, retention_ratio: float
 ) -> int:
-    """Rows of keys and values that a sequence of `length` tokens holds at most."""
+    """Count the rows of keys and values that a sequence of `length` tokens holds at most."""
     if policy is CachePolicy.NONE:
         return 0
     if policy is not CachePolicy.SPARSE:
         return length
-    return kept_rows(length - widest_window, retention_ratio) + widest_window
+    return int(kept_rows(length - widest_window, retention_ratio)) + widest_window

@@ -1,4 +1,4 @@
-"""Where keys and values lie: a pool of pages, reserved for a request's life."""
+"""The pool of pages for keys and values; a request reserves its pages for its whole life."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dllm_engine.ops import Array
 
 
 class PageAllocator:
-    """Hands out page numbers. Any free page serves any request: nothing fragments."""
+    """Hands out page numbers. Any free page fits any request, so nothing fragments."""
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.num_pages = num_pages
@@ -30,11 +30,11 @@ class PageAllocator:
         return self.num_pages - len(self._free)
 
     def pages_for(self, rows: int) -> int:
-        """Pages that hold this many rows."""
+        """Count the pages that hold `rows` rows."""
         return -(-rows // self.page_size)
 
     def reserve(self, count: int) -> list[int]:
-        """Take `count` pages; the caller has seen that they are free."""
+        """Take `count` pages; the caller has checked that they are free."""
         assert count <= len(self._free), f"{count} pages asked for, {len(self._free)} free"
         cut = len(self._free) - count
         taken, self._free = self._free[cut:], self._free[:cut]
@@ -45,7 +45,7 @@ class PageAllocator:
         self._free.extend(pages)
 
     def check_integrity(self, held: list[int]) -> None:
-        """Every page is free or in `held`, once.
+        """Check that every page is free or in `held`, once.
 
         Raises:
             AssertionError: it is not so.
@@ -55,10 +55,10 @@ class PageAllocator:
 
 @dataclasses.dataclass(frozen=True)
 class KVPages:
-    """The pool of one device and who holds what.
+    """The pool of one device, and which sequence holds which pages.
 
     A sequence's rows are numbered from 0; row r lies in page `table[slot, uncond, r // page_size]`.
-    A request has a twin sequence, for guidance, with pages of its own.
+    With guidance, a request has an unconditional sequence with its own pages.
     """
 
     #: [layers, pages, page_size, num_kv_heads, head_dim].
@@ -81,7 +81,7 @@ class KVPages:
         device: str,
         dtype: torch.dtype,
     ) -> KVPages:
-        """An empty pool. Zeros, since rows that were never written are read under a mask."""
+        """Allocate zeros, since rows that were never written are read under a mask."""
         shape = (num_layers, num_pages, page_size, num_kv_heads, head_dim)
         longest = -(-max_rows // page_size)
         return cls(
@@ -96,12 +96,12 @@ class KVPages:
         return self.keys.shape[2]
 
     def assign(self, slot: int, pages: list[int], num_sequences: int) -> None:
-        """Give a slot its pages, shared out evenly between its sequences."""
+        """Give a slot its pages, divided evenly between its sequences."""
         each = len(pages) // num_sequences
         self.table[slot, :num_sequences, :each] = np.reshape(pages, (num_sequences, each))
 
     def slot_mapping(self, slots: Array, uncond: Array, rows: Array) -> Array:
-        """Place in the pool of the numbered rows of these sequences; all int64 [n]."""
+        """Return the places in the pool of numbered rows of these sequences; all int64 [n]."""
         page = self.table[slots, uncond, rows // self.page_size]
         places: Array = page * self.page_size + rows % self.page_size
         return places

@@ -1,6 +1,6 @@
-"""The memory plan: what weights, requests, a step and logits take, and how many pages are left.
+"""Plans memory once at start: weights, requests, a step, logits; the rest becomes pages.
 
-Made once at start; after it no request that was admitted can run out of memory.
+No admitted request can run out of memory later.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class MemoryPlan:
     """Bytes by use. `str()` is the table that is logged at start."""
 
     device: str
-    #: What the device has (of a CPU: what was free at start, or its container's limit).
+    #: Memory of the device (of a CPU: free at start, or its container's limit).
     available: int
-    #: What the engine may take of it.
+    #: How much of it the engine may use.
     limit: int
     weights: int
-    #: Canvases of the requests that run, and what denoising keeps of each.
+    #: Canvases of running requests and their denoising state.
     requests: int
     #: Peak of a step at the full token budget, without logits.
     activations: int
@@ -77,7 +77,7 @@ def plan_memory(
     max_num_seqs: int,
     needs_pages: bool,
 ) -> MemoryPlan:
-    """Share the limit out; what is left becomes pages, up to what can be used.
+    """Divide the limit; the rest becomes pages, up to the most that can be used.
 
     Args:
         available, limit, weights, requests, activations, logits, graphs: bytes.
@@ -85,7 +85,7 @@ def plan_memory(
         needs_pages: whether the server's default cache policy stores anything.
 
     Raises:
-        InvalidConfig: the model does not fit; names what to change.
+        InvalidConfig: the model does not fit; names the settings to change.
     """
     page = page_bytes(spec, page_size, element_size)
     left = limit - weights - requests - activations - logits - graphs
@@ -122,16 +122,16 @@ def plan_memory(
 def check_weights(
     spec: ModelSpec, *, limit: int, element_size: int, quantization: str, copies: int = 0
 ) -> int:
-    """Bytes of the weights, before they are loaded.
+    """Count the bytes of the weights before they are loaded.
 
     Args:
-        limit: bytes that there are.
+        limit: bytes available.
         element_size: bytes of a weight that is not quantised.
         quantization: see `ModelSpec.weight_bytes`.
-        copies: bytes of weights that are there twice.
+        copies: bytes of weights that are stored twice.
 
     Raises:
-        InvalidConfig: they alone do not fit.
+        InvalidConfig: the weights alone do not fit.
     """
     weights = spec.weight_bytes(element_size, quantization) + copies
     if weights > limit:
@@ -143,14 +143,14 @@ def check_weights(
 
 
 def page_bytes(spec: ModelSpec, page_size: int, element_size: int) -> int:
-    """Bytes of one page of keys and values over all layers; of one rank."""
+    """Count the bytes of one page of keys and values over all layers of one rank."""
     num_kv_heads = spec.num_kv_heads // spec.num_ranks
     per_token = 2 * spec.num_layers * num_kv_heads * spec.head_dim * element_size
     return page_size * per_token
 
 
 def parse_limit(text: str, available: int) -> int:
-    """Bytes that `DLLM_MEMORY_LIMIT` means where `available` bytes are to be had.
+    """Parse `DLLM_MEMORY_LIMIT` into bytes, given `available` bytes.
 
     Raises:
         InvalidConfig: it is neither a size nor a fraction.
@@ -167,7 +167,7 @@ def parse_limit(text: str, available: int) -> int:
 
 
 def available_bytes(device: str) -> int:
-    """Memory that is to be had on `device`: free, or up to the container's limit."""
+    """Return the free memory of `device`, at most the container's limit."""
     if device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(torch.device(device))
         return free
@@ -183,12 +183,12 @@ def available_bytes(device: str) -> int:
 
 
 class PeakMeter:
-    """Measures by how much memory rises at most inside a `with` block."""
+    """Measures by how much memory use peaks inside a `with` block."""
 
     def __init__(self, device: str) -> None:
         self._device = device
         self._before = 0
-        #: Bytes, once the block is left.
+        #: Bytes; set when the block ends.
         self.peak = 0
 
     def __enter__(self) -> PeakMeter:
@@ -211,7 +211,7 @@ class PeakMeter:
 
 
 def _return_freed_memory() -> None:
-    """What was freed goes back to the system; otherwise its next use raises no peak."""
+    """Return freed memory to the system; otherwise reusing it would raise no peak."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, other libraries do not
     if trim is not None:
         trim(0)

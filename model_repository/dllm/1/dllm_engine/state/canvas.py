@@ -1,8 +1,8 @@
-"""The state of every running request, as arrays on the host: one row ("slot") per request.
+"""Holds the state of all running requests as arrays on the host, one row ("slot") per request.
 
-Canvases, masks, schedules and parameters lie side by side so that a step is planned and committed
-for all requests with the same few operations, however many there are. The device is sent what a
-step is made of and says what it has decoded (docs/decisions/023).
+A step is planned and committed for all requests with the same few array operations, however many
+requests there are. The device receives a step's inputs and returns the decoded tokens
+(docs/decisions/023).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dllm_engine.config import EngineConfig
-from dllm_engine.memory import Phases, unfinished
+from dllm_engine.decoding import Rule
+from dllm_engine.memory import CachePolicy, Phases, delayed_rows, kept_rows
 from dllm_engine.models import ModelSpec
 from dllm_engine.ops import Array
 from dllm_engine.request import Prompt
@@ -21,11 +22,12 @@ from dllm_engine.sampling import CreditLists
 from dllm_engine.sampling.schedule import dream_chances, dream_count, linear_count
 from dllm_engine.sampling_params import SamplingParams
 from dllm_engine.state.slots import SlotState, SlotTable
+from dllm_engine.state.step_plan import Blocks, Sequences, StepPlan
 
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What has become of each stepped request."""
+    """The outcome of a step for each of its requests."""
 
     slots: list[int]
     #: Whether no mask is left in the canvas.
@@ -34,13 +36,13 @@ class StepResult:
     num_ready: list[int]
     #: Whether an end-of-text token is committed with nothing masked before it.
     ended: list[bool]
-    #: Rows of the next step, of one sequence, and whether it is a Refresh.
+    #: Rows of one sequence in the next step, and whether it is a Refresh.
     next_rows: list[int]
     next_is_refresh: list[bool]
 
 
 class Canvas(NamedTuple):
-    """What stands on one request's canvas: [gen_length] int32 and float32."""
+    """One request's canvas: [gen_length] int32 and float32."""
 
     tokens: Array
     #: −1 where masked.
@@ -48,34 +50,15 @@ class Canvas(NamedTuple):
 
     @classmethod
     def empty(cls, gen_length: int, mask: int) -> Canvas:
-        """Nothing but masks."""
+        """Make a canvas of masks."""
         return cls(np.full(gen_length, mask, np.int32), np.full(gen_length, -1.0, np.float32))
 
 
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """The active blocks of R requests, and the M positions that are masked in them.
-
-    Those are in row-major order of the [R, width] matrix of blocks; all int64 unless said
-    otherwise.
-    """
-
-    #: [R, width] bool.
-    masked: Array
-    #: [M]; request, and where in its block it stands; place in the matrix.
-    request: Array
-    column: Array
-    index: Array
-    #: [M]; slot, and position in the sequence.
-    slots: Array
-    positions: Array
-
-
 class CanvasTable:
-    """`num_slots` sequences of up to `max_len` tokens and what their denoising needs.
+    """The sequences in `num_slots` slots, of up to `max_len` tokens, and their denoising state.
 
-    Canvases, and so blocks, are no longer than `max_canvas`. All arrays by canvas begin with its
-    first position, wherever in the sequence that is.
+    Canvases, and so blocks, are at most `max_canvas` long. Arrays by canvas begin with its first
+    position, wherever in the sequence that is.
     """
 
     def __init__(
@@ -98,13 +81,13 @@ class CanvasTable:
 
         #: [slots, max_len] int64; prompt, canvas, suffix; the mask token where masked.
         self.tokens = np.zeros((num_slots, max_len), np.int64)
-        #: [slots, max_len] bool; positions that the request came with.
+        #: [slots, max_len] bool; positions given by the request.
         self.given = np.zeros((num_slots, max_len), np.bool_)
-        #: [slots, max_canvas] bool; positions still to be decoded. Not read off the tokens, so
-        #: that a mask token in a prompt stays what it is.
+        #: [slots, max_canvas] bool; positions still to be decoded. Not derived from the tokens: a
+        #: mask token in a prompt is just a token.
         self._masked = by_canvas(False, np.bool_)
-        #: [slots, max_canvas] bool; positions that the step before committed.
-        self._recent = by_canvas(False, np.bool_)
+        #: [slots, max_canvas] bool; positions that the previous step committed.
+        self._last_committed = by_canvas(False, np.bool_)
         #: [slots, max_canvas] bool; committed tokens that end the request.
         self._ends = by_canvas(False, np.bool_)
         #: [slots, max_canvas] float32; probability at commit, −1 elsewhere.
@@ -112,14 +95,14 @@ class CanvasTable:
         #: [slots, max_len] float32; Dream's share of the masks for each step of the schedule.
         self._chance = np.zeros((num_slots, max_len), np.float32)
         self._slots = SlotTable(num_slots)
-        #: Credit of the active blocks, on the device.
+        #: Credit of the active blocks; on the device.
         self.credits = CreditLists(num_slots, max_canvas, device)
 
     @classmethod
     def of(
         cls, config: EngineConfig, spec: ModelSpec, stop_token_ids: tuple[int, ...], *, device: str
     ) -> CanvasTable:
-        """For as many requests as `config` lets run, as long as it and the model let them be."""
+        """Make a table for all requests that `config` allows, of the longest length allowed."""
         longest = spec.max_model_len
         return cls(
             config.max_num_seqs,
@@ -133,15 +116,15 @@ class CanvasTable:
 
     @property
     def num_bytes(self) -> int:
-        """Device memory of the table, whatever runs: nothing is added later."""
+        """Device memory of the table, which never grows."""
         if self._device != "cpu":
             return self.credits.num_bytes
-        by_slot = (self.tokens, self.given, self._masked, self._recent, self._ends)
+        by_slot = (self.tokens, self.given, self._masked, self._last_committed, self._ends)
         here = sum(each.nbytes for each in (*by_slot, self._confidence, self._chance))
         return self.credits.num_bytes + here + self._slots.num_bytes
 
     def fill(self, slot: int, prompt: Prompt, params: SamplingParams) -> None:
-        """Lay out a new request in `slot`; `params` must be resolved."""
+        """Set up the canvas of a new request in `slot`; `params` must be resolved."""
         canvas = prompt.canvas_ids or [self.mask] * params.gen_length
         everything = np.array([*prompt.ids, *canvas, *prompt.suffix_ids], np.int64)
         start, length = len(prompt.ids), params.gen_length
@@ -151,48 +134,76 @@ class CanvasTable:
         self.given[slot, start : start + length] = ~masked
         self._masked[slot] = False
         self._masked[slot, :length] = masked
-        self._recent[slot] = False
+        self._last_committed[slot] = False
         self._ends[slot] = False
         self._confidence[slot] = -1.0
         if params.alg:
             chances = [dream_chances(steps) for _, _, steps in blocks_of(params)]
             self._chance[slot, : params.steps] = np.concatenate(chances)
         self._slots.fill(slot, prompt, params)
-        state, _ = self._enter_block(self.state([slot]))
+        state, _ = self._prepare_step(self._slots.read(np.array([slot])))
         self._slots.change(state)
 
-    def state(self, slots: list[int]) -> SlotState:
-        """The numbers of the requests in `slots`."""
-        return self._slots.read(np.array(slots, np.int64))
+    def plan_step(self, slots: list[int], *, page_size: int | None = None) -> StepPlan:
+        """Plan the next step of the requests in `slots`; all that the step needs of the canvases.
 
-    def phases(self, state: SlotState) -> Phases:
-        """What the next step of these requests is."""
-        return Phases.of(state.cache, state.block_age, state.delay_steps, state.refresh_interval)
+        A request with guidance adds its sequence twice, the second time with all given tokens
+        masked (LLaDA, generate.py: `un_x`). In a shifted model each position is predicted from the
+        one before it, and the first one from itself (Dream).
 
-    def window(self, state: SlotState) -> tuple[Array, Array]:
-        """First position and end of the active blocks' windows (see `cache.policy`), [R]."""
-        start = state.block_start
-        return (np.maximum(start - 1, 0) if self.shifted else start), state.block_end
+        Args:
+            page_size: orders requests so that sequences of equal shape stand together; None: keeps
+                the order of the slots.
+        """
+        state = self._slots.read(np.array(slots, np.int64))
+        sequences = Sequences.of(state, self._delayed_rows, page_size)
+        requests = sequences.requests
+        blocks = self._blocks(requests)
+        counts, chances = self._commit_counts(requests, blocks)
+        predictor = np.maximum(blocks.positions - 1, 0) if self.shifted else blocks.positions
+        conditional = sequences.first_copy[blocks.request]
+        rows = uncond_rows = sequences.row_of(conditional, predictor)
+        if sequences.guided:
+            unconditional = conditional + (requests.cfg_scale[blocks.request] > 0)
+            uncond_rows = sequences.row_of(unconditional, predictor)
+        looks_back = (requests.rule == int(Rule.LOCAL_LEAP)).any()
+        return StepPlan(
+            sequences=sequences,
+            input_ids=self._input_ids(sequences),
+            blocks=blocks,
+            rows=rows,
+            uncond_rows=uncond_rows,
+            counts=counts,
+            chances=chances,
+            committed=self._block_confidence(requests) if looks_back else None,
+        )
 
-    def unfinished(self, state: SlotState) -> Array:
-        """What `delayed` computes of the windows (see `cache.policy`): bool [R, width + 1].
+    def _input_ids(self, sequences: Sequences) -> Array:
+        slots, positions = sequences.state.slots[sequences.owner], sequences.positions
+        ids: Array = self.tokens[slots, positions]
+        if sequences.guided:
+            hidden = (sequences.uncond[sequences.owner] == 1) & self.given[slots, positions]
+            ids[hidden] = self.mask
+        return ids
 
-        The first column is the position before the block, which there must be if it is true.
+    def _delayed_rows(self, state: SlotState) -> Array:
+        """What `delayed` computes of the windows (see `cache_policy`): bool [R, width + 1].
+
+        The first column is the position before the block; it is true only if there is one.
         """
         inside, place = _block_places(state, before=1, behind=1)
         slots = state.slots[:, None]
-        # What is behind the block is predicted by its last position.
+        # The position behind the block is predicted by the block's last one.
         exists = (place >= 0) & (place < (state.canvas_end - state.canvas_start)[:, None])
         masked = exists & self._masked[slots, np.where(exists, place, 0)]
-        recent = inside & self._recent[slots, np.where(inside, place, 0)]
-        found = unfinished(masked, recent, shifted=self.shifted)
+        recent = inside & self._last_committed[slots, np.where(inside, place, 0)]
+        found = delayed_rows(masked, recent, shifted=self.shifted)
         found &= inside
         if self.shifted:
             found[:, 0] = (state.block_start > 0) & masked[:, 1]
         return found[:, :-1]
 
-    def blocks(self, state: SlotState) -> Blocks:
-        """The active blocks of these requests."""
+    def _blocks(self, state: SlotState) -> Blocks:
         inside, place = _block_places(state)
         masked = inside & self._masked[state.slots[:, None], np.where(inside, place, 0)]
         request, column = masked.nonzero()
@@ -205,46 +216,44 @@ class CanvasTable:
             positions=state.block_start[request] + column,
         )
 
-    def block_confidence(self, state: SlotState) -> Array:
-        """What the active blocks were committed with: float32 [R, width], −1 where they are not."""
+    def _block_confidence(self, state: SlotState) -> Array:
+        """Confidences at commit in the active blocks: float32 [R, width], −1 where masked."""
         inside, place = _block_places(state)
         known = self._confidence[state.slots[:, None], np.where(inside, place, 0)]
         return np.where(inside, known, np.float32(-1.0))
 
-    def commit_counts(self, state: SlotState, blocks: Blocks) -> tuple[Array, Array]:
-        """What the schedules say for the step at hand: counts int64 and Dream's chances, [R].
+    def _commit_counts(self, state: SlotState, blocks: Blocks) -> tuple[Array, Array]:
+        """How many positions the schedules commit now: counts int64 and Dream's chances, [R].
 
-        The chances mean nothing for a request without Dream's statistics.
+        The chances are used only for requests with Dream's statistics.
         """
         linear = linear_count(state.block_masks, state.block_steps, state.block_step)
         if not state.dream_statistics.any():
             return linear, np.zeros(len(linear), np.float32)
-        # A threshold may take more steps than the schedule has; its chances do not matter then.
+        # With a threshold a request may run longer than its schedule; its chances are unused.
         place = state.block_first_step + state.block_step
         chance = self._chance[state.slots, np.minimum(place, self._chance.shape[1] - 1)]
         dream = dream_count(blocks.masked.sum(axis=1), chance)
         return np.where(state.dream_statistics, dream, linear), chance
 
-    def advance(
-        self, state: SlotState, blocks: Blocks, tokens: Array, confidence: Array
-    ) -> StepResult:
-        """Commit what a step has decoded, and open the next block where one is done.
+    def advance(self, plan: StepPlan, tokens: Array, confidence: Array) -> StepResult:
+        """Commit what the planned step decoded, and open the next block where one is done.
 
         Args:
-            state, blocks: of the requests that took part, as they were before the step.
-            tokens: int [M]; of each masked position the token, −1 where it stays masked.
-            confidence: float32 [M]; what it is committed with.
+            tokens: int [M]; the token of each masked position, −1 where it stays masked.
+            confidence: float32 [M]; the probability it is committed with.
         """
+        state, blocks = plan.sequences.requests, plan.blocks
         picked = tokens >= 0
         slots, positions, tokens = blocks.slots[picked], blocks.positions[picked], tokens[picked]
         places = positions - state.canvas_start[blocks.request[picked]]
-        self._recent[state.slots] = False
-        self._recent[slots, places] = True
+        self._last_committed[state.slots] = False
+        self._last_committed[slots, places] = True
         self._masked[slots, places] = False
         self._ends[slots, places] = (tokens[:, None] == self._stop).any(axis=1)
         self._confidence[slots, places] = confidence[picked]
         self.tokens[slots, positions] = tokens
-        state, first_masked = self._enter_block(
+        state, first_masked = self._prepare_step(
             state._replace(
                 step=state.step + 1,
                 block_step=state.block_step + 1,
@@ -253,23 +262,14 @@ class CanvasTable:
         )
         self._slots.change(state)
         first_end = self._first_end(state)
-        phases = self.phases(state)
         return StepResult(
             state.slots.tolist(),
             (first_masked == state.canvas_end).tolist(),
             (np.minimum(first_masked, first_end) - state.canvas_start).tolist(),
             (first_end < first_masked).tolist(),
-            self.num_rows(state, phases).tolist(),
-            phases.refresh.tolist(),
+            state.num_rows.tolist(),
+            state.refresh.tolist(),
         )
-
-    def num_rows(self, state: SlotState, phases: Phases) -> Array:
-        """Rows that go through the model in the next step, of one sequence: [R]."""
-        start, end = phases.span(state.length, *self.window(state))
-        partial = phases.partial
-        if not partial.any():
-            return end - start
-        return np.where(partial, self.unfinished(state).sum(axis=1), end - start)
 
     def canvas(self, slot: int) -> Canvas:
         """A copy of the canvas in `slot`."""
@@ -282,10 +282,40 @@ class CanvasTable:
         return int((state.canvas_end - state.canvas_start).max())
 
     def _first_end(self, state: SlotState) -> Array:
-        """Position of the first committed end-of-text token, the canvas's end where none is."""
+        """Find the first committed end-of-text token; the canvas's end if there is none."""
         ends = self._ends[state.slots, : self._width(state)]
         ended = ends.any(axis=1) & state.honours_eos
         return np.where(ended, state.canvas_start + ends.argmax(axis=1), state.canvas_end)
+
+    def _prepare_step(self, state: SlotState) -> tuple[SlotState, Array]:
+        """Open the next block where one is done, and determine the next step's phase and rows.
+
+        Returns:
+            See `_enter_block`.
+        """
+        state, first_masked = self._enter_block(state)
+        phases = Phases.of(state.cache, state.block_age, state.delay_steps, state.refresh_interval)
+        start = np.maximum(state.block_start - self.shifted, 0)
+        first_row, end = phases.span(state.length, start, state.block_end)
+        num_rows = end - first_row
+        if (partial := phases.partial).any():
+            num_rows = np.where(partial, self._delayed_rows(state).sum(axis=1), num_rows)
+        keep, kv_lens = np.zeros_like(start), state.length
+        if (sparse := state.cache == int(CachePolicy.SPARSE)).any():
+            window = state.block_end - start
+            kept = kept_rows(state.length - window, state.retention_ratio)
+            keep = np.where(sparse, kept, 0)
+            kv_lens = np.where(sparse, kept + window, state.length)
+        state = state._replace(
+            refresh=phases.refresh,
+            store=phases.store,
+            window_start=start,
+            first_row=first_row,
+            num_rows=num_rows,
+            keep=keep,
+            kv_lens=kv_lens,
+        )
+        return state, first_masked
 
     def _enter_block(self, state: SlotState) -> tuple[SlotState, Array]:
         """Move each request whose block holds no mask to its next block that holds one.
@@ -293,7 +323,7 @@ class CanvasTable:
         Blocks and their shares of the steps are those of `blocks_of`.
 
         Returns:
-            The state then; int64 [R]: position of the first mask, the canvas's end where there is
+            The new state; int64 [R]: the position of the first mask, the canvas's end if there is
             none.
         """
         masked = self._masked[state.slots, : self._width(state)]
@@ -317,28 +347,28 @@ class CanvasTable:
                 block_start=start,
                 block_end=np.where(opens, end, state.block_end),
             )
-        if state.skips.any():
+        if state.has_empty_steps.any():
             state = self._skip_empty_steps(state)
         return state, first_masked
 
     def _skip_empty_steps(self, state: SlotState) -> SlotState:
-        """Pass over steps in which Dream's schedule commits nothing: no forward pass is needed.
+        """Skip steps in which Dream's schedule commits nothing: they need no forward pass.
 
-        A block's last step commits all that is left, so one is always found.
+        A block's last step commits all masks that are left, so the search always succeeds.
         """
-        num_masked = self.blocks(state).masked.sum(axis=1)
+        num_masked = self._blocks(state).masked.sum(axis=1)
         chance = self._chance[state.slots]
         places = np.arange(chance.shape[1])
         place = state.block_first_step + state.block_step
         commits = dream_count(num_masked[:, None], chance) > 0
         later = commits & (places >= place[:, None])
         found = np.where(later.any(axis=1), later.argmax(axis=1), chance.shape[1])
-        skipped = np.where(state.skips & (num_masked > 0), found - place, 0)
+        skipped = np.where(state.has_empty_steps & (num_masked > 0), found - place, 0)
         return state._replace(step=state.step + skipped, block_step=state.block_step + skipped)
 
 
 def _block_places(state: SlotState, before: int = 0, behind: int = 0) -> tuple[Array, Array]:
-    """Which columns of the blocks are in them, and where on the canvas all columns are.
+    """Locate the columns of the blocks: whether inside the block, and where on the canvas.
 
     Returns:
         bool and int64, both [R, before + longest block + behind].
@@ -349,11 +379,10 @@ def _block_places(state: SlotState, before: int = 0, behind: int = 0) -> tuple[A
 
 
 def blocks_of(params: SamplingParams) -> list[tuple[int, int, int]]:
-    """(start, end, steps) of each block of a canvas; `params` must be resolved.
+    """List (start, end, steps) of each block of a canvas; `params` must be resolved.
 
-    A block's share of the steps is what falls into it when all are spread evenly over the canvas:
-    exactly steps / blocks where the reference allows it (equal blocks), and a smaller share for a
-    shorter last block.
+    Steps are spread evenly over the canvas: each of equal blocks gets steps / blocks, as in the
+    reference, and a shorter last block gets a smaller share.
     """
     length, block_length, steps = params.gen_length, params.block_length, params.steps
     assert block_length is not None

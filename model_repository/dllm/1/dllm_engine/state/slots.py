@@ -1,139 +1,177 @@
 """The numbers of every running request, as columns of three tables on the host.
 
-A step reads those of its requests with one operation per table and writes back what has changed
-with one more, however many requests there are.
+A step reads the numbers of its requests with one operation per table, however many requests there
+are.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, get_type_hints
 
 import numpy as np
 
 from dllm_engine.decoding import ENTROPY_SCORES, Rule, decoding_of, score_of
-from dllm_engine.memory import CachePolicy
+from dllm_engine.memory import CachePolicy, Phases
 from dllm_engine.ops import Array
 from dllm_engine.request import Prompt
 from dllm_engine.sampling import needs_full_logits
 from dllm_engine.sampling_params import SamplingParams
 
+#: Columns of each number type: [R].
+Int = Annotated[Array, np.int64]
+Float = Annotated[Array, np.float64]
+Bool = Annotated[Array, np.bool_]
+
 
 class SlotState(NamedTuple):
-    """The numbers of R requests; [R] each."""
+    """The numbers of R requests, a column each."""
 
-    #: int64; where they stand in the tables.
+    #: [R] int64; which slots they are in.
     slots: Array
-    # int64. What a step changes comes first.
-    step: Array
+    step: Int
     #: Schedule of the active block: steps run, its share of the steps, masks when it began.
-    block_step: Array
-    block_steps: Array
-    block_masks: Array
-    #: Place of its first step in the schedule of the whole canvas.
-    block_first_step: Array
-    #: Steps run in it.
-    block_age: Array
-    block_start: Array
-    block_end: Array
-    # The rest stays as it is while a request runs.
-    length: Array
+    block_step: Int
+    block_steps: Int
+    block_masks: Int
+    #: The block's first step in the schedule of the whole canvas.
+    block_first_step: Int
+    #: Steps run in the block.
+    block_age: Int
+    block_start: Int
+    block_end: Int
+    #: The next step: whether the whole sequence goes through the model, and whether its keys and
+    #: values are then stored.
+    refresh: Bool
+    store: Bool
+    #: The block's window begins (see `cache_policy`; it ends with the block).
+    window_start: Int
+    #: First position and number of the rows of one sequence that go through the model; of a
+    #: partial window all that it is part of begins there.
+    first_row: Int
+    num_rows: Int
+    #: Stored rows: those that `sparse` keeps outside the window, and all that a Reuse attends to.
+    keep: Int
+    kv_lens: Int
+    length: Int
     #: The positions to be filled: first and end.
-    canvas_start: Array
-    canvas_end: Array
-    block_length: Array
-    steps: Array
-    top_k: Array
-    seed: Array
-    score: Array
-    rule: Array
-    cache: Array
-    delay_steps: Array
-    refresh_interval: Array
-    pool_kernel: Array
-    # float64.
-    temperature: Array
-    cfg_scale: Array
+    canvas_start: Int
+    canvas_end: Int
+    block_length: Int
+    steps: Int
+    top_k: Int
+    seed: Int
+    score: Int
+    rule: Int
+    cache: Int
+    delay_steps: Int
+    refresh_interval: Int
+    pool_kernel: Int
+    temperature: Float
+    cfg_scale: Float
     #: The rule's two parameters.
-    threshold: Array
-    second_threshold: Array
-    top_p: Array
-    alg_temp: Array
-    retention_ratio: Array
-    # bool.
+    threshold: Float
+    second_threshold: Float
+    top_p: Float
+    alg_temp: Float
+    retention_ratio: Float
     #: It samples as Dream does.
-    dream_statistics: Array
-    #: Some of its schedule's steps commit nothing.
-    skips: Array
+    dream_statistics: Bool
+    #: Some steps of its schedule commit nothing.
+    has_empty_steps: Bool
     #: An end-of-text token ends it.
-    honours_eos: Array
-    logits_eos_inf: Array
-    confidence_eos_eot_inf: Array
-    uses_credit: Array
-    #: Its rule looks at entropies or margins.
-    needs_entropy: Array
-    #: Its rows are needed whole (see `sampling.needs_full_logits`).
-    needs_full_logits: Array
-    # The tables: [columns, R].
+    honours_eos: Bool
+    logits_eos_inf: Bool
+    confidence_eos_eot_inf: Bool
+    uses_credit: Bool
+    #: Its rule needs entropies or margins.
+    needs_entropy: Bool
+    #: It needs whole rows of logits (see `sampling.needs_full_logits`).
+    needs_full_logits: Bool
+    #: All columns of a type, [columns, R].
     ints: Array
     floats: Array
     bools: Array
 
     @classmethod
     def of(cls, slots: Array, ints: Array, floats: Array, bools: Array) -> SlotState:
-        """Name the columns of the tables."""
-        return cls._make((slots, *ints, *floats, *bools, ints, floats, bools))
+        """Name the columns of the three tables."""
+        columns = dict(zip(_NAMES, (*ints, *floats, *bools), strict=True))
+        return cls(slots=slots, **columns, ints=ints, floats=floats, bools=bools)
 
     def take(self, index: Array) -> SlotState:
-        """Those of some of the R, for an int64 index."""
+        """The state of the requests at int64 `index`."""
         return SlotState.of(
             self.slots[index], self.ints[:, index], self.floats[:, index], self.bools[:, index]
         )
 
+    @property
+    def phases(self) -> Phases:
+        """What the next step of each request is."""
+        return Phases(self.cache, self.refresh, self.store)
 
-_FIELDS = SlotState._fields
-_INTS = _FIELDS[_FIELDS.index("step") : _FIELDS.index("temperature")]
-_FLOATS = _FIELDS[_FIELDS.index("temperature") : _FIELDS.index("dream_statistics")]
-_BOOLS = _FIELDS[_FIELDS.index("dream_statistics") : _FIELDS.index("ints")]
-#: Columns that a step changes.
-CHANGING = _FIELDS[_FIELDS.index("step") : _FIELDS.index("length")]
+
+def _columns(kind: object) -> tuple[str, ...]:
+    hints = get_type_hints(SlotState, include_extras=True)
+    return tuple(name for name, hint in hints.items() if hint == kind)
+
+
+_KINDS = (Int, Float, Bool)
+_NAMES = tuple(name for kind in _KINDS for name in _columns(kind))
+#: Columns that a step changes; the others stay as they are while a request runs.
+CHANGING = (
+    "step",
+    "block_step",
+    "block_steps",
+    "block_masks",
+    "block_first_step",
+    "block_age",
+    "block_start",
+    "block_end",
+    "refresh",
+    "store",
+    "window_start",
+    "first_row",
+    "num_rows",
+    "keep",
+    "kv_lens",
+)
 
 
 class SlotTable:
     """The numbers of all slots."""
 
     def __init__(self, num_slots: int) -> None:
-        self._tables = (
-            (_INTS, np.zeros((len(_INTS), num_slots), np.int64)),
-            (_FLOATS, np.zeros((len(_FLOATS), num_slots), np.float64)),
-            (_BOOLS, np.zeros((len(_BOOLS), num_slots), np.bool_)),
-        )
+        self._tables = [
+            np.zeros((len(_columns(kind)), num_slots), kind.__metadata__[0])  # type: ignore[attr-defined]
+            for kind in _KINDS
+        ]
+        rows = (row for table in self._tables for row in table)
+        #: By name a view of each column: [slots].
+        self._columns = dict(zip(_NAMES, rows, strict=True))
 
     @property
     def num_bytes(self) -> int:
-        """Memory of all of it."""
-        return sum(table.nbytes for _, table in self._tables)
+        """Memory of the three tables."""
+        return sum(table.nbytes for table in self._tables)
 
     def read(self, slots: Array) -> SlotState:
-        """Copies of what is known of int64 [R] slots."""
-        return SlotState.of(slots, *(table[:, slots] for _, table in self._tables))
+        """Copy the numbers of int64 [R] slots."""
+        return SlotState.of(slots, *(table[:, slots] for table in self._tables))
 
     def fill(self, slot: int, prompt: Prompt, params: SamplingParams) -> None:
-        """Everything of one slot, before its first block is opened; `params` must be resolved."""
+        """Set all numbers of one slot, with no block open yet; `params` must be resolved."""
         values = _numbers(prompt, params)
-        for names, table in self._tables:
-            # What the active block is stays at 0 where it is not given.
-            table[:, slot] = [
-                values.get(name, 0) if name in CHANGING else values[name] for name in names
-            ]
+        for name, column in self._columns.items():
+            column[slot] = values.get(name, 0) if name in CHANGING else values[name]
 
     def change(self, state: SlotState) -> None:
-        """Write the columns that a step changes; what `state` says of others is not looked at."""
-        _, ints = self._tables[0]
-        ints[: len(CHANGING), state.slots] = state[1 : 1 + len(CHANGING)]
+        """Write the `CHANGING` columns of `state`."""
+        for name in CHANGING:
+            self._columns[name][state.slots] = getattr(state, name)
 
 
 def _numbers(prompt: Prompt, params: SamplingParams) -> dict[str, float | bool]:
-    """The columns of a request, before its first block is opened."""
+    """Compute the columns of a request that no step changes, and where its canvas begins."""
     assert params.block_length is not None
     assert params.steps is not None
     assert params.seed is not None
@@ -148,7 +186,7 @@ def _numbers(prompt: Prompt, params: SamplingParams) -> dict[str, float | bool]:
     dream_statistics = params.alg is not None
     top_p = 1.0 if params.top_p is None else params.top_p
     filtered = top_p < 1 or bool(params.top_k)
-    # In a gap, what stands behind it goes on whatever is decoded before.
+    # Infilling goes on after an end-of-text token, since text follows the gap.
     is_gap = bool(prompt.suffix_ids or prompt.canvas_ids)
     return {
         "block_start": start,
@@ -174,7 +212,7 @@ def _numbers(prompt: Prompt, params: SamplingParams) -> dict[str, float | bool]:
         "alg_temp": params.alg_temp,
         "retention_ratio": params.retention_ratio,
         "dream_statistics": dream_statistics,
-        "skips": dream_statistics and decoding.rule is Rule.COUNT,
+        "has_empty_steps": dream_statistics and decoding.rule is Rule.COUNT,
         "honours_eos": not (params.ignore_eos or is_gap),
         "logits_eos_inf": params.logits_eos_inf,
         "confidence_eos_eot_inf": params.confidence_eos_eot_inf,
