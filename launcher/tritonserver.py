@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,13 +12,21 @@ from typing import Self
 
 import httpx
 
-from launcher.errors import RepositoryError, StartTimeoutError
+from launcher.errors import (
+    LaunchError,
+    ProcessDiedError,
+    RepositoryError,
+    SettingError,
+    StartTimeoutError,
+)
 from launcher.installation import ascii_path, find_installation, make_scratch
 from launcher.ports import free_port, require_free_port
 from launcher.process import GuardedProcess, LogCallback
 
 DEFAULT_MODELS = ("dllm", "dllm_unary")
 POLL_SECONDS = 0.1
+#: How the log shows the errors with which the engine refuses what it is given.
+REFUSAL = re.compile(r"Python stub: (?:InvalidConfig|CheckpointError): (.+)")
 
 #: Called about ten times a second while waiting, with the seconds waited and the newest log line.
 WaitCallback = Callable[[float, str], None]
@@ -32,8 +41,8 @@ class TritonServer:
 
     `on_log` gets every log line, from another thread, and must not raise; `on_wait` is called
     while the models load. Entering raises ServerMissingError, RepositoryError, PortTakenError,
-    ProcessDiedError (a model failed to load: the message ends with the server's log) or
-    StartTimeoutError.
+    SettingError (the engine refuses a setting or its checkpoint), ProcessDiedError (a model failed
+    to load: the message ends with the server's log) or StartTimeoutError.
     """
 
     def __init__(
@@ -221,7 +230,7 @@ class TritonServer:
         with httpx.Client(timeout=5.0, trust_env=False) as client:
             while not self.is_ready(client):
                 if not process.running:
-                    raise process.died()
+                    raise _refusal(process.died())
                 waited = time.monotonic() - started
                 if waited > self.start_timeout:
                     message = f"tritonserver was not ready after {self.start_timeout:.0f} s"
@@ -229,3 +238,11 @@ class TritonServer:
                 if self._on_wait is not None:
                     self._on_wait(waited, process.last_line)
                 time.sleep(POLL_SECONDS)
+
+
+def _refusal(death: ProcessDiedError) -> LaunchError:
+    """The engine's own words, if it refused its settings or its checkpoint; else `death`."""
+    for line in death.log_tail:
+        if found := REFUSAL.search(line):
+            return SettingError(found[1])
+    return death
