@@ -151,11 +151,6 @@ class Scheduler:
         late = self._is_late(request)
         return not late, request.ready_since if late else request.arrival_order
 
-    def requeue(self, request: Request) -> None:
-        """Take a running request's slot and pages away; it waits ahead of all others."""
-        self.remove(request)
-        self._waiting.insert(0, request)
-
     def remove(self, request: Request) -> None:
         """Remove a finished or cancelled request and free its slot and pages."""
         if request.slot is None:
