@@ -15,10 +15,11 @@ from torch import Tensor
 from dllm_engine.config import EngineConfig
 from dllm_engine.execution.rank_model import RankModel
 from dllm_engine.memory.plan import MemoryPlan
-from dllm_engine.models import ModelSpec
-from dllm_engine.ops import Download, Upload
+from dllm_engine.models.base import ModelSpec
+from dllm_engine.ops.transfer import Download, Upload
 from dllm_engine.request import Prompt
-from dllm_engine.sampling import BlockStatistics, Candidates, select_commits
+from dllm_engine.sampling.commit import BlockStatistics, select_commits
+from dllm_engine.sampling.rows import Candidates
 from dllm_engine.sampling_params import SamplingParams
 from dllm_engine.state.batch import StepBatch, StepInputs, build_batch
 from dllm_engine.state.canvas import Canvas, CanvasTable, StepResult

@@ -20,8 +20,8 @@ from dllm_engine.execution.runner import ModelRunner
 from dllm_engine.execution.tensor_parallel import load_runner
 from dllm_engine.loop.scheduler import Scheduler
 from dllm_engine.loop.validation import RequestLimits, longest_sequence
-from dllm_engine.memory import PageAllocator
-from dllm_engine.models import read_spec
+from dllm_engine.memory.kv_cache import PageAllocator
+from dllm_engine.models.loader import read_spec
 from dllm_engine.request import CanvasUpdate, FinishReason, Prompt, Request, Usage
 from dllm_engine.sampling_params import SamplingParams
 from dllm_engine.state.canvas import Canvas, StepResult

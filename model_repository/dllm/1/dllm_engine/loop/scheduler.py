@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 
-from dllm_engine.memory import PageAllocator
+from dllm_engine.memory.kv_cache import PageAllocator
 from dllm_engine.request import Request
 
 #: One level of priority moves a request back by this many steps; older requests still go first.
