@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from adapter.api import health, jobs, metrics, page, stream
+from adapter.api.body import BodyMiddleware
 from adapter.api.error_handlers import add_error_handlers
 from adapter.api.openai import routes as openai
 from adapter.api.openapi import extend_openapi
@@ -68,10 +69,18 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.settings = chosen
+    routers = [m.router for m in (jobs, stream, openai, page, health, metrics)]
+    routes = [route for router in routers for route in router.routes]
+    # The last one added is the first that a call passes.
+    app.add_middleware(
+        BodyMiddleware,
+        routes=routes,
+        max_bytes=chosen.max_body_bytes,
+        timeout=chosen.body_timeout,
+    )
     app.add_middleware(
         AuthMiddleware,
         keyring=Keyring(chosen.api_keys, chosen.api_keys_file),
-        max_body_bytes=chosen.max_body_bytes,
         guard_metrics=chosen.metrics_need_key,
     )
     if origins := [origin.strip() for origin in chosen.cors_origins.split(",") if origin.strip()]:
@@ -83,8 +92,6 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["Retry-After", "X-Request-ID"],
         )
-    routers = [m.router for m in (jobs, stream, openai, page, health, metrics)]
-    routes = [route for router in routers for route in router.routes]
     app.add_middleware(TelemetryMiddleware, routes=routes)
     add_error_handlers(app)
     for router in routers:
@@ -102,11 +109,15 @@ async def _open(
 ) -> None:
     """Open the services in the order of their dependencies; the stack closes them in reverse."""
     worker = _worker_name()
-    database = await stack.enter_async_context(Database.open(settings.database_url))
+    database = await stack.enter_async_context(
+        Database.open(settings.database_url, timeout=settings.database_timeout)
+    )
+    tasks = [database.loop]
     app.state.rate_limiter = None
     if settings.rate_limit:
         app.state.rate_limiter = limiter = RateLimiter(database, settings.rate_limit)
-        await stack.enter_async_context(PeriodicTask("rate-limits", limiter.tidy))
+        tidying = PeriodicTask("rate-limits", limiter.tidy)
+        tasks.append(await stack.enter_async_context(tidying))
     store = JobStore(database, max_attempts=settings.job_max_attempts)
     pool = EnginePool(
         [Endpoint(url, engine, _monitor(settings, url, engine)) for url, engine in engines.items()]
@@ -116,9 +127,16 @@ async def _open(
     live = StreamingRequests(
         pool, limit=settings.max_live, idle_timeout=settings.engine_idle_timeout
     )
+    database.subscribe(watcher.wake_all)
     for service in (pool, watcher, runner, live):
         await stack.enter_async_context(service)
     app.state.database = database
+    app.state.tasks = [
+        *tasks,
+        *runner.loops,
+        watcher.loop,
+        *(e.monitor.loop for e in pool.endpoints),
+    ]
     app.state.pool = pool
     app.state.live = live
     app.state.jobs = JobService(

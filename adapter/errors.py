@@ -5,6 +5,10 @@ AdapterError
   Unauthorized           the API key is missing or unknown
   RateLimited            too many calls in too short a time
   BodyTooLarge           the body exceeds its limit
+  BodyTooManyValues      the body holds more values than any call may have
+  BodyTimeout            the body takes too long to arrive
+  NotJson                the body is of another type than JSON
+  TooManyBodies          the worker is reading as many bodies as it may
   InvalidRequest         the engine refuses the request's values
   KeyReused              the Idempotency-Key belongs to another submission
   JobNotFound            no such job, or its result has expired
@@ -69,6 +73,41 @@ class BodyTooLarge(AdapterError):
     """The body exceeds its limit."""
 
     status = 413
+
+
+class BodyTooManyValues(AdapterError):
+    """The body holds more values than any call may have."""
+
+    status = 413
+
+
+class BodyTimeout(AdapterError):
+    """The body takes too long to arrive."""
+
+    status = 408
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The rest of the body is not read, so the connection serves no further call."""
+        return {"Connection": "close"}
+
+
+class NotJson(AdapterError):
+    """The body is of another type than JSON."""
+
+    status = 415
+
+
+class TooManyBodies(AdapterError):
+    """The worker is reading as many bodies as it may."""
+
+    status = 503
+    retry_after = 1
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The rest of the body is not read, so the connection serves no further call."""
+        return {**super().headers, "Connection": "close"}
 
 
 class InvalidRequest(AdapterError):

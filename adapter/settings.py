@@ -32,6 +32,9 @@ class Settings(BaseSettings):
     database_url: str = Field(
         default="sqlite:///./dllm-jobs.db", description="database of the jobs"
     )
+    database_timeout: Seconds = Field(
+        default=5.0, description="longest database transaction; jobs are answered 503 beyond"
+    )
     log_level: str = Field(default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
     log_format: str = Field(
         default="text", pattern="^(text|json)$", description="text lines, or JSON lines"
@@ -47,6 +50,9 @@ class Settings(BaseSettings):
         default="", description="calls that one key or address may make, like 60/minute"
     )
     max_body_bytes: Count = Field(default=4 * 2**20, description="largest body of a call")
+    body_timeout: Seconds = Field(
+        default=30.0, description="time in which the body of a call must arrive"
+    )
     cors_origins: str = Field(
         default="", description="origins of web pages that may call, separated by commas; * for all"
     )

@@ -4,6 +4,7 @@ They are asynchronous because FastAPI runs other dependencies in threads. FastAP
 on each of them, so the routes of jobs, which are called most, use the plain functions instead.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, cast
 
@@ -14,6 +15,7 @@ from adapter.engine.pool import EnginePool
 from adapter.engine.streaming import StreamingRequests
 from adapter.jobs.job import JobOptions
 from adapter.jobs.service import JobService
+from adapter.periodic import PeriodicTask
 from adapter.settings import Settings
 from adapter.types import DEFAULT_PRIORITY
 
@@ -76,6 +78,10 @@ async def _database(request: Request) -> Database:
     return cast(Database, request.app.state.database)
 
 
+async def _tasks(request: Request) -> Sequence[PeriodicTask]:
+    return cast(Sequence[PeriodicTask], request.app.state.tasks)
+
+
 async def _pool(request: Request) -> EnginePool:
     return cast(EnginePool, request.app.state.pool)
 
@@ -85,4 +91,5 @@ SettingsDep = Annotated[Settings, Depends(_settings)]
 JobsDep = Annotated[JobService, Depends(_jobs)]
 DatabaseDep = Annotated[Database, Depends(_database)]
 StreamingDep = Annotated[StreamingRequests, Depends(_live)]
+TasksDep = Annotated[Sequence[PeriodicTask], Depends(_tasks)]
 PoolDep = Annotated[EnginePool, Depends(_pool)]

@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from adapter.api.openai import errors as openai
+from adapter.api.printable import MAX_NAME, printable
 from adapter.errors import AdapterError, InvalidRequest
 from adapter.telemetry.logs import get_logger
 
@@ -16,6 +17,8 @@ log = get_logger()
 
 #: Names of the engine's inputs that differ from the request's fields.
 NAMES = {"text_input": "prompt"}
+#: A response lists no more problems than this.
+MAX_PROBLEMS = 20
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -50,12 +53,22 @@ def _detail(error: AdapterError) -> str | list[dict[str, Any]]:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """Unknown paths and methods, which the framework refuses."""
+    """Unknown paths and methods, and bodies that are no JSON, which the framework refuses."""
     assert isinstance(error, HTTPException)
+    if error.status_code == 400 and isinstance(error.__cause__, ValueError | RecursionError):
+        error = HTTPException(400, _why_no_json(error.__cause__))
     if not openai.is_openai(request.url.path):
         return await http_exception_handler(request, error)
     body = openai.body(error.status_code, str(error.detail))
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+def _why_no_json(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "the body is nested too deeply"
+    if isinstance(error, UnicodeDecodeError):
+        return "the body must be encoded as UTF-8"
+    return "the body has a number with too many digits"
 
 
 async def _own_error(request: Request, _error: Exception) -> JSONResponse:
@@ -67,7 +80,7 @@ async def _own_error(request: Request, _error: Exception) -> JSONResponse:
 
 
 async def _validation_error(request: Request, error: Exception) -> JSONResponse:
-    """FastAPI's response without the input.
+    """FastAPI's response without the input, and with the first problems if there are many.
 
     An invalid value or field name (NaN, a lone surrogate) may not be valid JSON, and prompts are
     not repeated.
@@ -76,16 +89,15 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     if openai.is_openai(request.url.path):
         body = openai.of_validation(error, openai.length_name(request))
         return JSONResponse(body, status_code=400)
+    problems = error.errors()
     detail = [
         {
             "type": item["type"],
-            "loc": [part if isinstance(part, int) else _printable(part) for part in item["loc"]],
-            "msg": _printable(item["msg"]),
+            "loc": [p if isinstance(p, int) else printable(p, MAX_NAME) for p in item["loc"]],
+            "msg": printable(item["msg"]),
         }
-        for item in error.errors()
+        for item in problems[:MAX_PROBLEMS]
     ]
+    if (more := len(problems) - MAX_PROBLEMS) > 0:
+        detail.append({"type": "more", "loc": ["body"], "msg": f"and {more} more problems"})
     return JSONResponse({"detail": detail}, status_code=422)
-
-
-def _printable(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()

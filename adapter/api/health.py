@@ -1,33 +1,46 @@
 """Readiness and liveness, for load balancers and orchestrators."""
 
-from typing import Literal
+from collections.abc import Iterable
 
 from fastapi import APIRouter, Response
 
-from adapter.api.deps import DatabaseDep, PoolDep
-from adapter.api.schemas import Health
-from adapter.errors import StoreUnavailable
+from adapter.api.deps import DatabaseDep, PoolDep, TasksDep
+from adapter.api.schemas import Health, Liveness, Readiness
+from adapter.periodic import PeriodicTask
 
 router = APIRouter(prefix="/v1", tags=["health"])
 
 
 @router.get("/health", response_model_exclude_none=True, responses={503: {"model": Health}})
-async def health(pool: PoolDep, database: DatabaseDep, response: Response) -> Health:
-    """Readiness: 200 while an engine and the database answer, 503 with the reason otherwise."""
-    state = pool.state
-    reason = state.reason
-    if state.ok:
-        try:
-            await database.ping()
-        except StoreUnavailable as error:
-            reason = str(error)
-        else:
-            return Health(status="ok")
-    response.status_code = 503
-    return Health(status="unavailable", reason=reason)
+async def health(
+    pool: PoolDep, database: DatabaseDep, tasks: TasksDep, response: Response
+) -> Health:
+    """Readiness: 200 while jobs and live calls can be taken, otherwise 503 with the reason.
+
+    Jobs need the database, and wait for an engine. Streams and OpenAI calls need an engine only.
+    """
+    jobs = Readiness.of(database.outage or _stalled(tasks))
+    live = Readiness.of(None if pool.state.ok else pool.state.reason)
+    reasons = [part.reason for part in (live, jobs) if part.reason is not None]
+    if reasons:
+        response.status_code = 503
+    status = Readiness.of("; ".join(reasons) or None)
+    return Health(status=status.status, reason=status.reason, jobs=jobs, live=live)
 
 
-@router.get("/livez")
-async def livez() -> dict[str, Literal["ok"]]:
-    """Liveness: 200 while this process responds, whatever the engine's state."""
-    return {"status": "ok"}
+@router.get("/livez", response_model_exclude_none=True, responses={503: {"model": Liveness}})
+async def livez(tasks: TasksDep, response: Response) -> Liveness:
+    """Liveness: 200 while this process responds and its background tasks go on.
+
+    It stays 200 while the engine or the database is away: a new process would not help.
+    """
+    reason = _stalled(tasks)
+    if reason is not None:
+        response.status_code = 503
+        return Liveness(status="stalled", reason=reason)
+    return Liveness(status="ok")
+
+
+def _stalled(tasks: Iterable[PeriodicTask]) -> str | None:
+    stalled = [f"{task.name} for {task.seconds_in_step:.0f} s" for task in tasks if task.stalled]
+    return f"background tasks hang: {', '.join(stalled)}" if stalled else None

@@ -1,9 +1,17 @@
 """Bodies of requests and responses. `check_limits` checks the limits that settings put on them."""
 
 import json
-from typing import Annotated, Any, Literal, Self
+import re
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from adapter.jobs.job import Job, JobState
@@ -12,12 +20,19 @@ from adapter.types import DEFAULT_PRIORITY, Inputs, InputValue
 INT32_MAX = 2**31 - 1
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
+#: Most fields of an object; no call has half as many.
+MAX_FIELDS = 100
+#: Most messages of a chat, and parts of messages; a chat template takes a few tokens for each.
+MAX_MESSAGES = 4096
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+T = TypeVar("T")
 
 
 def _plain_text(value: str) -> str:
     if "\x00" in value:
         raise PydanticCustomError("string_nul", "String should not contain a NUL character")
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if not value.isascii() and SURROGATE.search(value):
         raise PydanticCustomError("string_unicode", "String should be valid unicode")
     return value
 
@@ -25,6 +40,24 @@ def _plain_text(value: str) -> str:
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
+
+def _few_messages(value: object) -> object:
+    """Refuse too many messages before any is looked at; a part of a message counts as one."""
+    if isinstance(value, list):
+        contents = (item.get("content") for item in value if isinstance(item, dict))
+        count = len(value) + sum(len(c) for c in contents if isinstance(c, list))
+        if count > MAX_MESSAGES:
+            raise PydanticCustomError(
+                "too_many_messages",
+                "There should be at most {most} messages and parts of messages, not {count}",
+                {"most": MAX_MESSAGES, "count": count},
+            )
+    return value
+
+
+#: A list of which the first invalid item is reported, however many there are.
+Items = Annotated[list[T], Field(fail_fast=True)]
+FewMessages = BeforeValidator(_few_messages)
 
 _Plain = AfterValidator(_plain_text)
 PlainText = Annotated[str, _Plain]
@@ -34,16 +67,30 @@ Token = Annotated[int, Field(ge=0, le=INT32_MAX)]
 Count = Annotated[int, Field(ge=1, le=INT32_MAX)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS), _Plain]
 StopStrings = Annotated[
-    list[StopString],
+    Items[StopString],
     Field(max_length=MAX_STOP_STRINGS),
     BeforeValidator(_as_list, json_schema_input_type=StopString | list[StopString]),
 ]
 
 
 class Body(BaseModel):
-    """Unknown fields, NaN, and numbers as strings are errors."""
+    """Unknown fields, NaN, and numbers as strings are errors.
+
+    Each object has few errors, whatever it holds: a list reports one, and many fields are one.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: object) -> object:
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise PydanticCustomError(
+                "too_many_fields",
+                "Object should have at most {most} fields, not {count}",
+                {"most": MAX_FIELDS, "count": len(value)},
+            )
+        return value
 
 
 class Message(Body):
@@ -255,11 +302,11 @@ class GenerateRequest(Sampling, SchedulingParams):
     model_config = ConfigDict(json_schema_extra=_one_of_three())
 
     prompt: Prompt | None = Field(None, description="at most DLLM_MAX_PROMPT_CHARS characters")
-    messages: list[Message] | None = Field(None, min_length=1)
-    input_ids: list[Token] | None = Field(None, min_length=1)
+    messages: Annotated[Items[Message] | None, FewMessages] = Field(None, min_length=1)
+    input_ids: Items[Token] | None = Field(None, min_length=1)
     raw: bool = Field(False, description="pass the prompt as it is, without the chat template")
     suffix: Prompt | None = Field(None, description="text behind the gap; limited as prompt")
-    canvas_ids: list[Token] | None = Field(
+    canvas_ids: Items[Token] | None = Field(
         None, min_length=1, description="the canvas, with the mask id where to decode"
     )
 
@@ -311,7 +358,7 @@ class GenerateRequest(Sampling, SchedulingParams):
 class BatchRequest(Sampling, SchedulingParams):
     """Several prompts with the same parameters."""
 
-    prompts: list[Prompt] = Field(min_length=1, description="at most DLLM_MAX_BATCH_SIZE")
+    prompts: Items[Prompt] = Field(min_length=1, description="at most DLLM_MAX_BATCH_SIZE")
     raw: bool = Field(False, description="pass the prompts as they are")
 
     def inputs(self) -> list[Inputs]:
@@ -352,10 +399,29 @@ class Result(BaseModel):
         return cls(**fields)
 
 
-class Health(BaseModel):
-    """Whether the service can answer requests; if not, the reason."""
+class Readiness(BaseModel):
+    """Whether one kind of call can be taken; if not, the reason."""
 
     status: Literal["ok", "unavailable"]
+    reason: str | None = None
+
+    @classmethod
+    def of(cls, reason: str | None) -> Self:
+        """Unavailable if there is a reason."""
+        return cls(status="ok" if reason is None else "unavailable", reason=reason)
+
+
+class Health(Readiness):
+    """Whether the service can take every kind of call; if not, the reasons."""
+
+    jobs: Readiness = Field(description="submissions, polls and cancellations")
+    live: Readiness = Field(description="streams and OpenAI calls")
+
+
+class Liveness(BaseModel):
+    """Whether the process can go on; if not, it has to be restarted."""
+
+    status: Literal["ok", "stalled"]
     reason: str | None = None
 
 

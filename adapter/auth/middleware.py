@@ -1,16 +1,15 @@
-"""Checks the key, the rate and the size of the body before any route.
+"""Checks the key and the rate before any route.
 
-It is a middleware and not a dependency, so that it covers every route and reads no body of a client
-without a key.
+It is a middleware and not a dependency, so that it covers every route, and no body of a client
+without a key is read.
 """
 
 from fastapi import Request
-from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from adapter.auth.keys import Keyring
 from adapter.auth.rate_limit import RateLimiter
-from adapter.errors import AdapterError, BodyTooLarge, Unauthorized
+from adapter.errors import AdapterError, Unauthorized
 
 API = "/v1/"
 #: Open to load balancers and orchestrators, which have no key.
@@ -19,14 +18,11 @@ METRICS = "/metrics"
 
 
 class AuthMiddleware:
-    """Answers 401, 413 and 429, in the format of the route's other errors."""
+    """Answers 401 and 429, in the format of the route's other errors."""
 
-    def __init__(
-        self, app: ASGIApp, *, keyring: Keyring, max_body_bytes: int, guard_metrics: bool
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, keyring: Keyring, guard_metrics: bool) -> None:
         self._app = app
         self._keyring = keyring
-        self._max_body_bytes = max_body_bytes
         self._guard_metrics = guard_metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -34,19 +30,15 @@ class AuthMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request = Request(scope, receive)
+        request = Request(scope)
         try:
-            path = _path_in_app(scope)
-            await self._admit(request, path)
-            body = await self._body(request)
-        except ClientDisconnect:
-            return
+            await self._admit(request, _path_in_app(scope))
         except AdapterError as error:
             handler = request.app.exception_handlers[AdapterError]
             response = await handler(request, error)
             await response(scope, receive, send)
             return
-        await self._app(scope, _Replay(body, receive), send)
+        await self._app(scope, receive, send)
 
     async def _admit(self, request: Request, path: str) -> None:
         guarded = path.startswith(API) and path not in OPEN
@@ -64,38 +56,6 @@ class AuthMiddleware:
             limiter: RateLimiter | None = request.app.state.rate_limiter
             if limiter is not None:
                 await limiter.hit(f"key:{name}" if name else f"address:{_address(request)}")
-
-    async def _body(self, request: Request) -> bytes | None:
-        """Read the whole body, which every route needs anyway; None if there is none."""
-        length = request.headers.get("content-length", "")
-        if not length and "transfer-encoding" not in request.headers:
-            return None
-        if length.isdecimal() and int(length) > self._max_body_bytes:
-            raise self._too_large()
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > self._max_body_bytes:
-                raise self._too_large()
-        return bytes(body)
-
-    def _too_large(self) -> BodyTooLarge:
-        msg = f"the body is larger than {self._max_body_bytes} bytes (DLLM_MAX_BODY_BYTES)"
-        return BodyTooLarge(msg)
-
-
-class _Replay:
-    """An ASGI `receive` that returns the body already read, then passes messages on."""
-
-    def __init__(self, body: bytes | None, receive: Receive) -> None:
-        self._body = body
-        self._receive = receive
-
-    async def __call__(self) -> Message:
-        if self._body is None:
-            return await self._receive()
-        body, self._body = self._body, None
-        return {"type": "http.request", "body": body, "more_body": False}
 
 
 def _key(request: Request) -> str:

@@ -9,10 +9,17 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from adapter.db.database import Database
 from adapter.db.tables import rate_limits
-from adapter.errors import RateLimited
+from adapter.errors import RateLimited, StoreUnavailable
 from adapter.rates import Rate
+from adapter.telemetry.logs import get_logger
+from adapter.telemetry.metrics import RATE_LIMIT_SKIPPED
+
+log = get_logger()
 
 TIDY_SECONDS = 60.0
+#: A call waits no longer than this to be counted.
+COUNT_SECONDS = 2.0
+WARNING_SECONDS = 60.0
 
 #: SQLAlchemy has an upsert for each database.
 INSERTS: Mapping[str, Callable[[Table], postgresql.Insert | sqlite.Insert]] = {
@@ -30,14 +37,30 @@ class RateLimiter:
         self._database = database
         self._rates = Rate.parse_all(rates)
         self._clock = clock
+        self._next_warning = 0.0
 
     async def hit(self, caller: str) -> None:
-        """Count a call. Raises `RateLimited`, `StoreUnavailable`."""
+        """Count a call. Raises `RateLimited`.
+
+        While the database does not answer, calls pass uncounted: streams need no database, and a
+        limit that fails closed would end them.
+        """
         for rate in self._rates:
-            calls, expires = await self._count(f"{caller} {rate}", rate.seconds)
+            try:
+                calls, expires = await self._count(f"{caller} {rate}", rate.seconds)
+            except StoreUnavailable as error:
+                self._skip(error)
+                return
             if calls > rate.calls:
                 msg = f"more calls than {rate} (DLLM_RATE_LIMIT)"
                 raise RateLimited(msg, retry_after=max(1, math.ceil(expires - self._clock())))
+
+    def _skip(self, error: StoreUnavailable) -> None:
+        RATE_LIMIT_SKIPPED.inc()
+        now = self._clock()
+        if now >= self._next_warning:
+            self._next_warning = now + WARNING_SECONDS
+            log.warning("rate_limit_skipped", error=str(error))
 
     async def tidy(self) -> float:
         """Delete windows that are over; returns the seconds until the next time."""
@@ -65,4 +88,4 @@ class RateLimiter:
             calls, expires = connection.execute(upsert).one()
             return calls, expires
 
-        return await self._database.write(change)
+        return await self._database.write(change, timeout=COUNT_SECONDS)

@@ -7,69 +7,130 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Protocol, Self, TypeVar
 
-from sqlalchemy import Connection, Row, Select, UpdateBase, literal, select, text
+from sqlalchemy import Connection, Row, Select, UpdateBase, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import create_async_engine
 
 from adapter.db.migrate import is_current, upgrade_schema
+from adapter.db.postgres import PostgresBackend
 from adapter.db.sqlite import SqliteBackend
-from adapter.errors import StoreUnavailable
-from adapter.telemetry.metrics import observe_transaction
+from adapter.errors import AdapterError, StoreUnavailable
+from adapter.periodic import PeriodicTask
+from adapter.telemetry.logs import get_logger
+from adapter.telemetry.metrics import DATABASE_READY, observe_transaction
+
+log = get_logger()
 
 T = TypeVar("T")
 Values = Mapping[str, Any]
 
 OPEN_ATTEMPTS = 100
-#: Classes of SQLSTATE that do not blame the statement: connection lost, transaction to be repeated,
-#: resources such as connections used up, server starting or stopping.
-TRANSIENT_SQLSTATES = ("08", "40", "53", "57")
-#: Of each pool. Writers mostly wait for one row, however many they are, and by default PostgreSQL
-#: has 100 connections for all workers together.
-POOL_SIZE = 4
+#: Limit of a transaction, in seconds.
+DEFAULT_TIMEOUT = 5.0
+PING_PAUSE = 1.0
+RETRY_PAUSE = 0.2
+#: Pings that must fail in a row: a single connection may break without a cause that lasts.
+OUTAGE_FAILURES = 2
+#: SQLSTATEs, or classes of them, that do not blame the statement: connection lost, server has
+#: become a standby, transaction to be repeated, resources such as connections used up, lock not
+#: available, server starting or stopping.
+TRANSIENT_SQLSTATES = ("08", "25006", "40", "53", "55P03", "57")
 SCHEMA_LOCK = 0x644C4C4D  # any number, as long as all workers use the same
 
 
 class Database:
-    """Reads and writes as transactions. Both raise `StoreUnavailable` when it does not answer."""
+    """Reads and writes as transactions. Both raise `StoreUnavailable` when it does not answer.
+
+    Between `open` and its end a ping each second tells whether the database answers. While it does
+    not, transactions fail at once instead of each waiting for its limit.
+    """
 
     def __init__(self, backend: "Backend") -> None:
         self._backend = backend
+        self._prepared = False
+        self._failures = 0
+        self._listeners: list[Callable[[], None]] = []
+        #: Why the database cannot be used now; None if it can.
+        self.outage: str | None = None
+        #: Pings.
+        self.loop = PeriodicTask("database-ping", self._look)
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, url: str) -> AsyncIterator[Self]:
+    async def open(cls, url: str, *, timeout: float = DEFAULT_TIMEOUT) -> AsyncIterator[Self]:
         """Connect, and bring the schema up to date; any number of processes may do so at once.
 
+        If the database does not answer, that is its `outage`, and it is prepared once it does.
         Raises `SettingsError` if a later release has changed the schema.
         """
-        async with connect(url) as backend:
+        async with connect(url, timeout=timeout) as backend:
             database = cls(backend)
-            await database._prepare()
-            yield database
+            try:
+                await database._prepare()
+            except StoreUnavailable as error:
+                database._set_outage(str(error))
+            else:
+                DATABASE_READY.set(1)
+            async with database.loop:
+                yield database
+
+    def subscribe(self, listener: Callable[[], None]) -> None:
+        """Call `listener` when an outage begins or ends."""
+        self._listeners.append(listener)
 
     async def read(self, query: Select[Any], values: Values | None = None) -> Sequence[Row[Any]]:
         """The rows of one query, which is a transaction by itself."""
+        self._require()
         with _transaction("read"):
             return await self._backend.read(
                 lambda connection: connection.execute(query, values).all()
             )
 
-    async def ping(self) -> None:
-        """Read nothing, to see whether the database answers. Raises `StoreUnavailable`."""
-        await self.read(select(literal(1)))
-
-    async def write(self, change: Callable[[Connection], T]) -> T:
+    async def write(self, change: Callable[[Connection], T], *, timeout: float | None = None) -> T:
         """Call `change` in a writing transaction; SQLite runs one at a time.
 
         `change` may be called again if the database was busy; the first call then changed nothing.
+        `timeout` is the limit of this transaction, in seconds.
         """
+        self._require()
         with _transaction("write"):
-            return await self._backend.write(change)
+            return await self._backend.write(change, timeout=timeout)
 
     async def change(self, statement: UpdateBase, values: Values | None = None) -> int:
         """Execute one writing statement; the number of rows it concerned."""
         return await self.write(lambda connection: connection.execute(statement, values).rowcount)
+
+    def _require(self) -> None:
+        if self.outage is not None:
+            raise StoreUnavailable(self.outage)
+
+    async def _look(self) -> float:
+        """Ping the database; two failures in a row are an outage."""
+        try:
+            with _transaction("read"):
+                await self._backend.ping()
+            if not self._prepared:
+                await self._prepare()
+        except AdapterError as error:
+            self._failures += 1
+            if self._failures >= OUTAGE_FAILURES:
+                self._set_outage(str(error))
+                return PING_PAUSE
+            return RETRY_PAUSE
+        self._failures = 0
+        self._set_outage(None)
+        return PING_PAUSE
+
+    def _set_outage(self, outage: str | None) -> None:
+        changed = (outage is None) != (self.outage is None)
+        self.outage = outage
+        if not changed:
+            return
+        write = log.info if outage is None else log.warning
+        write("database_state", ok=outage is None, reason=outage or "")
+        DATABASE_READY.set(outage is None)
+        for listener in self._listeners:
+            listener()
 
     async def _prepare(self) -> None:
         """Upgrade the schema under a lock, if it needs to be.
@@ -80,12 +141,14 @@ class Database:
             try:
                 with _transaction("write"):
                     if not await self._backend.read(is_current):
-                        await self._backend.write(_upgrade)
-                return
+                        await self._backend.migrate(_upgrade)
             except StoreUnavailable as error:
                 if attempt == OPEN_ATTEMPTS or "locked" not in str(error):
                     raise
                 await asyncio.sleep(0.1)
+            else:
+                self._prepared = True
+                return
 
 
 class Backend(Protocol):
@@ -95,43 +158,17 @@ class Backend(Protocol):
         """Call `query` with a connection that begins no transaction, so none has to end."""
         ...
 
-    async def write(self, change: Callable[[Connection], T]) -> T:
+    async def write(self, change: Callable[[Connection], T], *, timeout: float | None = None) -> T:
         """Call `change` in a transaction; commit it, or roll it back if `change` raises."""
         ...
 
+    async def migrate(self, change: Callable[[Connection], T]) -> T:
+        """As `write`, for as long as it takes."""
+        ...
 
-class PostgresBackend:
-    """A PostgreSQL server, reached over two pools of connections.
-
-    Readers have their own pool: a poll does not wait behind writers that wait for a lock.
-    """
-
-    def __init__(self, url: str) -> None:
-        pool: dict[str, Any] = {
-            "pool_pre_ping": True,
-            "pool_size": POOL_SIZE,
-            "max_overflow": 0,
-            "hide_parameters": True,  # keeps prompts out of logged errors
-        }
-        self._reader = create_async_engine(
-            url, isolation_level="AUTOCOMMIT", pool_reset_on_return=None, **pool
-        )
-        self._writer = create_async_engine(url, **pool)
-
-    async def read(self, query: Callable[[Connection], T]) -> T:
-        """Read over any free connection."""
-        async with self._reader.connect() as connection:
-            return await connection.run_sync(query)
-
-    async def write(self, change: Callable[[Connection], T]) -> T:
-        """Write over any free connection."""
-        async with self._writer.begin() as connection:
-            return await connection.run_sync(change)
-
-    async def close(self) -> None:
-        """Close all connections."""
-        await self._reader.dispose()
-        await self._writer.dispose()
+    async def ping(self) -> None:
+        """See whether the database answers and takes writes."""
+        ...
 
 
 @contextmanager
@@ -147,7 +184,7 @@ def _transaction(kind: str) -> Iterator[None]:
         msg = f"the job store does not answer: {error}"
         raise StoreUnavailable(msg) from error
     except (PoolTimeoutError, OSError) as error:
-        msg = f"the job store cannot be reached: {error}"
+        msg = f"the job store cannot be reached: {str(error) or 'no answer in time'}"
         raise StoreUnavailable(msg) from error
     except Exception as error:
         # SQLAlchemy does not wrap every error that a driver raises while it connects.
@@ -163,16 +200,16 @@ def _transaction(kind: str) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def connect(url: str) -> AsyncIterator[Backend]:
+async def connect(url: str, *, timeout: float = DEFAULT_TIMEOUT) -> AsyncIterator[Backend]:
     """Open the backend that the address names."""
     if url.startswith("sqlite"):
-        file = SqliteBackend(url)
+        file = SqliteBackend(url, timeout=timeout)
         try:
             yield file
         finally:
             file.close()
     else:
-        server = PostgresBackend(url)
+        server = PostgresBackend(url, timeout=timeout)
         try:
             yield server
         finally:

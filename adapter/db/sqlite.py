@@ -6,12 +6,21 @@ import sqlite3
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, StaticPool, create_engine, event, make_url
+from sqlalchemy import (
+    URL,
+    Connection,
+    Engine,
+    StaticPool,
+    create_engine,
+    event,
+    literal,
+    make_url,
+    select,
+)
 from sqlalchemy.exc import OperationalError
 
 T = TypeVar("T")
 
-LOCK_WAIT_SECONDS = 15.0
 #: The longest pause before a transaction that found the file locked tries again.
 LOCKED_PAUSE = 0.005
 #: After a checkpoint the write-ahead log shrinks to this size.
@@ -27,27 +36,38 @@ class SqliteBackend:
     and contends with it for the interpreter lock at every statement.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, timeout: float) -> None:
+        self._timeout = timeout
         file = make_url(url).set(drivername="sqlite")
         self._reader = _PersistentConnection(_make_engine(file))
         self._writer = _PersistentConnection(_make_engine(file))
 
     async def read(self, query: Callable[[Connection], T]) -> T:
         """Read; try again while the file is locked, which it is for moments when it is opened."""
-        return await self._retry_locked(lambda: query(self._reader.connection))
+        return await self._retry_locked(lambda: query(self._reader.connection), self._timeout)
 
-    async def write(self, change: Callable[[Connection], T]) -> T:
+    async def write(self, change: Callable[[Connection], T], *, timeout: float | None = None) -> T:
         """Write; try again while another process writes."""
-        return await self._retry_locked(lambda: self._writer.write(change))
+        return await self._retry_locked(
+            lambda: self._writer.write(change), timeout or self._timeout
+        )
 
-    async def _retry_locked(self, work: Callable[[], T]) -> T:
+    async def migrate(self, change: Callable[[Connection], T]) -> T:
+        """Write."""
+        return await self.write(change)
+
+    async def ping(self) -> None:
+        """Read nothing."""
+        await self.read(lambda connection: connection.execute(select(literal(1))).all())
+
+    async def _retry_locked(self, work: Callable[[], T], timeout: float) -> T:
         give_up = None
         while True:
             try:
                 return work()
             except (OperationalError, sqlite3.OperationalError) as error:
                 now = asyncio.get_running_loop().time()
-                give_up = now + LOCK_WAIT_SECONDS if give_up is None else give_up
+                give_up = now + timeout if give_up is None else give_up
                 if "locked" not in str(getattr(error, "orig", error)) or now > give_up:
                     raise
             # At random, so that waiting processes do not collide again.

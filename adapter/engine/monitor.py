@@ -60,7 +60,8 @@ class EngineMonitor:
         self._probe_requested = False
         self._probe: asyncio.Task[ProbeResult] | None = None
         self._listeners: list[Callable[[], None]] = []
-        self._loop = PeriodicTask("engine-monitor", self._step)
+        #: Probes.
+        self.loop = PeriodicTask(f"engine-monitor-{name}", self._step)
 
     @property
     def state(self) -> EngineState:
@@ -88,12 +89,12 @@ class EngineMonitor:
     def request_probe(self) -> None:
         """Probe the engine soon: a request has failed."""
         self._probe_requested = True
-        self._loop.wake()
+        self.loop.wake()
 
     async def __aenter__(self) -> Self:
         self._last_heartbeat = _now()
         ENGINE_READY.labels(self._name).set(0)
-        await self._loop.__aenter__()
+        await self.loop.__aenter__()
         return self
 
     async def __aexit__(
@@ -102,7 +103,7 @@ class EngineMonitor:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self._loop.__aexit__(kind, error, trace)
+        await self.loop.__aexit__(kind, error, trace)
         if self._probe is not None:
             self._probe.cancel()
             await asyncio.wait([self._probe])
@@ -126,7 +127,7 @@ class EngineMonitor:
     def _start_probe(self) -> None:
         self._probe_requested = False
         self._probe = asyncio.create_task(self._run_probe(), name="engine-probe")
-        self._probe.add_done_callback(lambda _task: self._loop.wake())
+        self._probe.add_done_callback(lambda _task: self.loop.wake())
 
     async def _run_probe(self) -> ProbeResult:
         began = _now()

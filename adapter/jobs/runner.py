@@ -24,7 +24,13 @@ Listener = Callable[[int, Job | None], None]
 MAX_TICK_SECONDS = 1.0
 PURGE_BATCH = 500
 CLAIM_BATCH = 16
-SAVE_ATTEMPTS = 6
+FIRST_SAVE_PAUSE = 0.2
+LONGEST_SAVE_PAUSE = 2.0
+#: Time that a stopping worker takes to release its jobs, after the drain.
+RELEASE_SECONDS = 2.0
+#: After an outage of the database all workers renew their leases before any rescues jobs; this is
+#: the least time for it.
+RECOVERY_SECONDS = 5.0
 #: One engine step may end many jobs at once. Only so many are recorded between two turns of the
 #: event loop, so that polls do not wait for all of them.
 MAX_CONCURRENT_COMPLETIONS = 4
@@ -56,7 +62,12 @@ class JobRunner:
         self._full = False
         self._stopped_at: float | None = None
         self._claiming = PeriodicTask("job-claims", self._claim)
-        self._maintenance = PeriodicTask("job-maintenance", self._maintain)
+        self._maintenance = PeriodicTask(
+            "job-maintenance", self._maintain, on_error=self._maintenance_failed
+        )
+        self._rescue_after = 0.0
+        #: Claims, and maintains.
+        self.loops = (self._claiming, self._maintenance)
         self._exit = AsyncExitStack()
 
     @property
@@ -91,6 +102,7 @@ class JobRunner:
         """Claim no more jobs: this worker is about to end."""
         if self._stopped_at is None:
             self._stopped_at = _now()
+            self._claiming.stop()
 
     async def __aenter__(self) -> Self:
         self._pool.subscribe(self._engines_changed)
@@ -112,7 +124,12 @@ class JobRunner:
         await asyncio.wait(tasks, timeout=max(0.0, self._stopped_at + self._drain - _now()))
         for run in runs:
             run.interrupt(Snoozed("this worker stops"))
-        await asyncio.wait(tasks)
+        _, late = await asyncio.wait(tasks, timeout=RELEASE_SECONDS)
+        if late:
+            log.warning("jobs_not_released", count=len(late))
+            for task in late:
+                task.cancel()
+            await asyncio.wait(late, timeout=RELEASE_SECONDS)
 
     def _engines_changed(self) -> None:
         elsewhere = self._pool.pick() is not None
@@ -155,23 +172,28 @@ class JobRunner:
     async def _complete(self, run: JobRun, outcome: Outcome) -> Job | None:
         """Record the outcome; the job if that is final.
 
-        If the database stays away, the lease runs out and the job runs again.
+        While the database is away, this tries again until the worker has to end; then the lease
+        expires and the job runs again.
         """
         JOBS_SETTLED.labels(outcome.kind).inc()
         if isinstance(outcome, Finished):
             JOB_RUN_SECONDS.observe(run.seconds)
-        for attempt in range(1, SAVE_ATTEMPTS + 1):
+        pause = FIRST_SAVE_PAUSE
+        while True:
             try:
                 async with self._completing:
                     job = await self._store.settle(self._owner, run.job, outcome)
                     await asyncio.sleep(0)
             except StoreUnavailable as error:
-                log.warning("job_not_saved", error=str(error))
-                await asyncio.sleep(0.1 * 2**attempt)
+                if pause == FIRST_SAVE_PAUSE:
+                    log.warning("job_not_saved", error=str(error))
             else:
                 log.info("job_settled", outcome=outcome.kind, reason=outcome.reason)
                 return job
-        return None
+            if self._stopped_at is not None and _now() >= self._stopped_at + self._drain:
+                return None
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_SAVE_PAUSE)
 
     def _ended(self, run: JobRun, task: asyncio.Task[Job | None]) -> None:
         """Forget the run; after an unexpected error the job's row stays until its lease expires."""
@@ -196,7 +218,7 @@ class JobRunner:
             kept = await self._store.renew(self._owner, runs, lease=self._lease)
             for job_id in runs.keys() - kept:
                 runs[job_id].interrupt(Superseded())
-        if rescued := await self._store.requeue_expired():
+        if _now() >= self._rescue_after and (rescued := await self._store.requeue_expired()):
             log.warning("jobs_rescued", count=rescued)
             self._claiming.wake()
         if overdue := await self._store.fail_overdue():
@@ -204,6 +226,10 @@ class JobRunner:
         await self._store.purge(ttl=self._result_ttl, limit=PURGE_BATCH)
         await self._store.purge_idempotency_keys(ttl=self._result_ttl)
         return min(MAX_TICK_SECONDS, self._lease / 3)
+
+    def _maintenance_failed(self, _error: Exception) -> None:
+        """Leave other workers the time to renew the leases that expired during an outage."""
+        self._rescue_after = _now() + max(self._lease, RECOVERY_SECONDS)
 
 
 def _now() -> float:

@@ -75,7 +75,7 @@ class JobService:
         as many polls are held as may be.
         """
         job = None
-        if wait <= 0 or not self._runner.owns(job_id, api_key):
+        if wait <= 0 or self._store.outage or not self._runner.owns(job_id, api_key):
             job = await self._get(job_id, api_key)
             if wait <= 0 or self._is_final(job):
                 return job

@@ -60,6 +60,11 @@ class JobStore:
         self._max_attempts = max_attempts
         self._clock = clock
 
+    @property
+    def outage(self) -> str | None:
+        """Why the database cannot be used now; None if it can."""
+        return self._database.outage
+
     async def add(
         self, requests: Sequence[Inputs], *, max_queued: int, options: JobOptions = DEFAULT_OPTIONS
     ) -> list[int]:

@@ -24,7 +24,8 @@ class JobWatcher:
         self._runner = runner
         runner.listen(self.notify)
         self._waiting: defaultdict[int, set[asyncio.Future[Job | None]]] = defaultdict(set)
-        self._loop = PeriodicTask("job-watch", self._poll)
+        #: Polls.
+        self.loop = PeriodicTask("job-watch", self._poll)
         self.stopped = False
 
     async def wait(self, job_id: int, seconds: float) -> Job | None:
@@ -34,7 +35,7 @@ class JobWatcher:
         done: asyncio.Future[Job | None] = asyncio.get_running_loop().create_future()
         self._waiting[job_id].add(done)
         if not self._runner.owns(job_id):
-            self._loop.wake()
+            self.loop.wake()
         try:
             async with asyncio.timeout(seconds):
                 return await done
@@ -54,15 +55,20 @@ class JobWatcher:
     def stop(self) -> None:
         """Wake all waiting calls, so that they do not delay the shutdown."""
         self.stopped = True
+        self.loop.stop()
+        self.wake_all()
+
+    def wake_all(self) -> None:
+        """Have all waiting calls look their jobs up: the database has gone away, or is back."""
         for job_id in list(self._waiting):
             self.notify(job_id)
 
     async def __aenter__(self) -> Self:
-        await self._loop.__aenter__()
+        await self.loop.__aenter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._loop.__aexit__()
+        await self.loop.__aexit__()
 
     async def _poll(self) -> float | None:
         elsewhere = [job_id for job_id in self._waiting if not self._runner.owns(job_id)]

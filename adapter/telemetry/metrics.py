@@ -145,6 +145,24 @@ STORE_SECONDS = Histogram(
     buckets=SHORT,
     registry=REGISTRY,
 )
+DATABASE_READY = Gauge(
+    "dllm_adapter_database_ready",
+    "1 while the database answers, at every worker",
+    multiprocess_mode="livemin",
+    registry=REGISTRY,
+)
+TASK_LAST_STEP = Gauge(
+    "dllm_adapter_task_last_step_timestamp_seconds",
+    "When a background task last ended a step, at the worker where that is longest ago",
+    ["task"],
+    multiprocess_mode="livemin",
+    registry=REGISTRY,
+)
+RATE_LIMIT_SKIPPED = Counter(
+    "dllm_adapter_rate_limit_skipped",
+    "Calls let through uncounted because the database did not answer",
+    registry=REGISTRY,
+)
 #: Looking a label up takes longer than observing a value.
 _STORE_SECONDS = {kind: STORE_SECONDS.labels(kind) for kind in ("read", "write")}
 _PROMPT_TOKENS, _COMPLETION_TOKENS = TOKENS.labels("prompt"), TOKENS.labels("completion")

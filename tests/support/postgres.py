@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import asyncpg
+import psutil
 import pytest
 
 from launcher.ports import free_port
@@ -49,8 +50,23 @@ def _as_nobody() -> list[str]:
 class PostgresServer:
     """A server on a free local port, without passwords; it ends with the tests."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, process: GuardedProcess) -> None:
         self.port = port
+        self._process = process
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Stop all its processes: the machine still accepts connections, and nothing answers."""
+        server = psutil.Process(self._process.pid)
+        server.suspend()
+        processes = [server, *server.children(recursive=True)]
+        for process in processes:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in processes:
+                process.resume()
 
     def fresh_database(self) -> str:
         """Make an empty database; returns its URL for the adapter."""
@@ -102,7 +118,7 @@ def postgres_server() -> Iterator[PostgresServer]:
             env=os.environ,
             log_file=folder / "log",
         )
-        server = PostgresServer(port)
+        server = PostgresServer(port, process)
         asyncio.run(server.wait_until_up())
         yield server
     finally:

@@ -8,6 +8,7 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 
 from adapter.api.openai.responses import ErrorAnswer, ErrorInfo
+from adapter.api.printable import MAX_NAME, printable
 from adapter.errors import AdapterError, InvalidRequest
 
 Body = dict[str, Any]
@@ -69,8 +70,8 @@ def of_validation(error: RequestValidationError, length: str) -> Body:
     """The first validation error, with the parameter's name."""
     problem = error.errors()[0]
     path = _path(problem, length)
-    message = f"{path}: {problem['msg']}" if path else str(problem["msg"])
-    return body(400, _printable(message), param=_printable(path) or None)
+    message = f"{path}: {printable(problem['msg'])}" if path else printable(problem["msg"])
+    return body(400, message, param=path or None)
 
 
 def body(status: int, message: str, *, param: str | None = None) -> Body:
@@ -82,7 +83,7 @@ def body(status: int, message: str, *, param: str | None = None) -> Body:
 
 def _path(problem: Mapping[str, Any], length: str) -> str:
     location: Sequence[str | int] = problem["loc"]
-    fields = [str(part) for part in location[1:] if part not in _ALTERNATIVES]
+    fields = [printable(str(p), MAX_NAME) for p in location[1:] if p not in _ALTERNATIVES]
     if problem["type"] == "json_invalid":
         return ""  # the path is an offset in the text
     path = ".".join(fields)
@@ -92,7 +93,3 @@ def _path(problem: Mapping[str, Any], length: str) -> str:
 def _renamed(text: str, length: str) -> str:
     names = {**NAMES, "gen_length": length}
     return _NAMES.sub(lambda found: names[found[1]], text)
-
-
-def _printable(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()

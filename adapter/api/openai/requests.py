@@ -3,7 +3,7 @@
 A parameter that is not supported is an error that names it, unless its value means "off".
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -24,7 +24,9 @@ from adapter.api.schemas import (
     Body,
     Count,
     Denoising,
+    FewMessages,
     GenerateRequest,
+    Items,
     Message,
     PlainText,
     Prompt,
@@ -78,12 +80,12 @@ def _form_of(value: object) -> str | None:
 
 
 Label = Annotated[PlainText, Field(max_length=512)]
-Tokens = Annotated[list[Token], Field(min_length=1)]
+Tokens = Annotated[Items[Token], Field(min_length=1)]
 Prompts = Annotated[
     Annotated[Prompt, Tag("text")]
-    | Annotated[list[Prompt], Field(min_length=1), Tag("texts")]
+    | Annotated[Items[Prompt], Field(min_length=1), Tag("texts")]
     | Annotated[Tokens, Tag("tokens")]
-    | Annotated[list[Tokens], Field(min_length=1), Tag("token lists")],
+    | Annotated[Items[Tokens], Field(min_length=1), Tag("token lists")],
     Discriminator(
         _form_of,
         custom_error_type="prompt_form",
@@ -163,15 +165,17 @@ class CompletionCall(Call):
         """One request for each prompt."""
         max_tokens = self.max_tokens or COMPLETION_MAX_TOKENS
         suffix = {} if self.suffix is None else {"suffix": self.suffix}
-        return [self._request(max_tokens, **prompt, **suffix) for prompt in self._prompts()]
-
-    def _prompts(self) -> list[Mapping[str, Any]]:
-        several = _form_of(self.prompt) in ("texts", "token lists")
-        prompts = self.prompt if several else [self.prompt]
-        return [
+        prompts = [
             {"prompt": prompt, "raw": True} if isinstance(prompt, str) else {"input_ids": prompt}
-            for prompt in prompts
+            for prompt in self.prompts
         ]
+        return [self._request(max_tokens, **prompt, **suffix) for prompt in prompts]
+
+    @property
+    def prompts(self) -> Sequence[Any]:
+        """The prompts; a single one is a list of one."""
+        several = _form_of(self.prompt) in ("texts", "token lists")
+        return self.prompt if several else [self.prompt]
 
 
 class TextPart(Body):
@@ -186,7 +190,7 @@ class ChatMessage(Body):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        list[TextPart],
+        Items[TextPart],
         Field(min_length=1),
         BeforeValidator(_as_parts, json_schema_input_type=PlainText | list[TextPart]),
     ]
@@ -206,7 +210,7 @@ class ChatMessage(Body):
 class ChatCall(Call):
     """Body of /v1/chat/completions: messages for the checkpoint's chat template."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[Items[ChatMessage], FewMessages] = Field(min_length=1)
     max_tokens: Count | None = Field(None, description="older name of max_completion_tokens")
     max_completion_tokens: Count | None = Field(
         None,

@@ -54,8 +54,8 @@ async def completions(
 ) -> Completion | EventStream:
     """Continue each prompt, which the model sees without a chat template."""
     formatter = CompletionFormatter(_served(body.model, settings))
+    check_batch_size("prompt", body.prompts, settings)
     requests = body.requests()
-    check_batch_size("prompt", requests, settings)
     for request in requests:
         check_limits(request, settings)
     if body.stream:

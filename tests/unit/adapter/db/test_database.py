@@ -38,7 +38,7 @@ class Failing:
         """Fail."""
         raise self._error
 
-    async def write(self, _change: Callable[[Connection], T]) -> T:
+    async def write(self, _change: Callable[[Connection], T], **_: object) -> T:
         """Fail."""
         raise self._error
 

@@ -1,0 +1,234 @@
+"""What a body may cost, and when it is read."""
+
+import asyncio
+import json
+import tracemalloc
+from collections.abc import AsyncIterator, Iterator
+
+import httpx
+import pytest
+from adapter_fakes import RunningApp, ScriptedEngine, fast_settings, running_app, served_app
+
+from adapter.auth.keys import entry_of
+
+SIZE = 4 * 2**20  # DLLM_MAX_BODY_BYTES
+#: Just below the limit on the number of values.
+MANY = 298_000
+
+GENERATE, BATCH, STREAM = "/v1/generate", "/v1/generate_batch", "/v1/generate/stream"
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+MODEL = '{"model":"dllm",'
+USER = MODEL + '"messages":[{"role":"user","content":"a"}],'
+DATABASES = ("sqlite",)
+
+
+def items(head: str, item: str, tail: str, count: int = SIZE) -> bytes:
+    """A list of `count` equal items, or as many as fit a body."""
+    fitting = (SIZE - len(head) - len(tail)) // (len(item) + 1)
+    return f"{head}{','.join([item] * min(count, fitting))}{tail}".encode()
+
+
+def fields(head: str, tail: str, value: str = "1") -> bytes:
+    """An object with as many different fields as a body may have."""
+    names = ",".join(f'"k{number:x}":{value}' for number in range(MANY))
+    return f"{head}{names}{tail}".encode()
+
+
+def text(head: str, letters: str, tail: str) -> bytes:
+    """A body with one long text."""
+    count = (SIZE - len(head) - len(tail)) // len(letters.encode())
+    return f"{head}{letters * count}{tail}".encode()
+
+
+BODIES: list[tuple[str, bytes]] = [
+    (BATCH, items('{"prompts":[', "1", "]}")),
+    (BATCH, items('{"prompts":[', "[]", "]}")),
+    (BATCH, items('{"prompts":[', "1", "]}", MANY)),
+    (BATCH, items('{"prompts":[', '"a"', "]}", MANY)),
+    (BATCH, items('{"prompts":[', "{}", "]}", MANY // 2)),
+    (GENERATE, items('{"input_ids":[', "-1", "]}", MANY)),
+    (GENERATE, items('{"prompt":"a","canvas_ids":[', "1", "]}", MANY)),
+    (GENERATE, items('{"prompt":"a","stop":[', '"a"', "]}", MANY)),
+    (GENERATE, items('{"prompt":"a","input_ids":[', "9" * 4000, "]}")),
+    (GENERATE, items('{"messages":[', '{"role":"user","content":"a"}', "]}", MANY // 4)),
+    (GENERATE, fields('{"prompt":"a",', "}")),
+    (GENERATE, text('{"prompt":"a","', "k", '":1}')),
+    (GENERATE, text('{"prompt":"a","seed":', "9", "}")),
+    (GENERATE, text('{"prompt":"', "\\u0000", '"}')),
+    (STREAM, text("", "[", "")),
+    (STREAM, text("", '{"a":', "")),
+    (CHAT, items(MODEL + '"messages":[', "1", "]}", MANY)),
+    (CHAT, items(MODEL + '"messages":[', '{"role":"x","content":5}', "]}", MANY // 4)),
+    (CHAT, items(MODEL + '"messages":[', '{"role":"user","content":""}', "]}", MANY // 4)),
+    (CHAT, items(USER[:-4] + ',"x":[', '{"type":"text","text":"a"}', "]}]}", MANY // 4)),
+    (CHAT, fields(USER, "}")),
+    (CHAT, fields(USER[:-3] + ",", "}]}")),
+    (CHAT, fields(USER + '"logit_bias":{', "}}")),
+    (CHAT, text(USER[:-3] + ',"', "k", '":1}]}')),
+    (CHAT, text(USER + '"response_format":"', "é", '"}')),
+    (TEXT, items(MODEL + '"prompt":[', '"a"', "]}", MANY)),
+    (TEXT, items(MODEL + '"prompt":[', "[1]", "]}", MANY // 2)),
+    (TEXT, items(MODEL + '"prompt":["a",', "[1]", "]}", MANY // 2)),
+]
+
+
+@pytest.fixture
+async def api(database_url: str) -> AsyncIterator[RunningApp]:
+    """A worker with the default limits."""
+    async with running_app(fast_settings(database_url, engine_idle_timeout=30), _engine()) as api:
+        yield api
+
+
+def _engine() -> ScriptedEngine:
+    return ScriptedEngine()
+
+
+async def send(
+    api: RunningApp, path: str, body: bytes, kind: str | None = "application/json"
+) -> httpx.Response:
+    """A call with these bytes."""
+    headers = {} if kind is None else {"content-type": kind}
+    return await api.client.post(path, content=body, headers=headers)
+
+
+@pytest.mark.parametrize("number", range(len(BODIES)))
+async def test_no_body_costs_more_than_its_size_allows(api: RunningApp, number: int) -> None:
+    """Each bad body takes a worker less than 100 MB, and gets an answer of at most 64 KiB."""
+    path, body = BODIES[number]
+    tracemalloc.start()
+    try:
+        answer = await send(api, path, body)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert 400 <= answer.status_code < 500
+    assert len(answer.content) <= 65_536
+    assert peak < 100e6
+
+
+async def test_only_the_first_problems_are_listed(api: RunningApp) -> None:
+    """An answer lists the first problems, and says how many more there are."""
+    body = {"prompt": "a"} | {f"unknown{number}": 1 for number in range(90)}
+    detail = (await api.client.post(GENERATE, json=body)).json()["detail"]
+
+    assert detail[0]["loc"] == ["body", "unknown0"]
+    assert (len(detail), detail[-1]["msg"]) == (21, "and 70 more problems")
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "too many digits"),
+        (b'{"prompt": "\xff"}', "UTF-8"),
+    ],
+)
+async def test_unreadable_json_is_told_why(api: RunningApp, body: bytes, reason: str) -> None:
+    """JSON that cannot be read is a 400 with the reason, in each format of errors."""
+    for path in (GENERATE, CHAT):
+        answer = await send(api, path, body)
+        assert answer.status_code == 400
+        assert reason in answer.text
+
+
+@pytest.mark.parametrize("path", [GENERATE, CHAT])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (None, "there is none"),
+        ("application/x-www-form-urlencoded", "it is 'application/x-www-form-urlencoded'"),
+        ("text/plain", "it is 'text/plain'"),
+        ("application", "it is 'application'"),
+    ],
+)
+async def test_missing_content_type_is_named(
+    api: RunningApp, path: str, kind: str | None, reason: str
+) -> None:
+    """A body that does not say that it is JSON is a 415 that names the header."""
+    answer = await send(api, path, b'{"prompt": "a"}', kind)
+
+    assert answer.status_code == 415
+    assert f"the header Content-Type must be application/json; {reason}" in answer.text
+
+
+@pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "application/x+json"])
+async def test_kinds_of_json_are_accepted(api: RunningApp, kind: str) -> None:
+    """Parameters and suffixes of the type make no difference."""
+    assert (await send(api, GENERATE, b'{"prompt": "a"}', kind)).status_code == 200
+
+
+async def test_other_encodings_than_utf8_are_refused(api: RunningApp) -> None:
+    """JSON in UTF-16, whose values cannot be counted, is refused by its encoding."""
+    answer = await send(api, GENERATE, '{"prompt": "a"}'.encode("utf-16"))
+
+    assert (answer.status_code, answer.json()["detail"]) == (
+        415,
+        "the body must be encoded as UTF-8",
+    )
+
+
+@pytest.fixture
+async def address(database_url: str) -> AsyncIterator[tuple[str, int]]:
+    """Host and port of a worker that waits for a body for 0.3 s, and wants keys."""
+    settings = fast_settings(database_url, body_timeout=0.3, api_keys=entry_of("one", "k1"))
+    async with served_app(settings, _engine()) as url:
+        host, port = url.removeprefix("http://").split(":")
+        yield host, int(port)
+
+
+async def unfinished(address: tuple[str, int], path: str, key: str, method: str = "POST") -> bytes:
+    """What is answered to a call that never sends the second half of its body."""
+    reader, writer = await asyncio.open_connection(*address)
+    try:
+        lines = [f"{method} {path} HTTP/1.1", "Host: a", "Content-Length: 100000"]
+        lines += ["Content-Type: application/json", f"X-API-Key: {key}", "", " " * 1000]
+        writer.write("\r\n".join(lines).encode())
+        return await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "key", "status"),
+    [
+        ("POST", GENERATE, "k1", 408),
+        ("POST", CHAT, "k1", 408),
+        ("POST", GENERATE, "unknown", 401),
+        ("POST", "/v1/unknown", "k1", 404),
+        ("POST", "/unknown", "", 404),
+        ("PUT", GENERATE, "k1", 405),
+        ("GET", "/v1/health", "", 200),
+    ],
+)
+async def test_a_body_is_read_only_where_a_route_takes_one(
+    address: tuple[str, int], method: str, path: str, key: str, status: int
+) -> None:
+    """A call that needs no body is answered without waiting for it; the others wait for a time."""
+    head = await unfinished(address, path, key, method)
+
+    assert head.split()[1] == str(status).encode()
+    assert (b"connection: close" in head.lower()) == (status == 408)
+
+
+async def test_bodies_at_once_are_bounded(database_url: str) -> None:
+    """Beyond 16 of the largest bodies at once, a worker reads no further one."""
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b" " * 1000
+        await asyncio.sleep(0.5)
+
+    settings = fast_settings(database_url, max_body_bytes=1000)
+    async with running_app(settings, _engine()) as api:
+
+        def sent() -> Iterator[asyncio.Task[httpx.Response]]:
+            headers = {"content-type": "application/json"}
+            for _ in range(18):
+                call = api.client.post(GENERATE, content=slow(), headers=headers)
+                yield asyncio.create_task(call)
+
+        answers = await asyncio.gather(*sent())
+        assert sorted(answer.status_code for answer in answers) == [422] * 16 + [503] * 2
+        refused = next(answer for answer in answers if answer.status_code == 503)
+        assert "too many bodies" in refused.json()["detail"]
+        assert (await send(api, GENERATE, json.dumps({"prompt": "a"}).encode())).status_code == 200
