@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from dllm_engine import LLM, CheckpointError
-from dllm_engine.models import load_model, read_spec
-from dllm_engine.ops import PackedLayout
+from dllm_engine.models.loader import load_model, read_spec
+from dllm_engine.ops.layout import PackedLayout
 from safetensors.torch import load_file, save_file
 
 from tests.support.checkpoints import EOS, write_dream, write_llada
@@ -198,7 +198,7 @@ def test_no_code_of_a_checkpoint_is_run(tmp_path: Path) -> None:
 _LOAD = """
 import sys, torch
 from pathlib import Path
-from dllm_engine.models import load_model, read_spec
+from dllm_engine.models.loader import load_model, read_spec
 torch.set_num_threads(1)
 directory = Path(sys.argv[1])
 spec = read_spec(directory)

@@ -77,7 +77,7 @@ class EngineConfig:
     #: Rows of keys and values per page.
     kv_page_size: int = 32
     #: Seconds after which a step that has not ended is given up, and the engine with it; 0: never;
-    #: None: 300 on a GPU, never on a CPU, whose steps may take as long and do not hang.
+    #: None: 300 on a GPU, 3,600 on a CPU.
     step_timeout: float | None = None
     #: Ranks that share the model, each with a process of its own and a GPU, or a share of the CPU.
     tensor_parallel_size: int = 1

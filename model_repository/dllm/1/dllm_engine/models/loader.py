@@ -29,8 +29,9 @@ from dllm_engine.models.base import (
     split_dim,
     stacked_rows,
 )
-from dllm_engine.ops import TORCH, Operations, make_quantizer
-from dllm_engine.parallel import Group
+from dllm_engine.ops.dispatch import TORCH, Operations
+from dllm_engine.ops.quantization import make_quantizer
+from dllm_engine.parallel.group import Group
 
 _FAMILIES: dict[str, ModuleType] = {
     **dict.fromkeys(llada.ARCHITECTURES, llada),
