@@ -358,6 +358,8 @@ def test_settings_come_from_strings_and_are_checked(checkpoint: Path) -> None:
     ):
         with pytest.raises(InvalidConfig, match=message):
             EngineConfig.from_mapping(settings)
+    assert make_engine(checkpoint).runner.step_timeout == 3600
+    assert make_engine(checkpoint, step_timeout=0.0).runner.step_timeout == 0
     with pytest.raises(InvalidConfig, match="DLLM_MAX_MODEL_LEN: .* 256 tokens"):
         make_engine(checkpoint, max_model_len=257)
     with pytest.raises(InvalidConfig, match="DLLM_DEVICE"):

@@ -21,8 +21,8 @@ from dllm_engine.execution.runner import ModelRunner
 from dllm_engine.execution.tensor_parallel import load_runner
 from dllm_engine.loop.scheduler import Scheduler
 from dllm_engine.loop.validation import RequestLimits, longest_sequence
-from dllm_engine.memory import PageAllocator
-from dllm_engine.models import read_spec
+from dllm_engine.memory.kv_cache import PageAllocator
+from dllm_engine.models.loader import read_spec
 from dllm_engine.request import CanvasUpdate, FinishReason, Prompt, Request, Usage
 from dllm_engine.sampling_params import SamplingParams
 from dllm_engine.state.canvas import Canvas, StepResult
@@ -247,10 +247,9 @@ class Engine:
                 with _device_errors():
                     self.runner.start(request.slot, request.prompt, request.params, request.pages)
             except (RuntimeError, ValueError, MemoryError) as error:
-                # Frees the slot first: it holds no canvas that an update could show.
-                self.scheduler.requeue(request)
                 self._ready.append(self._fail(request, error))
                 continue
+            request.has_canvas = True
             self.stats.requests_admitted += 1
             self.stats.queue_seconds += now - request.queued_at
 
@@ -377,10 +376,10 @@ class Engine:
         reason: FinishReason | None = None,
         error: Exception | None = None,
     ) -> CanvasUpdate:
-        if request.slot is None:
-            canvas = Canvas.empty(request.params.gen_length, self.spec.mask_token_id)
-        else:
+        if request.slot is not None and request.has_canvas:
             canvas = self.runner.canvas(request.slot)
+        else:
+            canvas = Canvas.empty(request.params.gen_length, self.spec.mask_token_id)
         usage = Usage(
             prompt_tokens=request.prompt.num_tokens,
             completion_tokens=request.num_ready + request.ended_by_token,

@@ -14,11 +14,11 @@ import numpy as np
 
 from dllm_engine.config import EngineConfig
 from dllm_engine.decoding import Rule
-from dllm_engine.memory import CachePolicy, Phases, delayed_rows, kept_rows
-from dllm_engine.models import ModelSpec
-from dllm_engine.ops import Array
+from dllm_engine.memory.cache_policy import CachePolicy, Phases, delayed_rows, kept_rows
+from dllm_engine.models.base import ModelSpec
+from dllm_engine.ops.transfer import Array
 from dllm_engine.request import Prompt
-from dllm_engine.sampling import CreditLists
+from dllm_engine.sampling.credit import CreditLists
 from dllm_engine.sampling.schedule import dream_chances, dream_count, linear_count
 from dllm_engine.sampling_params import SamplingParams
 from dllm_engine.state.slots import SlotState, SlotTable
