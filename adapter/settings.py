@@ -1,9 +1,11 @@
 """The adapter's settings. Each is an environment variable: `DLLM_` and the field's name."""
 
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, NoReturn, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -14,6 +16,10 @@ from adapter.rates import Rate
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+
+
+#: uvicorn's exit status for a worker that would fail again at each start.
+STARTUP_FAILURE = 3
 
 
 class Settings(BaseSettings):
@@ -35,9 +41,9 @@ class Settings(BaseSettings):
     database_timeout: Seconds = Field(
         default=5.0, description="longest database transaction; jobs are answered 503 beyond"
     )
-    log_level: str = Field(default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
-    log_format: str = Field(
-        default="text", pattern="^(text|json)$", description="text lines, or JSON lines"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="text lines, or JSON lines"
     )
     tracing: bool = Field(default=False, description="OpenTelemetry traces; needs the extra `otel`")
 
@@ -130,7 +136,7 @@ class Settings(BaseSettings):
         urls = [url.strip() for url in value.split(",")]
         for url in urls:
             host, _, port = url.rpartition(":")
-            if not host or not port.isdecimal() or "/" in url:
+            if not host or "/" in url or not (port.isdecimal() and 0 < int(port) < 65_536):
                 msg = f"{url!r} should be host:port"
                 raise ValueError(msg)
         if len(set(urls)) < len(urls):
@@ -146,6 +152,26 @@ class Settings(BaseSettings):
             # The value is not shown, as it may hold a password.
             msg = "should be sqlite:///FILE or postgresql+asyncpg://USER:PASSWORD@HOST/NAME"
             raise PydanticCustomError("database_url", msg)
+        if value.startswith("sqlite"):
+            folder = Path(value.partition(":///")[2].partition("?")[0]).absolute().parent
+            if not folder.is_dir():
+                msg = "the folder of the SQLite file does not exist: {folder}"
+                raise PydanticCustomError("database_url", msg, {"folder": str(folder)})
+        else:
+            try:
+                _ = urlsplit(value).port
+            except ValueError:
+                msg = "the port should be a number from 0 to 65535"
+                raise PydanticCustomError("database_url", msg) from None
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, value: str) -> str:
+        for origin in filter(None, map(str.strip, value.split(","))):
+            if origin not in ("*", "null") and not re.fullmatch(r"[a-z][\w+.-]*://[^/\s]+", origin):
+                msg = f"{origin!r} should be like https://chat.example.org, without a path, or *"
+                raise ValueError(msg)
         return value
 
     @field_validator("rate_limit")
@@ -162,8 +188,10 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _silence_outlasts_the_signs_of_life(self) -> Self:
         if self.engine_idle_timeout < 2 * self.stream_interval:
-            least = f"twice stream_interval ({self.stream_interval})"
-            msg = f"engine_idle_timeout must be at least {least}"
+            msg = (
+                f"DLLM_ENGINE_IDLE_TIMEOUT={self.engine_idle_timeout:g}: should be at least twice "
+                f"DLLM_STREAM_INTERVAL ({self.stream_interval:g})"
+            )
             raise ValueError(msg)
         return self
 
@@ -177,11 +205,17 @@ def load_settings() -> Settings:
         raise SettingsError(problems) from None
 
 
+def refuse_start(problem: str) -> NoReturn:
+    """End this process with a line instead of a traceback, and uvicorn's supervisor with it."""
+    sys.stderr.write(f"the adapter cannot start: {problem}\n")
+    raise SystemExit(STARTUP_FAILURE)
+
+
 def _problem(error: Mapping[str, object]) -> str:
-    location = error["loc"]
+    location, reason = error["loc"], str(error["msg"]).removeprefix("Value error, ")
     if not isinstance(location, tuple) or not location:
-        return str(error["msg"])
+        return reason
     name = f"DLLM_{str(location[0]).upper()}"
     # A database's address may hold a password.
     given = "" if error["type"] == "database_url" else f"={error['input']!r}"
-    return f"{name}{given}: {error['msg']}"
+    return f"{name}{given}: {reason}"

@@ -1,5 +1,6 @@
 """Triton and the adapter together: started in order, watched, stopped in reverse order."""
 
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -7,8 +8,10 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from launcher.adapter import Adapter
+from launcher.checkpoint import check_checkpoint
 from launcher.errors import LaunchError, ProcessDiedError
 from launcher.ports import require_free_port
+from launcher.setting_names import misspelt
 from launcher.settings import Settings
 from launcher.tritonserver import TritonServer
 
@@ -92,6 +95,17 @@ def triton_server(
     )
 
 
+def check_environment(env: Mapping[str, str], reporter: Reporter) -> None:
+    """Look at the settings of the engine before it starts, and at the names of all of them.
+
+    Raises CheckpointError.
+    """
+    for warning in misspelt(env):
+        reporter.trouble(f"warning: {warning}")
+    if path := env.get("MODEL_PATH"):
+        check_checkpoint(path)
+
+
 class Stack:
     """The whole service on one host, as a context manager.
 
@@ -116,6 +130,8 @@ class Stack:
     def __enter__(self) -> Self:
         # Before minutes go into loading a model that could not be served.
         require_free_port("the REST API's", self.settings.host, self.settings.port, "DLLM_PORT")
+        check_environment({**os.environ, **self._env}, self._reporter)
+        self._adapter().check()
         try:
             for name in self._parts:
                 self._start(name)
