@@ -31,7 +31,7 @@ from adapter.jobs.store import JobStore
 from adapter.jobs.watcher import JobWatcher
 from adapter.periodic import PeriodicTask
 from adapter.setting_names import misspelt
-from adapter.settings import Settings, load_settings, refuse_start
+from adapter.settings import OPEN_TO_ALL, Settings, load_settings, refuse_start
 from adapter.shutdown import on_shutdown_signal
 from adapter.telemetry.logs import configure_logging, get_logger
 from adapter.telemetry.middleware import TelemetryMiddleware
@@ -54,6 +54,9 @@ def create_app(
     configure_logging(chosen.log_level, chosen.log_format)
     for warning in misspelt(os.environ):
         log.warning("setting_unknown", message=warning)
+    keyring = Keyring(chosen.api_keys, chosen.api_keys_file)
+    if chosen.is_public and not keyring.required:
+        log.warning("open_to_all", message=OPEN_TO_ALL.format(host=chosen.host))
     flush_spans = configure_tracing() if chosen.tracing else None
 
     @asynccontextmanager
@@ -84,7 +87,7 @@ def create_app(
     )
     app.add_middleware(
         AuthMiddleware,
-        keyring=Keyring(chosen.api_keys, chosen.api_keys_file),
+        keyring=keyring,
         guard_metrics=chosen.metrics_need_key,
     )
     if origins := [origin.strip() for origin in chosen.cors_origins.split(",") if origin.strip()]:
