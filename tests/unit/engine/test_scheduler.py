@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from dllm_engine.loop.scheduler import Scheduler
-from dllm_engine.memory import PageAllocator
+from dllm_engine.memory.kv_cache import PageAllocator
 from dllm_engine.request import Prompt, Request
 from dllm_engine.sampling_params import SamplingParams
 
