@@ -350,7 +350,7 @@ async def test_what_cannot_be_honoured_is_refused_by_name(url: str, engine: Scri
 
 
 async def test_values_that_ask_for_nothing_are_accepted(url: str) -> None:
-    """What means the same as leaving a parameter out is no reason to refuse."""
+    """A value that means the same as leaving the parameter out is accepted."""
     chat = {
         "n": 1, "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {},
         "logprobs": False, "top_logprobs": None, "tools": [], "tool_choice": "none",
@@ -386,7 +386,7 @@ async def test_engines_errors_have_openais_shape(
     shown: str,
     stream: bool,
 ) -> None:
-    """What the engine says is told with OpenAI's names and statuses."""
+    """The engine's errors have OpenAI's names and statuses."""
     engine.scripts = [[error]]
     with pytest.raises(kind, match=re.escape(shown)) as caught:
         await client.completions.create(model="dllm", prompt="a", stream=stream)
@@ -399,7 +399,7 @@ async def test_engines_errors_have_openais_shape(
 async def test_engine_is_quoted_with_the_name_that_was_sent(
     url: str, engine: ScriptedEngine, sent: str
 ) -> None:
-    """Of the two names for the length, an error has the one that the caller knows."""
+    """An error about the length uses the name that the caller sent."""
     engine.scripts = [[InvalidRequest("gen_length: plus gen_length (16) must be at most 20")]]
     for stream in (False, True):
         body = {"model": "dllm", "messages": QUESTION, sent: 16, "stream": stream}
@@ -463,7 +463,7 @@ async def test_every_error_of_these_calls_has_openais_shape(
 async def test_defects_of_ours_have_openais_shape(
     client: AsyncOpenAI, engine: ScriptedEngine
 ) -> None:
-    """An error that nobody foresaw is a 500 in the format of the call, without its details."""
+    """An unexpected error is a 500 in the format of the call, without its details."""
     engine.scripts = [[RuntimeError("secret")]]
     with pytest.raises(openai.InternalServerError, match="internal error of the adapter") as caught:
         await client.completions.create(model="dllm", prompt="a")

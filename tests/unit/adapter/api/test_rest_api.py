@@ -436,7 +436,7 @@ async def test_too_many_held_polls_are_refused(database_url: str, engine: Script
 
 
 async def test_poll_that_is_held_ends_when_its_caller_hangs_up(database_url: str) -> None:
-    """Nobody waits for a job whose caller has gone."""
+    """A held poll ends when its client disconnects."""
     left = 'route="/v1/result/{request_id}",status="499"} '
     settings = fast_settings(database_url)
     async with (
