@@ -128,7 +128,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a request cost."""
+    """Tokens and passes of a request."""
 
     prompt_tokens: int
     completion_tokens: int
