@@ -14,6 +14,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from adapter.api import health, jobs, metrics, page, stream
 from adapter.api.body import BodyMiddleware
 from adapter.api.error_handlers import add_error_handlers
+from adapter.api.head import HeadMiddleware
 from adapter.api.openai import routes as openai
 from adapter.api.openapi import extend_openapi
 from adapter.auth.keys import Keyring
@@ -82,6 +83,7 @@ def create_app(
     routers = [m.router for m in (jobs, stream, openai, page, health, metrics)]
     routes = [route for router in routers for route in router.routes]
     # The last one added is the first that a call passes.
+    app.add_middleware(HeadMiddleware)
     app.add_middleware(
         BodyMiddleware,
         routes=routes,
