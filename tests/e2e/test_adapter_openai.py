@@ -106,7 +106,7 @@ def test_prompts_are_seen_as_they_are(client: OpenAI, llm: LLM) -> None:
 
 
 def test_engines_refusal_names_the_parameter(client: OpenAI) -> None:
-    """What only the engine can judge is a 400 in OpenAI's words, streaming or not."""
+    """A refusal by the engine is a 400 in OpenAI's shape, streaming or not."""
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError) as caught:
             client.completions.create(model="dllm", prompt="x" * 1100, stream=stream)

@@ -140,7 +140,7 @@ async def test_metrics_tell_what_happened(api: RunningApp, engine: ScriptedEngin
 
 
 async def test_unknown_paths_make_one_series(api: RunningApp) -> None:
-    """Whoever asks for nonsense does not fill the metrics, nor do ids of jobs."""
+    """Unknown paths and job ids add no series to the metrics."""
     growth = Growth(await samples(api))
     for path in ("/a", "/b", "/v1/result/1", "/v1/result/2"):
         await api.client.get(path)
