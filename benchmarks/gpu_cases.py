@@ -12,16 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from dllm_engine.ops import (
-    TORCH,
-    Head,
-    HeadOptions,
-    HeadStatistics,
-    LayerPages,
-    Operations,
-    Selection,
-)
-from dllm_engine.ops.layout import FlatSelection
+from dllm_engine.ops.dispatch import TORCH, Operations
+from dllm_engine.ops.head import Head
+from dllm_engine.ops.head_types import HeadOptions, HeadStatistics
+from dllm_engine.ops.layout import FlatSelection, LayerPages, Selection
 from dllm_engine.ops.rotary import RotaryTable
 from dllm_engine.ops.selection import store_selection
 from torch import Tensor

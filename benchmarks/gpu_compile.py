@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from dllm_engine.ops import TORCH, Operations, choose_operations
+from dllm_engine.ops.dispatch import TORCH, Operations, choose_operations
 from torch import Tensor
 
 from benchmarks.gpu_timing import Timer, host_seconds

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from dllm_engine.ops import Operations, choose_operations
+from dllm_engine.ops.dispatch import Operations, choose_operations
 
 from benchmarks.gpu_arithmetic import DREAM, LLADA, Ceilings, Sequences, Shape
 from benchmarks.gpu_cases import (

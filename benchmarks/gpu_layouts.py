@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from dllm_engine.ops import FlatLayout, FreshGroup, PackedLayout, PagedGroup
+from dllm_engine.ops.layout import FlatLayout, FreshGroup, PackedLayout, PagedGroup
 from torch import Tensor
 
 from benchmarks.gpu_arithmetic import Sequences

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from dllm_engine.ops import LayerPages
+from dllm_engine.ops.layout import LayerPages
 from torch import Tensor
 
 from benchmarks.gpu_arithmetic import Sequences

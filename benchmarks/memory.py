@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from dllm_engine.memory import CachePolicy, PageAllocator, reserved_rows
-from dllm_engine.ops import Head
-from dllm_engine.sampling import RowSampling, SamplingFlags, SpecialTokens, sample_candidates
+from dllm_engine.memory.cache_policy import CachePolicy, reserved_rows
+from dllm_engine.memory.kv_cache import PageAllocator
+from dllm_engine.ops.head import Head
+from dllm_engine.sampling.candidates import sample_candidates
+from dllm_engine.sampling.rows import RowSampling, SamplingFlags, SpecialTokens
 from dllm_engine.sampling_params import CACHE_POLICIES
 
 from benchmarks.allocations import AllocationMeter

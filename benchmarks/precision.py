@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 from dllm_engine import LLM, SamplingParams
-from dllm_engine.models import llada, read_spec
-from dllm_engine.ops import make_quantizer
+from dllm_engine.models import llada
+from dllm_engine.models.loader import read_spec
+from dllm_engine.ops.quantization import make_quantizer
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 

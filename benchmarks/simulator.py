@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 from dllm_engine.loop.scheduler import Scheduler
-from dllm_engine.memory import PageAllocator
+from dllm_engine.memory.kv_cache import PageAllocator
 from dllm_engine.request import Prompt, Request
 from dllm_engine.sampling_params import SamplingParams
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from dllm_engine import LLM, Engine, Prompt, SamplingParams
 from dllm_engine.execution.runner import SingleRankRunner
-from dllm_engine.ops import Upload
+from dllm_engine.ops.transfer import Upload
 from dllm_engine.state.batch import build_batch
 from torch.profiler import ProfilerActivity, profile
 

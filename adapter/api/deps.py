@@ -22,7 +22,7 @@ from adapter.types import DEFAULT_PRIORITY
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """What the middleware has found out about a call."""
+    """Key, id and client address of a call, set by the middleware."""
 
     #: Name of the API key; None where no keys are required.
     api_key: str | None = None

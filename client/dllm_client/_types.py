@@ -183,7 +183,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a request cost."""
+    """Tokens and passes of a request."""
 
     prompt_tokens: int
     completion_tokens: int

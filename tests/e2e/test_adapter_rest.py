@@ -189,7 +189,7 @@ def test_what_the_engine_cannot_do_is_refused_at_submission(
 
 
 def test_long_prompt_of_a_batch_is_named(adapter: AdapterServer) -> None:
-    """Of a batch the prompt that does not fit is named, and nothing is queued."""
+    """An error names the prompt of a batch that does not fit, and nothing is queued."""
     before = adapter.submit("x", gen_length=1)
     body = {"prompts": ["short", "x" * 2000], "gen_length": 500}
     refused = requests.post(f"{adapter.url}/v1/generate_batch", json=body, timeout=30)

@@ -21,11 +21,13 @@ from typing import Any
 
 import torch
 import triton
-from dllm_engine.ops import FlatLayout, Head, HeadOptions, LayerPages, choose_operations
+from dllm_engine.ops.dispatch import choose_operations
+from dllm_engine.ops.head import Head
+from dllm_engine.ops.head_types import HeadOptions
 from dllm_engine.ops.kernels.attention import packed_attention
 from dllm_engine.ops.kernels.linear import invariant_linear
 from dllm_engine.ops.kernels.norm import apply_rotary, rms_norm, silu_mul
-from dllm_engine.ops.layout import FlatSelection
+from dllm_engine.ops.layout import FlatLayout, FlatSelection, LayerPages
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource

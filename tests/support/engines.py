@@ -65,9 +65,9 @@ class FakeRunner(ModelRunner):
 
     def start(self, slot: int, prompt: Prompt, params: SamplingParams, _: list[int]) -> None:
         """Set up a canvas of masks."""
+        self.on_start(params)
         canvas = Canvas.empty(params.gen_length, MASK)
         self._canvases[slot] = canvas, 100 + len(prompt.ids), len(prompt.ids)
-        self.on_start(params)
 
     def launch(self, slots: list[int]) -> list[int]:
         """Remember the slots."""
@@ -85,7 +85,7 @@ class FakeRunner(ModelRunner):
             rows.append(given + len(canvas.tokens))
         complete = [n == len(self._canvases[s][0].tokens) for n, s in zip(ready, step, strict=True)]
         no, yes = [False] * len(step), [True] * len(step)
-        return StepResult(step, complete, ready, no, rows, yes)
+        return StepResult(step, complete, ready, no, rows, yes, no)
 
     def canvas(self, slot: int) -> Canvas:
         """A copy."""

@@ -1,7 +1,7 @@
 """Makes sampling state of rows, for tests that draw candidates without an engine."""
 
 import torch
-from dllm_engine.sampling import RowSampling, SamplingFlags, needs_full_logits
+from dllm_engine.sampling.rows import RowSampling, SamplingFlags, needs_full_logits
 from torch import Tensor
 
 TYPES = {

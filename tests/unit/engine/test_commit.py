@@ -9,7 +9,7 @@ import pytest
 import torch
 from dllm_engine import LLM, SamplingParams
 from dllm_engine.decoding import ALG, REMASKING, Rule, Score
-from dllm_engine.sampling import BlockStatistics, CommitPlan, select_commits
+from dllm_engine.sampling.commit import BlockStatistics, CommitPlan, select_commits
 from dllm_engine.sampling.schedule import dream_chances, dream_count, linear_count
 from hypothesis import given
 from hypothesis import strategies as st

@@ -126,6 +126,23 @@ def test_a_device_lost_while_a_request_is_laid_out_is_the_end(checkpoint: Path) 
     assert updates[second] is raised.value
 
 
+def test_a_request_that_was_not_laid_out_shows_no_other_s_tokens(checkpoint: Path) -> None:
+    """Until its own canvas is set up, a request's updates hold masks, whatever its slot holds."""
+    engine = make_engine(checkpoint, runner := FakeRunner(), max_num_seqs=2)
+    for _ in range(2):
+        submit(engine, gen_length=4)
+    run(engine)
+    runner.on_start = lost
+    for _ in range(2):
+        submit(engine, gen_length=4)
+    with pytest.raises(EngineDead, match="device lost") as raised:
+        engine.step()
+    assert engine.scheduler.num_running == 2
+    for update in engine.abort_all(raised.value):
+        assert set(update.token_ids.tolist()) == {MASK}
+        assert set(update.confidence.tolist()) == {-1.0}
+
+
 def test_a_lost_device_is_the_end(checkpoint: Path) -> None:
     """A device error ends the engine; every unfinished request is failed with the reason."""
     engine = make_engine(checkpoint, runner := FakeRunner(), max_num_seqs=1)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from dllm_engine.ops import GatedLinear, Head, Linear
-from dllm_engine.ops.linear import can_pack
+from dllm_engine.ops.head import Head
+from dllm_engine.ops.linear import GatedLinear, Linear, can_pack
 from torch import Tensor
 
 ROWS = [16, 32, 48, 256, 1024]

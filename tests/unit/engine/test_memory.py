@@ -16,9 +16,10 @@ from dllm_engine import (
     Prompt,
 )
 from dllm_engine import SamplingParams as Params
-from dllm_engine.memory import CachePolicy, PageAllocator, kept_rows, reserved_rows
+from dllm_engine.memory.cache_policy import CachePolicy, kept_rows, reserved_rows
+from dllm_engine.memory.kv_cache import PageAllocator
 from dllm_engine.memory.plan import PeakMeter, parse_limit
-from dllm_engine.models import read_spec
+from dllm_engine.models.loader import read_spec
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from dllm_engine import Engine, EngineConfig, Prompt, SamplingParams
-from dllm_engine.sampling import Candidates, least_bytes, sample_candidates
+from dllm_engine.sampling.candidates import sample_candidates
+from dllm_engine.sampling.full_logits import least_bytes
+from dllm_engine.sampling.rows import Candidates
 
 from benchmarks.allocations import AllocationMeter
 from tests.support.checkpoints import write_llada

@@ -18,7 +18,7 @@ from dllm_engine import (
     RequestFailed,
     SamplingParams,
 )
-from dllm_engine.ops import Upload
+from dllm_engine.ops.transfer import Upload
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dllm_engine.models import ModelSpec, dream, llada, read_spec
+from dllm_engine.models import dream, llada
+from dllm_engine.models.base import ModelSpec
+from dllm_engine.models.loader import read_spec
 from dllm_engine.tokenizer import Tokenizer
 
 from tests.support.checkpoints import DREAM_MASK, DREAM_SPECIALS, write_dream

@@ -10,9 +10,11 @@ import pytest
 import torch
 from dllm_engine import LLM, EngineConfig, InvalidConfig, SamplingParams
 from dllm_engine.memory.plan import check_weights
-from dllm_engine.models import dream, llada, load_model, read_spec
-from dllm_engine.ops import GatedLinear, Linear, make_quantizer
-from dllm_engine.parallel import Group
+from dllm_engine.models import dream, llada
+from dllm_engine.models.loader import load_model, read_spec
+from dllm_engine.ops.linear import GatedLinear, Linear
+from dllm_engine.ops.quantization import make_quantizer
+from dllm_engine.parallel.group import Group
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode

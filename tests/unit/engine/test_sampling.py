@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from dllm_engine import LLM, Prompt, SamplingParams
-from dllm_engine.ops import TILE, Head, noise
-from dllm_engine.sampling import RowSampling, SpecialTokens, sample_candidates
+from dllm_engine.ops import noise
+from dllm_engine.ops.head import Head
+from dllm_engine.ops.head_types import TILE
+from dllm_engine.sampling.candidates import sample_candidates
+from dllm_engine.sampling.rows import RowSampling, SpecialTokens
 from torch import Tensor
 
 from benchmarks.allocations import AllocationMeter

@@ -26,8 +26,10 @@ from dllm_engine import (
     Prompt,
     SamplingParams,
 )
-from dllm_engine.models import load_model, loader, read_spec
-from dllm_engine.parallel import Group, Ranks
+from dllm_engine.models import loader
+from dllm_engine.models.loader import load_model, read_spec
+from dllm_engine.parallel.group import Group
+from dllm_engine.parallel.ranks import Ranks
 from dllm_engine.watchdog import Watchdog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from dllm_engine.ops import FlatLayout, LayerPages, choose_operations
-from dllm_engine.ops.layout import FlatSelection
+from dllm_engine.ops.dispatch import choose_operations
+from dllm_engine.ops.layout import FlatLayout, FlatSelection, LayerPages
 from hypothesis import strategies as st
 from torch import Tensor
 

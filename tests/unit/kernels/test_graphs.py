@@ -11,10 +11,11 @@ import torch
 from dllm_engine import LLM
 from dllm_engine.execution import rank_model
 from dllm_engine.execution.graphs import GRAPH_BYTES, ForwardGraphs, cuda_recorder, graph_sizes
-from dllm_engine.memory import KVPages
-from dllm_engine.models import DiffusionModel, load_model, read_spec
-from dllm_engine.ops import FlatLayout, LayerPages, choose_operations
-from dllm_engine.ops.layout import FlatSelection
+from dllm_engine.memory.kv_cache import KVPages
+from dllm_engine.models.base import DiffusionModel
+from dllm_engine.models.loader import load_model, read_spec
+from dllm_engine.ops.dispatch import choose_operations
+from dllm_engine.ops.layout import FlatLayout, FlatSelection, LayerPages
 from torch import Tensor
 
 from tests.support.checkpoints import write_dream, write_llada

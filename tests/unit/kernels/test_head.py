@@ -6,10 +6,14 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from dllm_engine.ops import Head, HeadOptions, HeadStatistics, noise
+from dllm_engine.ops import noise
+from dllm_engine.ops.head import Head
+from dllm_engine.ops.head_types import HeadOptions, HeadStatistics
 from dllm_engine.ops.kernels import head as kernels
 from dllm_engine.parallel.rank_merge import merge
-from dllm_engine.sampling import LISTED, Credits, SpecialTokens, sample_candidates
+from dllm_engine.sampling.candidates import sample_candidates
+from dllm_engine.sampling.credit import LISTED, Credits
+from dllm_engine.sampling.rows import SpecialTokens
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor

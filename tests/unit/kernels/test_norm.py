@@ -1,11 +1,10 @@
 """RMSNorm, rotary and gate kernels equal torch's operations."""
 
 import torch
-from dllm_engine.ops import RotaryTable
 from dllm_engine.ops.kernels import norm as kernels
 from dllm_engine.ops.linear import silu_mul
 from dllm_engine.ops.norm import rms_norm
-from dllm_engine.ops.rotary import apply_rotary
+from dllm_engine.ops.rotary import RotaryTable, apply_rotary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

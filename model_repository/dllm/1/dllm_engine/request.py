@@ -55,6 +55,8 @@ class Request:
     pages: list[int] = dataclasses.field(default_factory=list)
     #: Row of the canvas table while running; None while waiting.
     slot: int | None = None
+    #: Whether the canvas in its slot is its own; before, it is an earlier request's.
+    has_canvas: bool = False
     steps_run: int = 0
     #: Whether it is in a step in flight.
     in_flight: bool = False

@@ -147,7 +147,7 @@ async def test_text_of_the_model_is_never_markup(page: Page, engine: ScriptedEng
 
 @needs_browser
 async def test_refusal_is_shown(page: Page, engine: ScriptedEngine) -> None:
-    """What is wrong is told in words, by the field's name."""
+    """The page names the field at fault and says what is wrong."""
     engine.scripts = [[InvalidRequest("steps: must be at least the number of blocks")]]
     await fill(page, prompt="hello")
     await page.until(f"{STATUS} === 'steps: must be at least the number of blocks'")

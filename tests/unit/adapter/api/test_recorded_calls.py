@@ -123,13 +123,7 @@ ANSWERS: Mapping[str, Callable[[httpx.Response, Any], None]] = {
 ERRORS = {"refused": 400, "no such path": 404}
 
 
-def parameter(call: Mapping[str, Any]) -> Any:
-    """The call, named by client and purpose; one that is refused today must fail."""
-    marks = [pytest.mark.xfail(reason="refused today")] if call.get("refused_today") else []
-    return pytest.param(call, id=f"{call['client']}: {call['does']}", marks=marks)
-
-
-@pytest.mark.parametrize("call", [parameter(call) for call in CALLS])
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: f"{call['client']}: {call['does']}")
 @pytest.mark.asyncio(loop_scope="module")
 async def test_recorded_call(
     call: Mapping[str, Any], app: RunningApp, engine: ScriptedEngine

@@ -277,7 +277,7 @@ async def test_cancel_from_another_worker_closes_the_stream(
 ) -> None:
     """The worker that gets the call cancels at the engine; the one that runs the job notices.
 
-    So does who waits for it there.
+    So do calls that wait for it there.
     """
     engine.scripts = [[HANG]]
     bystander = ScriptedEngine(alive=False)

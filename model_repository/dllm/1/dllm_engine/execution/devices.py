@@ -6,7 +6,7 @@ import torch
 
 from dllm_engine.config import EngineConfig
 from dllm_engine.errors import InvalidConfig
-from dllm_engine.ops import make_quantizer
+from dllm_engine.ops.quantization import make_quantizer
 
 
 def import_libraries(config: EngineConfig) -> None:

@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dllm_engine.models import DiffusionModel
-from dllm_engine.ops import FlatLayout, LayerPages
+from dllm_engine.models.base import DiffusionModel
+from dllm_engine.ops.layout import FlatLayout, LayerPages
 
 logger = logging.getLogger("dllm_engine")
 

@@ -24,7 +24,7 @@ from dllm_engine.execution.graphs import (
     cuda_recorder,
     graph_sizes,
 )
-from dllm_engine.memory import KVPages
+from dllm_engine.memory.kv_cache import KVPages
 from dllm_engine.memory.plan import (
     PeakMeter,
     available_bytes,
@@ -32,30 +32,26 @@ from dllm_engine.memory.plan import (
     parse_limit,
     plan_memory,
 )
-from dllm_engine.models import DiffusionModel, ModelSpec, head_copy_bytes, load_model
-from dllm_engine.ops import (
-    GATHER_BYTES,
-    UPLOAD_BYTES,
+from dllm_engine.models.base import DiffusionModel, ModelSpec, head_copy_bytes
+from dllm_engine.models.loader import load_model
+from dllm_engine.ops.attention import GATHER_BYTES, sequences_at_once
+from dllm_engine.ops.dispatch import Operations, choose_operations
+from dllm_engine.ops.head_types import HeadOptions
+from dllm_engine.ops.layout import (
     FlatLayout,
     FlatSelection,
-    HeadOptions,
     LayerPages,
     Layout,
-    Operations,
     PackedLayout,
     PagedGroup,
-    choose_operations,
-    sequences_at_once,
 )
 from dllm_engine.ops.rows import ROW_MULTIPLE
-from dllm_engine.parallel import Group
-from dllm_engine.sampling import (
-    LISTED,
-    Candidates,
-    SpecialTokens,
-    least_bytes,
-    sample_candidates,
-)
+from dllm_engine.ops.transfer import UPLOAD_BYTES
+from dllm_engine.parallel.group import Group
+from dllm_engine.sampling.candidates import sample_candidates
+from dllm_engine.sampling.credit import LISTED
+from dllm_engine.sampling.full_logits import least_bytes
+from dllm_engine.sampling.rows import Candidates, SpecialTokens
 from dllm_engine.state.batch import StepInputs
 from dllm_engine.state.canvas import CanvasTable
 

@@ -15,8 +15,10 @@ from dllm_engine.config import EngineConfig
 from dllm_engine.errors import DllmError, EngineDead
 from dllm_engine.execution.devices import import_libraries, rank_device
 from dllm_engine.execution.rank_model import RankModel
-from dllm_engine.models import ModelSpec
-from dllm_engine.parallel import Group, PackedObject, RankConnection
+from dllm_engine.models.base import ModelSpec
+from dllm_engine.parallel.group import Group
+from dllm_engine.parallel.ranks import RankConnection
+from dllm_engine.parallel.wire import PackedObject
 from dllm_engine.state.batch import StepInputs
 
 logger = logging.getLogger("dllm_engine")

@@ -15,10 +15,11 @@ from torch import Tensor
 from dllm_engine.config import EngineConfig
 from dllm_engine.execution.rank_model import RankModel
 from dllm_engine.memory.plan import MemoryPlan
-from dllm_engine.models import ModelSpec
-from dllm_engine.ops import Download, Upload
+from dllm_engine.models.base import ModelSpec
+from dllm_engine.ops.transfer import Download, Upload
 from dllm_engine.request import Prompt
-from dllm_engine.sampling import BlockStatistics, Candidates, select_commits
+from dllm_engine.sampling.commit import BlockStatistics, select_commits
+from dllm_engine.sampling.rows import Candidates
 from dllm_engine.sampling_params import SamplingParams
 from dllm_engine.state.batch import StepBatch, StepInputs, build_batch
 from dllm_engine.state.canvas import Canvas, CanvasTable, StepResult
@@ -29,8 +30,8 @@ logger = logging.getLogger("dllm_engine")
 #: Rows of a step that is launched beside another on a GPU, where none are set: with half as many as
 #: before each, both must still be limited by arithmetic, not by reading the weights (H100: 295).
 OVERLAP_ROWS = 1024
-#: Seconds after which a GPU's step is given up, where none are set.
-STEP_TIMEOUT = 300.0
+#: Seconds after which a step is given up, where none are set. A slow CPU may take minutes for one.
+GPU_STEP_TIMEOUT, CPU_STEP_TIMEOUT = 300.0, 3600.0
 
 
 class ModelRunner(Protocol):
@@ -114,7 +115,7 @@ class SingleRankRunner(ModelRunner):
         if overlap_rows is None:
             overlap_rows = OVERLAP_ROWS if on_gpu and not parallel else 0
         if step_timeout is None:
-            step_timeout = STEP_TIMEOUT if on_gpu else 0.0
+            step_timeout = GPU_STEP_TIMEOUT if on_gpu else CPU_STEP_TIMEOUT
         self.overlap_rows, self.step_timeout = overlap_rows, step_timeout
         logger.info("memory plan%s\n%s", " of each rank" if parallel else "", self.plan)
         self.table = CanvasTable.of(config, spec, stop_token_ids, device=self._device)

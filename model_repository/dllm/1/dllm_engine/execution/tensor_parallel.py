@@ -13,9 +13,11 @@ from dllm_engine.execution.devices import import_libraries, rank_device
 from dllm_engine.execution.rank_model import RankModel
 from dllm_engine.execution.rank_worker import READY, RankConfig
 from dllm_engine.execution.runner import ModelRunner, SingleRankRunner
-from dllm_engine.models import ModelSpec
-from dllm_engine.parallel import Group, Ranks, pack_tensors, thread_share
-from dllm_engine.sampling import Candidates
+from dllm_engine.models.base import ModelSpec
+from dllm_engine.parallel.group import Group, thread_share
+from dllm_engine.parallel.ranks import Ranks
+from dllm_engine.parallel.wire import pack_tensors
+from dllm_engine.sampling.rows import Candidates
 from dllm_engine.state.batch import StepInputs
 from dllm_engine.watchdog import Watchdog
 

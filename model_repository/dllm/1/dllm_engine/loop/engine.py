@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -20,8 +21,8 @@ from dllm_engine.execution.runner import ModelRunner
 from dllm_engine.execution.tensor_parallel import load_runner
 from dllm_engine.loop.scheduler import Scheduler
 from dllm_engine.loop.validation import RequestLimits, longest_sequence
-from dllm_engine.memory import PageAllocator
-from dllm_engine.models import read_spec
+from dllm_engine.memory.kv_cache import PageAllocator
+from dllm_engine.models.loader import read_spec
 from dllm_engine.request import CanvasUpdate, FinishReason, Prompt, Request, Usage
 from dllm_engine.sampling_params import SamplingParams
 from dllm_engine.state.canvas import Canvas, StepResult
@@ -31,6 +32,10 @@ logger = logging.getLogger("dllm_engine")
 
 #: How often the engine checks waiting requests for expired timeouts and updates that are due.
 WAITING_CHECK_SECONDS = 0.1
+#: What a request is told whose logits hold NaN or infinity.
+NOT_FINITE = (
+    "the model's logits are not finite; a smaller cfg_scale, or DLLM_DTYPE float32, may help"
+)
 #: Most steps in flight.
 MAX_INFLIGHT_STEPS = 2
 
@@ -242,10 +247,9 @@ class Engine:
                 with _device_errors():
                     self.runner.start(request.slot, request.prompt, request.params, request.pages)
             except (RuntimeError, ValueError, MemoryError) as error:
-                # Frees the slot first: it holds no canvas that an update could show.
-                self.scheduler.requeue(request)
                 self._ready.append(self._fail(request, error))
                 continue
+            request.has_canvas = True
             self.stats.requests_admitted += 1
             self.stats.queue_seconds += now - request.queued_at
 
@@ -322,6 +326,9 @@ class Engine:
                 result.next_rows[i],
                 result.next_is_refresh[i],
             )
+            if result.not_finite[i]:
+                updates.append(self._fail(request, FloatingPointError(NOT_FINITE)))
+                continue
             before, request.num_ready = request.num_ready, result.num_ready[i]
             stop = self._stop_in(request, before) if request.num_ready > before else None
             if stop is not None:
@@ -343,12 +350,15 @@ class Engine:
         assert self.tokenizer is not None
         assert request.slot is not None
         ready = self.runner.canvas(request.slot).tokens[: request.num_ready]
-        if find_stop(self.tokenizer.decode(ready), request.params.stop) is None:
+        decode, stop = self.tokenizer.decode, request.params.stop
+        if find_stop(decode(ready), stop) is None:
             return None
-        for count in range(before + 1, request.num_ready):
-            if find_stop(self.tokenizer.decode(ready[:count]), request.params.stop) is not None:
-                return count
-        return request.num_ready
+        # Bisected: decoding every prefix of a long canvas would hold up all other requests.
+        counts = range(before + 1, request.num_ready)
+        place = bisect.bisect_left(
+            counts, True, key=lambda count: find_stop(decode(ready[:count]), stop) is not None
+        )
+        return before + 1 + place
 
     def _finish(
         self, request: Request, reason: FinishReason | None, error: Exception | None = None
@@ -366,10 +376,10 @@ class Engine:
         reason: FinishReason | None = None,
         error: Exception | None = None,
     ) -> CanvasUpdate:
-        if request.slot is None:
-            canvas = Canvas.empty(request.params.gen_length, self.spec.mask_token_id)
-        else:
+        if request.slot is not None and request.has_canvas:
             canvas = self.runner.canvas(request.slot)
+        else:
+            canvas = Canvas.empty(request.params.gen_length, self.spec.mask_token_id)
         usage = Usage(
             prompt_tokens=request.prompt.num_tokens,
             completion_tokens=request.num_ready + request.ended_by_token,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 
-from dllm_engine.memory import PageAllocator
+from dllm_engine.memory.kv_cache import PageAllocator
 from dllm_engine.request import Request
 
 #: One level of priority moves a request back by this many steps; older requests still go first.
@@ -150,11 +150,6 @@ class Scheduler:
     def _order(self, request: Request) -> tuple[bool, int]:
         late = self._is_late(request)
         return not late, request.ready_since if late else request.arrival_order
-
-    def requeue(self, request: Request) -> None:
-        """Take a running request's slot and pages away; it waits ahead of all others."""
-        self.remove(request)
-        self._waiting.insert(0, request)
 
     def remove(self, request: Request) -> None:
         """Remove a finished or cancelled request and free its slot and pages."""

@@ -6,8 +6,9 @@ import bisect
 
 from dllm_engine.config import EngineConfig
 from dllm_engine.errors import InvalidConfig, InvalidRequest
-from dllm_engine.memory import CachePolicy, PageAllocator, reserved_rows
-from dllm_engine.models import ModelSpec
+from dllm_engine.memory.cache_policy import CachePolicy, reserved_rows
+from dllm_engine.memory.kv_cache import PageAllocator
+from dllm_engine.models.base import ModelSpec
 from dllm_engine.request import Prompt
 from dllm_engine.sampling_params import SamplingParams
 

@@ -24,7 +24,7 @@ import enum
 
 import numpy as np
 
-from dllm_engine.ops import Array
+from dllm_engine.ops.transfer import Array
 
 #: Positions outside the window that `sparse` keeps at least, whatever the ratio. In a short
 #: sequence a ratio keeps too few for correct answers (docs/decisions/012) and saves almost nothing:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dllm_engine.ops import Array
+from dllm_engine.ops.transfer import Array
 
 
 class PageAllocator:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from dllm_engine.errors import InvalidConfig
-from dllm_engine.models import ModelSpec
+from dllm_engine.models.base import ModelSpec
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 

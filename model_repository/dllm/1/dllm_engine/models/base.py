@@ -15,18 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dllm_engine.errors import InvalidConfig
-from dllm_engine.ops import (
-    TORCH,
-    GatedLinear,
-    Head,
-    LayerPages,
-    Layout,
-    Linear,
-    Operations,
-    RotaryTable,
-    quantized_bytes,
-)
-from dllm_engine.parallel import Group, SlicedHead
+from dllm_engine.ops.dispatch import TORCH, Operations
+from dllm_engine.ops.head import Head
+from dllm_engine.ops.layout import LayerPages, Layout
+from dllm_engine.ops.linear import GatedLinear, Linear
+from dllm_engine.ops.quantization import quantized_bytes
+from dllm_engine.ops.rotary import RotaryTable
+from dllm_engine.parallel.group import Group
+from dllm_engine.parallel.head import SlicedHead
 
 #: Matrices that are split over ranks, and the dimension: the outputs (0) of projections that read
 #: the residual, the inputs (1) of projections that add to it.

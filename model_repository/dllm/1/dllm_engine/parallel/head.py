@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dllm_engine.ops import TORCH, Head, HeadOptions, HeadStatistics, Operations
+from dllm_engine.ops.dispatch import TORCH, Operations
+from dllm_engine.ops.head import Head
+from dllm_engine.ops.head_types import HeadOptions, HeadStatistics
 from dllm_engine.parallel.group import Group
 from dllm_engine.parallel.rank_merge import merge_over_ranks
 

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from dllm_engine.ops import HeadStatistics
+from dllm_engine.ops.head_types import HeadStatistics
 from dllm_engine.parallel.group import Group
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from dllm_engine.ops import Head
+from dllm_engine.ops.head import Head
 from dllm_engine.sampling.credit import Credits
 from dllm_engine.sampling.from_statistics import from_statistics
 from dllm_engine.sampling.full_logits import from_full_logits

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dllm_engine.ops import ROW_MULTIPLE, Head, HeadOptions, noise
+from dllm_engine.ops import noise
+from dllm_engine.ops.head import Head
+from dllm_engine.ops.head_types import HeadOptions
+from dllm_engine.ops.rows import ROW_MULTIPLE
 from dllm_engine.sampling.credit import Credits, decide
 from dllm_engine.sampling.rows import Candidates, RowSampling, SpecialTokens, joined
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dllm_engine.ops import ROW_MULTIPLE, Head, noise
-from dllm_engine.ops.rows import forbid, pad_rows, widen
+from dllm_engine.ops import noise
+from dllm_engine.ops.head import Head
+from dllm_engine.ops.rows import ROW_MULTIPLE, forbid, pad_rows, widen
 from dllm_engine.sampling.rows import Candidates, RowSampling, SpecialTokens, joined
 
 #: Bytes per logit: the logit, its float64 copies, their order and the noise.

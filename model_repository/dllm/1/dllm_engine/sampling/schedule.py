@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from dllm_engine.ops import Array
+from dllm_engine.ops.transfer import Array
 
 
 def linear_count(num_masks: Array, steps: Array, step: Array) -> Array:

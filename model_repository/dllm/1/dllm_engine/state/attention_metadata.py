@@ -11,19 +11,19 @@ import itertools
 
 import numpy as np
 
-from dllm_engine.memory import CachePolicy, KVPages
-from dllm_engine.ops import (
-    Array,
+from dllm_engine.memory.cache_policy import CachePolicy
+from dllm_engine.memory.kv_cache import KVPages
+from dllm_engine.ops.layout import (
     FlatLayout,
     FlatSelection,
     FreshGroup,
     PackedLayout,
     PagedGroup,
     Selection,
-    Upload,
+    tiles_of,
 )
-from dllm_engine.ops.layout import tiles_of
 from dllm_engine.ops.rows import ROW_MULTIPLE
+from dllm_engine.ops.transfer import Array, Upload
 from dllm_engine.state.slots import SlotState
 from dllm_engine.state.step_plan import Sequences
 

@@ -8,10 +8,13 @@ import numpy as np
 from torch import Tensor
 
 from dllm_engine.decoding import Rule, Score
-from dllm_engine.memory import KVPages
-from dllm_engine.ops import Array, Layout, Upload
+from dllm_engine.memory.kv_cache import KVPages
+from dllm_engine.ops.layout import Layout
 from dllm_engine.ops.rows import ROW_MULTIPLE
-from dllm_engine.sampling import CommitPlan, CreditRows, Credits, RowSampling, SamplingFlags
+from dllm_engine.ops.transfer import Array, Upload
+from dllm_engine.sampling.commit import CommitPlan
+from dllm_engine.sampling.credit import CreditRows, Credits
+from dllm_engine.sampling.rows import RowSampling, SamplingFlags
 from dllm_engine.state.attention_metadata import AttentionMetadata, flat_layout, grouped_layout
 from dllm_engine.state.slots import SlotState
 from dllm_engine.state.step_plan import Blocks, StepPlan

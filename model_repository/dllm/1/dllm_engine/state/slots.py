@@ -11,10 +11,10 @@ from typing import Annotated, NamedTuple, get_type_hints
 import numpy as np
 
 from dllm_engine.decoding import ENTROPY_SCORES, Rule, decoding_of, score_of
-from dllm_engine.memory import CachePolicy, Phases
-from dllm_engine.ops import Array
+from dllm_engine.memory.cache_policy import CachePolicy, Phases
+from dllm_engine.ops.transfer import Array
 from dllm_engine.request import Prompt
-from dllm_engine.sampling import needs_full_logits
+from dllm_engine.sampling.rows import needs_full_logits
 from dllm_engine.sampling_params import SamplingParams
 
 #: Columns of each number type: [R].

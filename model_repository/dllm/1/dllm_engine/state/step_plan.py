@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dllm_engine.ops import Array
+from dllm_engine.ops.transfer import Array
 from dllm_engine.state.slots import SlotState
 
 #: Rows of Reuses are grouped by their number rounded up to a multiple of this.
