@@ -1,5 +1,5 @@
 // A chat and an autocompletion as Continue makes them. Arguments: the model's entry in its
-// configuration, as JSON, and the question. Prints one JSON document.
+// configuration, as JSON, the question, and the text to complete. Prints one JSON document.
 import { constructLlmApi } from "@continuedev/openai-adapters";
 
 const { provider, model, apiBase, apiKey } = JSON.parse(process.argv[2]);
@@ -15,7 +15,7 @@ for await (const chunk of api.chatCompletionStream(
 
 const completion = [];
 for await (const chunk of api.completionStream(
-  { model, prompt: process.argv[3], max_tokens: LENGTH, stop: ["\n\n"], stream: true }, never,
+  { model, prompt: process.argv[4], max_tokens: 16, stop: ["\n\n"], stream: true }, never,
 )) completion.push(chunk.choices[0]?.text ?? "");
 
 console.log(JSON.stringify({ chat: chat.join(""), completion: completion.join("") }));

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -51,11 +52,17 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdapterServer]
 @pytest.fixture(scope="module")
 def answer(service: AdapterServer) -> str:
     """The answer to the question, from a plain call."""
-    body = {"model": "dllm", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 32}
-    reply = requests.post(f"{service.url}/v1/chat/completions", json=body, timeout=60)
-    text: str = reply.json()["choices"][0]["message"]["content"]
+    messages = [{"role": "user", "content": QUESTION}]
+    choice = plain_call(service, "chat/completions", messages=messages, max_tokens=32)
+    text: str = choice["message"]["content"]
     assert "42" in text
     return text
+
+
+def plain_call(service: AdapterServer, path: str, **body: Any) -> Any:
+    """The choice in the answer to a call without a client."""
+    reply = requests.post(f"{service.url}/v1/{path}", json={"model": "dllm", **body}, timeout=60)
+    return reply.json()["choices"][0]
 
 
 @pytest.fixture(scope="module")
@@ -155,9 +162,11 @@ def test_continue(node: Path, service: AdapterServer, answer: str) -> None:
     (model,) = yaml.safe_load(block("Continue", "yaml"))["models"]
     model["apiBase"] = model["apiBase"].replace(ADDRESS, service.url)
     shutil.copy(CLIENTS / "continue.mjs", node)
-    printed = json.loads(run(["node", "continue.mjs", json.dumps(model), QUESTION], node))
+    prompt = "hello"
+    printed = json.loads(run(["node", "continue.mjs", json.dumps(model), QUESTION, prompt], node))
+    here = plain_call(service, "completions", prompt=prompt, max_tokens=16)
     assert printed["chat"] == answer
-    assert printed["completion"]
+    assert printed["completion"] == here["text"] != ""
 
 
 def test_lm_evaluation_harness(python: Path, service: AdapterServer, tmp_path: Path) -> None:
