@@ -75,6 +75,9 @@ def create_app(
         summary="Diffusion language models behind a REST API",
         version=version("dllm-serve"),
         lifespan=lifespan,
+        # FastAPI's pages load scripts from elsewhere; ours is in api/page.py.
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.settings = chosen
     routers = [m.router for m in (jobs, stream, openai, page, health, metrics)]

@@ -4,6 +4,7 @@ changes no row and is told so."""
 import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import (
@@ -33,6 +34,7 @@ from adapter.jobs.job import (
     DEFAULT_OPTIONS,
     ClaimedJob,
     Job,
+    JobDetails,
     JobOptions,
     JobState,
     engine_request_id,
@@ -40,7 +42,7 @@ from adapter.jobs.job import (
 )
 from adapter.jobs.outcome import Failed, Finished, Interrupted, Outcome, Snoozed
 from adapter.telemetry.metrics import JOBS_DONE
-from adapter.types import Event, Inputs
+from adapter.types import Event, Inputs, Usage
 
 Clock = Callable[[], float]
 
@@ -155,24 +157,36 @@ class JobStore:
 
     async def settle(self, owner: str, job: ClaimedJob, outcome: Outcome) -> Job | None:
         """Record how a run ended; the job if that is final and it was still this owner's."""
+        now = self._clock()
+        details = JobDetails(job.created_at, job.claimed_at, now)
         match outcome:
             case Finished(event=event):
-                if await self.finish(owner, job.id, event):
-                    return Job(job.id, JobState.FINISHED, job.attempts, event.text, None)
+                if await self.finish(owner, job.id, event, now=now):
+                    details = replace(
+                        details,
+                        finish_reason=event.finish_reason,
+                        usage=event.usage,
+                        seed=event.seed,
+                    )
+                    state, text = JobState.FINISHED, event.text
+                    return Job(job.id, state, job.attempts, text, None, details=details)
             case Failed(reason):
-                if await self.fail(owner, job.id, reason or ""):
-                    return Job(job.id, JobState.FAILED, job.attempts, None, reason)
+                if await self.fail(owner, job.id, reason or "", now=now):
+                    state = JobState.FAILED
+                    return Job(job.id, state, job.attempts, None, reason, details=details)
             case Interrupted(reason):
                 await self.retry(owner, job.id, reason or "")
             case Snoozed():
                 await self.release(owner, job.id)
         return None
 
-    async def finish(self, owner: str, job_id: int, result: Event) -> bool:
+    async def finish(
+        self, owner: str, job_id: int, result: Event, *, now: float | None = None
+    ) -> bool:
         """Store the result. False if the job is not this owner's."""
         usage = result.usage
         values = {
-            **_ended(JobState.FINISHED, self._clock()),
+            **_ended(JobState.FINISHED, self._clock() if now is None else now),
             "text": result.text,
             "finish_reason": result.finish_reason,
             "seed": result.seed,
@@ -183,9 +197,10 @@ class JobStore:
         }
         return await self._end(JobState.FINISHED, _OWN_JOB, {"job": job_id, "by": owner, **values})
 
-    async def fail(self, owner: str, job_id: int, error: str) -> bool:
+    async def fail(self, owner: str, job_id: int, error: str, *, now: float | None = None) -> bool:
         """Fail the job with the reason. False if it is not this owner's."""
-        values = {**_ended(JobState.FAILED, self._clock()), "error": error}
+        now = self._clock() if now is None else now
+        values = {**_ended(JobState.FAILED, now), "error": error}
         return await self._end(JobState.FAILED, _OWN_JOB, {"job": job_id, "by": owner, **values})
 
     async def release(self, owner: str, job_id: int) -> bool:
@@ -345,7 +360,19 @@ def _shown(row: Row[Any]) -> Job:
     state, name = JobState(row.state), None
     if state is JobState.RUNNING:
         name = engine_request_id(row.id, row.request_id, row.owner, row.attempts, row.num_rescues)
-    return Job(row.id, state, row.attempts, row.text, row.error, name)
+    return Job(row.id, state, row.attempts, row.text, row.error, name, _details(row))
+
+
+def _details(row: Row[Any]) -> JobDetails:
+    usage = (row.prompt_tokens, row.completion_tokens, row.steps, row.forward_passes)
+    return JobDetails(
+        row.created_at,
+        None if row.state == JobState.QUEUED else row.started_at,
+        row.finished_at,
+        row.finish_reason,
+        None if None in usage else Usage(*usage),
+        row.seed,
+    )
 
 
 def _claimed(row: Row[Any], owner: str, now: float) -> ClaimedJob:
@@ -359,6 +386,8 @@ def _claimed(row: Row[Any], owner: str, now: float) -> ClaimedJob:
         options=JobOptions(row.priority, timeout, row.api_key, row.request_id, row.traceparent),
         time_left=None if row.deadline is None else row.deadline - now,
         waited=max(0.0, now - row.created_at),
+        created_at=row.created_at,
+        claimed_at=now,
     )
 
 
@@ -378,6 +407,15 @@ _SHOWN = select(
     jobs.c.error,
     jobs.c.owner,
     jobs.c.request_id,
+    jobs.c.created_at,
+    jobs.c.started_at,
+    jobs.c.finished_at,
+    jobs.c.finish_reason,
+    jobs.c.prompt_tokens,
+    jobs.c.completion_tokens,
+    jobs.c.steps,
+    jobs.c.forward_passes,
+    jobs.c.seed,
 ).where(jobs.c.id == bindparam("job"))
 _SHOWN_TO_KEY = _SHOWN.where(jobs.c.api_key == bindparam("key"))
 _DONE_AMONG = select(jobs.c.id).where(

@@ -86,6 +86,7 @@ async def test_events_show_the_canvas_until_the_answer(
         "canvas": ["<0>", "<1>", "<2>", "<3>"],
         "committed": steps[-1][1]["committed"],
         "final_text": "<0><1><2><3>",
+        "seed": 7,
     }
     assert committed(steps) == [0, 1, 2, 3]
     assert steps[0][1]["committed"][0] == {
