@@ -69,11 +69,17 @@ class JobStore:
         return self._database.outage
 
     async def add(
-        self, requests: Sequence[Inputs], *, max_queued: int, options: JobOptions = DEFAULT_OPTIONS
+        self,
+        requests: Sequence[Inputs],
+        *,
+        max_queued: int,
+        max_queued_of_key: int | None = None,
+        options: JobOptions = DEFAULT_OPTIONS,
     ) -> list[int]:
         """Queue all requests or none; their ids, in ascending order. Raises `TooManyJobs`."""
+        most = (max_queued, max_queued_of_key)
         return await self._database.write(
-            lambda connection: self._add(connection, requests, max_queued, options)
+            lambda connection: self._add(connection, requests, most, options)
         )
 
     async def add_once(
@@ -82,6 +88,7 @@ class JobStore:
         *,
         key: str,
         max_queued: int,
+        max_queued_of_key: int | None = None,
         options: JobOptions = DEFAULT_OPTIONS,
     ) -> tuple[list[int], bool]:
         """As `add`, but only once under this key; the ids, and whether they are new.
@@ -97,7 +104,7 @@ class JobStore:
                 assert known is not None
             if known is not None:
                 return known, False
-            ids = self._add(connection, requests, max_queued, options)
+            ids = self._add(connection, requests, (max_queued, max_queued_of_key), options)
             idempotency.set_ids(connection, record, ids)
             return ids, True
 
@@ -287,11 +294,17 @@ class JobStore:
         self,
         connection: Connection,
         requests: Sequence[Inputs],
-        max_queued: int,
+        most: tuple[int, int | None],
         options: JobOptions,
     ) -> list[int]:
         # On PostgreSQL, submissions at the same moment do not count each other.
-        _refuse_beyond(max_queued, connection.scalar(_COUNT_QUEUED) or 0, len(requests))
+        max_queued, max_of_key = most
+        queued = connection.scalar(_COUNT_QUEUED) or 0
+        _refuse_beyond(max_queued, queued, len(requests))
+        # The jobs of one key are counted only where they may be too many: it takes longer.
+        if max_of_key is not None and queued + len(requests) > max_of_key:
+            of_key = connection.scalar(_COUNT_QUEUED_BY_KEY, {"key": options.api_key}) or 0
+            _refuse_beyond(max_of_key, of_key, len(requests), of_key=True)
         ids = reserve_job_ids(connection, len(requests))
         connection.execute(_INSERT, self._new_rows(ids, requests, options))
         return ids
@@ -391,9 +404,11 @@ def _claimed(row: Row[Any], owner: str, now: float) -> ClaimedJob:
     )
 
 
-def _refuse_beyond(max_queued: int, queued: int, extra: int) -> None:
+def _refuse_beyond(max_queued: int, queued: int, extra: int, *, of_key: bool = False) -> None:
     if queued + extra > max_queued:
-        msg = f"{queued} jobs are waiting, and at most {max_queued} may (DLLM_MAX_QUEUED_JOBS)"
+        whose = " of this key" if of_key else ""
+        settings = "DLLM_MAX_QUEUED_JOBS" + (", DLLM_KEY_SHARE" if of_key else "")
+        msg = f"{queued} jobs{whose} are waiting, and at most {max_queued} may ({settings})"
         raise TooManyJobs(msg)
 
 
@@ -423,6 +438,7 @@ _DONE_AMONG = select(jobs.c.id).where(
 )
 _ANY_QUEUED = _any_of(QUEUED)
 _COUNT_QUEUED = select(func.count()).select_from(jobs).where(QUEUED)
+_COUNT_QUEUED_BY_KEY = _COUNT_QUEUED.where(jobs.c.api_key == bindparam("key"))
 _INSERT = insert(jobs)
 # It sets the columns that it gets values for.
 _OWN_JOB = update(jobs).where(
