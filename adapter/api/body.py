@@ -28,6 +28,10 @@ from adapter.errors import (
 MAX_VALUES = 300_000
 #: A worker reads bodies of together so many times the largest one.
 BODIES_AT_ONCE = 16
+#: A body that is larger than this takes its turn: others' calls go on between two of them.
+LARGE_BYTES = 256 * 1024
+#: Length of its turn, in seconds per byte; parsing takes some tenth of it.
+TURN = 0.25 / 2**20
 #: Where a value begins: in a list or an object, or after another value. They are counted in texts
 #: too, since telling texts apart costs more than parsing; no prompt that fits a model has as many.
 SEPARATORS = (b",", b"[", b"{")
@@ -47,6 +51,7 @@ class BodyMiddleware:
         self._timeout = timeout
         #: Bytes of the bodies that are being read now.
         self._held = 0
+        self._turn = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the call on with its body, or answer it with an error."""
@@ -86,6 +91,9 @@ class BodyMiddleware:
                     if self._held > BODIES_AT_ONCE * self._max_bytes:
                         msg = "too many bodies are being sent at the same time"
                         raise TooManyBodies(msg)
+            if len(body) > LARGE_BYTES:
+                async with self._turn:
+                    await asyncio.sleep(TURN * len(body))
         except TimeoutError:
             msg = f"the body was not complete within {self._timeout:g} s (DLLM_BODY_TIMEOUT)"
             raise BodyTimeout(msg) from None
