@@ -14,7 +14,7 @@ import numpy as np
 
 from dllm_engine.config import EngineConfig
 from dllm_engine.decoding import Rule
-from dllm_engine.memory.cache_policy import CachePolicy, Phases, delayed_rows, kept_rows
+from dllm_engine.memory.cache_policy import CachePolicy, delayed_rows, kept_rows, phase_of
 from dllm_engine.models.base import ModelSpec
 from dllm_engine.ops.transfer import Array
 from dllm_engine.request import Prompt
@@ -294,11 +294,15 @@ class CanvasTable:
             See `_enter_block`.
         """
         state, first_masked = self._enter_block(state)
-        phases = Phases.of(state.cache, state.block_age, state.delay_steps, state.refresh_interval)
+        refresh, store = phase_of(
+            state.cache, state.block_age, state.delay_steps, state.refresh_interval
+        )
+        state = state._replace(refresh=refresh, store=store)
         start = np.maximum(state.block_start - self.shifted, 0)
-        first_row, end = phases.span(state.length, start, state.block_end)
-        num_rows = end - first_row
-        if (partial := phases.partial).any():
+        first_row = np.where(refresh, 0, start)
+        behind = refresh | (state.cache == int(CachePolicy.PREFIX))
+        num_rows = np.where(behind, state.length, state.block_end) - first_row
+        if (partial := state.partial).any():
             num_rows = np.where(partial, self._delayed_rows(state).sum(axis=1), num_rows)
         keep, kv_lens = np.zeros_like(start), state.length
         if (sparse := state.cache == int(CachePolicy.SPARSE)).any():
@@ -307,8 +311,6 @@ class CanvasTable:
             keep = np.where(sparse, kept, 0)
             kv_lens = np.where(sparse, kept + window, state.length)
         state = state._replace(
-            refresh=phases.refresh,
-            store=phases.store,
             window_start=start,
             first_row=first_row,
             num_rows=num_rows,
