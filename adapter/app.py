@@ -14,6 +14,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from adapter.api import health, jobs, metrics, page, stream
 from adapter.api.body import BodyMiddleware
 from adapter.api.error_handlers import add_error_handlers
+from adapter.api.head import HeadMiddleware
 from adapter.api.openai import routes as openai
 from adapter.api.openapi import extend_openapi
 from adapter.auth.keys import Keyring
@@ -24,12 +25,14 @@ from adapter.engine.monitor import EngineMonitor
 from adapter.engine.pool import Endpoint, EnginePool
 from adapter.engine.streaming import StreamingRequests
 from adapter.engine.triton import TritonEngine
+from adapter.errors import SettingsError
 from adapter.jobs.runner import JobRunner
 from adapter.jobs.service import JobService
 from adapter.jobs.store import JobStore
 from adapter.jobs.watcher import JobWatcher
 from adapter.periodic import PeriodicTask
-from adapter.settings import Settings, load_settings
+from adapter.setting_names import misspelt
+from adapter.settings import OPEN_TO_ALL, Settings, load_settings, refuse_start
 from adapter.shutdown import on_shutdown_signal
 from adapter.telemetry.logs import configure_logging, get_logger
 from adapter.telemetry.middleware import TelemetryMiddleware
@@ -50,6 +53,11 @@ def create_app(
     """
     chosen = load_settings() if settings is None else settings
     configure_logging(chosen.log_level, chosen.log_format)
+    for warning in misspelt(os.environ):
+        log.warning("setting_unknown", message=warning)
+    keyring = Keyring(chosen.api_keys, chosen.api_keys_file)
+    if chosen.is_public and not keyring.required:
+        log.warning("open_to_all", message=OPEN_TO_ALL.format(host=chosen.host))
     flush_spans = configure_tracing() if chosen.tracing else None
 
     @asynccontextmanager
@@ -72,6 +80,7 @@ def create_app(
     routers = [m.router for m in (jobs, stream, openai, page, health, metrics)]
     routes = [route for router in routers for route in router.routes]
     # The last one added is the first that a call passes.
+    app.add_middleware(HeadMiddleware)
     app.add_middleware(
         BodyMiddleware,
         routes=routes,
@@ -80,7 +89,7 @@ def create_app(
     )
     app.add_middleware(
         AuthMiddleware,
-        keyring=Keyring(chosen.api_keys, chosen.api_keys_file),
+        keyring=keyring,
         guard_metrics=chosen.metrics_need_key,
     )
     if origins := [origin.strip() for origin in chosen.cors_origins.split(",") if origin.strip()]:
@@ -177,4 +186,12 @@ def _worker_name() -> str:
     return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
-app = create_app()
+def _served_app() -> FastAPI:
+    """The application for uvicorn; a bad setting is one line instead of a traceback."""
+    try:
+        return create_app()
+    except SettingsError as error:
+        refuse_start(str(error))
+
+
+app = _served_app()

@@ -1,9 +1,12 @@
 """The adapter's settings. Each is an environment variable: `DLLM_` and the field's name."""
 
 import re
+import sys
 from collections.abc import Mapping
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, NoReturn, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -16,6 +19,14 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
+OPEN_TO_ALL = (
+    "everyone who reaches {host} may use the API (DLLM_HOST), since no key is needed: "
+    "set DLLM_API_KEYS or DLLM_API_KEYS_FILE"
+)
+#: uvicorn's exit status for a worker that would fail again at each start.
+STARTUP_FAILURE = 3
+
+
 class Settings(BaseSettings):
     """The adapter's configuration, validated once at start; see `load_settings`."""
 
@@ -24,6 +35,9 @@ class Settings(BaseSettings):
         env_prefix="DLLM_", env_ignore_empty=True, extra="ignore", frozen=True
     )
 
+    host: str = Field(
+        default="127.0.0.1", description="address at which the API is published, by others"
+    )
     triton_url: str = Field(
         default="127.0.0.1:8011",
         description="Triton's gRPC address, host:port; separate several by commas",
@@ -35,9 +49,9 @@ class Settings(BaseSettings):
     database_timeout: Seconds = Field(
         default=5.0, description="longest database transaction; jobs are answered 503 beyond"
     )
-    log_level: str = Field(default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
-    log_format: str = Field(
-        default="text", pattern="^(text|json)$", description="text lines, or JSON lines"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="text lines, or JSON lines"
     )
     tracing: bool = Field(default=False, description="OpenTelemetry traces; needs the extra `otel`")
 
@@ -115,6 +129,14 @@ class Settings(BaseSettings):
     )
 
     @property
+    def is_public(self) -> bool:
+        """Whether other machines may reach the API, as far as its publisher says."""
+        try:
+            return not ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host != "localhost"
+
+    @property
     def triton_urls(self) -> list[str]:
         """The addresses of all tritonservers."""
         return [url.strip() for url in self.triton_url.split(",")]
@@ -130,7 +152,7 @@ class Settings(BaseSettings):
         urls = [url.strip() for url in value.split(",")]
         for url in urls:
             host, _, port = url.rpartition(":")
-            if not host or not port.isdecimal() or "/" in url:
+            if not host or "/" in url or not (port.isdecimal() and 0 < int(port) < 65_536):
                 msg = f"{url!r} should be host:port"
                 raise ValueError(msg)
         if len(set(urls)) < len(urls):
@@ -146,6 +168,26 @@ class Settings(BaseSettings):
             # The value is not shown, as it may hold a password.
             msg = "should be sqlite:///FILE or postgresql+asyncpg://USER:PASSWORD@HOST/NAME"
             raise PydanticCustomError("database_url", msg)
+        if value.startswith("sqlite"):
+            folder = Path(value.partition(":///")[2].partition("?")[0]).absolute().parent
+            if not folder.is_dir():
+                msg = "the folder of the SQLite file does not exist: {folder}"
+                raise PydanticCustomError("database_url", msg, {"folder": str(folder)})
+        else:
+            try:
+                _ = urlsplit(value).port
+            except ValueError:
+                msg = "the port should be a number from 0 to 65535"
+                raise PydanticCustomError("database_url", msg) from None
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, value: str) -> str:
+        for origin in filter(None, map(str.strip, value.split(","))):
+            if origin not in ("*", "null") and not re.fullmatch(r"[a-z][\w+.-]*://[^/\s]+", origin):
+                msg = f"{origin!r} should be like https://chat.example.org, without a path, or *"
+                raise ValueError(msg)
         return value
 
     @field_validator("rate_limit")
@@ -162,8 +204,10 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _silence_outlasts_the_signs_of_life(self) -> Self:
         if self.engine_idle_timeout < 2 * self.stream_interval:
-            least = f"twice stream_interval ({self.stream_interval})"
-            msg = f"engine_idle_timeout must be at least {least}"
+            msg = (
+                f"DLLM_ENGINE_IDLE_TIMEOUT={self.engine_idle_timeout:g}: should be at least twice "
+                f"DLLM_STREAM_INTERVAL ({self.stream_interval:g})"
+            )
             raise ValueError(msg)
         return self
 
@@ -177,11 +221,17 @@ def load_settings() -> Settings:
         raise SettingsError(problems) from None
 
 
+def refuse_start(problem: str) -> NoReturn:
+    """End this process with a line instead of a traceback, and uvicorn's supervisor with it."""
+    sys.stderr.write(f"the adapter cannot start: {problem}\n")
+    raise SystemExit(STARTUP_FAILURE)
+
+
 def _problem(error: Mapping[str, object]) -> str:
-    location = error["loc"]
+    location, reason = error["loc"], str(error["msg"]).removeprefix("Value error, ")
     if not isinstance(location, tuple) or not location:
-        return str(error["msg"])
+        return reason
     name = f"DLLM_{str(location[0]).upper()}"
     # A database's address may hold a password.
     given = "" if error["type"] == "database_url" else f"={error['input']!r}"
-    return f"{name}{given}: {error['msg']}"
+    return f"{name}{given}: {reason}"

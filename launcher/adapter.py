@@ -1,6 +1,7 @@
 """Run the REST adapter as a child process."""
 
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -8,7 +9,7 @@ from collections.abc import Mapping
 
 import httpx
 
-from launcher.errors import StartTimeoutError
+from launcher.errors import SettingError, StartTimeoutError
 from launcher.ports import require_free_port
 from launcher.process import GuardedProcess, LogCallback
 from launcher.settings import Settings
@@ -49,6 +50,17 @@ class Adapter:
     def log_tail(self) -> list[str]:
         return self._process.tail() if self._process is not None else []
 
+    def check(self) -> list[str]:
+        """Have the adapter look at its settings; returns its warnings. Raises SettingError."""
+        command = [sys.executable, "-m", "adapter.check"]
+        found = subprocess.run(
+            command, env=self._environment(), capture_output=True, text=True, errors="replace"
+        )
+        lines = found.stderr.splitlines()
+        if found.returncode:
+            raise SettingError(lines[-1] if lines else f"{' '.join(command)} failed")
+        return lines
+
     def start(self) -> None:
         """Start and wait until `/v1/health` says ok, or leave nothing behind.
 
@@ -61,12 +73,7 @@ class Adapter:
         process = GuardedProcess(
             self._command(),
             name="the adapter",
-            env={
-                **os.environ,
-                "DLLM_TRITON_URL": self._triton_url,
-                **self._env,
-                "PROMETHEUS_MULTIPROC_DIR": self._metrics.name,
-            },
+            env={**self._environment(), "PROMETHEUS_MULTIPROC_DIR": self._metrics.name},
             grace=CONNECTION_SECONDS + settings.drain_seconds + EXIT_SECONDS,
             on_log=self._on_log,
         )
@@ -88,6 +95,10 @@ class Adapter:
     @property
     def _triton_url(self) -> str:
         return f"127.0.0.1:{self._settings.triton_grpc_port}"
+
+    def _environment(self) -> dict[str, str]:
+        ours = {"DLLM_TRITON_URL": self._triton_url, "DLLM_HOST": self._settings.host}
+        return {**os.environ, **ours, **self._env}
 
     def _command(self) -> list[str]:
         settings = self._settings

@@ -1,5 +1,6 @@
 """The `dllm-serve` command: run the service, or watch it at work once."""
 
+import os
 import signal
 import tempfile
 import threading
@@ -16,8 +17,9 @@ from rich.console import Console
 from launcher import demo as demonstration
 from launcher.console import ConsoleReporter, Logs
 from launcher.errors import LaunchError
+from launcher.setting_names import misspelt
 from launcher.settings import Settings
-from launcher.stack import Stack, triton_server
+from launcher.stack import Stack, check_model_path, triton_server
 
 app = typer.Typer(
     help="Serve diffusion language models. Settings are environment variables, DLLM_*.",
@@ -54,6 +56,9 @@ def triton(verbose: Verbose = False) -> None:
     with _clear_errors():
         settings = _settings()
         reporter = ConsoleReporter(console, Logs.ALL if verbose else Logs.READY)
+        for warning in misspelt(os.environ):
+            reporter.trouble(f"warning: {warning}")
+        check_model_path(os.environ)
         with suppress(KeyboardInterrupt), reporter, triton_server(settings, reporter) as server:
             reporter.quiet()
             _print_addresses(
@@ -112,7 +117,8 @@ def _clear_errors() -> Iterator[None]:
     except ValidationError as error:
         for problem in error.errors():
             name = "_".join(str(part) for part in problem["loc"]).upper()
-            stderr.print(f"DLLM_{name}={problem['input']!r}: {problem['msg']}", markup=False)
+            reason = str(problem["msg"]).removeprefix("Value error, ")
+            stderr.print(f"DLLM_{name}={problem['input']!r}: {reason}", markup=False)
         raise typer.Exit(1) from None
     except (LaunchError, DllmError) as error:
         stderr.print("dllm-serve:", str(error), markup=False)

@@ -3,6 +3,8 @@
 LaunchError
  ├─ ServerMissingError  no tritonserver binary that fits this interpreter
  ├─ RepositoryError     the model repository, or a model in it, is not there
+ ├─ CheckpointError     MODEL_PATH is no checkpoint that can be served
+ ├─ SettingError        a part refuses a setting
  ├─ PortTakenError      another process listens on a port we need
  ├─ ProcessDiedError    a process ended on its own
  └─ StartTimeoutError   a process lives but is not ready in time
@@ -21,6 +23,14 @@ class ServerMissingError(LaunchError):
 
 class RepositoryError(LaunchError):
     """The model repository does not hold the models that are to be loaded."""
+
+
+class CheckpointError(LaunchError):
+    """MODEL_PATH is no checkpoint that can be served; says what is missing and what to do."""
+
+
+class SettingError(LaunchError):
+    """A part refuses the value of a setting; names the variable, the value and what it may be."""
 
 
 class PortTakenError(LaunchError):

@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -35,11 +36,17 @@ class Installation:
             _link_or_copy(source, target / source.name)
         return backends
 
-    def environment(self, base: Mapping[str, str]) -> dict[str, str]:
-        """`base`, changed so that the server's stub runs this interpreter's packages."""
+    def environment(self, base: Mapping[str, str], scratch: Path) -> dict[str, str]:
+        """`base`, changed so that the server's stub runs this interpreter's packages.
+
+        `scratch` is for links to what has no ASCII path.
+        """
         env = dict(base)
         # The stub takes its site-packages from the first `python3` in PATH.
-        _prepend(env, "PATH", (Path(sys.executable).parent,))
+        executable = Path(sys.executable)
+        if not str(executable).isascii():
+            executable = ascii_path(Path(sys.prefix), scratch / "python") / "bin" / executable.name
+        _prepend(env, "PATH", (executable.parent,))
         _prepend(env, "LD_LIBRARY_PATH", self.library_path)
         return env
 
@@ -62,6 +69,23 @@ def find_installation() -> Installation:
         )
         raise ServerMissingError(message) from None
     return _from_wheel(Path(str(located)))
+
+
+def make_scratch() -> Path:
+    """A new temporary folder whose path is ASCII."""
+    folder = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="dllm-triton-", dir=folder if folder.isascii() else "/tmp"))
+
+
+def ascii_path(path: Path, link: Path) -> Path:
+    """The path itself if it is ASCII, else `link`, which then leads there.
+
+    The interpreter inside Triton's stub decodes paths as ASCII whatever the locale is.
+    """
+    if str(path).isascii():
+        return path
+    link.symlink_to(path.absolute(), target_is_directory=True)
+    return link
 
 
 def _from_wheel(package: Path) -> Installation:

@@ -1,5 +1,6 @@
 """Triton and the adapter together: started in order, watched, stopped in reverse order."""
 
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -7,6 +8,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from launcher.adapter import Adapter
+from launcher.checkpoint import check_checkpoint
 from launcher.errors import LaunchError, ProcessDiedError
 from launcher.ports import require_free_port
 from launcher.settings import Settings
@@ -92,6 +94,12 @@ def triton_server(
     )
 
 
+def check_model_path(env: Mapping[str, str]) -> None:
+    """Raises CheckpointError if the checkpoint that the engine would load is none."""
+    if path := env.get("MODEL_PATH"):
+        check_checkpoint(path)
+
+
 class Stack:
     """The whole service on one host, as a context manager.
 
@@ -116,6 +124,9 @@ class Stack:
     def __enter__(self) -> Self:
         # Before minutes go into loading a model that could not be served.
         require_free_port("the REST API's", self.settings.host, self.settings.port, "DLLM_PORT")
+        check_model_path({**os.environ, **self._env})
+        for warning in self._adapter().check():
+            self._reporter.trouble(warning)
         try:
             for name in self._parts:
                 self._start(name)

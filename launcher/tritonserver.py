@@ -2,8 +2,8 @@
 
 import contextlib
 import os
+import re
 import secrets
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,13 +12,21 @@ from typing import Self
 
 import httpx
 
-from launcher.errors import RepositoryError, StartTimeoutError
-from launcher.installation import find_installation
+from launcher.errors import (
+    LaunchError,
+    ProcessDiedError,
+    RepositoryError,
+    SettingError,
+    StartTimeoutError,
+)
+from launcher.installation import ascii_path, find_installation, make_scratch
 from launcher.ports import free_port, require_free_port
 from launcher.process import GuardedProcess, LogCallback
 
 DEFAULT_MODELS = ("dllm", "dllm_unary")
 POLL_SECONDS = 0.1
+#: How the log shows the errors with which the engine refuses what it is given.
+REFUSAL = re.compile(r"Python stub: (?:InvalidConfig|CheckpointError): (.+)")
 
 #: Called about ten times a second while waiting, with the seconds waited and the newest log line.
 WaitCallback = Callable[[float, str], None]
@@ -33,8 +41,8 @@ class TritonServer:
 
     `on_log` gets every log line, from another thread, and must not raise; `on_wait` is called
     while the models load. Entering raises ServerMissingError, RepositoryError, PortTakenError,
-    ProcessDiedError (a model failed to load: the message ends with the server's log) or
-    StartTimeoutError.
+    SettingError (the engine refuses a setting or its checkpoint), ProcessDiedError (a model failed
+    to load: the message ends with the server's log) or StartTimeoutError.
     """
 
     def __init__(
@@ -129,16 +137,17 @@ class TritonServer:
         self._check_repository()
         self._check_ports()
         installation = find_installation()
-        scratch = Path(tempfile.mkdtemp(prefix="dllm-triton-"))
+        scratch = make_scratch()
         shm_prefix = f"dllm_{os.getpid()}_{secrets.token_hex(4)}_"
-        command = [str(installation.binary), *self._arguments(shm_prefix)]
+        repository = ascii_path(self.repository, scratch / "models")
+        command = [str(installation.binary), *self._arguments(repository, shm_prefix)]
         backends = installation.make_backend_directory(scratch)
         if backends is not None:
             command.append(f"--backend-directory={backends}")
         self._process = GuardedProcess(
             [*command, *self._extra_args],
             name="tritonserver",
-            env=installation.environment({**os.environ, **self._env}),
+            env=installation.environment(self._environment(scratch), scratch),
             grace=self.exit_timeout + 5.0,
             shm_prefix=shm_prefix,
             scratch=scratch,
@@ -193,9 +202,15 @@ class TritonServer:
         ):
             require_free_port(what, self.address, port, setting)
 
-    def _arguments(self, shm_prefix: str) -> list[str]:
+    def _environment(self, scratch: Path) -> dict[str, str]:
+        env = {**os.environ, **self._env}
+        if checkpoint := env.get("MODEL_PATH"):
+            env["MODEL_PATH"] = str(ascii_path(Path(checkpoint), scratch / "checkpoint"))
+        return env
+
+    def _arguments(self, repository: Path, shm_prefix: str) -> list[str]:
         return [
-            f"--model-repository={self.repository}",
+            f"--model-repository={repository}",
             # Completing a configuration imports the model once more, which takes seconds of torch.
             "--disable-auto-complete-config",
             f"--http-address={self.address}",
@@ -215,7 +230,7 @@ class TritonServer:
         with httpx.Client(timeout=5.0, trust_env=False) as client:
             while not self.is_ready(client):
                 if not process.running:
-                    raise process.died()
+                    raise _refusal(process.died())
                 waited = time.monotonic() - started
                 if waited > self.start_timeout:
                     message = f"tritonserver was not ready after {self.start_timeout:.0f} s"
@@ -223,3 +238,11 @@ class TritonServer:
                 if self._on_wait is not None:
                     self._on_wait(waited, process.last_line)
                 time.sleep(POLL_SECONDS)
+
+
+def _refusal(death: ProcessDiedError) -> LaunchError:
+    """The engine's own words, if it refused its settings or its checkpoint; else `death`."""
+    for line in death.log_tail:
+        if found := REFUSAL.search(line):
+            return SettingError(found[1])
+    return death

@@ -11,8 +11,9 @@ from adapter.api.canvas_events import Done, Failed, Step
 from adapter.api.openai.responses import ChatChunk
 from adapter.settings import Settings
 
-#: Names of the models that are bodies of requests.
-BODIES = ("GenerateRequest", "BatchRequest", "CompletionCall", "ChatCall")
+#: Names of the models that are bodies of requests, and of those that OpenAI's calls have.
+BODIES = ("GenerateRequest", "BatchRequest")
+OPENAI_BODIES = ("CompletionCall", "ChatCall")
 #: Models in events of streams, which FastAPI does not find by itself.
 STREAMED: tuple[type[BaseModel], ...] = (Step, Done, Failed, ChatChunk)
 COMPONENT = "#/components/schemas/{model}"
@@ -53,6 +54,8 @@ def extend_openapi(app: FastAPI, settings: Settings) -> None:
             schemas = description["components"]["schemas"]
             for body in BODIES:
                 _limit(schemas[body]["properties"], _limits(settings))
+            for body in OPENAI_BODIES:
+                _limit(schemas[body]["properties"], _option_limits(settings))
             for name, schema in _streamed().items():
                 schemas.setdefault(name, schema)
         return description
@@ -84,9 +87,14 @@ def _limits(settings: Settings) -> Mapping[str, Schema]:
         "input_ids": {"array": {"maxItems": settings.max_prompt_chars}},
         "canvas_ids": {"array": {"maxItems": settings.max_gen_length}},
         "gen_length": canvas,
-        "max_tokens": canvas,
-        "max_completion_tokens": canvas,
         "block_length": canvas,
+        **_option_limits(settings),
+    }
+
+
+def _option_limits(settings: Settings) -> Mapping[str, Schema]:
+    """The same of what OpenAI's calls have; they shorten a length instead of refusing it."""
+    return {
         "temperature": {"number": {"maximum": settings.max_temperature}},
         "timeout": {"number": {"maximum": settings.max_timeout}},
         "model": {"string": {"const": settings.openai_model}},

@@ -117,7 +117,7 @@ class Denoising(Body):
         description="tokens per block, at most gen_length; default: 32, with alg gen_length",
     )
     cfg_scale: float | None = Field(
-        None, ge=0, le=1000000, description="classifier-free guidance; 0 is off"
+        None, ge=0, le=1000, description="classifier-free guidance; 0 is off"
     )
     remasking: Name | None = Field(
         None,
@@ -218,7 +218,7 @@ class Denoising(Body):
     pool_kernel: int | None = Field(
         None,
         ge=1,
-        le=INT32_MAX,
+        le=63,
         description="a position scores as the best of this many around it; odd; with cache "
         "sparse; default: the server's",
     )

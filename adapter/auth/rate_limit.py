@@ -2,12 +2,12 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-from sqlalchemy import Connection, Table, case, delete, select
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Connection, case, delete, select
 
 from adapter.db.database import Database
+from adapter.db.dialects import insert_into
 from adapter.db.tables import rate_limits
 from adapter.errors import RateLimited, StoreUnavailable
 from adapter.rates import Rate
@@ -20,12 +20,6 @@ TIDY_SECONDS = 60.0
 #: A call waits no longer than this to be counted.
 COUNT_SECONDS = 2.0
 WARNING_SECONDS = 60.0
-
-#: SQLAlchemy has an upsert for each database.
-INSERTS: Mapping[str, Callable[[Table], postgresql.Insert | sqlite.Insert]] = {
-    "postgresql": postgresql.insert,
-    "sqlite": sqlite.insert,
-}
 
 
 class RateLimiter:
@@ -75,7 +69,7 @@ class RateLimiter:
         over = rate_limits.c.expires <= now
 
         def change(connection: Connection) -> tuple[int, float]:
-            first = INSERTS[connection.dialect.name](rate_limits).values(
+            first = insert_into(connection, rate_limits).values(
                 key=key, calls=1, expires=now + seconds
             )
             upsert = first.on_conflict_do_update(

@@ -2,10 +2,11 @@
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Self
 
+from adapter.engine.fit import fit_lengths
 from adapter.engine.follow import follow
 from adapter.engine.pool import Endpoint, EnginePool
 from adapter.errors import AdapterError, StreamInterrupted, TooManyCalls, Unavailable
@@ -134,6 +135,14 @@ class StreamingRequests:
         """How many run now."""
         return len(self._running)
 
+    async def fit(self, requests: Sequence[Inputs]) -> list[Inputs]:
+        """The requests of one call, shortened to what fits the model's context.
+
+        Raises `TooManyCalls` before it asks an engine, and what `fit_lengths` raises.
+        """
+        self._require_room(len(requests))
+        return await fit_lengths(self._pool, requests)
+
     def start(
         self,
         inputs: Inputs,
@@ -144,9 +153,7 @@ class StreamingRequests:
         timeout: float | None = None,
     ) -> StreamingRequest:
         """Begin a request, which the caller closes. Raises `TooManyCalls`, `Unavailable`."""
-        if len(self._running) >= self._limit:
-            msg = f"{self._limit} calls wait for their answers, as many as may (DLLM_MAX_LIVE)"
-            raise TooManyCalls(msg)
+        self._require_room(1)
         # The client would not retry, so one failed request must not have the next one rejected.
         endpoint = self._pool.pick() or self._pool.pick(include_backing_off=True)
         if endpoint is None:
@@ -171,6 +178,11 @@ class StreamingRequests:
     async def __aexit__(self, *_: object) -> None:
         for request in list(self._running.values()):
             await request.close()
+
+    def _require_room(self, count: int) -> None:
+        if len(self._running) + count > self._limit:
+            msg = f"{self._limit} calls wait for their answers, as many as may (DLLM_MAX_LIVE)"
+            raise TooManyCalls(msg)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         request = self._running.pop(task)

@@ -4,6 +4,7 @@ import asyncio
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from ipaddress import ip_address
 from typing import Any
 
 import grpc
@@ -86,6 +87,19 @@ def _keepalive(idle_timeout: float) -> Sequence[tuple[str, int]]:
     )
 
 
+def _proxy(url: str) -> Sequence[tuple[str, int]]:
+    """No proxy of the environment (`http_proxy`, `grpc_proxy`) leads to this machine itself.
+
+    Other targets are left to `no_proxy`: their proxy may be the only way there.
+    """
+    host = url.rpartition(":")[0].strip("[]")
+    try:
+        loopback = ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    return (("grpc.enable_http_proxy", 0),) if loopback else ()
+
+
 class TritonEngine:
     """`types.Engine` over Triton's gRPC API; make it inside a running event loop."""
 
@@ -97,7 +111,7 @@ class TritonEngine:
         stream_interval: float,
         idle_timeout: float,
     ) -> None:
-        options = (*CHANNEL_OPTIONS, *_keepalive(idle_timeout))
+        options = (*CHANNEL_OPTIONS, *_keepalive(idle_timeout), *_proxy(url))
         self._channel = grpc.aio.insecure_channel(url, options=options)
         self._triton = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._model_name = model_name

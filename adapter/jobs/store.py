@@ -22,10 +22,11 @@ from sqlalchemy import (
 )
 
 from adapter.db.database import Database
-from adapter.db.tables import counters, jobs, submissions
+from adapter.db.dialects import reserve_job_ids
+from adapter.db.tables import jobs, submissions
 from adapter.errors import TooManyJobs
 from adapter.jobs import idempotency
-from adapter.jobs.claims import QUEUED, RUNNING, claim_rows, lock_counter
+from adapter.jobs.claims import QUEUED, RUNNING, claim_rows
 from adapter.jobs.idempotency import IdempotencyRecord
 from adapter.jobs.job import (
     ACTIVE,
@@ -68,7 +69,7 @@ class JobStore:
     async def add(
         self, requests: Sequence[Inputs], *, max_queued: int, options: JobOptions = DEFAULT_OPTIONS
     ) -> list[int]:
-        """Queue all requests or none; the ids are consecutive. Raises `TooManyJobs`."""
+        """Queue all requests or none; their ids, in ascending order. Raises `TooManyJobs`."""
         return await self._database.write(
             lambda connection: self._add(connection, requests, max_queued, options)
         )
@@ -88,11 +89,14 @@ class JobStore:
         record = IdempotencyRecord.of(key, requests, options)
 
         def add(connection: Connection) -> tuple[list[int], bool]:
-            lock_counter(connection)
-            if (known := idempotency.find_ids(connection, record)) is not None:
+            known = idempotency.find_ids(connection, record)
+            if known is None and not idempotency.insert(connection, record, self._clock()):
+                known = idempotency.find_ids(connection, record)  # of a call at the same time
+                assert known is not None
+            if known is not None:
                 return known, False
             ids = self._add(connection, requests, max_queued, options)
-            idempotency.insert(connection, record, ids, self._clock())
+            idempotency.set_ids(connection, record, ids)
             return ids, True
 
         return await self._database.write(add)
@@ -271,16 +275,11 @@ class JobStore:
         max_queued: int,
         options: JobOptions,
     ) -> list[int]:
-        ids = self._next_ids(connection, len(requests))
+        # On PostgreSQL, submissions at the same moment do not count each other.
         _refuse_beyond(max_queued, connection.scalar(_COUNT_QUEUED) or 0, len(requests))
+        ids = reserve_job_ids(connection, len(requests))
         connection.execute(_INSERT, self._new_rows(ids, requests, options))
         return ids
-
-    def _next_ids(self, connection: Connection, count: int) -> list[int]:
-        """Reserve ids; this also locks the counter."""
-        end = connection.scalar(_RESERVE_IDS, {"more": count})
-        assert end is not None
-        return list(range(end - count, end))
 
     def _new_rows(
         self, ids: Sequence[int], requests: Sequence[Inputs], options: JobOptions
@@ -386,14 +385,6 @@ _DONE_AMONG = select(jobs.c.id).where(
 )
 _ANY_QUEUED = _any_of(QUEUED)
 _COUNT_QUEUED = select(func.count()).select_from(jobs).where(QUEUED)
-# Updating the counter first makes submissions run one after the other on PostgreSQL too, so that
-# the count of queued jobs is exact.
-_RESERVE_IDS = (
-    update(counters)
-    .where(counters.c.name == "jobs")
-    .values(next_id=counters.c.next_id + bindparam("more"))
-    .returning(counters.c.next_id)
-)
 _INSERT = insert(jobs)
 # It sets the columns that it gets values for.
 _OWN_JOB = update(jobs).where(

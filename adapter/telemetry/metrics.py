@@ -26,10 +26,16 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
+from adapter.settings import refuse_start
 from adapter.types import Event, Usage
 
 # A series `_created` beside each counter and bucket would be a quarter of the page.
 disable_created_metrics()  # type: ignore[no-untyped-call]
+
+# Prometheus's library would end in a traceback.
+_FOLDER = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+if _FOLDER and not os.access(_FOLDER, os.W_OK):
+    refuse_start(f"PROMETHEUS_MULTIPROC_DIR={_FOLDER}: should be a folder that it may write to")
 
 REGISTRY = CollectorRegistry()
 

@@ -52,11 +52,12 @@ def _options(base_url: str, api_key: str | None, timeout: float) -> dict[str, An
         "timeout": timeout,
         "limits": LIMITS,
         # A proxy has nothing to do with a server on this machine.
-        "trust_env": not _is_loopback(address.host),
+        "trust_env": not is_loopback(address.host),
     }
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether the host is this machine, which no proxy leads to."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

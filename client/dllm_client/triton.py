@@ -22,6 +22,7 @@ import tritonclient.http as triton_http
 from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
+from dllm_client._client import is_loopback
 from dllm_client._errors import (
     BadRequestError,
     DllmError,
@@ -70,6 +71,7 @@ _ERROR_TEXTS: Mapping[str, str] = {
     "exceeds maximum queue size": "RESOURCE_EXHAUSTED",
     "request timeout expired": "DEADLINE_EXCEEDED",
 }
+_ANY_LENGTH = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 _REQUEST_ID = re.compile(r"^\[request id: [^\]]*\] ")
 
 
@@ -144,7 +146,7 @@ class TritonClient:
         inputs = [_tensor(triton_grpc, name, value) for name, value in fields.items()]
         replies: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
         # A client of tritonclient carries one stream at a time, so each call has its own.
-        with triton_grpc.InferenceServerClient(self._grpc_url) as client:
+        with self._grpc_client() as client:
             # Not with the header `triton_grpc_error`, which would keep the codes of errors: a few
             # refused requests in a row then crash this generation of the server.
             client.start_stream(lambda result, error: replies.put((result, error)))
@@ -156,6 +158,13 @@ class TritonClient:
                     yield from self._events(replies)
             finally:
                 client.stop_stream(cancel_requests=True)
+
+    def _grpc_client(self) -> Any:
+        options: list[tuple[str, int]] | None = None
+        if is_loopback(self._grpc_url.rpartition(":")[0].strip("[]")):
+            # gRPC would send even this to a proxy of the environment.
+            options = [("grpc.enable_http_proxy", 0), *_ANY_LENGTH]
+        return triton_grpc.InferenceServerClient(self._grpc_url, channel_args=options)
 
     def _events(
         self, replies: "queue.SimpleQueue[tuple[Any, Exception | None]]"

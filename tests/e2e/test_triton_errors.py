@@ -40,7 +40,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("steps", HELLO | {"gen_length": 64, "block_length": 16, "steps": 3}, "at least .*4"),
     ("block_length", HELLO | {"block_length": 0}, "at least 1"),
     ("block_length", HELLO | {"gen_length": 8, "block_length": 9}, "1 to .*8"),
-    ("cfg_scale", HELLO | {"cfg_scale": -1.0}, "0 to 1000000"),
+    ("cfg_scale", HELLO | {"cfg_scale": -1.0}, "0 to 1000;"),
     ("remasking", HELLO | {"remasking": "best"}, "low_confidence"),
     ("confidence_threshold", HELLO | {"confidence_threshold": 0.0}, "above 0"),
     ("confidence_threshold", HELLO | {"confidence_threshold": 1.5}, "at most 1"),

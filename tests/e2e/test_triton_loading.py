@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from launcher.errors import ProcessDiedError
+from launcher.errors import SettingError
 from tests.e2e.triton_calls import generate
 from tests.support.checkpoints import (
     llada_config,
@@ -21,6 +21,7 @@ from tests.support.checkpoints import (
     write_llada,
     write_tensors,
 )
+from tests.support.repositories import changed_repository
 from tests.support.servers import CHECKOUT, REPOSITORY, triton_server
 
 MARK = "this environment holds the engine's requirements only"
@@ -86,7 +87,7 @@ def test_repository_needs_the_engines_requirements_only(
     monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.chdir(tmp_path)
     with triton_server(checkpoint, repository=repository, log_file=log_file) as server:
-        assert generate(server, text_input="hello", gen_length=8).text
+        assert generate(server, text_input="hello", gen_length=8).finish_reason
         assert generate(server, model="dllm_unary", text_input="hello", gen_length=8).text
     assert MARK in log_file.read_text()
 
@@ -99,6 +100,52 @@ def test_incomplete_checkpoint_is_not_served(tmp_path: Path) -> None:
     del tensors[missing]
     write_tensors(checkpoint, tensors)
     log_file = tmp_path / "triton.log"
-    with pytest.raises(ProcessDiedError), triton_server(checkpoint, log_file=log_file):
+    with (
+        pytest.raises(SettingError, match=f"missing {missing}"),
+        triton_server(checkpoint, log_file=log_file),
+    ):
         pass
     assert f"missing {missing}" in log_file.read_text()
+
+
+@pytest.mark.slow
+def test_paths_that_are_not_ascii_are_served(checkpoint: Path, tmp_path: Path) -> None:
+    """Repository and checkpoint may lie in folders with any name, which the log shows."""
+    repository, model = tmp_path / "josé" / "models", tmp_path / "modèle"
+    shutil.copytree(REPOSITORY, repository, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(checkpoint, model)
+    with triton_server(model, repository=repository) as server:
+        assert generate(server, text_input="hello", gen_length=8).finish_reason
+
+
+@pytest.mark.slow
+def test_a_checkpoint_in_a_folder_that_is_not_ascii_needs_no_launcher(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """Given by config.pbtxt, as with a server of its own, the engine opens it by itself."""
+    model, log_file = tmp_path / "modèle", tmp_path / "triton.log"
+    shutil.copytree(checkpoint, model)
+    repository = changed_repository(tmp_path)
+    config = repository / "dllm/config.pbtxt"
+    old = 'key: "MODEL_PATH"                  value { string_value: "'
+    text = config.read_text()
+    assert old in text
+    config.write_text(text.replace(old, f"{old}{model}"))
+    with triton_server(
+        Path(), repository=repository, log_file=log_file, settings={"MODEL_PATH": ""}
+    ) as server:
+        assert generate(server, text_input="hello", gen_length=8).finish_reason
+    assert f"loading checkpoint path={model}" in log_file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("DLLM_CACHE", "daul"), ("DLLM_DEVICE", "gpu"), ("DLLM_MAX_NUM_SEQS", "0")]
+)
+@pytest.mark.slow
+def test_a_bad_setting_of_the_engine_is_one_line(checkpoint: Path, name: str, value: str) -> None:
+    """The start ends with the engine's words about the setting, not with the server's log."""
+    with (
+        pytest.raises(SettingError, match=rf"^{name}: [^\n]*{value}[^\n]*$"),
+        triton_server(checkpoint, settings={name: value}),
+    ):
+        pass

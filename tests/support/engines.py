@@ -85,7 +85,7 @@ class FakeRunner(ModelRunner):
             rows.append(given + len(canvas.tokens))
         complete = [n == len(self._canvases[s][0].tokens) for n, s in zip(ready, step, strict=True)]
         no, yes = [False] * len(step), [True] * len(step)
-        return StepResult(step, complete, ready, no, rows, yes)
+        return StepResult(step, complete, ready, no, rows, yes, no)
 
     def canvas(self, slot: int) -> Canvas:
         """A copy."""

@@ -4,7 +4,7 @@ import secrets
 import time
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, HTTPException, Request
 
 from adapter.api.deps import ContextDep, SettingsDep, StreamingDep
 from adapter.api.openai.errors import ModelNotFound
@@ -15,7 +15,7 @@ from adapter.api.openai.runner import CompletionRunner
 from adapter.api.openapi import stream_of
 from adapter.api.schemas import error_responses
 from adapter.api.sse import EventStream
-from adapter.api.validation import check_batch_size, check_limits
+from adapter.api.validation import check_batch_size, check_options
 from adapter.settings import Settings
 
 router = APIRouter(prefix="/v1", tags=["openai"])
@@ -55,11 +55,10 @@ async def completions(
     """Continue each prompt, which the model sees without a chat template."""
     formatter = CompletionFormatter(_served(body.model, settings))
     check_batch_size("prompt", body.prompts, settings)
-    requests = body.requests()
-    for request in requests:
-        check_limits(request, settings)
+    requests = body.requests(settings.max_gen_length)
+    check_options(requests[0], settings)
     if body.stream:
-        return await runner.stream(requests, formatter, includes_usage=body.includes_usage)
+        return await runner.stream(requests, formatter, body.streamed_usage)
     return formatter.whole(await runner.results(requests))
 
 
@@ -72,10 +71,10 @@ async def chat_completions(
     """Answer a conversation."""
     call.state.length_name = body.length_name
     formatter = ChatFormatter(_served(body.model, settings))
-    request = body.request(min(settings.chat_max_tokens, settings.max_gen_length))
-    check_limits(request, settings)
+    request = body.request(default=settings.chat_max_tokens, longest=settings.max_gen_length)
+    check_options(request, settings)
     if body.stream:
-        return await runner.stream([request], formatter, includes_usage=body.includes_usage)
+        return await runner.stream([request], formatter, body.streamed_usage)
     return formatter.whole(await runner.results([request]))
 
 
@@ -88,6 +87,8 @@ async def models(settings: SettingsDep) -> ModelList:
 @router.get("/models/{model:path}", responses=_FAULTS)
 async def one_model(model: str, settings: SettingsDep) -> Model:
     """Return the model, if calls may name it."""
+    if not model.strip("/"):
+        raise HTTPException(404)  # of the list, with a slash too many
     return Model(id=_served(model, settings), created=STARTED)
 
 

@@ -7,11 +7,9 @@ under its priorities and limits, so that `execute` returns at once.
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -21,11 +19,17 @@ from dllm_engine import (
     EngineConfig,
     EngineDead,
     EngineThread,
-    InvalidConfig,
     InvalidRequest,
     QueueFull,
 )
 from dllm_fail_fast import FailFast
+from dllm_settings import (
+    EXIT_ON_ENGINE_DEATH,
+    log_to_triton,
+    openable,
+    parse_switch,
+    read_settings,
+)
 from dllm_tensors import (
     check_response,
     error_response,
@@ -42,8 +46,6 @@ FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 DRAIN_SECONDS = 30
 #: A dead engine refuses new requests for this long before its process ends.
 NOTICE_SECONDS = 1.0
-#: The setting that lets the server outlive its engine.
-EXIT_ON_ENGINE_DEATH = "DLLM_EXIT_ON_ENGINE_DEATH"
 
 
 class TritonPythonModel:
@@ -51,12 +53,13 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the checkpoint; an error here is a failed model load that carries its message."""
-        _log_to_triton()
-        settings = _settings(args)
-        fail_fast = _parse_switch(EXIT_ON_ENGINE_DEATH, settings.pop(EXIT_ON_ENGINE_DEATH, ""))
-        config = EngineConfig.from_mapping(settings)
-        logger.info("loading checkpoint path=%s", config.model_path)
-        self._worker = EngineThread(Engine(config), on_death=self._on_engine_death)
+        log_to_triton()
+        settings = read_settings(args)
+        fail_fast = parse_switch(EXIT_ON_ENGINE_DEATH, settings.pop(EXIT_ON_ENGINE_DEATH, ""))
+        logger.info("loading checkpoint path=%s", settings["MODEL_PATH"])
+        with openable(settings) as mapping:
+            engine = Engine(EngineConfig.from_mapping(mapping))
+        self._worker = EngineThread(engine, on_death=self._on_engine_death)
         self._dispatcher = ResponseDispatcher(
             self._worker, args["model_name"], args["model_instance_name"]
         )
@@ -122,42 +125,3 @@ class TritonPythonModel:
 
 def _refuse(sender: Any, error: Exception, code: int) -> None:
     sender.send(error_response(str(error), code), flags=FINAL)
-
-
-def _settings(args: dict[str, str]) -> dict[str, str]:
-    """Parameters of config.pbtxt, overridden by the environment; defaults for this instance."""
-    parameters = json.loads(args["model_config"])["parameters"]
-    settings = {name: value["string_value"] for name, value in parameters.items()}
-    names = [*EngineConfig.settings(), EXIT_ON_ENGINE_DEATH]
-    settings |= {name: os.environ[name] for name in names if name in os.environ}
-    if not settings.get("MODEL_PATH"):
-        settings["MODEL_PATH"] = str(Path(__file__).parent / "demo_checkpoint")
-    if args["model_instance_kind"] == "GPU" and settings.get("DLLM_DEVICE") in ("", "auto"):
-        settings["DLLM_DEVICE"] = f"cuda:{args['model_instance_device_id']}"
-    return settings
-
-
-def _parse_switch(name: str, text: str) -> bool:
-    """`on`, the default, or `off`. Raises `InvalidConfig`."""
-    if text not in ("", "on", "off"):
-        raise InvalidConfig(f"{name}: {text!r} is neither on nor off")
-    return text != "off"
-
-
-class _TritonLogHandler(logging.Handler):
-    """Writes the engine's log lines into the server's log."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = f"[dllm] {self.format(record)}"
-        if record.levelno >= logging.ERROR:
-            pb_utils.Logger.log_error(message)
-        elif record.levelno >= logging.WARNING:
-            pb_utils.Logger.log_warn(message)
-        else:
-            pb_utils.Logger.log_info(message)
-
-
-def _log_to_triton() -> None:
-    root = logging.getLogger("dllm_engine")
-    root.handlers = [_TritonLogHandler()]
-    root.setLevel(logging.INFO)

@@ -1,6 +1,7 @@
 """Settings come from the environment, and nonsense is refused by name."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,9 @@ def test_environment_overrides_the_default(monkeypatch: pytest.MonkeyPatch) -> N
         ("DLLM_MAX_TEMPERATURE", "nan"),
         ("DLLM_METRICS_NEED_KEY", "perhaps"),
         ("DLLM_LOG_LEVEL", "loud"),
+        ("DLLM_LOG_FORMAT", "xml"),
+        ("DLLM_TRITON_URL", "triton:99999"),
+        ("DLLM_CORS_ORIGINS", "chat.example.org"),
     ],
 )
 def test_bad_value_names_the_variable(
@@ -41,6 +45,71 @@ def test_bad_value_names_the_variable(
 
     with pytest.raises(SettingsError, match=f"{name}='{value}'"):
         load_settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("DLLM_MAX_LIVE", "abc", "DLLM_MAX_LIVE='abc': Input should be a valid integer"),
+        ("DLLM_TRITON_URL", "x", "DLLM_TRITON_URL='x': 'x' should be host:port"),
+        ("DLLM_API_KEYS_FILE", "/nowhere", "DLLM_API_KEYS_FILE: "),
+        ("DLLM_DATABASE_URL", "sqlite:////nowhere/jobs.db", "does not exist: /nowhere"),
+        ("DLLM_DATABASE_URL", "postgresql+asyncpg://a:hush@b:c/d", "the port should be a number"),
+        ("DLLM_ENGINE_IDLE_TIMEOUT", "1", "DLLM_ENGINE_IDLE_TIMEOUT=1: should be at least twice"),
+        ("PROMETHEUS_MULTIPROC_DIR", "/nowhere", "PROMETHEUS_MULTIPROC_DIR=/nowhere: should be"),
+    ],
+)
+def test_a_bad_value_is_one_line_for_uvicorn(name: str, value: str, said: str) -> None:
+    """The served application ends with one line, and with the status that ends a supervisor."""
+    run = subprocess.run(
+        [sys.executable, "-c", "import adapter.app"],
+        env={**os.environ, name: value},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 3
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("the adapter cannot start: ")
+    assert said in line
+    assert "hush" not in line
+
+
+def test_the_check_reports_without_starting() -> None:
+    """`python -m adapter.check` says what a start would say, and warns of misspelt names."""
+    run = subprocess.run(
+        [sys.executable, "-m", "adapter.check"],
+        env={**os.environ, "DLLM_API_KEYS": "x", "DLLM_MAX_LIFE": "3", "DLLM_CACHE": "dual"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    warning, error = run.stderr.splitlines()
+    assert warning.endswith(
+        "DLLM_MAX_LIFE is not a setting and is ignored; did you mean DLLM_MAX_LIVE?"
+    )
+    assert error.startswith("DLLM_API_KEYS: entry 1 must be name:hash")
+
+
+@pytest.mark.parametrize(
+    ("host", "keys", "warned"),
+    [
+        ("0.0.0.0", "", True),
+        ("::", "", True),
+        ("127.0.0.1", "", False),
+        ("localhost", "", False),
+        ("0.0.0.0", f"me:{64 * '0'}", False),
+    ],
+)
+def test_an_open_service_is_told(host: str, keys: str, warned: bool) -> None:
+    """Other machines may call without a key only under a loud warning."""
+    run = subprocess.run(
+        [sys.executable, "-m", "adapter.check"],
+        env={**os.environ, "DLLM_HOST": host, "DLLM_API_KEYS": keys},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0
+    assert ("warning: everyone who reaches" in run.stderr) == warned
 
 
 @pytest.mark.parametrize(
@@ -67,7 +136,10 @@ def test_silence_must_outlast_the_signs_of_life(monkeypatch: pytest.MonkeyPatch)
     """A bound shorter than the rhythm of events would find every engine dead."""
     monkeypatch.setenv("DLLM_ENGINE_IDLE_TIMEOUT", "1.5")
 
-    with pytest.raises(SettingsError, match="engine_idle_timeout must be at least twice"):
+    with pytest.raises(
+        SettingsError,
+        match="DLLM_ENGINE_IDLE_TIMEOUT=1.5: should be at least twice DLLM_STREAM_INTERVAL",
+    ):
         load_settings()
 
 

@@ -359,10 +359,21 @@ def test_dreams_context_is_what_it_was_trained_for(tmp_path: Path) -> None:
     assert read_spec(tmp_path).max_model_len == 2048
 
 
+def test_a_hub_id_is_answered_with_the_command_that_downloads_it() -> None:
+    """A name of the Hugging Face Hub in the place of a directory is told as that."""
+    with pytest.raises(CheckpointError) as caught:
+        read_spec(Path("GSAI-ML/LLaDA-8B-Instruct"))
+    command = "hf download GSAI-ML/LLaDA-8B-Instruct --local-dir LLaDA-8B-Instruct"
+    assert command in str(caught.value)
+
+
 def test_a_missing_directory_and_broken_json_are_named(tmp_path: Path) -> None:
     """A directory or file that cannot be read is reported with its path."""
     with pytest.raises(CheckpointError, match="nowhere: no such directory"):
         read_spec(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="no config.json, neither model.safetensors nor"):
+        read_spec(tmp_path)
+    (tmp_path / "model.safetensors").touch()
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json"):
         read_spec(tmp_path)

@@ -58,6 +58,22 @@ def test_wheel_backend_is_laid_out(empty_path: Path, tmp_path: Path) -> None:
 def test_environment_puts_this_interpreter_first() -> None:
     """The stub must meet our python3 first, and the libraries of the wheel before others."""
     installation = Installation(Path("x"), library_path=(Path("/wheel.libs"),))
-    env = installation.environment({"PATH": "/usr/bin", "LD_LIBRARY_PATH": "/old"})
+    env = installation.environment({"PATH": "/usr/bin", "LD_LIBRARY_PATH": "/old"}, Path("/none"))
     assert f"{Path(sys.executable).parent}:/usr/bin" == env["PATH"]
     assert env["LD_LIBRARY_PATH"] == "/wheel.libs:/old"
+
+
+def test_environment_below_a_folder_that_is_not_ascii(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stub meets this interpreter by a link whose path is ASCII."""
+    prefix, scratch = tmp_path / "josé" / ".venv", tmp_path / "scratch"
+    (prefix / "bin").mkdir(parents=True)
+    scratch.mkdir()
+    monkeypatch.setattr(sys, "executable", str(prefix / "bin" / "python"))
+    monkeypatch.setattr(sys, "prefix", str(prefix))
+    env = Installation(Path("x")).environment({"PATH": "/usr/bin"}, scratch)
+    first, _, rest = env["PATH"].partition(":")
+    assert rest == "/usr/bin"
+    assert first.isascii()
+    assert Path(first).samefile(prefix / "bin")

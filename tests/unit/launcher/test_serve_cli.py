@@ -16,6 +16,7 @@ from launcher.cli import app
 from launcher.console import ConsoleReporter, Logs
 from launcher.ports import free_port
 from launcher.settings import Settings
+from launcher.tritonserver import TritonServer
 
 
 def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,6 +36,38 @@ def test_bad_setting_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert outcome.exit_code == 1
     expected = "DLLM_TRITON_GRPC_PORT='99999': Input should be less than or equal to 65535\n"
     assert outcome.stderr == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("MODEL_PATH", "GSAI-ML/LLaDA-8B-Instruct", "hf download GSAI-ML/LLaDA-8B-Instruct"),
+        ("DLLM_MAX_LIVE", "abc", "DLLM_MAX_LIVE='abc': Input should be a valid integer"),
+        ("DLLM_API_KEYS", "me", "DLLM_API_KEYS: entry 1 must be name:hash"),
+    ],
+)
+def test_settings_of_all_parts_are_looked_at_first(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    """What engine or adapter would refuse is one line, before either starts."""
+    monkeypatch.setattr(TritonServer, "spawn", lambda _: pytest.fail("Triton was started"))
+    monkeypatch.setenv(name, value)
+    outcome = CliRunner().invoke(app, ["serve", "--port", str(free_port())])
+    assert outcome.exit_code == 1
+    assert said in outcome.output
+    assert len(outcome.output.splitlines()) == 1
+
+
+def test_a_misspelt_setting_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first lines name the variable that is ignored, and the one that was meant."""
+    monkeypatch.setattr(TritonServer, "start", lambda _: None)
+    monkeypatch.setattr(TritonServer, "wait", lambda _: None)
+    monkeypatch.setenv("DLLM_CAHCE", "dual")
+    outcome = CliRunner().invoke(app, ["triton"])
+    first = outcome.output.splitlines()[0]
+    assert first == (
+        "warning: DLLM_CAHCE is not a setting and is ignored; did you mean DLLM_CACHE?"
+    )
 
 
 @pytest.mark.parametrize("command", ["serve", "demo"])

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
@@ -113,6 +114,17 @@ def test_unknown_model_is_named(repository: Path) -> None:
     """A model that the repository lacks is an error before the start."""
     with pytest.raises(RepositoryError, match="no model 'dllm'"), server(repository, "dllm"):
         pass
+
+
+def test_a_repository_below_a_folder_that_is_not_ascii(repository: Path, tmp_path: Path) -> None:
+    """Its models load, though Triton's stub takes paths for ASCII; the links to it go with it."""
+    below = tmp_path / "josé"
+    below.mkdir()
+    repository.rename(below / "models")
+    scratch = set(Path(tempfile.gettempdir()).glob("dllm-triton-*"))
+    with server(below / "models", "echo") as echo:
+        assert infer(echo.http_url, [1.0]) == [1.0]
+    assert set(Path(tempfile.gettempdir()).glob("dllm-triton-*")) <= scratch
 
 
 LAUNCHER = """

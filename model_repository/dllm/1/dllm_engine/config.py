@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from dllm_engine.errors import InvalidConfig, InvalidRequest
@@ -13,6 +15,15 @@ from dllm_engine.sampling_params import CACHE_FIELDS, SamplingParams
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "torch", "triton")
 QUANTIZATIONS = ("none", "int8", "fp8")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+#: What a field's type allows, and its name in an error.
+_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "Path": ((Path,), "a path"),
+    "str": ((str,), "a string"),
+    "bool": ((bool,), "True or False"),
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+}
 _SWITCH = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}
 
 
@@ -74,6 +85,12 @@ class EngineConfig:
     tensor_parallel_timeout: float = 30.0
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_type(field.name, str(field.type), getattr(self, field.name))
+        if not _DEVICE.fullmatch(self.device):
+            raise InvalidConfig(
+                f"DLLM_DEVICE: must be auto, cpu, cuda or cuda:N, got {self.device!r}"
+            )
         if self.dtype not in DTYPES:
             raise InvalidConfig(f"DLLM_DTYPE: must be one of {', '.join(DTYPES)}, got {self.dtype}")
         if self.kernels not in KERNELS:
@@ -82,24 +99,34 @@ class EngineConfig:
         self._check_quantization()
         for name in ("max_num_seqs", "logits_budget_mb", "kv_page_size", "tensor_parallel_size"):
             if getattr(self, name) < 1:
-                raise InvalidConfig(f"{_setting(name)}: must be at least 1")
+                raise InvalidConfig(
+                    f"{_setting(name)}: must be at least 1, got {getattr(self, name)}"
+                )
         for name in ("max_num_batched_tokens", "max_model_len", "max_gen_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise InvalidConfig(f"{_setting(name)}: must be at least 1, or empty")
+                raise InvalidConfig(f"{_setting(name)}: must be at least 1, or empty, got {value}")
         if self.max_queue_size < 0:
-            raise InvalidConfig("DLLM_MAX_QUEUE_SIZE: must be at least 0")
+            raise InvalidConfig(
+                f"DLLM_MAX_QUEUE_SIZE: must be at least 0, got {self.max_queue_size}"
+            )
         for name in ("cuda_graph_rows", "overlap_rows"):
             if (getattr(self, name) or 0) < 0:
-                raise InvalidConfig(f"{_setting(name)}: must be at least 0, or empty")
+                raise InvalidConfig(
+                    f"{_setting(name)}: must be at least 0, or empty, got {getattr(self, name)}"
+                )
         if self.overlap_rows and self.tensor_parallel_size > 1:
             raise InvalidConfig(
                 "DLLM_OVERLAP_ROWS: ranks take one step at a time (DLLM_TENSOR_PARALLEL_SIZE)"
             )
         if not 0 <= (self.step_timeout or 0) < math.inf:
-            raise InvalidConfig("DLLM_STEP_TIMEOUT: must be at least 0, or empty")
+            raise InvalidConfig(
+                f"DLLM_STEP_TIMEOUT: must be at least 0, or empty, got {self.step_timeout}"
+            )
         if not 0 < self.tensor_parallel_timeout < math.inf:
-            raise InvalidConfig("DLLM_TENSOR_PARALLEL_TIMEOUT: must be above 0")
+            raise InvalidConfig(
+                f"DLLM_TENSOR_PARALLEL_TIMEOUT: must be above 0, got {self.tensor_parallel_timeout}"
+            )
 
         try:
             SamplingParams().with_cache_defaults(self.cache_defaults)
@@ -142,7 +169,7 @@ class EngineConfig:
         fields = {_setting(f.name): f for f in dataclasses.fields(cls)}
         unknown = sorted(set(settings) - set(fields))
         if unknown:
-            raise InvalidConfig(f"unknown setting {unknown[0]}; known: {', '.join(fields)}")
+            raise unknown_setting(unknown[0], fields)
         values: dict[str, object] = {}
         for name, text in settings.items():
             if text != "":
@@ -155,6 +182,23 @@ class EngineConfig:
     def settings(cls) -> list[str]:
         """Names of all settings, as `from_mapping` takes them."""
         return [_setting(f.name) for f in dataclasses.fields(cls)]
+
+
+def unknown_setting(name: str, known: Iterable[str]) -> InvalidConfig:
+    """The error for a setting that is none, with the one that was probably meant."""
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+    return InvalidConfig(f"unknown setting {name}; {hint}")
+
+
+def _check_type(name: str, kind: str, value: object) -> None:
+    """Refuse a value of another type, which strings of the environment never have."""
+    wanted, _, optional = kind.partition(" | ")
+    if value is None and optional:
+        return
+    types, words = _TYPES[wanted]
+    if not isinstance(value, types) or (wanted != "bool" and isinstance(value, bool)):
+        raise InvalidConfig(f"{_setting(name)}: must be {words}, got {value!r}")
 
 
 def _setting(field: str) -> str:

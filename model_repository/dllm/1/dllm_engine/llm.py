@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Self, cast
 
 from tqdm.auto import tqdm
 
-from dllm_engine.config import EngineConfig
+from dllm_engine.config import EngineConfig, unknown_setting
 from dllm_engine.errors import InvalidRequest
 from dllm_engine.loop.engine import Engine
 from dllm_engine.request import CanvasUpdate, Completion, Prompt
@@ -32,6 +33,9 @@ class LLM:
     """
 
     def __init__(self, model_path: str | Path, **settings: Any) -> None:
+        known = [field.name for field in dataclasses.fields(EngineConfig)]
+        if unknown := sorted(settings.keys() - set(known)):
+            raise unknown_setting(unknown[0], known)
         self.engine = Engine(EngineConfig(model_path=Path(model_path), **settings))
 
     def generate(

@@ -28,6 +28,8 @@ CACHE_FIELDS = {
 DEFAULT_BLOCK_LENGTH = 32
 #: The largest value of a number without a limit of its own: far beyond sense, well within float32.
 LARGEST = 1_000_000
+#: The same for whole numbers: they travel in 32 bits.
+LARGEST_INT = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,8 +53,8 @@ class Limits:
         if self.gt is not None:
             return f"above {self.gt} and at most {self.le}"
         if self.le is not None:
-            return f"{self.ge} to {self.le}"
-        return f"odd and at least {self.ge}" if self.odd else f"at least {self.ge}"
+            return f"{'odd, ' if self.odd else ''}{self.ge} to {self.le}"
+        return f"at least {self.ge}"
 
     def check(self, name: str, value: Any) -> None:
         """Raises InvalidRequest, naming the field and the limit, for a value beyond the limits."""
@@ -69,6 +71,8 @@ class Limits:
                 and not (self.odd and value % 2 == 0)
             )
             _require(name, ok, self.rule, value)
+            most = LARGEST_INT if self.le is None else self.le
+            _require(name, value <= most, f"at most {most}", value)
 
     def _check_strings(self, name: str, strings: tuple[str, ...]) -> None:
         rule = f"at most {self.max_items} strings"
@@ -102,7 +106,8 @@ class SamplingParams:
     block_length: int | None = param(
         None, "tokens per block, at most gen_length; default: 32, with alg gen_length", ge=1
     )
-    cfg_scale: float = param(0.0, "classifier-free guidance; 0 is off", ge=0, le=LARGEST)
+    # The papers stay below 10. Every model type can multiply a hidden state by the ceiling.
+    cfg_scale: float = param(0.0, "classifier-free guidance; 0 is off", ge=0, le=1000)
     remasking: str = param(
         "low_confidence", "which positions a step commits first", choices=tuple(REMASKING)
     )
@@ -166,9 +171,10 @@ class SamplingParams:
     retention_ratio: float | None = param(
         None, "share of the positions outside the block that each KV head keeps", gt=0, le=1
     )
-    # Max-pooling over the scores, before the positions are chosen.
+    # Max-pooling over the scores, before the positions are chosen. The papers use 3; the work
+    # grows with the width, and a GPU kernel loops over it.
     pool_kernel: int | None = param(
-        None, "a position scores as the best of this many around it; odd", ge=1, odd=True
+        None, "a position scores as the best of this many around it; odd", ge=1, le=63, odd=True
     )
     delay_steps: int | None = param(
         None, "steps of a block that run in full before one stores keys and values", ge=0

@@ -592,5 +592,5 @@ async def test_description_names_the_limits_of_this_server(database_url: str) ->
     assert bodies["GenerateRequest"]["gen_length"]["maximum"] == 77
     assert bodies["GenerateRequest"]["temperature"]["maximum"] == 1.5
     assert bodies["GenerateRequest"]["prompt"]["anyOf"][0]["maxLength"] == 99
-    assert bodies["ChatCall"]["max_completion_tokens"]["anyOf"][0]["maximum"] == 77
+    assert bodies["ChatCall"]["temperature"]["anyOf"][0]["maximum"] == 1.5
     assert bodies["ChatCall"]["model"]["const"] == "dllm"

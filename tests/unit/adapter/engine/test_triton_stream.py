@@ -282,6 +282,20 @@ async def test_a_connection_that_died_without_a_word_is_replaced(triton: Scripte
         await engine.close()
 
 
+@pytest.mark.parametrize("variable", ["http_proxy", "grpc_proxy"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+async def test_a_proxy_is_not_asked_for_this_machine(
+    triton: ScriptedTriton, monkeypatch: pytest.MonkeyPatch, variable: str, host: str
+) -> None:
+    """A proxy of the environment, here one that is away, does not stand before loopback."""
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    async with grpc_server(triton) as port:
+        engine = TritonEngine(f"{host}:{port}", "dllm", **PATIENCE)
+        await engine.probe()
+        await engine.close()
+
+
 async def test_checks_share_a_stream(engine: TritonEngine, triton: ScriptedTriton) -> None:
     """Each result has its request's id; nothing runs, and only its outputs are requested."""
     triton.check_results = [("valid", "17"), ("invalid", "steps: too few"), ("valid", "0")]

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import yaml
 from adapter_fakes import (
     DONE,
     HANG,
@@ -243,13 +244,15 @@ async def test_recovery_is_no_warning(
     assert levels == ["INFO", "WARNING"]
 
 
-async def test_dashboard_shows_metrics_that_exist(api: RunningApp) -> None:
-    """Each metric that the Grafana dashboard names is exported, by us or by the engine."""
+async def test_dashboard_and_alerts_use_metrics_that_exist(api: RunningApp) -> None:
+    """Each metric that the Grafana dashboard or an alert names is exported, by us or the engine."""
     await api.result(await api.submit())
     page = (await api.client.get("/metrics")).text
     engine_side = (ROOT / "model_repository/dllm/1/dllm_metrics.py").read_text()
     dashboard = json.loads((ROOT / "deploy/grafana-dashboard.json").read_text())
     queries = [t["expr"] for panel in dashboard["panels"] for t in panel.get("targets", [])]
+    alerts = yaml.safe_load((ROOT / "deploy/prometheus-alerts.yaml").read_text())
+    queries += [rule["expr"] for rule in alerts["groups"][0]["rules"]]
     named = set(re.findall(r"\b(?:dllm|nv)_\w+", " ".join(queries)))
     assert len(named) > 15
     for name in named:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -31,6 +32,10 @@ logger = logging.getLogger("dllm_engine")
 
 #: How often the engine checks waiting requests for expired timeouts and updates that are due.
 WAITING_CHECK_SECONDS = 0.1
+#: What a request is told whose logits hold NaN or infinity.
+NOT_FINITE = (
+    "the model's logits are not finite; a smaller cfg_scale, or DLLM_DTYPE float32, may help"
+)
 #: Most steps in flight.
 MAX_INFLIGHT_STEPS = 2
 
@@ -321,6 +326,9 @@ class Engine:
                 result.next_rows[i],
                 result.next_is_refresh[i],
             )
+            if result.not_finite[i]:
+                updates.append(self._fail(request, FloatingPointError(NOT_FINITE)))
+                continue
             before, request.num_ready = request.num_ready, result.num_ready[i]
             stop = self._stop_in(request, before) if request.num_ready > before else None
             if stop is not None:
@@ -342,12 +350,15 @@ class Engine:
         assert self.tokenizer is not None
         assert request.slot is not None
         ready = self.runner.canvas(request.slot).tokens[: request.num_ready]
-        if find_stop(self.tokenizer.decode(ready), request.params.stop) is None:
+        decode, stop = self.tokenizer.decode, request.params.stop
+        if find_stop(decode(ready), stop) is None:
             return None
-        for count in range(before + 1, request.num_ready):
-            if find_stop(self.tokenizer.decode(ready[:count]), request.params.stop) is not None:
-                return count
-        return request.num_ready
+        # Bisected: decoding every prefix of a long canvas would hold up all other requests.
+        counts = range(before + 1, request.num_ready)
+        place = bisect.bisect_left(
+            counts, True, key=lambda count: find_stop(decode(ready[:count]), stop) is not None
+        )
+        return before + 1 + place
 
     def _finish(
         self, request: Request, reason: FinishReason | None, error: Exception | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -38,6 +39,8 @@ _FAMILIES: dict[str, ModuleType] = {
 }
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+#: `owner/name`, as the Hugging Face Hub names a model.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 #: Supported types of weights. Other types are quantised and need scales, which are not supported.
 _DTYPES = ("BF16", "F16", "F32", "F64")
 
@@ -66,8 +69,7 @@ def read_spec(directory: Path) -> ModelSpec:
     Raises:
         CheckpointError: files or fields are missing, or the family is unknown.
     """
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such directory")
+    _check_files(directory)
     config = read_json(directory / "config.json")
     architecture = (config.get("architectures") or ["none given"])[0]
     family = _FAMILIES.get(architecture)
@@ -84,6 +86,30 @@ def read_spec(directory: Path) -> ModelSpec:
     except ValueError as error:
         raise CheckpointError(f"config.json: {error}") from error
     return spec
+
+
+def _check_files(directory: Path) -> None:
+    """Report all missing files in one error, before any of them is read."""
+    if not directory.is_dir():
+        problem = "no such directory"
+        if _HUB_ID.fullmatch(str(directory)):
+            problem += (
+                ". To serve this model of the Hugging Face Hub, download it: "
+                f"hf download {directory} --local-dir {directory.name}; then set MODEL_PATH to "
+                "that directory"
+            )
+        raise CheckpointError(f"MODEL_PATH: {directory}: {problem}")
+    problems = [] if (directory / "config.json").exists() else ["no config.json"]
+    if not (directory / _INDEX).exists() and not (directory / _SINGLE).exists():
+        problems.append(_no_weights(directory))
+    if problems:
+        raise CheckpointError(f"MODEL_PATH: {directory}: {', '.join(problems)}")
+
+
+def _no_weights(directory: Path) -> str:
+    pickles = [p.name for p in directory.glob("*.bin")]
+    hint = f" ({pickles[0]} is a pickle; pickles are not supported)" if pickles else ""
+    return f"neither {_SINGLE} nor {_INDEX}{hint}"
 
 
 def load_model(
@@ -209,9 +235,7 @@ class _Checkpoint:
             return sorted(set(files))
         if (self.directory / _SINGLE).exists():
             return [_SINGLE]
-        pickles = [p.name for p in self.directory.glob("*.bin")]
-        hint = f" ({pickles[0]} is a pickle; pickles are not supported)" if pickles else ""
-        raise CheckpointError(f"{self.directory}: neither {_SINGLE} nor {_INDEX}{hint}")
+        raise CheckpointError(f"{self.directory}: {_no_weights(self.directory)}")
 
     def shape(self, name: str) -> torch.Size:
         return torch.Size(self._files[name].get_slice(name).get_shape())

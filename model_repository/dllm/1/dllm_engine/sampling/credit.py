@@ -130,7 +130,9 @@ def decide(
     values = values.scatter(1, place, (before + gain).to(values.dtype).unsqueeze(1))
 
     bonus = ALPHA * values.log1p()
+    # Relative to the largest: a bonus added to a large logit would be rounded away.
+    logits = logits - max_logit.unsqueeze(1)
     best, at = (logits + bonus).max(dim=1)
-    grown = sum_exp + ((logits - max_logit.unsqueeze(1)).exp() * bonus.expm1()).sum(dim=1)
+    grown = sum_exp + (logits.exp() * bonus.expm1()).sum(dim=1)
     chosen = tokens.gather(1, at.unsqueeze(1)).squeeze(1)
-    return Fused(chosen, (best - max_logit).exp() / grown, Credits(credits.used, tokens, values))
+    return Fused(chosen, best.exp() / grown, Credits(credits.used, tokens, values))

@@ -39,6 +39,8 @@ class StepResult:
     #: Rows of one sequence in the next step, and whether it is a Refresh.
     next_rows: list[int]
     next_is_refresh: list[bool]
+    #: Whether a confidence is NaN or infinite: the model's logits were.
+    not_finite: list[bool]
 
 
 class Canvas(NamedTuple):
@@ -244,6 +246,8 @@ class CanvasTable:
             confidence: float32 [M]; the probability it is committed with.
         """
         state, blocks = plan.sequences.requests, plan.blocks
+        not_finite = np.zeros(len(state.slots), np.bool_)
+        not_finite[blocks.request[~np.isfinite(confidence)]] = True
         picked = tokens >= 0
         slots, positions, tokens = blocks.slots[picked], blocks.positions[picked], tokens[picked]
         places = positions - state.canvas_start[blocks.request[picked]]
@@ -269,6 +273,7 @@ class CanvasTable:
             (first_end < first_masked).tolist(),
             state.num_rows.tolist(),
             state.refresh.tolist(),
+            not_finite.tolist(),
         )
 
     def canvas(self, slot: int) -> Canvas:

@@ -1,0 +1,90 @@
+"""Find DLLM_ variables that no part reads, and the name that was probably meant.
+
+Launcher, adapter and Triton model share one environment and no module, so each has a copy of this.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+#: Read by the launcher, the adapter, the engine, the client or the Compose files.
+NAMES = (
+    "API_KEY",
+    "API_KEYS",
+    "API_KEYS_FILE",
+    "BATCH_INVARIANT",
+    "BODY_TIMEOUT",
+    "CACHE",
+    "CHAT_MAX_TOKENS",
+    "CORS_ORIGINS",
+    "CUDA_GRAPH_ROWS",
+    "DATABASE_TIMEOUT",
+    "DATABASE_URL",
+    "DELAY_STEPS",
+    "DEVICE",
+    "DRAIN_SECONDS",
+    "DTYPE",
+    "ENGINE_IDLE_TIMEOUT",
+    "EXIT_ON_ENGINE_DEATH",
+    "HEARTBEAT_INTERVAL",
+    "HOST",
+    "JOB_MAX_ATTEMPTS",
+    "KERNELS",
+    "KV_PAGE_SIZE",
+    "LEASE_SECONDS",
+    "LOGITS_BUDGET_MB",
+    "LOG_FORMAT",
+    "LOG_LEVEL",
+    "MAX_BATCH_SIZE",
+    "MAX_BODY_BYTES",
+    "MAX_GEN_LENGTH",
+    "MAX_HELD_POLLS",
+    "MAX_INFLIGHT",
+    "MAX_LIVE",
+    "MAX_MODEL_LEN",
+    "MAX_NUM_BATCHED_TOKENS",
+    "MAX_NUM_SEQS",
+    "MAX_PROMPT_CHARS",
+    "MAX_QUEUED_JOBS",
+    "MAX_QUEUE_SIZE",
+    "MAX_TEMPERATURE",
+    "MAX_TIMEOUT",
+    "MEMORY_LIMIT",
+    "METRICS_NEED_KEY",
+    "MODEL_NAME",
+    "MODEL_REPOSITORY",
+    "OVERLAP_ROWS",
+    "POLL_INTERVAL",
+    "POOL_KERNEL",
+    "PORT",
+    "PROBE_INTERVAL",
+    "QUANTIZATION",
+    "RATE_LIMIT",
+    "REFRESH_INTERVAL",
+    "RESULT_TTL",
+    "RETENTION_RATIO",
+    "SERVED_MODEL_NAME",
+    "START_TIMEOUT",
+    "STEP_TIMEOUT",
+    "STREAM_INTERVAL",
+    "TENSOR_PARALLEL_SIZE",
+    "TENSOR_PARALLEL_TIMEOUT",
+    "TRACING",
+    "TRITON_GRPC_PORT",
+    "TRITON_HTTP_PORT",
+    "TRITON_METRICS_PORT",
+    "TRITON_URL",
+    "URL",
+    "WORKERS",
+)
+PREFIX = "DLLM_"
+
+
+def misspelt(variables: Iterable[str]) -> list[str]:
+    """A warning for each of these names of variables that begins with DLLM_ and is no setting."""
+    warnings = []
+    for name in sorted(variables):
+        if name.startswith(PREFIX) and name.removeprefix(PREFIX) not in NAMES:
+            near = difflib.get_close_matches(name.removeprefix(PREFIX), NAMES, n=1)
+            hint = f"; did you mean {PREFIX}{near[0]}?" if near else "; see docs/settings.md"
+            warnings.append(f"{name} is not a setting and is ignored{hint}")
+    return warnings
