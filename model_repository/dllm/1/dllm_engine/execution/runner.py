@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +23,7 @@ from dllm_engine.sampling_params import SamplingParams
 from dllm_engine.state.batch import StepBatch, StepInputs, build_batch
 from dllm_engine.state.canvas import Canvas, CanvasTable, StepResult
 from dllm_engine.state.step_plan import StepPlan
+from dllm_engine.watchdog import Watchdog
 
 logger = logging.getLogger("dllm_engine")
 
@@ -126,6 +126,7 @@ class SingleRankRunner(ModelRunner):
     ) -> RankModel:
         model = RankModel(config, spec, stop_token_ids)
         model.allocate(model.plan.num_pages)
+        self._watchdog = Watchdog(0.0, self.check)  # there is no other rank
         return model
 
     def start(self, slot: int, prompt: Prompt, params: SamplingParams, pages: list[int]) -> None:
@@ -140,7 +141,7 @@ class SingleRankRunner(ModelRunner):
         The keys and values that a step stores are read only together with the canvases that
         `finish` changes, so a step that raised can be launched again.
         """
-        with self._watched():
+        with self._watchdog:
             pages, block_m = self.rank.pages, self.rank.block_m
             page_size = pages.page_size if block_m is None else None
             plan = self.table.plan_step(slots, page_size=page_size)
@@ -162,7 +163,7 @@ class SingleRankRunner(ModelRunner):
     def finish(self, step: InflightStep) -> StepResult:
         """See `ModelRunner.finish`."""
         try:
-            with self._watched():
+            with self._watchdog:
                 tokens, confidence = step.decoded.array()
         finally:  # if a rank failed, it is the cause of any error that the device reports
             self.check()
@@ -183,10 +184,6 @@ class SingleRankRunner(ModelRunner):
 
     def _candidates(self, inputs: StepInputs) -> Candidates:
         return self.rank.candidates(inputs)
-
-    def _watched(self) -> AbstractContextManager[Any]:
-        """Bounds the time of a block that may wait for other ranks."""
-        return nullcontext()
 
 
 @dataclasses.dataclass(frozen=True)
