@@ -69,8 +69,8 @@ class Metrics:
         for field, metric in self._totals.items():
             metric.increment(getattr(now, field) - getattr(self._last, field))
         self._last = now
-        self._running.set(worker.engine.scheduler.num_running)
-        self._waiting.set(worker.engine.scheduler.num_waiting)
+        self._running.set(len(worker.engine.scheduler.running))
+        self._waiting.set(len(worker.engine.scheduler.waiting))
         self._capacity.set(worker.engine.config.max_num_seqs)
         self._pages.set(worker.engine.allocator.num_used)
         plan = worker.engine.runner.plan

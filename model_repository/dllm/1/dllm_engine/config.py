@@ -91,55 +91,38 @@ class EngineConfig:
             raise InvalidConfig(
                 f"DLLM_DEVICE: must be auto, cpu, cuda or cuda:N, got {self.device!r}"
             )
-        if self.dtype not in DTYPES:
-            raise InvalidConfig(f"DLLM_DTYPE: must be one of {', '.join(DTYPES)}, got {self.dtype}")
-        if self.kernels not in KERNELS:
-            known = ", ".join(KERNELS)
-            raise InvalidConfig(f"DLLM_KERNELS: must be one of {known}, got {self.kernels}")
-        self._check_quantization()
+        choices = {"dtype": DTYPES, "kernels": KERNELS, "quantization": QUANTIZATIONS}
+        for name, known in choices.items():
+            self._require(name, getattr(self, name) in known, f"one of {', '.join(known)}")
         for name in ("max_num_seqs", "logits_budget_mb", "kv_page_size", "tensor_parallel_size"):
-            if getattr(self, name) < 1:
-                raise InvalidConfig(
-                    f"{_setting(name)}: must be at least 1, got {getattr(self, name)}"
-                )
+            self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("max_num_batched_tokens", "max_model_len", "max_gen_length"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidConfig(f"{_setting(name)}: must be at least 1, or empty, got {value}")
-        if self.max_queue_size < 0:
-            raise InvalidConfig(
-                f"DLLM_MAX_QUEUE_SIZE: must be at least 0, got {self.max_queue_size}"
-            )
-        for name in ("cuda_graph_rows", "overlap_rows"):
-            if (getattr(self, name) or 0) < 0:
-                raise InvalidConfig(
-                    f"{_setting(name)}: must be at least 0, or empty, got {getattr(self, name)}"
-                )
+            self._require(name, value is None or value >= 1, "at least 1, or empty")
+        self._require("max_queue_size", self.max_queue_size >= 0, "at least 0")
+        for name in ("cuda_graph_rows", "overlap_rows", "step_timeout"):
+            value = getattr(self, name) or 0
+            self._require(name, 0 <= value < math.inf, "at least 0, or empty")
+        timeout = self.tensor_parallel_timeout
+        self._require("tensor_parallel_timeout", 0 < timeout < math.inf, "above 0")
         if self.overlap_rows and self.tensor_parallel_size > 1:
             raise InvalidConfig(
                 "DLLM_OVERLAP_ROWS: ranks take one step at a time (DLLM_TENSOR_PARALLEL_SIZE)"
             )
-        if not 0 <= (self.step_timeout or 0) < math.inf:
-            raise InvalidConfig(
-                f"DLLM_STEP_TIMEOUT: must be at least 0, or empty, got {self.step_timeout}"
-            )
-        if not 0 < self.tensor_parallel_timeout < math.inf:
-            raise InvalidConfig(
-                f"DLLM_TENSOR_PARALLEL_TIMEOUT: must be above 0, got {self.tensor_parallel_timeout}"
-            )
-
+        self._check_quantization()
         try:
             SamplingParams().with_cache_defaults(self.cache_defaults)
         except InvalidRequest as error:
             raise InvalidConfig(f"DLLM_{error.field.upper()}: {error.problem}") from None
 
+    def _require(self, name: str, rule: bool, wanted: str) -> None:
+        if not rule:
+            raise InvalidConfig(f"{_setting(name)}: must be {wanted}, got {getattr(self, name)}")
+
     def _check_quantization(self) -> None:
         kind = self.quantization
         if kind != "none" and self.batch_invariant:
             raise InvalidConfig("DLLM_BATCH_INVARIANT: cannot be combined with DLLM_QUANTIZATION")
-        if kind not in QUANTIZATIONS:
-            known = ", ".join(QUANTIZATIONS)
-            raise InvalidConfig(f"DLLM_QUANTIZATION: must be one of {known}, got {kind}")
         if kind != "none" and self.dtype == "float64":
             raise InvalidConfig(
                 f"DLLM_QUANTIZATION: {kind} with DLLM_DTYPE float64 would be exact sums of rounded "

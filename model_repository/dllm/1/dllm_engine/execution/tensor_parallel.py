@@ -10,7 +10,7 @@ from dllm_engine.config import EngineConfig
 from dllm_engine.execution.devices import import_libraries, rank_device
 from dllm_engine.execution.rank_model import RankModel
 from dllm_engine.execution.rank_worker import READY, RankConfig
-from dllm_engine.execution.runner import ModelRunner, SingleRankRunner
+from dllm_engine.execution.runner import ModelRunner
 from dllm_engine.models.base import ModelSpec
 from dllm_engine.parallel.group import Group, thread_share
 from dllm_engine.parallel.ranks import Ranks
@@ -24,17 +24,17 @@ def load_runner(
     config: EngineConfig, spec: ModelSpec, stop_token_ids: tuple[int, ...]
 ) -> ModelRunner:
     """Load the model, on as many ranks as `spec` is split over."""
-    runner = TensorParallelRunner if spec.num_ranks > 1 else SingleRankRunner
+    runner = TensorParallelRunner if spec.num_ranks > 1 else ModelRunner
     return runner(config, spec, stop_token_ids)
 
 
-class TensorParallelRunner(SingleRankRunner):
+class TensorParallelRunner(ModelRunner):
     """Runs steps on several ranks, which do every step together.
 
     An error in a step leaves the ranks out of sync, so it ends the engine.
 
     Raises:
-        CheckpointError, InvalidConfig: see `SingleRankRunner`; names the rank if it is another.
+        CheckpointError, InvalidConfig: see `ModelRunner`; names the rank if it is another.
         EngineDead: a rank could not be started.
     """
 
