@@ -102,15 +102,11 @@ class RankModel:
         )
         #: Rows per tile of the flat layouts that kernels take; None: layouts are grouped.
         self.block_m = operations.block_m(spec.num_heads, spec.num_kv_heads)
-        weights = check_weights(
-            spec,
-            limit=limit,
-            element_size=self._dtype.itemsize,
-            quantization=config.quantization,
-            copies=head_copy_bytes(
-                spec, device=self.device, dtype=self._dtype, operations=operations
-            ),
+        weights = spec.weight_bytes(self._dtype.itemsize, config.quantization)
+        weights += head_copy_bytes(
+            spec, device=self.device, dtype=self._dtype, operations=operations
         )
+        check_weights(weights, limit)
         self.model: DiffusionModel = load_model(
             config.model_path,
             spec,

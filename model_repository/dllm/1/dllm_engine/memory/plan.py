@@ -92,27 +92,17 @@ class MemoryPlan:
         return dataclasses.replace(self, num_pages=num_pages)
 
 
-def check_weights(
-    spec: ModelSpec, *, limit: int, element_size: int, quantization: str, copies: int = 0
-) -> int:
-    """Count the bytes of the weights before they are loaded.
-
-    Args:
-        limit: bytes available.
-        element_size: bytes of a weight that is not quantised.
-        quantization: see `ModelSpec.weight_bytes`.
-        copies: bytes of weights that are stored twice.
+def check_weights(weights: int, limit: int) -> None:
+    """Check the bytes of the weights before they are loaded.
 
     Raises:
         InvalidConfig: the weights alone do not fit.
     """
-    weights = spec.weight_bytes(element_size, quantization) + copies
     if weights > limit:
         raise InvalidConfig(
             f"DLLM_MEMORY_LIMIT: the weights alone take {_gib(weights)}, the limit is "
             f"{_gib(limit)}; raise it, or set DLLM_DTYPE to a smaller type, or DLLM_QUANTIZATION"
         )
-    return weights
 
 
 def page_bytes(spec: ModelSpec, page_size: int, element_size: int) -> int:

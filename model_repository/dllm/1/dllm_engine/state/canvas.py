@@ -8,6 +8,7 @@ requests there are. The device receives a step's inputs and returns the decoded 
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -140,7 +141,7 @@ class CanvasTable:
         self._ends[slot] = False
         self._confidence[slot] = -1.0
         if params.alg:
-            chances = [dream_chances(steps) for _, _, steps in blocks_of(params)]
+            chances = list(map(dream_chances, steps_of_blocks(params)))
             self._chance[slot, : params.steps] = np.concatenate(chances)
         self._slots.fill(slot, prompt, params)
         state, _ = self._prepare_step(self._slots.read(np.array([slot])))
@@ -327,7 +328,7 @@ class CanvasTable:
     def _enter_block(self, state: SlotState) -> tuple[SlotState, Array]:
         """Move each request whose block holds no mask to its next block that holds one.
 
-        Blocks and their shares of the steps are those of `blocks_of`.
+        Blocks and their shares of the steps are those of `steps_of_blocks`.
 
         Returns:
             The new state; int64 [R]: the position of the first mask, the canvas's end if there is
@@ -385,8 +386,8 @@ def _block_places(state: SlotState, before: int = 0, behind: int = 0) -> tuple[A
     return inside, (state.block_start - state.canvas_start)[:, None] + columns
 
 
-def blocks_of(params: SamplingParams) -> list[tuple[int, int, int]]:
-    """List (start, end, steps) of each block of a canvas; `params` must be resolved.
+def steps_of_blocks(params: SamplingParams) -> list[int]:
+    """List the steps of each block of a canvas; `params` must be resolved.
 
     Steps are spread evenly over the canvas: each of equal blocks gets steps / blocks, as in the
     reference, and a shorter last block gets a smaller share.
@@ -394,8 +395,5 @@ def blocks_of(params: SamplingParams) -> list[tuple[int, int, int]]:
     length, block_length, steps = params.gen_length, params.block_length, params.steps
     assert block_length is not None
     assert steps is not None
-    found = []
-    for start in range(0, length, block_length):
-        end = min(start + block_length, length)
-        found.append((start, end, end * steps // length - start * steps // length))
-    return found
+    ends = [*range(0, length, block_length), length]
+    return [end * steps // length - start * steps // length for start, end in pairwise(ends)]
