@@ -33,6 +33,7 @@ from adapter.jobs.watcher import JobWatcher
 from adapter.periodic import PeriodicTask
 from adapter.setting_names import misspelt
 from adapter.settings import OPEN_TO_ALL, Settings, load_settings, refuse_start
+from adapter.shares import Shares
 from adapter.shutdown import on_shutdown_signal
 from adapter.telemetry.logs import configure_logging, get_logger
 from adapter.telemetry.middleware import TelemetryMiddleware
@@ -75,6 +76,9 @@ def create_app(
         summary="Diffusion language models behind a REST API",
         version=version("dllm-serve"),
         lifespan=lifespan,
+        # FastAPI's pages load scripts from elsewhere; ours is in api/page.py.
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.settings = chosen
     routers = [m.router for m in (jobs, stream, openai, page, health, metrics)]
@@ -133,9 +137,13 @@ async def _open(
     )
     runner = JobRunner(store, pool, owner=worker, settings=settings)
     watcher = JobWatcher(store, runner)
-    live = StreamingRequests(
-        pool, limit=settings.max_live, idle_timeout=settings.engine_idle_timeout
+    shares = Shares(
+        settings.max_live,
+        settings.key_share,
+        what="calls wait for their answers",
+        setting="DLLM_MAX_LIVE",
     )
+    live = StreamingRequests(pool, shares=shares, idle_timeout=settings.engine_idle_timeout)
     database.subscribe(watcher.wake_all)
     for service in (pool, watcher, runner, live):
         await stack.enter_async_context(service)
@@ -155,6 +163,7 @@ async def _open(
         pool,
         max_queued=settings.max_queued_jobs,
         max_held=settings.max_held_polls,
+        key_share=settings.key_share,
     )
     # These objects stay. Full collections that walk them delayed every call by 70 to 180 ms,
     # several times a minute.

@@ -89,6 +89,12 @@ class Settings(BaseSettings):
         default=10_000, description="jobs that may wait; more are answered 429"
     )
 
+    key_share: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="part of max_live, max_held_polls, max_queued_jobs that one key may hold",
+    )
     max_inflight: Count = Field(
         default=256, description="jobs that one worker process runs at a time"
     )

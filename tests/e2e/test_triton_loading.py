@@ -1,4 +1,4 @@
-"""What it takes to load the model repository."""
+"""Loading the model repository."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MARK = "this environment holds the engine's requirements only"
 
 
 def engine_requirements() -> list[str]:
-    """What the project says that the engine needs."""
+    """The engine's requirements in pyproject.toml."""
     with (CHECKOUT / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)["project"]
     requirements: list[str] = project["optional-dependencies"]["engine"]

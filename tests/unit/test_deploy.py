@@ -232,7 +232,7 @@ def test_nginx_lets_through_what_the_adapter_reads() -> None:
 
 
 def test_adapter_keeps_connections_for_longer_than_nginx() -> None:
-    """nginx keeps an idle one for 60 s; whoever closes first may cut a call short."""
+    """nginx keeps an idle connection for 60 s; the side that closes first may cut a call short."""
     assert "keepalive_timeout" not in (DEPLOY / "nginx.conf").read_text()
     service = (DEPLOY / "dllm-serve-adapter.service").read_text()
     image = re.sub(r'[",\\\n]', " ", (ROOT / "Dockerfile").read_text())

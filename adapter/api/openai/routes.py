@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, HTTPException, Request
 
-from adapter.api.deps import ContextDep, SettingsDep, StreamingDep
+from adapter.api.deps import ContextDep, SettingsDep, StreamingDep, count_prompts
 from adapter.api.openai.errors import ModelNotFound
 from adapter.api.openai.formatters import ChatFormatter, CompletionFormatter
 from adapter.api.openai.requests import ChatCall, CompletionCall
@@ -41,7 +41,11 @@ async def _runner(
 ) -> CompletionRunner:
     request_id = context.request_id or secrets.token_hex(8)
     return CompletionRunner(
-        live, request, request_id=request_id, heartbeat=settings.heartbeat_interval
+        live,
+        request,
+        request_id=request_id,
+        api_key=context.api_key,
+        heartbeat=settings.heartbeat_interval,
     )
 
 
@@ -50,13 +54,14 @@ RunnerDep = Annotated[CompletionRunner, Depends(_runner)]
 
 @router.post("/completions", response_model=Completion, responses=_chunks("Completion") | _FAULTS)
 async def completions(
-    body: CompletionCall, runner: RunnerDep, settings: SettingsDep
+    call: Request, body: CompletionCall, runner: RunnerDep, settings: SettingsDep
 ) -> Completion | EventStream:
     """Continue each prompt, which the model sees without a chat template."""
     formatter = CompletionFormatter(_served(body.model, settings))
     check_batch_size("prompt", body.prompts, settings)
     requests = body.requests(settings.max_gen_length)
     check_options(requests[0], settings)
+    await count_prompts(call, "prompt", len(requests))
     if body.stream:
         return await runner.stream(requests, formatter, body.streamed_usage)
     return formatter.whole(await runner.results(requests))

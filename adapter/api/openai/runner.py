@@ -26,15 +26,23 @@ class CompletionRunner:
         live: runs each request.
         http: the call; a disconnect cancels the requests.
         request_id: their id in the engine.
+        api_key: name of the caller's key.
         heartbeat: longest pause between events of a stream, in seconds.
     """
 
     def __init__(
-        self, live: StreamingRequests, http: Request, *, request_id: str, heartbeat: float
+        self,
+        live: StreamingRequests,
+        http: Request,
+        *,
+        request_id: str,
+        api_key: str | None,
+        heartbeat: float,
     ) -> None:
         self._live = live
         self._http = http
         self._request_id = request_id
+        self._api_key = api_key
         self._heartbeat = heartbeat
 
     async def results(self, requests: Sequence[GenerateRequest]) -> list[Event]:
@@ -69,7 +77,8 @@ class CompletionRunner:
     ) -> list[StreamingRequest]:
         """Start the requests, each as long as fits; closing `stack` cancels them."""
         running = []
-        fitted = await self._live.fit([request.inputs() for request in requests])
+        inputs_of_all = [request.inputs() for request in requests]
+        fitted = await self._live.fit(inputs_of_all, api_key=self._api_key)
         for index, (request, inputs) in enumerate(zip(requests, fitted, strict=True)):
             begun = self._live.start(
                 inputs,
@@ -77,6 +86,7 @@ class CompletionRunner:
                 detail=detail,
                 priority=request.priority,
                 timeout=request.timeout,
+                api_key=self._api_key,
             )
             stack.push_async_callback(begun.close)
             running.append(begun)

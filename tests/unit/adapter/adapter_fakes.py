@@ -201,7 +201,7 @@ class RunningApp:
 
     @property
     def monitor(self) -> EngineMonitor:
-        """Who watches the engine, or the first of them."""
+        """The monitor of the engine, or of the first one."""
         monitor: EngineMonitor = self.app.state.pool.endpoints[0].monitor
         return monitor
 

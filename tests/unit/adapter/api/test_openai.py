@@ -626,7 +626,7 @@ async def test_engines_errors_have_openais_shape(
     shown: str,
     stream: bool,
 ) -> None:
-    """What the engine says is told with OpenAI's names and statuses."""
+    """The engine's errors have OpenAI's names and statuses."""
     engine.scripts = [[error]]
     with pytest.raises(kind, match=re.escape(shown)) as caught:
         await client.completions.create(model="dllm", prompt="a", stream=stream)
@@ -639,7 +639,7 @@ async def test_engines_errors_have_openais_shape(
 async def test_engine_is_quoted_with_the_name_that_was_sent(
     url: str, engine: ScriptedEngine, sent: str
 ) -> None:
-    """Of the two names for the length, an error has the one that the caller knows."""
+    """An error about the length uses the name that the caller sent."""
     engine.scripts = [[InvalidRequest("gen_length: plus gen_length (16) must be at most 20")]]
     for stream in (False, True):
         body = {"model": "dllm", "messages": QUESTION, sent: 16, "stream": stream}
@@ -703,7 +703,7 @@ async def test_every_error_of_these_calls_has_openais_shape(
 async def test_defects_of_ours_have_openais_shape(
     client: AsyncOpenAI, engine: ScriptedEngine
 ) -> None:
-    """An error that nobody foresaw is a 500 in the format of the call, without its details."""
+    """An unexpected error is a 500 in the format of the call, without its details."""
     engine.scripts = [[RuntimeError("secret")]]
     with pytest.raises(openai.InternalServerError, match="internal error of the adapter") as caught:
         await client.completions.create(model="dllm", prompt="a")

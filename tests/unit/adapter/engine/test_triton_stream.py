@@ -227,7 +227,7 @@ async def test_finished_stream_is_let_end(engine: TritonEngine, triton: Scripted
 
 
 async def test_closing_the_iterator_cancels(engine: TritonEngine, triton: ScriptedTriton) -> None:
-    """Whoever loses interest closes the stream, and both server and engine learn of it."""
+    """Closing the iterator cancels the stream at the server and at the engine."""
     triton.script = [Event("a"), ""]
     async with aclosing(engine.generate({"text_input": "a"}, request_id="7")) as stream:
         await anext(stream)
@@ -289,7 +289,8 @@ async def test_a_proxy_is_not_asked_for_this_machine(
 ) -> None:
     """A proxy of the environment, here one that is away, does not stand before loopback."""
     monkeypatch.setenv(variable, "http://127.0.0.1:9")
-    monkeypatch.delenv("no_proxy", raising=False)
+    for exception in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(exception, raising=False)
     async with grpc_server(triton) as port:
         engine = TritonEngine(f"{host}:{port}", "dllm", **PATIENCE)
         await engine.probe()

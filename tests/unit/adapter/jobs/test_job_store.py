@@ -225,7 +225,7 @@ async def test_deaths_of_workers_cost_no_attempt_but_end(store: JobStore, clock:
 async def test_each_run_of_a_job_has_a_name_of_its_own(store: JobStore, clock: HandClock) -> None:
     """Even for a worker that lost it for a while: what ends the one run there spares the other.
 
-    Whoever looks the job up knows the name too.
+    A lookup of the job returns the name too.
     """
     names = []
     await add(store)
