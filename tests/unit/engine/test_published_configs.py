@@ -121,6 +121,7 @@ DREAM_GENERATION = {
 def read(directory: Path, config: dict[str, Any], generation: dict[str, Any] | None) -> ModelSpec:
     """Read the spec of a directory with these two files."""
     (directory / "config.json").write_text(json.dumps(config))
+    (directory / "model.safetensors").touch()
     if generation is not None:
         (directory / "generation_config.json").write_text(json.dumps(generation))
     return read_spec(directory)
