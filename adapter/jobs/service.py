@@ -55,7 +55,13 @@ class JobService:
 
         Raises `InvalidRequest`, `TooManyJobs`, `KeyReused`.
         """
-        await self._check(requests)
+        try:
+            await self._check(requests)
+        except InvalidRequest:
+            # Accepted once, it keeps its answer, whatever the engine says today.
+            if key and (known := await self._store.known(requests, key=key, options=options)):
+                return known
+            raise
         most, new = self._max_queued, True
         if key is None:
             ids = await self._store.add(requests, max_queued=most, options=options)

@@ -85,12 +85,13 @@ class Engine:
 
     def __init__(self, config: EngineConfig, runner: ModelRunner | None = None) -> None:
         spec = read_spec(config.model_path)
-        self.tokenizer = Tokenizer.load(config.model_path, spec.mask_token_id)
+        longest = longest_sequence(config, spec)
+        self.tokenizer = Tokenizer.load(config.model_path, spec.mask_token_id, longest)
         stop_ids = {*spec.eos_token_ids, *(self.tokenizer.stop_token_ids if self.tokenizer else ())}
         #: Tokens that end an answer: end of text, and of a turn.
         self.stop_token_ids = tuple(sorted(stop_ids))
         self.config = config
-        spec = dataclasses.replace(spec, max_model_len=longest_sequence(config, spec))
+        spec = dataclasses.replace(spec, max_model_len=longest)
         self.spec = spec = spec.split(config.tensor_parallel_size)
         self.stats = EngineStats()
         self.runner = runner or load_runner(config, spec, self.stop_token_ids)
