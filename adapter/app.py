@@ -14,6 +14,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from adapter.api import health, jobs, metrics, page, stream
 from adapter.api.body import BodyMiddleware
 from adapter.api.error_handlers import add_error_handlers
+from adapter.api.head import HeadMiddleware
 from adapter.api.openai import routes as openai
 from adapter.api.openapi import extend_openapi
 from adapter.auth.keys import Keyring
@@ -31,7 +32,8 @@ from adapter.jobs.store import JobStore
 from adapter.jobs.watcher import JobWatcher
 from adapter.periodic import PeriodicTask
 from adapter.setting_names import misspelt
-from adapter.settings import Settings, load_settings, refuse_start
+from adapter.settings import OPEN_TO_ALL, Settings, load_settings, refuse_start
+from adapter.shares import Shares
 from adapter.shutdown import on_shutdown_signal
 from adapter.telemetry.logs import configure_logging, get_logger
 from adapter.telemetry.middleware import TelemetryMiddleware
@@ -54,6 +56,9 @@ def create_app(
     configure_logging(chosen.log_level, chosen.log_format)
     for warning in misspelt(os.environ):
         log.warning("setting_unknown", message=warning)
+    keyring = Keyring(chosen.api_keys, chosen.api_keys_file)
+    if chosen.is_public and not keyring.required:
+        log.warning("open_to_all", message=OPEN_TO_ALL.format(host=chosen.host))
     flush_spans = configure_tracing() if chosen.tracing else None
 
     @asynccontextmanager
@@ -71,11 +76,15 @@ def create_app(
         summary="Diffusion language models behind a REST API",
         version=version("dllm-serve"),
         lifespan=lifespan,
+        # FastAPI's pages load scripts from elsewhere; ours is in api/page.py.
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.settings = chosen
     routers = [m.router for m in (jobs, stream, openai, page, health, metrics)]
     routes = [route for router in routers for route in router.routes]
     # The last one added is the first that a call passes.
+    app.add_middleware(HeadMiddleware)
     app.add_middleware(
         BodyMiddleware,
         routes=routes,
@@ -84,7 +93,7 @@ def create_app(
     )
     app.add_middleware(
         AuthMiddleware,
-        keyring=Keyring(chosen.api_keys, chosen.api_keys_file),
+        keyring=keyring,
         guard_metrics=chosen.metrics_need_key,
     )
     if origins := [origin.strip() for origin in chosen.cors_origins.split(",") if origin.strip()]:
@@ -128,9 +137,13 @@ async def _open(
     )
     runner = JobRunner(store, pool, owner=worker, settings=settings)
     watcher = JobWatcher(store, runner)
-    live = StreamingRequests(
-        pool, limit=settings.max_live, idle_timeout=settings.engine_idle_timeout
+    shares = Shares(
+        settings.max_live,
+        settings.key_share,
+        what="calls wait for their answers",
+        setting="DLLM_MAX_LIVE",
     )
+    live = StreamingRequests(pool, shares=shares, idle_timeout=settings.engine_idle_timeout)
     database.subscribe(watcher.wake_all)
     for service in (pool, watcher, runner, live):
         await stack.enter_async_context(service)
@@ -150,6 +163,7 @@ async def _open(
         pool,
         max_queued=settings.max_queued_jobs,
         max_held=settings.max_held_polls,
+        key_share=settings.key_share,
     )
     # These objects stay. Full collections that walk them delayed every call by 70 to 180 ms,
     # several times a minute.

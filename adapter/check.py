@@ -9,7 +9,7 @@ import sys
 from adapter.auth.keys import Keyring
 from adapter.errors import SettingsError
 from adapter.setting_names import misspelt
-from adapter.settings import load_settings
+from adapter.settings import OPEN_TO_ALL, load_settings
 
 
 def main() -> int:
@@ -18,10 +18,12 @@ def main() -> int:
         sys.stderr.write(f"warning: {warning}\n")
     try:
         settings = load_settings()
-        Keyring(settings.api_keys, settings.api_keys_file)
+        keyring = Keyring(settings.api_keys, settings.api_keys_file)
     except SettingsError as error:
         sys.stderr.write(f"{error}\n")
         return 1
+    if settings.is_public and not keyring.required:
+        sys.stderr.write(f"warning: {OPEN_TO_ALL.format(host=settings.host)}\n")
     return 0
 
 

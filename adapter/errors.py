@@ -10,6 +10,7 @@ AdapterError
   NotJson                the body is of another type than JSON
   TooManyBodies          the worker is reading as many bodies as it may
   InvalidRequest         the engine refuses the request's values
+    ContextExceeded        the prompt leaves no room for an answer
   KeyReused              the Idempotency-Key belongs to another submission
   JobNotFound            no such job, or its result has expired
   TooManyJobs            the queue of jobs is full
@@ -119,6 +120,10 @@ class InvalidRequest(AdapterError):
         super().__init__(message)
         #: Index of the prompt among several; None if it concerns all, or the only one.
         self.prompt = prompt
+
+
+class ContextExceeded(InvalidRequest):
+    """The prompt leaves no room for an answer in the model's context."""
 
 
 class KeyReused(AdapterError):

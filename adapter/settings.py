@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Mapping
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn, Self
 from urllib.parse import urlsplit
@@ -18,6 +19,10 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
+OPEN_TO_ALL = (
+    "everyone who reaches {host} may use the API (DLLM_HOST), since no key is needed: "
+    "set DLLM_API_KEYS or DLLM_API_KEYS_FILE"
+)
 #: uvicorn's exit status for a worker that would fail again at each start.
 STARTUP_FAILURE = 3
 
@@ -30,6 +35,9 @@ class Settings(BaseSettings):
         env_prefix="DLLM_", env_ignore_empty=True, extra="ignore", frozen=True
     )
 
+    host: str = Field(
+        default="127.0.0.1", description="address at which the API is published, by others"
+    )
     triton_url: str = Field(
         default="127.0.0.1:8011",
         description="Triton's gRPC address, host:port; separate several by commas",
@@ -81,6 +89,12 @@ class Settings(BaseSettings):
         default=10_000, description="jobs that may wait; more are answered 429"
     )
 
+    key_share: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="part of max_live, max_held_polls, max_queued_jobs that one key may hold",
+    )
     max_inflight: Count = Field(
         default=256, description="jobs that one worker process runs at a time"
     )
@@ -119,6 +133,14 @@ class Settings(BaseSettings):
     probe_interval: Seconds = Field(
         default=5.0, description="silence after which the engine is probed"
     )
+
+    @property
+    def is_public(self) -> bool:
+        """Whether other machines may reach the API, as far as its publisher says."""
+        try:
+            return not ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host != "localhost"
 
     @property
     def triton_urls(self) -> list[str]:

@@ -16,7 +16,7 @@ DEFAULT_PRIORITY = 2
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a request cost."""
+    """Tokens and passes of a request."""
 
     prompt_tokens: int
     completion_tokens: int

@@ -50,8 +50,8 @@ class Adapter:
     def log_tail(self) -> list[str]:
         return self._process.tail() if self._process is not None else []
 
-    def check(self) -> None:
-        """Have the adapter look at its settings. Raises SettingError."""
+    def check(self) -> list[str]:
+        """Have the adapter look at its settings; returns its warnings. Raises SettingError."""
         command = [sys.executable, "-m", "adapter.check"]
         found = subprocess.run(
             command, env=self._environment(), capture_output=True, text=True, errors="replace"
@@ -59,6 +59,7 @@ class Adapter:
         lines = found.stderr.splitlines()
         if found.returncode:
             raise SettingError(lines[-1] if lines else f"{' '.join(command)} failed")
+        return lines
 
     def start(self) -> None:
         """Start and wait until `/v1/health` says ok, or leave nothing behind.
@@ -96,7 +97,8 @@ class Adapter:
         return f"127.0.0.1:{self._settings.triton_grpc_port}"
 
     def _environment(self) -> dict[str, str]:
-        return {**os.environ, "DLLM_TRITON_URL": self._triton_url, **self._env}
+        ours = {"DLLM_TRITON_URL": self._triton_url, "DLLM_HOST": self._settings.host}
+        return {**os.environ, **ours, **self._env}
 
     def _command(self) -> list[str]:
         settings = self._settings

@@ -17,8 +17,9 @@ from rich.console import Console
 from launcher import demo as demonstration
 from launcher.console import ConsoleReporter, Logs
 from launcher.errors import LaunchError
+from launcher.setting_names import misspelt
 from launcher.settings import Settings
-from launcher.stack import Stack, check_environment, triton_server
+from launcher.stack import Stack, check_model_path, triton_server
 
 app = typer.Typer(
     help="Serve diffusion language models. Settings are environment variables, DLLM_*.",
@@ -55,7 +56,9 @@ def triton(verbose: Verbose = False) -> None:
     with _clear_errors():
         settings = _settings()
         reporter = ConsoleReporter(console, Logs.ALL if verbose else Logs.READY)
-        check_environment(os.environ, reporter)
+        for warning in misspelt(os.environ):
+            reporter.trouble(f"warning: {warning}")
+        check_model_path(os.environ)
         with suppress(KeyboardInterrupt), reporter, triton_server(settings, reporter) as server:
             reporter.quiet()
             _print_addresses(

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 
 class LaunchError(Exception):
-    """Base of every error of the launcher; the message is meant for the person who started it."""
+    """Base of every error of the launcher; the message is for the person who started it."""
 
 
 class ServerMissingError(LaunchError):

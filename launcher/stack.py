@@ -11,7 +11,6 @@ from launcher.adapter import Adapter
 from launcher.checkpoint import check_checkpoint
 from launcher.errors import LaunchError, ProcessDiedError
 from launcher.ports import require_free_port
-from launcher.setting_names import misspelt
 from launcher.settings import Settings
 from launcher.tritonserver import TritonServer
 
@@ -95,13 +94,8 @@ def triton_server(
     )
 
 
-def check_environment(env: Mapping[str, str], reporter: Reporter) -> None:
-    """Look at the settings of the engine before it starts, and at the names of all of them.
-
-    Raises CheckpointError.
-    """
-    for warning in misspelt(env):
-        reporter.trouble(f"warning: {warning}")
+def check_model_path(env: Mapping[str, str]) -> None:
+    """Raises CheckpointError if the checkpoint that the engine would load is none."""
     if path := env.get("MODEL_PATH"):
         check_checkpoint(path)
 
@@ -130,8 +124,9 @@ class Stack:
     def __enter__(self) -> Self:
         # Before minutes go into loading a model that could not be served.
         require_free_port("the REST API's", self.settings.host, self.settings.port, "DLLM_PORT")
-        check_environment({**os.environ, **self._env}, self._reporter)
-        self._adapter().check()
+        check_model_path({**os.environ, **self._env})
+        for warning in self._adapter().check():
+            self._reporter.trouble(warning)
         try:
             for name in self._parts:
                 self._start(name)

@@ -6,6 +6,7 @@ from typing import Self
 from fastapi.sse import KEEPALIVE_COMMENT
 from pydantic import BaseModel, Field
 
+from adapter.api.schemas import Usage
 from adapter.api.sse import sse
 from adapter.engine.streaming import StreamingRequest
 from adapter.errors import AdapterError
@@ -45,15 +46,7 @@ class Step(BaseModel):
     )
     committed: list[Committed]
     final_text: str = Field(description="the beginning of the answer, which will not change")
-
-
-class Usage(BaseModel):
-    """Tokens, steps and forward passes of the request."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    steps: int
-    forward_passes: int
+    seed: int = Field(description="what repeats the answer")
 
 
 class Done(BaseModel):
@@ -95,6 +88,7 @@ class CanvasView:
         canvas, usage = event.canvas, event.usage
         assert canvas is not None
         assert usage is not None
+        assert event.seed is not None
         index, start, end = canvas.block
         return Step(
             step=usage.steps,
@@ -105,6 +99,7 @@ class CanvasView:
             ],
             committed=self._committed(canvas),
             final_text=event.text,
+            seed=event.seed,
         )
 
     def _committed(self, canvas: Canvas) -> list[Committed]:

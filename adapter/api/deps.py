@@ -10,9 +10,11 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
+from adapter.auth.rate_limit import RateLimiter
 from adapter.db.database import Database
 from adapter.engine.pool import EnginePool
 from adapter.engine.streaming import StreamingRequests
+from adapter.errors import InvalidRequest
 from adapter.jobs.job import JobOptions
 from adapter.jobs.service import JobService
 from adapter.periodic import PeriodicTask
@@ -22,7 +24,7 @@ from adapter.types import DEFAULT_PRIORITY
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """What the middleware has found out about a call."""
+    """Key, id and client address of a call, set by the middleware."""
 
     #: Name of the API key; None where no keys are required.
     api_key: str | None = None
@@ -56,6 +58,21 @@ def settings_of(request: Request) -> Settings:
 def jobs_of(request: Request) -> JobService:
     """The application's jobs."""
     return cast(JobService, request.app.state.jobs)
+
+
+async def count_prompts(request: Request, field: str, prompts: int) -> None:
+    """Count the prompts of a call for the rate limit; its middleware has counted the first one.
+
+    Raises `RateLimited`, and `InvalidRequest` for more prompts than the limit ever admits.
+    """
+    limiter = cast(RateLimiter | None, request.app.state.rate_limiter)
+    if limiter is None or prompts <= 1:
+        return
+    if prompts > limiter.most_at_once:
+        most = limiter.most_at_once
+        msg = f"{field}: at most {most} at once (DLLM_RATE_LIMIT); got {prompts}"
+        raise InvalidRequest(msg)
+    await limiter.hit(request.state.rate_caller, prompts - 1)
 
 
 async def _context(request: Request) -> RequestContext:

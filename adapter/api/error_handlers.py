@@ -1,12 +1,15 @@
 """Turns errors into HTTP responses."""
 
+import re
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, RedirectResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from adapter.api.openai import errors as openai
 from adapter.api.printable import MAX_NAME, printable
@@ -19,6 +22,7 @@ log = get_logger()
 NAMES = {"text_input": "prompt"}
 #: A response lists no more problems than this.
 MAX_PROBLEMS = 20
+SLASHES = re.compile("/+")
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -57,10 +61,28 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 400 and isinstance(error.__cause__, ValueError | RecursionError):
         error = HTTPException(400, _why_no_json(error.__cause__))
+    if error.status_code == 404 and (location := _without_extra_slashes(request)):
+        return RedirectResponse(location)
     if not openai.is_openai(request.url.path):
         return await http_exception_handler(request, error)
     body = openai.body(error.status_code, str(error.detail))
+    if error.status_code == 404:
+        body = openai.of_unknown_path(request.method, request.url.path)
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+def _without_extra_slashes(request: Request) -> str | None:
+    """Where the call should go if its path has slashes too many, and a route has the path without.
+
+    A relative address, so that it stays on this server.
+    """
+    path = SLASHES.sub("/", request.scope["path"]).rstrip("/")
+    if path == request.scope["path"]:
+        return None
+    scope = {**request.scope, "path": path}
+    if all(route.matches(scope)[0] is Match.NONE for route in request.app.router.routes):
+        return None
+    return quote(path) + (f"?{request.url.query}" if request.url.query else "")
 
 
 def _why_no_json(error: Exception) -> str:

@@ -8,10 +8,12 @@ from adapter.api.deps import DatabaseDep, PoolDep, TasksDep
 from adapter.api.schemas import Health, Liveness, Readiness
 from adapter.periodic import PeriodicTask
 
-router = APIRouter(prefix="/v1", tags=["health"])
+router = APIRouter(tags=["health"])
 
 
-@router.get("/health", response_model_exclude_none=True, responses={503: {"model": Health}})
+# GuideLLM, and probes that were written for vLLM, look here.
+@router.get("/health", response_model_exclude_none=True, include_in_schema=False)
+@router.get("/v1/health", response_model_exclude_none=True, responses={503: {"model": Health}})
 async def health(
     pool: PoolDep, database: DatabaseDep, tasks: TasksDep, response: Response
 ) -> Health:
@@ -28,7 +30,7 @@ async def health(
     return Health(status=status.status, reason=status.reason, jobs=jobs, live=live)
 
 
-@router.get("/livez", response_model_exclude_none=True, responses={503: {"model": Liveness}})
+@router.get("/v1/livez", response_model_exclude_none=True, responses={503: {"model": Liveness}})
 async def livez(tasks: TasksDep, response: Response) -> Liveness:
     """Liveness: 200 while this process responds and its background tasks go on.
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request
 
-from adapter.api.deps import jobs_of, request_context, settings_of
+from adapter.api.deps import count_prompts, jobs_of, request_context, settings_of
 from adapter.api.schemas import (
     BatchRequest,
     GenerateRequest,
@@ -57,6 +57,7 @@ async def generate_batch(
 ) -> Submitted:
     """Submit several prompts; either all are accepted or none."""
     check_limits(body, settings_of(request))
+    await count_prompts(request, "prompts", len(body.prompts))
     options = request_context(request).options(body.priority, body.timeout)
     ids = await jobs_of(request).submit(body.inputs(), options, key=key)
     return Submitted(request_ids=ids)

@@ -1,4 +1,4 @@
-"""Additions to the OpenAPI document: limits from the settings, and events of streams."""
+"""Additions to the OpenAPI document: limits, keys, examples, and events of streams."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,12 +9,34 @@ from pydantic.json_schema import models_json_schema
 
 from adapter.api.canvas_events import Done, Failed, Step
 from adapter.api.openai.responses import ChatChunk
+from adapter.auth.middleware import API, METRICS, OPEN
 from adapter.settings import Settings
 
-#: Names of the models that are bodies of requests.
-BODIES = ("GenerateRequest", "BatchRequest", "CompletionCall", "ChatCall")
+#: Names of the models that are bodies of requests, and of those that OpenAI's calls have.
+BODIES = ("GenerateRequest", "BatchRequest")
+OPENAI_BODIES = ("CompletionCall", "ChatCall")
 #: Models in events of streams, which FastAPI does not find by itself.
 STREAMED: tuple[type[BaseModel], ...] = (Step, Done, Failed, ChatChunk)
+#: Ways to send a key; each suffices.
+SECURITY_SCHEMES = {
+    "Bearer": {"type": "http", "scheme": "bearer", "description": "Authorization: Bearer KEY"},
+    "ApiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+#: A body for each call that has one; /docs offers it.
+EXAMPLES: Mapping[str, Mapping[str, Any]] = {
+    "/v1/generate": {"prompt": "Tell me about AI", "temperature": 0.6, "gen_length": 128},
+    "/v1/generate_batch": {
+        "prompts": ["What is AI?", "Explain ML."],
+        "temperature": 0.0,
+        "gen_length": 64,
+    },
+    "/v1/generate/stream": {"prompt": "What is the capital of France?", "gen_length": 32},
+    "/v1/completions": {"prompt": "The capital of France is", "max_tokens": 32},
+    "/v1/chat/completions": {
+        "messages": [{"role": "user", "content": "What is 17 + 25?"}],
+        "max_tokens": 32,
+    },
+}
 COMPONENT = "#/components/schemas/{model}"
 
 Schema = dict[str, Any]
@@ -43,7 +65,7 @@ def stream_of(*models: str, events: tuple[str, ...] = (), other: tuple[str, ...]
 
 
 def extend_openapi(app: FastAPI, settings: Settings) -> None:
-    """Add the limits that `check_limits` enforces, and the events of streams."""
+    """Add the limits that `check_limits` enforces, keys, examples, and the events of streams."""
     describe = app.openapi
 
     def described() -> Schema:
@@ -53,11 +75,35 @@ def extend_openapi(app: FastAPI, settings: Settings) -> None:
             schemas = description["components"]["schemas"]
             for body in BODIES:
                 _limit(schemas[body]["properties"], _limits(settings))
+            for body in OPENAI_BODIES:
+                _limit(schemas[body]["properties"], _option_limits(settings))
             for name, schema in _streamed().items():
                 schemas.setdefault(name, schema)
+            description["components"]["securitySchemes"] = SECURITY_SCHEMES
+            for path, calls in description["paths"].items():
+                for call in calls.values():
+                    if _needs_key(path, settings):
+                        call["security"] = [{name: []} for name in SECURITY_SCHEMES]
+                    if path in EXAMPLES and "requestBody" in call:
+                        _add_example(call, path, settings)
         return description
 
     app.openapi = described  # type: ignore[method-assign]
+
+
+def _needs_key(path: str, settings: Settings) -> bool:
+    if not settings.api_keys and settings.api_keys_file is None:
+        return False
+    if path == METRICS:
+        return settings.metrics_need_key
+    return path.startswith(API) and path not in OPEN
+
+
+def _add_example(call: Schema, path: str, settings: Settings) -> None:
+    example = dict(EXAMPLES[path])
+    if "max_tokens" in example:  # OpenAI's calls name a model
+        example = {"model": settings.openai_model, **example}
+    call["requestBody"]["content"]["application/json"]["example"] = example
 
 
 def _streamed() -> Mapping[str, Schema]:
@@ -84,9 +130,14 @@ def _limits(settings: Settings) -> Mapping[str, Schema]:
         "input_ids": {"array": {"maxItems": settings.max_prompt_chars}},
         "canvas_ids": {"array": {"maxItems": settings.max_gen_length}},
         "gen_length": canvas,
-        "max_tokens": canvas,
-        "max_completion_tokens": canvas,
         "block_length": canvas,
+        **_option_limits(settings),
+    }
+
+
+def _option_limits(settings: Settings) -> Mapping[str, Schema]:
+    """The same of what OpenAI's calls have; they shorten a length instead of refusing it."""
+    return {
         "temperature": {"number": {"maximum": settings.max_temperature}},
         "timeout": {"number": {"maximum": settings.max_timeout}},
         "model": {"string": {"const": settings.openai_model}},

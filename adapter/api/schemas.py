@@ -14,7 +14,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from adapter.jobs.job import Job, JobState
+from adapter.jobs.job import Job, JobDetails, JobState
 from adapter.types import DEFAULT_PRIORITY, Inputs, InputValue
 
 INT32_MAX = 2**31 - 1
@@ -381,13 +381,33 @@ class Submitted(BaseModel):
     status: Literal["submitted"] = "submitted"
 
 
+class Usage(BaseModel):
+    """Tokens, steps and forward passes of the request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    steps: int
+    forward_passes: int
+
+
 class Result(BaseModel):
-    """A job as its owner sees it; a failed one has `error`."""
+    """A job as its owner sees it; a failed one has `error`.
+
+    One that is done also has the optional fields that are known. Times are in Unix seconds.
+    """
 
     request_id: int
     status: Literal["running", "finished", "failed", "cancelled"]
     text: str | None
     error: str | None = None
+    created_at: float | None = Field(None, description="when the job was submitted")
+    started_at: float | None = Field(None, description="when its last run began")
+    finished_at: float | None = None
+    finish_reason: str | None = Field(
+        None, description="`stop`, or `length` if the canvas ended before the text"
+    )
+    usage: Usage | None = None
+    seed: int | None = Field(None, description="what repeats the text")
 
     @classmethod
     def of(cls, job: Job) -> Self:
@@ -396,7 +416,23 @@ class Result(BaseModel):
         fields: dict[str, Any] = {"request_id": job.id, "status": status.value, "text": job.text}
         if job.state is JobState.FAILED:
             fields["error"] = job.error
+        if job.state.done:
+            fields |= _known(job.details)
         return cls(**fields)
+
+
+def _known(details: JobDetails) -> dict[str, Any]:
+    known: dict[str, Any] = {
+        "finish_reason": details.finish_reason,
+        "seed": details.seed,
+        "created_at": details.created_at,
+        "started_at": details.started_at,
+        "finished_at": details.finished_at,
+    }
+    known = {name: value for name, value in known.items() if value is not None}
+    if details.usage is not None:
+        known["usage"] = Usage.model_validate(details.usage, from_attributes=True)
+    return known
 
 
 class Readiness(BaseModel):

@@ -47,6 +47,7 @@ async def generate_stream(
         detail=StreamDetail.CANVAS,
         priority=body.priority,
         timeout=body.timeout,
+        api_key=context.api_key,
     )
     try:
         await cancel_on_disconnect(request, running.wait_accepted(FIRST_EVENT_TIMEOUT))

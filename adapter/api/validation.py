@@ -17,6 +17,12 @@ def check_limits(body: GenerateRequest | BatchRequest, settings: Settings) -> No
         raise RequestValidationError(problems)
 
 
+def check_options(body: GenerateRequest, settings: Settings) -> None:
+    """Do the same for all but the prompt, which only the model's context limits."""
+    if problems := list(_option_problems(body, settings)):
+        raise RequestValidationError(problems)
+
+
 def check_batch_size(field: str, items: Sequence[Any], settings: Settings) -> None:
     """Raise `RequestValidationError` if a call has too many prompts, which it names `field`."""
     if problems := list(_too_long(field, items, settings.max_batch_size, "List", "items")):
@@ -32,6 +38,10 @@ def _problems(body: GenerateRequest | BatchRequest, settings: Settings) -> Itera
         yield from _prompt_problems(body, settings.max_prompt_chars)
         canvas = body.canvas_ids or []
         yield from _too_long("canvas_ids", canvas, settings.max_gen_length, "List", "items")
+    yield from _option_problems(body, settings)
+
+
+def _option_problems(body: GenerateRequest | BatchRequest, settings: Settings) -> Iterator[Problem]:
     yield from _too_large("temperature", body.temperature, settings.max_temperature)
     yield from _too_large("gen_length", body.gen_length, settings.max_gen_length)
     if body.timeout is not None:

@@ -55,7 +55,9 @@ class AuthMiddleware:
         if guarded and request.method == "POST":
             limiter: RateLimiter | None = request.app.state.rate_limiter
             if limiter is not None:
-                await limiter.hit(f"key:{name}" if name else f"address:{_address(request)}")
+                caller = f"key:{name}" if name else f"address:{_address(request)}"
+                request.state.rate_caller = caller
+                await limiter.hit(caller)
 
 
 def _key(request: Request) -> str:

@@ -1,14 +1,14 @@
-"""Rate limits: calls counted in the database, so that all workers share the count."""
+"""Rate limits: prompts counted in the database, so that all workers share the count."""
 
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-from sqlalchemy import Connection, Table, case, delete, select
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Connection, case, delete, or_, select
 
 from adapter.db.database import Database
+from adapter.db.dialects import insert_into
 from adapter.db.tables import rate_limits
 from adapter.errors import RateLimited, StoreUnavailable
 from adapter.rates import Rate
@@ -24,15 +24,9 @@ MAX_CALLER = 128
 COUNT_SECONDS = 2.0
 WARNING_SECONDS = 60.0
 
-#: SQLAlchemy has an upsert for each database.
-INSERTS: Mapping[str, Callable[[Table], postgresql.Insert | sqlite.Insert]] = {
-    "postgresql": postgresql.insert,
-    "sqlite": sqlite.insert,
-}
-
 
 class RateLimiter:
-    """Counts the calls of each caller; a caller's window begins with its first call."""
+    """Counts the prompts of each caller; a caller's window begins with its first call."""
 
     def __init__(
         self, database: Database, rates: str, clock: Callable[[], float] = time.time
@@ -42,8 +36,13 @@ class RateLimiter:
         self._clock = clock
         self._next_warning = 0.0
 
-    async def hit(self, caller: str) -> None:
-        """Count a call. Raises `RateLimited`.
+    @property
+    def most_at_once(self) -> int:
+        """The most prompts that one call may ever have."""
+        return min(rate.calls for rate in self._rates)
+
+    async def hit(self, caller: str, prompts: int = 1) -> None:
+        """Count the prompts of a call, or none of them if they are too many. Raises `RateLimited`.
 
         While the database does not answer, calls pass uncounted: streams need no database, and a
         limit that fails closed would end them.
@@ -52,13 +51,13 @@ class RateLimiter:
             caller = hashlib.sha256(caller.encode(errors="surrogateescape")).hexdigest()
         for rate in self._rates:
             try:
-                calls, expires = await self._count(f"{caller} {rate}", rate.seconds)
+                over = await self._count(f"{caller} {rate}", rate, prompts)
             except StoreUnavailable as error:
                 self._skip(error)
                 return
-            if calls > rate.calls:
-                msg = f"more calls than {rate} (DLLM_RATE_LIMIT)"
-                raise RateLimited(msg, retry_after=max(1, math.ceil(expires - self._clock())))
+            if over is not None:
+                msg = f"more prompts than {rate} (DLLM_RATE_LIMIT)"
+                raise RateLimited(msg, retry_after=max(1, math.ceil(over - self._clock())))
 
     def _skip(self, error: StoreUnavailable) -> None:
         RATE_LIMIT_SKIPPED.inc()
@@ -74,23 +73,26 @@ class RateLimiter:
             await self._database.change(delete(rate_limits).where(over))
         return TIDY_SECONDS
 
-    async def _count(self, key: str, seconds: int) -> tuple[int, float]:
-        """Add a call to the window, or begin a new one; returns its calls, and when it is over."""
+    async def _count(self, key: str, rate: Rate, prompts: int) -> float | None:
+        """Add to the window, or begin a new one; when the window ends if there are too many."""
         now = self._clock()
-        over = rate_limits.c.expires <= now
+        calls, ends = rate_limits.c.calls, rate_limits.c.expires
+        over = ends <= now
 
-        def change(connection: Connection) -> tuple[int, float]:
-            first = INSERTS[connection.dialect.name](rate_limits).values(
-                key=key, calls=1, expires=now + seconds
+        def change(connection: Connection) -> float | None:
+            first = insert_into(connection, rate_limits).values(
+                key=key, calls=prompts, expires=now + rate.seconds
             )
             upsert = first.on_conflict_do_update(
                 index_elements=[rate_limits.c.key],
                 set_={
-                    "calls": case((over, 1), else_=rate_limits.c.calls + 1),
-                    "expires": case((over, now + seconds), else_=rate_limits.c.expires),
+                    "calls": case((over, prompts), else_=calls + prompts),
+                    "expires": case((over, now + rate.seconds), else_=ends),
                 },
-            ).returning(rate_limits.c.calls, rate_limits.c.expires)
-            calls, expires = connection.execute(upsert).one()
-            return calls, expires
+                where=or_(over, calls + prompts <= rate.calls),
+            ).returning(ends)
+            if connection.scalar(upsert) is not None:
+                return None
+            return connection.scalar(select(ends).where(rate_limits.c.key == key))
 
         return await self._database.write(change, timeout=COUNT_SECONDS)

@@ -7,10 +7,11 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Protocol, Self, TypeVar
 
-from sqlalchemy import Connection, Row, Select, UpdateBase, text
+from sqlalchemy import Connection, Row, Select, UpdateBase
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from adapter.db.dialects import advisory_lock
 from adapter.db.migrate import is_current, upgrade_schema
 from adapter.db.postgres import PostgresBackend
 from adapter.db.sqlite import SqliteBackend
@@ -217,6 +218,5 @@ async def connect(url: str, *, timeout: float = DEFAULT_TIMEOUT) -> AsyncIterato
 
 
 def _upgrade(connection: Connection) -> None:
-    if connection.dialect.name == "postgresql":
-        connection.execute(text(f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK})"))
+    advisory_lock(connection, SCHEMA_LOCK)
     upgrade_schema(connection)

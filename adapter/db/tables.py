@@ -7,6 +7,7 @@ from sqlalchemy import (
     Index,
     Integer,
     MetaData,
+    Sequence,
     String,
     Table,
     Text,
@@ -48,7 +49,9 @@ jobs = Table(
     Index("ix_jobs_deadline", "deadline"),
 )
 
-# Ids start at 0 and have no gaps, which neither database's own sequences promise.
+# Ids start at 0. SQLite counts them in a row, PostgreSQL by a sequence: a row would make each
+# submission wait for those before it. A transaction that fails there leaves a gap.
+job_ids = Sequence("job_ids", minvalue=0, start=0, metadata=metadata)
 counters = Table(
     "counters",
     metadata,
@@ -63,9 +66,8 @@ submissions = Table(
     Column("owner", String(64), primary_key=True),  # name of the API key; "" without keys
     Column("key", String(255), primary_key=True),
     Column("fingerprint", String(64), nullable=False),  # SHA-256 of what was asked
-    Column("first_id", BigInteger, nullable=False),
-    Column("jobs", Integer, nullable=False),  # how many, with consecutive ids
     Column("created_at", Double, nullable=False),
+    Column("ids", Text, nullable=False, server_default="[]"),  # JSON: of its jobs
     Index("ix_submissions_created_at", "created_at"),
 )
 

@@ -2,13 +2,15 @@
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Self
 
+from adapter.engine.fit import fit_lengths
 from adapter.engine.follow import follow
 from adapter.engine.pool import Endpoint, EnginePool
-from adapter.errors import AdapterError, StreamInterrupted, TooManyCalls, Unavailable
+from adapter.errors import AdapterError, StreamInterrupted, Unavailable
+from adapter.shares import Shares
 from adapter.telemetry.logs import get_logger
 from adapter.telemetry.metrics import TokenTimer
 from adapter.types import DEFAULT_PRIORITY, Event, Inputs, StreamDetail
@@ -123,9 +125,9 @@ class StreamingRequest:
 class StreamingRequests:
     """The streaming requests of one worker; a context manager that ends those that remain."""
 
-    def __init__(self, pool: EnginePool, *, limit: int, idle_timeout: float) -> None:
+    def __init__(self, pool: EnginePool, *, shares: Shares, idle_timeout: float) -> None:
         self._pool = pool
-        self._limit = limit
+        self._shares = shares
         self._idle_timeout = idle_timeout
         self._running: dict[asyncio.Task[None], StreamingRequest] = {}
 
@@ -133,6 +135,14 @@ class StreamingRequests:
     def inflight(self) -> int:
         """How many run now."""
         return len(self._running)
+
+    async def fit(self, requests: Sequence[Inputs], *, api_key: str | None) -> list[Inputs]:
+        """The requests of one call, shortened to what fits the model's context.
+
+        Raises `TooManyCalls` before it asks an engine, and what `fit_lengths` raises.
+        """
+        self._shares.require(api_key, len(requests))
+        return await fit_lengths(self._pool, requests)
 
     def start(
         self,
@@ -142,11 +152,10 @@ class StreamingRequests:
         detail: StreamDetail,
         priority: int = DEFAULT_PRIORITY,
         timeout: float | None = None,
+        api_key: str | None = None,
     ) -> StreamingRequest:
         """Begin a request, which the caller closes. Raises `TooManyCalls`, `Unavailable`."""
-        if len(self._running) >= self._limit:
-            msg = f"{self._limit} calls wait for their answers, as many as may (DLLM_MAX_LIVE)"
-            raise TooManyCalls(msg)
+        self._shares.require(api_key)
         # The client would not retry, so one failed request must not have the next one rejected.
         endpoint = self._pool.pick() or self._pool.pick(include_backing_off=True)
         if endpoint is None:
@@ -161,8 +170,9 @@ class StreamingRequests:
             timeout=timeout,
             idle_timeout=self._idle_timeout,
         )
+        self._shares.take(api_key)
         self._running[request.task] = request
-        request.task.add_done_callback(self._ended)
+        request.task.add_done_callback(partial(self._ended, api_key))
         return request
 
     async def __aenter__(self) -> Self:
@@ -172,7 +182,8 @@ class StreamingRequests:
         for request in list(self._running.values()):
             await request.close()
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, api_key: str | None, task: asyncio.Task[None]) -> None:
+        self._shares.give_back(api_key)
         request = self._running.pop(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("streaming_request_failed", exc_info=error)

@@ -23,11 +23,13 @@ from sqlalchemy import (
     update,
 )
 
-from adapter.db.tables import counters, jobs
+from adapter.db.dialects import advisory_lock
+from adapter.db.tables import jobs
 from adapter.jobs.job import JobState
 
 #: The most suspects, jobs with a lost attempt, that run at a time on all workers together.
 MAX_CONCURRENT_RETRIES = 8
+CLAIM_LOCK = 0x634C4C4D  # any number, as long as all workers use the same
 
 QUEUED = jobs.c.state == JobState.QUEUED
 RUNNING = jobs.c.state == JobState.RUNNING
@@ -47,7 +49,6 @@ _SITUATION = select(
     .scalar_subquery()
     .label("suspects_running"),
 )
-_COUNTER = select(counters.c.name).where(counters.c.name == "jobs").with_for_update()
 
 
 def _claim(which: ColumnElement[bool]) -> Update:
@@ -94,11 +95,6 @@ def final_attempt(max_attempts: int) -> int:
     return max(1, max_attempts - 1)
 
 
-def lock_counter(connection: Connection) -> None:
-    """Lock the row that makes submissions and claims run one after the other."""
-    connection.execute(_COUNTER)
-
-
 def claim_rows(
     connection: Connection,
     owner: str,
@@ -110,7 +106,7 @@ def claim_rows(
 ) -> list[Row[Any]]:
     """Make up to `limit` queued jobs the owner's; their rows by priority and age."""
     # Claims run one after the other on PostgreSQL too, or their counts would change meanwhile.
-    lock_counter(connection)
+    advisory_lock(connection, CLAIM_LOCK)
     bound = {"final_attempt": final_attempt(max_attempts)}
     new = {"claimant": owner, "lease_end": now + lease, "now": now}
 

@@ -9,9 +9,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, delete, select
-from sqlalchemy import insert as insert_into
+from sqlalchemy import Connection, and_, delete, select, update
 
+from adapter.db.dialects import insert_into
 from adapter.db.tables import submissions
 from adapter.errors import KeyReused
 from adapter.jobs.job import JobOptions
@@ -48,22 +48,29 @@ def find_ids(connection: Connection, record: IdempotencyRecord) -> list[int] | N
     if row.fingerprint != record.fingerprint:
         msg = f"Idempotency-Key: {record.key!r} was used for another body"
         raise KeyReused(msg)
-    return list(range(row.first_id, row.first_id + row.jobs))
+    ids: list[int] = json.loads(row.ids)
+    return ids
 
 
-def insert(
-    connection: Connection, record: IdempotencyRecord, ids: Sequence[int], now: float
-) -> None:
-    """Store the record with its ids, which are consecutive."""
+def insert(connection: Connection, record: IdempotencyRecord, now: float) -> bool:
+    """Store the record; False if there is one of its key.
+
+    Waits for a transaction that is storing one, which then has its ids or is rolled back.
+    """
     row = {
         "owner": record.owner,
         "key": record.key,
         "fingerprint": record.fingerprint,
-        "first_id": ids[0],
-        "jobs": len(ids),
         "created_at": now,
     }
-    connection.execute(insert_into(submissions).values(row))
+    statement = insert_into(connection, submissions).values(row).on_conflict_do_nothing()
+    return connection.execute(statement).rowcount == 1
+
+
+def set_ids(connection: Connection, record: IdempotencyRecord, ids: Sequence[int]) -> None:
+    """Complete the record with the ids of its jobs."""
+    mine = and_(submissions.c.owner == record.owner, submissions.c.key == record.key)
+    connection.execute(update(submissions).where(mine).values(ids=json.dumps(list(ids))))
 
 
 def purge(connection: Connection, before: float) -> None:

@@ -1,9 +1,9 @@
 """A job: its states, and the data about it that other modules need."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
-from adapter.types import DEFAULT_PRIORITY, Inputs
+from adapter.types import DEFAULT_PRIORITY, Inputs, Usage
 
 
 class JobState(StrEnum):
@@ -49,6 +49,22 @@ DEFAULT_OPTIONS = JobOptions()
 
 
 @dataclass(frozen=True, slots=True)
+class JobDetails:
+    """When a job ran, and what the engine tells about its result; None for what is unknown.
+
+    Times are in Unix seconds.
+    """
+
+    created_at: float | None = None
+    #: When its last run began.
+    started_at: float | None = None
+    finished_at: float | None = None
+    finish_reason: str | None = None
+    usage: Usage | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """A job as clients see it."""
 
@@ -60,6 +76,7 @@ class Job:
     error: str | None
     #: Its id in the engine; None while no worker runs it.
     engine_request_id: str | None = None
+    details: JobDetails = field(default=JobDetails(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +94,9 @@ class ClaimedJob:
     time_left: float | None = None
     #: Seconds since it was submitted.
     waited: float = 0.0
+    #: When it was submitted and when it was claimed, in Unix seconds.
+    created_at: float = field(default=0.0, compare=False)
+    claimed_at: float = field(default=0.0, compare=False)
 
     @property
     def engine_request_id(self) -> str:

@@ -4,11 +4,12 @@ import asyncio
 from collections.abc import Sequence
 
 from adapter.engine.pool import EnginePool
-from adapter.errors import EngineError, InvalidRequest, JobNotFound, TooManyCalls
+from adapter.errors import EngineError, InvalidRequest, JobNotFound
 from adapter.jobs.job import DEFAULT_OPTIONS, Job, JobOptions, JobState
 from adapter.jobs.runner import JobRunner
 from adapter.jobs.store import JobStore
 from adapter.jobs.watcher import JobWatcher
+from adapter.shares import Shares, share_of
 from adapter.telemetry.logs import get_logger
 from adapter.telemetry.metrics import JOBS_SUBMITTED
 from adapter.types import Inputs
@@ -34,15 +35,22 @@ class JobService:
         *,
         max_queued: int,
         max_held: int,
+        key_share: float,
     ) -> None:
         self._store = store
         self._runner = runner
         self._watcher = watcher
         self._pool = pool
         self._max_queued = max_queued
-        self._max_held = max_held
-        #: The number of polls held now.
-        self.held = 0
+        self._key_share = key_share
+        self._polls = Shares(
+            max_held, key_share, what="polls are held", setting="DLLM_MAX_HELD_POLLS"
+        )
+
+    @property
+    def held(self) -> int:
+        """The number of polls held now."""
+        return self._polls.held
 
     async def submit(
         self,
@@ -63,11 +71,18 @@ class JobService:
                 return known
             raise
         most, new = self._max_queued, True
+        most_of_key = None if options.api_key is None else share_of(most, self._key_share)
         if key is None:
-            ids = await self._store.add(requests, max_queued=most, options=options)
+            ids = await self._store.add(
+                requests, max_queued=most, max_queued_of_key=most_of_key, options=options
+            )
         else:
             ids, new = await self._store.add_once(
-                requests, key=key, max_queued=most, options=options
+                requests,
+                key=key,
+                max_queued=most,
+                max_queued_of_key=most_of_key,
+                options=options,
             )
         self._runner.wake()
         if new:
@@ -85,18 +100,15 @@ class JobService:
             job = await self._get(job_id, api_key)
             if wait <= 0 or self._is_final(job):
                 return job
-        if self.held >= self._max_held:
-            msg = f"{self.held} polls are held, as many as may (DLLM_MAX_HELD_POLLS)"
-            raise TooManyCalls(msg)
+        self._polls.take(api_key)
         now = asyncio.get_running_loop().time
         deadline = now() + wait
-        self.held += 1
         try:
             while job is None or (not self._is_final(job) and now() < deadline):
                 done = await self._watcher.wait(job_id, deadline - now())
                 job = done or await self._get(job_id, api_key)
         finally:
-            self.held -= 1
+            self._polls.give_back(api_key)
         return job
 
     async def cancel(self, job_id: int, *, api_key: str | None = None) -> Job:

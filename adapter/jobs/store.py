@@ -4,6 +4,7 @@ changes no row and is told so."""
 import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import (
@@ -22,16 +23,18 @@ from sqlalchemy import (
 )
 
 from adapter.db.database import Database
-from adapter.db.tables import counters, jobs, submissions
+from adapter.db.dialects import reserve_job_ids
+from adapter.db.tables import jobs, submissions
 from adapter.errors import TooManyJobs
 from adapter.jobs import idempotency
-from adapter.jobs.claims import QUEUED, RUNNING, claim_rows, lock_counter
+from adapter.jobs.claims import QUEUED, RUNNING, claim_rows
 from adapter.jobs.idempotency import IdempotencyRecord
 from adapter.jobs.job import (
     ACTIVE,
     DEFAULT_OPTIONS,
     ClaimedJob,
     Job,
+    JobDetails,
     JobOptions,
     JobState,
     engine_request_id,
@@ -39,7 +42,7 @@ from adapter.jobs.job import (
 )
 from adapter.jobs.outcome import Failed, Finished, Interrupted, Outcome, Snoozed
 from adapter.telemetry.metrics import JOBS_DONE
-from adapter.types import Event, Inputs
+from adapter.types import Event, Inputs, Usage
 
 Clock = Callable[[], float]
 
@@ -66,11 +69,17 @@ class JobStore:
         return self._database.outage
 
     async def add(
-        self, requests: Sequence[Inputs], *, max_queued: int, options: JobOptions = DEFAULT_OPTIONS
+        self,
+        requests: Sequence[Inputs],
+        *,
+        max_queued: int,
+        max_queued_of_key: int | None = None,
+        options: JobOptions = DEFAULT_OPTIONS,
     ) -> list[int]:
-        """Queue all requests or none; the ids are consecutive. Raises `TooManyJobs`."""
+        """Queue all requests or none; their ids, in ascending order. Raises `TooManyJobs`."""
+        most = (max_queued, max_queued_of_key)
         return await self._database.write(
-            lambda connection: self._add(connection, requests, max_queued, options)
+            lambda connection: self._add(connection, requests, most, options)
         )
 
     async def add_once(
@@ -79,6 +88,7 @@ class JobStore:
         *,
         key: str,
         max_queued: int,
+        max_queued_of_key: int | None = None,
         options: JobOptions = DEFAULT_OPTIONS,
     ) -> tuple[list[int], bool]:
         """As `add`, but only once under this key; the ids, and whether they are new.
@@ -88,11 +98,14 @@ class JobStore:
         record = IdempotencyRecord.of(key, requests, options)
 
         def add(connection: Connection) -> tuple[list[int], bool]:
-            lock_counter(connection)
-            if (known := idempotency.find_ids(connection, record)) is not None:
+            known = idempotency.find_ids(connection, record)
+            if known is None and not idempotency.insert(connection, record, self._clock()):
+                known = idempotency.find_ids(connection, record)  # of a call at the same time
+                assert known is not None
+            if known is not None:
                 return known, False
-            ids = self._add(connection, requests, max_queued, options)
-            idempotency.insert(connection, record, ids, self._clock())
+            ids = self._add(connection, requests, (max_queued, max_queued_of_key), options)
+            idempotency.set_ids(connection, record, ids)
             return ids, True
 
         return await self._database.write(add)
@@ -163,24 +176,36 @@ class JobStore:
 
     async def settle(self, owner: str, job: ClaimedJob, outcome: Outcome) -> Job | None:
         """Record how a run ended; the job if that is final and it was still this owner's."""
+        now = self._clock()
+        details = JobDetails(job.created_at, job.claimed_at, now)
         match outcome:
             case Finished(event=event):
-                if await self.finish(owner, job.id, event):
-                    return Job(job.id, JobState.FINISHED, job.attempts, event.text, None)
+                if await self.finish(owner, job.id, event, now=now):
+                    details = replace(
+                        details,
+                        finish_reason=event.finish_reason,
+                        usage=event.usage,
+                        seed=event.seed,
+                    )
+                    state, text = JobState.FINISHED, event.text
+                    return Job(job.id, state, job.attempts, text, None, details=details)
             case Failed(reason):
-                if await self.fail(owner, job.id, reason or ""):
-                    return Job(job.id, JobState.FAILED, job.attempts, None, reason)
+                if await self.fail(owner, job.id, reason or "", now=now):
+                    state = JobState.FAILED
+                    return Job(job.id, state, job.attempts, None, reason, details=details)
             case Interrupted(reason):
                 await self.retry(owner, job.id, reason or "")
             case Snoozed():
                 await self.release(owner, job.id)
         return None
 
-    async def finish(self, owner: str, job_id: int, result: Event) -> bool:
+    async def finish(
+        self, owner: str, job_id: int, result: Event, *, now: float | None = None
+    ) -> bool:
         """Store the result. False if the job is not this owner's."""
         usage = result.usage
         values = {
-            **_ended(JobState.FINISHED, self._clock()),
+            **_ended(JobState.FINISHED, self._clock() if now is None else now),
             "text": result.text,
             "finish_reason": result.finish_reason,
             "seed": result.seed,
@@ -191,9 +216,10 @@ class JobStore:
         }
         return await self._end(JobState.FINISHED, _OWN_JOB, {"job": job_id, "by": owner, **values})
 
-    async def fail(self, owner: str, job_id: int, error: str) -> bool:
+    async def fail(self, owner: str, job_id: int, error: str, *, now: float | None = None) -> bool:
         """Fail the job with the reason. False if it is not this owner's."""
-        values = {**_ended(JobState.FAILED, self._clock()), "error": error}
+        now = self._clock() if now is None else now
+        values = {**_ended(JobState.FAILED, now), "error": error}
         return await self._end(JobState.FAILED, _OWN_JOB, {"job": job_id, "by": owner, **values})
 
     async def release(self, owner: str, job_id: int) -> bool:
@@ -280,19 +306,20 @@ class JobStore:
         self,
         connection: Connection,
         requests: Sequence[Inputs],
-        max_queued: int,
+        most: tuple[int, int | None],
         options: JobOptions,
     ) -> list[int]:
-        ids = self._next_ids(connection, len(requests))
-        _refuse_beyond(max_queued, connection.scalar(_COUNT_QUEUED) or 0, len(requests))
+        # On PostgreSQL, submissions at the same moment do not count each other.
+        max_queued, max_of_key = most
+        queued = connection.scalar(_COUNT_QUEUED) or 0
+        _refuse_beyond(max_queued, queued, len(requests))
+        # The jobs of one key are counted only where they may be too many: it takes longer.
+        if max_of_key is not None and queued + len(requests) > max_of_key:
+            of_key = connection.scalar(_COUNT_QUEUED_BY_KEY, {"key": options.api_key}) or 0
+            _refuse_beyond(max_of_key, of_key, len(requests), of_key=True)
+        ids = reserve_job_ids(connection, len(requests))
         connection.execute(_INSERT, self._new_rows(ids, requests, options))
         return ids
-
-    def _next_ids(self, connection: Connection, count: int) -> list[int]:
-        """Reserve ids; this also locks the counter."""
-        end = connection.scalar(_RESERVE_IDS, {"more": count})
-        assert end is not None
-        return list(range(end - count, end))
 
     def _new_rows(
         self, ids: Sequence[int], requests: Sequence[Inputs], options: JobOptions
@@ -358,7 +385,19 @@ def _shown(row: Row[Any]) -> Job:
     state, name = JobState(row.state), None
     if state is JobState.RUNNING:
         name = engine_request_id(row.id, row.request_id, row.owner, row.attempts, row.num_rescues)
-    return Job(row.id, state, row.attempts, row.text, row.error, name)
+    return Job(row.id, state, row.attempts, row.text, row.error, name, _details(row))
+
+
+def _details(row: Row[Any]) -> JobDetails:
+    usage = (row.prompt_tokens, row.completion_tokens, row.steps, row.forward_passes)
+    return JobDetails(
+        row.created_at,
+        None if row.state == JobState.QUEUED else row.started_at,
+        row.finished_at,
+        row.finish_reason,
+        None if None in usage else Usage(*usage),
+        row.seed,
+    )
 
 
 def _claimed(row: Row[Any], owner: str, now: float) -> ClaimedJob:
@@ -372,12 +411,16 @@ def _claimed(row: Row[Any], owner: str, now: float) -> ClaimedJob:
         options=JobOptions(row.priority, timeout, row.api_key, row.request_id, row.traceparent),
         time_left=None if row.deadline is None else row.deadline - now,
         waited=max(0.0, now - row.created_at),
+        created_at=row.created_at,
+        claimed_at=now,
     )
 
 
-def _refuse_beyond(max_queued: int, queued: int, extra: int) -> None:
+def _refuse_beyond(max_queued: int, queued: int, extra: int, *, of_key: bool = False) -> None:
     if queued + extra > max_queued:
-        msg = f"{queued} jobs are waiting, and at most {max_queued} may (DLLM_MAX_QUEUED_JOBS)"
+        whose = " of this key" if of_key else ""
+        settings = "DLLM_MAX_QUEUED_JOBS" + (", DLLM_KEY_SHARE" if of_key else "")
+        msg = f"{queued} jobs{whose} are waiting, and at most {max_queued} may ({settings})"
         raise TooManyJobs(msg)
 
 
@@ -391,6 +434,15 @@ _SHOWN = select(
     jobs.c.error,
     jobs.c.owner,
     jobs.c.request_id,
+    jobs.c.created_at,
+    jobs.c.started_at,
+    jobs.c.finished_at,
+    jobs.c.finish_reason,
+    jobs.c.prompt_tokens,
+    jobs.c.completion_tokens,
+    jobs.c.steps,
+    jobs.c.forward_passes,
+    jobs.c.seed,
 ).where(jobs.c.id == bindparam("job"))
 _SHOWN_TO_KEY = _SHOWN.where(jobs.c.api_key == bindparam("key"))
 _DONE_AMONG = select(jobs.c.id).where(
@@ -398,14 +450,7 @@ _DONE_AMONG = select(jobs.c.id).where(
 )
 _ANY_QUEUED = _any_of(QUEUED)
 _COUNT_QUEUED = select(func.count()).select_from(jobs).where(QUEUED)
-# Updating the counter first makes submissions run one after the other on PostgreSQL too, so that
-# the count of queued jobs is exact.
-_RESERVE_IDS = (
-    update(counters)
-    .where(counters.c.name == "jobs")
-    .values(next_id=counters.c.next_id + bindparam("more"))
-    .returning(counters.c.next_id)
-)
+_COUNT_QUEUED_BY_KEY = _COUNT_QUEUED.where(jobs.c.api_key == bindparam("key"))
 _INSERT = insert(jobs)
 # It sets the columns that it gets values for.
 _OWN_JOB = update(jobs).where(

@@ -21,7 +21,7 @@ HEADER = "X-Request-ID"
 #: Ids accepted from clients; they go into the log, the database and Triton's messages.
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 #: Polled every few seconds by machines; logged at debug.
-ROUTINE = frozenset({"/v1/health", "/v1/livez", "/metrics"})
+ROUTINE = frozenset({"/health", "/v1/health", "/v1/livez", "/metrics"})
 
 
 class TelemetryMiddleware:

@@ -29,7 +29,7 @@ from dllm_client._errors import (
     UnexpectedResponseError,
     from_response,
 )
-from dllm_client._types import Params, Prompt, Result, Status, prompt_field
+from dllm_client._types import Params, Prompt, Result, Status, Usage, prompt_field
 
 #: Seconds between polls of a server that does not hold them.
 POLL_SECONDS = 0.1
@@ -334,11 +334,18 @@ def _text(result: Result) -> str:
 def _result_of(data: Any) -> Result:
     """The job in a response; unknown fields are ignored."""
     try:
+        usage = data.get("usage")
         return Result(
             request_id=int(data["request_id"]),
             status=Status(data["status"]),
             text=data["text"],
             error=data.get("error"),
+            finish_reason=data.get("finish_reason"),
+            usage=usage and Usage(**{name: usage[name] for name in Usage.__slots__}),
+            seed=data.get("seed"),
+            created_at=data.get("created_at"),
+            started_at=data.get("started_at"),
+            finished_at=data.get("finished_at"),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UnexpectedResponseError(f"not a job: {data!r}") from error

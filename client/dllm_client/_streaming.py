@@ -67,4 +67,5 @@ def _step(body: Mapping[str, Any]) -> Step:
         canvas=list(body["canvas"]),
         committed=[Committed(**one) for one in body["committed"]],
         final_text=str(body["final_text"]),
+        seed=body.get("seed"),
     )

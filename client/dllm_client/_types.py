@@ -127,6 +127,16 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens and passes of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    steps: int
+    forward_passes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """A job as the server saw it at one moment."""
 
@@ -134,6 +144,12 @@ class Result:
     status: Status
     text: str | None = None
     error: str | None = None
+    finish_reason: str | None = None  #: `stop`, or `length` if the canvas ended before the text
+    usage: Usage | None = None
+    seed: int | None = None  #: what repeats the text
+    created_at: float | None = None  #: when the job was submitted, in Unix seconds
+    started_at: float | None = None  #: when its last run began
+    finished_at: float | None = None
 
     @property
     def done(self) -> bool:
@@ -179,16 +195,7 @@ class Step:
     canvas: list[str | None]  #: what each position shows now, None where it is masked
     committed: list[Committed]  #: what is new since the step seen before
     final_text: str  #: the beginning of the answer; it will not change
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What a request cost."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    steps: int
-    forward_passes: int
+    seed: int | None = None  #: what repeats the answer; None from an older server
 
 
 @dataclass(frozen=True, slots=True)

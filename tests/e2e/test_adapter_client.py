@@ -75,7 +75,7 @@ def test_stream(client: Client, adapter: AdapterServer) -> None:
 
 
 def test_cancel(client: Client) -> None:
-    """`cancel` ends a job; whoever waits for it is told."""
+    """`cancel` ends a job and every wait for it."""
     job = client.submit("long", gen_length=512, cfg_scale=1.0, ignore_eos=True)
     assert client.cancel(job).status == "cancelled"
     with pytest.raises(JobCancelledError):
@@ -83,7 +83,7 @@ def test_cancel(client: Client) -> None:
 
 
 def test_errors(client: Client) -> None:
-    """What goes wrong is an error of its own kind, which names the field at fault."""
+    """Each failure has an error class of its own, which names the field at fault."""
     with pytest.raises(BadRequestError, match="512") as refused:
         client.generate("x", gen_length=513)
     assert refused.value.field == "gen_length"
@@ -139,7 +139,7 @@ def test_command_line(adapter: AdapterServer, client: Client, tmp_path: Path) ->
 
 
 def test_command_line_errors(adapter: AdapterServer) -> None:
-    """What goes wrong is one line on standard error and an exit code, not a traceback."""
+    """A failure is one line on standard error and an exit code, not a traceback."""
     for arguments, word in (
         (["generate", "x", "--gen-length", "513"], "gen_length"),
         (["generate", "x", "--remasking", "best"], "remasking"),

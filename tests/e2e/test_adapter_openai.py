@@ -106,12 +106,26 @@ def test_prompts_are_seen_as_they_are(client: OpenAI, llm: LLM) -> None:
 
 
 def test_engines_refusal_names_the_parameter(client: OpenAI) -> None:
-    """What only the engine can judge is a 400 in OpenAI's words, streaming or not."""
+    """A refusal by the engine is a 400 in OpenAI's shape, streaming or not."""
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError) as caught:
-            client.completions.create(model="dllm", prompt="x" * 700, max_tokens=512, stream=stream)
-        assert caught.value.param == "max_tokens"
-        assert "700 tokens" in caught.value.message
+            client.completions.create(model="dllm", prompt="x" * 1100, stream=stream)
+        assert (caught.value.param, caught.value.code) == ("prompt", "context_length_exceeded")
+        reason = "its 1100 tokens leave no room for an answer in the model's 1024"
+        assert reason in caught.value.message
+
+
+@pytest.mark.parametrize("fields", [{}, {"max_tokens": 4096}])
+def test_answer_fits_the_context(client: OpenAI, fields: dict[str, Any]) -> None:
+    """A chat gets the length that its prompt leaves, whatever it asks for."""
+    question: Any = [{"role": "user", "content": "x" * 950}]
+    fields = fields | {"extra_body": {"ignore_eos": True, "steps": 16, "block_length": 32}}
+    answer = client.chat.completions.create(model="dllm", messages=question, **fields)
+
+    assert answer.usage is not None
+    assert 0 < answer.usage.completion_tokens < 128
+    assert answer.usage.total_tokens == 1024
+    assert answer.choices[0].finish_reason == "length"
 
 
 @pytest.mark.parametrize("stream", [False, True])

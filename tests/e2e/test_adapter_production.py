@@ -1,4 +1,4 @@
-"""What operators count on: keys, deadlines, figures of all workers, ids that reach the engine."""
+"""What operators rely on: keys, deadlines, metrics of all workers, ids that reach the engine."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_trace_context_does_not_disturb_triton(start_adapter: StartAdapter) -> N
 def test_sigterm_lets_running_jobs_finish_or_gives_them_back(
     start_adapter: StartAdapter, triton: TritonServer, drain: str, cancelled: int
 ) -> None:
-    """Told to stop, a worker finishes what runs, or else leaves it to whoever comes next."""
+    """On SIGTERM a worker finishes its running jobs, or releases them for the next worker."""
     adapter = start_adapter(DLLM_DRAIN_SECONDS=drain)
     before = settled_counters(triton)
     # Long enough to be seen in the metrics, which are published once a second.

@@ -84,16 +84,20 @@ def test_exact_shapes(start_adapter: StartAdapter) -> None:
         done = requests.get(f"{url}/result/{request_id}", params={"wait": 60}).json()
         text = done.pop("text")
         assert isinstance(text, str)
-        assert done == {"request_id": request_id, "status": "finished"}
+        assert done["status"] == "finished"
+        assert done["finish_reason"] in ("stop", "length")
+        assert done["usage"]["forward_passes"] > 0
+        assert done["created_at"] <= done["started_at"] <= done["finished_at"]
 
     cancelled = requests.delete(f"{url}/result/3")
     assert cancelled.status_code == 200
-    assert cancelled.json() == {"request_id": 3, "status": "cancelled", "text": None}
+    expected = {"request_id": 3, "status": "cancelled", "text": None}
+    assert expected.items() <= cancelled.json().items()
     late = {"prompt": "x", "gen_length": 512, "ignore_eos": True, "timeout": 0.001}
     assert requests.post(f"{url}/generate", json=late).json()["request_ids"] == [4]
     failed = requests.get(f"{url}/result/4", params={"wait": 60}).json()
     assert "timeout" in failed.pop("error")
-    assert failed == {"request_id": 4, "status": "failed", "text": None}
+    assert (failed["status"], failed["text"]) == ("failed", None)
 
 
 @pytest.mark.parametrize("request_id", ["999999", "-1", "9" * 30])
@@ -189,7 +193,7 @@ def test_what_the_engine_cannot_do_is_refused_at_submission(
 
 
 def test_long_prompt_of_a_batch_is_named(adapter: AdapterServer) -> None:
-    """Of a batch the prompt that does not fit is named, and nothing is queued."""
+    """An error names the prompt of a batch that does not fit, and nothing is queued."""
     before = adapter.submit("x", gen_length=1)
     body = {"prompts": ["short", "x" * 2000], "gen_length": 500}
     refused = requests.post(f"{adapter.url}/v1/generate_batch", json=body, timeout=30)
@@ -247,14 +251,15 @@ def test_delete_cancels(adapter: AdapterServer, triton: TritonServer) -> None:
     job = adapter.submit("hello", gen_length=512, cfg_scale=1.0, ignore_eos=True)
     eventually(lambda: metric(triton, "dllm_running_requests") > 0, "the job runs")
     answer = requests.delete(f"{adapter.url}/v1/result/{job}", timeout=30)
-    assert answer.json() == {"request_id": job, "status": "cancelled", "text": None}
+    expected = {"request_id": job, "status": "cancelled", "text": None}
+    assert expected.items() <= answer.json().items()
     eventually(
         lambda: metric(triton, "dllm_requests_cancelled_total") > cancelled, "the engine is told"
     )
     eventually(lambda: metric(triton, "dllm_running_requests") == 0, "its place is free")
-    assert adapter.result(job) == {"request_id": job, "status": "cancelled", "text": None}
+    assert expected.items() <= adapter.result(job).items()
 
     done = adapter.submit("hello", gen_length=4)
     text = adapter.finished(done)
     answer = requests.delete(f"{adapter.url}/v1/result/{done}", timeout=30)
-    assert answer.json() == {"request_id": done, "status": "finished", "text": text}
+    assert (answer.json()["status"], answer.json()["text"]) == ("finished", text)

@@ -69,7 +69,7 @@ def test_stream_tells_the_whole_story(adapter: AdapterServer, llm: LLM) -> None:
 
 
 def test_engines_refusal_has_a_status(adapter: AdapterServer) -> None:
-    """What only the engine can judge is a 422 that names the field, not a broken stream."""
+    """A refusal by the engine is a 422 that names the field, not a broken stream."""
     body = {"prompt": "a", "remasking": "best"}
     answer = requests.post(f"{adapter.url}/v1/generate/stream", json=body, timeout=60)
 

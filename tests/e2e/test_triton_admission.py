@@ -90,7 +90,7 @@ def test_waiting_happens_in_the_engine(narrow: TritonServer) -> None:
 
 
 def test_priority_overtakes(narrow: TritonServer) -> None:
-    """Of requests that come at about the same time, the most urgent is answered first."""
+    """The most urgent of requests that arrive together is answered first."""
     queue = Queue(narrow)
     with GrpcStream(narrow, LONG | {"stream": True}) as long:
         next(iter(long))

@@ -61,7 +61,7 @@ def test_of_many_that_leave_none_is_forgotten(triton: TritonServer) -> None:
 
 
 def test_cancel_by_id(triton: TritonServer) -> None:
-    """A request that names another's id ends it, even a unary call, and nobody else's."""
+    """A request that names another's id ends that request alone, even a unary call."""
     with (
         triton_http.InferenceServerClient(triton.http_url, network_timeout=120) as client,
         GrpcStream(triton, LONG | {"stream": True, "gen_length": 450}) as other,
@@ -76,7 +76,7 @@ def test_cancel_by_id(triton: TritonServer) -> None:
             assert response.json()["finish_reason"] == "cancelled"
         assert Answer.from_result(mine.result()).finish_reason == "cancelled"
         assert list(other)[-1].finish_reason == "length"
-    assert post(triton, {"cancel": "nobody"}).status_code == 200
+    assert post(triton, {"cancel": "unknown"}).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_cancel_by_id(triton: TritonServer) -> None:
 def test_cancel_needs_an_id_and_nothing_else(
     triton: TritonServer, fields: dict[str, object], rule: str
 ) -> None:
-    """What could be meant otherwise is refused."""
+    """Ambiguous cancels are refused."""
     response = post(triton, fields)
     assert response.status_code == 400
     assert response.json()["error"].startswith("cancel: ")

@@ -155,7 +155,7 @@ def test_check_says_whether_it_would_be_refused(triton: TritonServer) -> None:
 
 
 def test_check_runs_nothing(triton: TritonServer) -> None:
-    """What would be accepted is only measured: its tokens, and how many more it might have."""
+    """A check of an acceptable request returns its number of tokens and how many more would fit."""
     before = settled_counters(triton)
     body = post(triton, HELLO | {"gen_length": 100, "check": True}).json()
     assert body["finish_reason"] == "valid"

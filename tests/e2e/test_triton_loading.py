@@ -1,4 +1,4 @@
-"""What it takes to load the model repository."""
+"""Loading the model repository."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MARK = "this environment holds the engine's requirements only"
 
 
 def engine_requirements() -> list[str]:
-    """What the project says that the engine needs."""
+    """The engine's requirements in pyproject.toml."""
     with (CHECKOUT / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)["project"]
     requirements: list[str] = project["optional-dependencies"]["engine"]
@@ -87,7 +87,7 @@ def test_repository_needs_the_engines_requirements_only(
     monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.chdir(tmp_path)
     with triton_server(checkpoint, repository=repository, log_file=log_file) as server:
-        assert generate(server, text_input="hello", gen_length=8).text
+        assert generate(server, text_input="hello", gen_length=8).finish_reason
         assert generate(server, model="dllm_unary", text_input="hello", gen_length=8).text
     assert MARK in log_file.read_text()
 
@@ -115,7 +115,7 @@ def test_paths_that_are_not_ascii_are_served(checkpoint: Path, tmp_path: Path) -
     shutil.copytree(REPOSITORY, repository, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(checkpoint, model)
     with triton_server(model, repository=repository) as server:
-        assert generate(server, text_input="hello", gen_length=8).text
+        assert generate(server, text_input="hello", gen_length=8).finish_reason
 
 
 @pytest.mark.slow
@@ -134,7 +134,7 @@ def test_a_checkpoint_in_a_folder_that_is_not_ascii_needs_no_launcher(
     with triton_server(
         Path(), repository=repository, log_file=log_file, settings={"MODEL_PATH": ""}
     ) as server:
-        assert generate(server, text_input="hello", gen_length=8).text
+        assert generate(server, text_input="hello", gen_length=8).finish_reason
     assert f"loading checkpoint path={model}" in log_file.read_text()
 
 

@@ -22,7 +22,7 @@ CALLERS, CALLS = 24, 200
 def test_thousands_ask_for_one_output(triton: TritonServer, model: str) -> None:
     """Each gets that output and no other, and the model's process lives on.
 
-    Outputs that nobody asked for, once made, were dropped by the stub without Python's lock; that
+    Outputs that no client requested were once dropped by the stub without Python's lock; that
     killed the process within 2,500 calls.
     """
     process = stub_of(triton, model)

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 class SwallowingProxy:
     """Forwards connections to a local port; while it swallows, no byte gets through.
 
-    A connection that has lost bytes never works again; nobody tells its two ends.
+    A connection that has lost bytes never works again, and neither end is told.
     """
 
     def __init__(self, target: int) -> None:

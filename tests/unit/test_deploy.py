@@ -47,6 +47,109 @@ def test_compose_sets_what_is_read(project: Any) -> None:
         assert set(project["services"][service].get("environment", ())) <= known, service
 
 
+def test_compose_passes_every_setting_on(project: Any) -> None:
+    """Each setting of engine and adapter that is set where Compose runs reaches its service."""
+    services = project["services"]
+    engine = set(EngineConfig.settings()) | {"DLLM_EXIT_ON_ENGINE_DEATH"}
+    # A path of the machine, for which compose.model.yaml mounts a folder.
+    for name in engine - {"MODEL_PATH"}:
+        assert services["triton"]["environment"].get(name, "lost") is None, name
+    base = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["adapter"]
+    for name in Settings.model_fields:
+        variable = f"DLLM_{name.upper()}"
+        if variable in ("DLLM_TRITON_URL", "DLLM_API_KEYS_FILE"):  # Compose's own; a path
+            continue
+        value = base["environment"].get(variable, "lost")
+        assert value is None or value.startswith(f"${{{variable}:-"), variable
+
+
+def test_nothing_is_published_to_other_machines_by_default(project: Any) -> None:
+    """Every port is one of 127.0.0.1 unless a variable says otherwise; Triton has none."""
+    for name, service in project["services"].items():
+        for port in service.get("ports", ()):
+            assert re.match(r"\$\{\w+_HOST:-127\.0\.0\.1\}:", port), name
+    assert "ports" not in project["services"]["triton"]
+    # The adapter, which listens on all addresses of its container, is told which one is published.
+    assert "DLLM_HOST" in project["services"]["adapter"]["environment"]
+
+
+def test_grafana_needs_a_password_and_reaches_prometheus_only(project: Any) -> None:
+    """No default password stands in front of a network with Triton's open API."""
+    grafana = project["services"]["grafana"]
+    assert grafana["environment"]["GF_SECURITY_ADMIN_PASSWORD"].startswith("${GRAFANA_PASSWORD:?")
+    reachable = [
+        name
+        for name, service in project["services"].items()
+        if set(service.get("networks", ["default"])) & set(grafana["networks"])
+    ]
+    assert sorted(reachable) == ["grafana", "prometheus"]
+
+
+def test_prometheus_loads_the_alerts(project: Any) -> None:
+    """The file of alert rules is mounted where Prometheus's configuration names it."""
+    config = yaml.safe_load(project["configs"]["prometheus"]["content"])
+    (mount,) = project["services"]["prometheus"]["volumes"]
+    source, target, _ = mount.split(":")
+    assert (DEPLOY / source).is_file()
+    assert [Path(target).name] == config["rule_files"]
+    assert (
+        Path(target).parent
+        == Path(project["services"]["prometheus"]["configs"][0]["target"]).parent
+    )
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool comes with Prometheus")
+def test_alerts_fire_when_they_should() -> None:
+    """promtool plays an hour without faults, and one with every fault, against the rules."""
+    run = subprocess.run(
+        ["promtool", "test", "rules", Path(__file__).with_name("prometheus_alerts.yaml")],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_every_alert_is_tried() -> None:
+    """Each rule has a case in which it fires, and one in which it does not."""
+    rules = yaml.safe_load((DEPLOY / "prometheus-alerts.yaml").read_text())["groups"][0]["rules"]
+    plays = yaml.safe_load(Path(__file__).with_name("prometheus_alerts.yaml").read_text())["tests"]
+    quiet, loud = ({case["alertname"] for case in play["alert_rule_test"]} for play in plays)
+    assert quiet == loud == {rule["alert"] for rule in rules}
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd here")
+@pytest.mark.parametrize("part", READ)
+def test_systemd_understands_the_units(part: str) -> None:
+    """Nothing in a unit is unknown to systemd; only its command is not installed."""
+    unit = DEPLOY / f"dllm-serve-{part}.service"
+    run = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True)
+    problems = (run.stdout + run.stderr).splitlines()
+    ours = [line for line in problems if unit.name in line or "dllm-serve" in line]
+    assert [line for line in ours if "is not executable" not in line] == []
+
+
+def test_the_triton_unit_sees_gpus_and_home() -> None:
+    """No directive closes the GPUs' devices or hides checkpoints below /home."""
+    lines = (DEPLOY / "dllm-serve-triton.service").read_text().splitlines()
+    # ProtectClock allows one device, and with that no other.
+    assert not {"PrivateDevices=yes", "ProtectClock=yes", "ProtectHome=yes"} & set(lines)
+    assert "ExecStartPre=-+/usr/bin/nvidia-modprobe -u -c=0" in lines
+
+
+@pytest.mark.parametrize("part", READ)
+def test_units_may_open_many_connections(part: str) -> None:
+    """systemd's default of 1024 open files is fewer than the streams and polls of one worker."""
+    assert "LimitNOFILE=65536" in (DEPLOY / f"dllm-serve-{part}.service").read_text().splitlines()
+
+
+def test_health_checks_pass_by_proxies() -> None:
+    """A proxy in a container's environment is not asked for the container itself."""
+    text = re.sub(r"\\\n *", "", (ROOT / "Dockerfile").read_text())
+    triton, adapter = re.findall(r"^HEALTHCHECK .*$", text, re.MULTILINE)
+    assert '"--noproxy", "*"' in triton
+    assert "ProxyHandler({})" in adapter
+
+
 def test_compose_names_what_there_is(project: Any) -> None:
     """Volumes, configurations, other services, stages and files that are named exist."""
     stages = re.findall(r"^FROM .* AS ([\w-]+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
@@ -129,7 +232,7 @@ def test_nginx_lets_through_what_the_adapter_reads() -> None:
 
 
 def test_adapter_keeps_connections_for_longer_than_nginx() -> None:
-    """nginx keeps an idle one for 60 s; whoever closes first may cut a call short."""
+    """nginx keeps an idle connection for 60 s; the side that closes first may cut a call short."""
     assert "keepalive_timeout" not in (DEPLOY / "nginx.conf").read_text()
     service = (DEPLOY / "dllm-serve-adapter.service").read_text()
     image = re.sub(r'[",\\\n]', " ", (ROOT / "Dockerfile").read_text())

@@ -16,7 +16,7 @@ ENGINE = ROOT / "model_repository/dllm/1/dllm_engine"
 #: Inside a package, each layer may import the layers after it, never one before it.
 LAYERS = {
     ADAPTER: ["check", "app", "api", "auth jobs", "engine", "db", "periodic", "telemetry",
-              "settings shutdown types", "rates setting_names", "errors"],
+              "settings shutdown types", "rates setting_names shares", "errors"],
     ENGINE: ["llm", "loop", "execution", "state", "memory", "models sampling", "parallel",
              "ops config request tokenizer", "sampling_params", "decoding watchdog errors"],
 }  # fmt: skip

@@ -9,18 +9,20 @@ from fastapi.exceptions import RequestValidationError
 
 from adapter.api.openai.responses import ErrorAnswer, ErrorInfo
 from adapter.api.printable import MAX_NAME, printable
-from adapter.errors import AdapterError, InvalidRequest
+from adapter.errors import AdapterError, ContextExceeded, InvalidRequest
 
 Body = dict[str, Any]
 
-PATHS = re.compile(r"/v1/(completions|chat/completions|models)(/|$)")
+#: All below /v1 but the adapter's own calls, with slashes too many, or behind a proxy's prefix.
+PATHS = re.compile(r"/v1/++(?!(generate|generate_batch|result|health|livez)(/|$))")
+OFFERED = "/v1/chat/completions, /v1/completions and /v1/models"
 
 INVALID = "invalid_request_error"
 #: Type and code for each status; every 5xx is `server_error`.
 KINDS: Mapping[int, tuple[str, str | None]] = {
     400: (INVALID, None),
     401: (INVALID, "invalid_api_key"),
-    404: (INVALID, "model_not_found"),
+    404: (INVALID, None),
     405: (INVALID, None),
     408: ("timeout_error", "timeout"),
     413: (INVALID, "request_too_large"),
@@ -49,6 +51,11 @@ def is_openai(path: str) -> bool:
     return PATHS.search(path) is not None
 
 
+def of_unknown_path(method: str, path: str) -> Body:
+    """The error for a path that no route has."""
+    return body(404, printable(f"{method} {path} is not offered here; {OFFERED} are"))
+
+
 def length_name(request: Request) -> str:
     """The name that this call uses for the length."""
     name: str = getattr(request.state, "length_name", NAMES["gen_length"])
@@ -61,9 +68,12 @@ def status_and_body(error: AdapterError, length: str) -> tuple[int, Body]:
     if isinstance(error, InvalidRequest):
         message = _renamed(message, length)
         field, colon, _ = message.partition(":")
-        return 400, body(400, message, param=field if colon and field.isidentifier() else None)
-    param = "model" if isinstance(error, ModelNotFound) else None
-    return error.status, body(error.status, message, param=param)
+        param = field if colon and field.isidentifier() else None
+        code = "context_length_exceeded" if isinstance(error, ContextExceeded) else None
+        return 400, body(400, message, param=param, code=code)
+    if isinstance(error, ModelNotFound):
+        return error.status, body(error.status, message, param="model", code="model_not_found")
+    return error.status, body(error.status, message)
 
 
 def of_validation(error: RequestValidationError, length: str) -> Body:
@@ -74,10 +84,10 @@ def of_validation(error: RequestValidationError, length: str) -> Body:
     return body(400, message, param=path or None)
 
 
-def body(status: int, message: str, *, param: str | None = None) -> Body:
-    """The `ErrorAnswer` for this status, as JSON."""
-    kind, code = KINDS.get(status, ("server_error", None) if status >= 500 else (INVALID, None))
-    info = ErrorInfo(message=message, type=kind, param=param, code=code)
+def body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> Body:
+    """The `ErrorAnswer` for this status, as JSON; `code` overrides the one of the status."""
+    kind, usual = KINDS.get(status, ("server_error", None) if status >= 500 else (INVALID, None))
+    info = ErrorInfo(message=message, type=kind, param=param, code=code or usual)
     return ErrorAnswer(error=info).model_dump()
 
 

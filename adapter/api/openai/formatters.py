@@ -27,8 +27,8 @@ class ResponseFormatter(Protocol):
         """The chunk before any text, if there is one."""
         ...
 
-    def piece(self, index: int, text: str) -> BaseModel:
-        """A chunk of text."""
+    def piece(self, index: int, text: str, so_far: Event | None) -> BaseModel:
+        """A chunk of text, with the usage of `so_far` if given."""
         ...
 
     def ending(self, index: int, result: Event) -> BaseModel:
@@ -38,6 +38,10 @@ class ResponseFormatter(Protocol):
     def usage(self, results: Sequence[Event]) -> BaseModel:
         """The chunk with the usage of all prompts."""
         ...
+
+
+def _usage_of(so_far: Event | None) -> TokenUsage | None:
+    return None if so_far is None else TokenUsage.of([so_far])
 
 
 class CompletionFormatter:
@@ -62,9 +66,10 @@ class CompletionFormatter:
     def opening(self, index: int) -> None:
         """Completions have no opening chunk."""
 
-    def piece(self, index: int, text: str) -> Completion:
+    def piece(self, index: int, text: str, so_far: Event | None) -> Completion:
         """A choice with text."""
-        return self._completion([TextChoice(index=index, text=text, finish_reason=None)])
+        choice = TextChoice(index=index, text=text, finish_reason=None)
+        return self._completion([choice], _usage_of(so_far))
 
     def ending(self, index: int, result: Event) -> Completion:
         """A choice with a finish reason."""
@@ -105,9 +110,11 @@ class ChatFormatter:
         """A delta with the role."""
         return self._chunk(index, Delta(role="assistant", content=""))
 
-    def piece(self, index: int, text: str) -> ChatChunk:
+    def piece(self, index: int, text: str, so_far: Event | None) -> ChatChunk:
         """A delta with text."""
-        return self._chunk(index, Delta(content=text))
+        chunk = self._chunk(index, Delta(content=text))
+        chunk.usage = _usage_of(so_far)
+        return chunk
 
     def ending(self, index: int, result: Event) -> ChatChunk:
         """An empty delta with a finish reason."""

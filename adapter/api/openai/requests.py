@@ -1,33 +1,28 @@
-"""Bodies of OpenAI's calls, and their translation to the adapter's own requests.
+"""Bodies of OpenAI's calls, and their translation to the adapter's own requests."""
 
-A parameter that is not supported is an error that names it, unless its value means "off".
-"""
-
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Annotated, Any, Self
 
 from pydantic import (
-    BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
+    ModelWrapValidatorHandler,
     Tag,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError
-from pydantic_core.core_schema import no_info_after_validator_function
+from pydantic_core import PydanticCustomError
 
+from adapter.api.openai.fields import Extensions, NoEffect, OpenAIBody, Unsupported
+from adapter.api.openai.messages import ChatMessage
 from adapter.api.schemas import (
-    Body,
     Count,
     Denoising,
     FewMessages,
     GenerateRequest,
     Items,
-    Message,
     PlainText,
     Prompt,
     SchedulingParams,
@@ -36,38 +31,18 @@ from adapter.api.schemas import (
 
 #: OpenAI's default for `max_tokens` of a completion.
 COMPLETION_MAX_TOKENS = 16
+#: Tools, and the parameter that says which of them the model may use.
+CHOICES: Mapping[str, str] = {"tools": "tool_choice", "functions": "function_call"}
 
 
-class Unsupported:
-    """Marks an unsupported parameter: only null and the given values, which mean "off", pass."""
+class StreamedUsage(Enum):
+    """Which chunks of a stream have the usage."""
 
-    def __init__(self, *values: object) -> None:
-        self._values = (None, *values)
-
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        """Check the value before any conversion."""
-        return no_info_after_validator_function(self._check, handler(source))
-
-    def __get_pydantic_json_schema__(
-        self, _core: CoreSchema, _handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        """Describe the parameter by its permitted values."""
-        return {"enum": list(self._values)}
-
-    def _check(self, value: object) -> None:
-        for off in self._values:
-            if value == off and isinstance(value, bool) == isinstance(off, bool):
-                return
-        shown = " or ".join("null" if off is None else repr(off) for off in self._values)
-        raise PydanticCustomError(
-            "not_supported", "This is not supported; leave it out or send {off}", {"off": shown}
-        )
-
-
-def _as_parts(value: object) -> object:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+    NONE = "none"
+    #: One more chunk at the end.
+    LAST = "last"
+    #: That one, and each chunk of text, with the usage of its choice so far.
+    EACH = "each"
 
 
 def _form_of(value: object) -> str | None:
@@ -79,7 +54,6 @@ def _form_of(value: object) -> str | None:
     return forms.get(type(first))
 
 
-Label = Annotated[PlainText, Field(max_length=512)]
 Tokens = Annotated[Items[Token], Field(min_length=1)]
 Prompts = Annotated[
     Annotated[Prompt, Tag("text")]
@@ -95,56 +69,57 @@ Prompts = Annotated[
 ]
 
 
-class StreamOptions(Body):
+class StreamOptions(OpenAIBody):
     """Options of a stream."""
 
     include_usage: bool | None = Field(None, description="send a last chunk with the usage")
-    include_obfuscation: Annotated[Any, Unsupported(False)] = None
+    continuous_usage_stats: bool | None = Field(
+        None, description="with include_usage: send the usage so far in each chunk of text"
+    )
+    include_obfuscation: NoEffect = None
 
 
-class Call(Denoising, SchedulingParams):
+class Call(Denoising, SchedulingParams, Extensions):
     """Fields that both kinds of completions have.
 
     The diffusion parameters, `timeout` and `priority` are those of /v1/generate; OpenAI's clients
     send them in `extra_body`.
     """
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "anyOf": [
-                {"properties": {"stream_options": {"type": "null"}}},
-                {"required": ["stream"], "properties": {"stream": {"const": True}}},
-            ]
-        }
-    )
-
     model: Annotated[PlainText, Field(min_length=1, max_length=256)]
     temperature: float | None = Field(None, ge=0, description="at most DLLM_MAX_TEMPERATURE")
     stream: bool | None = None
-    stream_options: StreamOptions | None = Field(None, description="only with stream")
-    user: Label | None = Field(None, description="has no effect")
+    stream_options: StreamOptions | None = Field(None, description="no effect without stream")
+    user: NoEffect = None
+    metadata: NoEffect = None
+    store: NoEffect = None
+    service_tier: NoEffect = None
     n: Annotated[Any, Unsupported(1)] = None
     frequency_penalty: Annotated[Any, Unsupported(0)] = None
     presence_penalty: Annotated[Any, Unsupported(0)] = None
     logit_bias: Annotated[Any, Unsupported({})] = None
+    response_format: Annotated[Any, Unsupported({"type": "text"})] = None
 
-    @model_validator(mode="after")
-    def _options_of_a_stream(self) -> Self:
-        if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError(
-                "stream_options_without_stream", "stream_options may be given only with stream"
-            )
-        return self
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stops(cls, value: object) -> object:
+        return [item for item in value if item != ""] if isinstance(value, list) else value
 
     @property
-    def includes_usage(self) -> bool:
-        """Whether a stream ends with a chunk that has the usage."""
-        return bool(self.stream_options and self.stream_options.include_usage)
+    def streamed_usage(self) -> StreamedUsage:
+        """Which chunks of a stream have the usage."""
+        options = self.stream_options
+        if options is None or not options.include_usage:
+            return StreamedUsage.NONE
+        return StreamedUsage.EACH if options.continuous_usage_stats else StreamedUsage.LAST
 
     def _request(self, max_tokens: int, **prompt: Any) -> GenerateRequest:
         given = self.model_dump(
             include={*Denoising.model_fields, *SchedulingParams.model_fields}, exclude_none=True
         )
+        # A block that is longer than the canvas is the canvas.
+        if self.block_length is not None:
+            given["block_length"] = min(self.block_length, max_tokens)
         temperature = 0.0 if self.temperature is None else self.temperature
         return GenerateRequest(gen_length=max_tokens, temperature=temperature, **given, **prompt)
 
@@ -159,11 +134,11 @@ class CompletionCall(Call):
     )
     best_of: Annotated[Any, Unsupported(1)] = None
     echo: Annotated[Any, Unsupported(False)] = None
-    logprobs: Annotated[Any, Unsupported()] = None
+    logprobs: Annotated[Any, Unsupported(False)] = None
 
-    def requests(self) -> list[GenerateRequest]:
-        """One request for each prompt."""
-        max_tokens = self.max_tokens or COMPLETION_MAX_TOKENS
+    def requests(self, longest: int) -> list[GenerateRequest]:
+        """One request for each prompt, with a canvas of at most `longest` tokens."""
+        max_tokens = min(self.max_tokens or COMPLETION_MAX_TOKENS, longest)
         suffix = {} if self.suffix is None else {"suffix": self.suffix}
         prompts = [
             {"prompt": prompt, "raw": True} if isinstance(prompt, str) else {"input_ids": prompt}
@@ -178,35 +153,6 @@ class CompletionCall(Call):
         return self.prompt if several else [self.prompt]
 
 
-class TextPart(Body):
-    """A part of a message; only text is supported."""
-
-    type: Literal["text"]
-    text: PlainText
-
-
-class ChatMessage(Body):
-    """One message. Fields that clients copy from a response are accepted if they are empty."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        Items[TextPart],
-        Field(min_length=1),
-        BeforeValidator(_as_parts, json_schema_input_type=PlainText | list[TextPart]),
-    ]
-    name: Annotated[Any, Unsupported()] = None
-    refusal: Annotated[Any, Unsupported()] = None
-    audio: Annotated[Any, Unsupported()] = None
-    annotations: Annotated[Any, Unsupported([])] = None
-    function_call: Annotated[Any, Unsupported()] = None
-    tool_calls: Annotated[Any, Unsupported([])] = None
-
-    def message(self) -> Message:
-        """The message for the chat template, where `developer` becomes `system`."""
-        role = "system" if self.role == "developer" else self.role
-        return Message(role=role, content="\n".join(part.text for part in self.content))
-
-
 class ChatCall(Call):
     """Body of /v1/chat/completions: messages for the checkpoint's chat template."""
 
@@ -214,46 +160,55 @@ class ChatCall(Call):
     max_tokens: Count | None = Field(None, description="older name of max_completion_tokens")
     max_completion_tokens: Count | None = Field(
         None,
-        description="length of the canvas; default DLLM_CHAT_MAX_TOKENS; must equal max_tokens "
-        "if both are given",
+        description="longest answer; the canvas is no longer than this, DLLM_MAX_GEN_LENGTH and "
+        "what the context has left; default DLLM_CHAT_MAX_TOKENS",
     )
-    safety_identifier: Label | None = Field(None, description="has no effect")
-    prompt_cache_key: Label | None = Field(None, description="has no effect")
+    safety_identifier: NoEffect = None
+    prompt_cache_key: NoEffect = None
+    prompt_cache_options: NoEffect = None
+    prompt_cache_retention: NoEffect = None
+    prediction: NoEffect = None
+    parallel_tool_calls: NoEffect = None
+    echo: Annotated[Any, Unsupported(False)] = None
     logprobs: Annotated[Any, Unsupported(False)] = None
     top_logprobs: Annotated[Any, Unsupported(0)] = None
-    tools: Annotated[Any, Unsupported([])] = None
+    tools: Any = Field(None, description="only with tool_choice none; may be empty without")
     tool_choice: Annotated[Any, Unsupported("none", "auto")] = None
-    parallel_tool_calls: Annotated[Any, Unsupported(True, False)] = None
-    functions: Annotated[Any, Unsupported([])] = None
+    functions: Any = Field(None, description="only with function_call none; may be empty without")
     function_call: Annotated[Any, Unsupported("none", "auto")] = None
-    response_format: Annotated[Any, Unsupported({"type": "text"})] = None
     modalities: Annotated[Any, Unsupported(["text"])] = None
     audio: Annotated[Any, Unsupported()] = None
-    prediction: Annotated[Any, Unsupported()] = None
+    moderation: Annotated[Any, Unsupported()] = None
     web_search_options: Annotated[Any, Unsupported()] = None
-    reasoning_effort: Annotated[Any, Unsupported("none")] = None
-    verbosity: Annotated[Any, Unsupported()] = None
-    store: Annotated[Any, Unsupported(False)] = None
-    metadata: Annotated[Any, Unsupported({})] = None
-    service_tier: Annotated[Any, Unsupported("auto", "default")] = None
+    reasoning_effort: Annotated[Any, Unsupported("none", "medium")] = None
+    verbosity: Annotated[Any, Unsupported("medium")] = None
 
-    @model_validator(mode="after")
-    def _one_length(self) -> Self:
-        both = (self.max_tokens, self.max_completion_tokens)
-        if None not in both and both[0] != both[1]:
+    @model_validator(mode="wrap")
+    @classmethod
+    def _no_tools(cls, value: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Drop the tools of a call that forbids the model to use them."""
+        if isinstance(value, dict):
+            unused = {tools for tools, choice in CHOICES.items() if value.get(choice) == "none"}
+            value = {name: item for name, item in value.items() if name not in unused}
+        return handler(value)
+
+    @field_validator(*CHOICES)
+    @classmethod
+    def _tools_are_empty(cls, value: object, info: ValidationInfo) -> None:
+        if value != []:
             raise PydanticCustomError(
-                "two_lengths",
-                "max_tokens and max_completion_tokens must be equal if both are given",
+                "not_supported",
+                "This is not supported; leave it out, or send {choice} 'none' with it",
+                {"choice": CHOICES[str(info.field_name)]},
             )
-        return self
 
     @property
     def length_name(self) -> str:
         """The name of the length that errors use."""
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
-    def request(self, default_max_tokens: int) -> GenerateRequest:
-        """The adapter's own request."""
-        max_tokens = self.max_completion_tokens or self.max_tokens or default_max_tokens
+    def request(self, *, default: int, longest: int) -> GenerateRequest:
+        """The adapter's own request, with a canvas of at most `longest` tokens."""
+        given = [n for n in (self.max_tokens, self.max_completion_tokens) if n is not None]
         messages = [message.message() for message in self.messages]
-        return self._request(max_tokens, messages=messages)
+        return self._request(min(*(given or [default]), longest), messages=messages)

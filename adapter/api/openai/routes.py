@@ -4,9 +4,9 @@ import secrets
 import time
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, HTTPException, Request
 
-from adapter.api.deps import ContextDep, SettingsDep, StreamingDep
+from adapter.api.deps import ContextDep, SettingsDep, StreamingDep, count_prompts
 from adapter.api.openai.errors import ModelNotFound
 from adapter.api.openai.formatters import ChatFormatter, CompletionFormatter
 from adapter.api.openai.requests import ChatCall, CompletionCall
@@ -15,7 +15,7 @@ from adapter.api.openai.runner import CompletionRunner
 from adapter.api.openapi import stream_of
 from adapter.api.schemas import error_responses
 from adapter.api.sse import EventStream
-from adapter.api.validation import check_batch_size, check_limits
+from adapter.api.validation import check_batch_size, check_options
 from adapter.settings import Settings
 
 router = APIRouter(prefix="/v1", tags=["openai"])
@@ -41,7 +41,11 @@ async def _runner(
 ) -> CompletionRunner:
     request_id = context.request_id or secrets.token_hex(8)
     return CompletionRunner(
-        live, request, request_id=request_id, heartbeat=settings.heartbeat_interval
+        live,
+        request,
+        request_id=request_id,
+        api_key=context.api_key,
+        heartbeat=settings.heartbeat_interval,
     )
 
 
@@ -50,16 +54,16 @@ RunnerDep = Annotated[CompletionRunner, Depends(_runner)]
 
 @router.post("/completions", response_model=Completion, responses=_chunks("Completion") | _FAULTS)
 async def completions(
-    body: CompletionCall, runner: RunnerDep, settings: SettingsDep
+    call: Request, body: CompletionCall, runner: RunnerDep, settings: SettingsDep
 ) -> Completion | EventStream:
     """Continue each prompt, which the model sees without a chat template."""
     formatter = CompletionFormatter(_served(body.model, settings))
     check_batch_size("prompt", body.prompts, settings)
-    requests = body.requests()
-    for request in requests:
-        check_limits(request, settings)
+    requests = body.requests(settings.max_gen_length)
+    check_options(requests[0], settings)
+    await count_prompts(call, "prompt", len(requests))
     if body.stream:
-        return await runner.stream(requests, formatter, includes_usage=body.includes_usage)
+        return await runner.stream(requests, formatter, body.streamed_usage)
     return formatter.whole(await runner.results(requests))
 
 
@@ -72,10 +76,10 @@ async def chat_completions(
     """Answer a conversation."""
     call.state.length_name = body.length_name
     formatter = ChatFormatter(_served(body.model, settings))
-    request = body.request(min(settings.chat_max_tokens, settings.max_gen_length))
-    check_limits(request, settings)
+    request = body.request(default=settings.chat_max_tokens, longest=settings.max_gen_length)
+    check_options(request, settings)
     if body.stream:
-        return await runner.stream([request], formatter, includes_usage=body.includes_usage)
+        return await runner.stream([request], formatter, body.streamed_usage)
     return formatter.whole(await runner.results([request]))
 
 
@@ -88,6 +92,8 @@ async def models(settings: SettingsDep) -> ModelList:
 @router.get("/models/{model:path}", responses=_FAULTS)
 async def one_model(model: str, settings: SettingsDep) -> Model:
     """Return the model, if calls may name it."""
+    if not model.strip("/"):
+        raise HTTPException(404)  # of the list, with a slash too many
     return Model(id=_served(model, settings), created=STARTED)
 
 

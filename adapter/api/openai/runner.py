@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from adapter.api.openai.errors import length_name, status_and_body
 from adapter.api.openai.formatters import ResponseFormatter
+from adapter.api.openai.requests import StreamedUsage
 from adapter.api.schemas import GenerateRequest
 from adapter.api.sse import FIRST_EVENT_TIMEOUT, EventStream, cancel_on_disconnect, sse
 from adapter.engine.streaming import StreamingRequest, StreamingRequests
@@ -25,57 +26,67 @@ class CompletionRunner:
         live: runs each request.
         http: the call; a disconnect cancels the requests.
         request_id: their id in the engine.
+        api_key: name of the caller's key.
         heartbeat: longest pause between events of a stream, in seconds.
     """
 
     def __init__(
-        self, live: StreamingRequests, http: Request, *, request_id: str, heartbeat: float
+        self,
+        live: StreamingRequests,
+        http: Request,
+        *,
+        request_id: str,
+        api_key: str | None,
+        heartbeat: float,
     ) -> None:
         self._live = live
         self._http = http
         self._request_id = request_id
+        self._api_key = api_key
         self._heartbeat = heartbeat
 
     async def results(self, requests: Sequence[GenerateRequest]) -> list[Event]:
         """Return the results in order. Raises the error of any request that fails."""
         async with AsyncExitStack() as stack:
-            running = self._begin(requests, StreamDetail.RESULT, stack)
+            running = await self._begin(requests, StreamDetail.RESULT, stack)
             return await cancel_on_disconnect(self._http, _results(running))
 
     async def stream(
         self,
         requests: Sequence[GenerateRequest],
         formatter: ResponseFormatter,
-        *,
-        includes_usage: bool,
+        usage: StreamedUsage,
     ) -> EventStream:
         """Return a stream of chunks. Raises if the requests fail before the first event."""
         async with AsyncExitStack() as stack:
-            running = self._begin(requests, StreamDetail.TEXT, stack)
+            running = await self._begin(requests, StreamDetail.TEXT, stack)
             # They start together, so the engine refuses either all or none.
             await cancel_on_disconnect(self._http, running[0].wait_accepted(FIRST_EVENT_TIMEOUT))
             release = stack.pop_all().aclose
         chunks = _chunks(
             running,
             formatter,
-            includes_usage=includes_usage,
+            usage,
             heartbeat=self._heartbeat,
             length=length_name(self._http),
         )
         return EventStream(chunks, release)
 
-    def _begin(
+    async def _begin(
         self, requests: Sequence[GenerateRequest], detail: StreamDetail, stack: AsyncExitStack
     ) -> list[StreamingRequest]:
-        """Start the requests; closing `stack` cancels them."""
+        """Start the requests, each as long as fits; closing `stack` cancels them."""
         running = []
-        for index, request in enumerate(requests):
+        inputs_of_all = [request.inputs() for request in requests]
+        fitted = await self._live.fit(inputs_of_all, api_key=self._api_key)
+        for index, (request, inputs) in enumerate(zip(requests, fitted, strict=True)):
             begun = self._live.start(
-                request.inputs(),
+                inputs,
                 request_id=f"{self._request_id}-{index}" if index else self._request_id,
                 detail=detail,
                 priority=request.priority,
                 timeout=request.timeout,
+                api_key=self._api_key,
             )
             stack.push_async_callback(begun.close)
             running.append(begun)
@@ -89,14 +100,15 @@ async def _results(running: Sequence[StreamingRequest]) -> list[Event]:
 async def _chunks(
     running: Sequence[StreamingRequest],
     formatter: ResponseFormatter,
+    usage: StreamedUsage,
     *,
-    includes_usage: bool,
     heartbeat: float,
     length: str,
 ) -> AsyncGenerator[bytes, None]:
     def sent(chunk: BaseModel) -> bytes:
         # With `include_usage` every chunk has the field, null but in the last one.
-        return sse(chunk.model_dump_json(exclude=None if includes_usage else {"usage"}))
+        has_usage = usage is not StreamedUsage.NONE
+        return sse(chunk.model_dump_json(exclude=None if has_usage else {"usage"}))
 
     now = asyncio.get_running_loop().time
     spoke = now()
@@ -115,7 +127,9 @@ async def _chunks(
                     continue
                 index, event = update
                 if len(event.text) > lengths[index]:
-                    yield sent(formatter.piece(index, event.text[lengths[index] :]))
+                    piece = event.text[lengths[index] :]
+                    so_far = event if usage is StreamedUsage.EACH else None
+                    yield sent(formatter.piece(index, piece, so_far))
                     lengths[index], spoke = len(event.text), now()
                 if event.finish_reason:
                     results[index] = event
@@ -123,7 +137,7 @@ async def _chunks(
     except AdapterError as error:
         yield sse(json.dumps(status_and_body(error, length)[1]))
         return
-    if includes_usage:
+    if usage is not StreamedUsage.NONE:
         yield sent(formatter.usage(list(results.values())))
     yield sse("[DONE]")
 

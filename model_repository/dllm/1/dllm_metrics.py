@@ -53,7 +53,7 @@ class Metrics:
         self._last = EngineStats()
 
     def close(self) -> None:
-        """Take the metrics off the page, once nobody publishes any more.
+        """Take the metrics off the page; call it after the last publication.
 
         Python would destroy them only after the stub has let go of the memory it shares with the
         server, and crash.

@@ -79,6 +79,8 @@ class ScriptedEngine:
     #: What it says of prompts before they run; of the others, that there is this much headroom.
     check_results: dict[str, CheckResult] = field(default_factory=dict)
     headroom: int = 1000
+    #: Tokens that its context has left behind any prompt; None for enough.
+    longest: int | None = None
     check_hangs: bool = False
     checked: list[Inputs] = field(default_factory=list)
     requests: list[Inputs] = field(default_factory=list)
@@ -129,10 +131,16 @@ class ScriptedEngine:
             raise EngineDead("Stub process 'dllm_0_0' is not healthy.")
         if self.check_hangs:
             await asyncio.Event().wait()
-        return [
-            self.check_results.get(_words(inputs), CheckResult(headroom=self.headroom))
-            for inputs in requests
-        ]
+        return [self.check_results.get(_words(inputs)) or self._fits(inputs) for inputs in requests]
+
+    def _fits(self, inputs: Inputs) -> CheckResult:
+        if self.longest is None:
+            return CheckResult(headroom=self.headroom)
+        length = int(str(inputs["gen_length"]))
+        if length > self.longest:
+            reason = f"prompt ({512 - self.longest} tokens) plus gen_length ({length})"
+            return CheckResult(refusal=f"gen_length: {reason} must be at most 512")
+        return CheckResult(headroom=self.longest - length)
 
     def cancel(self, request_id: str) -> None:
         """Note it."""
@@ -193,7 +201,7 @@ class RunningApp:
 
     @property
     def monitor(self) -> EngineMonitor:
-        """Who watches the engine, or the first of them."""
+        """The monitor of the engine, or of the first one."""
         monitor: EngineMonitor = self.app.state.pool.endpoints[0].monitor
         return monitor
 

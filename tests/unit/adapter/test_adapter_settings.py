@@ -91,6 +91,28 @@ def test_the_check_reports_without_starting() -> None:
 
 
 @pytest.mark.parametrize(
+    ("host", "keys", "warned"),
+    [
+        ("0.0.0.0", "", True),
+        ("::", "", True),
+        ("127.0.0.1", "", False),
+        ("localhost", "", False),
+        ("0.0.0.0", f"me:{64 * '0'}", False),
+    ],
+)
+def test_an_open_service_is_told(host: str, keys: str, warned: bool) -> None:
+    """Other machines may call without a key only under a loud warning."""
+    run = subprocess.run(
+        [sys.executable, "-m", "adapter.check"],
+        env={**os.environ, "DLLM_HOST": host, "DLLM_API_KEYS": keys},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0
+    assert ("warning: everyone who reaches" in run.stderr) == warned
+
+
+@pytest.mark.parametrize(
     "url",
     [
         "sqlite://",

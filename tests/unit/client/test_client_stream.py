@@ -27,6 +27,7 @@ STEP = {
     "canvas": ["a\u2028b", None],
     "committed": [{"position": 0, "token_id": 7, "text": "a\u2028b", "confidence": 0.5}],
     "final_text": "a\u2028b",
+    "seed": 7,
 }
 DONE = {
     "text": "a\u2028b é🙂",
@@ -35,7 +36,7 @@ DONE = {
     "seed": 7,
 }
 EXPECTED = [
-    Step(1, Block(0, 0, 2), ["a\u2028b", None], [Committed(0, 7, "a\u2028b", 0.5)], "a\u2028b"),
+    Step(1, Block(0, 0, 2), ["a\u2028b", None], [Committed(0, 7, "a\u2028b", 0.5)], "a\u2028b", 7),
     Answer("a\u2028b é🙂", "stop", Usage(3, 2, 2, 2), 7),
 ]
 

@@ -53,7 +53,7 @@ def test_loading_makes_the_gpu_current_before_it_asks_for_memory(
 
 
 def test_the_threads_that_step_are_on_the_engines_gpu(checkpoint: Path, bindings: Bindings) -> None:
-    """A worker's thread before its first step, and whoever calls `generate`."""
+    """The engine's thread, and a thread that calls `generate`, select the engine's GPU."""
     llm = LLM(checkpoint, device="cpu")
     runner_of(llm.engine).rank.device = "cuda:1"
     llm.generate([[1]], SamplingParams(gen_length=1), progress=False)

@@ -389,7 +389,7 @@ def test_priority_decides_who_steps_when_the_budget_is_short(checkpoint: Path) -
 def test_sequences_larger_than_the_budget_are_served_and_so_are_those_behind(
     checkpoint: Path,
 ) -> None:
-    """A budget that no sequence fits into slows everybody down and stops nobody."""
+    """A budget smaller than every sequence slows all requests down and stops none."""
     prompts = [[1] * 40, [2] * 5, [3] * 40, [4] * 5]
     params = SamplingParams(gen_length=12, ignore_eos=True)
     roomy, narrow = LLM(checkpoint), LLM(checkpoint, max_num_batched_tokens=16)

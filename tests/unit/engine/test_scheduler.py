@@ -63,7 +63,7 @@ def test_admission_reserves_pages_and_lets_nobody_pass() -> None:
 
 
 def test_request_that_runs_alone_waits_for_all_and_all_for_it() -> None:
-    """It gets a slot when nobody has one, and nobody gets one beside it."""
+    """It gets a slot when all slots are free, and runs alone."""
     scheduler = empty(4, 100)
     before, alone, after = make(0, 10), make(1, 10, exclusive=True), make(2, 10)
     for request in (before, alone, after):
@@ -97,7 +97,7 @@ def test_priority_goes_first_but_waiting_makes_up_for_it() -> None:
 
 
 def test_a_step_is_for_the_oldest_and_smaller_ones_fill_what_is_left() -> None:
-    """Who is passed over for 32 steps goes first in the next one."""
+    """A request that was passed over for 32 steps goes first in the next one."""
     scheduler = loaded(4, 100, [60, 60, 30, 20])
     assert [ids(scheduler.schedule()) for _ in range(32)] == [[0, 2]] * 32
     assert ids(scheduler.schedule()) == [1, 3]
@@ -289,7 +289,7 @@ def test_what_a_step_spends_beyond_its_share_is_paid_back() -> None:
 
 
 def test_a_single_request_never_waits() -> None:
-    """With nobody to be even with, every step is taken at once."""
+    """A single request takes every step at once."""
     scheduler = empty(4, 2048)
     one = cached(0)
     scheduler.add(one.request)
@@ -393,7 +393,7 @@ class ClosedLoop:
 def test_nobody_starves_and_no_step_is_wasted(
     num_slots: int, budget: int, longest_idle: int, longest_wait: int
 ) -> None:
-    """While requests arrive without end, steps stay in budget (or hold one request), and whoever is
+    """While requests keep arriving, steps stay in budget (or hold one request). A request that is
     left out did not fit or is a Refresh held back for a while. A running request is left out of 32
     steps and one for each other at most; a waiting one, urgent or not, gets a slot."""
     for seed in range(4):
@@ -406,7 +406,7 @@ def test_nobody_starves_and_no_step_is_wasted(
 @pytest.mark.parametrize(("others", "beside"), [([40] * 5, 5), ([400] * 4, 0)])
 def test_a_large_request_does_not_keep_small_ones_out(others: list[int], beside: int) -> None:
     """Where two steps may be in flight, each has half; but the first may be more than that by
-    itself, and whoever fits beside it comes along unless the others make a step of their own."""
+    itself, and requests that fit beside it join unless the others make a step of their own."""
     scheduler = Scheduler(8, 16384, PageAllocator(0, 1), overlap_rows=1024)
     for i, size in enumerate([3000, *others]):
         scheduler.add(make(i, size))

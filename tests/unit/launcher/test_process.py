@@ -60,7 +60,7 @@ def test_stop_ends_what_ignores_sigterm() -> None:
 
 
 def test_stop_removes_scratch(tmp_path: Path) -> None:
-    """The scratch folder goes with the process, whoever ended it."""
+    """The scratch folder is removed with the process, however that ends."""
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     child = python("", scratch=scratch)

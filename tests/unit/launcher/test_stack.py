@@ -157,7 +157,7 @@ def test_backoff_doubles_and_forgets() -> None:
 
 
 def test_taken_api_port_is_found_before_loading(repository: Path) -> None:
-    """Nobody waits for a model only to learn that the API's port is in use."""
+    """A port of the API that is in use is reported before the model is loaded."""
     recorder = Recorder()
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

@@ -154,7 +154,7 @@ class EngineConfig:
 
     @property
     def cache_defaults(self) -> dict[str, object]:
-        """What requests that do not say get of caching."""
+        """The caching of requests that do not choose one."""
         return {name: getattr(self, name) for name in CACHE_FIELDS}
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What a body may cost, and when it is read."""
+"""The cost of a request body, and when it is read."""
 
 import asyncio
 import json
@@ -178,7 +178,7 @@ async def address(database_url: str) -> AsyncIterator[tuple[str, int]]:
 
 
 async def unfinished(address: tuple[str, int], path: str, key: str, method: str = "POST") -> bytes:
-    """What is answered to a call that never sends the second half of its body."""
+    """The answer to a call that never sends the second half of its body."""
     reader, writer = await asyncio.open_connection(*address)
     try:
         lines = [f"{method} {path} HTTP/1.1", "Host: a", "Content-Length: 100000"]

@@ -1,5 +1,6 @@
 """The page on which one watches a text being denoised, in a real browser where there is one."""
 
+import hashlib
 import re
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -66,6 +67,12 @@ def tokens(attribute: str) -> str:
     return f"return [...document.querySelectorAll('#canvas span')].map((one) => one.{attribute})"
 
 
+#: JavaScript for what the browser has refused so far because of the policy.
+VIOLATIONS = """
+  const seen = new ReportingObserver(() => {}, {types: ["csp-violation"], buffered: true});
+  seen.observe();
+  return seen.takeRecords().map((report) => JSON.stringify(report.body));
+"""
 STATUS = "document.getElementById('status').textContent"
 FINAL = "return document.getElementById('final').textContent"
 
@@ -82,6 +89,78 @@ async def test_page_needs_nothing_from_elsewhere(database_url: str, engine: Scri
         for path in linked:
             assert (await api.client.get(f"/{path}")).status_code == 200
         assert not re.search(r"(?:src|href)=\"(?:https?:)?//", answer.text)
+
+
+async def test_docs_need_nothing_from_elsewhere(database_url: str, engine: ScriptedEngine) -> None:
+    """Swagger UI and its start come from the adapter; a policy forbids everything else."""
+    async with running_app(fast_settings(database_url), engine) as api:
+        answer = await api.client.get("/docs")
+        assert answer.headers["content-security-policy"].startswith(
+            "default-src 'none'; script-src 'self';"
+        )
+        assert not re.search(r"https?://", answer.text)
+        assert not re.search(r"<script(?![^>]* src=)", answer.text)
+        linked = re.findall(r'(?:src|href)="(static/[^"]+)"', answer.text)
+        assert len(linked) == 3
+        for path in linked:
+            assert (await api.client.get(f"/{path}")).status_code == 200
+        assert (await api.client.get("/static/swagger/core.py")).status_code in (404, 422)
+
+
+async def test_docs_say_how_to_send_a_key(database_url: str, engine: ScriptedEngine) -> None:
+    """Where keys are needed, each guarded call names both ways; the open ones name none."""
+    keys = {"api_keys": f"me:{hashlib.sha256(b'secret').hexdigest()}", "metrics_need_key": True}
+    async with running_app(fast_settings(database_url, **keys), engine) as api:
+        described = (await api.client.get("/openapi.json")).json()
+        schemes = described["components"]["securitySchemes"]
+        for path, calls in described["paths"].items():
+            for call in calls.values():
+                named = [name for choice in call.get("security", ()) for name in choice]
+                guarded = path not in ("/v1/health", "/v1/livez")
+                assert named == (list(schemes) if guarded else []), path
+        sent = {
+            "http": {"Authorization": f"{schemes['Bearer']['scheme'].title()} secret"},
+            "apiKey": {schemes["ApiKey"]["name"]: "secret"},
+        }
+        for scheme in schemes.values():
+            answer = await api.client.get("/v1/models", headers=sent[scheme["type"]])
+            assert answer.status_code == 200, scheme
+
+
+async def test_every_call_with_a_body_has_an_example_that_works(
+    database_url: str, engine: ScriptedEngine
+) -> None:
+    """The example that /docs offers can be sent as it is."""
+    async with running_app(fast_settings(database_url), engine) as api:
+        await until(lambda: api.monitor.state.ok)
+        described = (await api.client.get("/openapi.json")).json()
+        for path, calls in described["paths"].items():
+            if body := calls.get("post", {}).get("requestBody"):
+                example = body["content"]["application/json"]["example"]
+                answer = await api.client.post(path, json=example)
+                assert answer.status_code == 200, (path, answer.text)
+
+
+@needs_browser
+async def test_docs_are_shown_under_the_policy(url: str) -> None:
+    """Swagger UI lists the calls, offers to take a key, and breaks no rule of the policy."""
+    async with open_browser() as page:
+        await page.open(f"{url}/docs")
+        await page.until("document.querySelectorAll('.opblock').length > 10")
+        await page.run("document.querySelector('.btn.authorize').click()")
+        await page.until("document.querySelectorAll('.auth-container').length === 2")
+        await page.run("document.querySelector('.btn-done').click()")
+        await page.run(
+            "document.querySelector('#operations-jobs-generate_v1_generate_post button').click()"
+        )
+        await page.until("document.querySelector('.opblock textarea')?.value.includes('about AI')")
+        await page.run("document.querySelector('.btn.execute').click()")
+        await page.until(
+            "document.querySelector('.live-responses-table')?.innerText.includes('request_ids')"
+        )
+        assert await page.run(VIOLATIONS) == []
+        await page.run("document.body.append(Object.assign(new Image(), {src: 'http://a.test/'}))")
+        assert len(await page.run(VIOLATIONS)) == 1
 
 
 @needs_browser
@@ -147,7 +226,7 @@ async def test_text_of_the_model_is_never_markup(page: Page, engine: ScriptedEng
 
 @needs_browser
 async def test_refusal_is_shown(page: Page, engine: ScriptedEngine) -> None:
-    """What is wrong is told in words, by the field's name."""
+    """The page names the field at fault and says what is wrong."""
     engine.scripts = [[InvalidRequest("steps: must be at least the number of blocks")]]
     await fill(page, prompt="hello")
     await page.until(f"{STATUS} === 'steps: must be at least the number of blocks'")

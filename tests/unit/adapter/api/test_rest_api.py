@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import json
+import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -47,8 +48,38 @@ async def test_generate_then_result(api: RunningApp) -> None:
     )
 
     assert answer.json() == {"request_ids": [0], "status": "submitted"}
+    result = await api.result(0)
     expected = {"request_id": 0, "status": "finished", "text": "an answer"}
-    assert expected == await api.result(0)
+    assert expected.items() <= result.items()
+
+
+async def test_result_tells_how_it_came_about(api: RunningApp) -> None:
+    """A result has what its run cost, why it ended, its seed and its times, at any worker."""
+    before = time.time()
+    await api.submit()
+    for _ in range(2):  # from the worker that ran it, then from the database
+        result = await api.result(0)
+        assert result["finish_reason"] == "length"
+        assert result["seed"] == 7
+        assert result["usage"] == {
+            "prompt_tokens": 3,
+            "completion_tokens": 32,
+            "steps": 32,
+            "forward_passes": 32,
+        }
+        times = [result[name] for name in ("created_at", "started_at", "finished_at")]
+        assert before <= times[0] <= times[1] <= times[2] <= time.time()
+
+
+async def test_result_is_the_same_at_every_poll(api: RunningApp, engine: ScriptedEngine) -> None:
+    """A held poll, which is answered from memory, shows what a later one reads."""
+    the_end = asyncio.Event()
+    engine.scripts = [[the_end, DONE], [the_end, InvalidRequest("remasking: no")]]
+    ids = [await api.submit(), await api.submit()]
+    polls = [asyncio.create_task(api.result(n)) for n in ids]
+    await until(lambda: len(engine.requests) == 2)
+    the_end.set()
+    assert await asyncio.gather(*polls) == [await api.result(n, wait=0) for n in ids]
 
 
 async def test_running_job_shows_three_keys(api: RunningApp, engine: ScriptedEngine) -> None:
@@ -81,12 +112,10 @@ async def test_engine_refusal_fails_the_job(api: RunningApp, engine: ScriptedEng
     engine.scripts = [[InvalidRequest("remasking: must be one of low_confidence, random")]]
     await api.submit(remasking="nonsense")
 
-    assert await api.result(0) == {
-        "request_id": 0,
-        "status": "failed",
-        "text": None,
-        "error": "remasking: must be one of low_confidence, random",
-    }
+    result = await api.result(0)
+    assert (result["status"], result["text"]) == ("failed", None)
+    assert result["error"] == "remasking: must be one of low_confidence, random"
+    assert "finish_reason" not in result
 
 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
@@ -394,17 +423,17 @@ async def test_cancel_answers_the_state_and_is_idempotent(
     expected = {"request_id": 0, "status": "cancelled", "text": None}
     for _ in range(2):
         answer = await api.client.delete("/v1/result/0")
-        assert (200, expected) == (answer.status_code, answer.json())
+        assert answer.status_code == 200
+        assert expected.items() <= answer.json().items()
     await until(lambda: engine.closed == 1)
-    assert expected == await api.result(0)
+    assert expected.items() <= (await api.result(0)).items()
 
 
 async def test_cancel_leaves_a_finished_job(api: RunningApp) -> None:
     """A result that is there stays."""
-    await api.result(await api.submit())
+    result = await api.result(await api.submit())
 
-    answer = await api.client.delete("/v1/result/0")
-    assert answer.json() == {"request_id": 0, "status": "finished", "text": "an answer"}
+    assert (await api.client.delete("/v1/result/0")).json() == result
 
 
 @pytest.mark.parametrize("wait", ["-1", "61", "nan", "x"])
@@ -447,7 +476,7 @@ async def test_too_many_held_polls_are_refused(database_url: str, engine: Script
 
 
 async def test_poll_that_is_held_ends_when_its_caller_hangs_up(database_url: str) -> None:
-    """Nobody waits for a job whose caller has gone."""
+    """A held poll ends when its client disconnects."""
     left = 'route="/v1/result/{request_id}",status="499"} '
     settings = fast_settings(database_url)
     async with (
@@ -603,5 +632,5 @@ async def test_description_names_the_limits_of_this_server(database_url: str) ->
     assert bodies["GenerateRequest"]["gen_length"]["maximum"] == 77
     assert bodies["GenerateRequest"]["temperature"]["maximum"] == 1.5
     assert bodies["GenerateRequest"]["prompt"]["anyOf"][0]["maxLength"] == 99
-    assert bodies["ChatCall"]["max_completion_tokens"]["anyOf"][0]["maximum"] == 77
+    assert bodies["ChatCall"]["temperature"]["anyOf"][0]["maximum"] == 1.5
     assert bodies["ChatCall"]["model"]["const"] == "dllm"

@@ -86,6 +86,7 @@ async def test_events_show_the_canvas_until_the_answer(
         "canvas": ["<0>", "<1>", "<2>", "<3>"],
         "committed": steps[-1][1]["committed"],
         "final_text": "<0><1><2><3>",
+        "seed": 7,
     }
     assert committed(steps) == [0, 1, 2, 3]
     assert steps[0][1]["committed"][0] == {
@@ -120,7 +121,7 @@ async def test_masked_positions_are_null(api: RunningApp, engine: ScriptedEngine
 
 
 async def test_given_tokens_are_not_committed(api: RunningApp, engine: ScriptedEngine) -> None:
-    """Tokens that the canvas was asked with are shown, but nobody decoded them."""
+    """Tokens given in the request are shown, but not as decoded ones."""
     engine.scripts = [list(denoising(4, given={1: 55, 3: 56}))]
     *steps, _ = await watch(api, canvas_ids=[9, 55, 9, 56])
 
@@ -311,7 +312,7 @@ async def test_silence_is_filled_with_comments(patient: Settings, engine: Script
 
 
 async def test_waiting_for_a_place_is_silence(patient: Settings, engine: ScriptedEngine) -> None:
-    """Signs of life of a request that waits are no steps, and keep nobody from commenting."""
+    """Heartbeats of a waiting request are no steps, and comments still keep the connection open."""
     ticking = [item for _ in range(4) for item in (WAITING, asyncio.Event())]
     engine.scripts = [[*ticking[:-1], *denoising(2)]]
     async with served_app(patient, engine) as url, httpx.AsyncClient() as client:

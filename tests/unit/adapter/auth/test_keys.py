@@ -67,7 +67,7 @@ async def test_key_admits_in_either_header(api: RunningApp, headers: Headers) ->
     ],
 )
 async def test_no_key_is_401(api: RunningApp, headers: Headers) -> None:
-    """Whoever has no key is told how to give one, and nothing is kept of the call."""
+    """A call without a key is told how to send one, and nothing of it is stored."""
     answer = await submit(api, headers)
 
     assert answer.status_code == 401
@@ -178,7 +178,7 @@ def test_keys_are_replaced_without_a_restart(write: Callable[[str], Path]) -> No
 def test_broken_file_leaves_the_keys_as_they_were(
     write: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A slip of the editor locks nobody out and lets nobody in; the log says so, once."""
+    """A keys file with a mistake changes no access; the log reports it once."""
     keyring = Keyring(file=write(entry_of("team", KEY)))
     file = write(f"{entry_of('team', OTHER)}\nteam {KEY}\n")
     for _ in range(3):

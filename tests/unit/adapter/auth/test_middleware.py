@@ -12,6 +12,7 @@ from adapter_fakes import (
     ScriptedEngine,
     fast_settings,
     running_app,
+    until,
 )
 from sqlalchemy import select
 
@@ -91,7 +92,7 @@ async def test_window_ends(database: Database, clock: HandClock) -> None:
     for _ in range(3):
         await limiter.hit("a")
     clock.advance(20.5)
-    with pytest.raises(RateLimited, match="more calls than 3 per 1 minute") as refused:
+    with pytest.raises(RateLimited, match="more prompts than 3 per 1 minute") as refused:
         await limiter.hit("a")
     assert refused.value.retry_after == 40
     clock.advance(39.5)
@@ -112,6 +113,30 @@ async def test_first_calls_at_once_are_all_counted(database: Database) -> None:
     answers = await asyncio.gather(*(limiter.hit("a") for _ in range(10)), return_exceptions=True)
 
     assert sum(isinstance(answer, RateLimited) for answer in answers) == 3
+
+
+async def test_prompts_are_counted_and_not_calls(database_url: str) -> None:
+    """A call counts as many times as it has prompts; of one with too many, only the first does."""
+    async with running(database_url, rate_limit="4/minute") as api:
+
+        async def batch(count: int) -> httpx.Response:
+            return await api.client.post("/v1/generate_batch", json={"prompts": ["a"] * count})
+
+        assert (await batch(3)).status_code == 200
+        never = await batch(5)
+        assert never.status_code == 422
+        assert never.json()["detail"][0] == {
+            "type": "engine_refusal",
+            "loc": ["body", "prompts"],
+            "msg": "at most 4 at once (DLLM_RATE_LIMIT); got 5",
+        }
+    async with running(database_url, rate_limit="9/minute") as api:
+        await until(lambda: api.app.state.pool.state.ok)
+        body = {"model": "dllm", "prompt": ["a"] * 7}
+        texts = await api.client.post("/v1/completions", json=body)
+        assert texts.status_code == 200
+        assert (await api.client.post("/v1/completions", json=body)).status_code == 429
+        assert (await submit(api)).status_code == 200
 
 
 @pytest.mark.parametrize("chunked", [False, True])

@@ -1,16 +1,20 @@
 """Which database errors are transient, and how many connections a worker takes."""
 
 import asyncio
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
+import asyncpg
 import pytest
-from sqlalchemy import Connection, func, literal, select, text
+from sqlalchemy import Connection, func, literal, make_url, select, text
 from sqlalchemy.exc import DBAPIError
 
 from adapter.db.database import Database, connect
 from adapter.errors import StoreUnavailable
+from adapter.jobs.store import JobStore
 
 #: Tests that use a database use this one.
 DATABASES = ("postgresql",)
@@ -97,3 +101,82 @@ async def test_ten_workers_leave_connections_to_others(database_url: str) -> Non
         writes = [connections.write(lambda c: c.execute(sleep).all()) for _ in range(40)]
         await asyncio.gather(*reads, *writes)
         assert await connections.read(lambda c: c.scalar(here)) <= 8
+
+
+@asynccontextmanager
+async def open_transaction(database_url: str, statement: str) -> AsyncIterator[None]:
+    """Someone's transaction that has executed the statement and does not end."""
+    url = make_url(database_url).set(drivername="postgresql")
+    someone = await asyncpg.connect(url.render_as_string(hide_password=False))
+    try:
+        transaction = someone.transaction()
+        await transaction.start()
+        await someone.execute(statement)
+        yield
+    finally:
+        await someone.close()
+
+
+async def test_open_transaction_on_a_row_stops_no_other_job(database_url: str) -> None:
+    """Submitting and claiming go on while a transaction holds the counter and a queued job."""
+    async with Database.open(database_url, timeout=1) as database:
+        store = JobStore(database, max_attempts=3)
+        await store.add([{}], max_queued=9)
+        for statement in (
+            "SELECT * FROM counters FOR UPDATE",
+            "SELECT * FROM jobs FOR UPDATE",
+        ):
+            async with open_transaction(database_url, statement):
+                ids = await store.add([{}, {}], max_queued=9)
+                once, _ = await store.add_once([{}], key=statement, max_queued=9)
+                claimed = await store.claim("a", limit=9, lease=30)
+                assert {*ids, *once} <= {job.id for job in claimed}
+
+
+async def test_wait_for_a_lock_has_an_end(database_url: str) -> None:
+    """A change of a row that a transaction holds is given up as `StoreUnavailable`."""
+    async with Database.open(database_url, timeout=1) as database:
+        store = JobStore(database, max_attempts=3)
+        await store.add([{}], max_queued=9)
+        async with open_transaction(database_url, "SELECT * FROM jobs FOR UPDATE"):
+            began = time.monotonic()
+            with pytest.raises(StoreUnavailable, match="lock timeout"):
+                await store.cancel(0)
+            assert time.monotonic() - began < 1
+        assert database.outage is None
+        assert await store.cancel(0)
+
+
+async def test_statement_that_takes_too_long_is_ended(database_url: str) -> None:
+    """A statement beyond the limit is ended, at the server too, and its connection is replaced."""
+    mine = text("SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'")
+    async with connect(database_url, timeout=0.5) as connections:
+        for transact in (connections.read, connections.write):
+            began = time.monotonic()
+            with pytest.raises(StoreUnavailable, match="job store has not answered for 0.5 s"):
+                await transact(lambda c: c.execute(text("SELECT pg_sleep(9)")))
+            assert time.monotonic() - began < 2
+            await asyncio.sleep(0.5)
+            assert await transact(lambda c: c.scalar(mine)) == 0
+
+
+async def test_transaction_of_a_frozen_worker_is_ended(database_url: str) -> None:
+    """The server ends a transaction whose worker has stopped in the middle, and frees its locks."""
+    async with Database.open(database_url) as database:
+        await JobStore(database, max_attempts=3).add([{}], max_queued=9)
+
+    def freeze(connection: Connection) -> None:
+        connection.execute(text("SELECT * FROM jobs FOR UPDATE"))
+        time.sleep(4)
+
+    async def worker() -> None:
+        async with connect(database_url, timeout=0.5) as connections:
+            await connections.write(freeze)
+
+    frozen = asyncio.create_task(asyncio.to_thread(asyncio.run, worker()))
+    await asyncio.sleep(0.2)
+    began = time.monotonic()
+    async with open_transaction(database_url, "SELECT * FROM jobs FOR UPDATE"):
+        assert time.monotonic() - began < 3
+    with pytest.raises(Exception, match=r"connection|answered"):
+        await frozen

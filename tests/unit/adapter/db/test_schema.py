@@ -1,18 +1,23 @@
 """The schema: upgraded at start from every earlier release, by many workers at once."""
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, make_url, text
 
 from adapter.db.database import Database, connect
+from adapter.db.migrate import MIGRATIONS
 from adapter.db.sqlite import LOG_LIMIT_BYTES
 from adapter.db.tables import metadata
 from adapter.errors import SettingsError
-from adapter.jobs.job import Job, JobState
+from adapter.jobs.idempotency import IdempotencyRecord
+from adapter.jobs.job import Job, JobOptions, JobState
 from adapter.jobs.store import JobStore
 from adapter.types import Event
 
@@ -79,6 +84,26 @@ async def test_unversioned_database_is_upgraded(database_url: str) -> None:
         ]
         assert await store.finish("a", 1, Event("new", "stop"))
         assert await store.add([{}], max_queued=9) == [3]
+
+
+async def test_submissions_of_an_earlier_release_stay_known(database_url: str) -> None:
+    """A submission that is repeated after an upgrade still gets its first ids."""
+    record = IdempotencyRecord.of("k", [{}, {}], JobOptions())
+    values = {"fingerprint": record.fingerprint, "now": time.time()}
+
+    def make(connection: Connection) -> None:
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0005")
+        row = "INSERT INTO submissions VALUES ('', 'k', :fingerprint, 5, 2, :now)"
+        connection.execute(text(row), values)
+
+    async with connect(database_url) as connections:
+        await connections.write(make)
+    async with Database.open(database_url) as database:
+        store = JobStore(database, max_attempts=3)
+        assert await store.add_once([{}, {}], key="k", max_queued=9) == ([5, 6], False)
 
 
 async def test_many_workers_upgrade_at_once(database_url: str) -> None:

@@ -227,7 +227,7 @@ async def test_finished_stream_is_let_end(engine: TritonEngine, triton: Scripted
 
 
 async def test_closing_the_iterator_cancels(engine: TritonEngine, triton: ScriptedTriton) -> None:
-    """Whoever loses interest closes the stream, and both server and engine learn of it."""
+    """Closing the iterator cancels the stream at the server and at the engine."""
     triton.script = [Event("a"), ""]
     async with aclosing(engine.generate({"text_input": "a"}, request_id="7")) as stream:
         await anext(stream)

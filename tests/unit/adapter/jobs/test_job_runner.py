@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from adapter_fakes import (
@@ -277,7 +278,7 @@ async def test_cancel_from_another_worker_closes_the_stream(
 ) -> None:
     """The worker that gets the call cancels at the engine; the one that runs the job notices.
 
-    So does who waits for it there.
+    So do calls that wait for it there.
     """
     engine.scripts = [[HANG]]
     bystander = ScriptedEngine(alive=False)
@@ -357,10 +358,10 @@ async def test_result_is_kept_when_the_database_was_away(
     """A result that could not be stored is stored later, not generated again."""
     finish, failures = JobStore.finish, [StoreUnavailable("away"), StoreUnavailable("away")]
 
-    async def flaky(self: JobStore, owner: str, job_id: int, result: Event) -> bool:
+    async def flaky(*args: Any, **kwargs: Any) -> bool:
         if failures:
             raise failures.pop()
-        return await finish(self, owner, job_id, result)
+        return await finish(*args, **kwargs)
 
     monkeypatch.setattr(JobStore, "finish", flaky)
     assert DONE.text == (await api.result(await api.submit()))["text"]
@@ -373,10 +374,10 @@ async def test_jobs_that_end_at_once_leave_room_for_others(
     """Of 40 jobs that end at once, only a few are recorded between two turns of the event loop."""
     finish, settled = JobStore.finish, 0
 
-    async def counted(self: JobStore, owner: str, job_id: int, result: Event) -> bool:
+    async def counted(*args: Any, **kwargs: Any) -> bool:
         nonlocal settled
         settled += 1
-        return await finish(self, owner, job_id, result)
+        return await finish(*args, **kwargs)
 
     monkeypatch.setattr(JobStore, "finish", counted)
     the_end = asyncio.Event()

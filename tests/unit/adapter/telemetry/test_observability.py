@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import yaml
 from adapter_fakes import (
     DONE,
     HANG,
@@ -139,7 +140,7 @@ async def test_metrics_tell_what_happened(api: RunningApp, engine: ScriptedEngin
 
 
 async def test_unknown_paths_make_one_series(api: RunningApp) -> None:
-    """Whoever asks for nonsense does not fill the metrics, nor do ids of jobs."""
+    """Unknown paths and job ids add no series to the metrics."""
     growth = Growth(await samples(api))
     for path in ("/a", "/b", "/v1/result/1", "/v1/result/2"):
         await api.client.get(path)
@@ -243,13 +244,15 @@ async def test_recovery_is_no_warning(
     assert levels == ["INFO", "WARNING"]
 
 
-async def test_dashboard_shows_metrics_that_exist(api: RunningApp) -> None:
-    """Each metric that the Grafana dashboard names is exported, by us or by the engine."""
+async def test_dashboard_and_alerts_use_metrics_that_exist(api: RunningApp) -> None:
+    """Each metric that the Grafana dashboard or an alert names is exported, by us or the engine."""
     await api.result(await api.submit())
     page = (await api.client.get("/metrics")).text
     engine_side = (ROOT / "model_repository/dllm/1/dllm_metrics.py").read_text()
     dashboard = json.loads((ROOT / "deploy/grafana-dashboard.json").read_text())
     queries = [t["expr"] for panel in dashboard["panels"] for t in panel.get("targets", [])]
+    alerts = yaml.safe_load((ROOT / "deploy/prometheus-alerts.yaml").read_text())
+    queries += [rule["expr"] for rule in alerts["groups"][0]["rules"]]
     named = set(re.findall(r"\b(?:dllm|nv)_\w+", " ".join(queries)))
     assert len(named) > 15
     for name in named:

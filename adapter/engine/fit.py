@@ -1,0 +1,70 @@
+"""Shortens the canvas of a request to what the model's context has left behind the prompt."""
+
+import asyncio
+import re
+from collections.abc import Sequence
+from typing import cast
+
+from adapter.engine.pool import Endpoint, EnginePool
+from adapter.errors import ContextExceeded, EngineError, InvalidRequest
+from adapter.types import Inputs
+
+#: A request that the engine has not checked by then is run as it is.
+CHECK_SECONDS = 1.0
+#: Inputs that the engine names when it refuses a request because it is too long.
+LENGTHS = ("gen_length", "cache")
+#: What the engine says of a prompt that leaves no room.
+TOO_LONG = re.compile(r"prompt \((\d+) tokens\) plus gen_length \(\d+\) must be at most (\d+)")
+
+
+async def fit_lengths(pool: EnginePool, requests: Sequence[Inputs]) -> list[Inputs]:
+    """The requests, with a shorter canvas where the one that they ask for does not fit.
+
+    While no engine answers they are returned as they are. Raises `InvalidRequest` for the first
+    that an engine would refuse whatever its length, and `ContextExceeded` if its prompt alone is
+    too long.
+    """
+    endpoint = pool.pick(include_backing_off=True)
+    if endpoint is None:
+        return list(requests)
+    try:
+        async with asyncio.timeout(CHECK_SECONDS):
+            return await _fitted(endpoint, requests)
+    except (TimeoutError, EngineError):
+        endpoint.monitor.request_probe()
+        return list(requests)
+
+
+async def _fitted(endpoint: Endpoint, requests: Sequence[Inputs]) -> list[Inputs]:
+    fitted = list(requests)
+    refusals = await endpoint.check(requests)
+    for reason in refusals.values():
+        if reason.partition(":")[0] not in LENGTHS:
+            raise InvalidRequest(reason)
+    shortest = {index: _shortened(requests[index], 1) for index in refusals}
+    if not shortest:
+        return fitted
+    results = await endpoint.engine.check(list(shortest.values()))
+    for index, result in zip(shortest, results, strict=True):
+        if result.refusal:
+            raise _too_long(requests[index], result.refusal)
+        fitted[index] = _shortened(requests[index], 1 + result.headroom)
+    return fitted
+
+
+def _shortened(inputs: Inputs, most: int) -> Inputs:
+    """The request with a canvas of at most so many tokens, and a block that is no longer."""
+    length = min(cast(int, inputs["gen_length"]), most)
+    changed = {**inputs, "gen_length": length}
+    if "block_length" in inputs:
+        changed["block_length"] = min(cast(int, inputs["block_length"]), length)
+    return changed
+
+
+def _too_long(inputs: Inputs, refusal: str) -> InvalidRequest:
+    found = TOO_LONG.search(refusal)
+    if found is None:
+        return InvalidRequest(refusal)
+    field = next(name for name in ("messages", "input_ids", "text_input") if name in inputs)
+    reason = f"its {found[1]} tokens leave no room for an answer in the model's {found[2]}"
+    return ContextExceeded(f"{field}: {reason}")

@@ -1,0 +1,178 @@
+"""Well-known OpenAI clients, from their registries, against the whole service.
+
+What runs is the code on docs/clients.md, with this service's address.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import yaml
+
+from tests.support.servers import CHECKOUT, REPOSITORY, AdapterServer, triton_server
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+CLIENTS = CHECKOUT / "tests/clients"
+PAGE = (CHECKOUT / "docs/clients.md").read_text()
+ADDRESS = "http://localhost:8000"
+QUESTION = "What is 17 + 25?"
+INSTALL_SECONDS = 400
+RUN_SECONDS = 120
+#: What pip and npm print if they cannot reach a registry.
+UNREACHABLE = re.compile(
+    r"name resolution|NewConnectionError|ConnectTimeout|ProxyError|Max retries exceeded"
+    r"|ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ETIMEDOUT|ENETUNREACH"
+)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdapterServer]:
+    """The service with the demo checkpoint, which can add."""
+    folder = tmp_path_factory.mktemp("clients")
+    checkpoint = REPOSITORY / "dllm/1/demo_checkpoint"
+    with (
+        triton_server(checkpoint, log_file=folder / "triton.log") as triton,
+        AdapterServer(triton, folder / "jobs.db") as adapter,
+    ):
+        yield adapter
+
+
+@pytest.fixture(scope="module")
+def answer(service: AdapterServer) -> str:
+    """The answer to the question, from a plain call."""
+    messages = [{"role": "user", "content": QUESTION}]
+    choice = plain_call(service, "chat/completions", messages=messages, max_tokens=32)
+    text: str = choice["message"]["content"]
+    assert "42" in text
+    return text
+
+
+def plain_call(service: AdapterServer, path: str, **body: Any) -> Any:
+    """The choice in the answer to a call without a client."""
+    reply = requests.post(f"{service.url}/v1/{path}", json={"model": "dllm", **body}, timeout=60)
+    return reply.json()["choices"][0]
+
+
+@pytest.fixture(scope="module")
+def python(pytestconfig: pytest.Config) -> Path:
+    """An interpreter with the clients that pip installs."""
+    wanted = CLIENTS / "requirements.txt"
+    folder = scratch(pytestconfig, wanted)
+    interpreter = folder / "bin/python"
+    pip = [interpreter, "-m", "pip", "install", "--quiet", "--no-compile", "-r", wanted]
+    install(folder, [[sys.executable, "-m", "venv", folder], pip])
+    return interpreter
+
+
+@pytest.fixture(scope="module")
+def node(pytestconfig: pytest.Config) -> Path:
+    """A folder with the clients that npm installs."""
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("node and npm are not installed")
+    wanted = CLIENTS / "package.json"
+    folder = scratch(pytestconfig, wanted)
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(wanted, folder)
+    npm = ["npm", "install", "--no-audit", "--no-fund", "--fetch-retries=1", "--prefix", folder]
+    install(folder, [npm])
+    return folder
+
+
+def scratch(config: pytest.Config, wanted: Path) -> Path:
+    """The folder for these versions; it is kept for the next run."""
+    assert config.cache is not None
+    digest = hashlib.sha256(wanted.read_bytes()).hexdigest()[:12]
+    return config.cache.mkdir("clients") / f"{wanted.stem}-{digest}"
+
+
+def install(folder: Path, commands: Sequence[Sequence[str | Path]]) -> None:
+    """Run the commands, unless they were run before; skip if no registry can be reached."""
+    done = folder / "installed"
+    if done.exists():
+        return
+    for command in commands:
+        try:
+            subprocess.run(
+                command, check=True, capture_output=True, text=True, timeout=INSTALL_SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            pytest.skip(f"{command[0]} did not install the clients in {INSTALL_SECONDS} s")
+        except subprocess.CalledProcessError as error:
+            if UNREACHABLE.search(error.stderr):
+                pytest.skip(f"the registry cannot be reached: {error.stderr[-300:]}")
+            pytest.fail(error.stderr[-3000:])
+    done.touch()
+
+
+def block(client: str, language: str) -> str:
+    """The code on the page below the client's heading."""
+    section = PAGE.split(f"\n## {client}\n")[1].split("\n## ")[0]
+    found = re.search(rf"^```{language}\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+def run(command: Sequence[str | Path], folder: Path | None = None) -> str:
+    """Run a client, and return what it prints."""
+    local = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1"}
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, **local},
+        capture_output=True,
+        text=True,
+        timeout=RUN_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("client", ["LangChain", "LiteLLM", "AutoGen"])
+def test_python_client(client: str, python: Path, service: AdapterServer, answer: str) -> None:
+    """The code on the page prints the answer twice: whole, and joined from a stream."""
+    code = block(client, "python")
+    assert ADDRESS in code
+    printed = run([python, "-c", code.replace(ADDRESS, service.url)])
+    assert printed == f"{answer}\n{answer}"
+
+
+def test_vercel_ai_sdk(node: Path, service: AdapterServer, answer: str) -> None:
+    """The code on the page prints the answer twice: whole, and joined from a stream."""
+    code = block("Vercel AI SDK", "js")
+    assert ADDRESS in code
+    (node / "ai_sdk.mjs").write_text(code.replace(ADDRESS, service.url))
+    assert run(["node", "ai_sdk.mjs"], node) == f"{answer}\n{answer}"
+
+
+def test_continue(node: Path, service: AdapterServer, answer: str) -> None:
+    """The page's configuration gives a chat with Continue's default length, and completions."""
+    (model,) = yaml.safe_load(block("Continue", "yaml"))["models"]
+    model["apiBase"] = model["apiBase"].replace(ADDRESS, service.url)
+    shutil.copy(CLIENTS / "continue.mjs", node)
+    prompt = "hello"
+    printed = json.loads(run(["node", "continue.mjs", json.dumps(model), QUESTION, prompt], node))
+    here = plain_call(service, "completions", prompt=prompt, max_tokens=16)
+    assert printed["chat"] == answer
+    assert printed["completion"] == here["text"] != ""
+
+
+def test_lm_evaluation_harness(python: Path, service: AdapterServer, tmp_path: Path) -> None:
+    """With the page's arguments it evaluates the chat model, which gets both sums right."""
+    options = dict(re.findall(r"--(\w+) ([^-\s]\S*)", block("lm-evaluation-harness", "bash")))
+    assert ADDRESS in options["model_args"]
+    arguments = options["model_args"].replace(ADDRESS, service.url)
+    printed = run([python, CLIENTS / "evaluate.py", options["model"], arguments, tmp_path])
+    assert json.loads(printed.splitlines()[-1]) == 1.0
