@@ -19,6 +19,7 @@ from dllm_engine.config import EngineConfig
 from dllm_engine.errors import EngineDead, QueueTimeout, RequestFailed
 from dllm_engine.execution.runner import ModelRunner
 from dllm_engine.execution.tensor_parallel import load_runner
+from dllm_engine.loop.histograms import Histograms
 from dllm_engine.loop.scheduler import Scheduler
 from dllm_engine.loop.validation import RequestLimits, longest_sequence
 from dllm_engine.memory.kv_cache import PageAllocator
@@ -94,6 +95,7 @@ class Engine:
         spec = dataclasses.replace(spec, max_model_len=longest)
         self.spec = spec = spec.split(config.tensor_parallel_size)
         self.stats = EngineStats()
+        self.histograms = Histograms()
         self.runner = runner or load_runner(config, spec, self.stop_token_ids)
         self.allocator = PageAllocator(self.runner.plan.num_pages, config.kv_page_size)
         self._limits = RequestLimits(
@@ -253,6 +255,8 @@ class Engine:
             request.has_canvas = True
             self.stats.requests_admitted += 1
             self.stats.queue_seconds += now - request.queued_at
+            self.histograms.queue_time.observe(now - request.queued_at)
+            request.admitted_at = now
 
     def _launch(self, chosen: list[Request]) -> None:
         by_slot = {r.slot: r for r in chosen if r.slot is not None}
@@ -308,6 +312,8 @@ class Engine:
     def _count(self, chosen: Collection[Request], seconds: float) -> None:
         self.stats.steps += 1
         self.stats.step_seconds += seconds
+        self.histograms.step_time.observe(seconds)
+        self.histograms.step_requests.observe(len(chosen))
         for request in chosen:
             request.steps_run += 1
             request.rows_run += request.step_cost
@@ -331,6 +337,8 @@ class Engine:
                 updates.append(self._fail(request, FloatingPointError(NOT_FINITE)))
                 continue
             before, request.num_ready = request.num_ready, result.num_ready[i]
+            if request.num_ready and not before:
+                self.histograms.time_to_first_token.observe(now - request.queued_at)
             stop = self._stop_in(request, before) if request.num_ready > before else None
             if stop is not None:
                 request.num_ready = stop
@@ -367,9 +375,18 @@ class Engine:
         update = self._update(request, reason, error)
         del self._requests[request.request_id]
         self.scheduler.remove(request)
-        self.stats.requests_finished += reason in (FinishReason.STOP, FinishReason.LENGTH)
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self.stats.requests_finished += 1
+            self._observe_answer(request, update.usage.completion_tokens)
         self.stats.completion_tokens += update.usage.completion_tokens
         return update
+
+    def _observe_answer(self, request: Request, tokens: int) -> None:
+        now = time.monotonic()
+        self.histograms.e2e_latency.observe(now - request.queued_at)
+        if tokens:
+            seconds = now - request.admitted_at
+            self.histograms.time_per_output_token.observe(seconds / tokens)
 
     def _update(
         self,
