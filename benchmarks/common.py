@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+# All servers of a benchmark are on this machine; no proxy of the environment may stand between.
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost,::1"
+
 RESULTS = Path(__file__).parent / "results"
 DEMO_CHECKPOINT = Path(__file__).parents[1] / "model_repository/dllm/1/demo_checkpoint"
 #: Its twin in Dream's format.

@@ -116,9 +116,9 @@ def _clear_errors() -> Iterator[None]:
         yield
     except ValidationError as error:
         for problem in error.errors():
-            name = "_".join(str(part) for part in problem["loc"]).upper()
-            reason = str(problem["msg"]).removeprefix("Value error, ")
-            stderr.print(f"DLLM_{name}={problem['input']!r}: {reason}", markup=False)
+            given = "_".join(str(part) for part in problem["loc"]).upper()
+            name = f"DLLM_{given}={problem['input']!r}: " if given else ""
+            stderr.print(name + problem["msg"].removeprefix("Value error, "), markup=False)
         raise typer.Exit(1) from None
     except (LaunchError, DllmError) as error:
         stderr.print("dllm-serve:", str(error), markup=False)

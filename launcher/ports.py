@@ -1,21 +1,28 @@
 """Ports: is one free, and which one is."""
 
 import contextlib
+import errno
 import socket
 
-from launcher.errors import PortTakenError
+from launcher.errors import PortTakenError, SettingError
 
 #: The system may name a port twice before a server listens on it.
 _given: set[int] = set()
 
 
 def require_free_port(what: str, address: str, port: int, setting: str) -> None:
-    """Raises PortTakenError, which names the `setting` that moves `what`, when it is in use."""
+    """Raises PortTakenError, which names the `setting` that moves `what`, when it is in use.
+
+    Raises SettingError when this machine has no such address, or this user may not have the port.
+    """
     try:
         with contextlib.closing(_bound(address, port)):
             pass
     except OSError as error:
-        raise PortTakenError(what, address, port, setting) from error
+        if error.errno == errno.EADDRINUSE:
+            raise PortTakenError(what, address, port, setting) from error
+        reason = error.strerror or str(error)
+        raise SettingError(f"{what} port {port} on {address} cannot be used: {reason}") from error
 
 
 def free_port(address: str = "127.0.0.1") -> int:

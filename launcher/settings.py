@@ -1,8 +1,9 @@
 """Settings of the launcher; each is an environment variable with the prefix DLLM_."""
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -24,13 +25,26 @@ class Settings(BaseSettings):
     model_repository: Path = Field(
         CHECKOUT / "model_repository", description="folder with the models `dllm` and `dllm_unary`"
     )
-    start_timeout: float = Field(300.0, gt=0, description="seconds each part may take to be ready")
+    start_timeout: float = Field(
+        300.0, gt=0, allow_inf_nan=False, description="seconds each part may take to be ready"
+    )
     drain_seconds: float = Field(
         5.0,
         ge=0,
         allow_inf_nan=False,
         description="time that the adapter takes for its running jobs when it is stopped",
     )
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Self:
+        names: dict[int, str] = {}
+        for name in ("port", "triton_http_port", "triton_grpc_port", "triton_metrics_port"):
+            port, setting = getattr(self, name), f"DLLM_{name.upper()}"
+            if port in names:
+                msg = f"{setting}={port}: should differ from {names[port]}"
+                raise ValueError(msg)
+            names[port] = setting
+        return self
 
     @property
     def url(self) -> str:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:  # torch takes seconds to import, and most tests do without
 
 register_profiles()
 
+# The tests' own calls to servers of this machine must not go to a proxy of the environment.
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost,::1"
+
 StartAdapter = Callable[..., AdapterServer]
 
 MAX_MODEL_LEN = 1024

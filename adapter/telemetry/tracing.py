@@ -4,6 +4,7 @@ Until `configure_tracing` turns recording on, OpenTelemetry's API makes spans th
 Either kind passes the caller's trace context on to Triton.
 """
 
+import threading
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 
@@ -18,12 +19,14 @@ from adapter.types import Event
 TRACEPARENT: ContextVar[str | None] = ContextVar("traceparent", default=None)
 
 NAME = "dllm-adapter"
+#: A worker that stops waits no longer than this for the collector.
+FLUSH_SECONDS = 2.0
 PROPAGATOR = TraceContextTextMapPropagator()
 tracer = trace.get_tracer(NAME)
 
 
 def configure_tracing() -> Callable[[], None]:
-    """Export spans over OTLP; returns the function that sends the last of them.
+    """Export spans over OTLP; returns the function that sends the last of them, in some seconds.
 
     OpenTelemetry's own variables set the rest, such as OTEL_EXPORTER_OTLP_ENDPOINT and
     OTEL_TRACES_SAMPLER. Raises `SettingsError` where the extra `otel` is missing.
@@ -36,10 +39,18 @@ def configure_tracing() -> Callable[[], None]:
     except ImportError as error:
         msg = f"DLLM_TRACING: needs the extra otel, pip install 'dllm-serve[otel]': {error}"
         raise SettingsError(msg) from error
-    provider = TracerProvider(resource=Resource.create({"service.name": NAME}))
+    # Left to itself, it would also wait for a silent collector when Python exits.
+    resource = Resource.create({"service.name": NAME})
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     trace.set_tracer_provider(provider)
-    return provider.shutdown
+
+    def flush() -> None:
+        sending = threading.Thread(target=provider.shutdown, name="last-spans", daemon=True)
+        sending.start()
+        sending.join(FLUSH_SECONDS)
+
+    return flush
 
 
 def call_span(name: str, headers: Mapping[str, str]) -> Span:

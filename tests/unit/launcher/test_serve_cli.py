@@ -41,6 +41,25 @@ def test_bad_setting_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
+        ("DLLM_PORT", "8010", "DLLM_TRITON_HTTP_PORT=8010: should differ from DLLM_PORT"),
+        ("DLLM_HOST", "192.0.2.1", "port 8000 on 192.0.2.1 cannot be used: Cannot assign"),
+        ("DLLM_START_TIMEOUT", "inf", "DLLM_START_TIMEOUT='inf': Input should be a finite number"),
+    ],
+)
+def test_a_place_that_cannot_be_had_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    """An address of another machine, or one port for two, is told before anything starts."""
+    monkeypatch.setenv(name, value)
+    outcome = CliRunner().invoke(app, ["serve"])
+    assert outcome.exit_code == 1
+    (line,) = outcome.output.splitlines()
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
         ("MODEL_PATH", "GSAI-ML/LLaDA-8B-Instruct", "hf download GSAI-ML/LLaDA-8B-Instruct"),
         ("DLLM_MAX_LIVE", "abc", "DLLM_MAX_LIVE='abc': Input should be a valid integer"),
         ("DLLM_API_KEYS", "me", "DLLM_API_KEYS: entry 1 must be name:hash"),

@@ -2,10 +2,11 @@
 
 import asyncio
 import signal
+import sqlite3
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,7 +173,7 @@ async def test_worker_starts_without_its_database(silenceable: Silenceable) -> N
 async def test_sigterm_ends_a_worker_whose_database_is_silent(
     silenceable: Silenceable, tmp_path: Path
 ) -> None:
-    """A worker whose database is silent ends within its drain time and some seconds."""
+    """A worker whose database is silent ends within its drain time and some seconds, quietly."""
     port = free_port()
     environment = {
         "DLLM_DATABASE_URL": silenceable.url,
@@ -196,6 +197,7 @@ async def test_sigterm_ends_a_worker_whose_database_is_silent(
                     await process.wait()
             poll.cancel()
             await asyncio.wait([poll])
+        assert "closing connection" not in (tmp_path / "log").read_text()
     finally:
         if process.returncode is None:
             process.kill()
@@ -208,3 +210,18 @@ async def _submitted(client: httpx.AsyncClient) -> bool:
     except httpx.TransportError:
         return False
     return answer.status_code == 200
+
+
+async def test_locked_file_is_told_in_time(tmp_path: Path) -> None:
+    """While another process holds SQLite's lock, submissions are 503 in time; reads go on."""
+    file = tmp_path / "jobs.db"
+    chosen = settings(f"sqlite:///{file}", database_timeout=0.5)
+    async with ready_app(chosen, ScriptedEngine()) as api:
+        assert (await api.result(await api.submit()))["status"] == "finished"
+        with closing(sqlite3.connect(file)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with within(3):
+                refused = await api.client.post("/v1/generate", json={"prompt": "a"})
+            assert (refused.status_code, "locked" in refused.text) == (503, True)
+            assert (await api.result(0))["status"] == "finished"
+        assert (await api.result(await api.submit()))["status"] == "finished"

@@ -289,7 +289,8 @@ async def test_a_proxy_is_not_asked_for_this_machine(
 ) -> None:
     """A proxy of the environment, here one that is away, does not stand before loopback."""
     monkeypatch.setenv(variable, "http://127.0.0.1:9")
-    monkeypatch.delenv("no_proxy", raising=False)
+    for exception in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(exception, raising=False)
     async with grpc_server(triton) as port:
         engine = TritonEngine(f"{host}:{port}", "dllm", **PATIENCE)
         await engine.probe()

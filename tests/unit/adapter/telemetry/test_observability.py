@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -330,6 +331,20 @@ call_span("GET /v1/health", {}).end()
 print(TRACEPARENT.get())
 flush()
 """
+
+
+def test_silent_collector_does_not_hold_a_stop_up() -> None:
+    """Sending the last spans ends in some seconds if the collector never answers."""
+    timed = EXPORT.replace("flush()", "began = time.monotonic(); flush()")
+    timed = f"import time{timed}print(time.monotonic() - began)"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        environment = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": address}
+        command = [sys.executable, "-c", timed]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=60, check=True
+        )
+    assert 1 < float(done.stdout.splitlines()[-1]) < 5
 
 
 def test_spans_go_to_the_collector_of_the_environment() -> None:
