@@ -69,5 +69,5 @@ EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s \
     CMD ["python", "-c", "from urllib.request import *; build_opener(ProxyHandler({})).open('http://localhost:8000/v1/livez')"]
 # WEB_CONCURRENCY sets the number of worker processes. A stop waits no longer for streams.
-CMD ["uvicorn", "adapter.app:app", "--host", "0.0.0.0", "--port", "8000", \
+CMD ["python", "-m", "adapter", "--host", "0.0.0.0", "--port", "8000", \
      "--timeout-graceful-shutdown", "10", "--timeout-keep-alive", "75"]

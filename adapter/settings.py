@@ -65,7 +65,14 @@ class Settings(BaseSettings):
     )
     max_body_bytes: Count = Field(default=4 * 2**20, description="largest body of a call")
     body_timeout: Seconds = Field(
-        default=30.0, description="time in which the body of a call must arrive"
+        default=30.0,
+        description="time in which the headers of a call must arrive, and then its body",
+    )
+    send_timeout: Seconds = Field(
+        default=60.0, description="time after which a client that does not read is cut off"
+    )
+    max_connections_per_address: Count = Field(
+        default=4096, description="connections that one worker process keeps open per address"
     )
     cors_origins: str = Field(
         default="", description="origins of web pages that may call, separated by commas; * for all"

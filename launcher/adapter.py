@@ -103,7 +103,7 @@ class Adapter:
     def _command(self) -> list[str]:
         settings = self._settings
         return [
-            *(sys.executable, "-m", "uvicorn", "adapter.app:app"),
+            *(sys.executable, "-m", "adapter"),
             *("--host", settings.host, "--port", str(settings.port)),
             *("--workers", str(settings.workers)),
             *("--timeout-graceful-shutdown", str(CONNECTION_SECONDS)),

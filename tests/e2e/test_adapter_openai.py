@@ -15,12 +15,13 @@ from dllm_engine import LLM, Prompt, SamplingParams
 from openai import OpenAI
 
 from launcher.tritonserver import TritonServer
-from tests.support.servers import AdapterServer, eventually, metric, settled_counters
+from tests.support.servers import CHECKOUT, AdapterServer, eventually, metric, settled_counters
 
 ASK: Any = [{"role": "user", "content": "tell me"}]
 FIELDS: dict[str, Any] = {"temperature": 0.7, "seed": 5}
 DIFFUSION: dict[str, Any] = {"block_length": 8, "ignore_eos": True}
 NPM_SECONDS = 120
+PINNED = CHECKOUT / "tests/clients/package.json"
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +154,15 @@ def node_client(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("node and npm are not installed")
     folder = tmp_path_factory.mktemp("node")
     (folder / "package.json").write_text('{"private": true}')
-    install = ["npm", "install", "--no-audit", "--no-fund", "--fetch-retries=0", "openai@6"]
+    version = json.loads(PINNED.read_text())["dependencies"]["openai"]
+    install = [
+        "npm",
+        "install",
+        "--no-audit",
+        "--no-fund",
+        "--fetch-retries=0",
+        f"openai@{version}",
+    ]
     try:
         subprocess.run(install, cwd=folder, check=True, capture_output=True, timeout=NPM_SECONDS)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:

@@ -71,8 +71,8 @@ def python(pytestconfig: pytest.Config) -> Path:
     wanted = CLIENTS / "requirements.txt"
     folder = scratch(pytestconfig, wanted)
     interpreter = folder / "bin/python"
-    pip = [interpreter, "-m", "pip", "install", "--quiet", "--no-compile", "-r", wanted]
-    install(folder, [[sys.executable, "-m", "venv", folder], pip])
+    pip = [interpreter, "-m", "pip", "install", "--quiet", "--no-compile", "--retries=1"]
+    install(folder, [[sys.executable, "-m", "venv", folder], [*pip, "-r", wanted]])
     return interpreter
 
 
@@ -116,12 +116,10 @@ def install(folder: Path, commands: Sequence[Sequence[str | Path]]) -> None:
     done.touch()
 
 
-def block(client: str, language: str) -> str:
-    """The code on the page below the client's heading."""
+def blocks(client: str, language: str) -> list[str]:
+    """All code in this language on the page below the client's heading."""
     section = PAGE.split(f"\n## {client}\n")[1].split("\n## ")[0]
-    found = re.search(rf"^```{language}\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
-    assert found is not None
-    return found[1]
+    return re.findall(rf"^```{language}\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
 
 
 def run(command: Sequence[str | Path], folder: Path | None = None) -> str:
@@ -143,15 +141,16 @@ def run(command: Sequence[str | Path], folder: Path | None = None) -> str:
 @pytest.mark.parametrize("client", ["LangChain", "LiteLLM", "AutoGen"])
 def test_python_client(client: str, python: Path, service: AdapterServer, answer: str) -> None:
     """The code on the page prints the answer twice: whole, and joined from a stream."""
-    code = block(client, "python")
+    (code,) = blocks(client, "python")
     assert ADDRESS in code
     printed = run([python, "-c", code.replace(ADDRESS, service.url)])
     assert printed == f"{answer}\n{answer}"
 
 
-def test_vercel_ai_sdk(node: Path, service: AdapterServer, answer: str) -> None:
-    """The code on the page prints the answer twice: whole, and joined from a stream."""
-    code = block("Vercel AI SDK", "js")
+@pytest.mark.parametrize("provider", ["@ai-sdk/openai-compatible", "@ai-sdk/openai"])
+def test_vercel_ai_sdk(provider: str, node: Path, service: AdapterServer, answer: str) -> None:
+    """With each provider the page's code prints the answer twice: whole, and from a stream."""
+    (code,) = (code for code in blocks("Vercel AI SDK", "js") if f'"{provider}"' in code)
     assert ADDRESS in code
     (node / "ai_sdk.mjs").write_text(code.replace(ADDRESS, service.url))
     assert run(["node", "ai_sdk.mjs"], node) == f"{answer}\n{answer}"
@@ -159,7 +158,8 @@ def test_vercel_ai_sdk(node: Path, service: AdapterServer, answer: str) -> None:
 
 def test_continue(node: Path, service: AdapterServer, answer: str) -> None:
     """The page's configuration gives a chat with Continue's default length, and completions."""
-    (model,) = yaml.safe_load(block("Continue", "yaml"))["models"]
+    (code,) = blocks("Continue", "yaml")
+    (model,) = yaml.safe_load(code)["models"]
     model["apiBase"] = model["apiBase"].replace(ADDRESS, service.url)
     shutil.copy(CLIENTS / "continue.mjs", node)
     prompt = "hello"
@@ -171,7 +171,8 @@ def test_continue(node: Path, service: AdapterServer, answer: str) -> None:
 
 def test_lm_evaluation_harness(python: Path, service: AdapterServer, tmp_path: Path) -> None:
     """With the page's arguments it evaluates the chat model, which gets both sums right."""
-    options = dict(re.findall(r"--(\w+) ([^-\s]\S*)", block("lm-evaluation-harness", "bash")))
+    (code,) = blocks("lm-evaluation-harness", "bash")
+    options = dict(re.findall(r"--(\w+) ([^-\s]\S*)", code))
     assert ADDRESS in options["model_args"]
     arguments = options["model_args"].replace(ADDRESS, service.url)
     printed = run([python, CLIENTS / "evaluate.py", options["model"], arguments, tmp_path])

@@ -136,7 +136,7 @@ def has_ended(process: psutil.Process) -> bool:
 
 
 class AdapterServer:
-    """`uvicorn adapter.app:app` on a free port, with its jobs in a SQLite file.
+    """`python -m adapter` on a free port, with its jobs in a SQLite file.
 
     A context manager that enters once the adapter is healthy. After `kill` or `stop` it can be
     started again, on the same port and database.
@@ -181,7 +181,7 @@ class AdapterServer:
 
     def start(self) -> None:
         """Start and wait until it is healthy."""
-        command = [sys.executable, "-m", "uvicorn", "adapter.app:app", "--host", "127.0.0.1"]
+        command = [sys.executable, "-m", "adapter", "--host", "127.0.0.1"]
         command += ["--port", str(self.port), "--workers", str(self._workers)]
         command += ["--timeout-graceful-shutdown", "2"]
         # As the launcher does: a new folder for the metrics of each start's workers.

@@ -208,7 +208,7 @@ def test_an_image_has_what_settings_ask_for(part: str, names: list[str], tmp_pat
 def test_a_stop_does_not_wait_for_streams(file: str) -> None:
     """uvicorn is told when to break off what still runs, or else it waits for the last stream."""
     text = re.sub(r"[\",\\\n]+ *", " ", (ROOT / file).read_text())
-    assert re.search(r"uvicorn +adapter\.app:app [^#]*--timeout-graceful-shutdown +10", text)
+    assert re.search(r"python +-m +adapter +[^#]*--timeout-graceful-shutdown +10", text)
 
 
 def test_a_loading_engine_does_not_make_the_adapter_unhealthy() -> None:
@@ -238,7 +238,7 @@ def test_adapter_keeps_connections_for_longer_than_nginx() -> None:
     image = re.sub(r'[",\\\n]', " ", (ROOT / "Dockerfile").read_text())
     for command in (service, image):
         kept = re.search(
-            r"uvicorn adapter.*--timeout-keep-alive +(\d+)", re.sub(" +", " ", command)
+            r"python -m adapter.*--timeout-keep-alive +(\d+)", re.sub(" +", " ", command)
         )
         assert kept is not None
         assert int(kept.group(1)) > 60

@@ -254,7 +254,7 @@ async def test_single_stop_string(api: RunningApp, engine: ScriptedEngine) -> No
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "required"),
         (
-            {"messages": [{"role": "user", "content": "x" * 2048}] * 2},
+            {"messages": [{"role": "user", "content": "x" * 1366}] * 3},
             "messages",
             "at most 4096 characters",
         ),
@@ -268,6 +268,17 @@ async def test_bad_value_is_422_naming_field_and_limit(
 
     assert f"body.{loc}" == where
     assert message in why
+
+
+async def test_a_chat_may_have_as_many_characters_as_the_limit_says(api: RunningApp) -> None:
+    """Only characters count towards the limit of characters; messages have the same limit."""
+    for chat, status in (
+        ([{"role": "user", "content": "x" * 4096}], 200),
+        ([{"role": "user", "content": "x" * 2048}] * 2, 200),
+        ([{"role": "user", "content": ""}] * 4097, 422),
+    ):
+        answer = await api.client.post("/v1/generate", json={"messages": chat})
+        assert answer.status_code == status, answer.text
 
 
 @pytest.mark.parametrize(
