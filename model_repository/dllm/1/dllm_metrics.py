@@ -88,8 +88,8 @@ class Metrics:
         self._last = now
         for field, histogram in self._histograms.items():
             histogram.publish(getattr(worker.engine.histograms, field))
-        self._running.set(worker.engine.scheduler.num_running)
-        self._waiting.set(worker.engine.scheduler.num_waiting)
+        self._running.set(len(worker.engine.scheduler.running))
+        self._waiting.set(len(worker.engine.scheduler.waiting))
         self._capacity.set(worker.engine.config.max_num_seqs)
         self._pages.set(worker.engine.allocator.num_used)
         plan = worker.engine.runner.plan

@@ -162,7 +162,7 @@ def test_who_waits_gives_signs_of_life_and_gives_up_in_time(
     assert set(seen[0][1].token_ids.tolist()) == {engine.spec.mask_token_id}
     assert isinstance(seen[2][1].error, QueueTimeout)
     assert "7 s" in str(seen[2][1].error)
-    assert (engine.scheduler.num_running, engine.scheduler.num_waiting) == (1, 1)
+    assert (len(engine.scheduler.running), len(engine.scheduler.waiting)) == (1, 1)
 
 
 @pytest.mark.parametrize(
