@@ -11,6 +11,7 @@ from dllm_engine import LLM, SamplingParams
 
 from launcher.tritonserver import TritonServer
 from tests.e2e.triton_calls import Answer, GrpcStream, generate, post, tensors
+from tests.support.checkpoints import BOS
 
 FIELDS = {"text_input": "any way", "temperature": 0.7, "gen_length": 20, "seed": 9}
 
@@ -95,3 +96,12 @@ def test_more_ids_than_any_sequence_has_are_refused(
     response = post(triton, fields, model=model)
     assert response.status_code == 400
     assert response.json()["error"] == f"{name}: must be at most 1024 ids; got 100000"
+
+
+@pytest.mark.parametrize("gap", [{}, {"suffix": " and so on"}])
+def test_no_ids_stand_for_the_start_token(triton: TritonServer, gap: dict[str, str]) -> None:
+    """An empty `input_ids` asks for a text from nothing, or for what stands before a suffix."""
+    fields = {"gen_length": 8, "seed": 3, "temperature": 1.0} | gap
+    empty = generate(triton, **fields, input_ids=[])
+    assert empty == generate(triton, **fields, input_ids=[BOS])
+    assert post(triton, fields | {"text_input": ""}).status_code == 400

@@ -96,6 +96,12 @@ class Tokenizer:
         names = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>", "<|dlm_pad|>")
         return tuple(vocabulary[name] for name in names if name in vocabulary)
 
+    @property
+    def start_token_id(self) -> int | None:
+        """The token that a text begins with; None if the checkpoint names none."""
+        start: int | None = self._tokenizer.bos_token_id
+        return start
+
     def encode_text(self, text: str) -> list[int]:
         """Encode a raw prompt without a template.
 

@@ -136,7 +136,7 @@ class Engine:
         """Check a request against this model's limits, without queueing it. Thread-safe.
 
         Args:
-            prompt: the given tokens.
+            prompt: the given tokens; without any before the canvas, the start token is put there.
             params: how to denoise.
             stream_interval: seconds between updates, also while the request waits; 0: one per
                 step; None: only the final one.
@@ -148,6 +148,9 @@ class Engine:
         Raises:
             InvalidRequest: names the field and the limit.
         """
+        start = self.tokenizer.start_token_id if self.tokenizer else None
+        if not prompt.ids and start is not None:
+            prompt = dataclasses.replace(prompt, ids=[start])
         resolved = self._limits.check(prompt, params)
         request = Request(
             next(self._ids), prompt, resolved, stream_interval, priority, exclusive, timeout, name
