@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from dllm_engine import LLM, Engine, Prompt, SamplingParams
-from dllm_engine.execution.runner import SingleRankRunner
+from dllm_engine.execution.runner import ModelRunner
 from dllm_engine.ops.transfer import Upload
 from dllm_engine.state.batch import build_batch
 from torch.profiler import ProfilerActivity, profile
@@ -41,7 +41,7 @@ def kind_of(name: str) -> str:
 def layout_seconds(engine: Engine, block_m: int | None, repeats: int = 300) -> float:
     """Median time of laying out the next step of all that runs, on the host."""
     runner = engine.runner
-    assert isinstance(runner, SingleRankRunner)
+    assert isinstance(runner, ModelRunner)
     pages = runner.rank.pages
     page_size = pages.page_size if block_m is None else None
     slots = [r.slot for r in engine.scheduler.running if r.slot is not None]

@@ -26,7 +26,7 @@ from launcher.process import GuardedProcess, LogCallback
 DEFAULT_MODELS = ("dllm", "dllm_unary")
 POLL_SECONDS = 0.1
 #: How the log shows the errors with which the engine refuses what it is given.
-REFUSAL = re.compile(r"Python stub: (?:InvalidConfig|CheckpointError): (.+)")
+REFUSAL = re.compile(r"Python stub: (?:InvalidConfig|CheckpointError): (.+?)(?:\\n|$)")
 
 #: Called about ten times a second while waiting, with the seconds waited and the newest log line.
 WaitCallback = Callable[[float, str], None]
@@ -244,5 +244,5 @@ def _refusal(death: ProcessDiedError) -> LaunchError:
     """The engine's own words, if it refused its settings or its checkpoint; else `death`."""
     for line in death.log_tail:
         if found := REFUSAL.search(line):
-            return SettingError(found[1])
+            return SettingError(found[1].replace('\\"', '"'))
     return death

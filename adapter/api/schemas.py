@@ -303,7 +303,9 @@ class GenerateRequest(Sampling, SchedulingParams):
 
     prompt: Prompt | None = Field(None, description="at most DLLM_MAX_PROMPT_CHARS characters")
     messages: Annotated[Items[Message] | None, FewMessages] = Field(None, min_length=1)
-    input_ids: Items[Token] | None = Field(None, min_length=1)
+    input_ids: Items[Token] | None = Field(
+        None, description="the prompt's tokens; [] stands for the checkpoint's start token"
+    )
     raw: bool = Field(False, description="pass the prompt as it is, without the chat template")
     suffix: Prompt | None = Field(None, description="text behind the gap; limited as prompt")
     canvas_ids: Items[Token] | None = Field(

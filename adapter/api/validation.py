@@ -58,9 +58,10 @@ def _prompt_problems(body: GenerateRequest, limit: int) -> Iterator[Problem]:
     if body.input_ids is not None:
         yield from _too_long("input_ids", body.input_ids, limit, "List", "items")
     if body.messages is not None:
-        # An empty message costs tokens too, so each message counts one extra character.
-        content = "".join(message.content + "\n" for message in body.messages)
+        content = "".join(message.content for message in body.messages)
         yield from _too_long("messages", content, limit, "All messages together", "characters")
+        # An empty message costs tokens too.
+        yield from _too_long("messages", body.messages, limit, "List", "items")
 
 
 def _too_long(

@@ -7,6 +7,7 @@ nothing. Several keys may share a name, so you can replace a key without downtim
 import argparse
 import hashlib
 import hmac
+import os
 import re
 import secrets
 import sys
@@ -113,6 +114,16 @@ def entry_of(name: str, key: str) -> str:
     return f"{name}:{hashlib.sha256(key.encode()).hexdigest()}"
 
 
+def append_entry(path: Path, entry: str) -> None:
+    """Add an entry on a line of its own, whatever the file ends with."""
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                entry = f"\n{entry}"
+        file.write(f"{entry}\n".encode())
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make a key: print it to stdout, and its entry to the file or stderr."""
     parser = argparse.ArgumentParser(prog="python -m adapter.auth.keys")
@@ -129,8 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.file is None:
         sys.stderr.write(f"for DLLM_API_KEYS, or a line of DLLM_API_KEYS_FILE:\n{entry}\n")
     else:
-        with options.file.open("a") as file:
-            file.write(f"{entry}\n")
+        append_entry(options.file, entry)
     sys.stdout.write(f"{key}\n")
 
 

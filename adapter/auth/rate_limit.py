@@ -1,5 +1,6 @@
 """Rate limits: prompts counted in the database, so that all workers share the count."""
 
+import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from adapter.telemetry.metrics import RATE_LIMIT_SKIPPED
 log = get_logger()
 
 TIDY_SECONDS = 60.0
+#: Longer names of callers are hashed, to fit the table's column.
+MAX_CALLER = 128
 #: A call waits no longer than this to be counted.
 COUNT_SECONDS = 2.0
 WARNING_SECONDS = 60.0
@@ -44,6 +47,8 @@ class RateLimiter:
         While the database does not answer, calls pass uncounted: streams need no database, and a
         limit that fails closed would end them.
         """
+        if len(caller) > MAX_CALLER:  # a proxy passes on whatever its client called itself
+            caller = hashlib.sha256(caller.encode(errors="surrogateescape")).hexdigest()
         for rate in self._rates:
             try:
                 over = await self._count(f"{caller} {rate}", rate, prompts)

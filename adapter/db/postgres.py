@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 import asyncpg  # type: ignore[import-untyped]
@@ -75,7 +75,8 @@ class _Connection(asyncpg.Connection):  # type: ignore[misc]
 
     async def close(self, *, timeout: float | None = None) -> None:
         """End the running statement and close; the driver aborts when the time is over."""
-        await super().close(timeout=min(CLOSE_SECONDS, timeout or CLOSE_SECONDS))
+        with suppress(TimeoutError):
+            await super().close(timeout=min(CLOSE_SECONDS, timeout or CLOSE_SECONDS))
 
 
 def _make_engine(url: str, timeout: float, **options: Any) -> AsyncEngine:

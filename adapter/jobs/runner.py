@@ -29,7 +29,8 @@ LONGEST_SAVE_PAUSE = 2.0
 #: Time that a stopping worker takes to release its jobs, after the drain.
 RELEASE_SECONDS = 2.0
 #: After an outage of the database all workers renew their leases before any rescues jobs; this is
-#: the least time for it.
+#: the least time for it, and the most that a worker waits after its start, as it may have missed
+#: an outage.
 RECOVERY_SECONDS = 5.0
 #: One engine step may end many jobs at once. Only so many are recorded between two turns of the
 #: event loop, so that polls do not wait for all of them.
@@ -105,6 +106,7 @@ class JobRunner:
             self._claiming.stop()
 
     async def __aenter__(self) -> Self:
+        self._rescue_after = _now() + min(self._lease / 2, RECOVERY_SECONDS)
         self._pool.subscribe(self._engines_changed)
         await self._exit.enter_async_context(self._maintenance)
         self._exit.push_async_callback(self._release_all)

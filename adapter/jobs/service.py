@@ -63,7 +63,13 @@ class JobService:
 
         Raises `InvalidRequest`, `TooManyJobs`, `KeyReused`.
         """
-        await self._check(requests)
+        try:
+            await self._check(requests)
+        except InvalidRequest:
+            # Accepted once, it keeps its answer, whatever the engine says today.
+            if key and (known := await self._store.known(requests, key=key, options=options)):
+                return known
+            raise
         most, new = self._max_queued, True
         most_of_key = None if options.api_key is None else share_of(most, self._key_share)
         if key is None:

@@ -110,6 +110,18 @@ class JobStore:
 
         return await self._database.write(add)
 
+    async def known(
+        self, requests: Sequence[Inputs], *, key: str, options: JobOptions
+    ) -> list[int] | None:
+        """The ids that these requests got before under this key, if they were accepted.
+
+        Raises `KeyReused`.
+        """
+        record = IdempotencyRecord.of(key, requests, options)
+        return await self._database.write(
+            lambda connection: idempotency.find_ids(connection, record)
+        )
+
     async def get(self, job_id: int, *, api_key: str | None = None) -> Job | None:
         """The job, or None if it does not exist or belongs to another key."""
         if not 0 <= job_id <= MAX_ID:

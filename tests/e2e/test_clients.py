@@ -71,8 +71,8 @@ def python(pytestconfig: pytest.Config) -> Path:
     wanted = CLIENTS / "requirements.txt"
     folder = scratch(pytestconfig, wanted)
     interpreter = folder / "bin/python"
-    pip = [interpreter, "-m", "pip", "install", "--quiet", "--no-compile", "-r", wanted]
-    install(folder, [[sys.executable, "-m", "venv", folder], pip])
+    pip = [interpreter, "-m", "pip", "install", "--quiet", "--no-compile", "--retries=1"]
+    install(folder, [[sys.executable, "-m", "venv", folder], [*pip, "-r", wanted]])
     return interpreter
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import requests
@@ -70,3 +71,41 @@ def test_metrics_leave_with_the_model(checkpoint: Path) -> None:
         assert requests.post(f"{repository}/load", timeout=60).status_code == 200
         generate(server, text_input="again", gen_length=8)
         eventually(lambda: metric(server, "dllm_requests_finished_total") == 1, "it counts afresh")
+
+
+def test_histograms_count_what_the_counters_count(triton: TritonServer) -> None:
+    """Each answer is in one bucket of every histogram of requests, each step in those of steps."""
+    before = histograms(triton)
+    answer = generate(triton, text_input="time me", gen_length=32, steps=16, ignore_eos=True)
+    settled_counters(triton)
+    after = histograms(triton)
+    moved = {key: value - before.get(key, 0) for key, value in after.items()}
+    for name, count in (
+        ("dllm_request_queue_time_seconds", 1),
+        ("dllm_time_to_first_token_seconds", 1),
+        ("dllm_time_per_output_token_seconds", 1),
+        ("dllm_e2e_request_latency_seconds", 1),
+        ("dllm_step_duration_seconds", answer.usage[2]),
+        ("dllm_step_requests", answer.usage[2]),
+    ):
+        buckets = [value for key, value in moved.items() if key.startswith(f"{name}_bucket")]
+        assert moved[f"{name}_count"] == buckets[-1] == count
+        assert buckets == sorted(buckets)
+        assert moved[f"{name}_sum"] > 0
+    assert moved["dllm_step_requests_sum"] == answer.usage[2]
+    seconds = moved["dllm_time_per_output_token_seconds_sum"] * 32
+    assert seconds <= moved["dllm_e2e_request_latency_seconds_sum"]
+    assert (
+        moved["dllm_time_to_first_token_seconds_sum"]
+        < moved["dllm_e2e_request_latency_seconds_sum"]
+    )
+
+
+def histograms(server: TritonServer) -> dict[str, float]:
+    """Every part of every histogram by name, buckets also by their end, in order of the ends."""
+    pattern = r'^(dllm_\w+_(?:bucket|count|sum))\{[^}]*?(?:le="([^"]+)")?[^}]*\} (\S+)$'
+    found = re.findall(pattern, page(server), re.MULTILINE)
+    parts = [(name, float(end or 0), float(value)) for name, end, value in found]
+    return {f"{name} {end}": value for name, end, value in sorted(parts) if "bucket" in name} | {
+        name: value for name, _, value in parts if "bucket" not in name
+    }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 from dllm_engine import LLM, SamplingParams
 
 from launcher.tritonserver import TritonServer
 from tests.e2e.triton_calls import Answer, GrpcStream, generate, post, tensors
+from tests.support.checkpoints import BOS
 
 FIELDS = {"text_input": "any way", "temperature": 0.7, "gen_length": 20, "seed": 9}
 
@@ -73,3 +75,33 @@ def test_many_short_requests(triton: TritonServer) -> None:
         answers = list(pool.map(lambda _: post(triton, fields).status_code, range(400)))
     assert answers == [200] * 400
     assert triton.running
+
+
+@pytest.mark.parametrize("model", ["dllm", "dllm_unary"])
+def test_id_in_a_generate_body_is_the_requests_id(triton: TritonServer, model: str) -> None:
+    """Triton's `id` is accepted and repeated in the answer; another parameter beside it is not."""
+    fields = {"text_input": "hi", "gen_length": 4, "id": "order-17"}
+    response = post(triton, fields, model=model)
+    assert (response.status_code, response.json()["id"]) == (200, "order-17")
+    assert post(triton, fields | {"idx": "order-17"}, model=model).status_code == 400
+
+
+@pytest.mark.parametrize("model", ["dllm", "dllm_unary"])
+@pytest.mark.parametrize("name", ["input_ids", "canvas_ids"])
+def test_more_ids_than_any_sequence_has_are_refused(
+    triton: TritonServer, model: str, name: str
+) -> None:
+    """A list that cannot fit is refused by its length, before its ids are looked at."""
+    fields = {"input_ids": [1], "gen_length": 4, name: [1] * 100_000}
+    response = post(triton, fields, model=model)
+    assert response.status_code == 400
+    assert response.json()["error"] == f"{name}: must be at most 1024 ids; got 100000"
+
+
+@pytest.mark.parametrize("gap", [{}, {"suffix": " and so on"}])
+def test_no_ids_stand_for_the_start_token(triton: TritonServer, gap: dict[str, str]) -> None:
+    """An empty `input_ids` asks for a text from nothing, or for what stands before a suffix."""
+    fields = {"gen_length": 8, "seed": 3, "temperature": 1.0} | gap
+    empty = generate(triton, **fields, input_ids=[])
+    assert empty == generate(triton, **fields, input_ids=[BOS])
+    assert post(triton, fields | {"text_input": ""}).status_code == 400

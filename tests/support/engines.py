@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from dllm_engine import CanvasUpdate, Engine, EngineConfig, Prompt, SamplingParams
-from dllm_engine.execution.runner import ModelRunner, SingleRankRunner
+from dllm_engine.execution.runner import ModelRunner
 from dllm_engine.memory.plan import MemoryPlan
 from dllm_engine.state.canvas import Canvas, StepResult
 
@@ -37,9 +37,9 @@ def submit(engine: Engine, **params: object) -> int:
     return request.request_id
 
 
-def runner_of(engine: Engine) -> SingleRankRunner:
+def runner_of(engine: Engine) -> ModelRunner:
     """The runner of an engine that loaded its checkpoint's model."""
-    assert isinstance(engine.runner, SingleRankRunner)
+    assert isinstance(engine.runner, ModelRunner)
     return engine.runner
 
 
@@ -90,6 +90,9 @@ class FakeRunner(ModelRunner):
     def canvas(self, slot: int) -> Canvas:
         """A copy."""
         return Canvas(*map(np.copy, self._canvases[slot][0]))
+
+    def bind_thread(self) -> None:
+        """Every thread can run steps."""
 
     def wait(self) -> None:
         """Call `on_wait`."""

@@ -11,6 +11,10 @@ ONE_INSTANCE = "instance_group [ { count: 1 kind: KIND_AUTO } ]"
 
 #: An engine hangs in a step while a file with its process's name exists.
 HANG = """
+import os, time
+from pathlib import Path
+from dllm_engine import Engine
+
 _step = Engine.step
 
 

@@ -32,7 +32,7 @@ def read_settings(args: Mapping[str, str]) -> dict[str, str]:
     parameters = json.loads(args["model_config"])["parameters"]
     settings = {name: value["string_value"] for name, value in parameters.items()}
     names = [*EngineConfig.settings(), EXIT_ON_ENGINE_DEATH]
-    settings |= {name: readable(os.environ[name]) for name in names if name in os.environ}
+    settings |= {name: readable(os.environ[name]) for name in names if os.environ.get(name)}
     if not settings.get("MODEL_PATH"):
         settings["MODEL_PATH"] = str(Path(__file__).parent / "demo_checkpoint")
     if args["model_instance_kind"] == "GPU" and settings.get("DLLM_DEVICE") in ("", "auto"):

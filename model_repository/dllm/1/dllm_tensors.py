@@ -71,7 +71,9 @@ def parse_request(engine: Engine, request: Any, inputs: Inputs) -> Request:
         InvalidRequest: names the input and what is wrong with it.
     """
     _reject_unknown(request)
-    prompt = Prompt(_prompt_ids(engine, inputs), _canvas_ids(inputs), _suffix_ids(engine, inputs))
+    prompt = Prompt(
+        _prompt_ids(engine, inputs), _canvas_ids(engine, inputs), _suffix_ids(engine, inputs)
+    )
     values = {name: _param(inputs, field) for name, field in FIELDS.items() if name in inputs}
     stream = bool(_scalar(inputs, "stream")) if "stream" in inputs else False
     interval = _stream_interval(inputs)
@@ -91,10 +93,13 @@ def parse_request(engine: Engine, request: Any, inputs: Inputs) -> Request:
 
 def _reject_unknown(request: Any) -> None:
     # The generate endpoint turns JSON names that are no inputs into request parameters: a misspelt
-    # input, or `timeout`, which Triton passes on from its other endpoints only.
-    unknown = sorted(json.loads(request.parameters() or "{}"))
-    if unknown:
-        raise InvalidRequest(unknown[0], "no such input")
+    # input, or `timeout`, which Triton passes on from its other endpoints only. `id` becomes the
+    # request's id, too.
+    parameters = json.loads(request.parameters() or "{}")
+    if parameters.get("id") == request.request_id():
+        del parameters["id"]
+    if parameters:
+        raise InvalidRequest(min(parameters), "no such input")
 
 
 def _prompt_ids(engine: Engine, inputs: Inputs) -> list[int]:
@@ -104,7 +109,7 @@ def _prompt_ids(engine: Engine, inputs: Inputs) -> list[int]:
         raise InvalidRequest("text_input", f"{rule}; got {', '.join(given) or 'none'}")
     field = given[0]
     if field == "input_ids":
-        return [int(i) for i in _values(inputs, field)]
+        return _ids(engine, inputs, field)
     if engine.tokenizer is None:
         raise InvalidRequest(field, "this checkpoint has no tokenizer; send input_ids")
     text = str(_scalar(inputs, field))
@@ -115,12 +120,20 @@ def _prompt_ids(engine: Engine, inputs: Inputs) -> list[int]:
     )
 
 
-def _canvas_ids(inputs: Inputs) -> list[int]:
+def _canvas_ids(engine: Engine, inputs: Inputs) -> list[int]:
     if "canvas_ids" not in inputs:
         return []
-    ids = [int(i) for i in _values(inputs, "canvas_ids")]
+    ids = _ids(engine, inputs, "canvas_ids")
     if not ids:
         raise InvalidRequest("canvas_ids", "must not be empty")
+    return ids
+
+
+def _ids(engine: Engine, inputs: Inputs, name: str) -> list[int]:
+    values, most = _values(inputs, name), engine.spec.max_model_len
+    if values.size > most:  # before each becomes a Python object
+        raise InvalidRequest(name, f"must be at most {most} ids; got {values.size}")
+    ids: list[int] = values.tolist()
     return ids
 
 

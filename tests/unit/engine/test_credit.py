@@ -45,11 +45,12 @@ class Position:
         of_list = logits.gather(1, tokens.clamp(min=0)).masked_fill(tokens < 0, -torch.inf)
         max_logit = logits[:, best]
         sum_exp = (logits - max_logit).exp().sum(dim=1)
-        fused = decide(self.credits, of_list, torch.tensor([best]), max_logit, max_logit, sum_exp)
-        self.credits = fused.credits
+        token, confidence, self.credits = decide(
+            self.credits, of_list, torch.tensor([best]), max_logit, max_logit, sum_exp
+        )
         self.matrix *= BETA
         self.matrix[best] += float(logits.softmax(1)[0, best]) ** GAMMA
-        return int(fused.token), float(fused.confidence)
+        return int(token), float(confidence)
 
 
 @given(st.lists(st.tuples(st.integers(0, LISTED - 1), st.floats(0.1, 9)), max_size=60))

@@ -22,7 +22,7 @@ from dllm_engine import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.support.checkpoints import EOS, EOT, MASK, write_llada
+from tests.support.checkpoints import BOS, EOS, EOT, MASK, write_llada
 from tests.support.engines import PROMPT, make_engine, run, submit
 from tests.support.reference import Forward
 
@@ -162,7 +162,7 @@ def test_who_waits_gives_signs_of_life_and_gives_up_in_time(
     assert set(seen[0][1].token_ids.tolist()) == {engine.spec.mask_token_id}
     assert isinstance(seen[2][1].error, QueueTimeout)
     assert "7 s" in str(seen[2][1].error)
-    assert (engine.scheduler.num_running, engine.scheduler.num_waiting) == (1, 1)
+    assert (len(engine.scheduler.running), len(engine.scheduler.waiting)) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -235,10 +235,10 @@ def test_contradicting_rules_are_refused(llm: LLM, params: dict[str, object], me
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
-    [([], "must not be empty"), ([512], r"0\.\.511; got 512"), ([-1], r"0\.\.511; got -1")],
+    [([512], r"0\.\.511; got 512"), ([-1], r"0\.\.511; got -1")],
 )
 def test_bad_prompts_are_refused(llm: LLM, prompt: list[int], message: str) -> None:
-    """Empty prompts and ids outside the vocabulary name `input_ids` and the limit."""
+    """Ids outside the vocabulary name `input_ids` and the limit."""
     with pytest.raises(InvalidRequest, match=f"^input_ids: .*{message}"):
         llm.engine.make_request(Prompt(prompt), SamplingParams())
 
@@ -429,3 +429,15 @@ def test_a_step_takes_no_more_operations_for_more_requests(checkpoint: Path, cac
         counts.append(operations.count)
         run(engine)
     assert counts[0] == counts[1]
+
+
+def test_a_prompt_without_ids_is_the_start_token(checkpoint: Path, tmp_path: Path) -> None:
+    """It is put before the canvas; a checkpoint that names none needs at least one id."""
+    request = make_engine(checkpoint).make_request(Prompt([]), SamplingParams())
+    assert request.prompt.ids == [BOS]
+    config = write_llada(tmp_path) / "tokenizer_config.json"
+    settings = json.loads(config.read_text())
+    del settings["bos_token"]
+    config.write_text(json.dumps(settings))
+    with pytest.raises(InvalidRequest, match="^input_ids: must not be empty: .* no start token"):
+        make_engine(tmp_path).make_request(Prompt([]), SamplingParams())

@@ -100,8 +100,8 @@ def test_a_request_that_cannot_be_laid_out_fails_alone(
     assert "no memory left" in str(broken[0].error)
     assert set(broken[0].token_ids.tolist()) == {MASK}
     engine.scheduler.check_integrity()
-    assert engine.scheduler.num_running + engine.scheduler.num_waiting == 2
-    assert engine.allocator.num_used == engine.scheduler.num_running
+    assert len(engine.scheduler.running) + len(engine.scheduler.waiting) == 2
+    assert engine.allocator.num_used == len(engine.scheduler.running)
     finished = run(engine)
     assert finished[neighbour].token_ids.tolist() == expected[5]
     assert finished[good].token_ids.tolist() == expected[6]
@@ -137,7 +137,7 @@ def test_a_request_that_was_not_laid_out_shows_no_other_s_tokens(checkpoint: Pat
         submit(engine, gen_length=4)
     with pytest.raises(EngineDead, match="device lost") as raised:
         engine.step()
-    assert engine.scheduler.num_running == 2
+    assert len(engine.scheduler.running) == 2
     for update in engine.abort_all(raised.value):
         assert set(update.token_ids.tolist()) == {MASK}
         assert set(update.confidence.tolist()) == {-1.0}

@@ -63,7 +63,7 @@ def test_the_plan_adds_up_and_is_kept(checkpoint: Path) -> None:
     assert plan.limit == 40 * MIB
     assert plan.logits == 4 * MIB
     spec = read_spec(checkpoint)
-    assert plan.weights == 4 * spec.num_parameters
+    assert plan.weights == 4 * spec.weight_bytes(1)
     assert plan.requests == runner_of(engine).table.num_bytes > 0
     used = plan.weights + plan.requests + plan.activations + plan.logits + plan.pages
     assert used <= plan.limit
@@ -135,7 +135,7 @@ def test_requests_wait_for_pages_and_none_is_lost(checkpoint: Path) -> None:
     most = 0
     while llm.engine.has_work:
         llm.engine.step()
-        most = max(most, llm.engine.scheduler.num_running)
+        most = max(most, len(llm.engine.scheduler.running))
         llm.engine.scheduler.check_integrity()
     assert most == 2
     assert llm.engine.allocator.num_used == 0

@@ -43,7 +43,7 @@ def test_admission_is_first_come_first_served_and_bounded_by_slots() -> None:
     for request in requests:
         scheduler.add(request)
     assert ids(scheduler.admit()) == [0, 1]
-    assert (scheduler.num_running, scheduler.num_waiting) == (2, 2)
+    assert (len(scheduler.running), len(scheduler.waiting)) == (2, 2)
     scheduler.remove(requests[0])
     assert ids(scheduler.admit()) == [2]
 
@@ -141,7 +141,7 @@ def test_a_waiting_request_can_be_removed() -> None:
     scheduler.admit()
     scheduler.remove(requests[1])
     scheduler.check_integrity()
-    assert scheduler.num_waiting == 0
+    assert len(scheduler.waiting) == 0
 
 
 @dataclasses.dataclass
@@ -350,7 +350,7 @@ class ClosedLoop:
         """Check every one of `steps` steps."""
         for _ in range(steps):
             self.steps += 1
-            while self.scheduler.num_waiting < 6:
+            while len(self.scheduler.waiting) < 6:
                 self.arrive()
             for request in self.scheduler.admit():
                 del self.queued[request.request_id]
@@ -441,7 +441,7 @@ class Overlapped:
         flights: list[list[Request]] = []
         count = launched = 0
         while launched < steps:
-            while scheduler.num_waiting < 6:
+            while len(scheduler.waiting) < 6:
                 gen, cache = self.rng.choice([4, 32, 64]), self.rng.choice(["none", "dual"])
                 live[count] = cached(count, self.rng.randint(1, 600), gen, min(32, gen), cache)
                 scheduler.add(live[count].request)

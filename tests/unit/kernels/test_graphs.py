@@ -47,13 +47,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> DiffusionModel:
 def random_pages(model: DiffusionModel) -> KVPages:
     """A pool with random contents."""
     pages = KVPages.allocate(
-        num_layers=model.spec.num_layers,
+        dataclasses.replace(model.spec, max_model_len=MAX_PAGES * PAGE_SIZE),
         num_pages=MAX_SEQUENCES * MAX_PAGES,
         page_size=PAGE_SIZE,
-        num_kv_heads=model.spec.num_kv_heads,
-        head_dim=model.spec.head_dim,
         num_slots=MAX_SEQUENCES,
-        max_rows=MAX_PAGES * PAGE_SIZE,
         device=DEVICE,
         dtype=torch.float32,
     )

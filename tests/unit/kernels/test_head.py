@@ -10,7 +10,7 @@ from dllm_engine.ops import noise
 from dllm_engine.ops.head import Head
 from dllm_engine.ops.head_types import HeadOptions, HeadStatistics
 from dllm_engine.ops.kernels import head as kernels
-from dllm_engine.parallel.rank_merge import merge
+from dllm_engine.parallel.head import merge
 from dllm_engine.sampling.candidates import sample_candidates
 from dllm_engine.sampling.credit import LISTED, Credits
 from dllm_engine.sampling.rows import SpecialTokens

@@ -29,44 +29,45 @@ _SWITCH = {"on": True, "true": True, "1": True, "off": False, "false": False, "0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How one engine runs. Every field is a setting of the server (see `from_mapping`).
+    """Settings of one engine; the server sets every field (see `from_mapping`).
 
     Raises:
         InvalidConfig: a value is out of range; the message names the setting.
     """
 
     model_path: Path
-    #: "auto" takes CUDA where there is one, else the CPU.
+    #: "auto" is CUDA if this machine has it, else the CPU.
     device: str = "auto"
     #: "auto" is float32 on a CPU and the checkpoint's own type (bfloat16) on a GPU.
     dtype: str = "auto"
-    #: Weights of the layers' linear maps in 8 bits (`ops.quantization`); the rest keeps `dtype`.
+    #: Stores the weights of the layers' linear maps in 8 bits (`ops.quantization`), all other
+    #: weights in `dtype`.
     quantization: str = "none"
-    #: What layers run on: torch's operations, or kernels in the Triton language; "auto" takes the
-    #: kernels on a GPU.
+    #: Implementation of the layers: "torch", or kernels in the Triton language ("triton"); "auto"
+    #: is the kernels on a GPU.
     kernels: str = "auto"
-    #: On a GPU, a request's tokens must not depend on what else is in the batch, at the cost of
-    #: slower products. On a CPU they never do.
+    #: Makes a request's tokens independent of the rest of the batch on a GPU, with slower matrix
+    #: products. On a CPU they always are.
     batch_invariant: bool = False
-    #: Rows of the largest step that is replayed from a CUDA graph; 0: none is; None: 512 where
-    #: kernels run on a GPU.
+    #: Rows of the largest step to replay from a CUDA graph; 0: no graphs; None: 512 for kernels on
+    #: a GPU, else 0.
     cuda_graph_rows: int | None = None
-    #: Rows from which on a step is launched while another is under way, so that a GPU does not wait
+    #: Rows that are enough to launch a step while another is in flight, so that a GPU does not wait
     #: for the host; 0: never; None: 1,024 on a GPU, never on a CPU or with several ranks.
     overlap_rows: int | None = None
-    #: Requests that run at once; more wait.
+    #: Most requests that run at once; others wait.
     max_num_seqs: int = 64
-    #: Requests that wait; more are refused.
+    #: Most requests that wait; others are rejected.
     max_queue_size: int = 4096
-    #: Token budget: rows that one denoising step may push through the model; None: by device.
+    #: Token budget: most rows of one denoising step; None: by device.
     max_num_batched_tokens: int | None = None
-    #: Prompt plus canvas, in tokens; None: what the checkpoint was trained for.
+    #: Most tokens of prompt and canvas together; None: the length the checkpoint was trained for.
     max_model_len: int | None = None
-    #: Largest canvas, in tokens; None: whatever fits into `max_model_len`.
+    #: Most tokens of a canvas; None: all that fit into `max_model_len`.
     max_gen_length: int | None = None
-    #: Memory that logits may take at any moment, in MiB.
+    #: Memory for logits, in MiB.
     logits_budget_mb: int = 64
-    #: Key/value reuse between steps, for requests that do not say (see `SamplingParams`).
+    #: Cache parameters of requests that set none (see `SamplingParams`).
     cache: str = "none"
     retention_ratio: float = 0.5
     pool_kernel: int = 3
@@ -76,12 +77,12 @@ class EngineConfig:
     memory_limit: str = "0.9"
     #: Rows of keys and values per page.
     kv_page_size: int = 32
-    #: Seconds after which a step that has not ended is given up, and the engine with it; 0: never;
-    #: None: 300 on a GPU, 3,600 on a CPU.
+    #: Seconds that a step may take before the engine is given up; 0: no limit; None: 300 on a GPU,
+    #: 3,600 on a CPU.
     step_timeout: float | None = None
-    #: Ranks that share the model, each with a process of its own and a GPU, or a share of the CPU.
+    #: Ranks that the model is split over; each is a process with a GPU or a share of the CPU.
     tensor_parallel_size: int = 1
-    #: Seconds that a rank waits for the others within a step before it is given up.
+    #: Seconds that a rank waits for the others within a step before the engine is given up.
     tensor_parallel_timeout: float = 30.0
 
     def __post_init__(self) -> None:
@@ -91,55 +92,38 @@ class EngineConfig:
             raise InvalidConfig(
                 f"DLLM_DEVICE: must be auto, cpu, cuda or cuda:N, got {self.device!r}"
             )
-        if self.dtype not in DTYPES:
-            raise InvalidConfig(f"DLLM_DTYPE: must be one of {', '.join(DTYPES)}, got {self.dtype}")
-        if self.kernels not in KERNELS:
-            known = ", ".join(KERNELS)
-            raise InvalidConfig(f"DLLM_KERNELS: must be one of {known}, got {self.kernels}")
-        self._check_quantization()
+        choices = {"dtype": DTYPES, "kernels": KERNELS, "quantization": QUANTIZATIONS}
+        for name, known in choices.items():
+            self._require(name, getattr(self, name) in known, f"one of {', '.join(known)}")
         for name in ("max_num_seqs", "logits_budget_mb", "kv_page_size", "tensor_parallel_size"):
-            if getattr(self, name) < 1:
-                raise InvalidConfig(
-                    f"{_setting(name)}: must be at least 1, got {getattr(self, name)}"
-                )
+            self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("max_num_batched_tokens", "max_model_len", "max_gen_length"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidConfig(f"{_setting(name)}: must be at least 1, or empty, got {value}")
-        if self.max_queue_size < 0:
-            raise InvalidConfig(
-                f"DLLM_MAX_QUEUE_SIZE: must be at least 0, got {self.max_queue_size}"
-            )
-        for name in ("cuda_graph_rows", "overlap_rows"):
-            if (getattr(self, name) or 0) < 0:
-                raise InvalidConfig(
-                    f"{_setting(name)}: must be at least 0, or empty, got {getattr(self, name)}"
-                )
+            self._require(name, value is None or value >= 1, "at least 1, or empty")
+        self._require("max_queue_size", self.max_queue_size >= 0, "at least 0")
+        for name in ("cuda_graph_rows", "overlap_rows", "step_timeout"):
+            value = getattr(self, name) or 0
+            self._require(name, 0 <= value < math.inf, "at least 0, or empty")
+        timeout = self.tensor_parallel_timeout
+        self._require("tensor_parallel_timeout", 0 < timeout < math.inf, "above 0")
         if self.overlap_rows and self.tensor_parallel_size > 1:
             raise InvalidConfig(
                 "DLLM_OVERLAP_ROWS: ranks take one step at a time (DLLM_TENSOR_PARALLEL_SIZE)"
             )
-        if not 0 <= (self.step_timeout or 0) < math.inf:
-            raise InvalidConfig(
-                f"DLLM_STEP_TIMEOUT: must be at least 0, or empty, got {self.step_timeout}"
-            )
-        if not 0 < self.tensor_parallel_timeout < math.inf:
-            raise InvalidConfig(
-                f"DLLM_TENSOR_PARALLEL_TIMEOUT: must be above 0, got {self.tensor_parallel_timeout}"
-            )
-
+        self._check_quantization()
         try:
             SamplingParams().with_cache_defaults(self.cache_defaults)
         except InvalidRequest as error:
             raise InvalidConfig(f"DLLM_{error.field.upper()}: {error.problem}") from None
 
+    def _require(self, name: str, rule: bool, wanted: str) -> None:
+        if not rule:
+            raise InvalidConfig(f"{_setting(name)}: must be {wanted}, got {getattr(self, name)}")
+
     def _check_quantization(self) -> None:
         kind = self.quantization
         if kind != "none" and self.batch_invariant:
             raise InvalidConfig("DLLM_BATCH_INVARIANT: cannot be combined with DLLM_QUANTIZATION")
-        if kind not in QUANTIZATIONS:
-            known = ", ".join(QUANTIZATIONS)
-            raise InvalidConfig(f"DLLM_QUANTIZATION: must be one of {known}, got {kind}")
         if kind != "none" and self.dtype == "float64":
             raise InvalidConfig(
                 f"DLLM_QUANTIZATION: {kind} with DLLM_DTYPE float64 would be exact sums of rounded "
@@ -154,7 +138,7 @@ class EngineConfig:
 
     @property
     def cache_defaults(self) -> dict[str, object]:
-        """The caching of requests that do not choose one."""
+        """Cache parameters of requests that set none."""
         return {name: getattr(self, name) for name in CACHE_FIELDS}
 
     @classmethod

@@ -50,16 +50,16 @@ class LLM:
 
         Args:
             prompts: a list of prompts, or a single one.
-            params: one for all prompts, or one each; None: the defaults.
-            chat: ask each text as one user message in the checkpoint's chat template.
-            progress: show a bar.
+            params: one for all prompts, or one for each; None: the defaults.
+            chat: put each text into the checkpoint's chat template, as one user message.
+            progress: show a progress bar.
 
         Returns:
             Completions in the order of the prompts.
 
         Raises:
-            InvalidRequest: a prompt or parameter is unusable; nothing has run then.
-            RequestFailed: the engine met an error.
+            InvalidRequest: a prompt or parameter is unusable; no prompt was run.
+            RequestFailed: a request failed in the engine.
         """
         batch = _as_list(prompts)
         each = _one_per_prompt(params, len(batch))
@@ -67,7 +67,7 @@ class LLM:
             self.engine.make_request(self._encode(prompt, chat), p)
             for prompt, p in zip(batch, each, strict=True)
         ]
-        # This thread may not be the one that loaded the model, or have run another since.
+        # Another thread may have loaded the model, or this one may have run another model since.
         self.engine.runner.bind_thread()
         for request in requests:
             self.engine.add(request)
@@ -80,7 +80,7 @@ class LLM:
         return [self._completion(finished[r.request_id], r.params.stop) for r in requests]
 
     def close(self) -> None:
-        """End the processes of other ranks (`tensor_parallel_size`); `with` does it too."""
+        """End the processes of other ranks (`tensor_parallel_size`); leaving `with` calls it."""
         self.engine.runner.close()
 
     def __enter__(self) -> Self:

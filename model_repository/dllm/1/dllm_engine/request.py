@@ -74,6 +74,8 @@ class Request:
     ended_by_token: bool = False
     #: When it was queued, and when its last update was made (seconds, monotonic).
     queued_at: float = 0.0
+    #: When it got its slot.
+    admitted_at: float = 0.0
     last_update: float = 0.0
 
     @property

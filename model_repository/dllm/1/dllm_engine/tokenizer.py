@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,18 @@ _FORMATS = {"tokenizer.json": PreTrainedTokenizerFast, "vocab.json": Qwen2Tokeni
 #: Placeholder for the n-th piece of user text that must not become a special token.
 _SENTINEL = "\ue000{}\ue001"
 _SENTINEL_PATTERN = re.compile("\ue000(\\d+)\ue001")
+#: Either of its marks: where a caller's text brings one, that is such a piece too.
+_MARKS = "[\ue000\ue001]+"
+#: What a template may raise over messages that it does not expect; it sees nothing else.
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 _INCOMPLETE = "\ufffd"
 _MAX_CHARACTER_TOKENS = 4  # one for each byte that UTF-8 may take
 
@@ -29,22 +42,34 @@ _MAX_CHARACTER_TOKENS = 4  # one for each byte that UTF-8 may take
 class Tokenizer:
     """Encodes prompts and decodes canvases.
 
-    In messages, `content` never becomes a special token. In a raw prompt only the mask token is
-    taken literally, since hand-written templates need the others. Thread-safe.
+    In messages, no `content` and no `role` becomes a special token. In a raw prompt and a suffix
+    only the mask token is taken literally, since hand-written templates need the others.
+    Thread-safe.
+
+    Args:
+        tokenizer: transformers' tokenizer.
+        mask_token_id: the mask token.
+        max_tokens: texts that certainly have more are refused before they cost anything.
     """
 
-    def __init__(self, tokenizer: Any, mask_token_id: int) -> None:
+    def __init__(self, tokenizer: Any, mask_token_id: int, max_tokens: int | None = None) -> None:
         self._tokenizer = tokenizer
+        self._max_tokens = max_tokens or sys.maxsize
         self._pieces: dict[int, str] = {}  # of every token shown so far
         # Encoding switches special tokens on and off on the tokenizer itself.
         self._lock = threading.Lock()
         specials = sorted(set(tokenizer.get_added_vocab()), key=len, reverse=True)
-        self._special_pattern = re.compile("|".join(map(re.escape, specials)) or "(?!)")
-        self._mask_pattern = re.compile(re.escape(tokenizer.convert_ids_to_tokens(mask_token_id)))
+        self._special_pattern = _protecting(specials)
+        self._mask_pattern = _protecting([tokenizer.convert_ids_to_tokens(mask_token_id)])
+        self._max_characters = self._max_tokens * max(map(len, tokenizer.get_vocab()))
 
     @classmethod
-    def load(cls, directory: Path, mask_token_id: int) -> Tokenizer | None:
+    def load(
+        cls, directory: Path, mask_token_id: int, max_tokens: int | None = None
+    ) -> Tokenizer | None:
         """Load the tokenizer of a checkpoint directory; None if it has none.
+
+        `max_tokens` as for the class.
 
         Raises:
             CheckpointError: the tokenizer cannot be read, or lacks the mask token.
@@ -59,7 +84,7 @@ class Tokenizer:
         if tokenizer.convert_ids_to_tokens(mask_token_id) is None:
             problem = f"has no token {mask_token_id}, the mask token in config.json"
             raise CheckpointError(f"{directory}: tokenizer: {problem}")
-        return cls(tokenizer, mask_token_id)
+        return cls(tokenizer, mask_token_id, max_tokens)
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -71,6 +96,12 @@ class Tokenizer:
         names = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>", "<|dlm_pad|>")
         return tuple(vocabulary[name] for name in names if name in vocabulary)
 
+    @property
+    def start_token_id(self) -> int | None:
+        """The token that a text begins with; None if the checkpoint names none."""
+        start: int | None = self._tokenizer.bos_token_id
+        return start
+
     def encode_text(self, text: str) -> list[int]:
         """Encode a raw prompt without a template.
 
@@ -79,7 +110,7 @@ class Tokenizer:
         """
         if not text:
             raise InvalidRequest("text_input", "must not be empty")
-        return self._encode("text_input", *_protect(text, self._mask_pattern, []))
+        return self._encode_raw("text_input", text)
 
     def encode_suffix(self, text: str) -> list[int]:
         """Encode the text behind a gap; special tokens are recognised as in a raw prompt.
@@ -87,7 +118,7 @@ class Tokenizer:
         Raises:
             InvalidRequest: the text is not encodable.
         """
-        return self._encode("suffix", *_protect(text, self._mask_pattern, []))
+        return self._encode_raw("suffix", text)
 
     def encode_chat(self, text: str) -> list[int]:
         """Encode one user message; see `encode_messages`."""
@@ -102,10 +133,12 @@ class Tokenizer:
             InvalidRequest: this is not such a list, or the template raises an error.
         """
         messages = _parse_messages(messages_json)
+        if len(messages) > self._max_tokens:
+            raise self._too_long("messages")
         literals: list[str] = []
         for message in messages:
-            protected, literals = _protect(message["content"], self._special_pattern, literals)
-            message["content"] = protected
+            for key, text in message.items():
+                message[key] = _protect(text, self._special_pattern, literals)
         return self._encode("messages", self._render(messages), literals)
 
     def _render(self, messages: list[dict[str, str]]) -> str:
@@ -118,7 +151,7 @@ class Tokenizer:
             rendered: str = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
-        except jinja2.TemplateError as error:
+        except _TEMPLATE_ERRORS as error:
             raise InvalidRequest("messages", f"chat template: {error}") from error
         return rendered
 
@@ -192,7 +225,13 @@ class Tokenizer:
         )
         return text
 
+    def _encode_raw(self, field: str, text: str) -> list[int]:
+        literals: list[str] = []
+        return self._encode(field, _protect(text, self._mask_pattern, literals), literals)
+
     def _encode(self, field: str, text: str, literals: list[str]) -> list[int]:
+        if len(text) + sum(map(len, literals)) > self._max_characters:
+            raise self._too_long(field)
         ids: list[int] = []
         try:
             for i, piece in enumerate(_SENTINEL_PATTERN.split(text)):
@@ -203,9 +242,15 @@ class Tokenizer:
                         ids += self._tokenizer.encode(
                             source, add_special_tokens=False, split_special_tokens=is_literal
                         )
+                # Each literal costs a call: a text of a million of them would block everybody.
+                if is_literal and len(ids) > self._max_tokens:
+                    raise self._too_long(field)
         except (UnicodeEncodeError, TypeError) as error:
             raise InvalidRequest(field, f"not encodable as UTF-8: {error}") from error
         return ids
+
+    def _too_long(self, field: str) -> InvalidRequest:
+        return InvalidRequest(field, f"has more than the {self._max_tokens} tokens that may be")
 
 
 def find_stop(text: str, stop: tuple[str, ...]) -> int | None:
@@ -221,23 +266,26 @@ def _pending_stop(text: str, stop: tuple[str, ...]) -> int:
     return next(ends, 0)
 
 
-def _protect(text: str, pattern: re.Pattern[str], literals: list[str]) -> tuple[str, list[str]]:
-    """Replace matches, and text that looks like a sentinel, by sentinels; collect the originals."""
-    literals = list(literals)
+def _protecting(tokens: Sequence[str]) -> re.Pattern[str]:
+    """Matches these tokens, and what sentinels are made of."""
+    return re.compile("|".join([_MARKS, *map(re.escape, tokens)]))
+
+
+def _protect(text: str, pattern: re.Pattern[str], literals: list[str]) -> str:
+    """Replace what `pattern` matches by sentinels; adds the originals to `literals`."""
 
     def replace(match: re.Match[str]) -> str:
         literals.append(match.group())
         return _SENTINEL.format(len(literals) - 1)
 
-    either = re.compile(f"{_SENTINEL_PATTERN.pattern.replace('(', '(?:')}|{pattern.pattern}")
-    return either.sub(replace, text), literals
+    return pattern.sub(replace, text)
 
 
 def _parse_messages(messages_json: str) -> list[dict[str, str]]:
     shape = 'must be a JSON list of {"role": string, "content": string}'
     try:
         messages = json.loads(messages_json)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidRequest("messages", f"{shape}: {error}") from error
     if not isinstance(messages, list) or not messages:
         raise InvalidRequest("messages", f"{shape}, not empty")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 
 #: How often the watchdog looks at the clock within its time-out.
 _CHECKS = 8
@@ -15,6 +14,7 @@ class Watchdog:
     """Calls `on_timeout`, once, when a `with` block takes longer than `seconds`.
 
     Args:
+        seconds: 0: a block may take for ever.
         on_timeout: called on the watchdog's own thread, while the block is still running.
     """
 
@@ -22,17 +22,13 @@ class Watchdog:
         self._seconds, self._on_timeout = seconds, on_timeout
         self._since: float | None = None
         self._closed = threading.Event()
-        threading.Thread(target=self._watch, name="dllm-watchdog", daemon=True).start()
+        if seconds:
+            threading.Thread(target=self._watch, name="dllm-watchdog", daemon=True).start()
 
     def __enter__(self) -> None:
         self._since = time.monotonic()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._since = None
 
     def close(self) -> None:

@@ -248,13 +248,12 @@ async def test_single_stop_string(api: RunningApp, engine: ScriptedEngine) -> No
         ({"prompt": "a", "stop": "x" * 257}, "stop.0", "at most 256 characters"),
         ({"prompt": "a", "max_tokens": 3}, "max_tokens", "Extra inputs are not permitted"),
         ({"prompt": "a", "\u2028": 3}, "\u2028", "Extra inputs are not permitted"),
-        ({"input_ids": []}, "input_ids", "at least 1 item"),
         ({"input_ids": [1, -1]}, "input_ids.1", "greater than or equal to 0"),
         ({"input_ids": [1] * 4097}, "input_ids", "at most 4096 items"),
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "required"),
         (
-            {"messages": [{"role": "user", "content": "x" * 2048}] * 2},
+            {"messages": [{"role": "user", "content": "x" * 1366}] * 3},
             "messages",
             "at most 4096 characters",
         ),
@@ -268,6 +267,17 @@ async def test_bad_value_is_422_naming_field_and_limit(
 
     assert f"body.{loc}" == where
     assert message in why
+
+
+async def test_a_chat_may_have_as_many_characters_as_the_limit_says(api: RunningApp) -> None:
+    """Only characters count towards the limit of characters; messages have the same limit."""
+    for chat, status in (
+        ([{"role": "user", "content": "x" * 4096}], 200),
+        ([{"role": "user", "content": "x" * 2048}] * 2, 200),
+        ([{"role": "user", "content": ""}] * 4097, 422),
+    ):
+        answer = await api.client.post("/v1/generate", json={"messages": chat})
+        assert answer.status_code == status, answer.text
 
 
 @pytest.mark.parametrize(

@@ -239,3 +239,15 @@ def test_command_makes_a_key(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert Keyring(shown.stderr.splitlines()[-1]).name_of(second) == "guest"
     with pytest.raises(SystemExit):
         main(["new", "no name"])
+
+
+def test_an_entry_is_appended_on_a_line_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file whose last line was not ended keeps its entries apart, and both keys work."""
+    file = tmp_path / "keys"
+    file.write_text(entry_of("first", "k1"))
+    main(["new", "second", "--file", str(file)])
+    keyring = Keyring(file=file)
+    assert keyring.name_of("k1") == "first"
+    assert keyring.name_of(capsys.readouterr().out.strip()) == "second"

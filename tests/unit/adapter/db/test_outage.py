@@ -173,7 +173,7 @@ async def test_worker_starts_without_its_database(silenceable: Silenceable) -> N
 async def test_sigterm_ends_a_worker_whose_database_is_silent(
     silenceable: Silenceable, tmp_path: Path
 ) -> None:
-    """A worker whose database is silent ends within its drain time and some seconds."""
+    """A worker whose database is silent ends within its drain time and some seconds, quietly."""
     port = free_port()
     environment = {
         "DLLM_DATABASE_URL": silenceable.url,
@@ -197,6 +197,7 @@ async def test_sigterm_ends_a_worker_whose_database_is_silent(
                     await process.wait()
             poll.cancel()
             await asyncio.wait([poll])
+        assert "closing connection" not in (tmp_path / "log").read_text()
     finally:
         if process.returncode is None:
             process.kill()

@@ -325,6 +325,21 @@ async def test_jobs_of_a_dead_worker_are_rescued(
         assert (await api.result(0))["status"] == "finished"
 
 
+async def test_worker_that_starts_lets_others_renew_their_leases(
+    database_url: str, engine: ScriptedEngine, database: Database
+) -> None:
+    """A lease that ran out during an outage may be renewed after another worker has started."""
+    store = JobStore(database, max_attempts=3)
+    await store.add([{"text_input": "a"}], max_queued=1)
+    await store.claim("another-worker", limit=1, lease=0)
+    async with running_app(fast_settings(database_url, lease_seconds=4), engine) as api:
+        await asyncio.sleep(0.5)
+        assert await store.renew("another-worker", [0], lease=30) == {0}
+        await asyncio.sleep(2.5)
+        assert (await api.result(0, wait=0))["status"] == "running"
+    assert engine.requests == []
+
+
 async def test_leases_of_living_workers_are_renewed(
     database_url: str, engine: ScriptedEngine
 ) -> None:

@@ -105,3 +105,23 @@ async def test_jobs_are_accepted_while_the_engine_does_not_answer(
     engine.alive, engine.check_hangs = trouble != "dead", True
     async with asyncio.timeout(CHECK_SECONDS + 2):
         assert await api.submit() == 0
+
+
+async def test_an_accepted_key_keeps_its_answer(api: RunningApp, engine: ScriptedEngine) -> None:
+    """A submission that was accepted under a key is answered with its ids, whatever the engine
+    says of it later; another body under that key is refused."""
+    headers, body = {"Idempotency-Key": "one"}, {"prompt": "a"}
+    first = await api.client.post("/v1/generate", json=body, headers=headers)
+    assert first.status_code == 200
+    engine.check_results["a"] = engine.check_results["b"] = CheckResult("steps: too few")
+    engine.end()
+    api.monitor.request_probe()
+    await until(lambda: not api.monitor.state.ok)
+    engine.start()
+    await until(lambda: api.monitor.state.ok)
+
+    again = await api.client.post("/v1/generate", json=body, headers=headers)
+    assert (again.status_code, again.json()) == (200, first.json())
+    for other, headers_ in (({"prompt": "b"}, headers), (body, {"Idempotency-Key": "two"})):
+        refused = await api.client.post("/v1/generate", json=other, headers=headers_)
+        assert refused.status_code == 422

@@ -9,6 +9,7 @@ are not stored.
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -29,6 +30,9 @@ Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 LARGEST_ROWS = 512
 #: Device memory that a recorded graph takes besides its activations.
 GRAPH_BYTES = 16 * 2**20
+#: Tensors of a `FlatLayout` with an entry per sequence, and per tile.
+_SEQUENCES = ("query_starts", "query_lens", "kv_lens", "block_tables")
+_TILES = ("tile_sequence", "tile_row")
 
 
 def graph_sizes(largest: int) -> list[int]:
@@ -91,13 +95,19 @@ class ForwardGraphs:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
         rows = sizes[-1]
-        sequences = self._sequences(rows)
+        sequences, tiles = self._sequences(rows), self._tiles(rows)
         self._input_ids, self._positions = numbers(rows), numbers(rows)
         self._slot_mapping = torch.full_like(self._input_ids, -1)
-        self._query_starts, self._query_lens = numbers(sequences), numbers(sequences)
-        self._kv_lens, self._block_tables = numbers(sequences), numbers(sequences, max_pages)
-        self._tile_sequence = numbers(self._tiles(rows))
-        self._tile_row = numbers(self._tiles(rows))
+        self._layout = FlatLayout(
+            block_m=block_m,
+            query_starts=numbers(sequences),
+            query_lens=numbers(sequences),
+            kv_lens=numbers(sequences),
+            block_tables=numbers(sequences, max_pages),
+            tile_sequence=numbers(tiles),
+            tile_row=numbers(tiles),
+            slot_mapping=self._slot_mapping,
+        )
         self._hidden = torch.zeros(
             rows, model.spec.hidden_size, dtype=model.embedding.dtype, device=device
         )
@@ -118,25 +128,18 @@ class ForwardGraphs:
         if index == len(self._sizes) or layout.selection is not None:
             return None
         size = self._sizes[index]
-        block_tables = layout.block_tables
-        self._block_tables[: block_tables.shape[0], : block_tables.shape[1]] = block_tables
-        sequences, tiles = self._sequences(size), self._tiles(size)
+        mine = self._layout
         for buffer, values in (
             (self._input_ids, input_ids),
             (self._positions, positions),
+            *((getattr(mine, name), getattr(layout, name)) for name in _SEQUENCES + _TILES),
             (self._slot_mapping, layout.slot_mapping),
-            (self._query_starts, layout.query_starts),
-            (self._query_lens, layout.query_lens),
-            (self._kv_lens, layout.kv_lens),
-            (self._tile_sequence, layout.tile_sequence),
-            (self._tile_row, layout.tile_row),
         ):
-            assert values is not None
-            buffer[: len(values)] = values
+            buffer[tuple(map(slice, values.shape))] = values
         # The buffers hold an earlier step's values behind these; three settings disable them.
         self._slot_mapping[rows:size] = -1
-        self._query_lens[len(layout.query_lens) : sequences] = 0
-        self._tile_sequence[len(layout.tile_sequence) : tiles] = self._max_sequences
+        mine.query_lens[len(layout.query_lens) : self._sequences(size)] = 0
+        mine.tile_sequence[len(layout.tile_sequence) : self._tiles(size)] = self._max_sequences
         self._replay[size]()
         return self._hidden[:rows]
 
@@ -147,16 +150,11 @@ class ForwardGraphs:
         return rows // self._block_m + self._sequences(rows)
 
     def _forward(self, size: int) -> None:
-        sequences, tiles = self._sequences(size), self._tiles(size)
-        layout = FlatLayout(
-            block_m=self._block_m,
-            query_starts=self._query_starts[:sequences],
-            query_lens=self._query_lens[:sequences],
-            kv_lens=self._kv_lens[:sequences],
-            block_tables=self._block_tables[:sequences],
-            tile_sequence=self._tile_sequence[:tiles],
-            tile_row=self._tile_row[:tiles],
+        layout = dataclasses.replace(
+            self._layout,
             slot_mapping=self._slot_mapping[:size],
+            **{name: getattr(self._layout, name)[: self._sequences(size)] for name in _SEQUENCES},
+            **{name: getattr(self._layout, name)[: self._tiles(size)] for name in _TILES},
         )
         hidden = self._model(
             self._input_ids[:size], self._positions[:size], layout, pages=self._pages

@@ -26,11 +26,12 @@ from dllm_engine.execution.graphs import (
 )
 from dllm_engine.memory.kv_cache import KVPages
 from dllm_engine.memory.plan import (
+    MemoryPlan,
     PeakMeter,
     available_bytes,
     check_weights,
+    page_bytes,
     parse_limit,
-    plan_memory,
 )
 from dllm_engine.models.base import DiffusionModel, ModelSpec, head_copy_bytes
 from dllm_engine.models.loader import load_model
@@ -101,15 +102,11 @@ class RankModel:
         )
         #: Rows per tile of the flat layouts that kernels take; None: layouts are grouped.
         self.block_m = operations.block_m(spec.num_heads, spec.num_kv_heads)
-        weights = check_weights(
-            spec,
-            limit=limit,
-            element_size=self._dtype.itemsize,
-            quantization=config.quantization,
-            copies=head_copy_bytes(
-                spec, device=self.device, dtype=self._dtype, operations=operations
-            ),
+        weights = spec.weight_bytes(self._dtype.itemsize, config.quantization)
+        weights += head_copy_bytes(
+            spec, device=self.device, dtype=self._dtype, operations=operations
         )
+        check_weights(weights, limit)
         self.model: DiffusionModel = load_model(
             config.model_path,
             spec,
@@ -136,8 +133,7 @@ class RankModel:
         if self._graph_sizes:
             graphs += self._peak_activations(self._graph_sizes[-1])
         #: How this rank's memory is shared out.
-        self.plan = plan_memory(
-            spec,
+        self.plan = MemoryPlan(
             device=self.device,
             available=available,
             limit=limit,
@@ -146,11 +142,9 @@ class RankModel:
             activations=activations,
             logits=max(self._budget_bytes, least_bytes(spec.vocab_size, self._dtype.itemsize)),
             graphs=graphs,
+            page=page_bytes(spec, config.kv_page_size, self._dtype.itemsize),
             page_size=config.kv_page_size,
-            element_size=self._dtype.itemsize,
-            max_num_seqs=config.max_num_seqs,
-            needs_pages=config.cache != "none",
-        )
+        ).with_pages(spec.max_model_len, config.max_num_seqs, needs_pages=config.cache != "none")
         self.pages: KVPages
         self._layer_pages: list[LayerPages] = []
         #: Recorded forward passes, once `allocate` has made them.
@@ -168,16 +162,12 @@ class RankModel:
 
     def allocate(self, num_pages: int) -> None:
         """Allocate the pool of keys and values; at most as many pages as planned."""
-        spec = self._spec
         self.plan = dataclasses.replace(self.plan, num_pages=num_pages)
         self.pages = KVPages.allocate(
-            num_layers=spec.num_layers,
+            self._spec,
             num_pages=num_pages,
             page_size=self._config.kv_page_size,
-            num_kv_heads=spec.num_kv_heads // spec.num_ranks,
-            head_dim=spec.head_dim,
             num_slots=self._config.max_num_seqs,
-            max_rows=spec.max_model_len,
             device=self.device,
             dtype=self._dtype,
         )
@@ -237,7 +227,7 @@ class RankModel:
                 keys=keys if noisy else None,
                 needs_entropy=needs_entropy,
             )
-            self._operations.head_statistics(self.model.head, hidden, options)
+            self._operations.head_statistics(self.model.head, hidden, options, None)
         self._operations.head_statistics(
             self.model.head, hidden, options, keys.new_zeros(1, LISTED)
         )

@@ -1,12 +1,11 @@
-"""Runs denoising steps on a device: the protocol that the engine uses, and its implementation."""
+"""Runs denoising steps on a device."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from dllm_engine.config import EngineConfig
 from dllm_engine.execution.rank_model import RankModel
-from dllm_engine.memory.plan import MemoryPlan
 from dllm_engine.models.base import ModelSpec
 from dllm_engine.ops.transfer import Download, Upload
 from dllm_engine.request import Prompt
@@ -24,6 +22,7 @@ from dllm_engine.sampling_params import SamplingParams
 from dllm_engine.state.batch import StepBatch, StepInputs, build_batch
 from dllm_engine.state.canvas import Canvas, CanvasTable, StepResult
 from dllm_engine.state.step_plan import StepPlan
+from dllm_engine.watchdog import Watchdog
 
 logger = logging.getLogger("dllm_engine")
 
@@ -34,69 +33,10 @@ OVERLAP_ROWS = 1024
 GPU_STEP_TIMEOUT, CPU_STEP_TIMEOUT = 300.0, 3600.0
 
 
-class ModelRunner(Protocol):
-    """Runs denoising steps for requests in numbered slots, and holds their canvases."""
+class ModelRunner:
+    """Runs denoising steps for requests in numbered slots, and holds their canvases.
 
-    #: Rows that one step may push through the model.
-    token_budget: int
-    #: Rows that are enough to launch a step while another is in flight; 0: never.
-    overlap_rows: int
-    #: Seconds after which the engine gives up a step; 0: never.
-    step_timeout: float
-    #: How memory was shared out at start.
-    plan: MemoryPlan
-
-    def start(self, slot: int, prompt: Prompt, params: SamplingParams, pages: list[int]) -> None:
-        """Set up the canvas of a new request in `slot`; `pages` are its own from now on."""
-
-    def launch(self, slots: list[int]) -> Any:
-        """Begin a denoising step for the requests in `slots`; a GPU is still busy on return.
-
-        A step that raises can be launched again: canvases change in `finish` alone.
-
-        Returns:
-            The step, for `finish`.
-        """
-
-    def finish(self, step: Any) -> StepResult:
-        """Wait for the step to end, and commit what it decoded.
-
-        Raises:
-            EngineDead: another rank failed.
-        """
-        ...
-
-    def canvas(self, slot: int) -> Canvas:
-        """A copy of the canvas in `slot`."""
-        ...
-
-    def wait(self) -> None:
-        """Wait until the device is idle.
-
-        Raises:
-            torch.AcceleratorError: the device is lost.
-        """
-        return
-
-    def bind_thread(self) -> None:
-        """Make the calling thread able to run steps; call it on every thread that does."""
-        return
-
-    def check(self) -> None:
-        """Raise EngineDead if another rank has failed."""
-        return
-
-    def on_failure(self, listener: Callable[[], None]) -> None:  # noqa: ARG002
-        """Call `listener`, on any thread, when `check` begins to raise."""
-        return
-
-    def close(self) -> None:
-        """End the processes of other ranks."""
-        return
-
-
-class SingleRankRunner(ModelRunner):
-    """Runs steps of a model that this process holds alone.
+    This process holds the whole model; see `TensorParallelRunner` for several ranks.
 
     Raises:
         CheckpointError: the weights do not fit the config.
@@ -109,14 +49,20 @@ class SingleRankRunner(ModelRunner):
         #: The model, or the part of it that rank 0 holds.
         self.rank = self._load(config, spec, stop_token_ids)
         self._device = self.rank.device
-        self.token_budget, self.plan = self.rank.token_budget, self.rank.plan
+        #: Rows that one step may push through the model.
+        self.token_budget = self.rank.token_budget
+        #: How memory was shared out at start.
+        self.plan = self.rank.plan
         on_gpu, parallel = self._device != "cpu", spec.num_ranks > 1
         overlap_rows, step_timeout = config.overlap_rows, config.step_timeout
         if overlap_rows is None:
             overlap_rows = OVERLAP_ROWS if on_gpu and not parallel else 0
         if step_timeout is None:
             step_timeout = GPU_STEP_TIMEOUT if on_gpu else CPU_STEP_TIMEOUT
-        self.overlap_rows, self.step_timeout = overlap_rows, step_timeout
+        #: Rows that are enough to launch a step while another is in flight; 0: never.
+        self.overlap_rows = overlap_rows
+        #: Seconds after which the engine gives up a step; 0: never.
+        self.step_timeout = step_timeout
         logger.info("memory plan%s\n%s", " of each rank" if parallel else "", self.plan)
         self.table = CanvasTable.of(config, spec, stop_token_ids, device=self._device)
         logger.info("model ready device=%s ranks=%d", self._device, spec.num_ranks)
@@ -126,21 +72,25 @@ class SingleRankRunner(ModelRunner):
     ) -> RankModel:
         model = RankModel(config, spec, stop_token_ids)
         model.allocate(model.plan.num_pages)
+        self._watchdog = Watchdog(0.0, self.check)  # there is no other rank
         return model
 
     def start(self, slot: int, prompt: Prompt, params: SamplingParams, pages: list[int]) -> None:
-        """See `ModelRunner.start`."""
+        """Set up the canvas of a new request in `slot`; `pages` are its own from now on."""
         self.table.fill(slot, prompt, params)
         self.rank.pages.assign(slot, pages, 2 if params.cfg_scale > 0 else 1)
 
     @torch.inference_mode()
-    def launch(self, slots: list[int]) -> InflightStep:
-        """See `ModelRunner.launch`.
+    def launch(self, slots: list[int]) -> Any:
+        """Begin a denoising step for the requests in `slots`; a GPU is still busy on return.
 
-        The keys and values that a step stores are read only together with the canvases that
-        `finish` changes, so a step that raised can be launched again.
+        A step that raises can be launched again: canvases change in `finish` alone, and the keys
+        and values that a step stores are read only together with them.
+
+        Returns:
+            The step, for `finish`.
         """
-        with self._watched():
+        with self._watchdog:
             pages, block_m = self.rank.pages, self.rank.block_m
             page_size = pages.page_size if block_m is None else None
             plan = self.table.plan_step(slots, page_size=page_size)
@@ -159,34 +109,48 @@ class SingleRankRunner(ModelRunner):
                 self.table.credits.write(credit_rows, found.credits)
             return InflightStep(plan, Download(decoded))
 
-    def finish(self, step: InflightStep) -> StepResult:
-        """See `ModelRunner.finish`."""
+    def finish(self, step: Any) -> StepResult:
+        """Wait for the step to end, and commit what it decoded.
+
+        Raises:
+            EngineDead: another rank failed.
+        """
+        assert isinstance(step, InflightStep)
         try:
-            with self._watched():
+            with self._watchdog:
                 tokens, confidence = step.decoded.array()
         finally:  # if a rank failed, it is the cause of any error that the device reports
             self.check()
         return self.table.advance(step.plan, tokens, confidence.view(np.float32))
 
     def canvas(self, slot: int) -> Canvas:
-        """See `ModelRunner.canvas`."""
+        """A copy of the canvas in `slot`."""
         return self.table.canvas(slot)
 
     def wait(self) -> None:
-        """See `ModelRunner.wait`."""
+        """Wait until the device is idle.
+
+        Raises:
+            torch.AcceleratorError: the device is lost.
+        """
         if self._device != "cpu":
             torch.cuda.synchronize(self._device)
 
     def bind_thread(self) -> None:
-        """See `ModelRunner.bind_thread`."""
+        """Make the calling thread able to run steps; call it on every thread that does."""
         self.rank.bind_thread()
+
+    def check(self) -> None:
+        """Raise EngineDead if another rank has failed."""
+
+    def on_failure(self, listener: Callable[[], None]) -> None:
+        """Call `listener`, on any thread, when `check` begins to raise."""
+
+    def close(self) -> None:
+        """End the processes of other ranks."""
 
     def _candidates(self, inputs: StepInputs) -> Candidates:
         return self.rank.candidates(inputs)
-
-    def _watched(self) -> AbstractContextManager[Any]:
-        """Bounds the time of a block that may wait for other ranks."""
-        return nullcontext()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 
@@ -12,7 +10,7 @@ from dllm_engine.config import EngineConfig
 from dllm_engine.execution.devices import import_libraries, rank_device
 from dllm_engine.execution.rank_model import RankModel
 from dllm_engine.execution.rank_worker import READY, RankConfig
-from dllm_engine.execution.runner import ModelRunner, SingleRankRunner
+from dllm_engine.execution.runner import ModelRunner
 from dllm_engine.models.base import ModelSpec
 from dllm_engine.parallel.group import Group, thread_share
 from dllm_engine.parallel.ranks import Ranks
@@ -26,17 +24,17 @@ def load_runner(
     config: EngineConfig, spec: ModelSpec, stop_token_ids: tuple[int, ...]
 ) -> ModelRunner:
     """Load the model, on as many ranks as `spec` is split over."""
-    runner = TensorParallelRunner if spec.num_ranks > 1 else SingleRankRunner
+    runner = TensorParallelRunner if spec.num_ranks > 1 else ModelRunner
     return runner(config, spec, stop_token_ids)
 
 
-class TensorParallelRunner(SingleRankRunner):
+class TensorParallelRunner(ModelRunner):
     """Runs steps on several ranks, which do every step together.
 
     An error in a step leaves the ranks out of sync, so it ends the engine.
 
     Raises:
-        CheckpointError, InvalidConfig: see `SingleRankRunner`; names the rank if it is another.
+        CheckpointError, InvalidConfig: see `ModelRunner`; names the rank if it is another.
         EngineDead: a rank could not be started.
     """
 
@@ -46,7 +44,6 @@ class TensorParallelRunner(SingleRankRunner):
         device = rank_device(config, 0)
         self._threads = torch.get_num_threads()
         share = thread_share(spec.num_ranks)
-        self._watchdog: Watchdog | None = None
         self._ranks = Ranks(
             spec.num_ranks,
             threads=share,
@@ -63,8 +60,6 @@ class TensorParallelRunner(SingleRankRunner):
             self._ranks.on_failure(self._group.abort)
             model = RankModel(config, spec, stop_token_ids, self._group, self._wait_for_loading)
             self._allocate(model)
-            if not self._group.waits:
-                self._watchdog = Watchdog(info.timeout, self._on_timeout)
         except (RuntimeError, OSError) as error:
             why = self._ranks.diagnose(error)
             self._close(at_once=True)
@@ -72,6 +67,8 @@ class TensorParallelRunner(SingleRankRunner):
         except BaseException:
             self._close(at_once=True)
             raise
+        #: A device would wait for other ranks for ever; `check` raises after a time-out.
+        self._watchdog = Watchdog(0.0 if self._group.waits else info.timeout, self._on_timeout)
         return model
 
     def _wait_for_loading(self) -> None:
@@ -101,10 +98,6 @@ class TensorParallelRunner(SingleRankRunner):
         except (RuntimeError, ValueError, OSError, MemoryError) as error:
             raise self._ranks.diagnose(error) from error
 
-    def _watched(self) -> AbstractContextManager[Any]:
-        """If the block takes too long, `check` raises."""
-        return self._watchdog or nullcontext()
-
     def _on_timeout(self) -> None:
         self._ranks.diagnose(TimeoutError("a step has not ended"))
 
@@ -118,10 +111,9 @@ class TensorParallelRunner(SingleRankRunner):
 
     def close(self) -> None:
         """See `ModelRunner.close`."""
+        self._watchdog.close()
         self._close(at_once=False)
 
     def _close(self, *, at_once: bool) -> None:
-        if self._watchdog is not None:
-            self._watchdog.close()
         self._ranks.close(at_once=at_once)
         torch.set_num_threads(self._threads)

@@ -19,6 +19,7 @@ from dllm_engine.config import EngineConfig
 from dllm_engine.errors import EngineDead, QueueTimeout, RequestFailed
 from dllm_engine.execution.runner import ModelRunner
 from dllm_engine.execution.tensor_parallel import load_runner
+from dllm_engine.loop.histograms import Histograms
 from dllm_engine.loop.scheduler import Scheduler
 from dllm_engine.loop.validation import RequestLimits, longest_sequence
 from dllm_engine.memory.kv_cache import PageAllocator
@@ -85,14 +86,16 @@ class Engine:
 
     def __init__(self, config: EngineConfig, runner: ModelRunner | None = None) -> None:
         spec = read_spec(config.model_path)
-        self.tokenizer = Tokenizer.load(config.model_path, spec.mask_token_id)
+        longest = longest_sequence(config, spec)
+        self.tokenizer = Tokenizer.load(config.model_path, spec.mask_token_id, longest)
         stop_ids = {*spec.eos_token_ids, *(self.tokenizer.stop_token_ids if self.tokenizer else ())}
         #: Tokens that end an answer: end of text, and of a turn.
         self.stop_token_ids = tuple(sorted(stop_ids))
         self.config = config
-        spec = dataclasses.replace(spec, max_model_len=longest_sequence(config, spec))
+        spec = dataclasses.replace(spec, max_model_len=longest)
         self.spec = spec = spec.split(config.tensor_parallel_size)
         self.stats = EngineStats()
+        self.histograms = Histograms()
         self.runner = runner or load_runner(config, spec, self.stop_token_ids)
         self.allocator = PageAllocator(self.runner.plan.num_pages, config.kv_page_size)
         self._limits = RequestLimits(
@@ -133,7 +136,7 @@ class Engine:
         """Check a request against this model's limits, without queueing it. Thread-safe.
 
         Args:
-            prompt: the given tokens.
+            prompt: the given tokens; without any before the canvas, the start token is put there.
             params: how to denoise.
             stream_interval: seconds between updates, also while the request waits; 0: one per
                 step; None: only the final one.
@@ -145,6 +148,9 @@ class Engine:
         Raises:
             InvalidRequest: names the field and the limit.
         """
+        start = self.tokenizer.start_token_id if self.tokenizer else None
+        if not prompt.ids and start is not None:
+            prompt = dataclasses.replace(prompt, ids=[start])
         resolved = self._limits.check(prompt, params)
         request = Request(
             next(self._ids), prompt, resolved, stream_interval, priority, exclusive, timeout, name
@@ -252,6 +258,8 @@ class Engine:
             request.has_canvas = True
             self.stats.requests_admitted += 1
             self.stats.queue_seconds += now - request.queued_at
+            self.histograms.queue_time.observe(now - request.queued_at)
+            request.admitted_at = now
 
     def _launch(self, chosen: list[Request]) -> None:
         by_slot = {r.slot: r for r in chosen if r.slot is not None}
@@ -307,6 +315,8 @@ class Engine:
     def _count(self, chosen: Collection[Request], seconds: float) -> None:
         self.stats.steps += 1
         self.stats.step_seconds += seconds
+        self.histograms.step_time.observe(seconds)
+        self.histograms.step_requests.observe(len(chosen))
         for request in chosen:
             request.steps_run += 1
             request.rows_run += request.step_cost
@@ -330,6 +340,8 @@ class Engine:
                 updates.append(self._fail(request, FloatingPointError(NOT_FINITE)))
                 continue
             before, request.num_ready = request.num_ready, result.num_ready[i]
+            if request.num_ready and not before:
+                self.histograms.time_to_first_token.observe(now - request.queued_at)
             stop = self._stop_in(request, before) if request.num_ready > before else None
             if stop is not None:
                 request.num_ready = stop
@@ -366,9 +378,18 @@ class Engine:
         update = self._update(request, reason, error)
         del self._requests[request.request_id]
         self.scheduler.remove(request)
-        self.stats.requests_finished += reason in (FinishReason.STOP, FinishReason.LENGTH)
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self.stats.requests_finished += 1
+            self._observe_answer(request, update.usage.completion_tokens)
         self.stats.completion_tokens += update.usage.completion_tokens
         return update
+
+    def _observe_answer(self, request: Request, tokens: int) -> None:
+        now = time.monotonic()
+        self.histograms.e2e_latency.observe(now - request.queued_at)
+        if tokens:
+            seconds = now - request.admitted_at
+            self.histograms.time_per_output_token.observe(seconds / tokens)
 
     def _update(
         self,

@@ -36,8 +36,7 @@ class EngineThread:
         self._lock = threading.Lock()
         self._death: EngineDead | None = None
         self._closing = False
-        seconds = engine.runner.step_timeout
-        self._watchdog = Watchdog(seconds, self._on_timeout) if seconds else None
+        self._watchdog = Watchdog(engine.runner.step_timeout, self._on_timeout)
         engine.runner.on_failure(lambda: self._inbox.put(engine.runner.check))
         self._thread = threading.Thread(target=self._loop, name="dllm-engine", daemon=True)
         self._thread.start()
@@ -87,7 +86,7 @@ class EngineThread:
         try:
             self.engine.runner.bind_thread()
             while self._take_commands():
-                with self._watchdog or contextlib.nullcontext():
+                with self._watchdog:
                     updates = self.engine.step()
                 if self._death is not None:
                     break  # the watchdog gave the step up
@@ -99,8 +98,7 @@ class EngineThread:
             logger.exception("engine loop failed")
             self._die(EngineDead(f"{type(error).__name__}: {error}"))
         finally:
-            if self._watchdog is not None:
-                self._watchdog.close()
+            self._watchdog.close()
             self.engine.runner.close()
 
     def _take_commands(self) -> bool:
@@ -121,7 +119,7 @@ class EngineThread:
             elif isinstance(command, Request):
                 self.engine.add(command)
             else:
-                with self._watchdog or contextlib.nullcontext():  # a cancel may wait for a step
+                with self._watchdog:  # a cancel may wait for a step
                     command()
         return not self._closing or self.engine.has_work
 

@@ -59,16 +59,6 @@ class Scheduler:
         self._deficit = 0.0
 
     @property
-    def num_waiting(self) -> int:
-        """Requests without a slot."""
-        return len(self._waiting)
-
-    @property
-    def num_running(self) -> int:
-        """Requests with a slot."""
-        return len(self._running)
-
-    @property
     def waiting(self) -> tuple[Request, ...]:
         """Requests without a slot, in the order of admission."""
         return tuple(self._waiting)

@@ -101,7 +101,8 @@ class RequestLimits:
 
     def _check_prompt(self, prompt: Prompt, params: SamplingParams) -> None:
         if not prompt.ids:
-            raise InvalidRequest("input_ids", "must not be empty")
+            problem = "must not be empty: this checkpoint has no start token"
+            raise InvalidRequest("input_ids", problem)
         size, mask = self._spec.vocab_size, self._spec.mask_token_id
         for field, ids in (
             ("input_ids", prompt.ids),

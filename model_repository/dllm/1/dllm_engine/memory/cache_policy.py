@@ -19,7 +19,6 @@ Fresh keys and values always replace the stored ones of their positions.
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 
 import numpy as np
@@ -43,46 +42,20 @@ class CachePolicy(enum.IntEnum):
     DELAYED = 4
 
 
-@dataclasses.dataclass(frozen=True)
-class Phases:
-    """Whether the next step of each request is a Refresh, and whether it stores; all [R]."""
+def phase_of(policy: Array, age: Array, delay: Array, interval: Array) -> tuple[Array, Array]:
+    """Determine the phase of the step that is `age` steps into its block; all int64 [R].
 
-    #: int64, `CachePolicy`.
-    policy: Array
-    #: bool; the whole sequence goes through the model.
-    refresh: Array
-    #: bool; and its keys and values are stored.
-    store: Array
+    The first `delay` steps of a block only look at everything; the next one also stores. From
+    there on every `interval`-th step stores anew, or none where it is 0.
 
-    @classmethod
-    def of(cls, policy: Array, age: Array, delay: Array, interval: Array) -> Phases:
-        """Determine the phases of the step that is `age` steps into its block.
-
-        The first `delay` steps of a block only look at everything; the next one also stores. From
-        there on every `interval`-th step stores anew, or none where it is 0. All int64 [R].
-        """
-        since = age - delay
-        again = (interval > 0) & (since % np.maximum(interval, 1) == 0)
-        cached = policy != int(CachePolicy.NONE)
-        refresh = ~cached | (since <= 0) | again
-        return cls(policy, refresh, cached & refresh & (since >= 0))
-
-    @property
-    def selects(self) -> Array:
-        """bool; what is stored is a selection."""
-        selects: Array = self.store & (self.policy == int(CachePolicy.SPARSE))
-        return selects
-
-    @property
-    def partial(self) -> Array:
-        """bool; only some positions of the window go through the model (`delayed_rows`)."""
-        partial: Array = ~self.refresh & (self.policy == int(CachePolicy.DELAYED))
-        return partial
-
-    def span(self, length: Array, window_start: Array, window_end: Array) -> tuple[Array, Array]:
-        """Return first position and end of a step's rows, or of the window they are part of."""
-        behind = self.refresh | (self.policy == int(CachePolicy.PREFIX))
-        return np.where(self.refresh, 0, window_start), np.where(behind, length, window_end)
+    Returns:
+        Both [R] bool: whether it is a Refresh, and whether its keys and values are stored.
+    """
+    since = age - delay
+    again = (interval > 0) & (since % np.maximum(interval, 1) == 0)
+    cached = policy != int(CachePolicy.NONE)
+    refresh = ~cached | (since <= 0) | again
+    return refresh, cached & refresh & (since >= 0)
 
 
 def delayed_rows(masked: Array, last_committed: Array, *, shifted: bool) -> Array:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dllm_engine.models.base import ModelSpec
 from dllm_engine.ops.transfer import Array
 
 
@@ -70,20 +71,18 @@ class KVPages:
     @classmethod
     def allocate(
         cls,
+        spec: ModelSpec,
         *,
-        num_layers: int,
         num_pages: int,
         page_size: int,
-        num_kv_heads: int,
-        head_dim: int,
         num_slots: int,
-        max_rows: int,
         device: str,
         dtype: torch.dtype,
     ) -> KVPages:
         """Allocate zeros, since rows that were never written are read under a mask."""
-        shape = (num_layers, num_pages, page_size, num_kv_heads, head_dim)
-        longest = -(-max_rows // page_size)
+        num_kv_heads = spec.num_kv_heads // spec.num_ranks
+        shape = (spec.num_layers, num_pages, page_size, num_kv_heads, spec.head_dim)
+        longest = -(-spec.max_model_len // page_size)
         return cls(
             torch.zeros(shape, device=device, dtype=dtype),
             torch.zeros(shape, device=device, dtype=dtype),

@@ -35,9 +35,10 @@ class MemoryPlan:
     logits: int
     #: Recorded forward passes (CUDA graphs).
     graphs: int
+    #: A page of `page_size` tokens.
     page: int
-    num_pages: int
     page_size: int
+    num_pages: int = 0
 
     @property
     def pages(self) -> int:
@@ -60,86 +61,48 @@ class MemoryPlan:
             if size or name != "graphs"
         )
 
+    def with_pages(self, longest: int, max_num_seqs: int, *, needs_pages: bool) -> MemoryPlan:
+        """Divide what is left of the limit into pages, up to the most that can be used.
 
-def plan_memory(
-    spec: ModelSpec,
-    *,
-    device: str,
-    available: int,
-    limit: int,
-    weights: int,
-    requests: int,
-    activations: int,
-    logits: int,
-    graphs: int = 0,
-    page_size: int,
-    element_size: int,
-    max_num_seqs: int,
-    needs_pages: bool,
-) -> MemoryPlan:
-    """Divide the limit; the rest becomes pages, up to the most that can be used.
+        Args:
+            longest: tokens of the longest sequence.
+            needs_pages: whether the server's default cache policy stores anything.
 
-    Args:
-        available, limit, weights, requests, activations, logits, graphs: bytes.
-        element_size: bytes of one number of a key or value.
-        needs_pages: whether the server's default cache policy stores anything.
-
-    Raises:
-        InvalidConfig: the model does not fit; names the settings to change.
-    """
-    page = page_bytes(spec, page_size, element_size)
-    left = limit - weights - requests - activations - logits - graphs
-    sequence = -(-spec.max_model_len // page_size)
-    useful = max_num_seqs * 2 * sequence  # guidance doubles a request
-    num_pages = max(0, min(useful, left // page))
-    least = sequence if needs_pages else 0
-    if left < 0 or num_pages < least:
-        missing = least * page - left
-        raise InvalidConfig(
-            f"DLLM_MEMORY_LIMIT: the model does not fit into {_gib(limit)} of {device}: weights "
-            f"{_gib(weights)}, requests {_gib(requests)}, activations {_gib(activations)}, logits "
-            f"{_gib(logits)}, graphs {_gib(graphs)}, keys and values of one sequence "
-            f"{_gib(least * page)}; {_gib(missing)} too much. Raise DLLM_MEMORY_LIMIT, or lower "
-            "DLLM_MAX_NUM_SEQS (requests), DLLM_MAX_GEN_LENGTH (their credit), "
-            "DLLM_MAX_NUM_BATCHED_TOKENS (activations), DLLM_LOGITS_BUDGET_MB, "
-            "DLLM_CUDA_GRAPH_ROWS or DLLM_MAX_MODEL_LEN (all but weights and logits)"
-        )
-    return MemoryPlan(
-        device=device,
-        available=available,
-        limit=limit,
-        weights=weights,
-        requests=requests,
-        activations=activations,
-        logits=logits,
-        graphs=graphs,
-        page=page,
-        num_pages=num_pages,
-        page_size=page_size,
-    )
+        Raises:
+            InvalidConfig: the model does not fit; names the settings to change.
+        """
+        used = self.weights + self.requests + self.activations + self.logits + self.graphs
+        left = self.limit - used
+        sequence = -(-longest // self.page_size)
+        useful = max_num_seqs * 2 * sequence  # guidance doubles a request
+        num_pages = max(0, min(useful, left // self.page))
+        least = sequence if needs_pages else 0
+        if left < 0 or num_pages < least:
+            missing = least * self.page - left
+            raise InvalidConfig(
+                f"DLLM_MEMORY_LIMIT: the model does not fit into {_gib(self.limit)} of "
+                f"{self.device}: weights {_gib(self.weights)}, requests {_gib(self.requests)}, "
+                f"activations {_gib(self.activations)}, logits {_gib(self.logits)}, graphs "
+                f"{_gib(self.graphs)}, keys and values of one sequence {_gib(least * self.page)}; "
+                f"{_gib(missing)} too much. Raise DLLM_MEMORY_LIMIT, or lower DLLM_MAX_NUM_SEQS "
+                "(requests), DLLM_MAX_GEN_LENGTH (their credit), DLLM_MAX_NUM_BATCHED_TOKENS "
+                "(activations), DLLM_LOGITS_BUDGET_MB, DLLM_CUDA_GRAPH_ROWS or DLLM_MAX_MODEL_LEN "
+                "(all but weights and logits)"
+            )
+        return dataclasses.replace(self, num_pages=num_pages)
 
 
-def check_weights(
-    spec: ModelSpec, *, limit: int, element_size: int, quantization: str, copies: int = 0
-) -> int:
-    """Count the bytes of the weights before they are loaded.
-
-    Args:
-        limit: bytes available.
-        element_size: bytes of a weight that is not quantised.
-        quantization: see `ModelSpec.weight_bytes`.
-        copies: bytes of weights that are stored twice.
+def check_weights(weights: int, limit: int) -> None:
+    """Check the bytes of the weights before they are loaded.
 
     Raises:
         InvalidConfig: the weights alone do not fit.
     """
-    weights = spec.weight_bytes(element_size, quantization) + copies
     if weights > limit:
         raise InvalidConfig(
             f"DLLM_MEMORY_LIMIT: the weights alone take {_gib(weights)}, the limit is "
             f"{_gib(limit)}; raise it, or set DLLM_DTYPE to a smaller type, or DLLM_QUANTIZATION"
         )
-    return weights
 
 
 def page_bytes(spec: ModelSpec, page_size: int, element_size: int) -> int:

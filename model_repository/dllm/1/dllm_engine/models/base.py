@@ -80,12 +80,6 @@ class ModelSpec:
         """Width of one attention head."""
         return self.hidden_size // self.num_heads
 
-    @property
-    def num_parameters(self) -> int:
-        """Parameters of one rank."""
-        with torch.device("meta"):
-            return sum(parameter.numel() for parameter in DiffusionModel(self).parameters())
-
     def weight_bytes(self, element_size: int, quantization: str = "none") -> int:
         """Bytes of one rank's weights; `element_size` bytes per number that is not quantised."""
         with torch.device("meta"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,56 +18,22 @@ from dllm_engine.ops.layout import LayerPages, Layout
 from dllm_engine.ops.linear import AddedProduct, Product, SiluMul
 
 
-class RmsNorm(Protocol):
-    """See `norm.rms_norm`."""
-
-    def __call__(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
-
-
-class ApplyRotary(Protocol):
-    """See `rotary.apply_rotary`; may rotate `x` in place."""
-
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor: ...
-
-
-class PackedAttention(Protocol):
-    """See `attention.packed_attention`; takes the form of layout that belongs to it."""
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, pages: LayerPages | None = None
-    ) -> Tensor: ...
-
-
-class ReduceHead(Protocol):
-    """See `Head.statistics`."""
-
-    def __call__(
-        self,
-        head: TiledHead,
-        hidden: Tensor,
-        options: HeadOptions,
-        extra_tokens: Tensor | None = None,
-    ) -> HeadStatistics: ...
-
-
-class ReduceHeadBytes(Protocol):
-    """See `Head.statistics_bytes`."""
-
-    def __call__(self, head: TiledHead, *, noisy: bool, needs_entropy: bool) -> int: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Operations:
     """One implementation of the model's operations."""
 
-    packed_attention: PackedAttention
-    rms_norm: RmsNorm
-    apply_rotary: ApplyRotary
+    #: `attention.packed_attention`; takes the form of layout that belongs to it.
+    packed_attention: Callable[[Tensor, Tensor, Tensor, Layout, LayerPages | None], Tensor]
+    #: `norm.rms_norm`.
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    #: `rotary.apply_rotary`; may rotate `x` in place.
+    apply_rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
     linear: Product
     add_linear: AddedProduct
     silu_mul: SiluMul
-    head_statistics: ReduceHead
-    head_statistics_bytes: ReduceHeadBytes
+    #: `Head.statistics` and `Head.statistics_bytes`.
+    head_statistics: Callable[[TiledHead, Tensor, HeadOptions, Tensor | None], HeadStatistics]
+    head_statistics_bytes: Callable[[TiledHead, bool, bool], int]
     #: Whether these are kernels, which take flat layouts and unpacked weights.
     kernels: bool
     #: Rows times query heads that share a KV head, in one program of the attention kernel.

@@ -67,6 +67,4 @@ class Head:
 
     def statistics_bytes(self, *, noisy: bool, needs_entropy: bool) -> int:
         """Bytes per row that `statistics` takes while it runs."""
-        return self._operations.head_statistics_bytes(
-            self, noisy=noisy, needs_entropy=needs_entropy
-        )
+        return self._operations.head_statistics_bytes(self, noisy, needs_entropy)

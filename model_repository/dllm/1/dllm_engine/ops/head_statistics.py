@@ -53,7 +53,7 @@ def head_statistics(
     return running
 
 
-def head_statistics_bytes(head: TiledHead, *, noisy: bool, needs_entropy: bool) -> int:
+def head_statistics_bytes(head: TiledHead, noisy: bool, needs_entropy: bool) -> int:
     """See `Head.statistics_bytes`."""
     clean = _ENTROPY_BYTES if needs_entropy else _CLEAN_BYTES
     return min(TILE, head.vocab_size) * (_NOISY_BYTES if noisy else clean)

@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import cast
 
 from dllm_engine.errors import CheckpointError, DllmError, EngineDead, InvalidConfig
 
@@ -46,21 +47,6 @@ class RankInfo:
     threads: int
     #: Time-out of a collective call, in seconds.
     timeout: float
-
-
-@dataclasses.dataclass(frozen=True)
-class _Start:
-    """The first message to a rank."""
-
-    info: RankInfo
-    task: object
-
-
-@dataclasses.dataclass(frozen=True)
-class _Failed:
-    """The last message of a rank that fails."""
-
-    error: DllmError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +165,8 @@ class Ranks:
                     del alive[ready]
                     self._fail(EngineDead(f"{rank.name} {_end_of(rank.process)}"))
                     continue
-                if isinstance(message, _Failed):
-                    self._fail(_of_rank(rank.name, message.error))
+                if isinstance(message, DllmError):
+                    self._fail(_of_rank(rank.name, message))
                 else:
                     rank.replies.put(message)
 
@@ -217,9 +203,7 @@ class RankConnection:
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, signal.SIG_IGN)
         self._connection: Connection[object, object] = Connection(descriptor)
-        first = self._connection.recv()
-        assert isinstance(first, _Start)
-        self.info, self.task = first.info, first.task
+        self.info, self.task = cast(tuple[RankInfo, object], self._connection.recv())
         self._sending = threading.Lock()
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         threading.Thread(target=self._listen, name="dllm-connection", daemon=True).start()
@@ -235,7 +219,7 @@ class RankConnection:
 
     def fail(self, error: DllmError) -> None:
         """Tell rank 0 why this rank fails."""
-        self.reply(_Failed(error))
+        self.reply(error)
 
     def _listen(self) -> None:
         # On its own thread, so that a rank answers pings during a collective call, and exits with
@@ -271,7 +255,7 @@ def _start(info: RankInfo, task: object) -> _Rank:
         )
     connection: Connection[object, object] = Connection(ours.detach())
     name = f"rank {info.rank} of {info.size} (process {process.pid})"
-    connection.send(_Start(info, task))
+    connection.send((info, task))
     return _Rank(name, process, connection, queue.SimpleQueue())
 
 

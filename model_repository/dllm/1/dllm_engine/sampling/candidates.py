@@ -19,7 +19,6 @@ from dllm_engine.sampling.rows import (
     Candidates,
     RowSampling,
     SpecialTokens,
-    joined,
     needs_full_logits,
 )
 
@@ -69,4 +68,4 @@ def sample_candidates(
     parts.append(
         found if credits is None else dataclasses.replace(found, credits=credits.take(full))
     )
-    return joined(parts).take(order.argsort())  # back in the order of the rows
+    return Candidates.joined(parts).take(order.argsort())  # back in the order of the rows

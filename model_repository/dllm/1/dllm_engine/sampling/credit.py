@@ -13,10 +13,11 @@ the best by fused logits, since the best by plain ones is listed and no unlisted
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from dllm_engine.ops.rows import Rows
 
 BETA, GAMMA, ALPHA = 0.8, 0.2, 0.7
 #: Tokens listed per position: exact while no more than these were ever its best, so for the first
@@ -27,7 +28,7 @@ LISTED = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Credits:
+class Credits(Rows):
     """Credit lists of some rows; K = `LISTED`."""
 
     #: [rows] bool; whether the row uses credit.
@@ -35,28 +36,6 @@ class Credits:
     #: [rows, K] int64 tokens, −1 for an empty entry; and their float32 credit.
     tokens: Tensor
     values: Tensor
-
-    def take(self, index: slice | Tensor) -> Credits:
-        """The lists of some rows."""
-        return Credits(self.used[index], self.tokens[index], self.values[index])
-
-    @classmethod
-    def joined(cls, parts: Sequence[Credits]) -> Credits:
-        """Concatenate the lists of several groups of rows."""
-        return cls(
-            torch.cat([part.used for part in parts]),
-            torch.cat([part.tokens for part in parts]),
-            torch.cat([part.values for part in parts]),
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Fused:
-    """Tokens chosen by fused logits, and the lists after the step."""
-
-    token: Tensor
-    confidence: Tensor
-    credits: Credits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +86,7 @@ def decide(
     logit: Tensor,
     max_logit: Tensor,
     sum_exp: Tensor,
-) -> Fused:
+) -> tuple[Tensor, Tensor, Credits]:
     """Run one step of credit decoding for all rows.
 
     Args:
@@ -115,6 +94,9 @@ def decide(
         logits: [rows, K]; logits of the listed tokens, −∞ for empty entries.
         token, logit: [rows]; the best token by plain logits, and its logit.
         max_logit, sum_exp: [rows]; largest logit, and Σ exp(ℓ − max_logit).
+
+    Returns:
+        The tokens chosen by fused logits and their confidence, [rows]; the lists after the step.
     """
     values = credits.values * BETA
     gain = ((logit - max_logit).exp() / sum_exp) ** GAMMA
@@ -135,4 +117,4 @@ def decide(
     best, at = (logits + bonus).max(dim=1)
     grown = sum_exp + (logits.exp() * bonus.expm1()).sum(dim=1)
     chosen = tokens.gather(1, at.unsqueeze(1)).squeeze(1)
-    return Fused(chosen, best.exp() / grown, Credits(credits.used, tokens, values))
+    return chosen, best.exp() / grown, Credits(credits.used, tokens, values)

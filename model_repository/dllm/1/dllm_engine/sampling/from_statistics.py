@@ -10,7 +10,7 @@ from dllm_engine.ops.head import Head
 from dllm_engine.ops.head_types import HeadOptions
 from dllm_engine.ops.rows import ROW_MULTIPLE
 from dllm_engine.sampling.credit import Credits, decide
-from dllm_engine.sampling.rows import Candidates, RowSampling, SpecialTokens, joined
+from dllm_engine.sampling.rows import Candidates, RowSampling, SpecialTokens
 
 
 def from_statistics(
@@ -38,7 +38,7 @@ def from_statistics(
         )
         for part in slices
     ]
-    return joined(parts)
+    return Candidates.joined(parts)
 
 
 def _options(rows: RowSampling, special: SpecialTokens, needs_entropy: bool) -> HeadOptions:
@@ -69,10 +69,11 @@ def _candidates(
     confidence = (logit - found.max_logit).exp() / found.sum_exp
     after = None
     if credits is not None and found.extra_logits is not None:
-        fused = decide(credits, found.extra_logits, token, logit, found.max_logit, found.sum_exp)
-        token = torch.where(credits.used, fused.token, token)
-        confidence = torch.where(credits.used, fused.confidence, confidence)
-        after = fused.credits
+        fused, sure, after = decide(
+            credits, found.extra_logits, token, logit, found.max_logit, found.sum_exp
+        )
+        token = torch.where(credits.used, fused, token)
+        confidence = torch.where(credits.used, sure, confidence)
     if not options.needs_entropy:
         nothing = torch.zeros_like(confidence)
         return Candidates(token, confidence, nothing, nothing, after)

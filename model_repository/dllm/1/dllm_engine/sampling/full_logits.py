@@ -8,7 +8,7 @@ from torch import Tensor
 from dllm_engine.ops import noise
 from dllm_engine.ops.head import Head
 from dllm_engine.ops.rows import ROW_MULTIPLE, forbid, pad_rows, widen
-from dllm_engine.sampling.rows import Candidates, RowSampling, SpecialTokens, joined
+from dllm_engine.sampling.rows import Candidates, RowSampling, SpecialTokens
 
 #: Bytes per logit: the logit, its float64 copies, their order and the noise.
 _BYTES = 64
@@ -47,7 +47,7 @@ def from_full_logits(
         # Repeat the last row to fill the chunk.
         part = torch.arange(start, end, device=hidden.device).clamp_(max=count - 1)
         parts.append(_choose(_logits(hidden[part], head), rows.take(part), special, needs_entropy))
-    return joined(parts).take(slice(count))
+    return Candidates.joined(parts).take(slice(count))
 
 
 def _logits(hidden: Tensor, head: Head) -> Tensor:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
+from dllm_engine.ops.rows import Rows
 from dllm_engine.sampling.credit import Credits
 
 Truth = TypeVar("Truth", bool, Tensor)
@@ -40,7 +39,7 @@ def needs_full_logits(noisy: Truth, filtered: Truth, dream_statistics: Truth) ->
 
 
 @dataclasses.dataclass(frozen=True)
-class RowSampling:
+class RowSampling(Rows):
     """Sampling parameters of each row: all [rows], on the model's device."""
 
     #: float64; 0 is greedy.
@@ -60,16 +59,10 @@ class RowSampling:
     logits_eos_inf: Tensor
     #: bool; confidence as if there were no end-of-text or end-of-turn tokens.
     confidence_eos_eot_inf: Tensor
-    #: Of all rows together.
+    #: The same for all rows.
     flags: SamplingFlags
     #: Rows that need all their logits at once.
     num_full_logits: int
-
-    def take(self, index: slice | Tensor) -> RowSampling:
-        """The parameters of some rows."""
-        names = [field.name for field in dataclasses.fields(self)]
-        columns = [name for name in names if name not in ("flags", "num_full_logits")]
-        return dataclasses.replace(self, **{name: getattr(self, name)[index] for name in columns})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +78,7 @@ class SpecialTokens:
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidates:
+class Candidates(Rows):
     """The chosen token of each row and the model's confidence in it; all [rows].
 
     Statistics are float32 (float64 for a float64 model), of softmax(logits) unless the row uses
@@ -102,25 +95,3 @@ class Candidates:
     margin: Tensor
     #: Credit after the step; None: no row of the step uses credit.
     credits: Credits | None = None
-
-    def take(self, index: slice | Tensor) -> Candidates:
-        """The candidates of some rows."""
-        return Candidates(
-            token=self.token[index],
-            confidence=self.confidence[index],
-            entropy=self.entropy[index],
-            margin=self.margin[index],
-            credits=None if self.credits is None else self.credits.take(index),
-        )
-
-
-def joined(parts: Sequence[Candidates]) -> Candidates:
-    """Concatenate the candidates of several groups of rows."""
-    lists = [part.credits for part in parts if part.credits is not None]
-    return Candidates(
-        token=torch.cat([part.token for part in parts]),
-        confidence=torch.cat([part.confidence for part in parts]),
-        entropy=torch.cat([part.entropy for part in parts]),
-        margin=torch.cat([part.margin for part in parts]),
-        credits=Credits.joined(lists) if lists else None,
-    )

@@ -3,10 +3,10 @@
 All take matrices [R, block]: a row is a request, a column a position of its active block. Scores
 of positions that are not masked are ignored. Ties go to the leftmost position.
 
-Of a row that has a masked position `threshold`, `factor`, `entropy_bound` and `hierarchical` commit
-at least one. `fixed_count` commits none where its count is 0, `local_leap` then only beside an
-anchor, and Dream's `origin` (in `commit.py`) by chance; those make progress since the last step of
-their schedules commits all that is left.
+`threshold`, `factor`, `entropy_bound` and `hierarchical` commit at least one position of each row
+that has a masked one. The others may commit none: `fixed_count` if its count is 0, `local_leap`
+then too unless there is an anchor, and Dream's `origin` (in `commit.py`) by chance. They still end,
+since the last step of their schedules commits all that is left.
 """
 
 from __future__ import annotations

@@ -51,16 +51,16 @@ class AttentionMetadata:
     @classmethod
     def of(cls, sequences: Sequences, pages: KVPages) -> AttentionMetadata:
         """Say where the planned sequences stand."""
-        state, phases = sequences.state, sequences.state.phases
+        state = sequences.state
         num_pages = -(-int(state.length.max()) // pages.page_size)
         return cls(
             query_starts=sequences.query_starts,
             query_lens=state.num_rows,
-            kv_lens=np.where(phases.refresh, 0, state.kv_lens),
+            kv_lens=np.where(state.refresh, 0, state.kv_lens),
             block_tables=pages.table[state.slots, sequences.uncond, :num_pages],
             page_size=pages.page_size,
             slot_mapping=_slot_mapping(sequences, pages),
-            keep=np.where(phases.selects, state.keep, 0),
+            keep=np.where(state.selects, state.keep, 0),
             state=state,
             shape=sequences.shape,
         )
@@ -68,14 +68,14 @@ class AttentionMetadata:
 
 def _slot_mapping(sequences: Sequences, pages: KVPages) -> Array:
     """Place in the pool where each packed row is stored, −1 where it is not."""
-    num_rows, state, phases = len(sequences.owner), sequences.state, sequences.state.phases
+    num_rows, state = len(sequences.owner), sequences.state
     mapping = np.full(num_rows + -num_rows % ROW_MULTIPLE, -1)
-    stores = ~phases.refresh | (phases.store & ~phases.selects)
+    stores = ~state.refresh | (state.store & ~state.selects)
     rows = stores[sequences.owner].nonzero()[0]
     if len(rows):
         owner = sequences.owner[rows]
         # `sparse` stores the window behind what it keeps; the others store each row in its place.
-        sparse = phases.policy == int(CachePolicy.SPARSE)
+        sparse = state.cache == int(CachePolicy.SPARSE)
         moved = np.where(sparse, state.keep - state.window_start, 0)
         mapping[rows] = pages.slot_mapping(
             state.slots[owner],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -18,6 +19,11 @@ from dllm_engine.sampling.rows import RowSampling, SamplingFlags
 from dllm_engine.state.attention_metadata import AttentionMetadata, flat_layout, grouped_layout
 from dllm_engine.state.slots import SlotState
 from dllm_engine.state.step_plan import Blocks, StepPlan
+
+#: Fields that `RowSampling` has per masked position, and `CommitPlan` per request, by the names of
+#: the slot state.
+_BY_POSITION = [f.name for f in dataclasses.fields(RowSampling) if f.name in SlotState._fields]
+_BY_REQUEST = [f.name for f in dataclasses.fields(CommitPlan) if f.name in SlotState._fields]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +43,7 @@ class StepInputs:
     sampling: RowSampling
     #: Whether any request needs entropies or margins.
     needs_entropy: bool
-    #: Of the M positions; None: no request uses credit.
+    #: Credit of the M positions; None: no request uses any.
     credits: Credits | None = None
 
 
@@ -93,21 +99,12 @@ def build_batch(
 
 
 def _sampling(state: SlotState, blocks: Blocks, upload: Upload) -> RowSampling:
-    request = blocks.request
-
-    def column(values: Array) -> Tensor:
-        return upload(values[request])
-
+    columns: dict[str, Any] = {
+        name: upload(getattr(state, name)[blocks.request]) for name in _BY_POSITION
+    }
     return RowSampling(
-        temperature=column(state.temperature),
-        seed=column(state.seed),
-        step=column(state.step),
+        **columns,
         position=upload(blocks.positions),
-        top_p=column(state.top_p),
-        top_k=column(state.top_k),
-        dream_statistics=column(state.dream_statistics),
-        logits_eos_inf=column(state.logits_eos_inf),
-        confidence_eos_eot_inf=column(state.confidence_eos_eot_inf),
         flags=SamplingFlags(
             noisy=bool((state.temperature > 0).any()),
             top_p=bool((state.top_p < 1).any()),
@@ -115,26 +112,20 @@ def _sampling(state: SlotState, blocks: Blocks, upload: Upload) -> RowSampling:
             logits_eos_inf=bool(state.logits_eos_inf.any()),
             confidence_eos_eot_inf=bool(state.confidence_eos_eot_inf.any()),
         ),
-        num_full_logits=int(state.needs_full_logits[request].sum()),
+        num_full_logits=int(state.needs_full_logits[blocks.request].sum()),
     )
 
 
 def _commit_plan(plan: StepPlan, upload: Upload) -> CommitPlan:
     state = plan.sequences.requests
+    columns: dict[str, Any] = {name: upload(getattr(state, name)) for name in _BY_REQUEST}
     return CommitPlan(
-        score=upload(state.score),
-        rule=upload(state.rule),
+        **columns,
         rules_in_use=frozenset(map(Rule, set(state.rule.tolist()))),
         scores_in_use=frozenset(map(Score, set(state.score.tolist()))),
         draws=bool((state.alg_temp > 0).any()),
         count=upload(plan.counts),
         chance=upload(plan.chances),
-        threshold=upload(state.threshold),
-        second_threshold=upload(state.second_threshold),
-        alg_temp=upload(state.alg_temp),
-        seed=upload(state.seed),
-        step=upload(state.step),
-        block_start=upload(state.block_start),
     )
 
 

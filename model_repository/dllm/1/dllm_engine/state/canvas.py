@@ -8,13 +8,14 @@ requests there are. The device receives a step's inputs and returns the decoded 
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
 from dllm_engine.config import EngineConfig
 from dllm_engine.decoding import Rule
-from dllm_engine.memory.cache_policy import CachePolicy, Phases, delayed_rows, kept_rows
+from dllm_engine.memory.cache_policy import CachePolicy, delayed_rows, kept_rows, phase_of
 from dllm_engine.models.base import ModelSpec
 from dllm_engine.ops.transfer import Array
 from dllm_engine.request import Prompt
@@ -140,7 +141,7 @@ class CanvasTable:
         self._ends[slot] = False
         self._confidence[slot] = -1.0
         if params.alg:
-            chances = [dream_chances(steps) for _, _, steps in blocks_of(params)]
+            chances = list(map(dream_chances, steps_of_blocks(params)))
             self._chance[slot, : params.steps] = np.concatenate(chances)
         self._slots.fill(slot, prompt, params)
         state, _ = self._prepare_step(self._slots.read(np.array([slot])))
@@ -299,11 +300,15 @@ class CanvasTable:
             See `_enter_block`.
         """
         state, first_masked = self._enter_block(state)
-        phases = Phases.of(state.cache, state.block_age, state.delay_steps, state.refresh_interval)
+        refresh, store = phase_of(
+            state.cache, state.block_age, state.delay_steps, state.refresh_interval
+        )
+        state = state._replace(refresh=refresh, store=store)
         start = np.maximum(state.block_start - self.shifted, 0)
-        first_row, end = phases.span(state.length, start, state.block_end)
-        num_rows = end - first_row
-        if (partial := phases.partial).any():
+        first_row = np.where(refresh, 0, start)
+        behind = refresh | (state.cache == int(CachePolicy.PREFIX))
+        num_rows = np.where(behind, state.length, state.block_end) - first_row
+        if (partial := state.partial).any():
             num_rows = np.where(partial, self._delayed_rows(state).sum(axis=1), num_rows)
         keep, kv_lens = np.zeros_like(start), state.length
         if (sparse := state.cache == int(CachePolicy.SPARSE)).any():
@@ -312,8 +317,6 @@ class CanvasTable:
             keep = np.where(sparse, kept, 0)
             kv_lens = np.where(sparse, kept + window, state.length)
         state = state._replace(
-            refresh=phases.refresh,
-            store=phases.store,
             window_start=start,
             first_row=first_row,
             num_rows=num_rows,
@@ -325,7 +328,7 @@ class CanvasTable:
     def _enter_block(self, state: SlotState) -> tuple[SlotState, Array]:
         """Move each request whose block holds no mask to its next block that holds one.
 
-        Blocks and their shares of the steps are those of `blocks_of`.
+        Blocks and their shares of the steps are those of `steps_of_blocks`.
 
         Returns:
             The new state; int64 [R]: the position of the first mask, the canvas's end if there is
@@ -383,8 +386,8 @@ def _block_places(state: SlotState, before: int = 0, behind: int = 0) -> tuple[A
     return inside, (state.block_start - state.canvas_start)[:, None] + columns
 
 
-def blocks_of(params: SamplingParams) -> list[tuple[int, int, int]]:
-    """List (start, end, steps) of each block of a canvas; `params` must be resolved.
+def steps_of_blocks(params: SamplingParams) -> list[int]:
+    """List the steps of each block of a canvas; `params` must be resolved.
 
     Steps are spread evenly over the canvas: each of equal blocks gets steps / blocks, as in the
     reference, and a shorter last block gets a smaller share.
@@ -392,8 +395,5 @@ def blocks_of(params: SamplingParams) -> list[tuple[int, int, int]]:
     length, block_length, steps = params.gen_length, params.block_length, params.steps
     assert block_length is not None
     assert steps is not None
-    found = []
-    for start in range(0, length, block_length):
-        end = min(start + block_length, length)
-        found.append((start, end, end * steps // length - start * steps // length))
-    return found
+    ends = [*range(0, length, block_length), length]
+    return [end * steps // length - start * steps // length for start, end in pairwise(ends)]

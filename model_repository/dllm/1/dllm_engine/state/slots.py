@@ -11,7 +11,7 @@ from typing import Annotated, NamedTuple, get_type_hints
 import numpy as np
 
 from dllm_engine.decoding import ENTROPY_SCORES, Rule, decoding_of, score_of
-from dllm_engine.memory.cache_policy import CachePolicy, Phases
+from dllm_engine.memory.cache_policy import CachePolicy
 from dllm_engine.ops.transfer import Array
 from dllm_engine.request import Prompt
 from dllm_engine.sampling.rows import needs_full_logits
@@ -105,9 +105,16 @@ class SlotState(NamedTuple):
         )
 
     @property
-    def phases(self) -> Phases:
-        """What the next step of each request is."""
-        return Phases(self.cache, self.refresh, self.store)
+    def selects(self) -> Array:
+        """bool; the next step stores a selection of its keys and values."""
+        selects: Array = self.store & (self.cache == int(CachePolicy.SPARSE))
+        return selects
+
+    @property
+    def partial(self) -> Array:
+        """bool; only some positions of the window go through the model (`delayed_rows`)."""
+        partial: Array = ~self.refresh & (self.cache == int(CachePolicy.DELAYED))
+        return partial
 
 
 def _columns(kind: object) -> tuple[str, ...]:
@@ -117,24 +124,8 @@ def _columns(kind: object) -> tuple[str, ...]:
 
 _KINDS = (Int, Float, Bool)
 _NAMES = tuple(name for kind in _KINDS for name in _columns(kind))
-#: Columns that a step changes; the others stay as they are while a request runs.
-CHANGING = (
-    "step",
-    "block_step",
-    "block_steps",
-    "block_masks",
-    "block_first_step",
-    "block_age",
-    "block_start",
-    "block_end",
-    "refresh",
-    "store",
-    "window_start",
-    "first_row",
-    "num_rows",
-    "keep",
-    "kv_lens",
-)
+#: Columns that a step changes; those from `length` on stay as they are while a request runs.
+CHANGING = SlotState._fields[1 : SlotState._fields.index("length")]
 
 
 class SlotTable:
@@ -172,14 +163,8 @@ class SlotTable:
 
 def _numbers(prompt: Prompt, params: SamplingParams) -> dict[str, float | bool]:
     """Compute the columns of a request that no step changes, and where its canvas begins."""
-    assert params.block_length is not None
-    assert params.steps is not None
-    assert params.seed is not None
     assert params.cache is not None
-    assert params.retention_ratio is not None
-    assert params.pool_kernel is not None
-    assert params.delay_steps is not None
-    assert params.refresh_interval is not None
+    same = {name: value for name, value in vars(params).items() if name in _NAMES}
     start = len(prompt.ids)
     decoding, score = decoding_of(params), score_of(params)
     bounds = decoding.bounds(params)
@@ -188,34 +173,22 @@ def _numbers(prompt: Prompt, params: SamplingParams) -> dict[str, float | bool]:
     filtered = top_p < 1 or bool(params.top_k)
     # Infilling goes on after an end-of-text token, since text follows the gap.
     is_gap = bool(prompt.suffix_ids or prompt.canvas_ids)
-    return {
+    return same | {
         "block_start": start,
         "block_end": start,
         "length": prompt.num_tokens + params.gen_length,
         "canvas_start": start,
         "canvas_end": start + params.gen_length,
-        "block_length": params.block_length,
-        "steps": params.steps,
         "top_k": params.top_k or 0,
-        "seed": params.seed,
         "score": int(score),
         "rule": int(decoding.rule),
         "cache": int(CachePolicy[params.cache.upper()]),
-        "delay_steps": params.delay_steps,
-        "refresh_interval": params.refresh_interval,
-        "pool_kernel": params.pool_kernel,
-        "temperature": params.temperature,
-        "cfg_scale": params.cfg_scale,
         "threshold": bounds[0],
         "second_threshold": bounds[1],
         "top_p": top_p,
-        "alg_temp": params.alg_temp,
-        "retention_ratio": params.retention_ratio,
         "dream_statistics": dream_statistics,
         "has_empty_steps": dream_statistics and decoding.rule is Rule.COUNT,
         "honours_eos": not (params.ignore_eos or is_gap),
-        "logits_eos_inf": params.logits_eos_inf,
-        "confidence_eos_eot_inf": params.confidence_eos_eot_inf,
         "uses_credit": params.credit,
         "needs_entropy": score in ENTROPY_SCORES or decoding.rule is Rule.ENTROPY_BOUND,
         "needs_full_logits": needs_full_logits(params.temperature > 0, filtered, dream_statistics),

@@ -91,7 +91,7 @@ class Sequences:
         owner = np.repeat(np.arange(len(num_rows)), num_rows)
         positions = np.arange(len(owner)) + (state.first_row - query_starts)[owner]
         partial = None
-        if (is_partial := state.phases.partial).any():
+        if (is_partial := state.partial).any():
             wanted = delayed_rows(state) & is_partial[:, None]
             sequence, column = wanted.nonzero()
             positions[is_partial[owner]] = state.block_start[sequence] - 1 + column
@@ -133,7 +133,7 @@ def _shape(page_size: int, state: SlotState) -> Array:
     Reuse: 1, rows rounded up, pages, and whether the last page is full.
     """
     shape = np.zeros((len(state.slots), 6), np.int64)
-    refresh, selects = state.refresh, state.phases.selects
+    refresh, selects = state.refresh, state.selects
     shape[:, 0] = ~refresh
     rounded = -(-state.num_rows // _QUERY_MULTIPLE) * _QUERY_MULTIPLE
     shape[:, 1] = np.where(refresh, state.length, rounded)

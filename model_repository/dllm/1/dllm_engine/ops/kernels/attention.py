@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dllm_engine.ops.kernels.operands import operand_type, precision
+from dllm_engine.ops.kernels.operands import Tile, operand_type, precision
 from dllm_engine.ops.kernels.selection import store_selection
 from dllm_engine.ops.layout import FlatLayout, LayerPages
 
-
-@dataclasses.dataclass(frozen=True)
-class _Shape:
-    """Rows and keys that one program multiplies at once, and how."""
-
-    #: Rows times query heads that share a KV head.
-    lanes: int
-    keys: int
-    warps: int
-    #: Blocks of keys in flight from memory: the next loads while one is multiplied.
-    stages: int
-
-
-# float32 is multiplied without tensor cores, with its operands in registers: larger tiles spill.
-_SHAPES = {4: _Shape(32, 32, 8, 2), 2: _Shape(64, 64, 4, 2)}
+#: By bytes of a number. The rows of a tile are rows times query heads that share a KV head; its
+#: columns are keys. float32 is multiplied without tensor cores, with its operands in registers:
+#: larger tiles spill.
+_TILES = {4: Tile(32, 32, 0, 8, 2), 2: Tile(64, 64, 0, 4, 2)}
 
 #: Arguments that vary with the batch. Triton must not compile variants for their alignment or size.
 _BY_BATCH = [
@@ -46,7 +33,7 @@ _STORE_NUMBERS = 2048
 
 def program_lanes(dtype: torch.dtype) -> int:
     """Rows times query heads that share a KV head, in one program (a tile)."""
-    return _SHAPES[dtype.itemsize].lanes
+    return _TILES[dtype.itemsize].rows
 
 
 def packed_attention(
@@ -60,7 +47,7 @@ def packed_attention(
         _store_rows(k, v, layout, pages)
     # Without pages no row is stored, and the kernel never follows these pointers.
     keys, values = (k, v) if pages is None else (pages.keys, pages.values)
-    shape = _SHAPES[q.element_size()]
+    tile = _TILES[q.element_size()]
     group = num_heads // num_kv_heads
     padded = triton.next_power_of_2(group)
     _attend[(len(layout.tile_sequence), num_kv_heads)](
@@ -90,12 +77,12 @@ def packed_attention(
         # A tile of the tensor cores has at least 16 rows.
         max(layout.block_m, 16 // padded),
         layout.block_m,
-        shape.keys,
+        tile.columns,
         1 if pages is None else pages.keys.shape[1],
         operand_type(q.dtype),
         precision(q.dtype),
-        num_warps=shape.warps,
-        num_stages=shape.stages,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
     if layout.selection is not None:
         assert pages is not None

@@ -14,15 +14,13 @@ weights.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dllm_engine.ops.head_types import LOWEST, HeadOptions, HeadStatistics, TiledHead
-from dllm_engine.ops.kernels.operands import operand_type, precision
+from dllm_engine.ops.kernels.operands import Tile, operand_type, precision
 
 #: The most splits of the vocabulary: the multiprocessors of an H100.
 _SPLITS = 132
@@ -32,19 +30,8 @@ _MERGED_ROWS = 8
 _EXTRA_DEPTH = 256
 
 
-@dataclasses.dataclass(frozen=True)
-class _Shape:
-    """Rows, tokens and hidden dimensions that one program multiplies at once, and how."""
-
-    rows: int
-    tile: int
-    depth: int
-    warps: int
-    stages: int
-
-
 # float32 is multiplied without tensor cores; its operands are in registers too.
-_SHAPES = {4: _Shape(64, 64, 16, 8, 3), 2: _Shape(128, 128, 64, 8, 4)}
+_TILES = {4: Tile(64, 64, 16, 8, 3), 2: Tile(128, 128, 64, 8, 4)}
 
 _LOWEST = tl.constexpr(LOWEST)
 # splitmix64, as in `ops.noise`.
@@ -54,15 +41,15 @@ _MIX_2 = tl.constexpr(0x94D049BB133111EB)
 _TO_UNIT = tl.constexpr(2.0**-53)
 
 
-def splits_of(weight: Tensor) -> tuple[_Shape, int, int]:
-    """How a weight is divided: shape of a tile, tiles per split, number of splits."""
-    shape = _SHAPES[weight.element_size()]
-    tiles = triton.cdiv(len(weight), shape.tile)
+def splits_of(weight: Tensor) -> tuple[Tile, int, int]:
+    """How a weight is divided: a tile, tiles per split, number of splits."""
+    tile = _TILES[weight.element_size()]
+    tiles = triton.cdiv(len(weight), tile.columns)
     each = triton.cdiv(tiles, _SPLITS)
-    return shape, each, triton.cdiv(tiles, each)
+    return tile, each, triton.cdiv(tiles, each)
 
 
-def head_statistics_bytes(head: TiledHead, *, noisy: bool, needs_entropy: bool) -> int:
+def head_statistics_bytes(head: TiledHead, noisy: bool, needs_entropy: bool) -> int:
     """See `Head.statistics_bytes`: the statistics of all splits."""
     return 4 * (4 + 2 * noisy + 2 * needs_entropy) * splits_of(head.weight)[2]
 
@@ -75,7 +62,7 @@ def head_statistics(
     rows, width = hidden.shape
     hidden, weight = hidden.contiguous(), weight.contiguous()
     noisy, needs_entropy = options.temperature is not None, options.needs_entropy
-    shape, each, splits = splits_of(weight)
+    tile, each, splits = splits_of(weight)
     found = _empty((rows,), hidden, torch.int64, noisy=True, needs_entropy=True)
     if extra_tokens is not None:
         found.extra_logits = _logits_of(hidden, weight, first, options, extra_tokens)
@@ -89,7 +76,7 @@ def head_statistics(
         unused if rows_with is None else rows_with.contiguous()
         for rows_with in (options.logits_eos_inf, options.confidence_eos_eot_inf)
     )
-    _reduce[(triton.cdiv(rows, shape.rows), splits)](
+    _reduce[(triton.cdiv(rows, tile.rows), splits)](
         hidden,
         weight,
         parts.max_logit if options.keys is None else options.keys.contiguous(),
@@ -98,13 +85,7 @@ def head_statistics(
         confidence_eos_eot_inf,
         options.eos,
         options.stop,
-        parts.token,
-        parts.score,
-        parts.logit,
-        parts.max_logit,
-        parts.second,
-        parts.sum_exp,
-        parts.sum_exp_logit,
+        *_columns(parts),
         rows,
         len(weight),
         width,
@@ -115,29 +96,17 @@ def head_statistics(
         each,
         noisy,
         needs_entropy,
-        shape.rows,
-        shape.tile,
-        shape.depth,
+        tile.rows,
+        tile.columns,
+        tile.depth,
         operand_type(hidden.dtype),
         precision(hidden.dtype),
-        num_warps=shape.warps,
-        num_stages=shape.stages,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
     _merge[(triton.cdiv(rows, _MERGED_ROWS),)](
-        parts.token,
-        parts.score,
-        parts.logit,
-        parts.max_logit,
-        parts.second,
-        parts.sum_exp,
-        parts.sum_exp_logit,
-        found.token,
-        found.score,
-        found.logit,
-        found.max_logit,
-        found.second,
-        found.sum_exp,
-        found.sum_exp_logit,
+        *_columns(parts),
+        *_columns(found),
         rows,
         first,
         splits,
@@ -167,6 +136,11 @@ def _empty(
         sum_exp=memory(wide),
         sum_exp_logit=memory(wide, needs_entropy),
     )
+
+
+def _columns(found: HeadStatistics) -> list[Tensor]:
+    """All but the extra logits, in the order of the kernels' arguments."""
+    return list(vars(found).values())[:-1]
 
 
 @triton.jit
@@ -384,7 +358,7 @@ def _merge(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # As `parallel.rank_merge.merge`, for all splits of a row at once.
+    # As `parallel.head.merge`, for all splits of a row at once.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < num_rows
     split = tl.arange(0, BLOCK)[None, :]

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dllm_engine.ops.kernels.operands import operand_type, precision
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shape:
-    """Rows, columns and inner dimensions that one program multiplies at once, and its warps."""
-
-    rows: int
-    columns: int
-    inner: int
-    warps: int
-
+from dllm_engine.ops.kernels.operands import Tile, operand_type, precision
 
 # The same tile for every number of rows: a different tile may sum a row in a different order, as
 # libraries do that choose tiles by shape. Operands of float32 are in registers.
-_SHAPES = {4: _Shape(64, 128, 32, 8), 2: _Shape(64, 128, 64, 4)}
+_TILES = {4: Tile(64, 128, 32, 8, 3), 2: Tile(64, 128, 64, 4, 3)}
 
 
 def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -38,11 +25,11 @@ def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     x, weight = x.contiguous(), weight.contiguous()
     rows, inner = x.shape
     columns = weight.shape[0]
-    shape = _SHAPES[x.element_size()]
+    tile = _TILES[x.element_size()]
     out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     if rows:
         # Rows first: programs that run at the same time share columns of the weight.
-        grid = (triton.cdiv(rows, shape.rows), triton.cdiv(columns, shape.columns))
+        grid = (triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns))
         _linear[grid](
             x,
             weight,
@@ -52,12 +39,13 @@ def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
             columns,
             inner,
             bias is not None,
-            shape.rows,
-            shape.columns,
-            shape.inner,
+            tile.rows,
+            tile.columns,
+            tile.depth,
             operand_type(x.dtype),
             precision(x.dtype),
-            num_warps=shape.warps,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
         )
     return out
 

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
+
+
+class Tile(NamedTuple):
+    """What one program multiplies at once: rows, columns, inner dimensions; and how."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    #: Loads in flight from memory: the next block loads while one is multiplied.
+    stages: int
+
 
 _NATIVE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
