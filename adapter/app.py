@@ -79,6 +79,9 @@ def create_app(
         # FastAPI's pages load scripts from elsewhere; ours is in api/page.py.
         docs_url=None,
         redoc_url=None,
+        # Its redirects are whole addresses, with the host and scheme that this server was told of;
+        # ours are in api/error_handlers.py.
+        redirect_slashes=False,
     )
     app.state.settings = chosen
     routers = [m.router for m in (jobs, stream, openai, page, health, metrics)]

@@ -54,10 +54,7 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         super().connection_lost(exc)
-        self.open[self._address] -= 1
-        if not self.open[self._address]:
-            del self.open[self._address]
-        self._stop_waiting()
+        self._forget()
         self.resume_writing()
 
     def data_received(self, data: bytes) -> None:
@@ -88,6 +85,11 @@ class Connection(HttpToolsProtocol):
         super().on_message_complete()
         self._stop_waiting()
 
+    def handle_websocket_upgrade(self) -> None:
+        """Give the connection to a protocol without limits, which does not tell when it ends."""
+        self._forget()
+        super().handle_websocket_upgrade()
+
     def pause_writing(self) -> None:
         """The client does not read what is sent: it must go on in time."""
         super().pause_writing()
@@ -99,6 +101,12 @@ class Connection(HttpToolsProtocol):
         if self._sending is not None:
             self._sending.cancel()
             self._sending = None
+
+    def _forget(self) -> None:
+        self.open[self._address] -= 1
+        if not self.open[self._address]:
+            del self.open[self._address]
+        self._stop_waiting()
 
     def _wait_for_data(self) -> None:
         if self._receiving is None:

@@ -42,7 +42,8 @@ class AuthMiddleware:
 
     async def _admit(self, request: Request, path: str) -> None:
         guarded = path.startswith(API) and path not in OPEN
-        if not guarded and not (self._guard_metrics and path == METRICS):
+        # All that begins so, as a route also matches its path with a line end behind it.
+        if not guarded and not (self._guard_metrics and path.startswith(METRICS)):
             return
         name = None
         if self._keyring.required:

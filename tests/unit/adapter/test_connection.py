@@ -1,6 +1,7 @@
 """Limits on connections: what clients that send or read too little are met with."""
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 import pytest
 import uvicorn
 from adapter_fakes import until
+from uvicorn.main import main as uvicorn_command
 
+from adapter.__main__ import main
 from adapter.connection import Connection, process_settings
 
 LARGE = b"x" * 2**20
@@ -128,3 +131,27 @@ async def test_calls_follow_one_another(port: int) -> None:
         await reader.readline()
         await asyncio.sleep(0.1)
     assert Connection.open.total() == 1
+
+
+async def test_a_websocket_is_not_counted_for_ever(port: int) -> None:
+    """Connections that were upgraded do not use up their address's limit once they are closed."""
+    head = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    for _ in range(4):
+        reader, writer = await connect(port)
+        writer.write(head)
+        await reader.readline()
+        writer.close()
+
+    await until(lambda: Connection.open.total() == 0)
+
+
+def test_the_adapter_takes_no_websockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m adapter` answers an upgrade as a plain call, which the limits cover."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(sys, "argv", ["adapter", "--port", "1"])
+    monkeypatch.setattr(uvicorn_command, "invoke", lambda context: given.update(context.params))
+
+    main()
+
+    assert given["ws"] == "none"
+    assert given["http"] == "adapter.connection:Connection"

@@ -578,7 +578,8 @@ async def test_slash_too_many_is_redirected(url: str, sent: str, right: str) -> 
         answer = await http.request(method, f"{url}{sent}", json={})
 
     assert answer.status_code == 307
-    assert httpx.URL(url).join(answer.headers["location"]) == f"{url}{right}"
+    # Without scheme and host: behind a proxy, this server does not know them.
+    assert answer.headers["location"] == right
 
 
 async def test_base_url_may_end_in_a_slash(url: str) -> None:

@@ -140,7 +140,9 @@ async def test_metrics_are_open_unless_told_otherwise(database_url: str) -> None
     """A setting has /metrics ask for a key like any call."""
     settings = fast_settings(database_url, api_keys=ENTRIES, metrics_need_key=True)
     async with running_app(settings, ScriptedEngine()) as api:
-        assert (await api.client.get("/metrics")).status_code == 401
+        for path in ("/metrics", "/metrics%0A"):
+            assert (await api.client.get(path)).status_code == 401
+            assert (await api.client.head(path)).status_code == 401
         answer = await api.client.get("/metrics", headers=as_header(KEY))
         assert answer.status_code != 401
 
