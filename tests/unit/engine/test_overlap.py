@@ -147,6 +147,19 @@ def test_a_request_that_ends_as_it_is_cancelled_is_answered_once(checkpoint: Pat
     assert not engine.has_work
 
 
+def test_no_update_follows_the_cancel_of_a_streaming_request(checkpoint: Path) -> None:
+    """One left by the step that a cancel waits for would reach nobody, and end the engine."""
+    engine = make_engine(checkpoint, FakeRunner(overlap_rows=1), max_num_seqs=2)
+    for _ in range(2):
+        params = SamplingParams(gen_length=6)
+        engine.add(engine.make_request(Prompt([1, 2, 3]), params, stream_interval=0))
+    engine.step()
+    (in_flight,) = (r.request_id for r in engine.scheduler.running if r.in_flight)
+    cancelled = engine.cancel(in_flight)
+    assert cancelled is not None
+    assert in_flight not in {update.request_id for update in engine.step()}
+
+
 def test_a_step_that_fails_beside_another_concerns_nobody_else(checkpoint: Path) -> None:
     """Only the request that cannot be run fails; the step in flight ends as usual."""
     engine = make_engine(checkpoint, runner := FakeRunner(overlap_rows=1), max_num_seqs=4)

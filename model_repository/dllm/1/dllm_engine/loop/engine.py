@@ -180,6 +180,8 @@ class Engine:
             request = self._requests.get(request_id)
         if request is None:
             return None
+        # The step that ended may have left an update, which must not follow the last one.
+        self._ready = [update for update in self._ready if update.request_id != request_id]
         self.stats.requests_cancelled += 1
         return self._finish(request, FinishReason.CANCELLED)
 

@@ -64,11 +64,18 @@ def _attend_paged(out: Tensor, q: Tensor, group: PagedGroup, pages: LayerPages) 
     for first in range(0, len(group.pages), at_once):
         some = slice(first, first + at_once)
         # index_select copies whole pages and rows; plain indexing copies number by number.
+        keys, values = (_take(source, group.pages[some]) for source in (pages.keys, pages.values))
+        mask = None if group.kv_mask is None else group.kv_mask[some]
+        if mask is not None:
+            # What an earlier request left behind the last row may be NaN, which no mask hides.
+            absent = ~mask.view(*keys.shape[:3], 1, 1)[:, -1]
+            keys[:, -1].masked_fill_(absent, 0)
+            values[:, -1].masked_fill_(absent, 0)
         mixed = F.scaled_dot_product_attention(
             _take(q, group.query_rows[some]).transpose(1, 2),
-            _take(pages.keys, group.pages[some]).flatten(1, 2).transpose(1, 2),
-            _take(pages.values, group.pages[some]).flatten(1, 2).transpose(1, 2),
-            attn_mask=None if group.kv_mask is None else group.kv_mask[some],
+            keys.flatten(1, 2).transpose(1, 2),
+            values.flatten(1, 2).transpose(1, 2),
+            attn_mask=mask,
             enable_gqa=q.shape[1] != pages.keys.shape[2],
         )
         out.index_copy_(0, group.out_rows[some].flatten(), mixed.transpose(1, 2).flatten(0, 1))
