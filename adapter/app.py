@@ -93,6 +93,7 @@ def create_app(
         routes=routes,
         max_bytes=chosen.max_body_bytes,
         timeout=chosen.body_timeout,
+        key_share=chosen.key_share,
     )
     app.add_middleware(
         AuthMiddleware,

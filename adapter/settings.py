@@ -100,7 +100,8 @@ class Settings(BaseSettings):
         default=0.5,
         gt=0,
         le=1,
-        description="part of max_live, max_held_polls, max_queued_jobs that one key may hold",
+        description="part of max_live, max_held_polls, max_queued_jobs, and of the bodies that are "
+        "read at once, that one key may hold",
     )
     max_inflight: Count = Field(
         default=256, description="jobs that one worker process runs at a time"

@@ -6,6 +6,7 @@ bytes and a validator a microsecond.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from email.message import Message as Headers
 
@@ -23,6 +24,7 @@ from adapter.errors import (
     NotJson,
     TooManyBodies,
 )
+from adapter.shares import share_of
 
 #: Most values in a body: 64 prompts of 4096 token ids, and some more.
 MAX_VALUES = 300_000
@@ -41,7 +43,13 @@ class BodyMiddleware:
     """Reads bodies; answers 408, 413, 415 and 503, in the format of the route's other errors."""
 
     def __init__(
-        self, app: ASGIApp, *, routes: Sequence[BaseRoute], max_bytes: int, timeout: float
+        self,
+        app: ASGIApp,
+        *,
+        routes: Sequence[BaseRoute],
+        max_bytes: int,
+        timeout: float,
+        key_share: float,
     ) -> None:
         self._app = app
         self._routes = [
@@ -49,8 +57,11 @@ class BodyMiddleware:
         ]
         self._max_bytes = max_bytes
         self._timeout = timeout
-        #: Bytes of the bodies that are being read now.
-        self._held = 0
+        self._most_held = BODIES_AT_ONCE * max_bytes
+        # At least one of the largest bodies.
+        self._most_of_key = max(max_bytes, share_of(self._most_held, key_share))
+        #: Bytes of the bodies that are being read now, by the key of their call.
+        self._held: Counter[str | None] = Counter()
         self._turn = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -81,16 +92,15 @@ class BodyMiddleware:
         if length.isdecimal() and int(length) > self._max_bytes:
             raise self._too_large()
         body = bytearray()
+        key: str | None = getattr(request.state, "api_key", None)
         try:
             async with asyncio.timeout(self._timeout):
                 async for chunk in request.stream():
                     body += chunk
-                    self._held += len(chunk)
+                    self._held[key] += len(chunk)
                     if len(body) > self._max_bytes:
                         raise self._too_large()
-                    if self._held > BODIES_AT_ONCE * self._max_bytes:
-                        msg = "too many bodies are being sent at the same time"
-                        raise TooManyBodies(msg)
+                    self._require_room(key)
             if len(body) > LARGE_BYTES:
                 async with self._turn:
                     await asyncio.sleep(TURN * len(body))
@@ -98,8 +108,18 @@ class BodyMiddleware:
             msg = f"the body was not complete within {self._timeout:g} s (DLLM_BODY_TIMEOUT)"
             raise BodyTimeout(msg) from None
         finally:
-            self._held -= len(body)
+            self._held[key] -= len(body)
+            if not self._held[key]:
+                del self._held[key]
         return bytes(body)
+
+    def _require_room(self, key: str | None) -> None:
+        if self._held.total() > self._most_held:
+            msg = "too many bodies are being sent at the same time"
+            raise TooManyBodies(msg)
+        if key is not None and self._held[key] > self._most_of_key:
+            msg = "too many bodies are being sent with this key at the same time (DLLM_KEY_SHARE)"
+            raise TooManyBodies(msg)
 
     def _too_large(self) -> BodyTooLarge:
         msg = f"the body is larger than {self._max_bytes} bytes (DLLM_MAX_BODY_BYTES)"

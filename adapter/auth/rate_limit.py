@@ -49,15 +49,19 @@ class RateLimiter:
         """
         if len(caller) > MAX_CALLER:  # a proxy passes on whatever its client called itself
             caller = hashlib.sha256(caller.encode(errors="surrogateescape")).hexdigest()
-        for rate in self._rates:
-            try:
-                over = await self._count(f"{caller} {rate}", rate, prompts)
-            except StoreUnavailable as error:
-                self._skip(error)
-                return
-            if over is not None:
-                msg = f"more prompts than {rate} (DLLM_RATE_LIMIT)"
-                raise RateLimited(msg, retry_after=max(1, math.ceil(over - self._clock())))
+
+        def count(connection: Connection) -> None:
+            # In one transaction: a call that one rate refuses does not count for another.
+            for rate in self._rates:
+                over = self._count(connection, f"{caller} {rate}", rate, prompts)
+                if over is not None:
+                    msg = f"more prompts than {rate} (DLLM_RATE_LIMIT)"
+                    raise RateLimited(msg, retry_after=max(1, math.ceil(over - self._clock())))
+
+        try:
+            await self._database.write(count, timeout=COUNT_SECONDS)
+        except StoreUnavailable as error:
+            self._skip(error)
 
     def _skip(self, error: StoreUnavailable) -> None:
         RATE_LIMIT_SKIPPED.inc()
@@ -73,26 +77,22 @@ class RateLimiter:
             await self._database.change(delete(rate_limits).where(over))
         return TIDY_SECONDS
 
-    async def _count(self, key: str, rate: Rate, prompts: int) -> float | None:
+    def _count(self, connection: Connection, key: str, rate: Rate, prompts: int) -> float | None:
         """Add to the window, or begin a new one; when the window ends if there are too many."""
         now = self._clock()
         calls, ends = rate_limits.c.calls, rate_limits.c.expires
         over = ends <= now
-
-        def change(connection: Connection) -> float | None:
-            first = insert_into(connection, rate_limits).values(
-                key=key, calls=prompts, expires=now + rate.seconds
-            )
-            upsert = first.on_conflict_do_update(
-                index_elements=[rate_limits.c.key],
-                set_={
-                    "calls": case((over, prompts), else_=calls + prompts),
-                    "expires": case((over, now + rate.seconds), else_=ends),
-                },
-                where=or_(over, calls + prompts <= rate.calls),
-            ).returning(ends)
-            if connection.scalar(upsert) is not None:
-                return None
-            return connection.scalar(select(ends).where(rate_limits.c.key == key))
-
-        return await self._database.write(change, timeout=COUNT_SECONDS)
+        first = insert_into(connection, rate_limits).values(
+            key=key, calls=prompts, expires=now + rate.seconds
+        )
+        upsert = first.on_conflict_do_update(
+            index_elements=[rate_limits.c.key],
+            set_={
+                "calls": case((over, prompts), else_=calls + prompts),
+                "expires": case((over, now + rate.seconds), else_=ends),
+            },
+            where=or_(over, calls + prompts <= rate.calls),
+        ).returning(ends)
+        if connection.scalar(upsert) is not None:
+            return None
+        return connection.scalar(select(ends).where(rate_limits.c.key == key))

@@ -3,14 +3,20 @@
 Fields and tracebacks never hold prompts, generated text or keys.
 """
 
+import json
 import logging
+import select
 import sys
-from typing import cast
+from typing import Any, cast
 
 import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
 
 NAME = "adapter"
+#: Workers share a pipe, which keeps a line whole up to this many bytes.
+MAX_LINE_BYTES = select.PIPE_BUF
+#: Characters of a text that is not shortened.
+SHORT_TEXT = 100
 
 
 def _component(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
@@ -61,10 +67,43 @@ def configure_logging(level: str, kind: str) -> None:
             theirs.handlers, theirs.propagate = [handler], False
 
 
+def uvicorn_log_config() -> dict[str, Any]:
+    """A `log_config` for uvicorn, whose supervisor of workers then writes JSON lines too."""
+    handler = {
+        "class": "logging.StreamHandler",
+        "formatter": "json",
+        "stream": "ext://sys.stderr",
+    }
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"json": {"()": "adapter.telemetry.logs.json_formatter"}},
+        "handlers": {"stderr": handler},
+        "loggers": {"uvicorn": {"handlers": ["stderr"], "level": "INFO", "propagate": False}},
+    }
+
+
+def json_formatter() -> logging.Formatter:
+    """The formatter of JSON lines."""
+    return _formatter("json")
+
+
+def _json_line(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
+    """One JSON object; its longest texts lose their beginnings until the line fits."""
+    while len(line := json.dumps(event, default=repr)) >= MAX_LINE_BYTES:
+        texts = {name: value for name, value in event.items() if isinstance(value, str)}
+        longest = max(texts, key=lambda name: len(texts[name]))
+        if len(text := texts[longest]) > SHORT_TEXT:
+            event[longest] = "…" + text[len(text) // 2 + 1 :]
+        else:
+            event = {name: event[name] for name in ("timestamp", "level", "event")}
+    return line
+
+
 def _formatter(kind: str) -> logging.Formatter:
     processors: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if kind == "json":
-        processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        processors += [structlog.processors.format_exc_info, _json_line]
     else:
         # The default shows values of variables, such as prompts, and takes seconds.
         plain = structlog.dev.plain_traceback

@@ -176,3 +176,28 @@ async def test_bodies_at_once_are_bounded(database_url: str) -> None:
         refused = next(answer for answer in answers if answer.status_code == 503)
         assert "too many bodies" in refused.json()["detail"]
         assert (await send(api, GENERATE, json.dumps({"prompt": "a"}).encode())).status_code == 200
+
+
+async def test_bodies_of_one_key_leave_room_for_others(database_url: str) -> None:
+    """A key that sends many bodies at once has its own refused, and nobody else's."""
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b" " * 1000
+        await asyncio.sleep(0.5)
+
+    keys = f"{entry_of('a', 'first')},{entry_of('b', 'second')}"
+    settings = fast_settings(database_url, max_body_bytes=1000, api_keys=keys)
+    async with running_app(settings, _engine()) as api:
+
+        async def call(key: str, content: AsyncIterator[bytes] | bytes) -> httpx.Response:
+            headers = {"content-type": "application/json", "x-api-key": key}
+            return await api.client.post(GENERATE, content=content, headers=headers)
+
+        slow_calls = [asyncio.create_task(call("first", slow())) for _ in range(18)]
+        await asyncio.sleep(0.2)
+        assert (await call("second", json.dumps({"prompt": "a"}).encode())).status_code == 200
+        answers = await asyncio.gather(*slow_calls)
+        assert sorted(answer.status_code for answer in answers) == [422] * 8 + [503] * 10
+        refused = next(answer for answer in answers if answer.status_code == 503)
+        assert "with this key" in refused.json()["detail"]
+        assert (await call("first", json.dumps({"prompt": "a"}).encode())).status_code == 200

@@ -115,6 +115,26 @@ async def test_first_calls_at_once_are_all_counted(database: Database) -> None:
     assert sum(isinstance(answer, RateLimited) for answer in answers) == 3
 
 
+async def test_refused_calls_do_not_use_up_another_rate(database: Database) -> None:
+    """Calls refused for the seconds' rate leave the minute's rate as it is."""
+    clock = HandClock()
+    for rates in ("6/minute; 3/second", "3/second; 6/minute"):
+        limiter = RateLimiter(database, rates, clock)
+        for _ in range(2):
+            answers = [await refused(limiter, rates) for _ in range(9)]
+            assert answers == [False] * 3 + [True] * 6
+            clock.advance(1)
+        assert await refused(limiter, rates)
+
+
+async def refused(limiter: RateLimiter, caller: str) -> bool:
+    try:
+        await limiter.hit(caller)
+    except RateLimited:
+        return True
+    return False
+
+
 async def test_prompts_are_counted_and_not_calls(database_url: str) -> None:
     """A call counts as many times as it has prompts; of one with too many, only the first does."""
     async with running(database_url, rate_limit="4/minute") as api:

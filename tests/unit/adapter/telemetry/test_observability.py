@@ -408,14 +408,14 @@ def test_opentelemetry_is_loaded_only_when_asked_for() -> None:
 def log_of(tmp_path: Path, database_url: str):  # type: ignore[no-untyped-def]
     """Run a real worker with these settings, make some calls, and return what it has written."""
 
-    def run(**settings: str) -> list[str]:
+    def run(*options: str, **settings: str) -> list[str]:
         port = free_port()
         environment = {
             "DLLM_DATABASE_URL": database_url,
             "DLLM_TRITON_URL": f"127.0.0.1:{free_port()}",
             **settings,
         }
-        command = [sys.executable, "-m", "uvicorn", "adapter.app:app", "--port", str(port)]
+        command = [sys.executable, "-m", "adapter", "--port", str(port), *options]
         log = tmp_path / "log"
         with log.open("wb") as file:
             process = subprocess.Popen(command, env=environment, stderr=file, stdout=file)
@@ -433,13 +433,35 @@ def log_of(tmp_path: Path, database_url: str):  # type: ignore[no-untyped-def]
     return run
 
 
-def test_json_log_has_one_object_a_line(log_of: Any) -> None:
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_json_log_has_one_object_a_line(log_of: Any, workers: str) -> None:
     """Every line, uvicorn's too, is JSON with time, level and event; calls have their ids."""
-    lines = [json.loads(line) for line in log_of(DLLM_LOG_FORMAT="json")]
+    written = log_of("--workers", workers, DLLM_LOG_FORMAT="json")
+    lines = [json.loads(line) for line in written]
     assert all({"timestamp", "level", "event"} <= line.keys() for line in lines)
     (call,) = [line for line in lines if line["event"] == "call"]
     assert (call["request_id"], call["path"], call["status"]) == ("call-1", "/v1/generate", 200)
     assert any("Uvicorn running" in line["event"] for line in lines)
+
+
+def test_long_lines_of_the_json_log_stay_whole(capfd: pytest.CaptureFixture[str]) -> None:
+    """A line is no longer than a pipe keeps whole, even with a long traceback or many fields."""
+    code = """
+from adapter.telemetry.logs import configure_logging, get_logger
+configure_logging("INFO", "json")
+def deep(n):
+    if n: deep(n - 1)
+    raise ValueError("ä" * 9000)
+try:
+    deep(200)
+except ValueError:
+    get_logger().exception("long")
+get_logger().info("wide", **{f"field{n}": n for n in range(2000)})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    lines = capfd.readouterr().err.splitlines()
+    assert [json.loads(line)["event"] for line in lines] == ["long", "wide"]
+    assert all(len(line.encode()) < 4096 for line in lines)
 
 
 @pytest.mark.parametrize("kind", ["json", "text"])
