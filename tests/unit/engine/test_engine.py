@@ -197,6 +197,7 @@ def test_who_waits_gives_signs_of_life_and_gives_up_in_time(
         ("seed", 2**63, "-9223372036854775808 to 9223372036854775807"),
         ("stop", ("",), "1 to 256 characters"),
         ("stop", ("x",) * 17, "at most 16 strings"),
+        ("stop", "END", "a tuple of strings; got 'END'"),
         ("cache", "huge", "none, prefix, dual, sparse, delayed"),
         ("retention_ratio", 0.5, "sparse; got cache none"),
         ("retention_ratio", 0.0, "above 0 and at most 1"),

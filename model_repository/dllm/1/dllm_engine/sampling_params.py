@@ -75,6 +75,8 @@ class Limits:
             _require(name, value <= most, f"at most {most}", value)
 
     def _check_strings(self, name: str, strings: tuple[str, ...]) -> None:
+        # A string is a sequence of strings, too: each of its characters would end the text.
+        _require(name, not isinstance(strings, str), "a tuple of strings", repr(strings))
         rule = f"at most {self.max_items} strings"
         _require(name, len(strings) <= self.max_items, rule, f"{len(strings)} strings")
         for text in strings:
