@@ -57,17 +57,25 @@ class FailFast:
             return
         python = sys.executable or shutil.which("python3") or "python3"
         arguments = [*fds, os.getpid(), server, _region_of(os.getpid())]
-        self._watcher = subprocess.Popen(
-            [python, "-I", "-S", __file__, *map(str, arguments)],
-            pass_fds=fds,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        for fd in fds:
-            os.close(fd)
-        assert self._watcher.stdout is not None
-        if not self._watcher.stdout.read(1):
+        try:
+            watcher = subprocess.Popen(
+                [python, "-I", "-S", __file__, *map(str, arguments)],
+                pass_fds=fds,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+        except OSError as error:
+            logger.warning("the server outlives its engine: no watcher: %s", error)
+            return
+        finally:
+            for fd in fds:
+                os.close(fd)
+        assert watcher.stdout is not None
+        if watcher.stdout.read(1):
+            self._watcher = watcher
+        else:
             logger.warning("the server outlives its engine: the watcher has not started")
+            watcher.communicate()
 
     def disarm(self) -> None:
         """Let the server outlive this process, which ends in order."""

@@ -34,7 +34,7 @@ def read_settings(args: Mapping[str, str]) -> dict[str, str]:
     names = [*EngineConfig.settings(), EXIT_ON_ENGINE_DEATH]
     settings |= {name: readable(os.environ[name]) for name in names if os.environ.get(name)}
     if not settings.get("MODEL_PATH"):
-        settings["MODEL_PATH"] = str(Path(__file__).parent / "demo_checkpoint")
+        settings["MODEL_PATH"] = readable(str(Path(__file__).parent / "demo_checkpoint"))
     if args["model_instance_kind"] == "GPU" and settings.get("DLLM_DEVICE") in ("", "auto"):
         settings["DLLM_DEVICE"] = f"cuda:{args['model_instance_device_id']}"
     return settings

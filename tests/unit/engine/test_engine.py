@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,20 @@ def test_one_prompt_needs_no_list(llm: LLM) -> None:
     assert tokens([1, 2, 3]) == tokens(Prompt([1, 2, 3])) == tokens([[1, 2, 3]])
     assert tokens(messages) == tokens([messages]) == tokens("hi", chat=True)
     assert len(tokens([messages, "hello", [1, 2]])) == 3
+
+
+def test_calls_on_several_threads_get_their_own_answers(llm: LLM) -> None:
+    """Each call returns the completions of its own prompts, as if it were alone."""
+
+    def answer(seed: int) -> list[list[int]]:
+        params = SamplingParams(gen_length=12, temperature=1.0, ignore_eos=True, seed=seed)
+        found = llm.generate([[1, 2, seed]] * 2, params, progress=False)
+        return [completion.token_ids.tolist() for completion in found]
+
+    seeds = range(1, 5)
+    alone = [answer(seed) for seed in seeds]
+    with ThreadPoolExecutor(len(seeds)) as pool:
+        assert list(pool.map(answer, seeds)) == alone
 
 
 def test_a_checkpoint_without_a_tokenizer_serves_token_ids(tmp_path: Path) -> None:

@@ -104,3 +104,17 @@ def test_parent_that_is_no_tritonserver_is_left_alone(caplog: pytest.LogCaptureF
     assert not fail_fast.armed
     assert "is no tritonserver" in caplog.text
     fail_fast.disarm()
+
+
+@pytest.mark.parametrize("python", ["/nowhere/python", "/bin/true"])
+def test_a_watcher_that_cannot_be_started_is_only_logged(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, python: str
+) -> None:
+    """The engine serves without one, and is not armed."""
+    monkeypatch.setattr(dllm_fail_fast, "_name_of", lambda _: dllm_fail_fast.SERVER_NAME)
+    monkeypatch.setattr(sys, "executable", python)
+    fail_fast = FailFast()
+    fail_fast.arm()
+    assert not fail_fast.armed
+    assert "the server outlives its engine" in caplog.text
+    fail_fast.disarm()

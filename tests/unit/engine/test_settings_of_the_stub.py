@@ -61,3 +61,19 @@ def test_a_path_that_is_not_ascii_is_opened_and_logged(tmp_path: Path, by: str) 
         "[dllm] lone surrogate ?, escaped byte ?",
         "found",
     ]
+
+
+def test_the_demo_checkpoint_is_opened_in_a_repository_that_is_not_ascii(tmp_path: Path) -> None:
+    """The interpreter gives this file's own place with surrogates, too."""
+    (tmp_path / "triton_python_backend_utils.py").write_text(PB_UTILS)
+    version = tmp_path / "modèle"
+    version.symlink_to(MODEL)
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "MODEL_PATH": ""}
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, ""],
+        env={**os.environ, **ascii_only, "PYTHONPATH": f"{version}:{tmp_path}"},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(f"[dllm] path={version / 'demo_checkpoint'}\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
@@ -21,7 +22,7 @@ AnyPrompt = str | Sequence[Mapping[str, str]] | Sequence[int] | Prompt
 
 
 class LLM:
-    """A diffusion language model in this process.
+    """A diffusion language model in this process. Thread-safe: calls of `generate` take turns.
 
     Args:
         model_path: a checkpoint directory in its Hugging Face layout.
@@ -37,6 +38,7 @@ class LLM:
         if unknown := sorted(settings.keys() - set(known)):
             raise unknown_setting(unknown[0], known)
         self.engine = Engine(EngineConfig(model_path=Path(model_path), **settings))
+        self._lock = threading.Lock()
 
     def generate(
         self,
@@ -67,16 +69,18 @@ class LLM:
             self.engine.make_request(self._encode(prompt, chat), p)
             for prompt, p in zip(batch, each, strict=True)
         ]
-        # Another thread may have loaded the model, or this one may have run another model since.
-        self.engine.runner.bind_thread()
-        for request in requests:
-            self.engine.add(request)
         finished: dict[int, CanvasUpdate] = {}
-        with tqdm(total=len(requests), desc="denoising", disable=not progress) as bar:
-            while self.engine.has_work:
-                for update in self.engine.step():
-                    finished[update.request_id] = update
-                    bar.update()
+        with self._lock:
+            # Another thread may have loaded the model, or this one may have run another model
+            # since.
+            self.engine.runner.bind_thread()
+            for request in requests:
+                self.engine.add(request)
+            with tqdm(total=len(requests), desc="denoising", disable=not progress) as bar:
+                while self.engine.has_work:
+                    for update in self.engine.step():
+                        finished[update.request_id] = update
+                        bar.update()
         return [self._completion(finished[r.request_id], r.params.stop) for r in requests]
 
     def close(self) -> None:
