@@ -103,6 +103,8 @@ class BodyMiddleware:
                     self._require_room(key)
             if len(body) > LARGE_BYTES:
                 async with self._turn:
+                    if await request.is_disconnected():
+                        raise ClientDisconnect  # others need not wait for it
                     await asyncio.sleep(TURN * len(body))
         except TimeoutError:
             msg = f"the body was not complete within {self._timeout:g} s (DLLM_BODY_TIMEOUT)"

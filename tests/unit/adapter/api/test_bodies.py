@@ -201,3 +201,25 @@ async def test_bodies_of_one_key_leave_room_for_others(database_url: str) -> Non
         refused = next(answer for answer in answers if answer.status_code == 503)
         assert "with this key" in refused.json()["detail"]
         assert (await call("first", json.dumps({"prompt": "a"}).encode())).status_code == 200
+
+
+async def test_no_turn_for_a_body_whose_client_is_gone(database_url: str) -> None:
+    """Large bodies of clients that are gone do not delay another one."""
+    body = b" " * 2**20
+    head = f"POST {GENERATE} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    call = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    async with served_app(fast_settings(database_url), _engine()) as url:
+        host, port = url.removeprefix("http://").split(":")
+        for _ in range(15):
+            _, writer = await asyncio.open_connection(host, int(port))
+            writer.write(call)
+            await writer.drain()
+            await asyncio.sleep(0.02)
+            writer.transport.abort()
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(call)
+        # The turns of all would take 4 s.
+        answer = await asyncio.wait_for(reader.readline(), 2)
+        writer.close()
+
+    assert b"422" in answer
