@@ -1,4 +1,4 @@
-"""What one API key may hold of something that all callers share."""
+"""The share of a common limit that one API key may hold."""
 
 import math
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What the adapter sends to an engine and gets back, and the protocol of an engine."""
+"""Requests to an engine, their events, and the protocol of an engine."""
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass

@@ -59,7 +59,7 @@ class Container:
 
 
 def docker(*arguments: str, check: bool = True) -> str:
-    """What docker prints. Exits with its error if it fails."""
+    """Run docker and return its output; exit with its error if it fails."""
     run = subprocess.run(
         ["docker", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -1,4 +1,4 @@
-"""Dependencies of the routes: who calls, the settings, and the services of the application.
+"""Dependencies of the routes: the caller, the settings, and the services of the application.
 
 They are asynchronous because FastAPI runs other dependencies in threads. FastAPI also spends time
 on each of them, so the routes of jobs, which are called most, use the plain functions instead.

@@ -1,1 +1,1 @@
-"""Who may call: API keys, rates, and the middleware that applies both."""
+"""Access: API keys, rate limits, and the middleware that applies both."""

@@ -59,7 +59,7 @@ class JobWatcher:
         self.wake_all()
 
     def wake_all(self) -> None:
-        """Have all waiting calls look their jobs up: the database has gone away, or is back."""
+        """Have all waiting calls look up their jobs: the database failed, or is back."""
         for job_id in list(self._waiting):
             self.notify(job_id)
 

@@ -1,4 +1,4 @@
-"""What is sent and what comes back. `dllm` shows the descriptions as help."""
+"""Types of requests and responses. `dllm` shows the descriptions as help."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
