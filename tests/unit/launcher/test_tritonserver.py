@@ -116,15 +116,20 @@ def test_unknown_model_is_named(repository: Path) -> None:
         pass
 
 
-def test_a_repository_below_a_folder_that_is_not_ascii(repository: Path, tmp_path: Path) -> None:
+def test_a_repository_below_a_folder_that_is_not_ascii(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its models load, though Triton's stub takes paths for ASCII; the links to it go with it."""
     below = tmp_path / "josé"
     below.mkdir()
     repository.rename(below / "models")
-    scratch = set(Path(tempfile.gettempdir()).glob("dllm-triton-*"))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     with server(below / "models", "echo") as echo:
+        assert list(scratch.iterdir())
         assert infer(echo.http_url, [1.0]) == [1.0]
-    assert set(Path(tempfile.gettempdir()).glob("dllm-triton-*")) <= scratch
+    assert not list(scratch.iterdir())
 
 
 LAUNCHER = """
