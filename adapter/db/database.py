@@ -194,7 +194,7 @@ def _transaction(kind: str) -> Iterator[None]:
         sqlstate = getattr(cause, "sqlstate", None) or ""
         if not invalidated and not sqlstate.startswith(TRANSIENT_SQLSTATES):
             raise
-        msg = f"the job store has gone away: {cause}"
+        msg = f"the connection to the job store has failed: {cause}"
         raise StoreUnavailable(msg) from error
     finally:
         observe_transaction(kind, time.perf_counter() - began)

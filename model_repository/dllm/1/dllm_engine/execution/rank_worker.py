@@ -29,7 +29,7 @@ READY = "ready"
 
 @dataclasses.dataclass(frozen=True)
 class RankConfig:
-    """What a rank needs to know besides its `RankInfo`."""
+    """Settings of a rank besides its `RankInfo`."""
 
     config: EngineConfig
     #: Split over the ranks.

@@ -33,7 +33,7 @@ LEAST_KEPT = 32
 
 
 class CachePolicy(enum.IntEnum):
-    """What is kept between steps; the names of `SamplingParams.cache`."""
+    """Keys and values kept between steps; the names of `SamplingParams.cache`."""
 
     NONE = 0
     PREFIX = 1

@@ -1,4 +1,4 @@
-"""What the head's statistics are made from and what they hold."""
+"""Inputs and results of the head's statistics."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 
 class Tile(NamedTuple):
-    """What one program multiplies at once: rows, columns, inner dimensions; and how."""
+    """The tile that one program multiplies, its warps and its loads in flight."""
 
     rows: int
     columns: int
