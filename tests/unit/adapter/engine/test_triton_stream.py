@@ -184,7 +184,7 @@ async def test_request_carries_inputs_and_asks_for_signs_of_life(
         "seed": ("INT64", [1, 1]),
         "stream": ("BOOL", [1, 1]),
         "stream_interval": ("FP32", [1, 1]),
-        "priority": ("INT32", [1, 1]),
+        "priority": ("INT64", [1, 1]),
     }
     assert "triton_grpc_error" not in triton.headers
 
