@@ -8,7 +8,7 @@ import pytest
 from dllm_engine.loop.scheduler import Scheduler
 from dllm_engine.memory.kv_cache import PageAllocator
 from dllm_engine.memory.prefix_cache import PrefixCache
-from dllm_engine.request import Prompt, PrefixChain, Request
+from dllm_engine.request import PrefixChain, Prompt, Request
 from dllm_engine.sampling_params import SamplingParams
 
 PAGE = 4

@@ -59,7 +59,7 @@ def test_a_chain_grows_with_its_sequence() -> None:
 
 
 def test_a_beginning_computed_twice_is_stored_once() -> None:
-    """Two requests compute it at once: the second takes the first one's pages, and frees its own."""
+    """Of two requests at once, the second takes the first one's pages and frees its own."""
     allocator = PageAllocator(8, 4)
     cache = PrefixCache(allocator)
     chain = chain_of(list(range(8)))
