@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, HTTPException, Request
 
-from adapter.api.deps import ContextDep, SettingsDep, StreamingDep, count_prompts
+from adapter.api.deps import ContextDep, SettingsDep, StreamingDep, batch_limit, count_prompts
 from adapter.api.openai.errors import ModelNotFound
 from adapter.api.openai.formatters import ChatFormatter, CompletionFormatter
 from adapter.api.openai.requests import ChatCall, CompletionCall
@@ -54,14 +54,20 @@ RunnerDep = Annotated[CompletionRunner, Depends(_runner)]
 
 @router.post("/completions", response_model=Completion, responses=_chunks("Completion") | _FAULTS)
 async def completions(
-    call: Request, body: CompletionCall, runner: RunnerDep, settings: SettingsDep
+    call: Request,
+    body: CompletionCall,
+    runner: RunnerDep,
+    settings: SettingsDep,
+    live: StreamingDep,
+    context: ContextDep,
 ) -> Completion | EventStream:
     """Continue each prompt, which the model sees without a chat template."""
     formatter = CompletionFormatter(_served(body.model, settings))
-    check_batch_size("prompt", body.prompts, settings)
+    limit = batch_limit(call, live.most_at_once(context.api_key), "DLLM_MAX_LIVE")
+    check_batch_size("prompt", body.prompts, limit)
     requests = body.requests(settings.max_gen_length)
     check_options(requests[0], settings)
-    await count_prompts(call, "prompt", len(requests))
+    await count_prompts(call, len(requests))
     if body.stream:
         return await runner.stream(requests, formatter, body.streamed_usage)
     return formatter.whole(await runner.results(requests))
