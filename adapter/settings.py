@@ -103,6 +103,11 @@ class Settings(BaseSettings):
         description="part of max_live, max_held_polls, max_queued_jobs, and of the bodies that are "
         "read at once, that one key may hold",
     )
+    share_prefixes: bool = Field(
+        default=False,
+        description="requests of different API keys share the prefix cache: faster, but callers "
+        "can find out whether another one has sent the same beginning",
+    )
     max_inflight: Count = Field(
         default=256, description="jobs that one worker process runs at a time"
     )

@@ -22,6 +22,8 @@ class Usage:
     completion_tokens: int
     steps: int
     forward_passes: int
+    #: Tokens of the prompt whose keys and values came from the engine's prefix cache.
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

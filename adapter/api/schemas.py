@@ -390,6 +390,7 @@ class Usage(BaseModel):
     completion_tokens: int
     steps: int
     forward_passes: int
+    cached_tokens: int = Field(0, description="tokens of the prompt that the prefix cache had")
 
 
 class Result(BaseModel):
