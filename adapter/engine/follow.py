@@ -33,7 +33,10 @@ async def follow(
         async with limit:
             with endpoint.track(request_id) as observe:
                 events = endpoint.engine.generate(
-                    endpoint.salted(inputs, api_key), request_id=request_id, detail=detail, priority=priority
+                    endpoint.salted(inputs, api_key),
+                    request_id=request_id,
+                    detail=detail,
+                    priority=priority,
                 )
                 async with aclosing(events):
                     while True:

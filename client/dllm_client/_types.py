@@ -1,9 +1,14 @@
 """Types of requests and responses. `dllm` shows the descriptions as help."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+
+if TYPE_CHECKING:
+    from dllm_client._errors import DllmError
 
 #: A text, chat messages for the checkpoint's chat template (`role` and `content`), or token ids.
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
@@ -137,7 +142,7 @@ class Usage:
     cached_tokens: int = 0  #: tokens of the prompt that the server's prefix cache had
 
     @classmethod
-    def of(cls, fields: Mapping[str, int]) -> "Usage":
+    def of(cls, fields: Mapping[str, int]) -> Usage:
         """Read the fields of a response; those that this release does not know are ignored."""
         return cls(**{name: fields[name] for name in cls.__slots__ if name in fields})
 
@@ -171,6 +176,31 @@ class Result:
         if self.status is Status.CANCELLED:
             return f"job {self.request_id} was cancelled"
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt with fields of its own, for `map`."""
+
+    prompt: Prompt
+    params: Params = field(default_factory=Params)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one item of `map`: a result, an error, or, of a failed job, both."""
+
+    index: int  #: the item's place, from 0
+    result: Result | None = None
+    error: DllmError | None = None
+
+    @property
+    def text(self) -> str:
+        """The text. Raises the item's error if there is none."""
+        if self.error is not None:
+            raise self.error
+        assert self.result is not None
+        return self.result.text or ""
 
 
 @dataclass(frozen=True, slots=True)
