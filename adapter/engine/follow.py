@@ -17,7 +17,7 @@ async def follow(
     request_id: str,
     detail: StreamDetail = StreamDetail.RESULT,
     priority: int = DEFAULT_PRIORITY,
-    api_key: str | None,
+    api_key: str | None = None,
     deadline: float | None,
     idle_timeout: float,
 ) -> Event:
