@@ -1,5 +1,6 @@
 """Errors of OpenAI's calls, unknown paths, keys, and calls that end early."""
 
+import asyncio
 import hashlib
 import re
 from typing import Any
@@ -242,13 +243,16 @@ async def test_prompts_begin_together_or_not_at_all(
 ) -> None:
     """A call whose prompts do not all find a place is told to come back, and has begun none."""
     engine.scripts = [[HANG]]
-    async with served_app(fast_settings(database_url, max_live=1), engine) as address:
+    async with served_app(fast_settings(database_url, max_live=2), engine) as address:
         await until_healthy(address)
+        other = asyncio.create_task(post(address, TEXT, {"model": "dllm", "prompt": "a"}))
+        await until(lambda: len(engine.requests) == 1)
         answer = await post(address, TEXT, {"model": "dllm", "prompt": ["a", "b"]})
         assert answer.status_code == 429
         assert answer.headers["retry-after"] == "1"
         assert answer.json()["error"]["code"] == "rate_limit_exceeded"
-        await until(lambda: engine.closed == len(engine.requests))
+        other.cancel()
+        await until(lambda: engine.closed == len(engine.requests) == 1)
 
         engine.scripts = [[DONE]]
         answer = await post(address, TEXT, {"model": "dllm", "prompt": "a"})
