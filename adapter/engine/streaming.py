@@ -136,6 +136,10 @@ class StreamingRequests:
         """How many run now."""
         return len(self._running)
 
+    def most_at_once(self, api_key: str | None) -> int:
+        """The most requests that one call may ever have."""
+        return self._shares.most_of(api_key)
+
     async def fit(self, requests: Sequence[Inputs], *, api_key: str | None) -> list[Inputs]:
         """The requests of one call, shortened to what fits the model's context.
 

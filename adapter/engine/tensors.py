@@ -50,6 +50,7 @@ INPUT_TYPES: Mapping[str, str] = {
     "stream_interval": "FP32",
     "check": "BOOL",
     "cancel": "BYTES",
+    "describe": "BOOL",
 }
 #: Format characters of `struct` for the types of numbers.
 FORMATS: Mapping[str, str] = {"INT32": "i", "INT64": "q", "FP32": "f", "BOOL": "?"}

@@ -6,6 +6,7 @@ Streams are opened without the header `triton_grpc_error`: with it, errors crash
 
 from __future__ import annotations
 
+import json
 import re
 from itertools import islice
 from typing import Any
@@ -178,3 +179,16 @@ def test_check_runs_nothing(triton: TritonServer) -> None:
         assert post(triton, fields).json()["finish_reason"] == verdict
     assert settled_counters(triton) == before
     assert generate(triton, **HELLO, check=False, gen_length=4).usage[0] == tokens
+
+
+def test_describe_tells_which_model_is_served(triton: TritonServer) -> None:
+    """`describe` runs nothing and answers with family and sizes; it stands alone."""
+    before = settled_counters(triton)
+    body = post(triton, {"describe": True}).json()
+    assert body["finish_reason"] == "described"
+    told = json.loads(body["text_output"])
+    assert (told["family"], told["max_model_len"]) == ("llada", 1024)
+    assert told["num_parameters"] > 0
+    assert settled_counters(triton) == before
+    for fields in ({"describe": False}, {"describe": True} | HELLO):
+        assert re.search("^describe: must|describe: cannot", post(triton, fields).json()["error"])

@@ -198,6 +198,17 @@ def test_generate_batch_of_any_length() -> None:
     assert server.calls == [16, 16, 16, 16, 1]
 
 
+def test_batch_of_long_prompts() -> None:
+    """Prompts that are too large for one body together go out in several calls."""
+    server = BatchServer(limit=64, max_chars=100)
+    prompts = [f"{i:030}" for i in range(10)]
+    with Client("http://server", transport=httpx.MockTransport(server)) as other:
+        assert other.generate_batch(prompts) == [f"answer-{prompt}" for prompt in prompts]
+        with pytest.raises(BadRequestError, match="the body is too large"):
+            other.generate_batch(["a" * 101])
+    assert server.calls == [2] * 5
+
+
 def test_batch_waits_for_room_in_the_queue(quick: None) -> None:
     """When the server takes no more jobs, results are fetched first, and the rest goes out then."""
     del quick

@@ -85,6 +85,11 @@ def read_spec(directory: Path) -> ModelSpec:
     return spec
 
 
+def family_of(architecture: str) -> str:
+    """The name of the family that serves an architecture: `llada`, `dream`."""
+    return _FAMILIES[architecture].__name__.rpartition(".")[2]
+
+
 def _check_files(directory: Path) -> None:
     """Report all missing files in one error, before any of them is read."""
     if not directory.is_dir():
