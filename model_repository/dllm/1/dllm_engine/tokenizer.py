@@ -84,6 +84,11 @@ class Tokenizer:
         if tokenizer.convert_ids_to_tokens(mask_token_id) is None:
             problem = f"has no token {mask_token_id}, the mask token in config.json"
             raise CheckpointError(f"{directory}: tokenizer: {problem}")
+        name = tokenizer.convert_ids_to_tokens(mask_token_id)
+        plain = tokenizer.encode(name, add_special_tokens=False, split_special_tokens=True)
+        if mask_token_id in plain:
+            problem = f"the mask token {mask_token_id} is ordinary text, {name!r}"
+            raise CheckpointError(f"{directory}: tokenizer: {problem}")
         return cls(tokenizer, mask_token_id, max_tokens)
 
     @property

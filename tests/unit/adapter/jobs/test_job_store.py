@@ -19,7 +19,7 @@ from adapter.types import Event, Usage
 #: Each test that uses a database runs on both kinds.
 DATABASES = ("sqlite", "postgresql")
 
-DONE = Event("text", "stop", Usage(1, 2, 3, 4), seed=5)
+DONE = Event("text", "stop", Usage(1, 2, 3, 4, 1), seed=5)
 
 
 async def add(store: JobStore, count: int = 1) -> list[int]:
