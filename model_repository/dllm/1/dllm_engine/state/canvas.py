@@ -294,36 +294,13 @@ class CanvasTable:
         return np.where(ended, state.canvas_start + ends.argmax(axis=1), state.canvas_end)
 
     def _prepare_step(self, state: SlotState) -> tuple[SlotState, Array]:
-        """Open the next block where one is done, and determine the next step's phase and rows.
+        """Open the next block where one is done, and determine what the next step does.
 
         Returns:
             See `_enter_block`.
         """
         state, first_masked = self._enter_block(state)
-        refresh, store = phase_of(
-            state.cache, state.block_age, state.delay_steps, state.refresh_interval
-        )
-        state = state._replace(refresh=refresh, store=store)
-        start = np.maximum(state.block_start - self.shifted, 0)
-        first_row = np.where(refresh, 0, start)
-        behind = refresh | (state.cache == int(CachePolicy.PREFIX))
-        num_rows = np.where(behind, state.length, state.block_end) - first_row
-        if (partial := state.partial).any():
-            num_rows = np.where(partial, self._delayed_rows(state).sum(axis=1), num_rows)
-        keep, kv_lens = np.zeros_like(start), state.length
-        if (sparse := state.cache == int(CachePolicy.SPARSE)).any():
-            window = state.block_end - start
-            kept = kept_rows(state.length - window, state.retention_ratio)
-            keep = np.where(sparse, kept, 0)
-            kv_lens = np.where(sparse, kept + window, state.length)
-        state = state._replace(
-            window_start=start,
-            first_row=first_row,
-            num_rows=num_rows,
-            keep=keep,
-            kv_lens=kv_lens,
-        )
-        return state, first_masked
+        return self._scope.next_step(state, first_masked), first_masked
 
     def _enter_block(self, state: SlotState) -> tuple[SlotState, Array]:
         """Move each request whose block holds no mask to its next block that holds one.
