@@ -64,6 +64,21 @@ class CheckResult:
     headroom: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What an engine tells about its model; None for what it does not tell."""
+
+    #: The name of the checkpoint's directory.
+    checkpoint: str | None = None
+    family: str | None = None
+    #: The class that the checkpoint's config names.
+    architecture: str | None = None
+    num_parameters: int | None = None
+    #: Tokens of prompt and canvas together.
+    max_model_len: int | None = None
+    mask_token_id: int | None = None
+
+
 class StreamDetail(Enum):
     """How much the events of a request carry, and how often they come."""
 
@@ -94,6 +109,10 @@ class Engine(Protocol):
 
     async def check(self, requests: Sequence[Inputs]) -> list[CheckResult]:
         """Check requests without running them. Raises an `EngineError`."""
+        ...
+
+    async def describe(self) -> ModelInfo:
+        """Ask which model is served. Raises `InvalidRequest` or an `EngineError`."""
         ...
 
     def cancel(self, request_id: str) -> None:

@@ -17,7 +17,7 @@ from dllm_engine.decoding import COMMIT_FIELDS, REQUIRED_WITH
 from dllm_engine.sampling_params import CACHE_FIELDS, FIELDS, Field
 
 ROOT = Path(__file__).parents[1]
-INT32_MAX = 2**31 - 1
+INT64_MAX = 2**63 - 1
 #: The lines of a file between the two marks.
 BLOCK = re.compile(r"(?<=make fields: begin)([^\n]*\n)(.*?)(?=\n[^\n]*make fields: end)", re.DOTALL)
 #: The REST API knows these by settings too, and OpenAI's calls have fields of their own for them.
@@ -49,9 +49,7 @@ def description(field: Field) -> str:
 
 def triton_type(field: Field) -> str:
     """Triton's type for a field's values."""
-    if field.type is int:
-        return "INT64" if (field.limits.le or 0) > INT32_MAX else "INT32"
-    return {float: "FP32", bool: "BOOL", str: "BYTES"}[field.type]
+    return {int: "INT64", float: "FP32", bool: "BOOL", str: "BYTES"}[field.type]
 
 
 def python_type(field: Field) -> str:
@@ -128,7 +126,7 @@ def values(field: Field) -> str:
         return f"at most {limits.max_items}, of 1 to {limits.max_chars} characters"
     if field.type in (bool, str):
         return ""
-    return "64 bits" if triton_type(field) == "INT64" else limits.rule
+    return "64 bits" if limits.le == INT64_MAX else limits.rule
 
 
 #: What writes the lists of a file, in their order.

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import Literal, Self
 
-from pydantic import BaseModel, model_serializer
+from pydantic import BaseModel, Field, model_serializer
 
 from adapter.types import Event
 
@@ -114,12 +114,20 @@ class ChatChunk(ResponseHeader):
 
 
 class Model(BaseModel):
-    """A model that calls may name."""
+    """A model that calls may name. What only an engine knows is left out while none answers."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "dllm-serve"
+    checkpoint: str | None = Field(None, description="the name of the checkpoint's directory")
+    family: str | None = Field(None, description="llada or dream")
+    architecture: str | None = Field(None, description="the class that `config.json` names")
+    num_parameters: int | None = None
+    max_model_len: int | None = Field(None, description="tokens of prompt and canvas together")
+    mask_token_id: int | None = Field(
+        None, description="the token that `canvas_ids` has at positions to decode"
+    )
 
 
 class ModelList(BaseModel):

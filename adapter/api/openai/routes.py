@@ -2,11 +2,18 @@
 
 import secrets
 import time
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, HTTPException, Request
 
-from adapter.api.deps import ContextDep, SettingsDep, StreamingDep, count_prompts
+from adapter.api.deps import (
+    ContextDep,
+    PoolDep,
+    SettingsDep,
+    StreamingDep,
+    count_prompts,
+)
 from adapter.api.openai.errors import ModelNotFound
 from adapter.api.openai.formatters import ChatFormatter, CompletionFormatter
 from adapter.api.openai.requests import ChatCall, CompletionCall
@@ -16,6 +23,7 @@ from adapter.api.openapi import stream_of
 from adapter.api.schemas import error_responses
 from adapter.api.sse import EventStream
 from adapter.api.validation import check_batch_size, check_options
+from adapter.engine.pool import EnginePool
 from adapter.settings import Settings
 
 router = APIRouter(prefix="/v1", tags=["openai"])
@@ -83,18 +91,22 @@ async def chat_completions(
     return formatter.whole(await runner.results([request]))
 
 
-@router.get("/models", responses=_FAULTS)
-async def models(settings: SettingsDep) -> ModelList:
+@router.get("/models", response_model_exclude_none=True, responses=_FAULTS)
+async def models(pool: PoolDep, settings: SettingsDep) -> ModelList:
     """List the models that calls may name."""
-    return ModelList(data=[Model(id=settings.openai_model, created=STARTED)])
+    return ModelList(data=[await _model(settings.openai_model, pool)])
 
 
-@router.get("/models/{model:path}", responses=_FAULTS)
-async def one_model(model: str, settings: SettingsDep) -> Model:
+@router.get("/models/{model:path}", response_model_exclude_none=True, responses=_FAULTS)
+async def one_model(model: str, pool: PoolDep, settings: SettingsDep) -> Model:
     """Return the model, if calls may name it."""
     if not model.strip("/"):
         raise HTTPException(404)  # of the list, with a slash too many
-    return Model(id=_served(model, settings), created=STARTED)
+    return await _model(_served(model, settings), pool)
+
+
+async def _model(name: str, pool: EnginePool) -> Model:
+    return Model(id=name, created=STARTED, **asdict(await pool.describe()))
 
 
 def _served(model: str, settings: Settings) -> str:

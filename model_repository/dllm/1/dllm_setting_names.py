@@ -1,6 +1,7 @@
 """Find DLLM_ variables that no part reads, and the name that was probably meant.
 
-Launcher, adapter and Triton model share one environment and no module, so each has a copy of this.
+Launcher, adapter and Triton model share one environment but no module, so each has this module.
+Change adapter/setting_names.py; `make fields` writes the other two.
 """
 
 import difflib
@@ -8,6 +9,7 @@ from collections.abc import Iterable
 
 #: Read by the launcher, the adapter, the engine, the client or the Compose files.
 NAMES = (
+    # make fields: begin
     "API_KEY",
     "API_KEYS",
     "API_KEYS_FILE",
@@ -78,6 +80,7 @@ NAMES = (
     "TRITON_URL",
     "URL",
     "WORKERS",
+    # make fields: end
 )
 PREFIX = "DLLM_"
 

@@ -10,6 +10,7 @@ import pytest
 from dllm_engine.models import dream, llada
 from dllm_engine.models.base import ModelSpec
 from dllm_engine.models.loader import read_spec
+from dllm_engine.ops.rotary import Rope
 from dllm_engine.tokenizer import Tokenizer
 
 from tests.support.checkpoints import DREAM_MASK, DREAM_SPECIALS, write_dream
@@ -159,7 +160,7 @@ def test_dream_7b_and_what_shares_its_format_have_the_published_size(
     assert len(names) == len(set(names)) == 339
     assert (spec.mask_token_id, spec.eos_token_ids) == (151666, (151643,))
     assert (spec.head_dim, spec.max_model_len, spec.shifted) == (128, 2048, True)
-    assert spec.rope_theta == 1e6
+    assert spec.rope == Rope(theta=1e6)
 
 
 def test_ends_of_a_turn_are_those_of_all_files(tmp_path: Path) -> None:

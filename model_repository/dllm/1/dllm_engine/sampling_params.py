@@ -28,7 +28,7 @@ CACHE_FIELDS = {
 DEFAULT_BLOCK_LENGTH = 32
 #: The largest value of a number without a limit of its own: far beyond sense, well within float32.
 LARGEST = 1_000_000
-#: The same for whole numbers: they travel in 32 bits.
+#: The same for whole numbers: arrays and kernels keep them in 32 bits.
 LARGEST_INT = 2**31 - 1
 
 

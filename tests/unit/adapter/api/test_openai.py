@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from typing import Any
 
 import httpx
@@ -13,16 +14,24 @@ import pytest
 from adapter_fakes import (
     DONE,
     HANG,
+    MODEL,
     WAITING,
     ScriptedEngine,
     denoising,
     fast_settings,
+    running_app,
     served_app,
     until,
 )
 from openai import AsyncOpenAI
 
-from adapter.errors import EngineFailure, InvalidRequest, Overloaded
+from adapter.errors import (
+    AdapterError,
+    EngineFailure,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+)
 from adapter.types import CheckResult, Event, StreamDetail, Usage
 
 CHAT = "/chat/completions"
@@ -278,6 +287,42 @@ async def test_models(client: AsyncOpenAI) -> None:
         with pytest.raises(openai.NotFoundError) as caught:
             await call
         assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
+async def test_model_says_what_the_engine_serves(database_url: str, engine: ScriptedEngine) -> None:
+    """Family and sizes come from the engine, which is asked once for each start."""
+    async with running_app(fast_settings(database_url), engine) as api:
+        assert list((await api.client.get("/v1/models/dllm")).json()) == [
+            "id",
+            "object",
+            "created",
+            "owned_by",
+        ]
+        await until(lambda: api.monitor.state.ok)
+        for _ in range(2):
+            (model,) = (await api.client.get("/v1/models")).json()["data"]
+            assert model == (await api.client.get("/v1/models/dllm")).json()
+            assert model.items() >= asdict(MODEL).items()
+        assert engine.described == 1
+        engine.end()
+        await until(lambda: not api.monitor.state.ok)
+        assert "family" not in (await api.client.get("/v1/models/dllm")).json()
+        engine.start()
+        await until(lambda: api.monitor.state.ok)
+        assert (await api.client.get("/v1/models/dllm")).json()["family"] == "llada"
+        assert engine.described == 2
+
+
+@pytest.mark.parametrize("error", [EngineFailure("unexpected inference input"), Unavailable("")])
+async def test_models_are_listed_when_the_engine_does_not_describe_its_own(
+    database_url: str, engine: ScriptedEngine, error: AdapterError
+) -> None:
+    """An engine of an earlier release knows no such question; its model still has a name."""
+    engine.model = error
+    async with running_app(fast_settings(database_url), engine) as api:
+        await until(lambda: api.monitor.state.ok)
+        (model,) = (await api.client.get("/v1/models")).json()["data"]
+        assert (model["id"], "family" in model) == ("dllm", False)
 
 
 async def test_model_has_the_name_it_is_served_under(

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dllm_engine.models.base import ModelSpec
+from dllm_engine.ops.rotary import Rope
 
 ARCHITECTURES = ("DreamModel",)
 
@@ -50,8 +51,9 @@ def spec(config: Mapping[str, Any], stop_ids: tuple[int, ...]) -> ModelSpec:
         num_layers=config["num_hidden_layers"],
         num_heads=num_heads,
         num_kv_heads=config.get("num_key_value_heads") or num_heads,
+        head_dim=config["hidden_size"] // num_heads,
         rms_norm_eps=config["rms_norm_eps"],
-        rope_theta=rope["rope_theta"] if rope else config["rope_theta"],
+        rope=Rope(theta=rope["rope_theta"] if rope else config["rope_theta"]),
         max_model_len=min(config["max_position_embeddings"], _TRAINED_CONTEXT),
         mask_token_id=config["mask_token_id"],
         eos_token_ids=stop_ids,

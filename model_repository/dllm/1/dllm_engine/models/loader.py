@@ -25,6 +25,7 @@ from dllm_engine.models import dream, llada
 from dllm_engine.models.base import (
     DiffusionModel,
     ModelSpec,
+    is_added_once,
     is_quantizable,
     split_dim,
     stacked_rows,
@@ -88,6 +89,11 @@ def read_spec(directory: Path) -> ModelSpec:
     return spec
 
 
+def family_of(architecture: str) -> str:
+    """The name of the family that serves an architecture: `llada`, `dream`."""
+    return _FAMILIES[architecture].__name__.rpartition(".")[2]
+
+
 def _check_files(directory: Path) -> None:
     """Report all missing files in one error, before any of them is read."""
     if not directory.is_dir():
@@ -149,6 +155,8 @@ def load_model(
                 part = checkpoint.part(source, split_dim(name), group)
                 filled[row : row + part.shape[0]].copy_(part)
                 row += part.shape[0]
+            if group is not None and group.rank and is_added_once(name):
+                filled.zero_()
             if quantize is not None and is_quantizable(name):
                 filled = quantize(filled)
             _replace_parameter(model, name, filled)
