@@ -114,14 +114,17 @@ class Denoising(Body):
         None,
         ge=1,
         le=INT32_MAX,
-        description="tokens per block, at most gen_length; default: 32, with alg gen_length",
+        description="tokens per block, at most gen_length; default: 32, with alg gen_length; a "
+        "block-wise model's own",
     )
     cfg_scale: float | None = Field(
         None, ge=0, le=1000, description="classifier-free guidance; 0 is off"
     )
     remasking: Name | None = Field(
         None,
-        description="which positions a step commits first: low_confidence, random, entropy, margin",
+        description="which positions a step commits first; default: low_confidence, or a "
+        "block-wise model's own rule: low_confidence_dynamic, low_confidence, "
+        "random, entropy, margin, sequential",
     )
     confidence_threshold: float | None = Field(
         None,
@@ -205,8 +208,8 @@ class Denoising(Body):
     )
     cache: Name | None = Field(
         None,
-        description="which keys and values are kept between steps: none, prefix, dual, sparse, "
-        "delayed; default: the server's",
+        description="which keys and values are kept between steps; block-wise models: none, "
+        "block: none, prefix, dual, sparse, delayed, block; default: the server's",
     )
     retention_ratio: float | None = Field(
         None,

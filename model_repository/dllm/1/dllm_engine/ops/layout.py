@@ -60,8 +60,8 @@ class PagedGroup:
     out_rows: Tensor
     #: [G, P] int64.
     pages: Tensor
-    #: bool; the stored rows that each row sees, [G, 1, Q, P × page_size]; or [G, 1, 1, P × page_size]
-    #: if all rows of a sequence see the same; None: all rows see all.
+    #: [G, 1, Q, P × page_size] bool; the stored rows that each row sees; one row of the mask stands
+    #: for all if they see the same; None: all rows see all.
     kv_mask: Tensor | None
 
     @classmethod
@@ -133,8 +133,7 @@ class FlatLayout:
     #: [rows]; row of the pool that stores each packed row, or −1; None: no row is stored.
     slot_mapping: Tensor | None = None
     selection: FlatSelection | None = None
-    #: [rows]; a packed row sees this many of its sequence's keys, at least 1; None: all rows see all
-    #: keys of their sequence.
+    #: [rows]; how many of its sequence's keys each packed row sees, at least 1; None: all.
     key_limits: Tensor | None = None
 
     @classmethod

@@ -59,7 +59,7 @@ class SlotState(NamedTuple):
     kv_lens: Int
     #: Positions from the left whose stored keys and values are final; 0 unless block-wise.
     final: Int
-    #: The next step decodes masked positions of the active block; false while a prompt is prefilled.
+    #: The next step decodes masked positions of the active block; it does not while it prefills.
     decodes: Bool
     #: Of these the first alone, which the block before predicts (`BlockAttention`).
     opens: Bool
