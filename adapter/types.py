@@ -16,7 +16,7 @@ DEFAULT_PRIORITY = 2
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens and passes of a request."""
+    """Tokens, steps and forward passes of a request."""
 
     prompt_tokens: int
     completion_tokens: int

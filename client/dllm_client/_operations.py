@@ -125,6 +125,16 @@ def health() -> Operation[str]:
     return str(body["status"])
 
 
+def models() -> Operation[list[str]]:
+    """The names of the models that OpenAI's calls may ask for."""
+    body = yield from _send_again(Call("GET", "/v1/models"))
+    match body:
+        case {"data": [*data]} if all(isinstance(m, dict) and "id" in m for m in data):
+            return [str(model["id"]) for model in data]
+        case _:
+            raise UnexpectedResponseError(f"not a list of models: {body!r}")
+
+
 def wait(request_id: int, timeout: float | None) -> Operation[Result]:
     """The job once it is finished; see Client.wait."""
     try:

@@ -1,9 +1,14 @@
 """Types of requests and responses. `dllm` shows the descriptions as help."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+
+if TYPE_CHECKING:
+    from dllm_client._errors import DllmError
 
 #: A text, chat messages for the checkpoint's chat template (`role` and `content`), or token ids.
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
@@ -170,6 +175,31 @@ class Result:
         if self.status is Status.CANCELLED:
             return f"job {self.request_id} was cancelled"
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt with fields of its own, for `map`."""
+
+    prompt: Prompt
+    params: Params = field(default_factory=Params)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one item of `map`: a result, an error, or, of a failed job, both."""
+
+    index: int  #: the item's place, from 0
+    result: Result | None = None
+    error: DllmError | None = None
+
+    @property
+    def text(self) -> str:
+        """The text. Raises the item's error if there is none."""
+        if self.error is not None:
+            raise self.error
+        assert self.result is not None
+        return self.result.text or ""
 
 
 @dataclass(frozen=True, slots=True)

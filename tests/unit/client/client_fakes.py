@@ -50,6 +50,7 @@ class BatchServer:
     #: Jobs that may be queued at once.
     room: int = 10_000
     calls: list[int] = field(default_factory=list)
+    bodies: list[dict[str, Any]] = field(default_factory=list)
     cancelled: list[int] = field(default_factory=list)
     _prompts: list[str] = field(default_factory=list)
     _fetched: int = 0
@@ -62,7 +63,9 @@ class BatchServer:
         if request.method == "DELETE":
             self.cancelled.append(number)
             return job("cancelled", request_id=number)
-        return self._submit(json.loads(request.content)["prompts"])
+        body = json.loads(request.content)
+        self.bodies.append(body)
+        return self._submit(body.get("prompts") or [body["prompt"]])
 
     def _submit(self, prompts: list[str]) -> httpx.Response:
         if len(prompts) > self.limit:
