@@ -144,6 +144,12 @@ class Usage:
     completion_tokens: int
     steps: int
     forward_passes: int
+    cached_tokens: int = 0  #: tokens of the prompt that the server's prefix cache had
+
+    @classmethod
+    def of(cls, fields: Mapping[str, int]) -> Usage:
+        """Read the fields of a response; those that this release does not know are ignored."""
+        return cls(**{name: fields[name] for name in cls.__slots__ if name in fields})
 
 
 @dataclass(frozen=True, slots=True)
