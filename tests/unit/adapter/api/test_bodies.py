@@ -187,7 +187,7 @@ async def test_bodies_at_once_are_bounded(database_url: str) -> None:
 
 @pytest.mark.parametrize("source", ["key", "address"])
 async def test_bodies_of_one_caller_leave_room_for_others(database_url: str, source: str) -> None:
-    """A key, or without keys an address, that sends many bodies at once has its own refused."""
+    """If a key, or without keys an address, sends many bodies at once, only its own are refused."""
 
     async def slow() -> AsyncIterator[bytes]:
         yield b" " * 1000
