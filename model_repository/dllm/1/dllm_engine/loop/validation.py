@@ -35,6 +35,21 @@ def longest_sequence(config: EngineConfig, spec: ModelSpec) -> int:
     return wanted
 
 
+def check_cache(config: EngineConfig, spec: ModelSpec) -> None:
+    """Check the server's default cache policy against the checkpoint.
+
+    Raises:
+        InvalidConfig: the policy is not one of the model's kind.
+    """
+    policies = CACHE_POLICIES if spec.blocks is None else BLOCK_CACHE_POLICIES
+    if config.cache not in policies:
+        kind = "not block-wise" if spec.blocks is None else "block-wise"
+        raise InvalidConfig(
+            f"DLLM_CACHE: must be one of {', '.join(policies)} for {spec.architecture}, which is "
+            f"{kind}; got {config.cache}"
+        )
+
+
 class RequestLimits:
     """Checks requests before they are queued; thread-safe.
 
