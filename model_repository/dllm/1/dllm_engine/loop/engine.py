@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dllm_engine.config import EngineConfig
-from dllm_engine.errors import CheckpointError, EngineDead, QueueTimeout, RequestFailed
+from dllm_engine.errors import EngineDead, QueueTimeout, RequestFailed
 from dllm_engine.execution.runner import ModelRunner
 from dllm_engine.execution.tensor_parallel import load_runner
 from dllm_engine.loop.histograms import Histograms
@@ -100,7 +100,11 @@ class Engine:
         self.runner = runner or load_runner(config, spec, self.stop_token_ids)
         self.allocator = PageAllocator(self.runner.plan.num_pages, config.kv_page_size)
         self._limits = RequestLimits(
-            config, spec, self.allocator, has_text=self.tokenizer is not None
+            config,
+            spec,
+            self.allocator,
+            has_text=self.tokenizer is not None,
+            token_budget=self.runner.token_budget,
         )
         self.scheduler = Scheduler(
             config.max_num_seqs,

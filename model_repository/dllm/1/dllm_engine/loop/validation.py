@@ -58,11 +58,19 @@ class RequestLimits:
         spec: the model; its `max_model_len` is the longest sequence served.
         allocator: the pages of keys and values.
         has_text: whether the checkpoint has a tokenizer.
+        token_budget: rows that one step may have.
     """
 
     def __init__(
-        self, config: EngineConfig, spec: ModelSpec, allocator: PageAllocator, *, has_text: bool
+        self,
+        config: EngineConfig,
+        spec: ModelSpec,
+        allocator: PageAllocator,
+        *,
+        has_text: bool,
+        token_budget: int,
     ) -> None:
+        self._token_budget = token_budget
         self._config = config
         self._spec = spec
         self._allocator = allocator
@@ -107,6 +115,13 @@ class RequestLimits:
         if params.cache not in BLOCK_CACHE_POLICIES:
             names = " or ".join(BLOCK_CACHE_POLICIES)
             raise InvalidRequest("cache", f"must be {names} {why}; got {params.cache}")
+        length = len(prompt.ids) + params.gen_length
+        if params.cache == "none" and length > self._token_budget:
+            raise InvalidRequest(
+                "cache",
+                f"none computes all {length} tokens of prompt and answer in every step; it may be "
+                f"{self._token_budget} (DLLM_MAX_NUM_BATCHED_TOKENS)",
+            )
         if prompt.suffix_ids:
             raise InvalidRequest("suffix", "must be empty: no token of a block-wise model sees it")
         if params.cfg_scale != 0:
