@@ -8,7 +8,7 @@ from fastapi import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from adapter.auth.keys import Keyring
-from adapter.auth.rate_limit import RateLimiter
+from adapter.auth.rate_limit import Quota, RateLimiter
 from adapter.errors import AdapterError, Unauthorized
 
 API = "/v1/"
@@ -52,13 +52,13 @@ class AuthMiddleware:
                 msg = "an API key is required: send X-API-Key: KEY, or Authorization: Bearer KEY"
                 raise Unauthorized(msg)
         request.state.api_key = name
+        request.state.caller = f"key:{name}" if name else f"address:{_address(request)}"
         # Polling and cancelling cost the engine nothing, so they are not counted.
         if guarded and request.method == "POST":
             limiter: RateLimiter | None = request.app.state.rate_limiter
             if limiter is not None:
-                caller = f"key:{name}" if name else f"address:{_address(request)}"
-                request.state.rate_caller = caller
-                await limiter.hit(caller)
+                request.state.quota = Quota(limiter, request.state.caller)
+                await request.state.quota.take()
 
 
 def _key(request: Request) -> str:
