@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from dllm_client import Client
@@ -53,7 +53,7 @@ def serve(
     Without MODEL it serves MODEL_PATH, or else the demo checkpoint.
     """
     with _service_errors():
-        settings = _settings(host=host, port=port, workers=workers)
+        settings = Settings.with_options(host=host, port=port, workers=workers)
         env = {} if model is None else {"MODEL_PATH": str(find_checkpoint(model))}
         reporter = ConsoleReporter(console, Logs.ALL if verbose else Logs.READY)
         with suppress(KeyboardInterrupt), reporter, Stack(settings, reporter, env) as stack:
@@ -67,7 +67,7 @@ def serve(
 def triton(verbose: Verbose = False) -> None:
     """Run Triton with the engine alone, until Ctrl-C; the adapter is started elsewhere."""
     with _service_errors():
-        settings = _settings()
+        settings = Settings.with_options()
         reporter = ConsoleReporter(console, Logs.ALL if verbose else Logs.READY)
         for warning in misspelt(os.environ):
             reporter.trouble(f"warning: {warning}")
@@ -86,7 +86,7 @@ def triton(verbose: Verbose = False) -> None:
 def demo(port: Port = None, verbose: Verbose = False) -> None:
     """Start everything, run the deployment guide's own requests, print the texts, stop."""
     with _service_errors(), tempfile.TemporaryDirectory(prefix="dllm-demo-") as folder:
-        settings = _settings(port=port, workers=1)
+        settings = Settings.with_options(port=port, workers=1)
         env = {"DLLM_DATABASE_URL": f"sqlite:///{Path(folder) / 'jobs.db'}"}
         reporter = ConsoleReporter(console, Logs.ALL if verbose else Logs.NONE)
         with reporter, Stack(settings, reporter, env):
@@ -111,11 +111,6 @@ def _print_addresses(*rows: tuple[str, str]) -> None:
     for name, address in rows:
         console.print(f"{name:>10}  {address}", highlight=False, soft_wrap=True)
     console.print("Ctrl-C stops it.")
-
-
-def _settings(**options: Any) -> Settings:
-    """The environment's settings, with the options that were given in their place."""
-    return Settings(**{name: value for name, value in options.items() if value is not None})
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def doctor(
     The exit code is 1 if anything is wrong that keeps the service from working.
     """
     with one_line_errors():
-        settings = Settings()
+        settings = Settings.with_options()
         before = ctx.obj or {}
         named = url or before.get("url")
         findings = [

@@ -64,7 +64,7 @@ def described(directory: Path) -> dict[str, Any]:
 
     Raises CheckpointError with the engine's words if it would not serve the checkpoint.
     """
-    engine = str(Settings().model_repository / "dllm" / "1")
+    engine = str(Settings.with_options().model_repository / "dllm" / "1")
     paths = [engine, *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [sys.executable, "-m", "dllm_engine.describe", str(directory)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

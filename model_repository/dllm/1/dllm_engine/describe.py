@@ -21,7 +21,12 @@ from dllm_engine.config import EngineConfig
 from dllm_engine.errors import DllmError, InvalidConfig
 from dllm_engine.execution.devices import resolve_device
 from dllm_engine.execution.graphs import GRAPH_BYTES, LARGEST_ROWS, graph_sizes
-from dllm_engine.execution.rank_model import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET
+from dllm_engine.execution.rank_model import (
+    CHUNKS_PER_STEP,
+    CPU_TOKEN_BUDGET,
+    GPU_TOKEN_BUDGET,
+    LEAST_CHUNK,
+)
 from dllm_engine.loop.validation import longest_sequence
 from dllm_engine.memory.plan import (
     MemoryPlan,
@@ -34,7 +39,7 @@ from dllm_engine.models.base import ModelSpec
 from dllm_engine.models.loader import read_spec
 from dllm_engine.ops.transfer import UPLOAD_BYTES
 from dllm_engine.sampling.full_logits import least_bytes
-from dllm_engine.state.canvas import CanvasTable
+from dllm_engine.state.canvas import LONGEST_BLOCK, CanvasTable
 
 #: Memory of cards in MiB, as `nvidia-smi` reports it, without what a driver takes.
 CARDS: Mapping[str, int] = {
@@ -103,7 +108,9 @@ def plan_memory(
     weights = spec.weight_bytes(dtype.itemsize, config.quantization)
     check_weights(weights, limit)
     budget = config.max_num_batched_tokens or (CPU_TOKEN_BUDGET if on_cpu else GPU_TOKEN_BUDGET)
-    rows = max(2 * spec.max_model_len, budget)
+    chunk = max(LEAST_CHUNK, budget // CHUNKS_PER_STEP)
+    whole = 2 * spec.max_model_len if spec.blocks is None else max(chunk, LONGEST_BLOCK)
+    rows = max(whole, budget)
     largest = 0 if on_cpu or spec.num_ranks > 1 else LARGEST_ROWS
     if config.cuda_graph_rows is not None:
         largest = config.cuda_graph_rows
@@ -112,7 +119,7 @@ def plan_memory(
     if sizes:
         graphs += estimate_activations(spec, sizes[-1], dtype.itemsize)
     one = dataclasses.replace(config, max_num_seqs=1)
-    table = CanvasTable.of(one, spec, spec.eos_token_ids, device="cpu")
+    table = CanvasTable.of(one, spec, spec.eos_token_ids, device="cpu", chunk=chunk)
     requests = config.max_num_seqs * (table.num_bytes if on_cpu else table.credits.num_bytes)
     return MemoryPlan(
         device=device,
@@ -125,7 +132,11 @@ def plan_memory(
         graphs=graphs,
         page=page_bytes(spec, config.kv_page_size, dtype.itemsize),
         page_size=config.kv_page_size,
-    ).with_pages(spec.max_model_len, config.max_num_seqs, needs_pages=config.cache != "none")
+    ).with_pages(
+        spec.max_model_len,
+        config.max_num_seqs,
+        needs_pages=config.cache != "none" or spec.blocks is not None,
+    )
 
 
 def fit(
