@@ -12,6 +12,7 @@ from adapter.api.deps import (
     PoolDep,
     SettingsDep,
     StreamingDep,
+    batch_limit,
     count_prompts,
 )
 from adapter.api.openai.errors import ModelNotFound
@@ -62,14 +63,20 @@ RunnerDep = Annotated[CompletionRunner, Depends(_runner)]
 
 @router.post("/completions", response_model=Completion, responses=_chunks("Completion") | _FAULTS)
 async def completions(
-    call: Request, body: CompletionCall, runner: RunnerDep, settings: SettingsDep
+    call: Request,
+    body: CompletionCall,
+    runner: RunnerDep,
+    settings: SettingsDep,
+    live: StreamingDep,
+    context: ContextDep,
 ) -> Completion | EventStream:
     """Continue each prompt, which the model sees without a chat template."""
     formatter = CompletionFormatter(_served(body.model, settings))
-    check_batch_size("prompt", body.prompts, settings)
+    limit = batch_limit(call, live.most_at_once(context.api_key), "DLLM_MAX_LIVE")
+    check_batch_size("prompt", body.prompts, limit)
     requests = body.requests(settings.max_gen_length)
     check_options(requests[0], settings)
-    await count_prompts(call, "prompt", len(requests))
+    await count_prompts(call, len(requests))
     if body.stream:
         return await runner.stream(requests, formatter, body.streamed_usage)
     return formatter.whole(await runner.results(requests))
