@@ -91,7 +91,7 @@ def environment(places: dict[str, str]) -> dict[str, str]:
     return os.environ | {"PATH": path, "DLLM_URL": f"http://{places['localhost:8000']}"}
 
 
-@pytest.mark.parametrize("page", filter(blocks, PAGES), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*filter(blocks, PAGES)], ids=lambda page: page.name)
 def test_the_code_on_a_page_runs(page: Path, places: dict[str, str], folder: Path) -> None:
     """Every block ends with exit code 0, or serves at its address until it is stopped."""
     for block in blocks(page):
@@ -138,9 +138,7 @@ def serve(block: Block, code: str, folder: Path, places: dict[str, str]) -> None
             start_new_session=True,
         )
     try:
-        eventually(
-            lambda: process.poll() is not None or answers(address), f"{address} answers"
-        )
+        eventually(lambda: process.poll() is not None or answers(address), f"{address} answers")
         assert process.poll() is None, f"{block.code}\n{log.read_text()}"
     finally:
         os.killpg(process.pid, signal.SIGTERM)
