@@ -98,6 +98,8 @@ def _pydantic(field: Field, default: object, text: str) -> str:
     if field.type is int and field.limits.le is None:
         limits["le"] = "INT32_MAX"
     given = [f"{key}={value}" for key, value in limits.items() if value is not None]
+    if field.limits.choices:
+        given.append(f"examples={json.dumps(field.limits.choices)}")
     return f"Field({', '.join([repr(default), *given, f'description={literal(text)}'])})"
 
 

@@ -121,6 +121,7 @@ class Denoising(Body):
     )
     remasking: Name | None = Field(
         None,
+        examples=["low_confidence", "random", "entropy", "margin"],
         description="which positions a step commits first: low_confidence, random, entropy, margin",
     )
     confidence_threshold: float | None = Field(
@@ -172,6 +173,7 @@ class Denoising(Body):
     )
     alg: Name | None = Field(
         None,
+        examples=["origin", "maskgit_plus", "topk_margin", "entropy"],
         description="Dream's rule, instead of remasking: origin, maskgit_plus, topk_margin, "
         "entropy",
     )
@@ -205,6 +207,7 @@ class Denoising(Body):
     )
     cache: Name | None = Field(
         None,
+        examples=["none", "prefix", "dual", "sparse", "delayed"],
         description="which keys and values are kept between steps: none, prefix, dual, sparse, "
         "delayed; default: the server's",
     )
