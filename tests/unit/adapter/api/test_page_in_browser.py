@@ -500,7 +500,9 @@ async def test_nothing_moves_where_stillness_is_asked_for(page: Page) -> None:
     await page.press("Escape")
 
 
-@pytest.mark.parametrize("mode", ["prompt", "pair", "jobs"])
+@pytest.mark.parametrize(
+    "mode", ["prompt", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("pair", "jobs"))]
+)
 async def test_a_phone_needs_no_scrolling_sideways(page: Page, mode: str) -> None:
     """At 320 pixels everything fits the width (WCAG 1.4.10)."""
     await page.show_as(width=320, height=640, still=True)
