@@ -16,12 +16,14 @@ DEFAULT_PRIORITY = 2
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens and passes of a request."""
+    """Tokens, steps and forward passes of a request."""
 
     prompt_tokens: int
     completion_tokens: int
     steps: int
     forward_passes: int
+    #: Tokens of the prompt that the engine's prefix cache had.
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -82,25 +83,32 @@ def denoising_fields(table: Table) -> Iterator[str]:
     for field in table.values():
         if field.name not in LIMITED_BY_SETTING:
             kind = REST_TYPES.get(python_type(field), python_type(field))
-            yield f"    {field.name}: {kind} | None = {_pydantic(field, None, description(field))}"
+            yield f"    {field.name}: {kind} | None = {_pydantic(field, None)}"
+            yield _docstring(description(field))
 
 
 def amount_fields(table: Table) -> Iterator[str]:
     """Fields that the REST API's own bodies have besides."""
     for name, setting in LIMITED_BY_SETTING.items():
         field = table[name]
-        text = f"{description(field)}; at most {setting}"
-        yield f"    {name}: {python_type(field)} = {_pydantic(field, field.default, text)}"
+        yield f"    {name}: {python_type(field)} = {_pydantic(field, field.default)}"
+        yield _docstring(f"{description(field)}; at most {setting}")
 
 
-def _pydantic(field: Field, default: object, text: str) -> str:
+def _docstring(text: str) -> str:
+    """A field's description below it; pydantic takes it from there."""
+    return textwrap.indent("\n".join(textwrap.wrap(f'"""{text}"""', 96)), "    ")
+
+
+def _pydantic(field: Field, default: object) -> str:
+    """The default, with the limits of a number, or the choices."""
     limits: dict[str, object] = {key: getattr(field.limits, key) for key in ("ge", "gt", "le")}
     if field.type is int and field.limits.le is None:
         limits["le"] = "INT32_MAX"
     given = [f"{key}={value}" for key, value in limits.items() if value is not None]
     if field.limits.choices:
         given.append(f"examples={json.dumps(field.limits.choices)}")
-    return f"Field({', '.join([repr(default), *given, f'description={literal(text)}'])})"
+    return f"Field({', '.join([repr(default), *given])})" if given else repr(default)
 
 
 def client_fields(table: Table) -> Iterator[str]:

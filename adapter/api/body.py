@@ -28,14 +28,14 @@ from adapter.shares import share_of
 
 #: Most values in a body: 64 prompts of 4096 token ids, and some more.
 MAX_VALUES = 300_000
-#: A worker reads bodies of together so many times the largest one.
+#: A worker reads so many of the largest bodies at the same time, or more smaller ones.
 BODIES_AT_ONCE = 16
-#: A body that is larger than this takes its turn: others' calls go on between two of them.
+#: Bodies larger than this are parsed one after the other, with a pause for other calls.
 LARGE_BYTES = 256 * 1024
-#: Length of its turn, in seconds per byte; parsing takes some tenth of it.
+#: Length of the pause, in seconds per byte; parsing takes about a tenth of it.
 TURN = 0.25 / 2**20
-#: Where a value begins: in a list or an object, or after another value. They are counted in texts
-#: too, since telling texts apart costs more than parsing; no prompt that fits a model has as many.
+#: A value follows each of these. They are counted inside strings too, since finding strings costs
+#: more than parsing; no prompt that fits a model has so many.
 SEPARATORS = (b",", b"[", b"{")
 
 

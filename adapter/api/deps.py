@@ -1,20 +1,19 @@
-"""Dependencies of the routes: the caller, the settings, and the services of the application.
+"""What routes ask of a call: its context, its share of the limits, the application's services.
 
-They are asynchronous because FastAPI runs other dependencies in threads. FastAPI also spends time
-on each of them, so the routes of jobs, which are called most, use the plain functions instead.
+These are plain functions: FastAPI's own dependencies cost time at each call.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, cast
+from typing import Protocol, cast
 
-from fastapi import Depends, Request
+from fastapi import Request
 
-from adapter.auth.rate_limit import RateLimiter
+from adapter.api.validation import BatchLimit
+from adapter.auth.rate_limit import Quota, RateLimiter
 from adapter.db.database import Database
 from adapter.engine.pool import EnginePool
 from adapter.engine.streaming import StreamingRequests
-from adapter.errors import InvalidRequest
 from adapter.jobs.job import JobOptions
 from adapter.jobs.service import JobService
 from adapter.periodic import PeriodicTask
@@ -50,63 +49,51 @@ def request_context(request: Request) -> RequestContext:
     )
 
 
-def settings_of(request: Request) -> Settings:
-    """The application's settings."""
-    return cast(Settings, request.app.state.settings)
+class Services(Protocol):
+    """What the application's state holds; `adapter.app` fills it."""
+
+    settings: Settings
+    database: Database
+    rate_limiter: RateLimiter | None
+    pool: EnginePool
+    jobs: JobService
+    live: StreamingRequests
+    #: Background tasks, which have to go on.
+    tasks: Sequence[PeriodicTask]
 
 
-def jobs_of(request: Request) -> JobService:
-    """The application's jobs."""
-    return cast(JobService, request.app.state.jobs)
+def services(request: Request) -> Services:
+    """The services of the application that got this call."""
+    return cast(Services, request.app.state)
 
 
-async def count_prompts(request: Request, field: str, prompts: int) -> None:
+def batch_limit(request: Request, most: int, setting: str) -> BatchLimit:
+    """The most prompts that this call may have; a call with more could never be admitted.
+
+    `most` is how many its key may hold, and `setting` has the limit for all keys.
+    """
+    if request_context(request).api_key is not None:
+        setting += ", DLLM_KEY_SHARE"
+    limits = [
+        BatchLimit(services(request).settings.max_batch_size, "DLLM_MAX_BATCH_SIZE"),
+        BatchLimit(most, setting),
+    ]
+    if (limiter := services(request).rate_limiter) is not None:
+        limits.append(BatchLimit(limiter.most_at_once, "DLLM_RATE_LIMIT"))
+    return min(limits, key=lambda limit: limit.most)
+
+
+async def count_prompts(request: Request, prompts: int) -> None:
     """Count the prompts of a call for the rate limit; its middleware has counted the first one.
 
-    Raises `RateLimited`, and `InvalidRequest` for more prompts than the limit ever admits.
+    Raises `RateLimited`.
     """
-    limiter = cast(RateLimiter | None, request.app.state.rate_limiter)
-    if limiter is None or prompts <= 1:
-        return
-    if prompts > limiter.most_at_once:
-        most = limiter.most_at_once
-        msg = f"{field}: at most {most} at once (DLLM_RATE_LIMIT); got {prompts}"
-        raise InvalidRequest(msg)
-    await limiter.hit(request.state.rate_caller, prompts - 1)
+    if services(request).rate_limiter is not None and prompts > 1:
+        await request.state.quota.take(prompts - 1)
 
 
-async def _context(request: Request) -> RequestContext:
-    return request_context(request)
-
-
-async def _settings(request: Request) -> Settings:
-    return settings_of(request)
-
-
-async def _jobs(request: Request) -> JobService:
-    return jobs_of(request)
-
-
-async def _live(request: Request) -> StreamingRequests:
-    return cast(StreamingRequests, request.app.state.live)
-
-
-async def _database(request: Request) -> Database:
-    return cast(Database, request.app.state.database)
-
-
-async def _tasks(request: Request) -> Sequence[PeriodicTask]:
-    return cast(Sequence[PeriodicTask], request.app.state.tasks)
-
-
-async def _pool(request: Request) -> EnginePool:
-    return cast(EnginePool, request.app.state.pool)
-
-
-ContextDep = Annotated[RequestContext, Depends(_context)]
-SettingsDep = Annotated[Settings, Depends(_settings)]
-JobsDep = Annotated[JobService, Depends(_jobs)]
-DatabaseDep = Annotated[Database, Depends(_database)]
-StreamingDep = Annotated[StreamingRequests, Depends(_live)]
-TasksDep = Annotated[Sequence[PeriodicTask], Depends(_tasks)]
-PoolDep = Annotated[EnginePool, Depends(_pool)]
+async def uncount(request: Request) -> None:
+    """Give back what a refused call took from the rate limit."""
+    quota: Quota | None = getattr(request.state, "quota", None)
+    if quota is not None:
+        await quota.give_back()

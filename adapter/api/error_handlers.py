@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, RedirectResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from adapter.api.deps import uncount
 from adapter.api.openai import errors as openai
 from adapter.api.printable import MAX_NAME, printable
 from adapter.errors import AdapterError, InvalidRequest
@@ -22,6 +23,8 @@ log = get_logger()
 NAMES = {"text_input": "prompt"}
 #: A response lists no more problems than this.
 MAX_PROBLEMS = 20
+#: Refusals that do not count for the rate limit, as no engine was asked. Others do: they cost work.
+UNCOUNTED = (413, 429)
 SLASHES = re.compile("/+")
 
 
@@ -35,6 +38,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
 async def _adapter_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, AdapterError)
+    if error.status in UNCOUNTED:
+        await uncount(request)
     if error.status >= 500:
         log.warning("call_failed", path=request.url.path, status=error.status, error=str(error))
     status, body = error.status, {"detail": _detail(error)}
@@ -57,7 +62,7 @@ def _detail(error: AdapterError) -> str | list[dict[str, Any]]:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """Unknown paths and methods, and bodies that are no JSON, which the framework refuses."""
+    """What the framework refuses: unknown paths and methods, and bodies that are no JSON."""
     assert isinstance(error, HTTPException)
     if error.status_code == 400 and isinstance(error.__cause__, ValueError | RecursionError):
         error = HTTPException(400, _why_no_json(error.__cause__))
@@ -72,9 +77,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 def _without_extra_slashes(request: Request) -> str | None:
-    """Where the call should go if its path has slashes too many, and a route has the path without.
+    """The path without extra slashes, if it has some and a route has the path without them.
 
-    A relative address, so that it stays on this server.
+    It is a relative address, so that the call stays on this server.
     """
     path = SLASHES.sub("/", request.scope["path"]).rstrip("/")
     if path == request.scope["path"]:
@@ -108,6 +113,7 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     not repeated.
     """
     assert isinstance(error, RequestValidationError)
+    await uncount(request)
     if openai.is_openai(request.url.path):
         body = openai.of_validation(error, openai.length_name(request))
         return JSONResponse(body, status_code=400)
@@ -117,9 +123,16 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
             "type": item["type"],
             "loc": [p if isinstance(p, int) else printable(p, MAX_NAME) for p in item["loc"]],
             "msg": printable(item["msg"]),
+            **_limit_of(item),
         }
         for item in problems[:MAX_PROBLEMS]
     ]
     if (more := len(problems) - MAX_PROBLEMS) > 0:
         detail.append({"type": "more", "loc": ["body"], "msg": f"and {more} more problems"})
     return JSONResponse({"detail": detail}, status_code=422)
+
+
+def _limit_of(problem: dict[str, Any]) -> dict[str, Any]:
+    """The greatest length, for clients that split what they send."""
+    most = problem.get("ctx", {}).get("max_length")
+    return {} if most is None else {"ctx": {"max_length": most}}

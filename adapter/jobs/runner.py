@@ -67,7 +67,7 @@ class JobRunner:
             "job-maintenance", self._maintain, on_error=self._maintenance_failed
         )
         self._rescue_after = 0.0
-        #: Claims, and maintains.
+        #: The tasks that claim and maintain.
         self.loops = (self._claiming, self._maintenance)
         self._exit = AsyncExitStack()
 
@@ -184,7 +184,7 @@ class JobRunner:
         while True:
             try:
                 async with self._completing:
-                    job = await self._store.settle(self._owner, run.job, outcome)
+                    job = await self._store.settle(run.job, outcome)
                     await asyncio.sleep(0)
             except StoreUnavailable as error:
                 if pause == FIRST_SAVE_PAUSE:

@@ -179,7 +179,7 @@ async def test_bodies_at_once_are_bounded(database_url: str) -> None:
 
 
 async def test_bodies_of_one_key_leave_room_for_others(database_url: str) -> None:
-    """A key that sends many bodies at once has its own refused, and nobody else's."""
+    """If a key sends many bodies at once, only its own are refused."""
 
     async def slow() -> AsyncIterator[bytes]:
         yield b" " * 1000

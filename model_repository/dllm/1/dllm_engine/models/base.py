@@ -277,9 +277,11 @@ class DiffusionModel(nn.Module):
     def prepare(self) -> None:
         """Pack the weights and create the head; call once after loading."""
         spec, weight = self.spec, self.embedding
+        # The last block of a sequence may reach beyond its end.
+        spare = spec.blocks.block_length if spec.blocks else 0
         self._rotary = RotaryTable(
             spec.head_dim,
-            spec.max_model_len,
+            spec.max_model_len + spare,
             spec.rope,
             device=str(weight.device),
             dtype=weight.dtype,
