@@ -21,6 +21,12 @@ def threshold(confidence: list[float], masked: list[bool], tau: float) -> set[in
     return set(order[:1]) | {i for i in order if confidence[i] >= tau}
 
 
+def dynamic(confidence: list[float], masked: list[bool], tau: float, count: int) -> set[int]:
+    """All above the threshold if these are at least `count`, else the `count` best."""
+    above = {i for i in ranked(confidence, masked) if confidence[i] > tau}
+    return above if len(above) >= count else fixed_count(confidence, masked, count)
+
+
 def factor(confidence: list[float], masked: list[bool], f: float) -> set[int]:
     """The longest run of best positions with c_n at least 1 − f / (n + 1)."""
     order = ranked(confidence, masked)
