@@ -89,6 +89,11 @@ class Settings(BaseSettings):
     key_share: float = Field(default=0.5, gt=0, le=1)
     """Part of max_live, max_held_polls, max_queued_jobs, and of the bodies that are read at once,
     that one key may hold."""
+    share_prefixes: bool = False
+    """Requests of different API keys share the prefix cache.
+
+    A caller can then find out whether another one has sent the same beginning.
+    """
     max_inflight: Count = 256
     """Jobs that one worker process runs at a time."""
     max_live: Count = 256

@@ -22,6 +22,8 @@ class Usage:
     completion_tokens: int
     steps: int
     forward_passes: int
+    #: Tokens of the prompt that the engine's prefix cache had.
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

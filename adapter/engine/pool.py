@@ -24,9 +24,15 @@ DESCRIBE_SECONDS = 2.0
 
 
 class Endpoint:
-    """One engine, its monitor, and this worker's requests in flight there."""
+    """One engine, its monitor, and this worker's requests in flight there.
 
-    def __init__(self, name: str, engine: Engine, monitor: EngineMonitor) -> None:
+    `share_prefixes`: whether requests of different API keys share the engine's prefix cache.
+    """
+
+    def __init__(
+        self, name: str, engine: Engine, monitor: EngineMonitor, *, share_prefixes: bool = False
+    ) -> None:
+        self._share_prefixes = share_prefixes
         self.name = name
         self.engine = engine
         self.monitor = monitor
@@ -50,6 +56,16 @@ class Endpoint:
     def backoff_left(self) -> float:
         """Seconds until it may get requests again; negative when it may."""
         return self._not_before - _now()
+
+    def salted(self, inputs: Inputs, api_key: str | None) -> Inputs:
+        """The inputs with the salt of the key: only requests of one salt share cached prefixes.
+
+        Otherwise a caller could learn, from `cached_tokens` or the time to an answer, whether
+        another one has sent a prompt with the same beginning.
+        """
+        if api_key is None or self._share_prefixes:
+            return inputs
+        return {**inputs, "cache_salt": api_key}
 
     @contextmanager
     def track(self, request_id: str) -> Iterator[Callable[[Event], None]]:

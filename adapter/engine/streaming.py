@@ -33,6 +33,7 @@ class StreamingRequest:
         request_id: str,
         detail: StreamDetail,
         priority: int,
+        api_key: str | None,
         timeout: float | None,
         idle_timeout: float,
     ) -> None:
@@ -50,6 +51,7 @@ class StreamingRequest:
             request_id=request_id,
             detail=detail,
             priority=priority,
+            api_key=api_key,
             deadline=timeout,
             idle_timeout=idle_timeout,
         )
@@ -171,6 +173,7 @@ class StreamingRequests:
             request_id=f"{request_id}-{secrets.token_hex(4)}",
             detail=detail,
             priority=priority,
+            api_key=api_key,
             timeout=timeout,
             idle_timeout=self._idle_timeout,
         )

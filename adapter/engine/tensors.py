@@ -45,6 +45,7 @@ INPUT_TYPES: Mapping[str, str] = {
     "refresh_interval": "INT64",
     # make fields: end
     "priority": "INT64",
+    "cache_salt": "BYTES",
     "exclusive": "BOOL",
     "stream": "BOOL",
     "stream_interval": "FP32",

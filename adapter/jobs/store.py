@@ -211,6 +211,7 @@ class JobStore:
             "completion_tokens": usage and usage.completion_tokens,
             "steps": usage and usage.steps,
             "forward_passes": usage and usage.forward_passes,
+            "cached_tokens": usage and usage.cached_tokens,
         }
         return await self._end(JobState.FINISHED, _CHANGE_CLAIMED, {**_claim_of(job), **values})
 
@@ -405,7 +406,7 @@ def _details(row: Row[Any]) -> JobDetails:
         None if row.state == JobState.QUEUED else row.started_at,
         row.finished_at,
         row.finish_reason,
-        None if None in usage else Usage(*usage),
+        None if None in usage else Usage(*usage, row.cached_tokens or 0),
         row.seed,
     )
 
@@ -452,6 +453,7 @@ _SHOWN = select(
     jobs.c.completion_tokens,
     jobs.c.steps,
     jobs.c.forward_passes,
+    jobs.c.cached_tokens,
     jobs.c.seed,
 ).where(jobs.c.id == bindparam("job"))
 _SHOWN_TO_KEY = _SHOWN.where(jobs.c.api_key == bindparam("key"))

@@ -358,7 +358,7 @@ def _result_of(data: Any) -> Result:
             text=data["text"],
             error=data.get("error"),
             finish_reason=data.get("finish_reason"),
-            usage=usage and Usage(**{name: usage[name] for name in Usage.__slots__}),
+            usage=usage and Usage.of(usage),
             seed=data.get("seed"),
             created_at=data.get("created_at"),
             started_at=data.get("started_at"),

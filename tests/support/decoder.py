@@ -213,8 +213,8 @@ class Decoder:
                 "maskgit_plus": f.confidence,
                 "entropy": -f.entropy,
                 "margin": f.margin,
-                "sequential": -position,
                 "topk_margin": f.margin,
+                "sequential": -float(position),
             }.get(kind)
             scores.append(self._uniform(position) if score is None else score)
             if p.alg_temp > 0:

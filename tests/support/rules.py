@@ -22,9 +22,10 @@ def threshold(confidence: list[float], masked: list[bool], tau: float) -> set[in
 
 
 def dynamic(confidence: list[float], masked: list[bool], tau: float, count: int) -> set[int]:
-    """All above the threshold if these are at least `count`, else the `count` best."""
-    above = {i for i in ranked(confidence, masked) if confidence[i] > tau}
-    return above if len(above) >= count else fixed_count(confidence, masked, count)
+    """All positions above `tau` if they are at least `count`, else the `count` best."""
+    order = ranked(confidence, masked)
+    above = {i for i in order if confidence[i] > tau}
+    return above if len(above) >= min(count, len(order)) else set(order[:count])
 
 
 def factor(confidence: list[float], masked: list[bool], f: float) -> set[int]:

@@ -10,12 +10,19 @@ from pydantic import BaseModel, Field, model_serializer
 from adapter.types import Event
 
 
+class PromptTokensDetails(BaseModel):
+    """How many tokens of the prompts the prefix cache had."""
+
+    cached_tokens: int
+
+
 class TokenUsage(BaseModel):
     """Tokens of all prompts of a call."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
     @classmethod
     def of(cls, results: Sequence[Event]) -> Self:
@@ -23,7 +30,13 @@ class TokenUsage(BaseModel):
         counts = [result.usage for result in results if result.usage is not None]
         read = sum(count.prompt_tokens for count in counts)
         written = sum(count.completion_tokens for count in counts)
-        return cls(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
+        cached = sum(count.cached_tokens for count in counts)
+        return cls(
+            prompt_tokens=read,
+            completion_tokens=written,
+            total_tokens=read + written,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
+        )
 
 
 class TextChoice(BaseModel):

@@ -101,6 +101,7 @@ def parse_request(engine: Engine, request: Any, inputs: Inputs) -> Request:
         params,
         stream_interval=interval if stream else None,
         priority=_priority(inputs),
+        cache_salt=str(_scalar(inputs, "cache_salt")) if "cache_salt" in inputs else "",
         exclusive=bool(_scalar(inputs, "exclusive")) if "exclusive" in inputs else False,
         timeout=request.timeout() / 1e6 or None,  # microseconds; 0: none
         name=request.request_id(),

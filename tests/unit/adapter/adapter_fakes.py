@@ -27,7 +27,7 @@ from adapter.types import (
     Usage,
 )
 
-DONE = Event("an answer", "length", Usage(3, 32, 32, 32), seed=7)
+DONE = Event("an answer", "length", Usage(3, 32, 32, 32, 2), seed=7)
 SIGN_OF_LIFE = Event("an")
 #: A sign of life of a request that has no place yet.
 WAITING = Event("", usage=Usage(3, 0, 0, 0), seed=7, canvas=Canvas([0], [""], [-1.0], (0, 0, 1)))
@@ -67,7 +67,7 @@ def denoising(length: int, *, given: Mapping[int, int] | None = None) -> list[Ev
         text = "".join(f"<{i}>" for i in range(ready))
         steps = len(shown) - len(given)
         reason = "length" if len(shown) == length else ""
-        events.append(Event(text, reason, Usage(3, ready, steps, steps), 7, canvas))
+        events.append(Event(text, reason, Usage(3, ready, steps, steps, 2), 7, canvas))
     return events
 
 

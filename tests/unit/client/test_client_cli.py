@@ -68,6 +68,7 @@ def test_generate_streams(dllm: Dllm) -> None:
     """Into a pipe, --stream prints text as it becomes final; with --json, event by event."""
     block = {"index": 0, "start": 0, "end": 2}
     usage = {"prompt_tokens": 1, "completion_tokens": 2, "steps": 2, "forward_passes": 2}
+    usage["cached_tokens"] = 0
     step = {"step": 1, "block": block, "canvas": ["a", None], "committed": [], "final_text": "a"}
     step["seed"] = 7
     done = {"text": "ab", "finish_reason": "stop", "usage": usage, "seed": 7}

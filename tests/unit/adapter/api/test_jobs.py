@@ -45,6 +45,7 @@ async def test_result_tells_how_it_came_about(api: RunningApp) -> None:
             "completion_tokens": 32,
             "steps": 32,
             "forward_passes": 32,
+            "cached_tokens": 2,
         }
         times = [result[name] for name in ("created_at", "started_at", "finished_at")]
         assert before <= times[0] <= times[1] <= times[2] <= time.time()

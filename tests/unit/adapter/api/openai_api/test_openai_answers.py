@@ -42,6 +42,8 @@ async def test_chat_completion(client: AsyncOpenAI, engine: ScriptedEngine) -> N
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 4)
     assert answer.usage.total_tokens == 7
+    assert answer.usage.prompt_tokens_details is not None
+    assert answer.usage.prompt_tokens_details.cached_tokens == 2
     assert answer.model == "dllm"
     assert answer.id.startswith("chatcmpl-")
     assert engine.requests == [
@@ -127,6 +129,8 @@ async def test_chat_stream(client: AsyncOpenAI, engine: ScriptedEngine) -> None:
     assert last.choices == []
     assert last.usage is not None
     assert last.usage.total_tokens == 7
+    assert last.usage.prompt_tokens_details is not None
+    assert last.usage.prompt_tokens_details.cached_tokens == 2
     assert len({chunk.id for chunk in [*chunks, last]}) == 1
     assert engine.details == [StreamDetail.TEXT]
 
