@@ -46,7 +46,7 @@ KINDS = {
 
 @dataclasses.dataclass
 class BlockResult:
-    """The answer's tokens, masks behind its last block, and the passes that decoded any of them."""
+    """The answer's tokens, with masks behind its last block, and the steps that it took."""
 
     tokens: list[int]
     steps: int
@@ -104,7 +104,7 @@ class _Loop:
             left = self.masked & set(part)
             count = len(part) if self.kind.counts_length else len(left)
             self.decoder.open_block(count, self.steps_per_part)
-            while self.masked & set(part):
+            while self.masked & set(part) and min(self.masked) < self.end:
                 logits = self.forward(torch.tensor(self.tokens), self.active(start, stop))
                 self.commit(logits, self.kind.shifted, part)
 
@@ -114,8 +114,7 @@ class _Loop:
         for position, candidate in found.items():
             self.tokens[position] = candidate.token
             self.masked.remove(position)
-        if any(position < self.end for position in found):
-            self.steps += 1
+        self.steps += 1
 
     def finished(self, length: int) -> Tensor:
         if self.kind.causal:

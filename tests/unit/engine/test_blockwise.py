@@ -91,6 +91,8 @@ def block_cases(draw: st.DrawFn, family: str) -> Case:
         steps=draw(st.none() | st.integers(least, gen_length)),
         ignore_eos=draw(st.booleans()),
         cache=draw(st.sampled_from([None, None, "none"])),
+        temperature=draw(st.sampled_from([0.0, 0.0, 0.8])),
+        seed=draw(st.integers(0, 2**31)),
         **draw(st.sampled_from([{}, *RULES])),
     )
     prompt = draw(st.lists(st.integers(128, 499), min_size=1, max_size=90))
@@ -133,7 +135,7 @@ def test_float32_tokens_of_the_own_rule_equal_the_loop(tmp_path: Path, family: s
 def test_a_block_costs_no_pass_more_than_its_steps(subject: Subject) -> None:
     """A request alone takes as many passes as the loop has decoding steps: no pass finishes a block
     for its own sake."""
-    prompt = list(range(200, 221))
+    prompt = list(range(200, 210))  # short enough for one chunk
     for rule in ({}, *RULES[:4]):
         params = SamplingParams(gen_length=37, ignore_eos=True, **rule)
         answer = subject.llm.generate([prompt], params, progress=False)[0]
