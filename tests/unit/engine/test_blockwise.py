@@ -100,7 +100,7 @@ def block_cases(draw: st.DrawFn, family: str) -> Case:
 
 
 @settings(
-    max_examples=examples(24),
+    max_examples=examples(18),
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
     deadline=None,
@@ -108,7 +108,7 @@ def block_cases(draw: st.DrawFn, family: str) -> Case:
 @given(data=st.data())
 def test_tokens_equal_a_loop_without_a_cache(subject: Subject, data: st.DataObject) -> None:
     """Any mix of rules, block lengths, steps, ends, caches and arrivals: the loop's tokens."""
-    batch = data.draw(st.lists(block_cases(subject.family), min_size=1, max_size=6))
+    batch = data.draw(st.lists(block_cases(subject.family), min_size=1, max_size=4))
     finished = run_with_arrivals(subject.llm, batch)
     for case, update in zip(batch, finished, strict=True):
         assert update.token_ids.tolist() == subject.expected(case).tokens
