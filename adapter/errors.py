@@ -28,8 +28,14 @@ AdapterError
     StreamInterrupted      the stream ended without a result
 """
 
+import re
 from collections.abc import Mapping
 from typing import ClassVar
+
+#: What an engine says of a request that is longer than the model's context.
+CONTEXT_EXCEEDED = re.compile(
+    r"prompt \(\d+ tokens\) plus gen_length|has more than the \d+ tokens|must be at most \d+ ids"
+)
 
 
 class AdapterError(Exception):
@@ -124,6 +130,11 @@ class InvalidRequest(AdapterError):
 
 class ContextExceeded(InvalidRequest):
     """The prompt leaves no room for an answer in the model's context."""
+
+
+def refusal(reason: str) -> InvalidRequest:
+    """The error for an engine's refusal in these words."""
+    return ContextExceeded(reason) if CONTEXT_EXCEEDED.search(reason) else InvalidRequest(reason)
 
 
 class KeyReused(AdapterError):
