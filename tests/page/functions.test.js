@@ -200,6 +200,8 @@ test("a model is described by what the server tells, the demo checkpoint by what
   assert.deepEqual([demo.mode, demo.about.includes("capitals")], ["prompt", true]);
   const other = describe({ id: "dllm", checkpoint: "LLaDA-8B-Instruct", family: "new", max_model_len: 4096 });
   assert.deepEqual([other.name, other.mode, other.facts], ["LLaDA-8B-Instruct", "chat", ["new", "context of 4,096 tokens"]]);
+  const blockwise = describe({ id: "dllm", family: "sdar", block_length: 4 });
+  assert.deepEqual(blockwise.facts, ["SDAR", "block by block, 4 tokens each"]);
   const silent = describe({ id: "dllm" });
   assert.deepEqual([silent.name, silent.facts], ["dllm", []]);
 });
