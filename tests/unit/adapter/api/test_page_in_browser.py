@@ -20,10 +20,10 @@ from adapter_fakes import (
     served_app,
     until,
 )
-from browser import BROWSER, DRIVER, VIOLATIONS, Page, open_browser
 
 from adapter.errors import InvalidRequest
 from adapter.types import Event
+from tests.support.browser import BROWSER, DRIVER, VIOLATIONS, Page, open_browser
 from tests.support.registries import node_packages
 
 pytestmark = [
