@@ -55,6 +55,8 @@ export class Jobs {
     try {
       const response = await call(method, `v1/result/${job.id}`);
       const { status, text, error, finish_reason, usage } = await response.json();
+      // An answer from before a cancellation may come after it; a job that is done stays so.
+      if (ACTIVE.has(status) && !ACTIVE.has(job.status)) return;
       Object.assign(job, { status, text, error, finish_reason, usage });
       if (!ACTIVE.has(status)) announce(`Job ${job.id} ${status}`);
     } catch (error) {
