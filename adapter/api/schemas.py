@@ -110,11 +110,13 @@ class Denoising(Body):
     steps: int | None = Field(None, ge=1, le=INT32_MAX)
     """denoising steps over the whole canvas; default: gen_length"""
     block_length: int | None = Field(None, ge=1, le=INT32_MAX)
-    """tokens per block, at most gen_length; default: 32, with alg gen_length"""
+    """tokens per block, at most gen_length; default: 32, with alg gen_length; a block-wise model's
+    own"""
     cfg_scale: float | None = Field(None, ge=0, le=1000)
     """classifier-free guidance; 0 is off"""
     remasking: Name | None = None
-    """which positions a step commits first: low_confidence, random, entropy, margin"""
+    """which positions a step commits first; default: low_confidence, or a block-wise model's own
+    rule: low_confidence_dynamic, low_confidence, random, entropy, margin, sequential"""
     confidence_threshold: float | None = Field(None, gt=0, le=1)
     """commit every position at least this confident, and the best; not with alg, factor,
     entropy_bound, anchor_threshold"""
@@ -153,8 +155,8 @@ class Denoising(Body):
     ignore_eos: bool | None = None
     """decode the whole canvas, even after an end-of-text token"""
     cache: Name | None = None
-    """which keys and values are kept between steps: none, prefix, dual, sparse, delayed; default:
-    the server's"""
+    """which keys and values are kept between steps; block-wise models: none, block: none, prefix,
+    dual, sparse, delayed, block; default: the server's"""
     retention_ratio: float | None = Field(None, gt=0, le=1)
     """share of the positions outside the block that each KV head keeps; with cache sparse; default:
     the server's"""

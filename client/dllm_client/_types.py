@@ -24,11 +24,16 @@ class Sampling(TypedDict, total=False):
     gen_length: Annotated[int, "length of the canvas in tokens"]
     steps: Annotated[int, "denoising steps over the whole canvas; default: gen_length"]
     block_length: Annotated[
-        int, "tokens per block, at most gen_length; default: 32, with alg gen_length"
+        int,
+        "tokens per block, at most gen_length; default: 32, with alg gen_length; a "
+        "block-wise model's own",
     ]
     cfg_scale: Annotated[float, "classifier-free guidance; 0 is off"]
     remasking: Annotated[
-        str, "which positions a step commits first: low_confidence, random, entropy, margin"
+        str,
+        "which positions a step commits first; default: low_confidence, or a "
+        "block-wise model's own rule: low_confidence_dynamic, low_confidence, "
+        "random, entropy, margin, sequential",
     ]
     confidence_threshold: Annotated[
         float,
@@ -79,8 +84,8 @@ class Sampling(TypedDict, total=False):
     ignore_eos: Annotated[bool, "decode the whole canvas, even after an end-of-text token"]
     cache: Annotated[
         str,
-        "which keys and values are kept between steps: none, prefix, dual, sparse, "
-        "delayed; default: the server's",
+        "which keys and values are kept between steps; block-wise models: none, "
+        "block: none, prefix, dual, sparse, delayed, block; default: the server's",
     ]
     retention_ratio: Annotated[
         float,

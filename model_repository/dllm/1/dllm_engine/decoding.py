@@ -18,6 +18,8 @@ class Score(enum.IntEnum):
     RANDOM = 1
     ENTROPY = 2
     MARGIN = 3
+    #: Further left is better.
+    POSITION = 4
 
 
 class Rule(enum.IntEnum):
@@ -30,6 +32,7 @@ class Rule(enum.IntEnum):
     HIERARCHICAL = 4
     LOCAL_LEAP = 5
     ORIGIN = 6
+    DYNAMIC = 7
 
 
 #: Scores that need the entropy or margin of candidates.
@@ -76,13 +79,24 @@ class Decoding:
 
     def bounds(self, params: object) -> tuple[float, float]:
         """The rule's two parameters; 0 for a parameter that it does not have."""
-        first = getattr(params, self.field) if self.value is None else 0.0
+        name = self.field if self.value is None else self.also
+        first = 0.0 if name is None else getattr(params, name)
         second = getattr(params, self.second) if self.second else None
         return first, self.second_default if second is None else second
 
 
 #: The first matching row applies, so rows that need more fields come first.
 DECODINGS: tuple[Decoding, ...] = (
+    Decoding(
+        field="remasking",
+        value="low_confidence_dynamic",
+        also="confidence_threshold",
+        rule=Rule.DYNAMIC,
+        score=Score.CONFIDENCE,
+        source="SDAR, generate.py; Fast-dLLM v2",
+        definition="everything above confidence_threshold if that is as many as the schedule's "
+        "count (Fast-dLLM v2: one), else that many of the most confident",
+    ),
     Decoding(
         field="confidence_threshold",
         also="low_threshold",
@@ -196,6 +210,14 @@ DECODINGS: tuple[Decoding, ...] = (
         definition="the schedule's count of positions with the largest p1 - p2, the two best "
         "tokens' probabilities in the untempered distribution",
     ),
+    Decoding(
+        field="remasking",
+        value="sequential",
+        rule=Rule.COUNT,
+        score=Score.POSITION,
+        source="SDAR, generate.py",
+        definition="the schedule's count of positions from the left",
+    ),
 )
 
 
@@ -211,7 +233,9 @@ ALG = _by_value("alg")
 COMMIT_FIELDS = tuple(dict.fromkeys(row.field for row in DECODINGS if row.value is None))
 #: Fields that require another field: that field.
 REQUIRED_WITH: Mapping[str, str] = {
-    name: row.field for row in DECODINGS if (name := row.also or row.second) is not None
+    name: row.field
+    for row in DECODINGS
+    if row.value is None and (name := row.also or row.second) is not None
 }
 
 

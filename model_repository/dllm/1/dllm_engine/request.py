@@ -152,6 +152,8 @@ class Request:
         params = self.params
         block_length = params.block_length or params.gen_length
         steps = max(1, (params.steps or params.gen_length) * block_length // params.gen_length)
+        if params.cache == "block":  # once more to make the block final
+            return block_length * (steps + 1), steps
         if params.cache in (None, "none"):
             return steps * self.length, steps
         first = 1 + (params.delay_steps or 0)

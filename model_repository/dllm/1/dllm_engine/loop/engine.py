@@ -265,7 +265,9 @@ class Engine:
             assert request.slot is not None
             try:
                 with _device_errors():
-                    self.runner.start(request.slot, request.prompt, request.params, request.pages)
+                    request.next_rows, request.next_is_refresh = self.runner.start(
+                        request.slot, request.prompt, request.params, request.pages
+                    )
             except (RuntimeError, ValueError, MemoryError) as error:
                 self._ready.append(self._fail(request, error))
                 continue
