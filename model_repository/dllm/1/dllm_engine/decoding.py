@@ -39,6 +39,10 @@ class Rule(enum.IntEnum):
 ENTROPY_SCORES = frozenset({Score.ENTROPY, Score.MARGIN})
 
 
+#: What `remasking` is if a request sets none, and its model has no rule of its own.
+DEFAULT_REMASKING = "low_confidence"
+
+
 def is_given(value: object) -> bool:
     """Whether a request sets a field to this value; 0 counts as set."""
     return value is not None and value is not False
@@ -72,7 +76,7 @@ class Decoding:
 
     def matches(self, params: object) -> bool:
         """Whether a request with these `SamplingParams` selects this row."""
-        value = getattr(params, self.field)
+        value = _remasking(params) if self.field == "remasking" else getattr(params, self.field)
         if value is None or self.value not in (None, value):
             return False
         return self.also is None or is_given(getattr(params, self.also))
@@ -239,6 +243,11 @@ REQUIRED_WITH: Mapping[str, str] = {
 }
 
 
+def _remasking(params: object) -> str:
+    given: str | None = getattr(params, "remasking")  # noqa: B009
+    return given or DEFAULT_REMASKING
+
+
 def decoding_of(params: object) -> Decoding:
     """The row that a request with these `SamplingParams` selects."""
     return next(row for row in DECODINGS if row.matches(params))
@@ -247,6 +256,6 @@ def decoding_of(params: object) -> Decoding:
 def score_of(params: object) -> Score:
     """The score of a request with these `SamplingParams`; some parallel rules ignore it."""
     score = decoding_of(params).score
-    found = REMASKING[getattr(params, "remasking")].score if score is None else score  # noqa: B009
+    found = REMASKING[_remasking(params)].score if score is None else score
     assert found is not None
     return found

@@ -13,7 +13,14 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dllm_engine.decoding import ALG, COMMIT_FIELDS, REMASKING, REQUIRED_WITH, is_given
+from dllm_engine.decoding import (
+    ALG,
+    COMMIT_FIELDS,
+    DEFAULT_REMASKING,
+    REMASKING,
+    REQUIRED_WITH,
+    is_given,
+)
 from dllm_engine.errors import InvalidRequest
 
 #: Of models in which every token sees every other one; and of block-wise models.
@@ -28,7 +35,6 @@ CACHE_FIELDS = {
     "refresh_interval": CACHE_POLICIES[1:],
 }
 DEFAULT_BLOCK_LENGTH = 32
-DEFAULT_REMASKING = "low_confidence"
 #: The largest value of a number without a limit of its own: far beyond sense, well within float32.
 LARGEST = 1_000_000
 #: The same for whole numbers: arrays and kernels keep them in 32 bits.

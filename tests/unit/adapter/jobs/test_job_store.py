@@ -109,11 +109,33 @@ async def test_submission_keys_are_their_owners(store: JobStore) -> None:
             assert given == (ids, new)
 
 
-async def test_submission_keys_are_forgotten(store: JobStore, clock: HandClock) -> None:
-    """A key is kept for its time to live; after that it may be used for another body."""
+async def test_submission_keys_live_as_long_as_their_jobs(
+    store: JobStore, clock: HandClock, a: Worker
+) -> None:
+    """A key is kept for its time to live and for as long as any of its jobs is there."""
+    await store.add_once([{}, {}], key="k", max_queued=9)
+    await a.claim()
+    await a.finish(0)
+
+    async def later() -> tuple[list[int], bool]:
+        clock.advance(11)
+        await store.purge(ttl=10, limit=9)
+        await store.purge_idempotency_keys(ttl=10)
+        return await store.add_once([{}, {}], key="k", max_queued=9)
+
+    assert await later() == ([0, 1], False)
+    await a.finish(1)
+    assert await later() == ([2, 3], True)
+
+
+async def test_submission_keys_are_kept_for_their_time(store: JobStore, clock: HandClock) -> None:
+    """A key whose job is gone, as it may be soon after it ended, is kept for its time to live."""
     await store.add_once([{}], key="k", max_queued=9)
+    await store.cancel(0)
     clock.advance(10)
+    await store.purge(ttl=5, limit=9)
     await store.purge_idempotency_keys(ttl=10)
+    assert await store.get(0) is None
     with pytest.raises(KeyReused):
         await store.add_once([{"seed": 1}], key="k", max_queued=9)
     clock.advance(1)
