@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dllm_engine.config import EngineConfig
-from dllm_engine.errors import CheckpointError, EngineDead, QueueTimeout, RequestFailed
+from dllm_engine.errors import EngineDead, QueueTimeout, RequestFailed
 from dllm_engine.execution.runner import ModelRunner
 from dllm_engine.execution.tensor_parallel import load_runner
 from dllm_engine.loop.histograms import Histograms
@@ -92,8 +92,6 @@ class Engine:
 
     def __init__(self, config: EngineConfig, runner: ModelRunner | None = None) -> None:
         spec = read_spec(config.model_path)
-        if spec.blocks is not None:
-            raise CheckpointError(f"{spec.architecture}: block-wise decoding is not implemented")
         longest = longest_sequence(config, spec)
         self.tokenizer = Tokenizer.load(config.model_path, spec.mask_token_id, longest)
         stop_ids = {*spec.eos_token_ids, *(self.tokenizer.stop_token_ids if self.tokenizer else ())}
