@@ -36,7 +36,7 @@ class Settings(BaseSettings):
     )
 
     host: str = "127.0.0.1"
-    """Address at which the API is published, by others."""
+    """Address at which uvicorn publishes the API; the adapter warns if it is public and open."""
     triton_url: str = "127.0.0.1:8011"
     """Triton's gRPC address, host:port; separate several by commas."""
     model_name: str = "dllm"

@@ -1,4 +1,4 @@
-"""Shortens the canvas of a request to what the model's context has left behind the prompt."""
+"""Shortens the canvas of a request to the room that its prompt leaves in the model's context."""
 
 import asyncio
 import re
@@ -9,7 +9,7 @@ from adapter.engine.pool import Endpoint, EnginePool
 from adapter.errors import ContextExceeded, EngineError, InvalidRequest
 from adapter.types import Inputs
 
-#: A request that the engine has not checked by then is run as it is.
+#: If the engine has not checked a request by then, it runs unchanged.
 CHECK_SECONDS = 1.0
 #: Inputs that the engine names when it refuses a request because it is too long.
 LENGTHS = ("gen_length", "cache")
@@ -18,10 +18,10 @@ TOO_LONG = re.compile(r"prompt \((\d+) tokens\) plus gen_length \(\d+\) must be 
 
 
 async def fit_lengths(pool: EnginePool, requests: Sequence[Inputs]) -> list[Inputs]:
-    """The requests, with a shorter canvas where the one that they ask for does not fit.
+    """Return the requests, each with a canvas that fits its context.
 
-    While no engine answers they are returned as they are. Raises `InvalidRequest` for the first
-    that an engine would refuse whatever its length, and `ContextExceeded` if its prompt alone is
+    While no engine answers, they are returned unchanged. Raises `InvalidRequest` for the first
+    request that an engine would refuse at any length, and `ContextExceeded` if its prompt alone is
     too long.
     """
     endpoint = pool.pick(include_backing_off=True)

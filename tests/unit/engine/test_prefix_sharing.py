@@ -16,7 +16,7 @@ from tests.support.budget import examples
 from tests.support.engines import make_engine, run
 from tests.support.family_checkpoints import write_family
 
-FAMILIES = ("sdar", "fast_dllm_v2", "nemotron")
+FAMILIES = ("sdar", "fast_dllm", "nemotron")
 #: Tokens that are neither masks nor ends in any of the three.
 WORDS = range(10, 90)
 
@@ -159,7 +159,7 @@ def test_a_repeated_prompt_is_not_computed_again(engines: dict[str, Engine], fam
     second = ask(engine, prompt, **params)
     cached = second.usage.cached_tokens
     assert first.usage.cached_tokens == 0
-    assert cached == {"sdar": 64, "fast_dllm_v2": 64, "nemotron": 64}[family]
+    assert cached == {"sdar": 64, "fast_dllm": 64, "nemotron": 64}[family]
     assert engine.stats.batched_tokens - rows == rows - cached
     assert second.token_ids.tolist() == first.token_ids.tolist()
     assert engine.stats.prefix_cache_queries == 140

@@ -21,7 +21,7 @@ from dllm_engine.execution.runner import ModelRunner
 from dllm_engine.execution.tensor_parallel import load_runner
 from dllm_engine.loop.histograms import Histograms
 from dllm_engine.loop.scheduler import Scheduler
-from dllm_engine.loop.validation import RequestLimits, longest_sequence
+from dllm_engine.loop.validation import RequestLimits, check_cache, longest_sequence
 from dllm_engine.memory.kv_cache import PageAllocator
 from dllm_engine.memory.prefix_cache import PrefixCache, prefix_chain
 from dllm_engine.models.loader import read_spec
@@ -92,6 +92,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig, runner: ModelRunner | None = None) -> None:
         spec = read_spec(config.model_path)
+        check_cache(config, spec)
         longest = longest_sequence(config, spec)
         self.tokenizer = Tokenizer.load(config.model_path, spec.mask_token_id, longest)
         stop_ids = {*spec.eos_token_ids, *(self.tokenizer.stop_token_ids if self.tokenizer else ())}
@@ -109,7 +110,11 @@ class Engine:
         if config.prefix_cache and spec.blocks is not None:
             self._prefix_cache = PrefixCache(self.allocator)
         self._limits = RequestLimits(
-            config, spec, self.allocator, has_text=self.tokenizer is not None
+            config,
+            spec,
+            self.allocator,
+            has_text=self.tokenizer is not None,
+            token_budget=self.runner.token_budget,
         )
         self.scheduler = Scheduler(
             config.max_num_seqs,
