@@ -363,7 +363,8 @@ class CanvasTable:
         counts = state.decodes & ~state.opens
         state, first_masked = self._prepare_step(
             state._replace(
-                step=state.step + 1,
+                # Noise is drawn by step: prefill, which a cached prompt does without, counts none.
+                step=state.step + state.decodes,
                 block_step=state.block_step + counts,
                 block_age=state.block_age + counts,
                 first_end=first_end,
