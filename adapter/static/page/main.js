@@ -251,6 +251,7 @@ function listen() {
     key.set($("key").value);
     clearProblems();
     readModel();
+    if (state.mode === "jobs") state.jobs.watch();
   });
   for (const input of document.querySelectorAll('[name="mode"]')) {
     input.addEventListener("change", () => {

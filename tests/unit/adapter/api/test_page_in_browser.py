@@ -115,6 +115,14 @@ async def fill(page: Page, prompt: str, side: str = "a", **fields: Any) -> None:
     await page.run(script, prompt, side, fields)
 
 
+async def enter_key(page: Page) -> None:
+    """Fill in the API key."""
+    await page.run(
+        "const key = document.getElementById('key'); key.value = 'geheim';"
+        "key.dispatchEvent(new Event('change', {bubbles: true}))"
+    )
+
+
 async def start(page: Page) -> None:
     """Press the button."""
     await page.run("document.getElementById('start').click()")
@@ -385,10 +393,7 @@ async def test_a_link_holds_the_settings_and_never_the_key(page: Page) -> None:
     """The address has mode, prompt and settings; opening it brings them back."""
     await choose(page, "pair")
     await fill(page, "what & why?", side="b", top_p="0.5")
-    await page.run(
-        "const key = document.getElementById('key'); key.value = 'geheim';"
-        "key.dispatchEvent(new Event('change', {bubbles: true}))"
-    )
+    await enter_key(page)
     await fill(page, "what & why?", stop="x\ny")
     await page.until("location.hash.includes('a.stop=x')")
     address = await page.run("return location.href")
@@ -460,13 +465,19 @@ async def test_keys_are_asked_for_where_they_are_needed(page: Page, tmp_path: Pa
         await start(page)
         await page.until("document.getElementById('key-error').checkVisibility()")
         assert await page.run("return document.activeElement.id") == "key"
-        await page.run(
-            "const key = document.getElementById('key'); key.value = 'geheim';"
-            "key.dispatchEvent(new Event('change', {bubbles: true}))"
-        )
+        await enter_key(page)
         await page.until("document.getElementById('model').textContent === 'demo_checkpoint'")
         await ask(page)
         assert await page.run("return Object.keys(localStorage).length") == 0
+
+        forgotten = {"id": 999, "prompt": "old", "created": 0, "status": "running"}
+        remember = "localStorage.setItem('dllm.jobs', arguments[0]); sessionStorage.clear()"
+        await page.run(remember, json.dumps([forgotten]))
+        await page.open("about:blank")
+        await page.open(f"{address}/#mode=jobs")
+        await page.until("document.getElementById('key-error').checkVisibility()")
+        await enter_key(page)
+        await page.until("document.querySelectorAll('.job[data-status=expired]').length === 1")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
