@@ -363,7 +363,7 @@ class CanvasTable:
         counts = state.decodes & ~state.opens
         state, first_masked = self._prepare_step(
             state._replace(
-                # Noise depends on it, so that of a prompt read in any chunks, or cached, is the same.
+                # Noise depends on it, so that of a prompt in any chunks, or cached, is the same.
                 step=state.step + state.decodes,
                 block_step=state.block_step + counts,
                 block_age=state.block_age + counts,
