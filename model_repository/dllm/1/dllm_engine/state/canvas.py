@@ -345,7 +345,8 @@ class CanvasTable:
         counts = state.decodes & ~state.opens
         state, first_masked = self._prepare_step(
             state._replace(
-                step=state.step + 1,
+                # Noise depends on it, so that of a prompt read in any chunks is the same.
+                step=state.step + state.decodes,
                 block_step=state.block_step + counts,
                 block_age=state.block_age + counts,
                 first_end=first_end,
