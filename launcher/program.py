@@ -23,6 +23,7 @@ MODULES = {
     "chat": "dllm_client.cli.chat",
     "generate": "dllm_client.cli.generate",
     "batch": "dllm_client.cli.batch",
+    "bench": "dllm_client.cli.bench",
     "jobs": "dllm_client.cli.jobs",
     "models": "dllm_client.cli.service",
     "health": "dllm_client.cli.service",

@@ -24,6 +24,7 @@ from adapter.errors import (
     Overloaded,
     StreamInterrupted,
     Unavailable,
+    refusal,
 )
 from adapter.telemetry.tracing import TRACEPARENT
 from adapter.types import DEFAULT_PRIORITY, CheckResult, Event, Inputs, ModelInfo, StreamDetail
@@ -244,7 +245,7 @@ def map_error(code: str | None, message: str) -> AdapterError:
     """
     text = REQUEST_ID_PREFIX.sub("", message).strip() or "no reason given"
     if text.partition(":")[0] in INPUT_TYPES:
-        return InvalidRequest(text)
+        return refusal(text)
     for fragment, kind in ERROR_TEXTS:
         if fragment in text.lower():
             return kind(text)

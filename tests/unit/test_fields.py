@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 FILES = pytest.mark.parametrize("path", fields.WRITERS)
 #: Inputs of the models that are no sampling fields.
 PROMPTS = {"text_input", "messages", "input_ids", "suffix", "canvas_ids", "priority"}
-CONTROLS = {"exclusive", "stream", "stream_interval", "check", "cancel", "describe"}
+CONTROLS = {"exclusive", "stream", "stream_interval", "check", "cancel", "describe", "cache_salt"}
 GAP = {"suffix", "canvas_ids"}
 
 

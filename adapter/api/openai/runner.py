@@ -104,7 +104,7 @@ async def _chunks(
     results: dict[int, Event] = {}
     try:
         for index in range(len(running)):
-            if (opening := formatter.opening(index)) is not None:
+            if (opening := formatter.opening(index, running[index].seed)) is not None:
                 yield sent(opening)
         async with aclosing(_merged(running, heartbeat)) as updates:
             async for update in updates:
@@ -117,7 +117,7 @@ async def _chunks(
                 if len(event.text) > lengths[index]:
                     piece = event.text[lengths[index] :]
                     so_far = event if usage is StreamedUsage.EACH else None
-                    yield sent(formatter.piece(index, piece, so_far))
+                    yield sent(formatter.piece(index, piece, event.seed, so_far))
                     lengths[index], spoke = len(event.text), now()
                 if event.finish_reason:
                     results[index] = event

@@ -64,6 +64,10 @@ class Subject:
         rule = ("remasking", "confidence_threshold", "entropy_bound", "factor")
         if all(getattr(params, name) is None for name in rule):
             params = dataclasses.replace(params, **OWN_RULE[self.family])
+        # A threshold alone is that of the family's own rule.
+        if params.confidence_threshold is not None and params.remasking is None:
+            own = OWN_RULE[self.family].get("remasking")
+            params = dataclasses.replace(params, remasking=own)
         steps = params.gen_length if params.steps is None else params.steps
         params = dataclasses.replace(params, steps=steps, seed=params.seed or 0)
         kind, ids = KINDS[self.family], ids_of(self.family)

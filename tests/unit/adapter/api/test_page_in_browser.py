@@ -20,10 +20,10 @@ from adapter_fakes import (
     served_app,
     until,
 )
-from browser import BROWSER, DRIVER, VIOLATIONS, Page, open_browser
 
 from adapter.errors import InvalidRequest
 from adapter.types import Event
+from tests.support.browser import BROWSER, DRIVER, VIOLATIONS, Page, open_browser
 from tests.support.registries import node_packages
 
 pytestmark = [
@@ -113,6 +113,14 @@ async def fill(page: Page, prompt: str, side: str = "a", **fields: Any) -> None:
       }
     """
     await page.run(script, prompt, side, fields)
+
+
+async def enter_key(page: Page) -> None:
+    """Fill in the API key."""
+    await page.run(
+        "const key = document.getElementById('key'); key.value = 'geheim';"
+        "key.dispatchEvent(new Event('change', {bubbles: true}))"
+    )
 
 
 async def start(page: Page) -> None:
@@ -234,6 +242,19 @@ async def test_certainty_has_a_shape_and_a_colour(page: Page) -> None:
     await page.press("Right", "Right")
     (detail,) = await texts(page, ".detail")
     assert detail == "Position 3: “<2>”, token 102, committed in step 3 at 20.0% (unsure)"
+
+
+async def test_the_focus_stays_on_the_button_that_starts_and_stops(page: Page) -> None:
+    """Both are one place for the keyboard: neither leaves the focus nowhere."""
+    ENGINE.scripts = [[*denoising(4)[:2], HANG]]
+    await fill(page, "hello")
+    await page.run("document.getElementById('start').focus()")
+    await page.press("Enter")
+    await page.until("document.querySelector('.numbers')?.textContent.startsWith('2 of 4')")
+    assert await page.run("return document.activeElement.id") == "stop"
+    await page.press("Enter")
+    await page.until(OVER.format(1))
+    await page.until("document.activeElement.id === 'start'")
 
 
 async def test_text_of_the_model_is_never_markup(page: Page) -> None:
@@ -372,11 +393,9 @@ async def test_a_link_holds_the_settings_and_never_the_key(page: Page) -> None:
     """The address has mode, prompt and settings; opening it brings them back."""
     await choose(page, "pair")
     await fill(page, "what & why?", side="b", top_p="0.5")
-    await page.run(
-        "const key = document.getElementById('key'); key.value = 'geheim';"
-        "key.dispatchEvent(new Event('change', {bubbles: true}))"
-    )
+    await enter_key(page)
     await fill(page, "what & why?", stop="x\ny")
+    await page.until("location.hash.includes('a.stop=x')")
     address = await page.run("return location.href")
     assert "geheim" not in address
     await visit(page, address)
@@ -446,13 +465,19 @@ async def test_keys_are_asked_for_where_they_are_needed(page: Page, tmp_path: Pa
         await start(page)
         await page.until("document.getElementById('key-error').checkVisibility()")
         assert await page.run("return document.activeElement.id") == "key"
-        await page.run(
-            "const key = document.getElementById('key'); key.value = 'geheim';"
-            "key.dispatchEvent(new Event('change', {bubbles: true}))"
-        )
+        await enter_key(page)
         await page.until("document.getElementById('model').textContent === 'demo_checkpoint'")
         await ask(page)
         assert await page.run("return Object.keys(localStorage).length") == 0
+
+        forgotten = {"id": 999, "prompt": "old", "created": 0, "status": "running"}
+        remember = "localStorage.setItem('dllm.jobs', arguments[0]); sessionStorage.clear()"
+        await page.run(remember, json.dumps([forgotten]))
+        await page.open("about:blank")
+        await page.open(f"{address}/#mode=jobs")
+        await page.until("document.getElementById('key-error').checkVisibility()")
+        await enter_key(page)
+        await page.until("document.querySelectorAll('.job[data-status=expired]').length === 1")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
