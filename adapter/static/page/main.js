@@ -80,7 +80,7 @@ async function readModel() {
   }
   const model = list.data[0];
   const { name, facts, about, mode, examples } = describe(model);
-  $("model").textContent = name;
+  $("model").textContent = $("served").textContent = name;
   document.title = `${name} · dLLM-Serve`;
   $("facts").textContent = facts.join(" · ");
   $("about").textContent = about;
@@ -106,6 +106,7 @@ function show(mode) {
   state.forms.b.element.hidden = mode !== "pair";
   state.forms.a.heading.hidden = mode !== "pair";
   $("lines-row").hidden = mode !== "jobs";
+  $("legend").hidden = mode === "jobs";
   $("start").textContent = mode === "jobs" ? "Submit" : "Denoise";
   if (mode === "jobs") state.jobs.watch();
   update();
@@ -241,6 +242,9 @@ function listen() {
     run();
   });
   $("prompt").addEventListener("input", remember);
+  if (!CSS.supports("field-sizing", "content")) {
+    $("prompt").addEventListener("input", () => grow($("prompt")));
+  }
   $("stop").addEventListener("click", () => state.threads[state.mode].stop());
   $("clear").addEventListener("click", () => {
     state.threads[state.mode].clear();
@@ -268,6 +272,12 @@ function listen() {
       state.threads[state.mode]?.pause();
     }
   });
+}
+
+/** Makes an area as high as its text, where styles alone cannot. */
+function grow(area) {
+  area.style.blockSize = "auto";
+  area.style.blockSize = `${area.scrollHeight}px`;
 }
 
 start();
