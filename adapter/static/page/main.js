@@ -20,7 +20,6 @@ const state = {
   mode: "prompt",
   /** Whether the model says which mode to begin with: you have not chosen one. */
   isModeOpen: true,
-  isRunning: false,
   fields: [],
   forms: {},
   threads: {},
@@ -54,7 +53,7 @@ function build(fields, linked) {
     $("forms").append(form.element);
   }
   for (const mode of ["chat", "prompt", "pair"]) {
-    const thread = new Thread({ mode, fields, onlink: linkTo, onproblems: showProblems, onredo: redo });
+    const thread = new Thread({ mode, fields, onlink: linkTo, onproblems: showRefusal, onredo: redo });
     state.threads[mode] = thread;
     $("threads").append(thread.element);
   }
@@ -117,9 +116,10 @@ function show(mode) {
 function update() {
   const thread = state.threads[state.mode];
   $("intro").hidden = state.mode === "jobs" || !thread.isEmpty;
-  $("clear").hidden = thread === undefined || thread.isEmpty || state.isRunning;
+  const isRunning = thread?.isRunning ?? false;
+  $("clear").hidden = thread === undefined || thread.isEmpty || isRunning;
   $("clear").textContent = state.mode === "chat" ? "New chat" : "Clear";
-  const [shown, other] = state.isRunning ? [$("stop"), $("start")] : [$("start"), $("stop")];
+  const [shown, other] = isRunning ? [$("stop"), $("start")] : [$("start"), $("stop")];
   const hadFocus = document.activeElement === other;
   shown.hidden = false;
   other.hidden = true;
@@ -134,7 +134,7 @@ function settingsNow() {
 
 async function run() {
   const prompt = $("prompt").value;
-  if (state.isRunning) return;
+  if (state.threads[state.mode]?.isRunning) return;
   state.isModeOpen = false;
   clearProblems();
   if (prompt.trim() === "") {
@@ -146,20 +146,18 @@ async function run() {
 }
 
 async function ask(prompt, settings, before = null) {
-  state.isRunning = true;
   const thread = state.threads[state.mode];
   const asking = thread.ask(prompt, settings, before);
   update();
   try {
     return await asking;
   } finally {
-    state.isRunning = false;
     update();
   }
 }
 
 function redo(prompt, settings, before) {
-  if (state.isRunning) return;
+  if (state.threads[state.mode].isRunning) return;
   clearProblems();
   ask(prompt, settings, before);
 }
@@ -172,6 +170,12 @@ async function submit(text) {
   } catch (error) {
     showProblems(error, "a");
   }
+}
+
+/** Shows why an answer failed; the page first takes the shape in which it stays. */
+function showRefusal(error, side) {
+  update();
+  showProblems(error, side);
 }
 
 /** Shows what went wrong beside the field it names, or above the button. */

@@ -248,6 +248,23 @@ async def test_certainty_has_a_shape_and_a_colour(page: Page) -> None:
     assert detail == "Position 3: “<2>”, token 102, committed in step 3 at 20.0% (unsure)"
 
 
+async def test_each_mode_runs_by_itself(page: Page) -> None:
+    """While an answer is written, another mode can be used; Stop is there where the answer is."""
+    ENGINE.scripts = [[*denoising(4)[:2], HANG], list(denoising(4))]
+    await fill(page, "one")
+    await start(page)
+    await page.until("document.querySelector('.numbers')?.textContent.startsWith('2 of 4')")
+    await choose(page, "chat")
+    await ask(page, "two")
+    await choose(page, "jobs")
+    assert await texts(page, "#stop, #start") == ["Submit"]
+    await choose(page, "prompt")
+    assert await texts(page, "#stop, #start") == ["Stop Esc"]
+    await click(page, "#stop")
+    await page.until(OVER.format(1))
+    assert await texts(page, ".state") == ["stopped"]
+
+
 async def test_the_focus_stays_on_the_button_that_starts_and_stops(page: Page) -> None:
     """Both are one place for the keyboard: neither leaves the focus nowhere."""
     ENGINE.scripts = [[*denoising(4)[:2], HANG]]
@@ -275,6 +292,7 @@ async def test_text_of_the_model_is_never_markup(page: Page) -> None:
 
 async def test_errors_stand_beside_the_field_they_name(page: Page) -> None:
     """The field is marked, described by the error, focused, unfolded; the next try clears it."""
+    await page.show_as(width=390, height=700, still=True)
     ENGINE.scripts = [[InvalidRequest("pool_kernel: must be odd")]]
     await fill(page, "hello", pool_kernel="4")
     await start(page)
@@ -285,6 +303,8 @@ async def test_errors_stand_beside_the_field_they_name(page: Page) -> None:
         "return [one.id, one.getAttribute('aria-invalid'), one.getAttribute('aria-describedby')]"
     )
     assert field[:2] == ["a-pool_kernel", "true"]
+    seen = "const {top, bottom} = document.activeElement.getBoundingClientRect();"
+    assert await page.run(f"{seen} return 0 < top && bottom < innerHeight")
     assert "a-pool_kernel-error" in field[2]
     assert await texts(page, ".turn") == []
 
