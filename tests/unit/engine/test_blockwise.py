@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from dllm_engine import LLM, InvalidRequest, SamplingParams
+from dllm_engine import LLM, InvalidRequest, Prompt, SamplingParams
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from tests.support.blockwise_reference import (
     KINDS,
@@ -168,6 +169,53 @@ def test_blocks_of_one_are_greedy_left_to_right_decoding(
         assert answer.token_ids[: len(expected)].tolist() == expected
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_speculation_changes_no_token(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
+    """Nemotron's self-speculation, beside other requests, gives the greedy left-to-right answers.
+
+    The model only ever writes two tokens, so that some of a draft is often right: a token takes
+    fewer steps than a draft and a check.
+    """
+    directory = write_family(tmp_path_factory.mktemp("nemotron"), "nemotron", seed=seed)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["diffusion_head.weight"][:200] = 0
+    tensors["diffusion_head.weight"][202:] = 0
+    save_file(tensors, directory / "model.safetensors")
+    forward = native(directory, torch.float32)
+    llm = LLM(directory, dtype="float32", max_num_batched_tokens=128)
+    generator = torch.Generator().manual_seed(5)
+    lengths = [1, 8, 30, 75, 21, 3, 40]
+    batch = []
+    for i, length in enumerate(lengths):
+        prompt = torch.randint(128, 499, (length,), generator=generator).tolist()
+        cache = "none" if i in (1, 4) else None
+        block_length = (None, 2, 5, 8, 32, 7, 3)[i]
+        params = SamplingParams(
+            gen_length=25, block_length=block_length, remasking="speculative", cache=cache
+        )
+        batch.append(Case(3 * i, prompt, params))
+        batch.append(Case(2 * i, prompt[::-1], SamplingParams(gen_length=9)))
+    answers = run_with_arrivals(llm, batch)
+    steps = tokens = 0
+    for case, answer in list(zip(batch, answers, strict=True))[::2]:
+        steps += answer.usage.forward_passes
+        expected = generate_left_to_right(forward, case.ids, 25, ids_of("nemotron"))
+        assert answer.token_ids[: len(expected)].tolist() == expected
+        assert set(answer.token_ids[len(expected) :].tolist()) <= {mask_of("nemotron")}
+        tokens += len(expected)
+    assert steps < 1.8 * tokens
+
+
+@pytest.mark.parametrize("family", ["sdar", "fast_dllm"])
+def test_speculation_needs_a_model_that_reads_left_to_right(
+    tmp_path_factory: pytest.TempPathFactory, family: str
+) -> None:
+    """Models whose finished blocks see themselves as a whole cannot check a draft."""
+    llm = LLM(write_family(tmp_path_factory.mktemp(family), family))
+    with pytest.raises(InvalidRequest, match="remasking: speculative needs a model"):
+        llm.generate([[200]], SamplingParams(remasking="speculative"))
+
+
 def test_a_prompt_and_bound_beyond_the_context_are_refused(subject: Subject) -> None:
     """The error names the bound, both lengths and the context."""
     with pytest.raises(InvalidRequest, match=r"gen_length: .*500 tokens.*\(20\).*at most 512"):
@@ -183,3 +231,21 @@ def test_another_block_length_is_warned_of_once(
             subject.llm.generate([[200]], SamplingParams(gen_length=2, block_length=5))
     trained = BLOCK_LENGTH[subject.family]
     assert caplog.text.count(f"block_length 5: the checkpoint was trained for {trained}") == 1
+
+
+@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("fields", [{}, {"block_length": 32}, {"cache": "none"}])
+def test_headroom_ends_where_the_context_or_its_last_block_does(
+    tmp_path: Path, family: str, fields: dict[str, Any]
+) -> None:
+    """A prompt longer by the headroom is served, one more token is refused: with a context that is
+    no multiple of blocks or pages, and a budget below it."""
+    directory = write_family(tmp_path, family)
+    llm = LLM(directory, max_model_len=100, kv_page_size=16, max_num_batched_tokens=64)
+    params = SamplingParams(gen_length=3, **fields)
+    request = llm.engine.make_request(Prompt([200] * 10), params)
+    longest = 10 + llm.engine.headroom(request)
+    (answer,) = llm.generate([[200] * longest], params, progress=False)
+    assert answer.usage.prompt_tokens == longest
+    with pytest.raises(InvalidRequest):
+        llm.generate([[200] * (longest + 1)], params)
