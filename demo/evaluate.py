@@ -1,10 +1,12 @@
 """Scores a checkpoint by exact match per task: `python -m demo.evaluate DIR`.
 
 It decodes by the plain reference: one forward pass over the whole canvas per committed token,
-low-confidence remasking, greedy. You can compare a server's answers with it.
+low-confidence remasking, greedy. You can compare a server's answers with it. SDAR's blocks are
+those of its config, and each pass runs over everything up to the end of the block.
 """
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Iterator
@@ -14,9 +16,10 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 
-from demo import corpus
+from demo import corpus, unknown
+from demo.chat import Family
 from demo.corpus import Example
-from demo.model_format import Family, load
+from demo.model_format import load
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,10 @@ class Checkpoint:
     model: torch.nn.Module
     tokenizer: PreTrainedTokenizerBase
     mask: int
-    end: int
+    #: What ends an answer.
+    ends: tuple[int, ...]
+    #: Length of SDAR's blocks; 0: attention is full.
+    block: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +49,15 @@ class Decoding:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Load weights and tokenizer without remote code."""
     family, model, config = load(path)
-    if family == "llada":
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    else:
+    if family == "dream":
         tokenizer = Qwen2Tokenizer.from_pretrained(path)
-    return Checkpoint(family, model, tokenizer, config["mask_token_id"], config["eos_token_id"])
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    stored = json.loads((path / "generation_config.json").read_text(encoding="utf-8"))
+    ends = stored["eos_token_id"]
+    ends = tuple(ends) if isinstance(ends, list) else (ends,)
+    block = config["block_size"] if family == "sdar" else 0
+    return Checkpoint(family, model, tokenizer, config["mask_token_id"], ends, block)
 
 
 def encode(checkpoint: Checkpoint, question: str) -> list[int]:
@@ -65,6 +75,8 @@ def decode(checkpoint: Checkpoint, prompts: list[list[int]], how: Decoding) -> t
     start = len(prompts[0])
     x = torch.full((len(prompts), start + how.length), checkpoint.mask)
     x[:, :start] = torch.tensor(prompts)
+    if checkpoint.block:
+        return _decode_by_blocks(checkpoint, x, start, how.threshold)[:, start:]
     blocks = how.length // how.block
     for block in range(blocks):
         end = start + (block + 1) * how.block
@@ -72,6 +84,21 @@ def decode(checkpoint: Checkpoint, prompts: list[list[int]], how: Decoding) -> t
         while bool((x[:, :end] == checkpoint.mask).any()):
             _commit(checkpoint, x, end, next(schedule, 1), how.threshold)
     return x[:, start:]
+
+
+def _decode_by_blocks(
+    checkpoint: Checkpoint, x: torch.Tensor, start: int, threshold: float | None
+) -> torch.Tensor:
+    """SDAR's loop: blocks are counted from the prompt's start, an end stops after its block."""
+    ends = torch.tensor(checkpoint.ends)
+    for first in range(start // checkpoint.block * checkpoint.block, x.shape[1], checkpoint.block):
+        end = min(first + checkpoint.block, x.shape[1])
+        while bool((x[:, :end] == checkpoint.mask).any()):
+            _commit(checkpoint, x, end, 1, threshold)
+        if bool(torch.isin(x[:, start:end], ends).any(1).all()):
+            x[:, end:] = ends[0]
+            break
+    return x
 
 
 def _schedule(masks: int, steps: int) -> Iterator[int]:
@@ -82,7 +109,13 @@ def _schedule(masks: int, steps: int) -> Iterator[int]:
 def _commit(
     checkpoint: Checkpoint, x: torch.Tensor, end: int, count: int, threshold: float | None
 ) -> None:
-    logits = checkpoint.model(input_ids=x, use_cache=False).logits
+    if checkpoint.block:
+        x = x[:, :end]
+        index = torch.arange(end) // checkpoint.block
+        visible = (index[None, :] <= index[:, None]).expand(len(x), 1, end, end)
+        logits = checkpoint.model(input_ids=x, attention_mask=visible, use_cache=False).logits
+    else:
+        logits = checkpoint.model(input_ids=x, use_cache=False).logits
     if checkpoint.family == "dream":
         logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
     logits[..., checkpoint.mask] = -torch.inf
@@ -96,10 +129,16 @@ def _commit(
     x[:, :end] = torch.where(chosen, tokens, x[:, :end])
 
 
-def answers(checkpoint: Checkpoint, questions: list[str], how: Decoding) -> list[str]:
-    """The answer to each question; prompts of one length are decoded together."""
+def answers(
+    checkpoint: Checkpoint, questions: list[str], how: Decoding, *, raw: bool = False
+) -> list[str]:
+    """The answer to each question; prompts of one length are decoded together.
+
+    With `raw`, a question is not put into the chat template.
+    """
     by_length: dict[int, list[int]] = {}
-    prompts = [encode(checkpoint, question) for question in questions]
+    encoded = checkpoint.tokenizer.encode if raw else functools.partial(encode, checkpoint)
+    prompts = [encoded(question) for question in questions]
     for i, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt), []).append(i)
     found = [""] * len(questions)
@@ -109,7 +148,7 @@ def answers(checkpoint: Checkpoint, questions: list[str], how: Decoding) -> list
             ids = decode(checkpoint, [prompts[row] for row in part], how)
             for row, answer in zip(part, ids.tolist(), strict=True):
                 # Tokens after the end of text are not part of an answer.
-                ended = answer.index(checkpoint.end) if checkpoint.end in answer else len(answer)
+                ended = next((at for at, i in enumerate(answer) if i in checkpoint.ends), len(answer))
                 text = checkpoint.tokenizer.decode(answer[:ended], skip_special_tokens=True)
                 found[row] = text.strip()
     return found
@@ -148,6 +187,27 @@ def score_all(
     return results
 
 
+def score_unknown(checkpoint: Checkpoint, count: int, how: Decoding) -> dict[str, float]:
+    """Share of prompts of each held-out kind that get the sentence for unknown ones.
+
+    `known` is the share of the tasks' held-out questions that get it wrongly; `raw` is without the
+    chat template.
+    """
+    asked = {kind: unknown.held_out_set(kind, count) for kind in unknown.HELD_OUT}
+    per_task = max(1, count // 8)
+    asked["known"] = [
+        example.question for task in corpus.TASKS for example in corpus.held_out_set(task, per_task)
+    ]
+    shares = {}
+    for kind, prompts in asked.items():
+        for raw in (False, True):
+            given = answers(checkpoint, prompts, how, raw=raw)
+            name = f"{kind}, raw" if raw else kind
+            shares[name] = sum(answer == corpus.UNKNOWN for answer in given) / len(given)
+            print(f"| {name} | {len(prompts)} | {shares[name]:.1%} |", flush=True)
+    return shares
+
+
 def guide_samples(checkpoint: Checkpoint, how: Decoding) -> dict[str, str]:
     """The answers to the questions of the deployment guide, with room for a paragraph."""
     questions = list(corpus.GUIDE_QUESTIONS)
@@ -182,6 +242,8 @@ def main() -> None:
     results = score_all(checkpoint, options.tasks, options.count, how)
     mean = sum(float(str(r["exact_match"])) for r in results.values()) / len(results)
     print(f"| mean over tasks | | {mean:.1%} |")
+    print("\n| answered as unknown | prompts | share |\n| --- | ---: | ---: |")
+    shares = score_unknown(checkpoint, options.count, how)
     samples = guide_samples(checkpoint, how)
     for question, answer in samples.items():
         print(f"\n> {question}\n\n{answer}")
@@ -190,6 +252,7 @@ def main() -> None:
             "decoding": asdict(how),
             "mean_exact_match": mean,
             "tasks": results,
+            "answered_as_unknown": shares,
             "samples": samples,
         }
         options.json.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
