@@ -46,8 +46,9 @@ format: $(STAMP) ## put the style right
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-fields: $(STAMP) ## write all lists of sampling fields from the engine's table
+fields: $(STAMP) ## write all lists of sampling fields, and of settings' names
 	$(BIN)/python -m tools.fields
+	$(BIN)/python -m tools.setting_names
 
 clean: ## remove the virtual environment and all caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

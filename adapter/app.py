@@ -137,7 +137,15 @@ async def _open(
         tasks.append(await stack.enter_async_context(tidying))
     store = JobStore(database, max_attempts=settings.job_max_attempts)
     pool = EnginePool(
-        [Endpoint(url, engine, _monitor(settings, url, engine)) for url, engine in engines.items()]
+        [
+            Endpoint(
+                url,
+                engine,
+                _monitor(settings, url, engine),
+                share_prefixes=settings.share_prefixes,
+            )
+            for url, engine in engines.items()
+        ]
     )
     runner = JobRunner(store, pool, owner=worker, settings=settings)
     watcher = JobWatcher(store, runner)

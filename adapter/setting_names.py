@@ -1,6 +1,7 @@
 """Find DLLM_ variables that no part reads, and the name that was probably meant.
 
-Launcher, adapter and Triton model share one environment and no module, so each has a copy of this.
+Launcher, adapter and Triton model share one environment but no module, so each has this module.
+Change adapter/setting_names.py; `make fields` writes the other two.
 """
 
 import difflib
@@ -8,6 +9,7 @@ from collections.abc import Iterable
 
 #: Read by the launcher, the adapter, the engine, the client or the Compose files.
 NAMES = (
+    # make fields: begin
     "API_KEY",
     "API_KEYS",
     "API_KEYS_FILE",
@@ -58,6 +60,7 @@ NAMES = (
     "POLL_INTERVAL",
     "POOL_KERNEL",
     "PORT",
+    "PREFIX_CACHE",
     "PROBE_INTERVAL",
     "QUANTIZATION",
     "RATE_LIMIT",
@@ -66,6 +69,7 @@ NAMES = (
     "RETENTION_RATIO",
     "SEND_TIMEOUT",
     "SERVED_MODEL_NAME",
+    "SHARE_PREFIXES",
     "START_TIMEOUT",
     "STEP_TIMEOUT",
     "STREAM_INTERVAL",
@@ -78,6 +82,7 @@ NAMES = (
     "TRITON_URL",
     "URL",
     "WORKERS",
+    # make fields: end
 )
 PREFIX = "DLLM_"
 

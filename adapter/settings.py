@@ -35,112 +35,90 @@ class Settings(BaseSettings):
         env_prefix="DLLM_", env_ignore_empty=True, extra="ignore", frozen=True
     )
 
-    host: str = Field(
-        default="127.0.0.1", description="address at which the API is published, by others"
-    )
-    triton_url: str = Field(
-        default="127.0.0.1:8011",
-        description="Triton's gRPC address, host:port; separate several by commas",
-    )
-    model_name: str = Field(default="dllm", description="the Triton model that generates")
-    database_url: str = Field(
-        default="sqlite:///./dllm-jobs.db", description="database of the jobs"
-    )
-    database_timeout: Seconds = Field(
-        default=5.0, description="longest database transaction; jobs are answered 503 beyond"
-    )
+    host: str = "127.0.0.1"
+    """Address at which the API is published, by others."""
+    triton_url: str = "127.0.0.1:8011"
+    """Triton's gRPC address, host:port; separate several by commas."""
+    model_name: str = "dllm"
+    """The Triton model that generates."""
+    database_url: str = "sqlite:///./dllm-jobs.db"
+    """Database of the jobs."""
+    database_timeout: Seconds = 5.0
+    """Longest database transaction; jobs are answered 503 beyond."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    log_format: Literal["text", "json"] = Field(
-        default="text", description="text lines, or JSON lines"
-    )
-    tracing: bool = Field(default=False, description="OpenTelemetry traces; needs the extra `otel`")
+    log_format: Literal["text", "json"] = "text"
+    """Text lines, or JSON lines."""
+    tracing: bool = False
+    """OpenTelemetry traces; needs the extra `otel`."""
 
-    api_keys: str = Field(default="", description="API keys as name:hash, separated by commas")
-    api_keys_file: Path | None = Field(
-        default=None, description="a file of name:hash lines, read again when it changes"
-    )
-    metrics_need_key: bool = Field(default=False, description="/metrics requires a key too")
-    rate_limit: str = Field(
-        default="", description="calls that one key or address may make, like 60/minute"
-    )
-    max_body_bytes: Count = Field(default=4 * 2**20, description="largest body of a call")
-    body_timeout: Seconds = Field(
-        default=30.0,
-        description="time in which the headers of a call must arrive, and then its body",
-    )
-    send_timeout: Seconds = Field(
-        default=60.0, description="time after which a client that does not read is cut off"
-    )
-    max_connections_per_address: Count = Field(
-        default=4096, description="connections that one worker process keeps open per address"
-    )
-    cors_origins: str = Field(
-        default="", description="origins of web pages that may call, separated by commas; * for all"
-    )
+    api_keys: str = ""
+    """API keys as name:hash, separated by commas."""
+    api_keys_file: Path | None = None
+    """A file of name:hash lines, read again when it changes."""
+    metrics_need_key: bool = False
+    """/metrics requires a key too."""
+    rate_limit: str = ""
+    """Calls that one key or address may make, like 60/minute."""
+    max_body_bytes: Count = 4 * 2**20
+    """Largest body of a call."""
+    body_timeout: Seconds = 30.0
+    """Time in which the headers of a call must arrive, and then its body."""
+    send_timeout: Seconds = 60.0
+    """Time after which a client that does not read is cut off."""
+    max_connections_per_address: Count = 4096
+    """Connections that one worker process keeps open per address."""
+    cors_origins: str = ""
+    """Origins of web pages that may call, separated by commas; * for all."""
 
-    max_prompt_chars: Count = Field(
-        default=4096,
-        description="longest prompt in characters; also for all `messages` together, and for ids",
-    )
-    served_model_name: str = Field(
-        default="", description="model name in OpenAI calls; the Triton model's name if empty"
-    )
-    chat_max_tokens: Count = Field(
-        default=128, description="canvas of a chat completion that gives no length"
-    )
-    max_gen_length: Count = Field(default=512, description="longest canvas of a request")
+    max_prompt_chars: Count = 4096
+    """Longest prompt in characters; also for all `messages` together, and for ids."""
+    served_model_name: str = ""
+    """Model name in OpenAI calls; the Triton model's name if empty."""
+    chat_max_tokens: Count = 128
+    """Canvas of a chat completion that gives no length."""
+    max_gen_length: Count = 512
+    """Longest canvas of a request."""
     max_temperature: float = Field(default=2.0, ge=0, allow_inf_nan=False)
-    max_batch_size: Count = Field(default=64, description="most prompts in one batch call")
-    max_timeout: Seconds = Field(default=86_400.0, description="longest `timeout` of a request")
-    max_queued_jobs: Count = Field(
-        default=10_000, description="jobs that may wait; more are answered 429"
-    )
+    max_batch_size: Count = 64
+    """Most prompts in one batch call."""
+    max_timeout: Seconds = 86_400.0
+    """Longest `timeout` of a request."""
+    max_queued_jobs: Count = 10_000
+    """Jobs that may wait; more are answered 429."""
 
-    key_share: float = Field(
-        default=0.5,
-        gt=0,
-        le=1,
-        description="part of max_live, max_held_polls, max_queued_jobs, and of the bodies that are "
-        "read at once, that one key may hold",
-    )
-    max_inflight: Count = Field(
-        default=256, description="jobs that one worker process runs at a time"
-    )
-    max_live: Count = Field(
-        default=256, description="streams and OpenAI calls that one worker process serves at a time"
-    )
-    max_held_polls: Count = Field(
-        default=1000, description="polls that one worker process holds at a time"
-    )
-    heartbeat_interval: Seconds = Field(
-        default=15.0, description="longest pause between events of a stream to a client"
-    )
-    lease_seconds: Seconds = Field(
-        default=30.0, description="jobs of a worker that is silent for longer go to other workers"
-    )
-    job_max_attempts: Count = Field(
-        default=3, description="how often a job is run if the engine dies"
-    )
-    drain_seconds: float = Field(
-        default=5.0,
-        ge=0,
-        allow_inf_nan=False,
-        description="time in which running jobs may finish when a worker stops",
-    )
-    poll_interval: Seconds = Field(
-        default=0.4, description="pause between queries for other workers' jobs"
-    )
-    result_ttl: Seconds = Field(default=86_400.0, description="how long a result is kept")
+    key_share: float = Field(default=0.5, gt=0, le=1)
+    """Part of max_live, max_held_polls, max_queued_jobs, and of the bodies that are read at once,
+    that one key may hold."""
+    share_prefixes: bool = False
+    """Requests of different API keys share the prefix cache.
 
-    stream_interval: Seconds = Field(
-        default=2.5, description="longest pause between heartbeats of a request"
-    )
-    engine_idle_timeout: Seconds = Field(
-        default=60.0, description="silence after which an engine counts as dead"
-    )
-    probe_interval: Seconds = Field(
-        default=5.0, description="silence after which the engine is probed"
-    )
+    A caller can then find out whether another one has sent the same beginning.
+    """
+    max_inflight: Count = 256
+    """Jobs that one worker process runs at a time."""
+    max_live: Count = 256
+    """Streams and OpenAI calls that one worker process serves at a time."""
+    max_held_polls: Count = 1000
+    """Polls that one worker process holds at a time."""
+    heartbeat_interval: Seconds = 15.0
+    """Longest pause between events of a stream to a client."""
+    lease_seconds: Seconds = 30.0
+    """Jobs of a worker that is silent for longer go to other workers."""
+    job_max_attempts: Count = 3
+    """How often a job is run if the engine dies."""
+    drain_seconds: float = Field(default=5.0, ge=0, allow_inf_nan=False)
+    """Time in which running jobs may finish when a worker stops."""
+    poll_interval: Seconds = 0.4
+    """Pause between queries for other workers' jobs."""
+    result_ttl: Seconds = 86_400.0
+    """How long a result is kept."""
+
+    stream_interval: Seconds = 2.5
+    """Longest pause between heartbeats of a request."""
+    engine_idle_timeout: Seconds = 60.0
+    """Silence after which an engine counts as dead."""
+    probe_interval: Seconds = 5.0
+    """Silence after which the engine is probed."""
 
     @property
     def is_public(self) -> bool:

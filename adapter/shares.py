@@ -33,12 +33,16 @@ class Shares:
         """How many are held now."""
         return self._held.total()
 
+    def most_of(self, key: str | None) -> int:
+        """How many may ever be held by this key, or without a key."""
+        return self._limit if key is None else self._limit_of_key
+
     def require(self, key: str | None, count: int = 1) -> None:
         """Raise `TooManyCalls` if `count` more would be too many."""
         if self.held + count > self._limit:
             msg = f"{self.held} {self._what}, and at most {self._limit} may ({self._setting})"
             raise TooManyCalls(msg)
-        if key is not None and self._held[key] + count > self._limit_of_key:
+        if key is not None and self._held[key] + count > self.most_of(key):
             msg = (
                 f"{self._held[key]} {self._what} for this key, and at most {self._limit_of_key} "
                 f"may ({self._setting}, DLLM_KEY_SHARE)"

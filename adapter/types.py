@@ -16,12 +16,14 @@ DEFAULT_PRIORITY = 2
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens and passes of a request."""
+    """Tokens, steps and forward passes of a request."""
 
     prompt_tokens: int
     completion_tokens: int
     steps: int
     forward_passes: int
+    #: Tokens of the prompt that the engine's prefix cache had.
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,21 @@ class CheckResult:
     headroom: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What an engine tells about its model; None for what it does not tell."""
+
+    #: The name of the checkpoint's directory.
+    checkpoint: str | None = None
+    family: str | None = None
+    #: The class that the checkpoint's config names.
+    architecture: str | None = None
+    num_parameters: int | None = None
+    #: Tokens of prompt and canvas together.
+    max_model_len: int | None = None
+    mask_token_id: int | None = None
+
+
 class StreamDetail(Enum):
     """How much the events of a request carry, and how often they come."""
 
@@ -94,6 +111,10 @@ class Engine(Protocol):
 
     async def check(self, requests: Sequence[Inputs]) -> list[CheckResult]:
         """Check requests without running them. Raises an `EngineError`."""
+        ...
+
+    async def describe(self) -> ModelInfo:
+        """Ask which model is served. Raises `InvalidRequest` or an `EngineError`."""
         ...
 
     def cancel(self, request_id: str) -> None:

@@ -16,7 +16,7 @@ from dllm_engine.ops.dispatch import TORCH, Operations
 from dllm_engine.ops.head import Head
 from dllm_engine.ops.head_types import HeadOptions, HeadStatistics
 from dllm_engine.ops.layout import FlatSelection, LayerPages, Selection
-from dllm_engine.ops.rotary import RotaryTable
+from dllm_engine.ops.rotary import Rope, RotaryTable
 from dllm_engine.ops.selection import store_selection
 from torch import Tensor
 
@@ -179,7 +179,9 @@ def rms_norm_case(tensors: Tensors, operations: Operations, shape: Shape, rows: 
 def rotary_case(tensors: Tensors, operations: Operations, shape: Shape, rows: int) -> Case:
     heads = shape.num_heads + shape.num_kv_heads
     x = tensors.normal(rows, heads, shape.head_dim)
-    table = RotaryTable(shape.head_dim, 4096, 5e5, device=tensors.device, dtype=torch.bfloat16)
+    table = RotaryTable(
+        shape.head_dim, 4096, Rope(theta=5e5), device=tensors.device, dtype=torch.bfloat16
+    )
     cos, sin = table.at(torch.arange(rows, device=tensors.device) % 4096)
 
     def agreement() -> float:  # ours rotates in place

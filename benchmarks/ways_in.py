@@ -26,7 +26,7 @@ WAIT = 60
 TENSOR_TYPES: dict[type, tuple[str, Any]] = {
     str: ("BYTES", np.object_),
     bool: ("BOOL", np.bool_),
-    int: ("INT32", np.int32),
+    int: ("INT64", np.int64),
 }
 
 

@@ -1,4 +1,7 @@
-"""The `dllm-serve` command: run the service, or watch it at work once."""
+"""`dllm serve`, `triton` and `demo`: run the service, or watch it at work once.
+
+The command `dllm-serve` has the same three.
+"""
 
 import os
 import signal
@@ -15,6 +18,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from launcher import demo as demonstration
+from launcher.checkpoint import find_checkpoint
 from launcher.console import ConsoleReporter, Logs
 from launcher.errors import LaunchError
 from launcher.setting_names import misspelt
@@ -29,6 +33,10 @@ app = typer.Typer(
 console = Console()
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
+Model = Annotated[
+    str | None,
+    typer.Argument(help="A checkpoint's directory, or the id of one that `hf download` fetched."),
+]
 Host = Annotated[str | None, typer.Option(help="Address of the REST API [DLLM_HOST].")]
 Port = Annotated[int | None, typer.Option(help="Port of the REST API [DLLM_PORT].")]
 Workers = Annotated[int | None, typer.Option(help="Adapter processes [DLLM_WORKERS].")]
@@ -37,13 +45,21 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every log l
 
 @app.command()
 def serve(
-    host: Host = None, port: Port = None, workers: Workers = None, verbose: Verbose = False
+    model: Model = None,
+    host: Host = None,
+    port: Port = None,
+    workers: Workers = None,
+    verbose: Verbose = False,
 ) -> None:
-    """Run Triton with the engine, and the REST API in front of it, until Ctrl-C."""
+    """Run Triton with the engine, and the REST API in front of it, until Ctrl-C.
+
+    Without MODEL it serves MODEL_PATH, or else the demo checkpoint.
+    """
     with _clear_errors():
         settings = _settings(host=host, port=port, workers=workers)
+        env = {} if model is None else {"MODEL_PATH": str(find_checkpoint(model))}
         reporter = ConsoleReporter(console, Logs.ALL if verbose else Logs.READY)
-        with suppress(KeyboardInterrupt), reporter, Stack(settings, reporter) as stack:
+        with suppress(KeyboardInterrupt), reporter, Stack(settings, reporter, env) as stack:
             reporter.quiet()
             _announce(settings)
             stack.watch(threading.Event())
@@ -121,7 +137,7 @@ def _clear_errors() -> Iterator[None]:
             stderr.print(name + problem["msg"].removeprefix("Value error, "), markup=False)
         raise typer.Exit(1) from None
     except (LaunchError, DllmError) as error:
-        stderr.print("dllm-serve:", str(error), markup=False)
+        stderr.print("dllm:", str(error), markup=False)
         raise typer.Exit(1) from None
 
 

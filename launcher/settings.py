@@ -16,24 +16,24 @@ class Settings(BaseSettings):
         env_prefix="DLLM_", env_ignore_empty=True, frozen=True, protected_namespaces=()
     )
 
-    host: str = Field("127.0.0.1", description="address of the REST API; 0.0.0.0 for all")
-    port: int = Field(8000, ge=1, le=65535, description="port of the REST API")
-    workers: int = Field(1, ge=1, description="adapter processes; any of them answers for any job")
-    triton_http_port: int = Field(8010, ge=1, le=65535, description="Triton's HTTP port")
-    triton_grpc_port: int = Field(8011, ge=1, le=65535, description="Triton's gRPC port")
-    triton_metrics_port: int = Field(8012, ge=1, le=65535, description="Triton's metrics port")
-    model_repository: Path = Field(
-        CHECKOUT / "model_repository", description="folder with the models `dllm` and `dllm_unary`"
-    )
-    start_timeout: float = Field(
-        300.0, gt=0, allow_inf_nan=False, description="seconds each part may take to be ready"
-    )
-    drain_seconds: float = Field(
-        5.0,
-        ge=0,
-        allow_inf_nan=False,
-        description="time that the adapter takes for its running jobs when it is stopped",
-    )
+    host: str = "127.0.0.1"
+    """Address of the REST API; 0.0.0.0 for all."""
+    port: int = Field(8000, ge=1, le=65535)
+    """Port of the REST API."""
+    workers: int = Field(1, ge=1)
+    """Adapter processes; any of them answers for any job."""
+    triton_http_port: int = Field(8010, ge=1, le=65535)
+    """Triton's HTTP port."""
+    triton_grpc_port: int = Field(8011, ge=1, le=65535)
+    """Triton's gRPC port."""
+    triton_metrics_port: int = Field(8012, ge=1, le=65535)
+    """Triton's metrics port."""
+    model_repository: Path = CHECKOUT / "model_repository"
+    """Folder with the models `dllm` and `dllm_unary`."""
+    start_timeout: float = Field(300.0, gt=0, allow_inf_nan=False)
+    """Seconds each part may take to be ready."""
+    drain_seconds: float = Field(5.0, ge=0, allow_inf_nan=False)
+    """Time that the adapter takes for its running jobs when it is stopped."""
 
     @model_validator(mode="after")
     def _ports_differ(self) -> Self:

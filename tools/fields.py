@@ -10,6 +10,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from dllm_engine.decoding import COMMIT_FIELDS, REQUIRED_WITH
 from dllm_engine.sampling_params import CACHE_FIELDS, FIELDS, Field
 
 ROOT = Path(__file__).parents[1]
-INT32_MAX = 2**31 - 1
+INT64_MAX = 2**63 - 1
 #: The lines of a file between the two marks.
 BLOCK = re.compile(r"(?<=make fields: begin)([^\n]*\n)(.*?)(?=\n[^\n]*make fields: end)", re.DOTALL)
 #: The REST API knows these by settings too, and OpenAI's calls have fields of their own for them.
@@ -49,9 +50,7 @@ def description(field: Field) -> str:
 
 def triton_type(field: Field) -> str:
     """Triton's type for a field's values."""
-    if field.type is int:
-        return "INT64" if (field.limits.le or 0) > INT32_MAX else "INT32"
-    return {float: "FP32", bool: "BOOL", str: "BYTES"}[field.type]
+    return {int: "INT64", float: "FP32", bool: "BOOL", str: "BYTES"}[field.type]
 
 
 def python_type(field: Field) -> str:
@@ -84,23 +83,30 @@ def denoising_fields(table: Table) -> Iterator[str]:
     for field in table.values():
         if field.name not in LIMITED_BY_SETTING:
             kind = REST_TYPES.get(python_type(field), python_type(field))
-            yield f"    {field.name}: {kind} | None = {_pydantic(field, None, description(field))}"
+            yield f"    {field.name}: {kind} | None = {_pydantic(field, None)}"
+            yield _docstring(description(field))
 
 
 def amount_fields(table: Table) -> Iterator[str]:
     """Fields that the REST API's own bodies have besides."""
     for name, setting in LIMITED_BY_SETTING.items():
         field = table[name]
-        text = f"{description(field)}; at most {setting}"
-        yield f"    {name}: {python_type(field)} = {_pydantic(field, field.default, text)}"
+        yield f"    {name}: {python_type(field)} = {_pydantic(field, field.default)}"
+        yield _docstring(f"{description(field)}; at most {setting}")
 
 
-def _pydantic(field: Field, default: object, text: str) -> str:
+def _docstring(text: str) -> str:
+    """A field's description below it; pydantic takes it from there."""
+    return textwrap.indent("\n".join(textwrap.wrap(f'"""{text}"""', 96)), "    ")
+
+
+def _pydantic(field: Field, default: object) -> str:
+    """The default, with the limits of a number."""
     limits: dict[str, object] = {key: getattr(field.limits, key) for key in ("ge", "gt", "le")}
     if field.type is int and field.limits.le is None:
         limits["le"] = "INT32_MAX"
     given = [f"{key}={value}" for key, value in limits.items() if value is not None]
-    return f"Field({', '.join([repr(default), *given, f'description={literal(text)}'])})"
+    return f"Field({', '.join([repr(default), *given])})" if given else repr(default)
 
 
 def client_fields(table: Table) -> Iterator[str]:
@@ -128,7 +134,7 @@ def values(field: Field) -> str:
         return f"at most {limits.max_items}, of 1 to {limits.max_chars} characters"
     if field.type in (bool, str):
         return ""
-    return "64 bits" if triton_type(field) == "INT64" else limits.rule
+    return "64 bits" if limits.le == INT64_MAX else limits.rule
 
 
 #: What writes the lists of a file, in their order.

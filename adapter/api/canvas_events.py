@@ -6,11 +6,10 @@ from typing import Self
 from fastapi.sse import KEEPALIVE_COMMENT
 from pydantic import BaseModel, Field
 
-from adapter.api.schemas import Usage
 from adapter.api.sse import sse
 from adapter.engine.streaming import StreamingRequest
 from adapter.errors import AdapterError
-from adapter.types import Canvas, Event
+from adapter.types import Canvas, Event, Usage
 
 CONFIDENCE_DIGITS = 6  # all that a 32-bit float holds
 
@@ -62,8 +61,12 @@ class Done(BaseModel):
         """Make it from the last event of the engine."""
         assert event.usage is not None
         assert event.seed is not None
-        usage = Usage.model_validate(event.usage, from_attributes=True)
-        return cls(text=event.text, finish_reason=event.finish_reason, usage=usage, seed=event.seed)
+        return cls(
+            text=event.text,
+            finish_reason=event.finish_reason,
+            usage=event.usage,
+            seed=event.seed,
+        )
 
 
 class Failed(BaseModel):

@@ -10,11 +10,11 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
-from adapter.auth.rate_limit import RateLimiter
+from adapter.api.validation import BatchLimit
+from adapter.auth.rate_limit import Quota, RateLimiter
 from adapter.db.database import Database
 from adapter.engine.pool import EnginePool
 from adapter.engine.streaming import StreamingRequests
-from adapter.errors import InvalidRequest
 from adapter.jobs.job import JobOptions
 from adapter.jobs.service import JobService
 from adapter.periodic import PeriodicTask
@@ -60,19 +60,41 @@ def jobs_of(request: Request) -> JobService:
     return cast(JobService, request.app.state.jobs)
 
 
-async def count_prompts(request: Request, field: str, prompts: int) -> None:
+def batch_limit(request: Request, most: int, setting: str) -> BatchLimit:
+    """The most prompts that this call may have; a call with more could never be admitted.
+
+    `most` is how many its key may hold, and `setting` has the limit for all keys.
+    """
+    if request_context(request).api_key is not None:
+        setting += ", DLLM_KEY_SHARE"
+    limits = [
+        BatchLimit(settings_of(request).max_batch_size, "DLLM_MAX_BATCH_SIZE"),
+        BatchLimit(most, setting),
+    ]
+    if (limiter := _limiter(request)) is not None:
+        limits.append(BatchLimit(limiter.most_at_once, "DLLM_RATE_LIMIT"))
+    return min(limits, key=lambda limit: limit.most)
+
+
+async def count_prompts(request: Request, prompts: int) -> None:
     """Count the prompts of a call for the rate limit; its middleware has counted the first one.
 
-    Raises `RateLimited`, and `InvalidRequest` for more prompts than the limit ever admits.
+    Raises `RateLimited`.
     """
-    limiter = cast(RateLimiter | None, request.app.state.rate_limiter)
-    if limiter is None or prompts <= 1:
-        return
-    if prompts > limiter.most_at_once:
-        most = limiter.most_at_once
-        msg = f"{field}: at most {most} at once (DLLM_RATE_LIMIT); got {prompts}"
-        raise InvalidRequest(msg)
-    await limiter.hit(request.state.rate_caller, prompts - 1)
+    limiter = _limiter(request)
+    if limiter is not None and prompts > 1:
+        await request.state.quota.take(prompts - 1)
+
+
+async def uncount(request: Request) -> None:
+    """Give back what a refused call took from the rate limit."""
+    quota: Quota | None = getattr(request.state, "quota", None)
+    if quota is not None:
+        await quota.give_back()
+
+
+def _limiter(request: Request) -> RateLimiter | None:
+    return cast(RateLimiter | None, request.app.state.rate_limiter)
 
 
 async def _context(request: Request) -> RequestContext:

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, RedirectResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from adapter.api.deps import uncount
 from adapter.api.openai import errors as openai
 from adapter.api.printable import MAX_NAME, printable
 from adapter.errors import AdapterError, InvalidRequest
@@ -22,6 +23,8 @@ log = get_logger()
 NAMES = {"text_input": "prompt"}
 #: A response lists no more problems than this.
 MAX_PROBLEMS = 20
+#: Refusals that do not count for the rate limit, as no engine was asked. Others do: they cost work.
+UNCOUNTED = (413, 429)
 SLASHES = re.compile("/+")
 
 
@@ -35,6 +38,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
 async def _adapter_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, AdapterError)
+    if error.status in UNCOUNTED:
+        await uncount(request)
     if error.status >= 500:
         log.warning("call_failed", path=request.url.path, status=error.status, error=str(error))
     status, body = error.status, {"detail": _detail(error)}
@@ -108,6 +113,7 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     not repeated.
     """
     assert isinstance(error, RequestValidationError)
+    await uncount(request)
     if openai.is_openai(request.url.path):
         body = openai.of_validation(error, openai.length_name(request))
         return JSONResponse(body, status_code=400)
@@ -117,9 +123,16 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
             "type": item["type"],
             "loc": [p if isinstance(p, int) else printable(p, MAX_NAME) for p in item["loc"]],
             "msg": printable(item["msg"]),
+            **_limit_of(item),
         }
         for item in problems[:MAX_PROBLEMS]
     ]
     if (more := len(problems) - MAX_PROBLEMS) > 0:
         detail.append({"type": "more", "loc": ["body"], "msg": f"and {more} more problems"})
     return JSONResponse({"detail": detail}, status_code=422)
+
+
+def _limit_of(problem: dict[str, Any]) -> dict[str, Any]:
+    """The greatest length, for clients that split what they send."""
+    most = problem.get("ctx", {}).get("max_length")
+    return {} if most is None else {"ctx": {"max_length": most}}

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request
 
-from adapter.api.deps import count_prompts, jobs_of, request_context, settings_of
+from adapter.api.deps import batch_limit, count_prompts, jobs_of, request_context, settings_of
 from adapter.api.schemas import (
     BatchRequest,
     GenerateRequest,
@@ -13,7 +13,7 @@ from adapter.api.schemas import (
     error_responses,
 )
 from adapter.api.sse import cancel_on_disconnect
-from adapter.api.validation import check_limits
+from adapter.api.validation import check_batch, check_limits
 
 router = APIRouter(prefix="/v1", tags=["jobs"], responses=error_responses())
 
@@ -56,9 +56,11 @@ async def generate_batch(
     body: BatchRequest, request: Request, key: IdempotencyKey = None
 ) -> Submitted:
     """Submit several prompts; either all are accepted or none."""
-    check_limits(body, settings_of(request))
-    await count_prompts(request, "prompts", len(body.prompts))
     options = request_context(request).options(body.priority, body.timeout)
+    most = jobs_of(request).most_at_once(options.api_key)
+    limit = batch_limit(request, most, "DLLM_MAX_QUEUED_JOBS")
+    check_batch(body, limit, settings_of(request))
+    await count_prompts(request, len(body.prompts))
     ids = await jobs_of(request).submit(body.inputs(), options, key=key)
     return Submitted(request_ids=ids)
 

@@ -1,5 +1,6 @@
 """Bodies of requests and responses. `check_limits` checks the limits that settings put on them."""
 
+import dataclasses
 import json
 import re
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -14,8 +15,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from adapter.jobs.job import Job, JobDetails, JobState
-from adapter.types import DEFAULT_PRIORITY, Inputs, InputValue
+from adapter.jobs.job import Job, JobState
+from adapter.types import DEFAULT_PRIORITY, Inputs, InputValue, Usage
 
 INT32_MAX = 2**31 - 1
 MAX_STOP_STRINGS = 16
@@ -79,7 +80,9 @@ class Body(BaseModel):
     Each object has few errors, whatever it holds: a list reports one, and many fields are one.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -104,138 +107,68 @@ class Denoising(Body):
     """How to denoise: inputs of the Triton model, under their names there."""
 
     # From the engine's table of sampling fields. make fields: begin
-    steps: int | None = Field(
-        None,
-        ge=1,
-        le=INT32_MAX,
-        description="denoising steps over the whole canvas; default: gen_length",
-    )
-    block_length: int | None = Field(
-        None,
-        ge=1,
-        le=INT32_MAX,
-        description="tokens per block, at most gen_length; default: 32, with alg gen_length",
-    )
-    cfg_scale: float | None = Field(
-        None, ge=0, le=1000, description="classifier-free guidance; 0 is off"
-    )
-    remasking: Name | None = Field(
-        None,
-        description="which positions a step commits first: low_confidence, random, entropy, margin",
-    )
-    confidence_threshold: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="commit every position at least this confident, and the best; not with alg, "
-        "factor, entropy_bound, anchor_threshold",
-    )
-    factor: float | None = Field(
-        None,
-        ge=0,
-        le=1000000,
-        description="Fast-dLLM: commit the n most confident while c_n >= 1 - factor / (n + 1); "
-        "not with alg, confidence_threshold, entropy_bound, anchor_threshold",
-    )
-    entropy_bound: float | None = Field(
-        None,
-        ge=0,
-        le=1000000,
-        description="EB-sampler: commit the least uncertain while their entropies sum to at most "
-        "this; not with alg, confidence_threshold, factor, anchor_threshold",
-    )
-    low_threshold: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="dInfer: commit the best of each run of masks, too, if above this; needs "
-        "confidence_threshold",
-    )
-    credit: bool | None = Field(
-        None,
-        description="dInfer: trust tokens that stay ahead from step to step; needs "
-        "confidence_threshold",
-    )
-    anchor_threshold: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="LocalLeap: commit neighbors of positions at least this confident; not with "
-        "alg, confidence_threshold, factor, entropy_bound",
-    )
-    neighbor_threshold: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="LocalLeap: how confident a neighbor has to be; default: 0.75; needs "
-        "anchor_threshold",
-    )
-    alg: Name | None = Field(
-        None,
-        description="Dream's rule, instead of remasking: origin, maskgit_plus, topk_margin, "
-        "entropy",
-    )
-    alg_temp: float | None = Field(
-        None,
-        ge=0,
-        le=1000000,
-        description="Dream: above 0, draw positions from softmax(score / alg_temp); needs alg",
-    )
-    top_p: float | None = Field(
-        None, gt=0, le=1, description="sample from the most probable tokens that reach this sum"
-    )
-    top_k: int | None = Field(
-        None, ge=1, le=INT32_MAX, description="sample from this many most probable tokens"
-    )
-    seed: int | None = Field(
-        None,
-        ge=-9223372036854775808,
-        le=9223372036854775807,
-        description="repeats an answer; default: drawn at random and reported",
-    )
-    logits_eos_inf: bool | None = Field(None, description="never choose the end-of-text token")
-    confidence_eos_eot_inf: bool | None = Field(
-        None, description="commit end-of-text and end-of-turn tokens after all others"
-    )
-    stop: StopStrings | None = Field(
-        None, description="end the text before the first of these strings"
-    )
-    ignore_eos: bool | None = Field(
-        None, description="decode the whole canvas, even after an end-of-text token"
-    )
-    cache: Name | None = Field(
-        None,
-        description="which keys and values are kept between steps: none, prefix, dual, sparse, "
-        "delayed; default: the server's",
-    )
-    retention_ratio: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="share of the positions outside the block that each KV head keeps; with "
-        "cache sparse; default: the server's",
-    )
-    pool_kernel: int | None = Field(
-        None,
-        ge=1,
-        le=63,
-        description="a position scores as the best of this many around it; odd; with cache "
-        "sparse; default: the server's",
-    )
-    delay_steps: int | None = Field(
-        None,
-        ge=0,
-        le=INT32_MAX,
-        description="steps of a block that run in full before one stores keys and values; with "
-        "cache prefix, dual, sparse, delayed; default: the server's",
-    )
-    refresh_interval: int | None = Field(
-        None,
-        ge=0,
-        le=INT32_MAX,
-        description="steps between Refreshes in a block; 0: only at its start; with cache "
-        "prefix, dual, sparse, delayed; default: the server's",
-    )
+    steps: int | None = Field(None, ge=1, le=INT32_MAX)
+    """denoising steps over the whole canvas; default: gen_length"""
+    block_length: int | None = Field(None, ge=1, le=INT32_MAX)
+    """tokens per block, at most gen_length; default: 32, with alg gen_length; a block-wise model's
+    own"""
+    cfg_scale: float | None = Field(None, ge=0, le=1000)
+    """classifier-free guidance; 0 is off"""
+    remasking: Name | None = None
+    """which positions a step commits first; default: low_confidence, or a block-wise model's own
+    rule: low_confidence_dynamic, low_confidence, random, entropy, margin, sequential"""
+    confidence_threshold: float | None = Field(None, gt=0, le=1)
+    """commit every position at least this confident, and the best; not with alg, factor,
+    entropy_bound, anchor_threshold"""
+    factor: float | None = Field(None, ge=0, le=1000000)
+    """Fast-dLLM: commit the n most confident while c_n >= 1 - factor / (n + 1); not with alg,
+    confidence_threshold, entropy_bound, anchor_threshold"""
+    entropy_bound: float | None = Field(None, ge=0, le=1000000)
+    """EB-sampler: commit the least uncertain while their entropies sum to at most this; not with
+    alg, confidence_threshold, factor, anchor_threshold"""
+    low_threshold: float | None = Field(None, gt=0, le=1)
+    """dInfer: commit the best of each run of masks, too, if above this; needs
+    confidence_threshold"""
+    credit: bool | None = None
+    """dInfer: trust tokens that stay ahead from step to step; needs confidence_threshold"""
+    anchor_threshold: float | None = Field(None, gt=0, le=1)
+    """LocalLeap: commit neighbors of positions at least this confident; not with alg,
+    confidence_threshold, factor, entropy_bound"""
+    neighbor_threshold: float | None = Field(None, gt=0, le=1)
+    """LocalLeap: how confident a neighbor has to be; default: 0.75; needs anchor_threshold"""
+    alg: Name | None = None
+    """Dream's rule, instead of remasking: origin, maskgit_plus, topk_margin, entropy"""
+    alg_temp: float | None = Field(None, ge=0, le=1000000)
+    """Dream: above 0, draw positions from softmax(score / alg_temp); needs alg"""
+    top_p: float | None = Field(None, gt=0, le=1)
+    """sample from the most probable tokens that reach this sum"""
+    top_k: int | None = Field(None, ge=1, le=INT32_MAX)
+    """sample from this many most probable tokens"""
+    seed: int | None = Field(None, ge=-9223372036854775808, le=9223372036854775807)
+    """repeats an answer; default: drawn at random and reported"""
+    logits_eos_inf: bool | None = None
+    """never choose the end-of-text token"""
+    confidence_eos_eot_inf: bool | None = None
+    """commit end-of-text and end-of-turn tokens after all others"""
+    stop: StopStrings | None = None
+    """end the text before the first of these strings"""
+    ignore_eos: bool | None = None
+    """decode the whole canvas, even after an end-of-text token"""
+    cache: Name | None = None
+    """which keys and values are kept between steps; block-wise models: none, block: none, prefix,
+    dual, sparse, delayed, block; default: the server's"""
+    retention_ratio: float | None = Field(None, gt=0, le=1)
+    """share of the positions outside the block that each KV head keeps; with cache sparse; default:
+    the server's"""
+    pool_kernel: int | None = Field(None, ge=1, le=63)
+    """a position scores as the best of this many around it; odd; with cache sparse; default: the
+    server's"""
+    delay_steps: int | None = Field(None, ge=0, le=INT32_MAX)
+    """steps of a block that run in full before one stores keys and values; with cache prefix, dual,
+    sparse, delayed; default: the server's"""
+    refresh_interval: int | None = Field(None, ge=0, le=INT32_MAX)
+    """steps between Refreshes in a block; 0: only at its start; with cache prefix, dual, sparse,
+    delayed; default: the server's"""
     # make fields: end
 
 
@@ -243,19 +176,10 @@ class Sampling(Denoising):
     """How to denoise, and how much."""
 
     # make fields: begin
-    temperature: float = Field(
-        0.0,
-        ge=0,
-        le=1000000,
-        description="0 picks the most probable tokens; above 0 samples; at most "
-        "DLLM_MAX_TEMPERATURE",
-    )
-    gen_length: int = Field(
-        32,
-        ge=1,
-        le=INT32_MAX,
-        description="length of the canvas in tokens; at most DLLM_MAX_GEN_LENGTH",
-    )
+    temperature: float = Field(0.0, ge=0, le=1000000)
+    """0 picks the most probable tokens; above 0 samples; at most DLLM_MAX_TEMPERATURE"""
+    gen_length: int = Field(32, ge=1, le=INT32_MAX)
+    """length of the canvas in tokens; at most DLLM_MAX_GEN_LENGTH"""
     # make fields: end
 
     @property
@@ -314,7 +238,8 @@ class GenerateRequest(Sampling, SchedulingParams):
 
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:
-        given = [name for name in ("prompt", "messages", "input_ids") if self._has(name)]
+        forms = ("prompt", "messages", "input_ids")
+        given = [name for name in forms if getattr(self, name) is not None]
         if len(given) != 1:
             raise PydanticCustomError(
                 "exactly_one",
@@ -353,9 +278,6 @@ class GenerateRequest(Sampling, SchedulingParams):
             inputs["gen_length"] = self.canvas_length
         return inputs
 
-    def _has(self, name: str) -> bool:
-        return getattr(self, name) is not None
-
 
 class BatchRequest(Sampling, SchedulingParams):
     """Several prompts with the same parameters."""
@@ -381,15 +303,6 @@ class Submitted(BaseModel):
 
     request_ids: list[int]
     status: Literal["submitted"] = "submitted"
-
-
-class Usage(BaseModel):
-    """Tokens, steps and forward passes of the request."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    steps: int
-    forward_passes: int
 
 
 class Result(BaseModel):
@@ -419,22 +332,11 @@ class Result(BaseModel):
         if job.state is JobState.FAILED:
             fields["error"] = job.error
         if job.state.done:
-            fields |= _known(job.details)
+            details = {
+                f.name: getattr(job.details, f.name) for f in dataclasses.fields(job.details)
+            }
+            fields |= {name: value for name, value in details.items() if value is not None}
         return cls(**fields)
-
-
-def _known(details: JobDetails) -> dict[str, Any]:
-    known: dict[str, Any] = {
-        "finish_reason": details.finish_reason,
-        "seed": details.seed,
-        "created_at": details.created_at,
-        "started_at": details.started_at,
-        "finished_at": details.finished_at,
-    }
-    known = {name: value for name, value in known.items() if value is not None}
-    if details.usage is not None:
-        known["usage"] = Usage.model_validate(details.usage, from_attributes=True)
-    return known
 
 
 class Readiness(BaseModel):

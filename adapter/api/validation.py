@@ -1,6 +1,7 @@
 """Checks requests against the settings' limits; errors have FastAPI's format."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -11,9 +12,26 @@ from adapter.settings import Settings
 Problem = dict[str, Any]
 
 
-def check_limits(body: GenerateRequest | BatchRequest, settings: Settings) -> None:
+@dataclass(frozen=True, slots=True)
+class BatchLimit:
+    """The most prompts that a call may ever have, and the settings that say so."""
+
+    most: int
+    settings: str
+
+
+def check_limits(body: GenerateRequest, settings: Settings) -> None:
     """Raise `RequestValidationError` with every field that exceeds its limit, and the limit."""
-    if problems := list(_problems(body, settings)):
+    if problems := [*_prompt_problems(body, settings), *_option_problems(body, settings)]:
+        raise RequestValidationError(problems)
+
+
+def check_batch(body: BatchRequest, limit: BatchLimit, settings: Settings) -> None:
+    """Do the same for a batch."""
+    problems = list(_too_many("prompts", body.prompts, limit))
+    for index, prompt in enumerate(body.prompts[: limit.most]):
+        problems += _too_long(("prompts", index), prompt, settings.max_prompt_chars)
+    if problems := [*problems, *_option_problems(body, settings)]:
         raise RequestValidationError(problems)
 
 
@@ -23,22 +41,10 @@ def check_options(body: GenerateRequest, settings: Settings) -> None:
         raise RequestValidationError(problems)
 
 
-def check_batch_size(field: str, items: Sequence[Any], settings: Settings) -> None:
+def check_batch_size(field: str, items: Sequence[Any], limit: BatchLimit) -> None:
     """Raise `RequestValidationError` if a call has too many prompts, which it names `field`."""
-    if problems := list(_too_long(field, items, settings.max_batch_size, "List", "items")):
+    if problems := list(_too_many(field, items, limit)):
         raise RequestValidationError(problems)
-
-
-def _problems(body: GenerateRequest | BatchRequest, settings: Settings) -> Iterator[Problem]:
-    if isinstance(body, BatchRequest):
-        yield from _too_long("prompts", body.prompts, settings.max_batch_size, "List", "items")
-        for index, prompt in enumerate(body.prompts[: settings.max_batch_size]):
-            yield from _too_long(("prompts", index), prompt, settings.max_prompt_chars)
-    else:
-        yield from _prompt_problems(body, settings.max_prompt_chars)
-        canvas = body.canvas_ids or []
-        yield from _too_long("canvas_ids", canvas, settings.max_gen_length, "List", "items")
-    yield from _option_problems(body, settings)
 
 
 def _option_problems(body: GenerateRequest | BatchRequest, settings: Settings) -> Iterator[Problem]:
@@ -50,7 +56,8 @@ def _option_problems(body: GenerateRequest | BatchRequest, settings: Settings) -
         yield from _too_large("block_length", body.block_length, body.canvas_length)
 
 
-def _prompt_problems(body: GenerateRequest, limit: int) -> Iterator[Problem]:
+def _prompt_problems(body: GenerateRequest, settings: Settings) -> Iterator[Problem]:
+    limit = settings.max_prompt_chars
     if body.prompt is not None:
         yield from _too_long("prompt", body.prompt, limit)
     if body.suffix is not None:
@@ -62,6 +69,13 @@ def _prompt_problems(body: GenerateRequest, limit: int) -> Iterator[Problem]:
         yield from _too_long("messages", content, limit, "All messages together", "characters")
         # An empty message costs tokens too.
         yield from _too_long("messages", body.messages, limit, "List", "items")
+    canvas = body.canvas_ids or []
+    yield from _too_long("canvas_ids", canvas, settings.max_gen_length, "List", "items")
+
+
+def _too_many(field: str, items: Sequence[Any], limit: BatchLimit) -> Iterator[Problem]:
+    unit = f"items ({limit.settings})"
+    yield from _too_long(field, items, limit.most, "List", unit)
 
 
 def _too_long(
@@ -73,7 +87,8 @@ def _too_long(
 ) -> Iterator[Problem]:
     if len(value) > limit:
         message = f"{what} should have at most {limit} {unit}, not {len(value)}"
-        yield _problem("too_long", field, message)
+        # A client can split what it sends by this number.
+        yield {**_problem("too_long", field, message), "ctx": {"max_length": limit}}
 
 
 def _too_large(field: str, value: float, limit: float) -> Iterator[Problem]:

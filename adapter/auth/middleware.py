@@ -8,7 +8,7 @@ from fastapi import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from adapter.auth.keys import Keyring
-from adapter.auth.rate_limit import RateLimiter
+from adapter.auth.rate_limit import Quota, RateLimiter
 from adapter.errors import AdapterError, Unauthorized
 
 API = "/v1/"
@@ -57,8 +57,8 @@ class AuthMiddleware:
             limiter: RateLimiter | None = request.app.state.rate_limiter
             if limiter is not None:
                 caller = f"key:{name}" if name else f"address:{_address(request)}"
-                request.state.rate_caller = caller
-                await limiter.hit(caller)
+                request.state.quota = Quota(limiter, caller)
+                await request.state.quota.take()
 
 
 def _key(request: Request) -> str:

@@ -49,6 +49,7 @@ class Database:
     def __init__(self, backend: "Backend") -> None:
         self._backend = backend
         self._prepared = False
+        self._preparing: asyncio.Task[None] | None = None
         self._failures = 0
         self._listeners: list[Callable[[], None]] = []
         #: Why the database cannot be used now; None if it can.
@@ -72,8 +73,11 @@ class Database:
                 database._set_outage(str(error))
             else:
                 DATABASE_READY.set(1)
-            async with database.loop:
-                yield database
+            try:
+                async with database.loop:
+                    yield database
+            finally:
+                await database._stop_preparing()
 
     def subscribe(self, listener: Callable[[], None]) -> None:
         """Call `listener` when an outage begins or ends."""
@@ -111,7 +115,7 @@ class Database:
             with _transaction("read"):
                 await self._backend.ping()
             if not self._prepared:
-                await self._prepare()
+                await self._continue_preparing()
         except AdapterError as error:
             self._failures += 1
             if self._failures >= OUTAGE_FAILURES:
@@ -132,6 +136,25 @@ class Database:
         DATABASE_READY.set(outage is None)
         for listener in self._listeners:
             listener()
+
+    async def _continue_preparing(self) -> None:
+        """Prepare the database in a task of its own, since a large table takes long to change.
+
+        Raises `StoreUnavailable` while it runs: the pings go on.
+        """
+        if self._preparing is None:
+            self._preparing = asyncio.create_task(self._prepare(), name="database-upgrade")
+        await asyncio.wait([self._preparing], timeout=PING_PAUSE)
+        if not self._preparing.done():
+            msg = "the job store's schema is being upgraded"
+            raise StoreUnavailable(msg)
+        task, self._preparing = self._preparing, None
+        task.result()
+
+    async def _stop_preparing(self) -> None:
+        if self._preparing is not None:
+            self._preparing.cancel()
+            await asyncio.wait([self._preparing])
 
     async def _prepare(self) -> None:
         """Upgrade the schema under a lock, if it needs to be.

@@ -1,11 +1,24 @@
 """Statements that each kind of database has in its own way."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
-from sqlalchemy import Connection, Table, bindparam, func, select, text, update
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Connection,
+    Select,
+    Table,
+    bindparam,
+    cast,
+    func,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 
-from adapter.db.tables import counters, job_ids
+from adapter.db.tables import counters, job_ids, submissions
 
 Insert = postgresql.Insert | sqlite.Insert
 
@@ -39,6 +52,16 @@ def reserve_job_ids(connection: Connection, count: int) -> list[int]:
         return sorted(connection.scalars(_NEXT_VALUES, {"more": count}))
     end: int = connection.execute(_COUNT_ON, {"more": count}).scalar_one()
     return list(range(end - count, end))
+
+
+def job_ids_of(connection: Connection) -> Select[Any]:
+    """The ids of the jobs of one row of `submissions`, for a query around this one."""
+    if connection.dialect.name == "postgresql":
+        listed = func.json_array_elements_text(cast(submissions.c.ids, JSON))
+    else:
+        listed = func.json_each(submissions.c.ids)
+    value = listed.table_valued("value").c.value
+    return select(cast(value, BigInteger)).correlate(submissions)
 
 
 def advisory_lock(connection: Connection, number: int) -> None:

@@ -44,6 +44,7 @@ jobs = Table(
     Column("api_key", String(64)),  # name of the key that submitted it
     Column("request_id", String(128)),  # X-Request-ID of the call that submitted it
     Column("traceparent", String(64)),  # W3C trace context of that call
+    Column("cached_tokens", Integer),  # of the prompt, from the prefix cache
     Index("ix_jobs_queue", "state", "attempts", "priority", "id"),
     Index("ix_jobs_finished_at", "finished_at"),
     Index("ix_jobs_deadline", "deadline"),

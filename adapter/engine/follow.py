@@ -17,11 +17,13 @@ async def follow(
     request_id: str,
     detail: StreamDetail = StreamDetail.RESULT,
     priority: int = DEFAULT_PRIORITY,
+    api_key: str | None = None,
     deadline: float | None,
     idle_timeout: float,
 ) -> Event:
     """Run a request, call `on_event` with each of its events, and return the last one.
 
+    `api_key` is the name of the caller's key, see `Endpoint.salted`.
     Both limits are in seconds: `deadline` for the whole request, `idle_timeout` between two events.
     Raises `DeadlineExceeded`, `InvalidRequest` or an `EngineError`, which is `StreamInterrupted`
     for a stream without a result.
@@ -31,7 +33,10 @@ async def follow(
         async with limit:
             with endpoint.track(request_id) as observe:
                 events = endpoint.engine.generate(
-                    inputs, request_id=request_id, detail=detail, priority=priority
+                    endpoint.salted(inputs, api_key),
+                    request_id=request_id,
+                    detail=detail,
+                    priority=priority,
                 )
                 async with aclosing(events):
                     while True:

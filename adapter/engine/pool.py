@@ -15,21 +15,30 @@ from adapter.engine.validation_cache import ValidationCache
 from adapter.errors import EngineError, InvalidRequest, Overloaded
 from adapter.telemetry.metrics import INFLIGHT, count_usage
 from adapter.telemetry.tracing import add_step, request_span, set_failed
-from adapter.types import Engine, Event, Inputs
+from adapter.types import Engine, Event, Inputs, ModelInfo
 
 FIRST_PAUSE = 0.25
 LONGEST_PAUSE = 8.0
+#: Longest wait for an engine to say which model it serves.
+DESCRIBE_SECONDS = 2.0
 
 
 class Endpoint:
-    """One engine, its monitor, and this worker's requests in flight there."""
+    """One engine, its monitor, and this worker's requests in flight there.
 
-    def __init__(self, name: str, engine: Engine, monitor: EngineMonitor) -> None:
+    `share_prefixes`: whether requests of different API keys share the engine's prefix cache.
+    """
+
+    def __init__(
+        self, name: str, engine: Engine, monitor: EngineMonitor, *, share_prefixes: bool = False
+    ) -> None:
+        self._share_prefixes = share_prefixes
         self.name = name
         self.engine = engine
         self.monitor = monitor
         self.inflight = 0
         self._accepted = ValidationCache()
+        self._described: tuple[int, ModelInfo] | None = None
         self._pause = 0.0
         self._not_before = 0.0
         self._failed_at = 0.0
@@ -47,6 +56,16 @@ class Endpoint:
     def backoff_left(self) -> float:
         """Seconds until it may get requests again; negative when it may."""
         return self._not_before - _now()
+
+    def salted(self, inputs: Inputs, api_key: str | None) -> Inputs:
+        """The inputs with the salt of the key: only requests of one salt share cached prefixes.
+
+        Otherwise a caller could learn, from `cached_tokens` or the time to an answer, whether
+        another one has sent a prompt with the same beginning.
+        """
+        if api_key is None or self._share_prefixes:
+            return inputs
+        return {**inputs, "cache_salt": api_key}
 
     @contextmanager
     def track(self, request_id: str) -> Iterator[Callable[[Event], None]]:
@@ -98,6 +117,13 @@ class Endpoint:
             if not result.refusal:
                 self._accepted.add(requests[index], epoch, headroom=result.headroom)
         return {index: result.refusal for index, result in found.items() if result.refusal}
+
+    async def describe(self) -> ModelInfo:
+        """Ask which model is served, once for each process. Raises an `AdapterError`."""
+        epoch = self.monitor.epoch
+        if self._described is None or self._described[0] != epoch:
+            self._described = epoch, await self.engine.describe()
+        return self._described[1]
 
     def _back_off(self) -> None:
         now = _now()
@@ -156,6 +182,20 @@ class EnginePool:
             if endpoint.available or (include_backing_off and endpoint.monitor.state.ok)
         ]
         return min(available, key=lambda endpoint: endpoint.inflight, default=None)
+
+    async def describe(self) -> ModelInfo:
+        """What an engine tells about its model; nothing while none answers.
+
+        An engine of an earlier release knows no such question.
+        """
+        endpoint = self.pick(include_backing_off=True)
+        if endpoint is None:
+            return ModelInfo()
+        try:
+            async with asyncio.timeout(DESCRIBE_SECONDS):
+                return await endpoint.describe()
+        except (TimeoutError, EngineError, InvalidRequest):
+            return ModelInfo()
 
     def cancel(self, request_id: str) -> None:
         """Cancel the requests with this id at every endpoint."""

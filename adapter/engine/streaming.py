@@ -33,6 +33,7 @@ class StreamingRequest:
         request_id: str,
         detail: StreamDetail,
         priority: int,
+        api_key: str | None,
         timeout: float | None,
         idle_timeout: float,
     ) -> None:
@@ -50,6 +51,7 @@ class StreamingRequest:
             request_id=request_id,
             detail=detail,
             priority=priority,
+            api_key=api_key,
             deadline=timeout,
             idle_timeout=idle_timeout,
         )
@@ -136,6 +138,10 @@ class StreamingRequests:
         """How many run now."""
         return len(self._running)
 
+    def most_at_once(self, api_key: str | None) -> int:
+        """The most requests that one call may ever have."""
+        return self._shares.most_of(api_key)
+
     async def fit(self, requests: Sequence[Inputs], *, api_key: str | None) -> list[Inputs]:
         """The requests of one call, shortened to what fits the model's context.
 
@@ -167,6 +173,7 @@ class StreamingRequests:
             request_id=f"{request_id}-{secrets.token_hex(4)}",
             detail=detail,
             priority=priority,
+            api_key=api_key,
             timeout=timeout,
             idle_timeout=self._idle_timeout,
         )

@@ -1,9 +1,11 @@
 """The engine behind Triton: requests out, events in, gRPC errors mapped to ours."""
 
 import asyncio
+import json
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from ipaddress import ip_address
 from typing import Any
 
@@ -24,10 +26,11 @@ from adapter.errors import (
     Unavailable,
 )
 from adapter.telemetry.tracing import TRACEPARENT
-from adapter.types import DEFAULT_PRIORITY, CheckResult, Event, Inputs, StreamDetail
+from adapter.types import DEFAULT_PRIORITY, CheckResult, Event, Inputs, ModelInfo, StreamDetail
 
 CHECK_OUTPUTS = ("finish_reason", "text_output")
 CANCEL_OUTPUTS = ("finish_reason", "text_output")
+DESCRIBE_OUTPUTS = ("finish_reason", "text_output")
 
 # Left alone, gRPC waits for up to two minutes before it looks for a server that went away.
 CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
@@ -175,6 +178,12 @@ class TritonEngine:
                     break
         return results
 
+    async def describe(self) -> ModelInfo:
+        """Ask which model is served; see `types.Engine.describe`."""
+        request = self._request({"describe": True}, request_id="describe", outputs=DESCRIBE_OUTPUTS)
+        told = json.loads((await self._one_event(request)).text)
+        return ModelInfo(**{f.name: told.get(f.name) for f in fields(ModelInfo)})
+
     def cancel(self, request_id: str) -> None:
         """Tell the engine, which asks its callers now and then only whether they are there."""
         task = asyncio.create_task(self._cancel(request_id), name="engine-cancel")
@@ -214,12 +223,16 @@ class TritonEngine:
     async def _cancel_and_wait(self, request_id: str) -> None:
         """End the requests of this id; returns once the engine has."""
         request = self._request({"cancel": request_id}, request_id="cancel", outputs=CANCEL_OUTPUTS)
+        await self._one_event(request)
+
+    async def _one_event(self, request: service_pb2.ModelInferRequest) -> Event:
+        """Send a request that has one response, and return that."""
         with self._open_stream(request) as responses:
             async for response in responses:
-                _event(response)
+                event = _event(response)
                 await _drain(responses)
-                return
-        msg = "the stream of a cancel ended without an event"
+                return event
+        msg = f"the stream of {request.id!r} ended without an event"
         raise StreamInterrupted(msg)
 
 

@@ -9,10 +9,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, and_, delete, select, update
+from sqlalchemy import Connection, and_, delete, exists, select, update
 
-from adapter.db.dialects import insert_into
-from adapter.db.tables import submissions
+from adapter.db.dialects import insert_into, job_ids_of
+from adapter.db.tables import jobs, submissions
 from adapter.errors import KeyReused
 from adapter.jobs.job import JobOptions
 from adapter.types import Inputs
@@ -74,5 +74,6 @@ def set_ids(connection: Connection, record: IdempotencyRecord, ids: Sequence[int
 
 
 def purge(connection: Connection, before: float) -> None:
-    """Delete records older than this time."""
-    connection.execute(delete(submissions).where(submissions.c.created_at < before))
+    """Delete records older than this time whose jobs are deleted, too."""
+    left = exists(select(jobs.c.id).where(jobs.c.id.in_(job_ids_of(connection))))
+    connection.execute(delete(submissions).where(submissions.c.created_at < before, ~left))

@@ -81,7 +81,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class ClaimedJob:
-    """A job that a worker has claimed and will run."""
+    """A job that a worker has claimed and will run.
+
+    Owner, attempts, rescues and the time tell this claim from every other one of the job.
+    """
 
     id: int
     owner: str

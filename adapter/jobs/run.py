@@ -100,6 +100,7 @@ class JobRun:
                 self._on_event,
                 request_id=job.engine_request_id,
                 priority=job.options.priority,
+                api_key=job.options.api_key,
                 deadline=job.time_left,
                 idle_timeout=self._idle_timeout,
             )

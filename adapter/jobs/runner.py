@@ -184,7 +184,7 @@ class JobRunner:
         while True:
             try:
                 async with self._completing:
-                    job = await self._store.settle(self._owner, run.job, outcome)
+                    job = await self._store.settle(run.job, outcome)
                     await asyncio.sleep(0)
             except StoreUnavailable as error:
                 if pause == FIRST_SAVE_PAUSE:

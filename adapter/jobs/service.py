@@ -52,6 +52,11 @@ class JobService:
         """The number of polls held now."""
         return self._polls.held
 
+    def most_at_once(self, api_key: str | None) -> int:
+        """The most requests that one call may ever have."""
+        most = self._max_queued
+        return most if api_key is None else share_of(most, self._key_share)
+
     async def submit(
         self,
         requests: Sequence[Inputs],
@@ -71,7 +76,7 @@ class JobService:
                 return known
             raise
         most, new = self._max_queued, True
-        most_of_key = None if options.api_key is None else share_of(most, self._key_share)
+        most_of_key = None if options.api_key is None else self.most_at_once(options.api_key)
         if key is None:
             ids = await self._store.add(
                 requests, max_queued=most, max_queued_of_key=most_of_key, options=options

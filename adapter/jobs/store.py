@@ -168,19 +168,19 @@ class JobStore:
         """Renew the leases; the ids of the jobs that are still this owner's."""
         renewal = (
             update(jobs)
-            .where(jobs.c.id.in_(ids), _owned_by(owner))
+            .where(jobs.c.id.in_(ids), RUNNING, jobs.c.owner == owner)
             .values(lease_expires=self._clock() + lease)
             .returning(jobs.c.id)
         )
         return await self._database.write(lambda connection: set(connection.scalars(renewal)))
 
-    async def settle(self, owner: str, job: ClaimedJob, outcome: Outcome) -> Job | None:
-        """Record how a run ended; the job if that is final and it was still this owner's."""
+    async def settle(self, job: ClaimedJob, outcome: Outcome) -> Job | None:
+        """Record how a run ended; the job if that is final and the claim still held."""
         now = self._clock()
         details = JobDetails(job.created_at, job.claimed_at, now)
         match outcome:
             case Finished(event=event):
-                if await self.finish(owner, job.id, event, now=now):
+                if await self.finish(job, event, now=now):
                     details = replace(
                         details,
                         finish_reason=event.finish_reason,
@@ -190,19 +190,17 @@ class JobStore:
                     state, text = JobState.FINISHED, event.text
                     return Job(job.id, state, job.attempts, text, None, details=details)
             case Failed(reason):
-                if await self.fail(owner, job.id, reason or "", now=now):
+                if await self.fail(job, reason or "", now=now):
                     state = JobState.FAILED
                     return Job(job.id, state, job.attempts, None, reason, details=details)
             case Interrupted(reason):
-                await self.retry(owner, job.id, reason or "")
+                await self.retry(job, reason or "")
             case Snoozed():
-                await self.release(owner, job.id)
+                await self.release(job)
         return None
 
-    async def finish(
-        self, owner: str, job_id: int, result: Event, *, now: float | None = None
-    ) -> bool:
-        """Store the result. False if the job is not this owner's."""
+    async def finish(self, job: ClaimedJob, result: Event, *, now: float | None = None) -> bool:
+        """Store the result. False if the claim no longer holds."""
         usage = result.usage
         values = {
             **_ended(JobState.FINISHED, self._clock() if now is None else now),
@@ -213,25 +211,26 @@ class JobStore:
             "completion_tokens": usage and usage.completion_tokens,
             "steps": usage and usage.steps,
             "forward_passes": usage and usage.forward_passes,
+            "cached_tokens": usage and usage.cached_tokens,
         }
-        return await self._end(JobState.FINISHED, _OWN_JOB, {"job": job_id, "by": owner, **values})
+        return await self._end(JobState.FINISHED, _CHANGE_CLAIMED, {**_claim_of(job), **values})
 
-    async def fail(self, owner: str, job_id: int, error: str, *, now: float | None = None) -> bool:
-        """Fail the job with the reason. False if it is not this owner's."""
+    async def fail(self, job: ClaimedJob, error: str, *, now: float | None = None) -> bool:
+        """Fail the job with the reason. False if the claim no longer holds."""
         now = self._clock() if now is None else now
         values = {**_ended(JobState.FAILED, now), "error": error}
-        return await self._end(JobState.FAILED, _OWN_JOB, {"job": job_id, "by": owner, **values})
+        return await self._end(JobState.FAILED, _CHANGE_CLAIMED, {**_claim_of(job), **values})
 
-    async def release(self, owner: str, job_id: int) -> bool:
-        """Requeue the job without counting an attempt. False if it is not this owner's."""
-        values = {"job": job_id, "by": owner, **_QUEUED_AGAIN}
-        return await self._database.change(_OWN_JOB, values) == 1
+    async def release(self, job: ClaimedJob) -> bool:
+        """Requeue the job without counting an attempt. False if the claim no longer holds."""
+        values = {**_claim_of(job), **_QUEUED_AGAIN}
+        return await self._database.change(_CHANGE_CLAIMED, values) == 1
 
-    async def retry(self, owner: str, job_id: int, reason: str) -> bool:
-        """Requeue the job, or fail it after its last attempt. False if it is not this owner's."""
-        mine = and_(jobs.c.id == job_id, _owned_by(owner))
+    async def retry(self, job: ClaimedJob, reason: str) -> bool:
+        """Requeue the job, or fail it after its last attempt. False if the claim is over."""
         error = f"given up after {self._max_attempts} attempts: {reason}"
-        return await self._requeue(mine, "attempts", self._max_attempts, error) == 1
+        values = _claim_of(job)
+        return await self._requeue(_CLAIMED, "attempts", self._max_attempts, error, values) == 1
 
     async def requeue_expired(self) -> int:
         """Rescue jobs whose lease has expired: requeue them; the number of jobs.
@@ -351,7 +350,12 @@ class JobStore:
         return ended
 
     async def _requeue(
-        self, which: ColumnElement[bool], counter: str, limit: int, error: str
+        self,
+        which: ColumnElement[bool],
+        counter: str,
+        limit: int,
+        error: str,
+        values: Mapping[str, Any] | None = None,
     ) -> int:
         """Add one to the counter; fail the jobs that reach the limit, requeue the others."""
         count = jobs.c[counter] + 1
@@ -359,7 +363,7 @@ class JobStore:
         fail = update(jobs).where(which, count >= limit).values(given_up)
         queue = update(jobs).where(which).values({**_QUEUED_AGAIN, counter: count})
         failed, queued = await self._database.write(
-            lambda connection: [connection.execute(part).rowcount for part in (fail, queue)]
+            lambda connection: [connection.execute(part, values).rowcount for part in (fail, queue)]
         )
         _DONE[JobState.FAILED].inc(failed)
         return failed + queued
@@ -373,8 +377,15 @@ def _any_of(*conditions: ColumnElement[bool]) -> Select[Any]:
     return select(jobs.c.id).where(*conditions).limit(1)
 
 
-def _owned_by(owner: str) -> ColumnElement[bool]:
-    return and_(RUNNING, jobs.c.owner == owner)
+def _claim_of(job: ClaimedJob) -> dict[str, Any]:
+    """The parameters of `_CLAIMED`."""
+    return {
+        "job": job.id,
+        "by": job.owner,
+        "lost_runs": job.attempts,
+        "rescues": job.num_rescues,
+        "began": job.claimed_at,
+    }
 
 
 def _belongs_to(api_key: str | None) -> list[ColumnElement[bool]]:
@@ -395,7 +406,7 @@ def _details(row: Row[Any]) -> JobDetails:
         None if row.state == JobState.QUEUED else row.started_at,
         row.finished_at,
         row.finish_reason,
-        None if None in usage else Usage(*usage),
+        None if None in usage else Usage(*usage, row.cached_tokens or 0),
         row.seed,
     )
 
@@ -442,6 +453,7 @@ _SHOWN = select(
     jobs.c.completion_tokens,
     jobs.c.steps,
     jobs.c.forward_passes,
+    jobs.c.cached_tokens,
     jobs.c.seed,
 ).where(jobs.c.id == bindparam("job"))
 _SHOWN_TO_KEY = _SHOWN.where(jobs.c.api_key == bindparam("key"))
@@ -452,8 +464,16 @@ _ANY_QUEUED = _any_of(QUEUED)
 _COUNT_QUEUED = select(func.count()).select_from(jobs).where(QUEUED)
 _COUNT_QUEUED_BY_KEY = _COUNT_QUEUED.where(jobs.c.api_key == bindparam("key"))
 _INSERT = insert(jobs)
-# It sets the columns that it gets values for.
-_OWN_JOB = update(jobs).where(
-    jobs.c.id == bindparam("job"), RUNNING, jobs.c.owner == bindparam("by")
+# A worker that lost its lease may have claimed the job again: the owner alone does not tell one
+# claim from another. Of the rest, a rescue changes the count of them, and a release only the time.
+_CLAIMED = and_(
+    jobs.c.id == bindparam("job"),
+    RUNNING,
+    jobs.c.owner == bindparam("by"),
+    jobs.c.attempts == bindparam("lost_runs"),
+    jobs.c.num_rescues == bindparam("rescues"),
+    jobs.c.started_at == bindparam("began"),
 )
+# It sets the columns that it gets values for.
+_CHANGE_CLAIMED = update(jobs).where(_CLAIMED)
 _QUEUED_AGAIN: dict[str, Any] = {"state": JobState.QUEUED, "owner": None, "lease_expires": None}

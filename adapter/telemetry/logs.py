@@ -56,7 +56,7 @@ def configure_logging(level: str, kind: str) -> None:
     ours = logging.getLogger(NAME)
     ours.setLevel(level)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_formatter(kind))
+    handler.setFormatter(formatter(kind))
     if not ours.hasHandlers():
         ours.addHandler(handler)
         # The adapter logs every call itself, with more fields.
@@ -69,23 +69,15 @@ def configure_logging(level: str, kind: str) -> None:
 
 def uvicorn_log_config() -> dict[str, Any]:
     """A `log_config` for uvicorn, whose supervisor of workers then writes JSON lines too."""
-    handler = {
-        "class": "logging.StreamHandler",
-        "formatter": "json",
-        "stream": "ext://sys.stderr",
-    }
+    stderr = "ext://sys.stderr"
+    handler = {"class": "logging.StreamHandler", "formatter": "json", "stream": stderr}
     return {
         "version": 1,
         "disable_existing_loggers": False,
-        "formatters": {"json": {"()": "adapter.telemetry.logs.json_formatter"}},
+        "formatters": {"json": {"()": "adapter.telemetry.logs.formatter", "kind": "json"}},
         "handlers": {"stderr": handler},
         "loggers": {"uvicorn": {"handlers": ["stderr"], "level": "INFO", "propagate": False}},
     }
-
-
-def json_formatter() -> logging.Formatter:
-    """The formatter of JSON lines."""
-    return _formatter("json")
 
 
 def _json_line(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
@@ -100,7 +92,8 @@ def _json_line(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
     return line
 
 
-def _formatter(kind: str) -> logging.Formatter:
+def formatter(kind: str) -> logging.Formatter:
+    """The formatter of lines of text, or of JSON lines (`json`)."""
     processors: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if kind == "json":
         processors += [structlog.processors.format_exc_info, _json_line]

@@ -40,134 +40,102 @@ if _FOLDER and not os.access(_FOLDER, os.W_OK):
 REGISTRY = CollectorRegistry()
 
 SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+#: OpenTelemetry's buckets for generative AI.
+FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
+TOKEN = (*SHORT[:6], 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
 LONG = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 
-HTTP_REQUESTS = Counter(
-    "dllm_adapter_http_requests",
-    "HTTP requests answered",
-    ["method", "route", "status"],
-    registry=REGISTRY,
+_counter = functools.partial(Counter, registry=REGISTRY)
+_histogram = functools.partial(Histogram, registry=REGISTRY)
+_gauge = functools.partial(Gauge, registry=REGISTRY)
+
+HTTP_REQUESTS = _counter(
+    "dllm_adapter_http_requests", "HTTP requests answered", ["method", "route", "status"]
 )
-HTTP_SECONDS = Histogram(
+HTTP_SECONDS = _histogram(
     "dllm_adapter_http_request_seconds",
     "Duration of HTTP requests, but for held polls and streams",
     ["method", "route"],
     buckets=(*SHORT, 30, 60, 300),
-    registry=REGISTRY,
 )
-POLL_SECONDS = Histogram(
+POLL_SECONDS = _histogram(
     "dllm_adapter_http_poll_seconds",
     "Duration of polls with `wait`",
     ["route"],
     buckets=(*SHORT, 30, 60),
-    registry=REGISTRY,
 )
-STREAM_SECONDS = Histogram(
+STREAM_SECONDS = _histogram(
     "dllm_adapter_http_stream_seconds",
     "Duration of responses that are streams of events",
     ["route"],
     buckets=LONG,
-    registry=REGISTRY,
 )
 #: OpenTelemetry's names for generative AI, of streams.
-FIRST_TOKEN_SECONDS = Histogram(
+FIRST_TOKEN_SECONDS = _histogram(
     "gen_ai_server_time_to_first_token_seconds",
     "Time from a streaming request's start until its first text",
-    buckets=(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10),
-    registry=REGISTRY,
+    buckets=FIRST_TOKEN,
 )
-TOKEN_SECONDS = Histogram(
+TOKEN_SECONDS = _histogram(
     "gen_ai_server_time_per_output_token_seconds",
     "Time per token of a streaming request after its first text",
-    buckets=(
-        0.001,
-        0.0025,
-        0.005,
-        0.01,
-        0.025,
-        0.05,
-        0.075,
-        0.1,
-        0.15,
-        0.2,
-        0.3,
-        0.4,
-        0.5,
-        0.75,
-        1,
-        2.5,
-    ),
-    registry=REGISTRY,
+    buckets=TOKEN,
 )
-JOBS_SUBMITTED = Counter("dllm_adapter_jobs_submitted", "Jobs accepted", registry=REGISTRY)
-JOBS_SETTLED = Counter(
+JOBS_SUBMITTED = _counter("dllm_adapter_jobs_submitted", "Jobs accepted")
+JOBS_SETTLED = _counter(
     "dllm_adapter_jobs_settled",
     "Runs of jobs by outcome: finished, failed, interrupted, snoozed, superseded",
     ["outcome"],
-    registry=REGISTRY,
 )
-JOBS_DONE = Counter(
+JOBS_DONE = _counter(
     "dllm_adapter_jobs_done",
     "Jobs by final state: finished, failed, cancelled; each counted once, wherever it ended",
     ["state"],
-    registry=REGISTRY,
 )
-JOB_QUEUE_SECONDS = Histogram(
+JOB_QUEUE_SECONDS = _histogram(
     "dllm_adapter_job_queue_seconds",
     "Time from a job's submission until a worker claimed it",
     buckets=LONG,
-    registry=REGISTRY,
 )
-JOB_RUN_SECONDS = Histogram(
+JOB_RUN_SECONDS = _histogram(
     "dllm_adapter_job_run_seconds",
     "Time from claiming a job until it finished, including the engine's queue",
     buckets=LONG,
-    registry=REGISTRY,
 )
-TOKENS = Counter("dllm_adapter_tokens", "Tokens of finished requests", ["kind"], registry=REGISTRY)
-STEPS = Counter(
-    "dllm_adapter_denoising_steps", "Denoising steps of finished requests", registry=REGISTRY
-)
-FORWARD_PASSES = Counter(
-    "dllm_adapter_forward_passes", "Forward passes of finished requests", registry=REGISTRY
-)
-INFLIGHT = Gauge(
+TOKENS = _counter("dllm_adapter_tokens", "Tokens of finished requests", ["kind"])
+STEPS = _counter("dllm_adapter_denoising_steps", "Denoising steps of finished requests")
+FORWARD_PASSES = _counter("dllm_adapter_forward_passes", "Forward passes of finished requests")
+INFLIGHT = _gauge(
     "dllm_adapter_inflight_requests",
     "Requests at Triton, waiting or running, of all workers",
     multiprocess_mode="livesum",
-    registry=REGISTRY,
 )
-ENGINE_READY = Gauge(
+ENGINE_READY = _gauge(
     "dllm_adapter_engine_ready",
     "1 while the engine answers",
     ["engine"],
     multiprocess_mode="livemax",
-    registry=REGISTRY,
 )
-STORE_SECONDS = Histogram(
+STORE_SECONDS = _histogram(
     "dllm_adapter_store_seconds",
     "Duration of database transactions, including lock waits",
     ["kind"],
     buckets=SHORT,
-    registry=REGISTRY,
 )
-DATABASE_READY = Gauge(
+DATABASE_READY = _gauge(
     "dllm_adapter_database_ready",
     "1 while the database answers, at every worker",
     multiprocess_mode="livemin",
-    registry=REGISTRY,
 )
-TASK_LAST_STEP = Gauge(
+TASK_LAST_STEP = _gauge(
     "dllm_adapter_task_last_step_timestamp_seconds",
     "When a background task last ended a step, at the worker where that is longest ago",
     ["task"],
     multiprocess_mode="livemin",
-    registry=REGISTRY,
 )
-RATE_LIMIT_SKIPPED = Counter(
+RATE_LIMIT_SKIPPED = _counter(
     "dllm_adapter_rate_limit_skipped",
     "Calls let through uncounted because the database did not answer",
-    registry=REGISTRY,
 )
 #: Looking a label up takes longer than observing a value.
 _STORE_SECONDS = {kind: STORE_SECONDS.labels(kind) for kind in ("read", "write")}

@@ -3,7 +3,7 @@
 import asyncio
 import ipaddress
 import time
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -19,12 +19,15 @@ from dllm_client._errors import (
     from_transport,
 )
 from dllm_client._operations import Call, Operation, Pause, header
+from dllm_client._pipeline import Item, Pipeline
 from dllm_client._progress import progress_bar
 from dllm_client._streaming import StreamReader, open_stream
-from dllm_client._types import Answer, Params, Prompt, Result, Step
+from dllm_client._types import Answer, Outcome, Params, Prompt, Result, Step
 
 DEFAULT_URL = "http://localhost:8000"
 DEFAULT_TIMEOUT = 30.0
+#: Jobs of `map` that are submitted and not yet returned. An engine runs 64 at once by default.
+IN_FLIGHT = 96
 #: Each wait for a job has a poll in flight, so that httpx's limit of 100 would be reached soon.
 LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=100)
 
@@ -236,6 +239,37 @@ class Client(_Exchange):
             )
         )
 
+    def map(
+        self,
+        items: Iterable[Item],
+        *,
+        in_flight: int = IN_FLIGHT,
+        wait_timeout: float | None = None,
+        **params: Unpack[Params],
+    ) -> Generator[Outcome, None, None]:
+        """Run any number of prompts as jobs; yields their outcomes in order.
+
+        At most `in_flight` items are read ahead, so the items may be an endless iterator. An item
+        that is refused or fails gets its error in its outcome, and the others go on; `in_flight`
+        waits while the service has no room. Close the generator to cancel the jobs in flight.
+
+        Args:
+            items: prompts, or a `Request` where a prompt has fields of its own.
+            in_flight: most jobs that are submitted and not yet yielded.
+            wait_timeout: seconds to wait for each job; one that takes longer goes on running.
+            **params: fields of all requests.
+
+        Raises:
+            DllmError: the service cannot be reached, or refuses every request; the jobs in flight
+                are cancelled.
+        """
+        pipeline = Pipeline(items, params, in_flight=in_flight, wait_timeout=wait_timeout)
+        try:
+            while (outcome := self._run(pipeline.next())) is not None:
+                yield outcome
+        finally:
+            self._run(pipeline.cancel())
+
     def cancel(self, request_id: int) -> Result:
         """Cancel a job; returns it as it is then (a finished job stays finished)."""
         return self._run(operations.cancel(request_id))
@@ -243,6 +277,10 @@ class Client(_Exchange):
     def health(self) -> str:
         """`ok`. Raises UnavailableError, with the server's reason, while it cannot serve."""
         return self._run(operations.health())
+
+    def models(self) -> list[str]:
+        """The names of the models that OpenAI's calls may ask for."""
+        return self._run(operations.models())
 
     def _run(self, operation: Operation[T]) -> T:
         try:
@@ -378,6 +416,22 @@ class AsyncClient(_Exchange):
             )
         )
 
+    async def map(
+        self,
+        items: Iterable[Item],
+        *,
+        in_flight: int = IN_FLIGHT,
+        wait_timeout: float | None = None,
+        **params: Unpack[Params],
+    ) -> AsyncGenerator[Outcome, None]:
+        """Run any number of prompts as jobs; yields their outcomes in order."""
+        pipeline = Pipeline(items, params, in_flight=in_flight, wait_timeout=wait_timeout)
+        try:
+            while (outcome := await self._run(pipeline.next())) is not None:
+                yield outcome
+        finally:
+            await self._run(pipeline.cancel())
+
     async def cancel(self, request_id: int) -> Result:
         """Cancel a job; returns it as it is then."""
         return await self._run(operations.cancel(request_id))
@@ -385,6 +439,10 @@ class AsyncClient(_Exchange):
     async def health(self) -> str:
         """`ok`, or an UnavailableError."""
         return await self._run(operations.health())
+
+    async def models(self) -> list[str]:
+        """The names of the models that OpenAI's calls may ask for."""
+        return await self._run(operations.models())
 
     async def _run(self, operation: Operation[T]) -> T:
         try:

@@ -59,9 +59,16 @@ class ResponseError(DllmError):
 class BadRequestError(ResponseError):
     """A value of the request is wrong."""
 
-    def __init__(self, message: str, status: int, field: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        status: int,
+        field: str | None = None,
+        max_length: int | None = None,
+    ) -> None:
         super().__init__(message, status)
         self.field = field
+        self.max_length = max_length  #: the limit, where the field is too long and the server says
 
 
 class AuthenticationError(ResponseError):
@@ -134,7 +141,7 @@ def from_response(response: httpx.Response) -> DllmError:
     if status == 429:
         return RateLimitedError(message, status, _retry_after(response))
     if 400 <= status < 500:
-        return BadRequestError(message, status, field)
+        return BadRequestError(message, status, field, _max_length(response))
     if status >= 500:
         return ServerError(message, status)
     return UnexpectedResponseError(f"status {status} instead of an answer: is this the right URL?")
@@ -158,6 +165,15 @@ def _reason(response: httpx.Response) -> tuple[str | None, str]:
         return None, fallback
     detail = body.get("detail") or body.get("error") or body.get("message") or body.get("reason")
     return _parse_detail(detail, fallback)
+
+
+def _max_length(response: httpx.Response) -> int | None:
+    """The longest that the wrong field may be, if the body has that."""
+    try:
+        limit = response.json()["detail"][0]["ctx"]["max_length"]
+    except (ValueError, TypeError, LookupError):
+        return None
+    return limit if type(limit) is int else None
 
 
 def _parse_detail(detail: Any, fallback: str) -> tuple[str | None, str]:

@@ -40,11 +40,9 @@ RETRY_PAUSES = (0.1, 0.3, 1.0)
 #: Seconds without an answer after which waiting without a time limit ends. A server that is
 #: restarted or moved is back earlier.
 OUTAGE_SECONDS = 60.0
-#: Prompts per call while the server has not named a lower limit (its DLLM_MAX_BATCH_SIZE).
+#: Prompts per call while the server has not named a lower limit.
 BATCH_SIZE = 64
 
-#: The server's refusal of a batch that is longer than its limit.
-_BATCH_LIMIT = re.compile(r"at most (\d+) items")
 #: A header's value: printable ASCII characters, no space at either end.
 _HEADER = re.compile(r"[!-~]([ -~]*[!-~])?")
 
@@ -123,6 +121,16 @@ def health() -> Operation[str]:
     if not isinstance(body, dict) or not isinstance(body.get("status"), str):
         raise UnexpectedResponseError(f"not a health report: {body!r}")
     return str(body["status"])
+
+
+def models() -> Operation[list[str]]:
+    """The names of the models that OpenAI's calls may ask for."""
+    body = yield from _send_again(Call("GET", "/v1/models"))
+    match body:
+        case {"data": [*data]} if all(isinstance(m, dict) and "id" in m for m in data):
+            return [str(model["id"]) for model in data]
+        case _:
+            raise UnexpectedResponseError(f"not a list of models: {body!r}")
 
 
 def wait(request_id: int, timeout: float | None) -> Operation[Result]:
@@ -208,9 +216,9 @@ def _submit_part(parts: _Parts, params: Params, waiting: Collection[int]) -> Ope
             yield Pause(error.retry_after or 1.0)
         return []
     except BadRequestError as error:
-        limit = _BATCH_LIMIT.search(str(error)) if error.field == "prompts" else None
-        if limit and 0 < int(limit[1]) < len(part):
-            parts.size = int(limit[1])
+        limit = _fewer(error, len(part))
+        if limit is not None:
+            parts.size = limit
             return []
         # A batch is run as a whole or not at all, as if it were one call.
         for request_id in waiting:
@@ -222,13 +230,22 @@ def _submit_part(parts: _Parts, params: Params, waiting: Collection[int]) -> Ope
     return ids
 
 
+def _fewer(error: BadRequestError, count: int) -> int | None:
+    """How many prompts the server may take in place of `count`; None if fewer would not help."""
+    limit = error.max_length if error.field == "prompts" else None
+    if error.status == 413:  # all of them together are too large
+        limit = count // 2
+    return limit if limit is not None and 0 < limit < count else None
+
+
 def _renumbered(error: BadRequestError, first: int) -> BadRequestError:
     """The error with a prompt's place in the whole batch, not in its part."""
     name, _, place = (error.field or "").partition(".")
     if name != "prompts" or not place.isdecimal():
         return error
     field = f"prompts.{first + int(place)}"
-    return BadRequestError(str(error).replace(f"{name}.{place}", field, 1), error.status, field)
+    message = str(error).replace(f"{name}.{place}", field, 1)
+    return BadRequestError(message, error.status, field, error.max_length)
 
 
 def _outcome(request_id: int, timeout: float | None) -> Operation[Result]:
@@ -341,7 +358,7 @@ def _result_of(data: Any) -> Result:
             text=data["text"],
             error=data.get("error"),
             finish_reason=data.get("finish_reason"),
-            usage=usage and Usage(**{name: usage[name] for name in Usage.__slots__}),
+            usage=usage and Usage.of(usage),
             seed=data.get("seed"),
             created_at=data.get("created_at"),
             started_at=data.get("started_at"),

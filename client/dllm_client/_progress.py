@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 @contextmanager
-def progress_bar(total: int, *, shown: bool) -> Iterator[Callable[[], None]]:
+def progress_bar(total: int | None, *, shown: bool) -> Iterator[Callable[[], None]]:
     """Show a bar on stderr if that is a terminal; yields a function that advances it by one."""
     console = Console(stderr=True)
     columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -48,7 +48,7 @@ def _event(name: str, data: str) -> Step | Answer:
                 return Answer(
                     text=str(body["text"]),
                     finish_reason=str(body["finish_reason"]),
-                    usage=Usage(**body["usage"]),
+                    usage=Usage.of(body["usage"]),
                     seed=int(body["seed"]),
                 )
             case "error":

@@ -1,9 +1,14 @@
 """Types of requests and responses. `dllm` shows the descriptions as help."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+
+if TYPE_CHECKING:
+    from dllm_client._errors import DllmError
 
 #: A text, chat messages for the checkpoint's chat template (`role` and `content`), or token ids.
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
@@ -19,11 +24,16 @@ class Sampling(TypedDict, total=False):
     gen_length: Annotated[int, "length of the canvas in tokens"]
     steps: Annotated[int, "denoising steps over the whole canvas; default: gen_length"]
     block_length: Annotated[
-        int, "tokens per block, at most gen_length; default: 32, with alg gen_length"
+        int,
+        "tokens per block, at most gen_length; default: 32, with alg gen_length; a "
+        "block-wise model's own",
     ]
     cfg_scale: Annotated[float, "classifier-free guidance; 0 is off"]
     remasking: Annotated[
-        str, "which positions a step commits first: low_confidence, random, entropy, margin"
+        str,
+        "which positions a step commits first; default: low_confidence, or a "
+        "block-wise model's own rule: low_confidence_dynamic, low_confidence, "
+        "random, entropy, margin, sequential",
     ]
     confidence_threshold: Annotated[
         float,
@@ -74,8 +84,8 @@ class Sampling(TypedDict, total=False):
     ignore_eos: Annotated[bool, "decode the whole canvas, even after an end-of-text token"]
     cache: Annotated[
         str,
-        "which keys and values are kept between steps: none, prefix, dual, sparse, "
-        "delayed; default: the server's",
+        "which keys and values are kept between steps; block-wise models: none, "
+        "block: none, prefix, dual, sparse, delayed, block; default: the server's",
     ]
     retention_ratio: Annotated[
         float,
@@ -134,6 +144,12 @@ class Usage:
     completion_tokens: int
     steps: int
     forward_passes: int
+    cached_tokens: int = 0  #: tokens of the prompt that the server's prefix cache had
+
+    @classmethod
+    def of(cls, fields: Mapping[str, int]) -> Usage:
+        """Read the fields of a response; those that this release does not know are ignored."""
+        return cls(**{name: fields[name] for name in cls.__slots__ if name in fields})
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +181,31 @@ class Result:
         if self.status is Status.CANCELLED:
             return f"job {self.request_id} was cancelled"
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt with fields of its own, for `map`."""
+
+    prompt: Prompt
+    params: Params = field(default_factory=Params)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one item of `map`: a result, an error, or, of a failed job, both."""
+
+    index: int  #: the item's place, from 0
+    result: Result | None = None
+    error: DllmError | None = None
+
+    @property
+    def text(self) -> str:
+        """The text. Raises the item's error if there is none."""
+        if self.error is not None:
+            raise self.error
+        assert self.result is not None
+        return self.result.text or ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,8 +41,8 @@ STREAM_MODEL = "dllm"
 _TRITON_TYPES: Mapping[object, str] = {
     str: "BYTES",
     list[str]: "BYTES",
-    int: "INT32",
-    list[int]: "INT32",
+    int: "INT64",
+    list[int]: "INT64",
     float: "FP32",
     bool: "BOOL",
 }
@@ -50,14 +50,12 @@ _TRITON_TYPES: Mapping[object, str] = {
 INPUT_TYPES: Mapping[str, str] = {
     "text_input": "BYTES",
     "messages": "BYTES",
-    "input_ids": "INT32",
+    "input_ids": "INT64",
     **{name: _TRITON_TYPES[kind] for name, kind in get_type_hints(Sampling).items()},
-    "seed": "INT64",
     "stream": "BOOL",
 }
 _NUMPY_TYPES: Mapping[str, type[np.generic]] = {
     "BYTES": np.object_,
-    "INT32": np.int32,
     "INT64": np.int64,
     "FP32": np.float32,
     "BOOL": np.bool_,

@@ -32,7 +32,7 @@ def main() -> None:
     messages = json.dumps([{"role": "user", "content": options.prompt}])
     inputs = [
         tensor("messages", "BYTES", np.array([messages], dtype=np.object_)),
-        tensor("gen_length", "INT32", np.array([32], dtype=np.int32)),
+        tensor("gen_length", "INT64", np.array([32], dtype=np.int64)),
         tensor("temperature", "FP32", np.array([0.0], dtype=np.float32)),
     ]
     with triton.InferenceServerClient(options.url) as client:

@@ -126,9 +126,9 @@ def test_command_line(adapter: AdapterServer, client: Client, tmp_path: Path) ->
     once = dllm(adapter, "generate", "hello", "--gen-length", "16")
     assert (once.returncode, once.stdout) == (0, f"{text}\n")
 
-    job = dllm(adapter, "submit", "hello", "--gen-length", "16").stdout.strip()
+    job = dllm(adapter, "jobs", "submit", "hello", "--gen-length", "16").stdout.strip()
     eventually(lambda: adapter.result(int(job))["status"] == "finished", "the job is done")
-    shown = json.loads(dllm(adapter, "result", job, "--json").stdout)
+    shown = json.loads(dllm(adapter, "jobs", "status", job, "--json").stdout)
     assert (shown["status"], shown["text"]) == ("finished", text)
 
     prompts = tmp_path / "prompts.txt"
@@ -143,7 +143,7 @@ def test_command_line_errors(adapter: AdapterServer) -> None:
     for arguments, word in (
         (["generate", "x", "--gen-length", "513"], "gen_length"),
         (["generate", "x", "--remasking", "best"], "remasking"),
-        (["result", "999999"], "999999"),
+        (["jobs", "status", "999999"], "999999"),
     ):
         failed = dllm(adapter, *arguments)
         assert failed.returncode != 0

@@ -6,6 +6,7 @@ Streams are opened without the header `triton_grpc_error`: with it, errors crash
 
 from __future__ import annotations
 
+import json
 import re
 from itertools import islice
 from typing import Any
@@ -61,6 +62,16 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("pool_kernel", HELLO | {"cache": "sparse", "pool_kernel": 2}, "odd"),
     ("delay_steps", HELLO | {"cache": "dual", "delay_steps": -1}, "at least 0"),
     ("refresh_interval", HELLO | {"refresh_interval": 2}, "got cache none"),
+    # Their low 32 bits are valid.
+    ("input_ids", {"input_ids": [2**32 + 8]}, "0..511"),
+    ("gen_length", HELLO | {"gen_length": 2**32 + 8}, "at most 1024"),
+    ("steps", HELLO | {"steps": 2**32 + 8}, "at most 2147483647"),
+    ("block_length", HELLO | {"block_length": 2**32 + 8}, "at most 2147483647"),
+    ("top_k", HELLO | {"top_k": 2**32 + 8}, "at most 2147483647"),
+    ("pool_kernel", HELLO | {"cache": "sparse", "pool_kernel": 2**32 + 3}, "1 to 63"),
+    ("delay_steps", HELLO | {"cache": "dual", "delay_steps": 2**32}, "at most 2147483647"),
+    ("refresh_interval", HELLO | {"cache": "dual", "refresh_interval": 2**32}, "at most 21474"),
+    ("priority", HELLO | {"priority": 2**32 + 2}, "1 to 3"),
 ]
 
 
@@ -110,11 +121,12 @@ def test_unknown_name_is_refused(triton: TritonServer, model: str, name: str) ->
         ("text_input", "BYTES", [[b"one"], [b"two"]], "^text_input: one prompt per request"),
         ("text_input", "BYTES", [[b"one", b"two"]], "'text_input'"),
         ("messages", "BYTES", [[b'[{"role": "user", "content": "\xff"}]']], "^messages: .*UTF-8"),
-        ("input_ids", "INT32", [[1, 2], [3, 4]], "^input_ids: one prompt per request"),
+        ("input_ids", "INT64", [[1, 2], [3, 4]], "^input_ids: one prompt per request"),
         ("temperature", "FP32", [[np.nan]], "^temperature: .*0 to 1000000"),
         ("temperature", "FP32", [[np.inf]], "^temperature: .*0 to 1000000"),
         ("temperature", "FP32", [[0.1, 0.2]], "'temperature'"),
         ("temperature", "INT32", [[1]], "'temperature'"),
+        ("gen_length", "INT32", [[8]], "'gen_length' data-type is 'INT32', but .* expects 'INT64'"),
         ("stop", "BYTES", [[b"fine", b"\xff"]], "^stop: must be UTF-8"),
         ("heat", "FP32", [[1.0]], "'heat'"),
     ],
@@ -167,3 +179,16 @@ def test_check_runs_nothing(triton: TritonServer) -> None:
         assert post(triton, fields).json()["finish_reason"] == verdict
     assert settled_counters(triton) == before
     assert generate(triton, **HELLO, check=False, gen_length=4).usage[0] == tokens
+
+
+def test_describe_tells_which_model_is_served(triton: TritonServer) -> None:
+    """`describe` runs nothing and answers with family and sizes; it stands alone."""
+    before = settled_counters(triton)
+    body = post(triton, {"describe": True}).json()
+    assert body["finish_reason"] == "described"
+    told = json.loads(body["text_output"])
+    assert (told["family"], told["max_model_len"]) == ("llada", 1024)
+    assert told["num_parameters"] > 0
+    assert settled_counters(triton) == before
+    for fields in ({"describe": False}, {"describe": True} | HELLO):
+        assert re.search("^describe: must|describe: cannot", post(triton, fields).json()["error"])

@@ -30,6 +30,8 @@ RULES: tuple[Mapping[str, Any], ...] = (
     {"remasking": "entropy"},
     {"remasking": "margin"},
     {"remasking": "random"},
+    {"remasking": "sequential"},
+    {"remasking": "low_confidence_dynamic", "confidence_threshold": 0.05},
     {"confidence_threshold": 0.05},
     {"confidence_threshold": 0.2},
     {"confidence_threshold": 0.3, "low_threshold": 0.05},

@@ -138,6 +138,10 @@ def launch_all(dtype: torch.dtype, num_heads: int, num_kv_heads: int) -> None:
         selection=FlatSelection(some, some, some, some, some, longest),
     )
     packed_attention(q, k, v, whole, pages)
+    limited = dataclasses.replace(
+        whole, selection=None, key_limits=torch.ones(rows, dtype=torch.int64)
+    )
+    packed_attention(q, k, v, limited, pages)
     angles = torch.zeros(rows, 1, head_dim)
     apply_rotary(q, angles, angles)
     x = torch.zeros(rows, num_heads * head_dim, dtype=dtype)

@@ -162,6 +162,10 @@ class Decoder:
         confidence, entropy = column("confidence"), column("entropy")
         if p.confidence_threshold is not None and p.low_threshold is not None:
             places = rules.hierarchical(confidence, masked, p.low_threshold, p.confidence_threshold)
+        elif p.remasking == "low_confidence_dynamic":
+            assert p.confidence_threshold is not None
+            count = self._shares[self._place] if self._place < len(self._shares) else 0
+            places = rules.dynamic(confidence, masked, p.confidence_threshold, count)
         elif p.confidence_threshold is not None:
             places = rules.threshold(confidence, masked, p.confidence_threshold)
         elif p.factor is not None:
@@ -205,6 +209,7 @@ class Decoder:
                 "entropy": -f.entropy,
                 "margin": f.margin,
                 "topk_margin": f.margin,
+                "sequential": -float(position),
             }.get(kind)
             scores.append(self._uniform(position) if score is None else score)
             if p.alg_temp > 0:

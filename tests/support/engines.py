@@ -63,11 +63,14 @@ class FakeRunner(ModelRunner):
         self.on_wait: Callable[[], None] = _nothing
         self._canvases: dict[int, tuple[Canvas, int, int]] = {}
 
-    def start(self, slot: int, prompt: Prompt, params: SamplingParams, _: list[int]) -> None:
+    def start(
+        self, slot: int, prompt: Prompt, params: SamplingParams, _: list[int]
+    ) -> tuple[int, bool]:
         """Set up a canvas of masks."""
         self.on_start(params)
         canvas = Canvas.empty(params.gen_length, MASK)
         self._canvases[slot] = canvas, 100 + len(prompt.ids), len(prompt.ids)
+        return len(prompt.ids) + params.gen_length, True
 
     def launch(self, slots: list[int]) -> list[int]:
         """Remember the slots."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.ministral3.modeling_ministral3 import Ministral3RMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from .reference import Forward
 
@@ -26,6 +29,7 @@ _IN_BLOCK = {
     "up_proj": "mlp.up_proj",
     "ff_out": "mlp.down_proj",
 }
+_NORMS = (LlamaRMSNorm, Ministral3RMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
 _OUTSIDE = {
     "model.transformer.wte.weight": "model.embed_tokens.weight",
     "model.transformer.ln_f.weight": "model.norm.weight",
@@ -107,14 +111,15 @@ def checkpoint_config(directory: Path) -> PlainConfig:
 
 def checkpoint_tensors(directory: Path) -> dict[str, Tensor]:
     """All tensors of a LLaDA or Dream checkpoint, under Llama's names."""
-    tensors = _tensors(directory)
+    tensors = read_tensors(directory)
     if "model.transformer.wte.weight" in tensors:
         tensors = {_llama_name(name): tensor for name, tensor in tensors.items()}
     tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
     return tensors
 
 
-def _tensors(directory: Path) -> dict[str, Tensor]:
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, under its own names."""
     found: dict[str, Tensor] = {}
     for file in directory.glob("*.safetensors"):
         found |= load_file(file)
@@ -124,7 +129,7 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
 def _bidirectional(model: nn.Module, dtype: torch.dtype) -> Forward:
     model = model.to(dtype).eval()
     if dtype == torch.float64:
-        _widen_norms(model)
+        widen_norms(model)
 
     @torch.inference_mode()
     def forward(tokens: Tensor) -> Tensor:
@@ -135,14 +140,15 @@ def _bidirectional(model: nn.Module, dtype: torch.dtype) -> Forward:
     return forward
 
 
-def _widen_norms(model: nn.Module) -> None:
+def widen_norms(model: nn.Module) -> None:
     """Keep norms in float64; the classes' own norms round to float32."""
     for module in model.modules():
-        if isinstance(module, LlamaRMSNorm | Qwen2RMSNorm):
+        if isinstance(module, _NORMS):
 
-            def norm(x: Tensor, module: LlamaRMSNorm | Qwen2RMSNorm = module) -> Tensor:
+            def norm(x: Tensor, module: Any = module) -> Tensor:
                 scale = (x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon).rsqrt()
-                return module.weight * x * scale
+                scaled: Tensor = module.weight * x * scale
+                return scaled
 
             module.forward = norm
 

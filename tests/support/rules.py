@@ -21,6 +21,13 @@ def threshold(confidence: list[float], masked: list[bool], tau: float) -> set[in
     return set(order[:1]) | {i for i in order if confidence[i] >= tau}
 
 
+def dynamic(confidence: list[float], masked: list[bool], tau: float, count: int) -> set[int]:
+    """All positions above `tau` if they are at least `count`, else the `count` best."""
+    order = ranked(confidence, masked)
+    above = {i for i in order if confidence[i] > tau}
+    return above if len(above) >= min(count, len(order)) else set(order[:count])
+
+
 def factor(confidence: list[float], masked: list[bool], f: float) -> set[int]:
     """The longest run of best positions with c_n at least 1 − f / (n + 1)."""
     order = ranked(confidence, masked)

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 FILES = pytest.mark.parametrize("path", fields.WRITERS)
 #: Inputs of the models that are no sampling fields.
 PROMPTS = {"text_input", "messages", "input_ids", "suffix", "canvas_ids", "priority"}
-CONTROLS = {"exclusive", "stream", "stream_interval", "check", "cancel"}
+CONTROLS = {"exclusive", "stream", "stream_interval", "check", "cancel", "describe"}
 GAP = {"suffix", "canvas_ids"}
 
 
@@ -173,9 +173,9 @@ def accepts(check: Callable[[], object]) -> bool:
 
 
 def test_fields_have_a_type_of_triton_that_holds_their_values() -> None:
-    """Only a seed needs 64 bits; a list of strings has any length."""
+    """An integer has 64 bits, so that the engine sees values out of range; stop is a list."""
     kinds = {name: fields.triton_type(field) for name, field in FIELDS.items()}
     assert kinds["seed"] == "INT64"
     assert [name for name, field in FIELDS.items() if field.is_list] == ["stop"]
-    assert (kinds["temperature"], kinds["steps"], kinds["credit"]) == ("FP32", "INT32", "BOOL")
+    assert (kinds["temperature"], kinds["steps"], kinds["credit"]) == ("FP32", "INT64", "BOOL")
     assert (kinds["alg"], kinds["stop"]) == ("BYTES", "BYTES")

@@ -5,9 +5,15 @@ import time
 from collections.abc import Sequence
 from typing import Literal, Self
 
-from pydantic import BaseModel, model_serializer
+from pydantic import BaseModel, Field, model_serializer
 
 from adapter.types import Event
+
+
+class PromptTokensDetails(BaseModel):
+    """How many tokens of the prompts the prefix cache had."""
+
+    cached_tokens: int
 
 
 class TokenUsage(BaseModel):
@@ -16,6 +22,7 @@ class TokenUsage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
     @classmethod
     def of(cls, results: Sequence[Event]) -> Self:
@@ -23,7 +30,13 @@ class TokenUsage(BaseModel):
         counts = [result.usage for result in results if result.usage is not None]
         read = sum(count.prompt_tokens for count in counts)
         written = sum(count.completion_tokens for count in counts)
-        return cls(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
+        cached = sum(count.cached_tokens for count in counts)
+        return cls(
+            prompt_tokens=read,
+            completion_tokens=written,
+            total_tokens=read + written,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
+        )
 
 
 class TextChoice(BaseModel):
@@ -114,12 +127,20 @@ class ChatChunk(ResponseHeader):
 
 
 class Model(BaseModel):
-    """A model that calls may name."""
+    """A model that calls may name. What only an engine knows is left out while none answers."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "dllm-serve"
+    checkpoint: str | None = Field(None, description="the name of the checkpoint's directory")
+    family: str | None = Field(None, description="llada or dream")
+    architecture: str | None = Field(None, description="the class that `config.json` names")
+    num_parameters: int | None = None
+    max_model_len: int | None = Field(None, description="tokens of prompt and canvas together")
+    mask_token_id: int | None = Field(
+        None, description="the token that `canvas_ids` has at positions to decode"
+    )
 
 
 class ModelList(BaseModel):

@@ -2,11 +2,19 @@
 
 import secrets
 import time
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, HTTPException, Request
 
-from adapter.api.deps import ContextDep, SettingsDep, StreamingDep, count_prompts
+from adapter.api.deps import (
+    ContextDep,
+    PoolDep,
+    SettingsDep,
+    StreamingDep,
+    batch_limit,
+    count_prompts,
+)
 from adapter.api.openai.errors import ModelNotFound
 from adapter.api.openai.formatters import ChatFormatter, CompletionFormatter
 from adapter.api.openai.requests import ChatCall, CompletionCall
@@ -16,6 +24,7 @@ from adapter.api.openapi import stream_of
 from adapter.api.schemas import error_responses
 from adapter.api.sse import EventStream
 from adapter.api.validation import check_batch_size, check_options
+from adapter.engine.pool import EnginePool
 from adapter.settings import Settings
 
 router = APIRouter(prefix="/v1", tags=["openai"])
@@ -54,14 +63,20 @@ RunnerDep = Annotated[CompletionRunner, Depends(_runner)]
 
 @router.post("/completions", response_model=Completion, responses=_chunks("Completion") | _FAULTS)
 async def completions(
-    call: Request, body: CompletionCall, runner: RunnerDep, settings: SettingsDep
+    call: Request,
+    body: CompletionCall,
+    runner: RunnerDep,
+    settings: SettingsDep,
+    live: StreamingDep,
+    context: ContextDep,
 ) -> Completion | EventStream:
     """Continue each prompt, which the model sees without a chat template."""
     formatter = CompletionFormatter(_served(body.model, settings))
-    check_batch_size("prompt", body.prompts, settings)
+    limit = batch_limit(call, live.most_at_once(context.api_key), "DLLM_MAX_LIVE")
+    check_batch_size("prompt", body.prompts, limit)
     requests = body.requests(settings.max_gen_length)
     check_options(requests[0], settings)
-    await count_prompts(call, "prompt", len(requests))
+    await count_prompts(call, len(requests))
     if body.stream:
         return await runner.stream(requests, formatter, body.streamed_usage)
     return formatter.whole(await runner.results(requests))
@@ -83,18 +98,22 @@ async def chat_completions(
     return formatter.whole(await runner.results([request]))
 
 
-@router.get("/models", responses=_FAULTS)
-async def models(settings: SettingsDep) -> ModelList:
+@router.get("/models", response_model_exclude_none=True, responses=_FAULTS)
+async def models(pool: PoolDep, settings: SettingsDep) -> ModelList:
     """List the models that calls may name."""
-    return ModelList(data=[Model(id=settings.openai_model, created=STARTED)])
+    return ModelList(data=[await _model(settings.openai_model, pool)])
 
 
-@router.get("/models/{model:path}", responses=_FAULTS)
-async def one_model(model: str, settings: SettingsDep) -> Model:
+@router.get("/models/{model:path}", response_model_exclude_none=True, responses=_FAULTS)
+async def one_model(model: str, pool: PoolDep, settings: SettingsDep) -> Model:
     """Return the model, if calls may name it."""
     if not model.strip("/"):
         raise HTTPException(404)  # of the list, with a slash too many
-    return Model(id=_served(model, settings), created=STARTED)
+    return await _model(_served(model, settings), pool)
+
+
+async def _model(name: str, pool: EnginePool) -> Model:
+    return Model(id=name, created=STARTED, **asdict(await pool.describe()))
 
 
 def _served(model: str, settings: Settings) -> str:

@@ -15,6 +15,7 @@ from dllm_engine import (
     Engine,
     FinishReason,
     InvalidRequest,
+    ModelSummary,
     NotStarted,
     Prompt,
     Request,
@@ -64,6 +65,21 @@ def is_check(inputs: Inputs) -> bool:
     return "check" in inputs and bool(_scalar(inputs, "check"))
 
 
+def is_describe(inputs: Inputs) -> bool:
+    """Whether a request asks only which model is served.
+
+    Raises:
+        InvalidRequest: it asks for something besides.
+    """
+    if "describe" not in inputs:
+        return False
+    if len(inputs) > 1:
+        raise InvalidRequest("describe", "cannot be combined with other inputs")
+    if not _scalar(inputs, "describe"):
+        raise InvalidRequest("describe", "must be true")
+    return True
+
+
 def parse_request(engine: Engine, request: Any, inputs: Inputs) -> Request:
     """An engine request from a Triton request and its inputs.
 
@@ -85,6 +101,7 @@ def parse_request(engine: Engine, request: Any, inputs: Inputs) -> Request:
         params,
         stream_interval=interval if stream else None,
         priority=_priority(inputs),
+        cache_salt=str(_scalar(inputs, "cache_salt")) if "cache_salt" in inputs else "",
         exclusive=bool(_scalar(inputs, "exclusive")) if "exclusive" in inputs else False,
         timeout=request.timeout() / 1e6 or None,  # microseconds; 0: none
         name=request.request_id(),
@@ -286,6 +303,16 @@ def check_response(engine: Engine, request: Any, inputs: Inputs, wanted: Collect
         "finish_reason": _strings([verdict]),
         "text_output": _strings([text]),
         "usage": np.array([dataclasses.astuple(Usage(tokens, 0, 0, 0))], dtype=np.int32),
+    }
+    return _response(outputs, wanted)
+
+
+def describe_response(engine: Engine, wanted: Collection[str]) -> Any:
+    """The answer to a request that asks which model is served; `wanted` as above."""
+    summary = ModelSummary.of(engine.config.model_path, engine.spec)
+    outputs = {
+        "finish_reason": _strings(["described"]),
+        "text_output": _strings([json.dumps(dataclasses.asdict(summary))]),
     }
     return _response(outputs, wanted)
 

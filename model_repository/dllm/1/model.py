@@ -32,9 +32,11 @@ from dllm_settings import (
 )
 from dllm_tensors import (
     check_response,
+    describe_response,
     error_response,
     inputs_of,
     is_check,
+    is_describe,
     parse_cancel,
     parse_request,
 )
@@ -101,6 +103,9 @@ class TritonPythonModel:
         inputs = inputs_of(request)
         if ends := parse_cancel(inputs):
             self._dispatcher.cancel(ends, sender, outputs)
+            return
+        if is_describe(inputs):
+            sender.send(describe_response(self._worker.engine, outputs), flags=FINAL)
             return
         if is_check(inputs):
             response = check_response(self._worker.engine, request, inputs, outputs)

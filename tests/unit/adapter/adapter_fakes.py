@@ -16,12 +16,29 @@ from adapter.app import create_app
 from adapter.engine.monitor import EngineMonitor
 from adapter.errors import AdapterError, ConnectionLost, EngineDead, Unavailable
 from adapter.settings import Settings
-from adapter.types import DEFAULT_PRIORITY, Canvas, CheckResult, Event, Inputs, StreamDetail, Usage
+from adapter.types import (
+    DEFAULT_PRIORITY,
+    Canvas,
+    CheckResult,
+    Event,
+    Inputs,
+    ModelInfo,
+    StreamDetail,
+    Usage,
+)
 
-DONE = Event("an answer", "length", Usage(3, 32, 32, 32), seed=7)
+DONE = Event("an answer", "length", Usage(3, 32, 32, 32, 2), seed=7)
 SIGN_OF_LIFE = Event("an")
 #: A sign of life of a request that has no place yet.
 WAITING = Event("", usage=Usage(3, 0, 0, 0), seed=7, canvas=Canvas([0], [""], [-1.0], (0, 0, 1)))
+MODEL = ModelInfo(
+    checkpoint="demo_checkpoint",
+    family="llada",
+    architecture="LLaDAModelLM",
+    num_parameters=1_066_112,
+    max_model_len=512,
+    mask_token_id=0,
+)
 HANG = "hang"
 
 #: An `asyncio.Event` is waited for.
@@ -50,7 +67,7 @@ def denoising(length: int, *, given: Mapping[int, int] | None = None) -> list[Ev
         text = "".join(f"<{i}>" for i in range(ready))
         steps = len(shown) - len(given)
         reason = "length" if len(shown) == length else ""
-        events.append(Event(text, reason, Usage(3, ready, steps, steps), 7, canvas))
+        events.append(Event(text, reason, Usage(3, ready, steps, steps, 2), 7, canvas))
     return events
 
 
@@ -83,6 +100,9 @@ class ScriptedEngine:
     longest: int | None = None
     check_hangs: bool = False
     checked: list[Inputs] = field(default_factory=list)
+    #: What it says of its model; an error is raised instead.
+    model: ModelInfo | AdapterError = field(default_factory=lambda: MODEL)
+    described: int = 0
     requests: list[Inputs] = field(default_factory=list)
     request_ids: list[str] = field(default_factory=list)
     priorities: list[int] = field(default_factory=list)
@@ -141,6 +161,14 @@ class ScriptedEngine:
             reason = f"prompt ({512 - self.longest} tokens) plus gen_length ({length})"
             return CheckResult(refusal=f"gen_length: {reason} must be at most 512")
         return CheckResult(headroom=self.longest - length)
+
+    async def describe(self) -> ModelInfo:
+        """Say which model it is, if it can be asked."""
+        self.described += 1
+        self.check_connection()
+        if isinstance(self.model, AdapterError):
+            raise self.model
+        return self.model
 
     def cancel(self, request_id: str) -> None:
         """Note it."""

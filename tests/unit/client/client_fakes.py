@@ -47,9 +47,12 @@ class BatchServer:
     limit: int
     #: Refuses, with the place, a prompt that is this text.
     bad: str | None = None
+    #: Characters that one call may have.
+    max_chars: int = 10_000
     #: Jobs that may be queued at once.
     room: int = 10_000
     calls: list[int] = field(default_factory=list)
+    bodies: list[dict[str, Any]] = field(default_factory=list)
     cancelled: list[int] = field(default_factory=list)
     _prompts: list[str] = field(default_factory=list)
     _fetched: int = 0
@@ -62,12 +65,15 @@ class BatchServer:
         if request.method == "DELETE":
             self.cancelled.append(number)
             return job("cancelled", request_id=number)
-        return self._submit(json.loads(request.content)["prompts"])
+        body = json.loads(request.content)
+        self.bodies.append(body)
+        return self._submit(body.get("prompts") or [body["prompt"]])
 
     def _submit(self, prompts: list[str]) -> httpx.Response:
         if len(prompts) > self.limit:
-            message = f"List should have at most {self.limit} items, not {len(prompts)}"
-            return _refusal(["body", "prompts"], message)
+            return _refusal(["body", "prompts"], "is too long", ctx={"max_length": self.limit})
+        if sum(map(len, prompts)) > self.max_chars:
+            return httpx.Response(413, json={"detail": "the body is too large"})
         if self.bad in prompts:
             return _refusal(["body", "prompts", prompts.index(self.bad)], "is bad")
         if len(self._prompts) - self._fetched + len(prompts) > self.room:
@@ -78,5 +84,6 @@ class BatchServer:
         return submitted(*range(first, first + len(prompts)))
 
 
-def _refusal(place: list[str | int], message: str) -> httpx.Response:
-    return httpx.Response(422, json={"detail": [{"type": "x", "loc": place, "msg": message}]})
+def _refusal(place: list[str | int], message: str, **more: Any) -> httpx.Response:
+    problem = {"type": "x", "loc": place, "msg": message, **more}
+    return httpx.Response(422, json={"detail": [problem]})

@@ -66,11 +66,12 @@ def test_wait_asks_the_server_to_hold(client: Client, script: Script) -> None:
 def test_result_has_what_the_server_tells(client: Client, script: Script) -> None:
     """A result is typed: why it ended, what it cost, its seed and its times."""
     usage = {"prompt_tokens": 1, "completion_tokens": 2, "steps": 3, "forward_passes": 4}
+    usage["cached_tokens"] = 1
     times = {"created_at": 1.5, "started_at": 2.5, "finished_at": 3.5}
     more = {"finish_reason": "length", "usage": usage | {"new": 5}, "seed": 7, **times, "new": 1}
     script.answers = [job("finished", "a text", **more)]
     expected = Result(
-        0, Status.FINISHED, "a text", None, "length", Usage(1, 2, 3, 4), 7, 1.5, 2.5, 3.5
+        0, Status.FINISHED, "a text", None, "length", Usage(1, 2, 3, 4, 1), 7, 1.5, 2.5, 3.5
     )
     assert client.result(0) == expected
 
@@ -196,6 +197,17 @@ def test_generate_batch_of_any_length() -> None:
         prompts = [str(i) for i in range(65)]
         assert other.generate_batch(prompts) == [f"answer-{i}" for i in range(65)]
     assert server.calls == [16, 16, 16, 16, 1]
+
+
+def test_batch_of_long_prompts() -> None:
+    """Prompts that are too large for one body together go out in several calls."""
+    server = BatchServer(limit=64, max_chars=100)
+    prompts = [f"{i:030}" for i in range(10)]
+    with Client("http://server", transport=httpx.MockTransport(server)) as other:
+        assert other.generate_batch(prompts) == [f"answer-{prompt}" for prompt in prompts]
+        with pytest.raises(BadRequestError, match="the body is too large"):
+            other.generate_batch(["a" * 101])
+    assert server.calls == [2] * 5
 
 
 def test_batch_waits_for_room_in_the_queue(quick: None) -> None:

@@ -6,11 +6,13 @@ from typing import get_type_hints
 
 import httpx
 import pytest
-from client_fakes import BatchServer, Script, job, submitted
-from dllm_client import Block, Client, Committed, Params, Step, _options
-from dllm_client._watch import canvas
-from dllm_client.cli import app
+from client_fakes import Script, job, submitted
+from dllm_client import Block, Client, Committed, Params, Step
+from dllm_client.cli import options
+from dllm_client.cli.live import canvas_lines
 from typer.testing import CliRunner, Result
+
+from launcher.program import app
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ class Dllm:
             transport = httpx.MockTransport(script)
             return Client(url, api_key=api_key, timeout=timeout, transport=transport)
 
-        monkeypatch.setattr(_options, "Client", scripted)
+        monkeypatch.setattr(options, "Client", scripted)
 
     def __call__(self, *arguments: str, stdin: str = "", url: str = "http://server") -> Result:
         return CliRunner().invoke(app, arguments, input=stdin, env={"DLLM_URL": url})
@@ -66,6 +68,7 @@ def test_generate_streams(dllm: Dllm) -> None:
     """Into a pipe, --stream prints text as it becomes final; with --json, event by event."""
     block = {"index": 0, "start": 0, "end": 2}
     usage = {"prompt_tokens": 1, "completion_tokens": 2, "steps": 2, "forward_passes": 2}
+    usage["cached_tokens"] = 0
     step = {"step": 1, "block": block, "canvas": ["a", None], "committed": [], "final_text": "a"}
     step["seed"] = 7
     done = {"text": "ab", "finish_reason": "stop", "usage": usage, "seed": 7}
@@ -81,27 +84,57 @@ def test_generate_streams(dllm: Dllm) -> None:
 
 
 def test_terminal_shows_the_canvas() -> None:
-    """Masks are visible, and what is new stands out."""
-    step = Step(3, Block(0, 0, 3), ["a", None, "b"], [Committed(2, 7, "b", 0.9)], "a")
-    shown = canvas(step)
-    assert shown.plain == "a░b"
-    assert [(span.start, span.end, span.style) for span in shown.spans] == [
+    """Masks are visible, what is new stands out, and nothing in it steers the terminal."""
+    canvas = ["a", None, "b\x1b[2J"]
+    step = Step(3, Block(0, 0, 3), canvas, [Committed(2, 7, "b\x1b[2J", 0.9)], "a")
+    (line,), _ = canvas_lines(step, 20)
+    assert line.plain == "a░b\N{REPLACEMENT CHARACTER}[2J"
+    assert [(span.start, span.end, span.style) for span in line.spans] == [
         (1, 2, "dim"),
-        (2, 3, "bold green"),
+        (2, 7, "bold green"),
     ]
+
+
+def test_the_live_view_keeps_words_whole() -> None:
+    """A line ends at a space or a mask, never in a word, whose pieces may be several tokens."""
+    canvas = [
+        "The",
+        " quick",
+        " bro",
+        "wn",
+        None,
+        None,
+        "\n",
+        "\n",
+        " fox",
+        None,
+        "jump",
+        "ed over",
+    ]
+    lines, current = canvas_lines(Step(1, Block(1, 9, 12), canvas, [], ""), 10)
+    assert [line.plain for line in lines] == [
+        "The quick ",
+        "brown░░",
+        "",
+        " fox░",
+        "jumped ",
+        "over",
+    ]
+    assert current == 3
+    assert all(line.cell_len <= 10 for line in lines)
 
 
 def test_prompt_from_standard_input(dllm: Dllm) -> None:
     """`-` reads the prompt, without the newline that ends it."""
     dllm.script.answers = [submitted(3)]
-    assert dllm("submit", "-", stdin="two\nlines\n").stdout == "3\n"
+    assert dllm("jobs", "submit", "-", stdin="two\nlines\n").stdout == "3\n"
     assert dllm.sent == {"prompt": "two\nlines"}
 
 
 def test_json_output(dllm: Dllm) -> None:
     """--json prints the job as one JSON document."""
     dllm.script.answers = [job("finished", "é", 2, finish_reason="length")]
-    printed = json.loads(dllm("result", "2", "--json").stdout)
+    printed = json.loads(dllm("jobs", "status", "2", "--json").stdout)
     expected = {"request_id": 2, "status": "finished", "text": "é", "error": None}
     assert {**expected, "finish_reason": "length"}.items() <= printed.items()
 
@@ -109,45 +142,14 @@ def test_json_output(dllm: Dllm) -> None:
 def test_result_without_text_prints_the_state(dllm: Dllm) -> None:
     """A job that is not finished shows its state and why."""
     dllm.script.answers = [job("running"), job("failed", error="out of luck")]
-    assert dllm("result", "0").stdout == "running\n"
-    assert dllm("result", "0").stdout == "failed: out of luck\n"
+    assert dllm("jobs", "status", "0").stdout == "running\n"
+    assert dllm("jobs", "status", "0").stdout == "failed: out of luck\n"
 
 
 def test_result_waits(dllm: Dllm) -> None:
-    """--wait polls until the text is there."""
+    """`wait` polls until the text is there."""
     dllm.script.answers = [job("running"), job("finished", "a text")]
-    assert dllm("result", "0", "--wait").stdout == "a text\n"
-
-
-def test_batch_goes_on_after_a_failure(dllm: Dllm, tmp_path: Path) -> None:
-    """Each line that is not blank is a prompt; one failed job makes the exit code 1."""
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("one\n\ntwo\n")
-    failed = job("failed", None, 0, error="out of luck")
-    dllm.script.answers = [submitted(0, 1), failed, job("finished", "b", 1)]
-    outcome = dllm("batch", str(prompts), "--gen-length", "8")
-    assert (outcome.exit_code, outcome.stdout) == (1, "failed: out of luck\nb\n")
-    assert outcome.stderr == "dllm: job 0 failed: out of luck\n"
-    assert dllm.sent == {"prompts": ["one", "two"], "gen_length": 8}
-
-
-def test_batch_has_one_timeout(dllm: Dllm) -> None:
-    """--wait-timeout is the time for all jobs, not for each of them, as in `generate_batch`."""
-    dllm.script.answers = [submitted(4, 5), job("finished", "a", 4), job("running")]
-    outcome = dllm("batch", "-", "--wait-timeout", "0.05", stdin="one\ntwo\n")
-    assert (outcome.exit_code, outcome.stdout) == (1, "a\n")
-    assert outcome.stderr.startswith("dllm: job 5 was not finished after ")
-    assert float(outcome.stderr.split()[7]) <= 0.05
-
-
-def test_batch_longer_than_the_servers_limit(dllm: Dllm) -> None:
-    """100 lines go out in calls that the server takes, and come back in their order."""
-    server = BatchServer(limit=30)
-    dllm.script.answers = [server]
-    outcome = dllm("batch", "-", stdin="".join(f"{i}\n" for i in range(100)))
-    assert (outcome.exit_code, outcome.stderr) == (0, "")
-    assert outcome.stdout.split() == [f"answer-{i}" for i in range(100)]
-    assert server.calls == [30, 30, 30, 10]
+    assert dllm("jobs", "wait", "0").stdout == "a text\n"
 
 
 def test_every_field_of_a_request_is_an_option(dllm: Dllm) -> None:
@@ -160,7 +162,7 @@ def test_every_field_of_a_request_is_an_option(dllm: Dllm) -> None:
         arguments += [f"--{name.replace('_', '-')}", *shown]
         given[name] = value
     dllm.script.answers = [submitted(0)]
-    assert dllm("submit", "hi", *arguments).stdout == "0\n"
+    assert dllm("jobs", "submit", "hi", *arguments).stdout == "0\n"
     assert dllm.sent == {"prompt": "hi", **given}
 
 
@@ -175,14 +177,90 @@ def test_the_address_may_stand_before_or_behind_the_command(dllm: Dllm, behind: 
     assert (request.url.host, request.headers["Authorization"]) == ("other", "Bearer secret")
 
 
+def test_zero_is_a_value(dllm: Dllm) -> None:
+    """A number 0 that was given is sent; the server's default may be another."""
+    dllm.script.answers = [submitted(0)]
+    dllm("jobs", "submit", "hi", "--seed", "0", "--temperature", "0")
+    assert dllm.sent == {"prompt": "hi", "seed": 0, "temperature": 0}
+
+
+def test_set_sends_any_field(dllm: Dllm) -> None:
+    """--set takes name=value, the value as JSON or else as text, and wins over the option."""
+    dllm.script.answers = [submitted(0)]
+    given = (
+        "--set",
+        "raw=false",
+        "--set",
+        "new-field=[1, 2]",
+        "--set",
+        "cache=dual=",
+        "--steps",
+        "4",
+    )
+    assert dllm("jobs", "submit", "hi", *given, "--set", "steps=8").exit_code == 0
+    fields = {"raw": False, "new_field": [1, 2], "cache": "dual=", "steps": 8}
+    assert dllm.sent == {"prompt": "hi", **fields}
+    wrong = dllm("jobs", "submit", "hi", "--set", "steps")
+    assert wrong.exit_code == 2
+    assert "name=value" in wrong.stderr
+
+
+def test_a_cut_answer_says_so(dllm: Dllm) -> None:
+    """On stderr, so that the text alone is on stdout; --json has the reason in it instead."""
+    dllm.script.answers = [submitted(0), job("finished", "a text", finish_reason="length")]
+    outcome = dllm("generate", "hi")
+    assert (outcome.exit_code, outcome.stdout) == (0, "a text\n")
+    assert "cut at its length (finish_reason: length)" in outcome.stderr
+    dllm.script.answers = [submitted(0), job("finished", "a text", finish_reason="length")]
+    assert dllm("--json", "generate", "hi").stderr == ""
+
+
+def stream(text: str, finish_reason: str = "stop") -> httpx.Response:
+    usage = {"prompt_tokens": 1, "completion_tokens": 2, "steps": 2, "forward_passes": 2}
+    done = {"text": text, "finish_reason": finish_reason, "usage": usage, "seed": 7}
+    return httpx.Response(200, content=f"event: done\ndata: {json.dumps(done)}\n\n".encode())
+
+
+def test_chat_keeps_the_turns(dllm: Dllm) -> None:
+    """Each line of a pipe is a turn; the next one has all before it; /new starts over."""
+    dllm.script.answers = [stream("one"), stream("two"), stream("three", "length")]
+    outcome = dllm("chat", "--system", "be brief", stdin="a\n\nb\n/new\nc\n")
+    assert (outcome.exit_code, outcome.stdout) == (0, "one\ntwo\nthree\n")
+    assert outcome.stderr.count("was cut") == 1
+    sent = [json.loads(request.content)["messages"] for request in dllm.script.requests]
+    system = {"role": "system", "content": "be brief"}
+    first, second = {"role": "user", "content": "a"}, {"role": "user", "content": "b"}
+    answer = {"role": "assistant", "content": "one"}
+    assert sent == [
+        [system, first],
+        [system, first, answer, second],
+        [system, {"role": "user", "content": "c"}],
+    ]
+
+
+def test_chat_as_json(dllm: Dllm) -> None:
+    """With --json each answer is one line, with its usage and seed."""
+    dllm.script.answers = [stream("one")]
+    (line,) = dllm("chat", "--json", stdin="a\n").stdout.splitlines()
+    answer = json.loads(line)
+    assert (answer["text"], answer["seed"], answer["usage"]["steps"]) == ("one", 7, 2)
+
+
+def test_models(dllm: Dllm) -> None:
+    """`models` prints a name a line, or a list."""
+    dllm.script.answers = [httpx.Response(200, json={"data": [{"id": "dllm"}, {"id": "other"}]})]
+    assert dllm("models").stdout == "dllm\nother\n"
+    assert json.loads(dllm("models", "--json").stdout) == ["dllm", "other"]
+
+
 def test_chat_messages_as_json(dllm: Dllm) -> None:
     """With --messages the prompt is a JSON list of messages; anything else is one line."""
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
     dllm.script.answers = [submitted(3)]
-    assert dllm("submit", "-", "--messages", stdin=json.dumps(messages)).stdout == "3\n"
+    assert dllm("jobs", "submit", "-", "--messages", stdin=json.dumps(messages)).stdout == "3\n"
     assert dllm.sent == {"messages": messages}
     for wrong in ("hi", '{"role": "user"}', "[1]"):
-        outcome = dllm("submit", wrong, "--messages")
+        outcome = dllm("jobs", "submit", wrong, "--messages")
         assert outcome.exit_code == 1
         assert outcome.stderr.startswith("dllm: messages: ")
 
@@ -209,15 +287,6 @@ def test_interrupt_of_a_job_that_cannot_be_cancelled(dllm: Dllm) -> None:
     assert (outcome.exit_code, outcome.stderr) == (130, "dllm: cancelling job 4\n")
 
 
-def test_interrupt_cancels_what_is_left_of_a_batch(dllm: Dllm) -> None:
-    """The jobs that are done keep their texts; the others are cancelled."""
-    done = job("finished", "a", 4)
-    dllm.script.answers = [submitted(4, 5, 6), done, KeyboardInterrupt(), job("cancelled")]
-    outcome = dllm("batch", "-", stdin="one\ntwo\nthree\n")
-    assert (outcome.exit_code, outcome.stdout) == (130, "a\n")
-    assert dllm.script.asked[-2:] == ["DELETE /v1/result/5", "DELETE /v1/result/6"]
-
-
 def test_interrupt_of_a_stream_hangs_up(dllm: Dllm) -> None:
     """Ctrl-C closes the connection of a stream, which has no job to cancel."""
     dllm.script.answers = [KeyboardInterrupt()]
@@ -229,7 +298,7 @@ def test_interrupt_of_a_stream_hangs_up(dllm: Dllm) -> None:
 def test_cancel_and_health(dllm: Dllm) -> None:
     """Both print one word."""
     dllm.script.answers = [job("cancelled"), httpx.Response(200, json={"status": "ok"})]
-    assert dllm("cancel", "0").stdout == "cancelled\n"
+    assert dllm("jobs", "cancel", "0").stdout == "cancelled\n"
     assert dllm("health").stdout == "ok\n"
 
 
@@ -268,7 +337,7 @@ def test_errors_of_the_waiting_name_the_job(dllm: Dllm) -> None:
         (["generate", "\udcff", "--stream"], "prompt"),
         (["health", "--answer-timeout", "nan"], "timeout"),
         (["health", "--api-key", "schlüssel"], "api_key"),
-        (["batch", "-", "--stop", "\udcff"], "stop"),
+        (["jobs", "submit", "hi", "--stop", "\udcff"], "stop"),
     ],
 )
 def test_values_that_cannot_be_sent_are_one_line(

@@ -144,7 +144,7 @@ def test_tensors_have_shape_one_by_n(server: Server, ask: Ask) -> None:
 @BOTH_WAYS
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("steps", 1.5), ("steps", "1"), ("temperature", "hot"), ("top_k", 2**31), ("gen_lenght", 1)],
+    [("steps", 1.5), ("steps", "1"), ("temperature", "hot"), ("top_k", 2**63), ("gen_lenght", 1)],
 )
 def test_wrong_values_name_the_field(server: Server, ask: Ask, name: str, value: object) -> None:
     """A value that the tensor cannot hold, or an unknown name, is refused before it is sent."""

@@ -178,7 +178,8 @@ def test_rows_with_different_scores_do_not_mix() -> None:
 
 
 ALL_RULES = [
-    *({"remasking": name} for name in REMASKING),
+    *({"remasking": name} for name in REMASKING if name != "low_confidence_dynamic"),
+    {"remasking": "low_confidence_dynamic", "confidence_threshold": 0.1},
     *({"alg": name} for name in ALG),
     {"alg": "entropy", "alg_temp": 0.5, "temperature": 0.7, "top_p": 0.9, "top_k": 20},
     {"confidence_threshold": 0.1},

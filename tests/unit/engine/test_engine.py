@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from dllm_engine import (
@@ -181,7 +182,7 @@ def test_who_waits_gives_signs_of_life_and_gives_up_in_time(
         ("block_length", 65, r"1 to gen_length \(64\)"),
         ("cfg_scale", -1.0, "0 to 1000"),
         ("steps", 10_000, "at most 256"),
-        ("remasking", "best", "low_confidence, random, entropy, margin; got 'best'"),
+        ("remasking", "best", "low_confidence, random, entropy, margin, sequential; got 'best'"),
         ("factor", -0.1, "0 to 1000000"),
         ("entropy_bound", float("nan"), "0 to 1000000"),
         ("low_threshold", 0.5, "needs confidence_threshold"),
@@ -265,6 +266,30 @@ def test_one_prompt_needs_no_list(llm: LLM) -> None:
     assert tokens([1, 2, 3]) == tokens(Prompt([1, 2, 3])) == tokens([[1, 2, 3]])
     assert tokens(messages) == tokens([messages]) == tokens("hi", chat=True)
     assert len(tokens([messages, "hello", [1, 2]])) == 3
+    ids = np.array([[1, 2, 3]])
+    for same in (ids, ids[0], [ids[0]], list(ids[0]), torch.tensor([1, 2, 3])):
+        assert tokens(same) == tokens([1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "found"),
+    [
+        (None, "NoneType"),
+        ({"role": "user", "content": "a"}, "dict"),
+        ([None], "NoneType"),
+        ([1.5], "float"),
+        ([[True]], "bool"),
+        ([["a"]], "str"),
+        ([1, "a"], "str"),
+        ([b"a"], "bytes"),
+        (np.array([0.5]), "float"),
+        ([[{"role": "user", "content": "a"}, 1]], ""),
+    ],
+)
+def test_what_is_no_prompt_is_refused_by_name(llm: LLM, prompts: Any, found: str) -> None:
+    """What is neither a text nor messages nor integers is told so, with what it is."""
+    with pytest.raises(InvalidRequest, match=f"^prompts: a prompt must be .*{found}"):
+        llm.generate(prompts, progress=False)
 
 
 def test_calls_on_several_threads_get_their_own_answers(llm: LLM) -> None:

@@ -185,6 +185,20 @@ def test_without_a_template_one_message_is_taken_as_it_is(tmp_path: Path) -> Non
         base.encode_messages(two)
 
 
+def test_an_empty_chat_needs_a_start_token(tmp_path: Path) -> None:
+    """Messages that make no token are refused as such where no start token stands for them."""
+    folder = write_llada(tmp_path, chat_template=False)
+    base = Tokenizer.load(folder, MASK)
+    assert base is not None
+    assert base.encode_chat("") == []
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "bos_token": None}))
+    base = Tokenizer.load(folder, MASK)
+    assert base is not None
+    with pytest.raises(InvalidRequest, match="^messages: must not be empty together: .* start"):
+        base.encode_chat("")
+
+
 @pytest.mark.parametrize(
     "messages",
     ["", "{}", "[]", "[1]", '[{"role": "user"}]', '[{"role": "user", "content": 1}]',

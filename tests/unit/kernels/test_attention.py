@@ -1,5 +1,7 @@
 """The attention kernel equals float64 softmax attention, sequence by sequence."""
 
+import dataclasses
+
 import torch
 from dllm_engine.ops.kernels.attention import packed_attention
 from hypothesis import given, settings
@@ -59,6 +61,30 @@ def test_rows_are_stored_before_they_are_read(heads: Heads, rows: int, seed: int
     ):
         expected = old.flatten(0, 1).index_copy(0, places[mine], fresh[mine])
         assert torch.equal(pool.flatten(0, 1), expected)
+
+
+@given(HEADS, SEQUENCES, st.integers(0, 2**31))
+@settings(max_examples=examples(15))
+def test_a_row_sees_no_key_behind_its_limit(
+    heads: Heads, sequences: list[Sequence], seed: int
+) -> None:
+    """Each row attends to as many fresh or stored keys of its sequence as its limit says."""
+    step = Step(heads, sequences, seed)
+    generator = torch.Generator().manual_seed(seed)
+    limits = [
+        torch.randint(1, (s.kv_len or s.rows) + 1, (s.rows,), generator=generator)
+        for s in sequences
+    ]
+    layout = dataclasses.replace(step.layout(), key_limits=torch.cat(limits).to(DEVICE))
+    found = packed_attention(step.q, step.k, step.v, layout, step.pages)
+    start = 0
+    for index, sequence in enumerate(sequences):
+        rows = slice(start, start + sequence.rows)
+        keys, values = step.stored(index) if sequence.kv_len else (step.k[rows], step.v[rows])
+        for row, limit in enumerate(limits[index].tolist(), start):
+            wanted = attend(step.q[row : row + 1], keys[:limit], values[:limit])
+            near(found[row : row + 1], wanted.flatten(1), heads.dtype)
+        start += sequence.rows
 
 
 def test_a_sequence_has_the_same_result_in_any_company() -> None:

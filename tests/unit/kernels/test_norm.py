@@ -4,7 +4,7 @@ import torch
 from dllm_engine.ops.kernels import norm as kernels
 from dllm_engine.ops.linear import silu_mul
 from dllm_engine.ops.norm import rms_norm
-from dllm_engine.ops.rotary import RotaryTable, apply_rotary
+from dllm_engine.ops.rotary import Rope, RotaryTable, apply_rotary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +22,18 @@ def test_rms_norm(rows: int, dim: int, dtype: torch.dtype, seed: int) -> None:
     near(kernels.rms_norm(x, weight, 1e-5), rms_norm(x, weight, 1e-5), dtype)
 
 
+@given(st.integers(0, 9), st.integers(1, 5), st.sampled_from(DTYPES), st.integers(0, 2**31))
+@settings(max_examples=examples(15))
+def test_rms_norm_of_heads(rows: int, heads: int, dtype: torch.dtype, seed: int) -> None:
+    """Each head of a slice of heads is normalised by itself, with weights of its own."""
+    torch.manual_seed(seed)
+    x, weight = torch.randn(rows, heads + 2, 24), torch.randn(heads, 24)
+    x, weight = x.to(DEVICE, dtype), weight.to(DEVICE, dtype)
+    plain = torch.stack([rms_norm(x[:, head], weight[head], 1e-5) for head in range(heads)], dim=1)
+    near(rms_norm(x[:, :heads], weight, 1e-5), plain, dtype)
+    near(kernels.rms_norm(x[:, :heads], weight, 1e-5), plain, dtype)
+
+
 @given(
     st.integers(0, 9),
     st.integers(1, 5),
@@ -33,7 +45,7 @@ def test_rms_norm(rows: int, dim: int, dtype: torch.dtype, seed: int) -> None:
 def test_rotary(rows: int, heads: int, head_dim: int, dtype: torch.dtype, seed: int) -> None:
     """The rotated heads change in place and the other heads stay unchanged."""
     torch.manual_seed(seed)
-    table = RotaryTable(head_dim, 64, 10000.0, device=DEVICE, dtype=dtype)
+    table = RotaryTable(head_dim, 64, Rope(theta=10000.0), device=DEVICE, dtype=dtype)
     cos, sin = table.at(torch.randint(0, 64, (rows,), device=DEVICE))
     x = torch.randn(rows, heads + 2, head_dim).to(DEVICE, dtype)
     before = x.clone()

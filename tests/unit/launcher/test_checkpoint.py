@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checkpoint import check_checkpoint
+from launcher.checkpoint import check_checkpoint, find_checkpoint
 from launcher.errors import CheckpointError
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
@@ -46,3 +46,24 @@ def test_files_and_nothing_are_no_checkpoints(tmp_path: Path) -> None:
         check_checkpoint(str(tmp_path / "model.safetensors"))
     with pytest.raises(CheckpointError, match="no such directory$"):
         check_checkpoint(str(tmp_path / "nowhere"))
+
+
+def test_a_hub_id_is_found_where_it_was_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`dllm serve OWNER/NAME` takes the snapshot that `hf download` fetched, and fetches none."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(CheckpointError, match="fetch it with: hf download owner/name"):
+        find_checkpoint("owner/name")
+    folder = tmp_path / "hub/models--owner--name"
+    snapshot = folder / "snapshots/abc"
+    for directory in (folder / "refs", snapshot):
+        directory.mkdir(parents=True)
+    (folder / "refs/main").write_text("abc")
+    with pytest.raises(CheckpointError, match="no config.json"):
+        find_checkpoint("owner/name")
+    for name in FILES:
+        (snapshot / name).touch()
+    assert find_checkpoint("owner/name") == snapshot
+    assert find_checkpoint(str(snapshot)) == snapshot

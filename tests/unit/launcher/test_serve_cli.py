@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from launcher import demo
 from launcher.cli import app
 from launcher.console import ConsoleReporter, Logs
+from launcher.errors import ServerMissingError
 from launcher.ports import free_port
 from launcher.settings import Settings
 from launcher.tritonserver import TritonServer
@@ -75,6 +76,27 @@ def test_settings_of_all_parts_are_looked_at_first(
     assert outcome.exit_code == 1
     assert said in outcome.output
     assert len(outcome.output.splitlines()) == 1
+
+
+def test_serve_takes_the_checkpoint_as_an_argument(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The directory behind `serve` wins over MODEL_PATH, and is checked before anything starts."""
+    served = []
+
+    def start(settings: Settings, reporter: ConsoleReporter, env: dict[str, str]) -> None:
+        del settings, reporter
+        served.append(env["MODEL_PATH"])
+        raise ServerMissingError("enough")
+
+    monkeypatch.setattr("launcher.cli.Stack", start)
+    monkeypatch.setenv("MODEL_PATH", str(tmp_path))
+    checkpoint = Settings().model_repository / "dllm/1/demo_checkpoint"
+    port = ["--port", str(free_port())]
+    outcome = CliRunner().invoke(app, ["serve", str(checkpoint), *port])
+    assert (outcome.exit_code, served) == (1, [str(checkpoint)])
+    outcome = CliRunner().invoke(app, ["serve", str(tmp_path / "nowhere"), *port])
+    assert outcome.stderr == f"dllm: {tmp_path}/nowhere: no such directory\n"
 
 
 def test_a_misspelt_setting_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from dllm_engine.errors import (
 from dllm_engine.llm import LLM
 from dllm_engine.loop.engine import Engine, EngineStats
 from dllm_engine.loop.engine_thread import EngineThread
+from dllm_engine.models.summary import ModelSummary
 from dllm_engine.request import CanvasUpdate, Completion, FinishReason, Prompt, Request, Usage
 from dllm_engine.sampling_params import SamplingParams
 
@@ -32,6 +33,7 @@ __all__ = [
     "FinishReason",
     "InvalidConfig",
     "InvalidRequest",
+    "ModelSummary",
     "NotStarted",
     "Prompt",
     "QueueFull",

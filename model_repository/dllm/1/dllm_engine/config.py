@@ -77,6 +77,9 @@ class EngineConfig:
     memory_limit: str = "0.9"
     #: Rows of keys and values per page.
     kv_page_size: int = 32
+    #: Keeps keys and values of earlier requests in free pages, for requests that begin alike; only
+    #: for models whose keys and values are final.
+    prefix_cache: bool = True
     #: Seconds that a step may take before the engine is given up; 0: no limit; None: 300 on a GPU,
     #: 3,600 on a CPU.
     step_timeout: float | None = None

@@ -18,6 +18,8 @@ class Score(enum.IntEnum):
     RANDOM = 1
     ENTROPY = 2
     MARGIN = 3
+    #: Further left is better.
+    POSITION = 4
 
 
 class Rule(enum.IntEnum):
@@ -30,10 +32,15 @@ class Rule(enum.IntEnum):
     HIERARCHICAL = 4
     LOCAL_LEAP = 5
     ORIGIN = 6
+    DYNAMIC = 7
 
 
 #: Scores that need the entropy or margin of candidates.
 ENTROPY_SCORES = frozenset({Score.ENTROPY, Score.MARGIN})
+
+
+#: What `remasking` is if a request sets none, and its model has no rule of its own.
+DEFAULT_REMASKING = "low_confidence"
 
 
 def is_given(value: object) -> bool:
@@ -69,20 +76,31 @@ class Decoding:
 
     def matches(self, params: object) -> bool:
         """Whether a request with these `SamplingParams` selects this row."""
-        value = getattr(params, self.field)
+        value = _remasking(params) if self.field == "remasking" else getattr(params, self.field)
         if value is None or self.value not in (None, value):
             return False
         return self.also is None or is_given(getattr(params, self.also))
 
     def bounds(self, params: object) -> tuple[float, float]:
         """The rule's two parameters; 0 for a parameter that it does not have."""
-        first = getattr(params, self.field) if self.value is None else 0.0
+        name = self.field if self.value is None else self.also
+        first = 0.0 if name is None else getattr(params, name)
         second = getattr(params, self.second) if self.second else None
         return first, self.second_default if second is None else second
 
 
 #: The first matching row applies, so rows that need more fields come first.
 DECODINGS: tuple[Decoding, ...] = (
+    Decoding(
+        field="remasking",
+        value="low_confidence_dynamic",
+        also="confidence_threshold",
+        rule=Rule.DYNAMIC,
+        score=Score.CONFIDENCE,
+        source="SDAR, generate.py; Fast-dLLM v2",
+        definition="everything above confidence_threshold if that is as many as the schedule's "
+        "count (Fast-dLLM v2: one), else that many of the most confident",
+    ),
     Decoding(
         field="confidence_threshold",
         also="low_threshold",
@@ -196,6 +214,14 @@ DECODINGS: tuple[Decoding, ...] = (
         definition="the schedule's count of positions with the largest p1 - p2, the two best "
         "tokens' probabilities in the untempered distribution",
     ),
+    Decoding(
+        field="remasking",
+        value="sequential",
+        rule=Rule.COUNT,
+        score=Score.POSITION,
+        source="SDAR, generate.py",
+        definition="the schedule's count of positions from the left",
+    ),
 )
 
 
@@ -211,8 +237,15 @@ ALG = _by_value("alg")
 COMMIT_FIELDS = tuple(dict.fromkeys(row.field for row in DECODINGS if row.value is None))
 #: Fields that require another field: that field.
 REQUIRED_WITH: Mapping[str, str] = {
-    name: row.field for row in DECODINGS if (name := row.also or row.second) is not None
+    name: row.field
+    for row in DECODINGS
+    if row.value is None and (name := row.also or row.second) is not None
 }
+
+
+def _remasking(params: object) -> str:
+    given: str | None = getattr(params, "remasking")  # noqa: B009
+    return given or DEFAULT_REMASKING
 
 
 def decoding_of(params: object) -> Decoding:
@@ -223,6 +256,6 @@ def decoding_of(params: object) -> Decoding:
 def score_of(params: object) -> Score:
     """The score of a request with these `SamplingParams`; some parallel rules ignore it."""
     score = decoding_of(params).score
-    found = REMASKING[getattr(params, "remasking")].score if score is None else score  # noqa: B009
+    found = REMASKING[_remasking(params)].score if score is None else score
     assert found is not None
     return found

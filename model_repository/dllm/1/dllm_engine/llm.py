@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
+import numpy as np
+import numpy.typing as npt
 from tqdm.auto import tqdm
 
 from dllm_engine.config import EngineConfig, unknown_setting
@@ -18,7 +20,11 @@ from dllm_engine.request import CanvasUpdate, Completion, Prompt
 from dllm_engine.sampling_params import SamplingParams
 
 #: A text, chat messages, token ids, or a `Prompt` with a canvas or suffix of its own.
-AnyPrompt = str | Sequence[Mapping[str, str]] | Sequence[int] | Prompt
+AnyPrompt = (
+    str | Sequence[Mapping[str, str]] | Sequence[int] | npt.NDArray[np.integer[Any]] | Prompt
+)
+
+FORMS = "a prompt must be a text, a list of messages, or a list of integers (token ids)"
 
 
 class LLM:
@@ -98,12 +104,12 @@ class LLM:
             return prompt
         messages = _as_messages(prompt)
         if not isinstance(prompt, str) and messages is None:
-            return Prompt([int(token_id) for token_id in cast(Sequence[int], prompt)])
+            return Prompt(_token_ids(prompt))
         tokenizer = self.engine.tokenizer
         if tokenizer is None:
             raise InvalidRequest("prompts", "this checkpoint has no tokenizer; pass token ids")
         if messages is not None:
-            return Prompt(tokenizer.encode_messages(json.dumps(messages)))
+            return Prompt(tokenizer.encode_messages(_as_json(messages)))
         text = cast(str, prompt)
         return Prompt(tokenizer.encode_chat(text) if chat else tokenizer.encode_text(text))
 
@@ -125,15 +131,45 @@ class LLM:
 
 def _as_list(prompts: AnyPrompt | Sequence[AnyPrompt]) -> Sequence[AnyPrompt]:
     """The prompts; a text, a conversation or token ids alone are a list of one."""
-    if isinstance(prompts, str | Prompt) or (prompts and isinstance(prompts[0], Mapping | int)):
-        return [cast(AnyPrompt, prompts)]
-    return cast(Sequence[AnyPrompt], prompts)
+    given = _plain(prompts)
+    if isinstance(given, str | Prompt):
+        return [given]
+    if not isinstance(given, Sequence):
+        raise InvalidRequest("prompts", f"{FORMS}, or a list of such; got {type(given).__name__}")
+    items: list[Any] = [_plain(item) for item in given]
+    return [items] if items and isinstance(items[0], Mapping | int | float) else items
 
 
 def _as_messages(prompt: AnyPrompt) -> list[dict[str, str]] | None:
-    if isinstance(prompt, str | Prompt) or not prompt or not isinstance(prompt[0], Mapping):
+    if isinstance(prompt, str | Prompt) or not isinstance(prompt, Sequence):
         return None
-    return [dict(message) for message in cast(Sequence[Mapping[str, str]], prompt)]
+    if not prompt or not isinstance(prompt[0], Mapping):
+        return None
+    messages = cast(Sequence[Mapping[str, str]], prompt)
+    if not all(isinstance(message, Mapping) for message in messages):
+        raise InvalidRequest("prompts", FORMS)
+    return [dict(message) for message in messages]
+
+
+def _token_ids(prompt: Any) -> list[int]:
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        raise InvalidRequest("prompts", f"{FORMS}; got {type(prompt).__name__}")
+    ids = [_plain(token_id) for token_id in prompt]
+    if wrong := [item for item in ids if type(item) is not int]:
+        raise InvalidRequest("prompts", f"{FORMS}; got a list with {type(wrong[0]).__name__}")
+    return ids
+
+
+def _as_json(messages: list[dict[str, str]]) -> str:
+    try:
+        return json.dumps(messages)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest("messages", str(error)) from error
+
+
+def _plain(value: Any) -> Any:
+    """The value as Python's own: arrays of NumPy and PyTorch become lists, their numbers ints."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _one_per_prompt(

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import hashlib
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from dllm_engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    import numpy as np
+    from collections.abc import Iterable, Sequence
+
     import numpy.typing as npt
 
 #: Least seconds between updates of a waiting request, to which nothing happens.
@@ -33,6 +37,34 @@ class Prompt:
         return len(self.ids) + len(self.suffix_ids)
 
 
+class PrefixChain:
+    """The keys of a sequence's beginning in the prefix cache, one per unit of tokens.
+
+    Each key is SHA-256 over the one before it and the unit's tokens.
+
+    Args:
+        unit: tokens of a unit.
+        identity: all that keys and values depend on besides the tokens, and the request's salt.
+    """
+
+    def __init__(self, unit: int, identity: Iterable[str | int]) -> None:
+        self.unit = unit
+        self.keys: list[bytes] = []
+        # `repr` writes no two lists of strings and numbers alike.
+        self._last = hashlib.sha256(repr(list(identity)).encode()).digest()
+
+    def extend(self, tokens: Sequence[int] | npt.NDArray[np.int64]) -> None:
+        """Add the keys of further whole units.
+
+        Args:
+            tokens: the sequence from its beginning; the units that have a key are not read.
+        """
+        for end in range((len(self.keys) + 1) * self.unit, len(tokens) + 1, self.unit):
+            content = np.asarray(tokens[end - self.unit : end], "<i8").tobytes()
+            self._last = hashlib.sha256(self._last + content).digest()
+            self.keys.append(self._last)
+
+
 @dataclasses.dataclass(eq=False)
 class Request:
     """One request inside the engine."""
@@ -50,9 +82,21 @@ class Request:
     timeout: float | None = None
     #: The caller's name for it, for the log and for cancelling; need not be unique.
     name: str = ""
-    #: Pages it holds while running.
+    #: Requests share keys and values of equal beginnings only if their salts are equal.
+    cache_salt: str = ""
+    #: Pages of keys and values up to the end of its next step, and those that it holds.
     num_pages: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
+    #: Whether `num_pages` may grow from step to step; the others reserve all at admission.
+    grows: bool = False
+    #: Keys of its beginning in the prefix cache; None: it takes no part.
+    chain: PrefixChain | None = None
+    #: Units of the chain whose keys and values are computed or came from the prefix cache.
+    num_entered: int = 0
+    #: Tokens of the prompt whose keys and values came from the prefix cache.
+    cached_tokens: int = 0
+    #: Whether its pages were taken away: it waits for pages, with its slot and its canvas.
+    preempted: bool = False
     #: Row of the canvas table while running; None while waiting.
     slot: int | None = None
     #: Whether the canvas in its slot is its own; before, it is an earlier request's.
@@ -108,6 +152,8 @@ class Request:
         params = self.params
         block_length = params.block_length or params.gen_length
         steps = max(1, (params.steps or params.gen_length) * block_length // params.gen_length)
+        if params.cache == "block":  # once more to make the block final
+            return block_length * (steps + 1), steps
         if params.cache in (None, "none"):
             return steps * self.length, steps
         first = 1 + (params.delay_steps or 0)
@@ -156,6 +202,8 @@ class Usage:
     steps: int
     #: Sequences run through the model; with guidance two per step.
     forward_passes: int
+    #: Tokens of the prompt whose keys and values came from the prefix cache.
+    cached_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,13 +13,22 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dllm_engine.decoding import ALG, COMMIT_FIELDS, REMASKING, REQUIRED_WITH, is_given
+from dllm_engine.decoding import (
+    ALG,
+    COMMIT_FIELDS,
+    DEFAULT_REMASKING,
+    REMASKING,
+    REQUIRED_WITH,
+    is_given,
+)
 from dllm_engine.errors import InvalidRequest
 
+#: Of models in which every token sees every other one; and of block-wise models.
 CACHE_POLICIES = ("none", "prefix", "dual", "sparse", "delayed")
+BLOCK_CACHE_POLICIES = ("none", "block")
 #: Parameters of caching, and the policies that each applies to.
 CACHE_FIELDS = {
-    "cache": CACHE_POLICIES,
+    "cache": (*CACHE_POLICIES, "block"),
     "retention_ratio": ("sparse",),
     "pool_kernel": ("sparse",),
     "delay_steps": CACHE_POLICIES[1:],
@@ -28,7 +37,7 @@ CACHE_FIELDS = {
 DEFAULT_BLOCK_LENGTH = 32
 #: The largest value of a number without a limit of its own: far beyond sense, well within float32.
 LARGEST = 1_000_000
-#: The same for whole numbers: they travel in 32 bits.
+#: The same for whole numbers: arrays and kernels keep them in 32 bits.
 LARGEST_INT = 2**31 - 1
 
 
@@ -106,12 +115,18 @@ class SamplingParams:
         None, "denoising steps over the whole canvas; default: gen_length", ge=1
     )
     block_length: int | None = param(
-        None, "tokens per block, at most gen_length; default: 32, with alg gen_length", ge=1
+        None,
+        "tokens per block, at most gen_length; default: 32, with alg gen_length; a block-wise "
+        "model's own",
+        ge=1,
     )
     # The papers stay below 10. Every model type can multiply a hidden state by the ceiling.
     cfg_scale: float = param(0.0, "classifier-free guidance; 0 is off", ge=0, le=1000)
-    remasking: str = param(
-        "low_confidence", "which positions a step commits first", choices=tuple(REMASKING)
+    remasking: str | None = param(
+        None,
+        "which positions a step commits first; default: low_confidence, or a block-wise model's "
+        "own rule",
+        choices=tuple(REMASKING),
     )
     confidence_threshold: float | None = param(
         None, "commit every position at least this confident, and the best", gt=0, le=1
@@ -168,7 +183,9 @@ class SamplingParams:
     )
     ignore_eos: bool = param(False, "decode the whole canvas, even after an end-of-text token")
     cache: str | None = param(
-        None, "which keys and values are kept between steps", choices=CACHE_POLICIES
+        None,
+        "which keys and values are kept between steps; block-wise models: none, block",
+        choices=(*CACHE_POLICIES, "block"),
     )
     retention_ratio: float | None = param(
         None, "share of the positions outside the block that each KV head keeps", gt=0, le=1
@@ -202,15 +219,19 @@ class SamplingParams:
                 raise InvalidRequest(name, f"{rule}; got cache {filled.cache}")
         return filled
 
-    def resolved(self) -> SamplingParams:
+    def resolved(self, *, blockwise: bool = False) -> SamplingParams:
         """The same parameters, checked, with every default that depends on others filled in.
+
+        Args:
+            blockwise: for a block-wise model: blocks are counted over prompt and answer, and may be
+                longer than the answer. `block_length` must be given.
 
         Raises:
             InvalidRequest: a value is out of range; names the field and the limit.
         """
         _check_limits(self, FIELDS)
         _check_combination(self)
-        if self.block_length is not None:
+        if self.block_length is not None and not blockwise:
             ok = self.block_length <= self.gen_length
             _require("block_length", ok, f"1 to gen_length ({self.gen_length})", self.block_length)
         # Dream's algorithms know no blocks: the canvas is one.
@@ -226,7 +247,13 @@ class SamplingParams:
             )
         # 53 bits: a seed reported in JSON survives clients whose numbers are doubles.
         seed = secrets.randbits(53) if self.seed is None else self.seed
-        return dataclasses.replace(self, block_length=block_length, steps=steps, seed=seed)
+        return dataclasses.replace(
+            self,
+            block_length=block_length,
+            steps=steps,
+            seed=seed,
+            remasking=self.remasking or DEFAULT_REMASKING,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -282,6 +309,13 @@ def _check_combination(p: SamplingParams) -> None:
     for name, needed in REQUIRED_WITH.items():
         if is_given(getattr(p, name)) and getattr(p, needed) is None:
             raise InvalidRequest(name, f"needs {needed}")
+    if p.remasking == "low_confidence_dynamic":
+        if p.confidence_threshold is None:
+            raise InvalidRequest("remasking", "low_confidence_dynamic needs confidence_threshold")
+        for name in ("credit", "low_threshold"):
+            if is_given(getattr(p, name)):
+                problem = "cannot be combined with remasking low_confidence_dynamic"
+                raise InvalidRequest(name, problem)
     if p.credit:
         for other, asked in (
             ("alg", p.alg is not None),

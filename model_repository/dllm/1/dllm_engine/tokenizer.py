@@ -84,6 +84,11 @@ class Tokenizer:
         if tokenizer.convert_ids_to_tokens(mask_token_id) is None:
             problem = f"has no token {mask_token_id}, the mask token in config.json"
             raise CheckpointError(f"{directory}: tokenizer: {problem}")
+        name = tokenizer.convert_ids_to_tokens(mask_token_id)
+        plain = tokenizer.encode(name, add_special_tokens=False, split_special_tokens=True)
+        if mask_token_id in plain:
+            problem = f"the mask token {mask_token_id} is ordinary text, {name!r}"
+            raise CheckpointError(f"{directory}: tokenizer: {problem}")
         return cls(tokenizer, mask_token_id, max_tokens)
 
     @property
@@ -130,7 +135,8 @@ class Tokenizer:
         A checkpoint without a template takes a single message, as raw text.
 
         Raises:
-            InvalidRequest: this is not such a list, or the template raises an error.
+            InvalidRequest: this is not such a list, the template raises an error, or it makes no
+                token and there is no start token.
         """
         messages = _parse_messages(messages_json)
         if len(messages) > self._max_tokens:
@@ -139,7 +145,11 @@ class Tokenizer:
         for message in messages:
             for key, text in message.items():
                 message[key] = _protect(text, self._special_pattern, literals)
-        return self._encode("messages", self._render(messages), literals)
+        ids = self._encode("messages", self._render(messages), literals)
+        if not ids and self.start_token_id is None:
+            problem = "must not be empty together: the checkpoint names no start token"
+            raise InvalidRequest("messages", problem)
+        return ids
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         if self._tokenizer.chat_template is None:

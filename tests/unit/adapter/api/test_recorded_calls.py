@@ -16,7 +16,12 @@ from adapter_fakes import RunningApp, ScriptedEngine, denoising, fast_settings, 
 CLIENTS = Path(__file__).parents[3] / "clients"
 CALLS: list[dict[str, Any]] = json.loads((CLIENTS / "recorded.json").read_text())
 TEXT = "<0><1><2><3>"
-USAGE = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+USAGE = {
+    "prompt_tokens": 3,
+    "completion_tokens": 4,
+    "total_tokens": 7,
+    "prompt_tokens_details": {"cached_tokens": 2},
+}
 #: What a call may ask for under the engine's own name.
 SAME_NAME = ("temperature", "top_p", "seed", "steps", "ignore_eos", "suffix")
 

@@ -105,6 +105,7 @@ async def test_events_show_the_canvas_until_the_answer(
                 "completion_tokens": 4,
                 "steps": 4,
                 "forward_passes": 4,
+                "cached_tokens": 2,
             },
             "seed": 7,
         },

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -52,6 +53,33 @@ async def submit(api: RunningApp, headers: Headers) -> httpx.Response:
 async def test_key_admits_in_either_header(api: RunningApp, headers: Headers) -> None:
     """A key may come as X-API-Key, or as a bearer token."""
     assert (await submit(api, headers)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("settings", "salts"),
+    [
+        ({"api_keys": ENTRIES}, ["team", "guest", "team", "guest"]),
+        ({"api_keys": ENTRIES, "share_prefixes": True}, [None] * 4),
+        ({}, [None] * 4),
+    ],
+)
+async def test_only_requests_of_one_key_share_cached_prefixes(
+    database_url: str, settings: dict[str, Any], salts: list[str | None]
+) -> None:
+    """Jobs and OpenAI calls carry the name of their key as salt, unless keys share prefixes."""
+    engine = ScriptedEngine()
+    async with running_app(fast_settings(database_url, **settings), engine) as api:
+        for number, key in enumerate((KEY, OTHER)):
+            await submit(api, as_header(key))
+            poll = f"/v1/result/{number}?wait=5"
+            assert (await api.client.get(poll, headers=as_header(key))).json()["text"]
+        for key in (KEY, OTHER):
+            chat = {"model": "dllm", "messages": [{"role": "user", "content": "a"}]}
+            answer = await api.client.post(
+                "/v1/chat/completions", json=chat, headers=as_header(key)
+            )
+            assert answer.status_code == 200
+    assert [inputs.get("cache_salt") for inputs in engine.requests] == salts
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 import httpx
 import pytest
@@ -136,27 +137,78 @@ async def refused(limiter: RateLimiter, caller: str) -> bool:
 
 
 async def test_prompts_are_counted_and_not_calls(database_url: str) -> None:
-    """A call counts as many times as it has prompts; of one with too many, only the first does."""
-    async with running(database_url, rate_limit="4/minute") as api:
-
-        async def batch(count: int) -> httpx.Response:
-            return await api.client.post("/v1/generate_batch", json={"prompts": ["a"] * count})
-
-        assert (await batch(3)).status_code == 200
-        never = await batch(5)
-        assert never.status_code == 422
-        assert never.json()["detail"][0] == {
-            "type": "engine_refusal",
-            "loc": ["body", "prompts"],
-            "msg": "at most 4 at once (DLLM_RATE_LIMIT); got 5",
-        }
+    """A call counts as many times as it has prompts."""
     async with running(database_url, rate_limit="9/minute") as api:
         await until(lambda: api.app.state.pool.state.ok)
         body = {"model": "dllm", "prompt": ["a"] * 7}
         texts = await api.client.post("/v1/completions", json=body)
         assert texts.status_code == 200
         assert (await api.client.post("/v1/completions", json=body)).status_code == 429
-        assert (await submit(api)).status_code == 200
+        assert [(await submit(api)).status_code for _ in range(3)] == [200, 200, 429]
+
+
+@pytest.mark.parametrize(
+    ("limit", "setting"),
+    [
+        ({"rate_limit": "9/second; 4/minute"}, "DLLM_RATE_LIMIT"),
+        ({"max_batch_size": 4}, "DLLM_MAX_BATCH_SIZE"),
+        ({"max_queued_jobs": 9}, "DLLM_MAX_QUEUED_JOBS, DLLM_KEY_SHARE"),
+    ],
+)
+async def test_a_batch_that_is_always_too_long_is_told_the_limit(
+    database_url: str, limit: dict[str, Any], setting: str
+) -> None:
+    """The error has the most prompts that a call may have as a number, whichever setting it is."""
+    keys = entry_of("one", "k1")
+    async with running(database_url, api_keys=keys, **limit) as api:
+        body = {"prompts": ["a"] * 5}
+        answer = await api.client.post("/v1/generate_batch", json=body, headers={"X-API-Key": "k1"})
+    assert answer.status_code == 422
+    assert answer.json()["detail"] == [
+        {
+            "type": "too_long",
+            "loc": ["body", "prompts"],
+            "msg": f"List should have at most 4 items ({setting}), not 5",
+            "ctx": {"max_length": 4},
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("refused", "status"),
+    [
+        ({"prompts": ["a"] * 65}, 422),
+        ({"prompts": ["a"] * 8}, 429),
+        ({"prompts": ["a"], "steps": 0}, 422),
+        ({"prompts": ["a" * 2000]}, 413),
+    ],
+)
+async def test_refused_calls_leave_the_rate_alone(
+    database_url: str, refused: dict[str, Any], status: int
+) -> None:
+    """A call that is refused before an engine is asked does not count for the rate."""
+    limits = {"rate_limit": "10/minute; 100/hour", "max_queued_jobs": 100, "max_body_bytes": 1000}
+    async with running(database_url, **limits) as api:
+
+        async def batch(body: dict[str, Any]) -> int:
+            return (await api.client.post("/v1/generate_batch", json=body)).status_code
+
+        assert await batch({"prompts": ["a"] * 4}) == 200
+        for _ in range(3):
+            assert await batch(refused) == status
+        assert await batch({"prompts": ["a"] * 6}) == 200
+        assert await batch({"prompts": ["a"]}) == 429
+
+
+async def test_what_is_given_back_stays_in_its_window(database: Database) -> None:
+    """A call that is refused after its window ended takes nothing from the next window."""
+    clock = HandClock()
+    limiter = RateLimiter(database, "3/minute", clock)
+    counted = await limiter.hit("a", 2)
+    clock.advance(60)
+    await limiter.hit("a", 3)
+    await limiter.give_back(counted)
+    assert await refused(limiter, "a")
 
 
 @pytest.mark.parametrize("chunked", [False, True])

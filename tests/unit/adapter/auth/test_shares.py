@@ -57,10 +57,18 @@ async def test_one_key_leaves_places_to_others(api: RunningApp) -> None:
 
 async def test_a_batch_beyond_the_share_is_refused_whole(api: RunningApp) -> None:
     """A call with more prompts than its key may hold runs none of them."""
-    answer = await post(api, "k1", "completions", model="dllm", prompt=["a", "b", "c"])
+    never = await post(api, "k1", "completions", model="dllm", prompt=["a", "b", "c"])
+    assert never.status_code == 400
+    limit = "at most 2 items (DLLM_MAX_LIVE, DLLM_KEY_SHARE), not 3"
+    assert limit in never.json()["error"]["message"]
 
+    call = asyncio.create_task(post(api, "k1", "completions", model="dllm", prompt="a"))
+    await until(lambda: api.app.state.live.inflight == 1)
+    answer = await post(api, "k1", "completions", model="dllm", prompt=["b", "c"])
     assert answer.status_code == 429
-    assert api.app.state.live.inflight == 0
+    assert api.app.state.live.inflight == 1
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
 
 
 async def test_one_key_leaves_polls_to_others(api: RunningApp) -> None:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 import pytest
@@ -23,8 +23,11 @@ from adapter_fakes import (
     running_app,
     until,
 )
-from sqlalchemy import make_url
+from sqlalchemy import Connection, make_url
 
+from adapter.db.database import Database
+from adapter.db.sqlite import SqliteBackend
+from adapter.jobs.store import JobStore
 from launcher.ports import free_port
 from tests.support.proxy import swallowing_proxy
 
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 
 #: A limit of transactions that passes quickly.
 TIMEOUT = 1.0
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -225,3 +230,34 @@ async def test_locked_file_is_told_in_time(tmp_path: Path) -> None:
             assert (refused.status_code, "locked" in refused.text) == (503, True)
             assert (await api.result(0))["status"] == "finished"
         assert (await api.result(await api.submit()))["status"] == "finished"
+
+
+class SlowToMigrate(SqliteBackend):
+    """A database with a large table, which takes long to change."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, timeout=TIMEOUT)
+        self.changed = asyncio.Event()
+
+    async def migrate(self, change: Callable[[Connection], T]) -> T:
+        """Migrate once the event is set."""
+        await self.changed.wait()
+        return await super().migrate(change)
+
+
+async def test_long_upgrade_of_the_schema_is_no_stall(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a database that came late is upgraded, pings go on, and the outage says why."""
+    monkeypatch.setattr("adapter.periodic.STALL_SECONDS", 1.5)
+    monkeypatch.setattr("adapter.db.database.PING_PAUSE", 0.1)
+    backend = SlowToMigrate(f"sqlite:///{tmp_path}/jobs.db")
+    database = Database(backend)
+    async with database.loop:
+        await until(lambda: "being upgraded" in (database.outage or ""))
+        await asyncio.sleep(1.6)
+        assert not database.loop.stalled
+        backend.changed.set()
+        await until(lambda: database.outage is None)
+        assert await JobStore(database, max_attempts=1).get(0) is None
+    backend.close()

@@ -82,7 +82,7 @@ async def test_unversioned_database_is_upgraded(database_url: str) -> None:
             (1, {"seed": 7}, 0),
             (2, {}, 0),
         ]
-        assert await store.finish("a", 1, Event("new", "stop"))
+        assert await store.finish(claimed[0], Event("new", "stop"))
         assert await store.add([{}], max_queued=9) == [3]
 
 
@@ -136,10 +136,9 @@ async def test_database_does_not_grow_without_bound(database_url: str) -> None:
         store = JobStore(database, max_attempts=3, clock=lambda: now)
         rows = []
         for _ in range(50):
-            ids = await store.add([{"text_input": "x" * 2000}] * 50, max_queued=1000)
-            await store.claim("a", limit=50, lease=30)
-            for job_id in ids:
-                await store.finish("a", job_id, Event("y" * 2000, "stop"))
+            await store.add([{"text_input": "x" * 2000}] * 50, max_queued=1000)
+            for job in await store.claim("a", limit=50, lease=30):
+                await store.finish(job, Event("y" * 2000, "stop"))
                 await asyncio.sleep(0)  # SQLite's transactions do not yield to the loop
             now += 100
             await store.purge(ttl=150, limit=1000)

@@ -23,7 +23,7 @@ from adapter.errors import (
     StreamInterrupted,
     Unavailable,
 )
-from adapter.types import CheckResult, Event, StreamDetail
+from adapter.types import CheckResult, Event, ModelInfo, StreamDetail
 
 #: When the engine was started, as it says itself.
 PATIENCE = {"stream_interval": 0.5, "idle_timeout": 20}
@@ -184,7 +184,7 @@ async def test_request_carries_inputs_and_asks_for_signs_of_life(
         "seed": ("INT64", [1, 1]),
         "stream": ("BOOL", [1, 1]),
         "stream_interval": ("FP32", [1, 1]),
-        "priority": ("INT32", [1, 1]),
+        "priority": ("INT64", [1, 1]),
     }
     assert "triton_grpc_error" not in triton.headers
 
@@ -318,6 +318,14 @@ async def test_check_fails_as_streams_do(
     triton.script = [step]
     with pytest.raises(EngineError):
         await engine.check([{"text_input": "a"}])
+
+
+async def test_the_model_is_described(engine: TritonEngine, triton: ScriptedTriton) -> None:
+    """What the engine tells is taken by name; what it leaves out or adds does no harm."""
+    triton.script = [Event('{"family": "llada", "max_model_len": 512, "new": 1}', "described")]
+    assert await engine.describe() == ModelInfo(family="llada", max_model_len=512)
+    (request,) = triton.requests
+    assert [tensor.name for tensor in request.inputs] == ["describe"]
 
 
 async def test_probe_needs_no_place(engine: TritonEngine, triton: ScriptedTriton) -> None:

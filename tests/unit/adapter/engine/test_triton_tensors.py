@@ -54,7 +54,7 @@ def test_inputs_and_outputs_are_those_of_the_model() -> None:
     [
         ("text_input", "hä", "BYTES", np.object_),
         ("stop", ["a", "", "bc"], "BYTES", np.object_),
-        ("input_ids", [1, 2, 3], "INT32", np.int32),
+        ("input_ids", [1, 2, 3], "INT64", np.int64),
         ("temperature", 1, "FP32", np.float32),
         ("cfg_scale", 0.3, "FP32", np.float32),
         ("seed", -(2**63), "INT64", np.int64),

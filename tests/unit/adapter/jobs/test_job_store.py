@@ -4,6 +4,7 @@ import asyncio
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from adapter_fakes import HandClock
@@ -18,15 +19,43 @@ from adapter.types import Event, Usage
 #: Each test that uses a database runs on both kinds.
 DATABASES = ("sqlite", "postgresql")
 
-DONE = Event("text", "stop", Usage(1, 2, 3, 4), seed=5)
+DONE = Event("text", "stop", Usage(1, 2, 3, 4, 1), seed=5)
 
 
 async def add(store: JobStore, count: int = 1) -> list[int]:
     return await store.add([{"text_input": f"p{n}"} for n in range(count)], max_queued=1000)
 
 
-async def claim(store: JobStore, owner: str = "a", limit: int = 10) -> list[int]:
-    return [job.id for job in await store.claim(owner, limit=limit, lease=30)]
+class Worker:
+    """Claims jobs under its name, and ends the newest claim that it has of a job."""
+
+    def __init__(self, store: JobStore, name: str) -> None:
+        self._store = store
+        self._name = name
+        self.claims: dict[int, ClaimedJob] = {}
+
+    async def claim(self, limit: int = 10) -> list[int]:
+        """The ids of the claimed jobs."""
+        claims = await self._store.claim(self._name, limit=limit, lease=30)
+        self.claims |= {job.id: job for job in claims}
+        return [job.id for job in claims]
+
+    async def finish(self, job_id: int) -> bool:
+        return await self._store.finish(self.claims[job_id], DONE)
+
+    async def lose(self, *ids: int) -> None:
+        for job_id in ids:
+            assert await self._store.retry(self.claims[job_id], "lost")
+
+
+@pytest.fixture
+def a(store: JobStore) -> Worker:
+    return Worker(store, "a")
+
+
+@pytest.fixture
+def b(store: JobStore) -> Worker:
+    return Worker(store, "b")
 
 
 async def state(store: JobStore, job_id: int) -> JobState:
@@ -80,11 +109,33 @@ async def test_submission_keys_are_their_owners(store: JobStore) -> None:
             assert given == (ids, new)
 
 
-async def test_submission_keys_are_forgotten(store: JobStore, clock: HandClock) -> None:
-    """A key is kept for its time to live; after that it may be used for another body."""
+async def test_submission_keys_live_as_long_as_their_jobs(
+    store: JobStore, clock: HandClock, a: Worker
+) -> None:
+    """A key is kept for its time to live and for as long as any of its jobs is there."""
+    await store.add_once([{}, {}], key="k", max_queued=9)
+    await a.claim()
+    await a.finish(0)
+
+    async def later() -> tuple[list[int], bool]:
+        clock.advance(11)
+        await store.purge(ttl=10, limit=9)
+        await store.purge_idempotency_keys(ttl=10)
+        return await store.add_once([{}, {}], key="k", max_queued=9)
+
+    assert await later() == ([0, 1], False)
+    await a.finish(1)
+    assert await later() == ([2, 3], True)
+
+
+async def test_submission_keys_are_kept_for_their_time(store: JobStore, clock: HandClock) -> None:
+    """A key whose job is gone, as it may be soon after it ended, is kept for its time to live."""
     await store.add_once([{}], key="k", max_queued=9)
+    await store.cancel(0)
     clock.advance(10)
+    await store.purge(ttl=5, limit=9)
     await store.purge_idempotency_keys(ttl=10)
+    assert await store.get(0) is None
     with pytest.raises(KeyReused):
         await store.add_once([{"seed": 1}], key="k", max_queued=9)
     clock.advance(1)
@@ -102,10 +153,10 @@ async def test_batch_that_exceeds_the_queue_is_refused_whole(store: JobStore) ->
     assert await store.add([{}], max_queued=3) == [2]
 
 
-async def test_running_jobs_do_not_count_as_queued(store: JobStore) -> None:
+async def test_running_jobs_do_not_count_as_queued(store: JobStore, a: Worker) -> None:
     """The queue's limit counts queued jobs only."""
     await store.add([{}] * 3, max_queued=3)
-    await claim(store, limit=1)
+    await a.claim(limit=1)
 
     assert await store.add([{}], max_queued=3) == [3]
 
@@ -117,14 +168,16 @@ async def test_unknown_id_gives_none(store: JobStore, job_id: int) -> None:
     assert not await store.cancel(job_id)
 
 
-async def test_claim_takes_the_oldest_first_and_no_more_than_asked(store: JobStore) -> None:
+async def test_claim_takes_the_oldest_first_and_no_more_than_asked(
+    store: JobStore, a: Worker, b: Worker
+) -> None:
     """Jobs are claimed in the order of their ids, each by one owner only."""
     await add(store, 5)
 
-    assert await claim(store, "a", limit=2) == [0, 1]
-    assert await claim(store, "b", limit=2) == [2, 3]
-    assert await claim(store, "a") == [4]
-    assert await claim(store, "b") == []
+    assert await a.claim(limit=2) == [0, 1]
+    assert await b.claim(limit=2) == [2, 3]
+    assert await a.claim() == [4]
+    assert await b.claim() == []
 
 
 async def test_claimed_job_has_its_request_and_options(store: JobStore, clock: HandClock) -> None:
@@ -140,81 +193,116 @@ async def test_claimed_job_has_its_request_and_options(store: JobStore, clock: H
     assert [expected] == await store.claim("a", limit=1, lease=30)
 
 
-async def test_urgent_jobs_come_first(store: JobStore) -> None:
+async def test_urgent_jobs_come_first(store: JobStore, a: Worker) -> None:
     """Claims go by priority first and by age second."""
     for priority in (3, 2, 1, 2, 1):
         await store.add([{}], max_queued=10, options=JobOptions(priority=priority))
 
-    assert [await claim(store, limit=2), await claim(store)] == [[2, 4], [1, 3, 0]]
+    assert [await a.claim(limit=2), await a.claim()] == [[2, 4], [1, 3, 0]]
 
 
-async def test_finish_keeps_the_result(store: JobStore) -> None:
+async def test_finish_keeps_the_result(store: JobStore, a: Worker) -> None:
     """A finished job has its text and stays as it is."""
     await add(store)
-    await claim(store)
+    await a.claim()
 
-    assert await store.finish("a", 0, DONE)
+    assert await a.finish(0)
     assert Job(0, JobState.FINISHED, 0, "text", None) == await store.get(0)
-    assert not await store.finish("a", 0, DONE)
+    assert not await a.finish(0)
     assert not await store.cancel(0)
 
 
-async def test_only_the_owner_of_a_running_job_changes_it(store: JobStore) -> None:
+async def changes(store: JobStore, job: ClaimedJob) -> list[bool]:
+    """Which ways to end a claim change the job."""
+    return [
+        await store.finish(job, DONE),
+        await store.fail(job, "no"),
+        await store.retry(job, "no"),
+        await store.release(job),
+    ]
+
+
+async def test_only_the_owner_of_a_running_job_changes_it(store: JobStore, a: Worker) -> None:
     """A worker that is not the owner, or comes too late, changes nothing and is told so."""
     await add(store)
-    assert not await store.finish("a", 0, DONE)
-    await claim(store, "a")
-
-    assert not await store.finish("b", 0, DONE)
-    assert not await store.fail("b", 0, "no")
-    assert not await store.retry("b", 0, "no")
-    assert not await store.release("b", 0)
+    await a.claim()
+    assert not any(await changes(store, replace(a.claims[0], owner="b")))
     assert await state(store, 0) == JobState.RUNNING
 
+    assert await store.release(a.claims[0])
+    assert not any(await changes(store, a.claims[0]))
+    assert await state(store, 0) == JobState.QUEUED
 
-async def test_renewal_returns_the_jobs_still_owned(store: JobStore) -> None:
+
+@pytest.mark.parametrize("end", ["lease", "engine", "release"])
+async def test_an_old_claim_does_not_end_a_newer_one(
+    store: JobStore, clock: HandClock, a: Worker, end: str
+) -> None:
+    """A worker that claims a job again cannot end the new claim by the outcome of the old run."""
+    await add(store)
+    await a.claim()
+    old = a.claims[0]
+    clock.advance(31)
+    if end == "lease":
+        await store.requeue_expired()
+    elif end == "engine":
+        await a.lose(0)
+    else:
+        await store.release(old)
+    assert await a.claim() == [0]
+
+    assert not any(await changes(store, old))
+    assert await state(store, 0) == JobState.RUNNING
+    assert await a.finish(0)
+
+
+async def test_renewal_returns_the_jobs_still_owned(store: JobStore, a: Worker, b: Worker) -> None:
     """A renewal leaves out jobs that were cancelled, finished, or are another worker's."""
     await add(store, 4)
-    await claim(store, "a", limit=3)
-    await claim(store, "b")
+    await a.claim(limit=3)
+    await b.claim()
     await store.cancel(1)
-    await store.finish("a", 2, DONE)
+    await a.finish(2)
 
     assert {0} == await store.renew("a", [0, 1, 2, 3], lease=30)
 
 
-async def test_expired_lease_frees_the_job(store: JobStore, clock: HandClock) -> None:
+async def test_expired_lease_frees_the_job(
+    store: JobStore, clock: HandClock, a: Worker, b: Worker
+) -> None:
     """A job whose lease has expired is requeued; a renewed one is not."""
     await add(store, 2)
-    await claim(store, "a")
+    await a.claim()
     clock.advance(20)
     await store.renew("a", [1], lease=30)
     clock.advance(20)
 
     assert await store.requeue_expired() == 1
-    assert await claim(store, "b") == [0]
-    assert not await store.finish("a", 0, DONE)
-    assert await store.finish("b", 0, DONE)
+    assert await b.claim() == [0]
+    assert not await a.finish(0)
+    assert await b.finish(0)
 
 
 @pytest.mark.parametrize(("ahead", "lost"), [(28.0, 0), (31.0, 1)])
 async def test_clocks_of_machines_may_differ_by_less_than_what_is_left_of_a_lease(
-    store: JobStore, database: Database, clock: HandClock, ahead: float, lost: int
+    store: JobStore, database: Database, clock: HandClock, ahead: float, lost: int, a: Worker
 ) -> None:
     """A lease renewed every second holds while clocks differ by less than the lease."""
     await add(store)
-    await claim(store)
+    await a.claim()
     clock.advance(1)
     other = JobStore(database, max_attempts=3, clock=lambda: clock() + ahead)
 
     assert await other.requeue_expired() == lost
 
 
-async def test_deaths_of_workers_cost_no_attempt_but_end(store: JobStore, clock: HandClock) -> None:
+async def test_deaths_of_workers_cost_no_attempt_but_end(
+    store: JobStore, clock: HandClock, a: Worker
+) -> None:
     """A job survives many deaths of its workers, but not MAX_RESCUES of them."""
     await add(store)
     for _ in range(20):
-        assert await claim(store) == [0]
+        assert await a.claim() == [0]
         clock.advance(60)
         assert await store.requeue_expired() == 1
 
@@ -236,7 +324,7 @@ async def test_each_run_of_a_job_has_a_name_of_its_own(store: JobStore, clock: H
         assert shown.engine_request_id == job.engine_request_id
         names.append(job.engine_request_id)
         if end == "engine":
-            await lose(store, 0)
+            assert await store.retry(job, "lost")
         else:
             clock.advance(31)
             assert await store.requeue_expired() == 1
@@ -244,64 +332,60 @@ async def test_each_run_of_a_job_has_a_name_of_its_own(store: JobStore, clock: H
     assert len(set(names)) == 3
 
 
-async def lose(store: JobStore, *ids: int) -> None:
-    for job_id in ids:
-        assert await store.retry("a", job_id, "lost")
-
-
-async def test_few_suspects_run_at_a_time(store: JobStore) -> None:
+async def test_few_suspects_run_at_a_time(store: JobStore, a: Worker, b: Worker) -> None:
     """After an engine died, its jobs are retried a few at a time, beside new ones."""
     await add(store, 12)
-    await lose(store, *await claim(store, limit=20))
+    await a.lose(*await a.claim(limit=20))
     await add(store, 3)
 
-    assert await claim(store, limit=20) == [*range(8), 12, 13, 14]
-    assert await claim(store, "b", limit=20) == []
-    await store.finish("a", 0, DONE)
-    assert await claim(store, "b", limit=20) == [8]
+    assert await a.claim(limit=20) == [*range(8), 12, 13, 14]
+    assert await b.claim(limit=20) == []
+    await a.finish(0)
+    assert await b.claim(limit=20) == [8]
 
 
-async def test_last_attempt_runs_alone(store: JobStore) -> None:
+async def test_last_attempt_runs_alone(store: JobStore, a: Worker, b: Worker) -> None:
     """The last attempt of a job runs alone: no job is claimed before or beside it."""
     await add(store, 2)
     for _ in range(2):
-        await claim(store, limit=1)
-        await lose(store, 0)
-    assert await claim(store) == [0]
-    assert await claim(store, "b") == []
-    await store.release("a", 0)
+        await a.claim(limit=1)
+        await a.lose(0)
+    assert await a.claim() == [0]
+    assert await b.claim() == []
+    await store.release(a.claims[0])
 
     await store.cancel(0)
     await add(store, 1)
-    assert await claim(store, limit=1) == [1]
-    assert await store.retry("a", 1, "lost")
-    assert await claim(store, limit=1) == [1]
-    assert await claim(store, "b") == [2]
-    assert await store.retry("a", 1, "lost")
-    assert await claim(store) == []  # 2 is running
-    await store.finish("b", 2, DONE)
-    assert await claim(store) == [1]
-    await store.finish("a", 1, DONE)
+    assert await a.claim(limit=1) == [1]
+    await a.lose(1)
+    assert await a.claim(limit=1) == [1]
+    assert await b.claim() == [2]
+    await a.lose(1)
+    assert await a.claim() == []  # 2 is running
+    await b.finish(2)
+    assert await a.claim() == [1]
+    await a.finish(1)
 
 
 async def test_job_that_may_run_once_only_does_not_wait(database: Database) -> None:
     """If jobs have only one attempt, a new job does not run alone."""
     store = JobStore(database, max_attempts=1)
+    a = Worker(store, "a")
     await add(store, 2)
 
-    assert await claim(store) == [0, 1]
-    await lose(store, 0)
+    assert await a.claim() == [0, 1]
+    await a.lose(0)
     assert await state(store, 0) == JobState.FAILED
 
 
-async def test_overdue_jobs_fail_in_the_queue(store: JobStore, clock: HandClock) -> None:
+async def test_overdue_jobs_fail_in_the_queue(store: JobStore, clock: HandClock, a: Worker) -> None:
     """An overdue queued job is not claimed; it fails with an error that names the timeout."""
     await store.add([{}], max_queued=10, options=JobOptions(timeout=2.5))
     await add(store)
     assert await store.fail_overdue() == 0
     clock.advance(3)
 
-    assert await claim(store) == [1]
+    assert await a.claim() == [1]
     assert [await store.fail_overdue(), await store.fail_overdue()] == [1, 0]
     error = "timeout: the job was not done within 2.5 s"
     assert Job(0, JobState.FAILED, 0, None, error) == await store.get(0)
@@ -318,69 +402,68 @@ async def test_jobs_are_their_keys_alone(store: JobStore) -> None:
     assert await store.get(1) is not None
 
 
-async def test_active_jobs_are_counted(store: JobStore) -> None:
+async def test_active_jobs_are_counted(store: JobStore, a: Worker) -> None:
     """Only queued and running jobs are counted."""
     assert await store.count_active() == {JobState.QUEUED: 0, JobState.RUNNING: 0}
     await add(store, 4)
-    await claim(store, limit=2)
-    await store.finish("a", 0, DONE)
+    await a.claim(limit=2)
+    await a.finish(0)
 
     assert await store.count_active() == {JobState.QUEUED: 2, JobState.RUNNING: 1}
 
 
-async def test_retry_counts_and_release_does_not(store: JobStore) -> None:
+async def test_retry_counts_and_release_does_not(store: JobStore, a: Worker) -> None:
     """A retry counts as an attempt, a release does not."""
     await add(store)
-    await claim(store)
-    await store.release("a", 0)
+    await a.claim()
+    await store.release(a.claims[0])
     assert Job(0, JobState.QUEUED, 0, None, None) == await store.get(0)
 
-    await claim(store)
-    await store.retry("a", 0, "lost")
+    await a.claim()
+    await a.lose(0)
     assert Job(0, JobState.QUEUED, 1, None, None) == await store.get(0)
 
 
-async def test_last_retry_fails_with_the_reason(store: JobStore) -> None:
+async def test_last_retry_fails_with_the_reason(store: JobStore, a: Worker) -> None:
     """A retry after the last attempt fails the job with the reason."""
     await add(store)
     for _ in range(3):
-        await claim(store)
-        assert await store.retry("a", 0, "lost")
+        await a.claim()
+        await a.lose(0)
 
     assert Job(0, JobState.FAILED, 3, None, "given up after 3 attempts: lost") == await store.get(0)
 
 
-async def test_cancel_is_idempotent(store: JobStore) -> None:
+async def test_cancel_is_idempotent(store: JobStore, a: Worker) -> None:
     """Queued and running jobs can be cancelled, once; their worker cannot finish them."""
     await add(store, 2)
-    await claim(store, limit=1)
+    await a.claim(limit=1)
 
     assert [await store.cancel(0), await store.cancel(1)] == [True, True]
     assert [await store.cancel(0), await store.cancel(1)] == [False, False]
-    assert not await store.finish("a", 0, DONE)
-    assert await claim(store) == []
+    assert not await a.finish(0)
+    assert await a.claim() == []
     assert await state(store, 0) == JobState.CANCELLED
 
 
-async def test_done_among_returns_final_jobs(store: JobStore) -> None:
+async def test_done_among_returns_final_jobs(store: JobStore, a: Worker) -> None:
     """Of the given ids, those in a final state come back."""
     await add(store, 4)
-    await claim(store, limit=3)
-    await store.finish("a", 0, DONE)
+    await a.claim(limit=3)
+    await a.finish(0)
     await store.cancel(1)
 
     assert {0, 1} == await store.done_among([0, 1, 2, 3, 99])
 
 
 async def test_old_results_are_removed_in_small_batches(
-    store: JobStore,
-    clock: HandClock,
+    store: JobStore, clock: HandClock, a: Worker
 ) -> None:
     """Only results older than their time to live are deleted, and no id is used again."""
     await add(store, 4)
-    await claim(store, limit=3)
+    await a.claim(limit=3)
     for job_id in range(3):
-        await store.finish("a", job_id, DONE)
+        await a.finish(job_id)
     clock.advance(100)
 
     assert await store.purge(ttl=101, limit=2) == 0
@@ -453,33 +536,35 @@ class Ended:
         return dict(self._now() - self._before)
 
 
-async def test_each_job_that_ends_is_counted_once(store: JobStore) -> None:
+async def test_each_job_that_ends_is_counted_once(store: JobStore, a: Worker) -> None:
     """Each job counts once when it ends, whether it was queued or running."""
     ended = Ended()
     await add(store, 4)
-    await claim(store, limit=3)
+    await a.claim(limit=3)
     for _ in range(2):
-        await store.finish("a", 0, DONE)
-        await store.fail("a", 1, "steps: no")
+        await a.finish(0)
+        await store.fail(a.claims[1], "steps: no")
         await store.cancel(2)
         await store.cancel(3)
-        await store.finish("a", 2, DONE)
+        await a.finish(2)
 
     assert ended.counts == {"finished": 1, "failed": 1, "cancelled": 2}
 
 
-async def test_jobs_that_are_given_up_are_counted(store: JobStore, clock: HandClock) -> None:
+async def test_jobs_that_are_given_up_are_counted(
+    store: JobStore, clock: HandClock, a: Worker
+) -> None:
     """The last attempt or the last rescue counts as a failure; the earlier ones do not count."""
     ended = Ended()
     await add(store)
     for left in (2, 1, 0):
-        await claim(store)
-        await lose(store, 0)
+        await a.claim()
+        await a.lose(0)
         assert ended.counts == ({} if left else {"failed": 1})
 
     await add(store)
     for left in reversed(range(20)):
-        await claim(store)
+        await a.claim()
         clock.advance(60)
         await store.requeue_expired()
         assert ended.counts == ({"failed": 1} if left else {"failed": 2})

@@ -54,13 +54,15 @@ from dllm_engine.sampling.credit import LISTED
 from dllm_engine.sampling.full_logits import least_bytes
 from dllm_engine.sampling.rows import Candidates, SpecialTokens
 from dllm_engine.state.batch import StepInputs
-from dllm_engine.state.canvas import CanvasTable
+from dllm_engine.state.canvas import LONGEST_BLOCK, CanvasTable
 
 logger = logging.getLogger("dllm_engine")
 
 #: Default token budgets: enough rows to keep the device busy, few enough for a short step.
 CPU_TOKEN_BUDGET = 2048
 GPU_TOKEN_BUDGET = 16384
+#: Chunks of prompts that fill a step's token budget.
+CHUNKS_PER_STEP = 4
 
 
 class RankModel:
@@ -93,6 +95,9 @@ class RankModel:
         self.token_budget = config.max_num_batched_tokens or (
             CPU_TOKEN_BUDGET if on_cpu else GPU_TOKEN_BUDGET
         )
+        #: Rows of a prompt that a step of a block-wise model computes at once: several requests'
+        #: chunks, and the steps of others, fit into one step.
+        self.chunk = max(1, self.token_budget // CHUNKS_PER_STEP)
         available = available_bytes(self.device)
         limit = parse_limit(config.memory_limit, available)
         if on_cpu:  # ranks share a CPU's memory, while each has its own GPU
@@ -124,11 +129,11 @@ class RankModel:
             eos=torch.tensor(spec.eos_token_ids, dtype=torch.int64, device=self.device),
             stop=torch.tensor(stop_token_ids, dtype=torch.int64, device=self.device),
         )
-        longest = spec.max_model_len  # twice, for a request with guidance
-        activations = self._peak_activations(max(2 * longest, self.token_budget))
+        activations = self._peak_activations(self._most_rows())
         if self.block_m is None:
             activations += self._peak_gathered(operations)
         self._graph_sizes = graph_sizes(largest_graph(config, operations, self.device, group))
+        needs_pages = config.cache != "none" or spec.blocks is not None
         graphs = len(self._graph_sizes) * GRAPH_BYTES
         if self._graph_sizes:
             graphs += self._peak_activations(self._graph_sizes[-1])
@@ -144,7 +149,7 @@ class RankModel:
             graphs=graphs,
             page=page_bytes(spec, config.kv_page_size, self._dtype.itemsize),
             page_size=config.kv_page_size,
-        ).with_pages(spec.max_model_len, config.max_num_seqs, needs_pages=config.cache != "none")
+        ).with_pages(spec.max_model_len, config.max_num_seqs, needs_pages=needs_pages)
         self.pages: KVPages
         self._layer_pages: list[LayerPages] = []
         #: Recorded forward passes, once `allocate` has made them.
@@ -235,6 +240,10 @@ class RankModel:
     @torch.inference_mode()
     def candidates(self, inputs: StepInputs) -> Candidates:
         """Choose a token for each masked position of the step, with its confidence."""
+        if not len(inputs.rows):  # nothing but prompts
+            self._hidden(inputs, inputs.rows)
+            nothing = inputs.sampling.temperature.to(torch.float32)
+            return Candidates(inputs.rows, nothing, nothing, nothing)
         return sample_candidates(
             self._masked_hidden(inputs),
             self.model.head,
@@ -268,14 +277,22 @@ class RankModel:
             hidden = self.graphs.run(inputs.input_ids, inputs.positions, inputs.layout)
             if hidden is not None:
                 return hidden[wanted]
+        missing = 0 if len(wanted) else ROW_MULTIPLE
         hidden = self.model(
             inputs.input_ids,
             inputs.positions,
             inputs.layout,
             pages=self._layer_pages,
-            wanted=F.pad(wanted, (0, -len(wanted) % ROW_MULTIPLE)),
+            wanted=F.pad(wanted, (0, -len(wanted) % ROW_MULTIPLE or missing)),
         )
         return self.model.head_input(hidden)[: len(wanted)]
+
+    def _most_rows(self) -> int:
+        """Count the rows of the largest step."""
+        if self._spec.blocks is not None:  # no request takes more than a chunk or the budget
+            return max(self.token_budget, LONGEST_BLOCK)
+        # Twice, for a request with guidance.
+        return max(2 * self._spec.max_model_len, self.token_budget)
 
     def _request_bytes(self) -> int:
         """Count the bytes of the canvas table, in which all slots are equal, and of uploads.
@@ -283,7 +300,9 @@ class RankModel:
         Only rank 0 has a table; but every rank has as many pages as the one with least memory.
         """
         one = dataclasses.replace(self._config, max_num_seqs=1)
-        table = CanvasTable.of(one, self._spec, self._stop_token_ids, device=self.device)
+        table = CanvasTable.of(
+            one, self._spec, self._stop_token_ids, device=self.device, chunk=self.chunk
+        )
         uploads = 0 if self.device == "cpu" else 2 * UPLOAD_BYTES  # two steps may be in flight
         return self._config.max_num_seqs * table.num_bytes + uploads
 
@@ -294,13 +313,19 @@ class RankModel:
         It runs one layer: layers run one after another in the same memory, so one shows the peak
         of all.
         """
-        longest = self._spec.max_model_len
+        longest = min(self._spec.max_model_len, rows)
         lengths = [longest] * (rows // longest) + [rows % longest] * (rows % longest > 0)
         positions = torch.cat([torch.arange(n, device=self.device) for n in lengths])
         with PeakMeter(self.device) as meter:
-            layout: Layout = PackedLayout.of(lengths)
+            layout: Layout
             if self.block_m is not None:
                 layout = FlatLayout.of(lengths, self.block_m, self.device)
+            else:
+                layout = PackedLayout.of(lengths)
+                if self._spec.blocks is not None:  # with `none`, rows have limits
+                    mask = torch.ones(1, 1, longest, longest, dtype=torch.bool, device=self.device)
+                    fresh = [dataclasses.replace(g, mask=mask) for g in layout.fresh[:1]]
+                    layout = dataclasses.replace(layout, fresh=(*fresh, *layout.fresh[1:]))
             self.model(torch.zeros_like(positions), positions, layout, depth=1)
         return meter.peak
 
@@ -308,24 +333,31 @@ class RankModel:
     def _peak_gathered(self, operations: Operations) -> int:
         """Measure the bytes that attention to stored rows needs more than to fresh ones.
 
-        It takes two kinds of sequences of the longest length: one with all rows as queries, and as
-        many single-row ones as run at once.
+        It takes two kinds of sequences of the longest length: one with all rows as queries (of a
+        block-wise model: with a chunk of them, each with a limit), and as many single-row ones as
+        run at once.
         """
         spec, longest = self._spec, self._spec.max_model_len
+        blocks, widest, mask = spec.blocks, longest, None
         heads, kv_heads = (n // spec.num_ranks for n in (spec.num_heads, spec.num_kv_heads))
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, spec.head_dim, device=self.device, dtype=self._dtype)
 
-        q, fresh = zeros(longest, heads), zeros(longest, kv_heads)
+        q, fresh = zeros(widest, heads), zeros(widest, kv_heads)
         page = zeros(1, self._config.kv_page_size, kv_heads)
         pages = LayerPages(page, page)
         num_pages = -(-longest // self._config.kv_page_size)
-        whole = PagedGroup.of(1, longest, num_pages, self.device)
+        if blocks is not None:
+            widest = min(longest, max(self.chunk, LONGEST_BLOCK))
+            keys = num_pages * self._config.kv_page_size
+            mask = torch.ones(1, 1, widest, keys, dtype=torch.bool, device=self.device)
+        whole = PagedGroup.of(1, widest, num_pages, self.device)
+        whole = dataclasses.replace(whole, kv_mask=mask)
         single = PagedGroup.of(1, 1, num_pages, self.device)
         count = sequences_at_once(q, single, pages)
         narrow = PagedGroup.of(count, 1, num_pages, self.device)
-        layout = PackedLayout(longest, (), (whole, narrow))
+        layout = PackedLayout(widest, (), (whole, narrow))
         with PeakMeter(self.device) as meter:
             operations.packed_attention(q, fresh, fresh, layout, pages)
         return max(meter.peak, GATHER_BYTES[torch.device(self.device).type])

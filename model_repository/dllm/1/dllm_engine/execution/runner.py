@@ -64,7 +64,9 @@ class ModelRunner:
         #: Seconds after which the engine gives up a step; 0: never.
         self.step_timeout = step_timeout
         logger.info("memory plan%s\n%s", " of each rank" if parallel else "", self.plan)
-        self.table = CanvasTable.of(config, spec, stop_token_ids, device=self._device)
+        self.table = CanvasTable.of(
+            config, spec, stop_token_ids, device=self._device, chunk=self.rank.chunk
+        )
         logger.info("model ready device=%s ranks=%d", self._device, spec.num_ranks)
 
     def _load(
@@ -75,10 +77,16 @@ class ModelRunner:
         self._watchdog = Watchdog(0.0, self.check)  # there is no other rank
         return model
 
-    def start(self, slot: int, prompt: Prompt, params: SamplingParams, pages: list[int]) -> None:
-        """Set up the canvas of a new request in `slot`; `pages` are its own from now on."""
-        self.table.fill(slot, prompt, params)
+    def start(
+        self, slot: int, prompt: Prompt, params: SamplingParams, pages: list[int]
+    ) -> tuple[int, bool]:
+        """Set up the canvas of a new request in `slot`; `pages` are its own from now on.
+
+        Returns:
+            Rows of one sequence in its first step, and whether that is a Refresh.
+        """
         self.rank.pages.assign(slot, pages, 2 if params.cfg_scale > 0 else 1)
+        return self.table.fill(slot, prompt, params)
 
     @torch.inference_mode()
     def launch(self, slots: list[int]) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dllm_engine.config import EngineConfig
-from dllm_engine.errors import EngineDead, QueueTimeout, RequestFailed
+from dllm_engine.errors import CheckpointError, EngineDead, QueueTimeout, RequestFailed
 from dllm_engine.execution.runner import ModelRunner
 from dllm_engine.execution.tensor_parallel import load_runner
 from dllm_engine.loop.histograms import Histograms
@@ -86,6 +86,8 @@ class Engine:
 
     def __init__(self, config: EngineConfig, runner: ModelRunner | None = None) -> None:
         spec = read_spec(config.model_path)
+        if spec.blocks is not None:
+            raise CheckpointError(f"{spec.architecture}: block-wise decoding is not implemented")
         longest = longest_sequence(config, spec)
         self.tokenizer = Tokenizer.load(config.model_path, spec.mask_token_id, longest)
         stop_ids = {*spec.eos_token_ids, *(self.tokenizer.stop_token_ids if self.tokenizer else ())}
@@ -132,6 +134,7 @@ class Engine:
         exclusive: bool = False,
         timeout: float | None = None,
         name: str = "",
+        cache_salt: str = "",
     ) -> Request:
         """Check a request against this model's limits, without queueing it. Thread-safe.
 
@@ -144,6 +147,7 @@ class Engine:
             exclusive: run the request while nothing else runs.
             timeout: seconds the request may wait for a slot before it fails with QueueTimeout.
             name: the caller's name for it, used in the log.
+            cache_salt: requests share cached beginnings only if their salts are equal.
 
         Raises:
             InvalidRequest: names the field and the limit.
@@ -153,7 +157,15 @@ class Engine:
             prompt = dataclasses.replace(prompt, ids=[start])
         resolved = self._limits.check(prompt, params)
         request = Request(
-            next(self._ids), prompt, resolved, stream_interval, priority, exclusive, timeout, name
+            next(self._ids),
+            prompt,
+            resolved,
+            stream_interval=stream_interval,
+            priority=priority,
+            exclusive=exclusive,
+            timeout=timeout,
+            name=name,
+            cache_salt=cache_salt,
         )
         request.num_pages = self._limits.check_pages(
             resolved, request.length, copies=request.forwards_per_step
@@ -253,7 +265,9 @@ class Engine:
             assert request.slot is not None
             try:
                 with _device_errors():
-                    self.runner.start(request.slot, request.prompt, request.params, request.pages)
+                    request.next_rows, request.next_is_refresh = self.runner.start(
+                        request.slot, request.prompt, request.params, request.pages
+                    )
             except (RuntimeError, ValueError, MemoryError) as error:
                 self._ready.append(self._fail(request, error))
                 continue
@@ -408,6 +422,7 @@ class Engine:
             completion_tokens=request.num_ready + request.ended_by_token,
             steps=request.steps_run,
             forward_passes=request.steps_run * request.forwards_per_step,
+            cached_tokens=request.cached_tokens,
         )
         assert request.params.seed is not None
         return CanvasUpdate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 
 from dllm_engine.memory.kv_cache import PageAllocator
+from dllm_engine.memory.prefix_cache import PrefixCache
 from dllm_engine.request import Request
 
 #: One level of priority moves a request back by this many steps; older requests still go first.
@@ -36,8 +37,14 @@ class Scheduler:
     keep the device as busy: the host then commits one step and sets up the next while the device
     runs the other. Once there are rows for two such steps, a step takes at most half of all rows.
 
+    Most requests reserve their pages at admission. One that `grows` takes pages block by block. If
+    none is free, the youngest request gives back all of its pages, keeps its slot and its canvas,
+    and waits for pages ahead of younger requests; its keys and values are computed again from what
+    the prefix cache still has. The oldest request always gets its pages, so every request ends.
+
     Args:
         overlap_rows: rows that are enough for a second step; 0: one step at a time.
+        prefix_cache: keys and values of earlier requests; None: every request computes its own.
     """
 
     def __init__(
@@ -47,7 +54,9 @@ class Scheduler:
         allocator: PageAllocator,
         *,
         overlap_rows: int = 0,
+        prefix_cache: PrefixCache | None = None,
     ) -> None:
+        self._prefix_cache = prefix_cache
         self._token_budget = token_budget
         self._overlap_rows = overlap_rows
         self._allocator = allocator
@@ -57,6 +66,8 @@ class Scheduler:
         self._num_slots = num_slots
         self._step = 0
         self._deficit = 0.0
+        #: Requests whose pages were taken away, in total.
+        self.num_preemptions = 0
 
     @property
     def waiting(self) -> tuple[Request, ...]:
@@ -74,25 +85,60 @@ class Scheduler:
         bisect.insort(self._waiting, request, key=lambda waiting: waiting.arrival_order)
 
     def admit(self) -> list[Request]:
-        """Give slots and pages to waiting requests, in order; returns the admitted ones."""
+        """Give slots and pages to waiting and preempted requests, in order.
+
+        Returns:
+            The requests that got theirs. One that was preempted has `has_canvas`: it goes on.
+        """
         admitted = []
-        while self._waiting and self._free_slots:
-            request = self._waiting[0]
-            if request.num_pages > self._allocator.num_free:
-                break
-            if self._running and (request.exclusive or self._running[0].exclusive):
-                break
-            self._waiting.pop(0)
-            request.slot = self._free_slots.pop()
-            request.pages = self._allocator.reserve(request.num_pages)
+        while (request := self._next_in_line()) is not None and self._take_pages(request):
+            if request.preempted:
+                request.preempted = False
+            else:
+                self._waiting.pop(0)
+                request.slot = self._free_slots.pop()
+                self._running.append(request)
             request.ready_since = self._step
-            self._running.append(request)
             admitted.append(request)
         return admitted
 
+    def _next_in_line(self) -> Request | None:
+        """The first request that waits for pages, if it lacks nothing else."""
+        preempted = [request for request in self._running if request.preempted]
+        first = min(preempted, key=_age, default=None)
+        if not self._waiting or (first is not None and _age(first) < _age(self._waiting[0])):
+            return first
+        alone = self._waiting[0].exclusive or (self._running and self._running[0].exclusive)
+        if not self._free_slots or (self._running and alone):
+            return first
+        return self._waiting[0]
+
+    def _take_pages(self, request: Request) -> bool:
+        """Give a request the pages of its next step, cached ones first; whether it got them.
+
+        Room is left for one more page of each request that grows, so that a newcomer does not take
+        the pages that make the next request of them preempt it.
+        """
+        found: list[int] = []
+        if self._prefix_cache is not None and request.chain is not None:
+            found = self._prefix_cache.match(request.chain)
+        missing = max(0, request.num_pages - len(found))
+        room = sum(r.grows and not r.preempted for r in self._running)
+        if missing + room * (missing > 0) > self._allocator.num_free:
+            self._allocator.release(reversed(found))
+            return False
+        request.pages = found + self._allocator.reserve(missing)
+        if self._prefix_cache is not None and request.chain is not None:
+            found_tokens = len(found) * self._allocator.page_size
+            request.num_entered = found_tokens // request.chain.unit
+            if not request.preempted:
+                self._prefix_cache.count(request.chain, found)
+                request.cached_tokens = found_tokens
+        return True
+
     def schedule(self) -> list[Request]:
         """Pick the requests of the next step; none only if none run or a step is in flight."""
-        ready = [request for request in self._running if not request.in_flight]
+        ready = [r for r in self._running if not (r.in_flight or r.preempted)]
         budget = self._budget(ready)
         if not ready or not budget:
             return []
@@ -105,7 +151,9 @@ class Scheduler:
             limit = budget
             if request.next_is_refresh and not self._is_late(request):
                 limit = min(limit, int(allowance))
-            if not chosen or used + cost <= limit:
+            if request.preempted:  # by one before it in this order
+                continue
+            if (not chosen or used + cost <= limit) and self._grow(request, chosen):
                 chosen.append(request)
                 used += cost
                 request.ready_since = self._step
@@ -115,10 +163,36 @@ class Scheduler:
         self._deficit = min(max(left, -self._token_budget), self._token_budget)
         return chosen
 
+    def _grow(self, request: Request, chosen: list[Request]) -> bool:
+        """Give a request the pages that its next step lacks, taking them from younger ones.
+
+        Returns:
+            Whether it has them. Requests in flight and those of this step keep theirs.
+        """
+        missing = request.num_pages - len(request.pages)
+        if missing <= 0:
+            return True
+        while self._allocator.num_free < missing:
+            younger = [
+                r
+                for r in self._running
+                if _age(r) > _age(request) and not (r.in_flight or r in chosen) and r.pages
+            ]
+            if not younger:
+                return False
+            self._preempt(max(younger, key=_age))
+        request.pages += self._allocator.reserve(missing)
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self._allocator.release(reversed(request.pages))
+        request.pages, request.num_entered, request.preempted = [], 0, True
+        self.num_preemptions += 1
+
     def _budget(self, ready: list[Request]) -> int:
         """Rows that a step of some of these may have; 0: too few to launch one."""
         enough, load = self._overlap_rows, sum(request.step_cost for request in ready)
-        if len(ready) < len(self._running):  # another step is in flight
+        if any(request.in_flight for request in self._running):
             return self._token_budget if enough and load >= enough else 0
         if ready and enough:
             half = min(self._token_budget, -(-load // 2))
@@ -148,11 +222,11 @@ class Scheduler:
             return
         self._running.remove(request)
         self._free_slots.append(request.slot)
-        self._allocator.release(request.pages)
-        request.slot, request.pages = None, []
+        self._allocator.release(reversed(request.pages))
+        request.slot, request.pages, request.preempted = None, [], False
 
     def check_integrity(self) -> None:
-        """Check that each slot and page is free or held by exactly one running request.
+        """Check that each slot is free or held by one request, and each page counted right.
 
         Raises:
             AssertionError: it is not so.
@@ -161,4 +235,10 @@ class Scheduler:
         slots = sorted(s for s in [*held, *self._free_slots] if s is not None)
         assert slots == list(range(self._num_slots)), f"held {held}, free {self._free_slots}"
         assert all(r.slot is None and not r.pages for r in self._waiting)
+        assert all(not r.pages for r in self._running if r.preempted)
         self._allocator.check_integrity([page for r in self._running for page in r.pages])
+
+
+def _age(request: Request) -> tuple[int, int]:
+    """Orders requests from the oldest to the youngest."""
+    return request.arrival_order, request.request_id

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
+import logging
+from typing import Any
 
 from dllm_engine.config import EngineConfig
+from dllm_engine.decoding import COMMIT_FIELDS
 from dllm_engine.errors import InvalidConfig, InvalidRequest
 from dllm_engine.memory.cache_policy import CachePolicy, reserved_rows
 from dllm_engine.memory.kv_cache import PageAllocator
-from dllm_engine.models.base import ModelSpec
+from dllm_engine.models.base import BlockAttention, ModelSpec
 from dllm_engine.request import Prompt
-from dllm_engine.sampling_params import SamplingParams
+from dllm_engine.sampling_params import BLOCK_CACHE_POLICIES, CACHE_POLICIES, SamplingParams
+from dllm_engine.state.canvas import LONGEST_BLOCK
+
+logger = logging.getLogger("dllm_engine")
 
 
 def longest_sequence(config: EngineConfig, spec: ModelSpec) -> int:
@@ -45,6 +52,8 @@ class RequestLimits:
         self._spec = spec
         self._allocator = allocator
         self._has_text = has_text
+        #: Block lengths that the log has warned of.
+        self._warned: set[int] = set()
 
     def check(self, prompt: Prompt, params: SamplingParams) -> SamplingParams:
         """Return the parameters with every default filled in.
@@ -52,21 +61,73 @@ class RequestLimits:
         Raises:
             InvalidRequest: names the field and the limit.
         """
-        params = params.with_cache_defaults(self._config.cache_defaults)
+        if self._spec.blocks is None:
+            params = params.with_cache_defaults(self._config.cache_defaults)
+            if params.cache == "block":
+                raise InvalidRequest(
+                    "cache",
+                    f"must be one of {', '.join(CACHE_POLICIES)}; block needs a block-wise model",
+                )
+        else:
+            params = self._block_params(prompt, params, self._spec.blocks)
         self._check_prompt(prompt, params)
         self._check_lengths(prompt, params)
-        resolved = params.resolved()
+        resolved = params.resolved(blockwise=self._spec.blocks is not None)
         assert resolved.steps is not None
         most = self._spec.max_model_len
         if resolved.steps > most:
             raise InvalidRequest("steps", f"must be at most {most}; got {resolved.steps}")
         return resolved
 
+    def _block_params(
+        self, prompt: Prompt, params: SamplingParams, blocks: BlockAttention
+    ) -> SamplingParams:
+        """Fill in what a block-wise model has its own defaults of.
+
+        Raises:
+            InvalidRequest: a field asks for what block-wise models cannot do.
+        """
+        params = params.with_cache_defaults(self._config.cache_defaults | {"cache": "block"})
+        why = "of a block-wise model, whose keys and values are exact"
+        if params.cache not in BLOCK_CACHE_POLICIES:
+            names = " or ".join(BLOCK_CACHE_POLICIES)
+            raise InvalidRequest("cache", f"must be {names} {why}; got {params.cache}")
+        if prompt.suffix_ids:
+            raise InvalidRequest("suffix", "must be empty: no token of a block-wise model sees it")
+        if params.cfg_scale != 0:
+            raise InvalidRequest(
+                "cfg_scale", f"must be 0 with a block-wise model; got {params.cfg_scale}"
+            )
+        if params.alg is not None:
+            raise InvalidRequest(
+                "alg", "is for Dream's models; this one is block-wise: see remasking"
+            )
+        size = params.block_length or blocks.block_length
+        if size > LONGEST_BLOCK:
+            raise InvalidRequest("block_length", f"must be at most {LONGEST_BLOCK}; got {size}")
+        if size != blocks.block_length and size not in self._warned:
+            self._warned.add(size)
+            logger.warning(
+                "block_length %d: the checkpoint was trained for %d", size, blocks.block_length
+            )
+        changed: dict[str, Any] = {"block_length": size}
+        asks = [name for name in COMMIT_FIELDS if getattr(params, name) is not None]
+        if params.remasking is None and not asks:
+            asks = ["confidence_threshold"]
+            changed["confidence_threshold"] = blocks.threshold
+        ranks = params.credit or params.low_threshold is not None
+        own_rule = asks == ["confidence_threshold"] and not (ranks or blocks.threshold_inclusive)
+        if params.remasking is None and own_rule:
+            changed["remasking"] = "low_confidence_dynamic"
+        return dataclasses.replace(params, **changed)
+
     def pages(self, params: SamplingParams, length: int, *, copies: int) -> int:
         """Count the pages that a request of `length` tokens holds while it runs."""
         assert params.cache is not None
         assert params.block_length is not None
         assert params.retention_ratio is not None
+        if self._spec.blocks is not None:
+            length += -length % params.block_length  # a canvas is whole blocks
         rows = reserved_rows(
             CachePolicy[params.cache.upper()],
             length,
@@ -129,6 +190,15 @@ class RequestLimits:
                 "gen_length", f"must be at most {longest}; got {params.gen_length}"
             )
         given = prompt.num_tokens
+        blocks, size = self._spec.blocks, params.block_length
+        if blocks is not None and blocks.origin == "absolute" and size:
+            end = -(-(given + params.gen_length) // size) * size
+            if end > most:
+                raise InvalidRequest(
+                    "gen_length",
+                    f"prompt ({given} tokens) plus gen_length ({params.gen_length}) in whole "
+                    f"blocks of {size} must be at most {most}; got {end}",
+                )
         if given + params.gen_length > most:
             raise InvalidRequest(
                 "gen_length",

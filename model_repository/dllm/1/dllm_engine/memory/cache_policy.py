@@ -1,4 +1,4 @@
-"""Defines what each cache policy computes in a step and what it keeps.
+"""Defines the cache policies: phases, rows and sizes.
 
 A step of a request is a **Refresh**, its whole sequence goes through the model, or a **Reuse**,
 only its active rows do, and attend to what is stored besides their own fresh keys and values.
@@ -13,6 +13,9 @@ state predicts the block's first token. What a Reuse computes:
 - `delayed` (dKV-Cache, 3.2): of the window what is masked, what was committed by the step before,
   and, shifted, what predicts a masked position. A position is thus stored with its final token one
   step after that was committed.
+
+`block` is the policy of block-wise models, whose stored keys and values are exact; it has steps of
+its own. What each policy computes, sees and stores is in `state.scope`.
 
 Fresh keys and values always replace the stored ones of their positions.
 """
@@ -40,6 +43,7 @@ class CachePolicy(enum.IntEnum):
     DUAL = 2
     SPARSE = 3
     DELAYED = 4
+    BLOCK = 5
 
 
 def phase_of(policy: Array, age: Array, delay: Array, interval: Array) -> tuple[Array, Array]:

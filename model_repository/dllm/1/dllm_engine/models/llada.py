@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dllm_engine.models.base import ModelSpec
+from dllm_engine.ops.rotary import Rope
 
 ARCHITECTURES = ("LLaDAModelLM",)
 
@@ -46,8 +47,9 @@ def spec(config: Mapping[str, Any], stop_ids: tuple[int, ...]) -> ModelSpec:
         num_layers=config["n_layers"],
         num_heads=num_heads,
         num_kv_heads=config.get("n_kv_heads") or num_heads,
+        head_dim=d_model // num_heads,
         rms_norm_eps=config.get("rms_norm_eps", 1e-5),
-        rope_theta=config["rope_theta"],
+        rope=Rope(theta=config["rope_theta"]),
         max_model_len=config["max_sequence_length"],
         mask_token_id=config["mask_token_id"],
         eos_token_ids=stop_ids,

@@ -8,7 +8,6 @@ it in a wider type. Only safetensors are read, since pickles can run code.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -21,14 +20,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dllm_engine.errors import CheckpointError
-from dllm_engine.models import dream, llada
+from dllm_engine.models import dream, fast_dllm, illada, llada, nemotron, sdar
 from dllm_engine.models.base import (
     DiffusionModel,
     ModelSpec,
+    is_added_once,
     is_quantizable,
     split_dim,
     stacked_rows,
 )
+from dllm_engine.models.files import find_mask_token, read_json, read_json_if_there
 from dllm_engine.ops.dispatch import TORCH, Operations
 from dllm_engine.ops.quantization import make_quantizer
 from dllm_engine.parallel.group import Group
@@ -36,7 +37,13 @@ from dllm_engine.parallel.group import Group
 _FAMILIES: dict[str, ModuleType] = {
     **dict.fromkeys(llada.ARCHITECTURES, llada),
     **dict.fromkeys(dream.ARCHITECTURES, dream),
+    **dict.fromkeys(illada.ARCHITECTURES, illada),
+    **dict.fromkeys(sdar.ARCHITECTURES, sdar),
+    **dict.fromkeys(fast_dllm.ARCHITECTURES, fast_dllm),
+    **dict.fromkeys(nemotron.ARCHITECTURES, nemotron),
 }
+#: Families whose class has had several names.
+_BY_MODEL_TYPE: dict[str, ModuleType] = {illada.MODEL_TYPE: illada}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 #: `owner/name`, as the Hugging Face Hub names a model.
@@ -48,21 +55,6 @@ _DTYPES = ("BF16", "F16", "F32", "F64")
 Progress = Callable[[int, int], None]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        CheckpointError: the file cannot be read, or holds no JSON object.
-    """
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return value
-
-
 def read_spec(directory: Path) -> ModelSpec:
     """Read the model's `config.json`, and the stop tokens of `generation_config.json`.
 
@@ -72,20 +64,30 @@ def read_spec(directory: Path) -> ModelSpec:
     _check_files(directory)
     config = read_json(directory / "config.json")
     architecture = (config.get("architectures") or ["none given"])[0]
-    family = _FAMILIES.get(architecture)
+    model_type = str(config.get("model_type")).lower()
+    family = _BY_MODEL_TYPE.get(model_type) or _FAMILIES.get(architecture)
     if family is None:
         known = ", ".join(_FAMILIES)
         raise CheckpointError(f"config.json: architecture {architecture}; supported: {known}")
-    generation = directory / "generation_config.json"
-    sources = [config, read_json(generation) if generation.exists() else {}]
-    stop_ids = _stop_ids(sources)
+    mask = find_mask_token(directory, config, *getattr(family, "MASK_TOKEN", (None, None)))
+    config |= {} if mask is None else {"mask_token_id": mask}
+    generation = read_json_if_there(directory / "generation_config.json")
+    stop_ids = _stop_ids([config, generation])
     try:
         spec: ModelSpec = family.spec(config, stop_ids)
     except KeyError as error:
         raise CheckpointError(f"config.json: {error.args[0]} is missing") from error
     except ValueError as error:
         raise CheckpointError(f"config.json: {error}") from error
+    if not 0 <= spec.mask_token_id < spec.vocab_size:
+        problem = f"{spec.mask_token_id}, beyond the vocabulary of {spec.vocab_size}"
+        raise CheckpointError(f"config.json: mask_token_id: {problem}")
     return spec
+
+
+def family_of(architecture: str) -> str:
+    """The name of the family that serves an architecture: `llada`, `dream`."""
+    return _FAMILIES[architecture].__name__.rpartition(".")[2]
 
 
 def _check_files(directory: Path) -> None:
@@ -149,6 +151,8 @@ def load_model(
                 part = checkpoint.part(source, split_dim(name), group)
                 filled[row : row + part.shape[0]].copy_(part)
                 row += part.shape[0]
+            if group is not None and group.rank and is_added_once(name):
+                filled.zero_()
             if quantize is not None and is_quantizable(name):
                 filled = quantize(filled)
             _replace_parameter(model, name, filled)
@@ -174,8 +178,10 @@ def _check(
 ) -> None:
     """Report all problems of a checkpoint's tensors in one error."""
     expected = {source for sources in table.values() for source in sources}
+    ignored = getattr(_FAMILIES[spec.architecture], "IGNORED", ())
     problems = [f"missing {name}" for name in sorted(expected - checkpoint.names)]
-    problems += [f"unexpected {name}" for name in sorted(checkpoint.names - expected)]
+    unexpected = checkpoint.names - expected - set(ignored)
+    problems += [f"unexpected {name}" for name in sorted(unexpected)]
     for name, parameter in wanted.items():
         rows = stacked_rows(spec, name) or (parameter.shape[0],)
         for source, count in zip(table[name], rows, strict=True):

@@ -1,4 +1,4 @@
-"""Bidirectional attention over packed sequences, to fresh rows and stored rows."""
+"""Attention over packed sequences, to fresh rows and stored rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ GATHER_BYTES = {"cpu": 2**21, "cuda": 2**28}
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, pages: LayerPages | None = None
 ) -> Tensor:
-    """Softmax attention of every row to every row of its own sequence, including stored rows.
+    """Softmax attention of every row to the rows of its own sequence, including stored rows.
+
+    A row sees all of them, or as many as the layout's limit allows it.
 
     Args:
         q: [rows, num_heads, head_dim].
@@ -54,6 +56,7 @@ def _attend_fresh(out: Tensor, q: Tensor, k: Tensor, v: Tensor, group: FreshGrou
         q[rows].view(shape).transpose(1, 2),
         k[rows].view(shape).transpose(1, 2),
         v[rows].view(shape).transpose(1, 2),
+        attn_mask=group.mask,
         enable_gqa=q.shape[1] != k.shape[1],
     )
     out[rows].view(shape).copy_(mixed.transpose(1, 2))
@@ -68,7 +71,8 @@ def _attend_paged(out: Tensor, q: Tensor, group: PagedGroup, pages: LayerPages) 
         mask = None if group.kv_mask is None else group.kv_mask[some]
         if mask is not None:
             # What an earlier request left behind the last row may be NaN, which no mask hides.
-            absent = ~mask.view(*keys.shape[:3], 1, 1)[:, -1]
+            exists = mask.any(dim=2).view(*keys.shape[:3], 1, 1)
+            absent = ~exists[:, -1]
             keys[:, -1].masked_fill_(absent, 0)
             values[:, -1].masked_fill_(absent, 0)
         mixed = F.scaled_dot_product_attention(

@@ -42,6 +42,8 @@ class FreshGroup:
     count: int
     length: int
     selection: Selection | None = None
+    #: [G, 1, length, length] bool; the keys that each row sees; None: all.
+    mask: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,8 @@ class PagedGroup:
     out_rows: Tensor
     #: [G, P] int64.
     pages: Tensor
-    #: [G, 1, 1, P × page_size] bool; the stored rows that exist; None: all do.
+    #: [G, 1, Q, P × page_size] bool; the stored rows that each row sees; one row of the mask stands
+    #: for all if they see the same; None: all rows see all.
     kv_mask: Tensor | None
 
     @classmethod
@@ -130,6 +133,8 @@ class FlatLayout:
     #: [rows]; row of the pool that stores each packed row, or −1; None: no row is stored.
     slot_mapping: Tensor | None = None
     selection: FlatSelection | None = None
+    #: [rows]; how many of its sequence's keys each packed row sees, at least 1; None: all.
+    key_limits: Tensor | None = None
 
     @classmethod
     def of(cls, lengths: list[int], block_m: int, device: str) -> FlatLayout:

@@ -71,9 +71,11 @@ def packed_linear(
     return out
 
 
-def _packed_combined(x: Tensor, other: Tensor, packed: Tensor, how: str) -> Tensor:
-    """x @ weight.T combined with `other` of the same shape; `how` is "add" or "mul"."""
-    out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, packed, None, how)
+def _packed_combined(
+    x: Tensor, other: Tensor, packed: Tensor, bias: Tensor | None, how: str
+) -> Tensor:
+    """x @ weight.T + bias combined with `other` of the same shape; `how` is "add" or "mul"."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, packed, bias, how)
     return out
 
 
@@ -107,17 +109,16 @@ class Linear(nn.Module):
             del self.weight
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """[rows, in_features] to [rows, out_features]. A map with a bias takes no residual.
-
-        The residual may be overwritten.
-        """
+        """[rows, in_features] to [rows, out_features]. The residual may be overwritten."""
         if residual is None:
             if self.packed is None:
                 return self._product(x, self.weight, self.bias)
             return packed_linear(x, self.packed, self.bias)
         if self.packed is None:
+            if self.bias is not None:
+                residual = residual + self.bias
             return self._added(residual, x, self.weight)
-        return _packed_combined(x, residual, self.packed, "add")
+        return _packed_combined(x, residual, self.packed, self.bias, "add")
 
 
 class GatedLinear(nn.Module):
@@ -132,10 +133,13 @@ class GatedLinear(nn.Module):
         out_features: int,
         product: Product = F.linear,
         gate: SiluMul = silu_mul,
+        *,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self._product, self._gate = product, gate
         self.weight = nn.Parameter(torch.empty(2 * out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(2 * out_features)) if bias else None
         self.packed: tuple[Tensor, Tensor] | None = None
 
     def pack(self) -> None:
@@ -148,6 +152,7 @@ class GatedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[rows, in_features] to [rows, out_features]."""
         if self.packed is None:
-            return self._gate(self._product(x, self.weight, None))
+            return self._gate(self._product(x, self.weight, self.bias))
         gate, up = self.packed
-        return _packed_combined(x, packed_linear(x, gate, None, "swish"), up, "mul")
+        bias, up_bias = (None, None) if self.bias is None else self.bias.chunk(2)
+        return _packed_combined(x, packed_linear(x, gate, bias, "swish"), up, up_bias, "mul")

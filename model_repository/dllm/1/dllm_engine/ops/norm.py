@@ -10,12 +10,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm (Zhang & Sennrich 2019) as in Llama: statistics in float32 or wider.
 
     Args:
-        x: [rows, dim], any float type.
-        weight: [dim], same type.
+        x: [rows, dim] or [rows, heads, dim], any float type.
+        weight: [dim] or [heads, dim], same type.
         eps: added to the mean square.
 
     Returns:
-        [rows, dim], type of `x`.
+        Shape and type of `x`.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     # One pass over the rows; squaring and summing would take two.

@@ -61,7 +61,7 @@ class CommitPlan:
 def select_commits(block: BlockStatistics, plan: CommitPlan) -> Tensor:
     """Positions to commit: bool [R, block]."""
     counted = torch.zeros_like(block.masked)
-    if plan.rules_in_use & {Rule.COUNT, Rule.LOCAL_LEAP}:
+    if plan.rules_in_use & {Rule.COUNT, Rule.LOCAL_LEAP, Rule.DYNAMIC}:
         counted = rules.fixed_count(_scores(block, plan), block.masked, plan.count)
     chosen = counted
     for rule in plan.rules_in_use - {Rule.COUNT}:
@@ -77,6 +77,8 @@ def _apply(rule: Rule, block: BlockStatistics, plan: CommitPlan, counted: Tensor
             return counted
         case Rule.THRESHOLD:
             return rules.threshold(block.confidence, masked, threshold)
+        case Rule.DYNAMIC:
+            return rules.dynamic(block.confidence, masked, threshold, counted)
         case Rule.FACTOR:
             return rules.factor(block.confidence, masked, threshold)
         case Rule.ENTROPY_BOUND:
@@ -117,6 +119,9 @@ def _score_of(kind: Score, block: BlockStatistics, plan: CommitPlan) -> Tensor:
             return -block.entropy.to(torch.float64)
         case Score.MARGIN:
             return block.margin.to(torch.float64)
+        case Score.POSITION:
+            columns = torch.arange(block.masked.shape[1], device=block.masked.device)
+            return -columns.to(torch.float64).expand_as(block.masked)
 
 
 def _uniform(width: int, plan: CommitPlan) -> Tensor:

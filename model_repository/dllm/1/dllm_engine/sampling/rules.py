@@ -33,6 +33,17 @@ def threshold(confidence: Tensor, masked: Tensor, tau: Tensor) -> Tensor:
     return masked & (best | (confidence >= tau.to(confidence.dtype).unsqueeze(1)))
 
 
+def dynamic(confidence: Tensor, masked: Tensor, tau: Tensor, counted: Tensor) -> Tensor:
+    """Every position above `tau` ([R]), or `counted` if that is more (SDAR, generate.py).
+
+    Args:
+        counted: bool [R, block]; the schedule's count of the most confident, as `fixed_count` has.
+    """
+    above = masked & (confidence > tau.to(confidence.dtype).unsqueeze(1))
+    enough = above.sum(dim=1, keepdim=True) >= counted.sum(dim=1, keepdim=True)
+    return torch.where(enough, above, counted)
+
+
 def factor(confidence: Tensor, masked: Tensor, f: Tensor) -> Tensor:
     """Fast-dLLM's factor rule: the n most confident, n the longest run with c₍ₙ₎ ≥ 1 − f/(n+1).
 

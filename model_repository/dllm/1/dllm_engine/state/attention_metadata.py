@@ -45,14 +45,20 @@ class AttentionMetadata:
     keep: Array
     #: Has the windows and the pooling of sequences that keep a selection.
     state: SlotState
+    #: [N, rounded up to `ROW_MULTIPLE`]; how many keys of its sequence each row sees; None: all.
+    key_limits: Array | None
     #: [S, 6]; equal rows of consecutive sequences form a group; None: they are not ordered.
     shape: Array | None
 
     @classmethod
-    def of(cls, sequences: Sequences, pages: KVPages) -> AttentionMetadata:
-        """Say where the planned sequences stand."""
+    def of(
+        cls, sequences: Sequences, pages: KVPages, key_limits: Array | None
+    ) -> AttentionMetadata:
+        """Say where the planned sequences stand, and how many keys each row sees."""
         state = sequences.state
-        num_pages = -(-int(state.length.max()) // pages.page_size)
+        num_pages = -(-int(np.maximum(state.kv_lens, state.keep).max()) // pages.page_size)
+        if key_limits is not None:
+            key_limits = np.pad(key_limits, (0, -len(key_limits) % ROW_MULTIPLE), constant_values=1)
         return cls(
             query_starts=sequences.query_starts,
             query_lens=state.num_rows,
@@ -62,6 +68,7 @@ class AttentionMetadata:
             slot_mapping=_slot_mapping(sequences, pages),
             keep=np.where(state.selects, state.keep, 0),
             state=state,
+            key_limits=key_limits,
             shape=sequences.shape,
         )
 
@@ -109,6 +116,7 @@ def flat_layout(flat: AttentionMetadata, block_m: int, upload: Upload) -> FlatLa
         tile_row=upload(tile_row),
         slot_mapping=upload(flat.slot_mapping),
         selection=selection,
+        key_limits=None if flat.key_limits is None else upload(flat.key_limits),
     )
 
 
@@ -127,7 +135,11 @@ def grouped_layout(flat: AttentionMetadata, upload: Upload) -> PackedLayout:
             row = int(flat.query_starts[first])
             select = shape[3] > 0
             selection = _selection(flat, members, shape, upload) if select else None
-            fresh.append(FreshGroup(row, end - first, shape[0], selection))
+            mask = None
+            if flat.key_limits is not None:
+                rows = flat.query_starts[members, None] + np.arange(shape[0])
+                mask = upload(_seen(flat.key_limits[rows], shape[0]))
+            fresh.append(FreshGroup(row, end - first, shape[0], selection, mask))
     layout = PackedLayout(int(flat.query_lens.sum()), tuple(fresh), tuple(paged))
     stored = (flat.slot_mapping >= 0).nonzero()[0]
     if not len(stored):
@@ -139,19 +151,27 @@ def grouped_layout(flat: AttentionMetadata, upload: Upload) -> PackedLayout:
 def _paged_group(
     flat: AttentionMetadata, members: slice, shape: list[int], upload: Upload
 ) -> PagedGroup:
-    width, num_pages, full = shape[:3]
+    width, num_pages, full, limited = shape[:4]
     columns = np.arange(width)
     first, num_rows = flat.query_starts[members, None], flat.query_lens[members, None]
+    query_rows = first + np.minimum(columns, num_rows - 1)
     kv_mask = None
-    if not full:
-        places = np.arange(num_pages * flat.page_size)
-        kv_mask = upload((places < flat.kv_lens[members, None])[:, None, None, :])
+    if limited:
+        assert flat.key_limits is not None
+        kv_mask = upload(_seen(flat.key_limits[query_rows], num_pages * flat.page_size))
+    elif not full:
+        kv_mask = upload(_seen(flat.kv_lens[members, None], num_pages * flat.page_size))
     return PagedGroup(
-        query_rows=upload(first + np.minimum(columns, num_rows - 1)),
+        query_rows=upload(query_rows),
         out_rows=upload(np.where(columns < num_rows, first + columns, int(flat.query_lens.sum()))),
         pages=upload(flat.block_tables[members, :num_pages]),
         kv_mask=kv_mask,
     )
+
+
+def _seen(limits: Array, num_keys: int) -> Array:
+    """Masks of limits [G, Q]: bool [G, 1, Q, num_keys]."""
+    return (np.arange(num_keys) < limits[:, :, None])[:, None]
 
 
 def _selection(

@@ -73,7 +73,7 @@ def build_batch(
     """
     sequences, blocks = plan.sequences, plan.blocks
     state = sequences.requests
-    flat = AttentionMetadata.of(sequences, pages)
+    flat = AttentionMetadata.of(sequences, pages, plan.key_limits)
     layout: Layout = (
         grouped_layout(flat, upload) if block_m is None else flat_layout(flat, block_m, upload)
     )

@@ -15,13 +15,14 @@ import numpy as np
 
 from dllm_engine.config import EngineConfig
 from dllm_engine.decoding import Rule
-from dllm_engine.memory.cache_policy import CachePolicy, delayed_rows, kept_rows, phase_of
-from dllm_engine.models.base import ModelSpec
+from dllm_engine.memory.cache_policy import CachePolicy, delayed_rows
+from dllm_engine.models.base import BlockAttention, ModelSpec
 from dllm_engine.ops.transfer import Array
 from dllm_engine.request import Prompt
 from dllm_engine.sampling.credit import CreditLists
 from dllm_engine.sampling.schedule import dream_chances, dream_count, linear_count
 from dllm_engine.sampling_params import SamplingParams
+from dllm_engine.state.scope import BlockScope, CanvasScope, StepScope
 from dllm_engine.state.slots import SlotState, SlotTable
 from dllm_engine.state.step_plan import Blocks, Sequences, StepPlan
 
@@ -31,11 +32,12 @@ class StepResult:
     """The outcome of a step for each of its requests."""
 
     slots: list[int]
-    #: Whether no mask is left in the canvas.
+    #: Whether no mask is left in the answer.
     complete: list[bool]
     #: Tokens from the left that are final, short of an end-of-text token.
     num_ready: list[int]
-    #: Whether an end-of-text token is committed with nothing masked before it.
+    #: Whether an end-of-text token is committed with nothing masked before it; of a block-wise
+    #: model, nor in its block.
     ended: list[bool]
     #: Rows of one sequence in the next step, and whether it is a Refresh.
     next_rows: list[int]
@@ -57,11 +59,23 @@ class Canvas(NamedTuple):
         return cls(np.full(gen_length, mask, np.int32), np.full(gen_length, -1.0, np.float32))
 
 
+#: Tokens of the longest block of a block-wise model; the published ones have 4 to 64.
+LONGEST_BLOCK = 256
+#: Bytes per position of a sequence, and of a canvas, in a `CanvasTable`.
+_SEQUENCE_BYTES, _CANVAS_BYTES = 8 + 1 + 4, 1 + 1 + 4
+#: Positions that the table of a block-wise model begins with; it grows with its requests.
+_FIRST_LENGTH = 1024
+
+
 class CanvasTable:
     """The sequences in `num_slots` slots, of up to `max_len` tokens, and their denoising state.
 
     Canvases, and so blocks, are at most `max_canvas` long. Arrays by canvas begin with its first
     position, wherever in the sequence that is.
+
+    Args:
+        blocks: None: every token sees every other one, and a block is at most as long as a canvas.
+        chunk: rows of a prompt that a step of a block-wise model computes.
     """
 
     def __init__(
@@ -74,36 +88,53 @@ class CanvasTable:
         stop: Array,
         shifted: bool,
         device: str,
+        blocks: BlockAttention | None = None,
+        chunk: int = 0,
     ) -> None:
         self.mask, self.shifted = mask, shifted
         self._stop = stop
         self._device = device
-
-        def by_canvas(value: float, dtype: type) -> Array:
-            return np.full((num_slots, max_canvas), value, dtype)
-
-        #: [slots, max_len] int64; prompt, canvas, suffix; the mask token where masked.
-        self.tokens = np.zeros((num_slots, max_len), np.int64)
-        #: [slots, max_len] bool; positions given by the request.
-        self.given = np.zeros((num_slots, max_len), np.bool_)
-        #: [slots, max_canvas] bool; positions still to be decoded. Not derived from the tokens: a
+        self._blocks = blocks
+        self._scope: StepScope
+        max_block = max_canvas
+        if blocks is None:
+            self._scope = CanvasScope(shifted, self._count_delayed)
+        else:
+            self._scope = BlockScope(blocks, chunk)
+            max_block = LONGEST_BLOCK
+            # A canvas is whole blocks: some positions are behind the answer.
+            max_canvas = min(max_canvas + 2 * LONGEST_BLOCK, max_len)
+        self._num_slots, self._max_len, self._max_canvas = num_slots, max_len, max_canvas
+        #: [slots, length] int64; prompt, canvas, suffix; the mask token where masked.
+        self.tokens = np.zeros((num_slots, 0), np.int64)
+        #: [slots, length] bool; positions given by the request.
+        self.given = np.zeros((num_slots, 0), np.bool_)
+        #: [slots, canvas] bool; positions still to be decoded. Not derived from the tokens: a
         #: mask token in a prompt is just a token.
-        self._masked = by_canvas(False, np.bool_)
-        #: [slots, max_canvas] bool; positions that the previous step committed.
-        self._last_committed = by_canvas(False, np.bool_)
-        #: [slots, max_canvas] bool; committed tokens that end the request.
-        self._ends = by_canvas(False, np.bool_)
-        #: [slots, max_canvas] float32; probability at commit, −1 elsewhere.
-        self._confidence = by_canvas(-1.0, np.float32)
-        #: [slots, max_len] float32; Dream's share of the masks for each step of the schedule.
-        self._chance = np.zeros((num_slots, max_len), np.float32)
+        self._masked = np.zeros((num_slots, 0), np.bool_)
+        #: [slots, canvas] bool; positions that the previous step committed.
+        self._last_committed = np.zeros((num_slots, 0), np.bool_)
+        #: [slots, canvas] float32; probability at commit, −1 elsewhere.
+        self._confidence = np.zeros((num_slots, 0), np.float32)
+        #: [slots, length] float32; Dream's share of the masks for each step of the schedule.
+        self._chance = np.zeros((num_slots, 0), np.float32)
         self._slots = SlotTable(num_slots)
         #: Credit of the active blocks; on the device.
-        self.credits = CreditLists(num_slots, max_canvas, device)
+        self.credits = CreditLists(num_slots, max_block, device)
+        if blocks is None:
+            self._grow(max_len, max_canvas)
+        else:
+            self._grow(_FIRST_LENGTH, _FIRST_LENGTH)
 
     @classmethod
     def of(
-        cls, config: EngineConfig, spec: ModelSpec, stop_token_ids: tuple[int, ...], *, device: str
+        cls,
+        config: EngineConfig,
+        spec: ModelSpec,
+        stop_token_ids: tuple[int, ...],
+        *,
+        device: str,
+        chunk: int,
     ) -> CanvasTable:
         """Make a table for all requests that `config` allows, of the longest length allowed."""
         longest = spec.max_model_len
@@ -115,37 +146,64 @@ class CanvasTable:
             stop=np.array(stop_token_ids, np.int64),
             shifted=spec.shifted,
             device=device,
+            blocks=spec.blocks,
+            chunk=chunk,
         )
 
     @property
     def num_bytes(self) -> int:
-        """Device memory of the table, which never grows."""
+        """Device memory of the table once it holds the longest requests in all slots."""
         if self._device != "cpu":
             return self.credits.num_bytes
-        by_slot = (self.tokens, self.given, self._masked, self._last_committed, self._ends)
-        here = sum(each.nbytes for each in (*by_slot, self._confidence, self._chance))
-        return self.credits.num_bytes + here + self._slots.num_bytes
+        by_slot = self._max_len * _SEQUENCE_BYTES + self._max_canvas * _CANVAS_BYTES
+        return self.credits.num_bytes + self._num_slots * by_slot + self._slots.num_bytes
 
-    def fill(self, slot: int, prompt: Prompt, params: SamplingParams) -> None:
-        """Set up the canvas of a new request in `slot`; `params` must be resolved."""
+    def _grow(self, length: int, canvas: int) -> None:
+        """Make the rows long enough for a sequence and a canvas of these lengths."""
+        for name, wanted, most in (
+            ("tokens", length, self._max_len),
+            ("given", length, self._max_len),
+            ("_chance", length, self._max_len),
+            ("_masked", canvas, self._max_canvas),
+            ("_last_committed", canvas, self._max_canvas),
+            ("_confidence", canvas, self._max_canvas),
+        ):
+            old: Array = getattr(self, name)
+            if wanted > old.shape[1]:
+                wider = np.zeros((len(old), min(most, max(wanted, 2 * old.shape[1]))), old.dtype)
+                wider[:, : old.shape[1]] = old
+                setattr(self, name, wider)
+
+    def fill(self, slot: int, prompt: Prompt, params: SamplingParams) -> tuple[int, bool]:
+        """Set up the canvas of a new request in `slot`; `params` must be resolved.
+
+        Returns:
+            Rows of one sequence in its first step, and whether that is a Refresh.
+        """
+        self._slots.fill(slot, prompt, params, self._blocks)
+        state = self._slots.read(np.array([slot]))
+        start, end, length = (
+            int(column[0]) for column in (state.canvas_start, state.canvas_end, state.length)
+        )
+        size = end - start
+        self._grow(length, size)
         canvas = prompt.canvas_ids or [self.mask] * params.gen_length
+        canvas = canvas + [self.mask] * (size - len(canvas))
         everything = np.array([*prompt.ids, *canvas, *prompt.suffix_ids], np.int64)
-        start, length = len(prompt.ids), params.gen_length
-        masked = everything[start : start + length] == self.mask
-        self.tokens[slot, : len(everything)] = everything
+        masked = everything[start:end] == self.mask
+        self.tokens[slot, :length] = everything
         self.given[slot] = True
-        self.given[slot, start : start + length] = ~masked
+        self.given[slot, start:end] = ~masked
         self._masked[slot] = False
-        self._masked[slot, :length] = masked
+        self._masked[slot, :size] = masked
         self._last_committed[slot] = False
-        self._ends[slot] = False
         self._confidence[slot] = -1.0
         if params.alg:
             chances = list(map(dream_chances, steps_of_blocks(params)))
             self._chance[slot, : params.steps] = np.concatenate(chances)
-        self._slots.fill(slot, prompt, params)
-        state, _ = self._prepare_step(self._slots.read(np.array([slot])))
+        state, _ = self._prepare_step(state)
         self._slots.change(state)
+        return int(state.num_rows[0]), bool(state.refresh[0])
 
     def plan_step(self, slots: list[int], *, page_size: int | None = None) -> StepPlan:
         """Plan the next step of the requests in `slots`; all that the step needs of the canvases.
@@ -161,17 +219,19 @@ class CanvasTable:
         state = self._slots.read(np.array(slots, np.int64))
         sequences = Sequences.of(state, self._delayed_rows, page_size)
         requests = sequences.requests
-        blocks = self._blocks(requests)
+        blocks = self._masked_positions(requests)
         counts, chances = self._commit_counts(requests, blocks)
-        predictor = np.maximum(blocks.positions - 1, 0) if self.shifted else blocks.positions
+        predictor = self._predictors(requests, blocks)
         conditional = sequences.first_copy[blocks.request]
         rows = uncond_rows = sequences.row_of(conditional, predictor)
         if sequences.guided:
             unconditional = conditional + (requests.cfg_scale[blocks.request] > 0)
             uncond_rows = sequences.row_of(unconditional, predictor)
         looks_back = (requests.rule == int(Rule.LOCAL_LEAP)).any()
+        owner = sequences.owner
         return StepPlan(
             sequences=sequences,
+            key_limits=self._scope.key_limits(sequences.state, owner, sequences.positions),
             input_ids=self._input_ids(sequences),
             blocks=blocks,
             rows=rows,
@@ -180,6 +240,13 @@ class CanvasTable:
             chances=chances,
             committed=self._block_confidence(requests) if looks_back else None,
         )
+
+    def _predictors(self, state: SlotState, blocks: Blocks) -> Array:
+        """The position whose hidden state predicts each masked one: int64 [M]."""
+        if self._blocks is None:
+            return np.asarray(np.maximum(blocks.positions - self.shifted, 0))
+        shifts = self._blocks.shift_in_block | state.opens
+        return np.asarray(blocks.positions - shifts[blocks.request])
 
     def _input_ids(self, sequences: Sequences) -> Array:
         slots, positions = sequences.state.slots[sequences.owner], sequences.positions
@@ -206,9 +273,16 @@ class CanvasTable:
             found[:, 0] = (state.block_start > 0) & masked[:, 1]
         return found[:, :-1]
 
-    def _blocks(self, state: SlotState) -> Blocks:
+    def _count_delayed(self, state: SlotState) -> Array:
+        count: Array = self._delayed_rows(state).sum(axis=1)
+        return count
+
+    def _masked_positions(self, state: SlotState) -> Blocks:
         inside, place = _block_places(state)
         masked = inside & self._masked[state.slots[:, None], np.where(inside, place, 0)]
+        if self._blocks is not None:
+            masked &= state.decodes[:, None]
+            masked[:, 1:] &= ~state.opens[:, None]
         request, column = masked.nonzero()
         return Blocks(
             masked=masked,
@@ -231,6 +305,8 @@ class CanvasTable:
         The chances are used only for requests with Dream's statistics.
         """
         linear = linear_count(state.block_masks, state.block_steps, state.block_step)
+        if self._blocks is not None and not self._blocks.floor_is_schedule:
+            linear = np.where(state.rule == int(Rule.DYNAMIC), 1, linear)
         if not state.dream_statistics.any():
             return linear, np.zeros(len(linear), np.float32)
         # With a threshold a request may run longer than its schedule; its chances are unused.
@@ -251,79 +327,93 @@ class CanvasTable:
         not_finite[blocks.request[~np.isfinite(confidence)]] = True
         picked = tokens >= 0
         slots, positions, tokens = blocks.slots[picked], blocks.positions[picked], tokens[picked]
-        places = positions - state.canvas_start[blocks.request[picked]]
-        self._last_committed[state.slots] = False
-        self._last_committed[slots, places] = True
+        request = blocks.request[picked]
+        places = positions - state.canvas_start[request]
+        if (state.cache == int(CachePolicy.DELAYED)).any():
+            self._last_committed[state.slots] = False
+            self._last_committed[slots, places] = True
         self._masked[slots, places] = False
-        self._ends[slots, places] = (tokens[:, None] == self._stop).any(axis=1)
         self._confidence[slots, places] = confidence[picked]
         self.tokens[slots, positions] = tokens
+        first_end = state.first_end.copy()
+        ends = (tokens[:, None] == self._stop).any(axis=1) & state.honours_eos[request]
+        np.minimum.at(first_end, request[ends], positions[ends])
+        # What opens a block, and what prefills a prompt, is no step of a block's schedule.
+        counts = state.decodes & ~state.opens
         state, first_masked = self._prepare_step(
             state._replace(
                 step=state.step + 1,
-                block_step=state.block_step + 1,
-                block_age=state.block_age + 1,
+                block_step=state.block_step + counts,
+                block_age=state.block_age + counts,
+                first_end=first_end,
+                final=self._scope.final_after(state),
             )
         )
         self._slots.change(state)
-        first_end = self._first_end(state)
         return StepResult(
             state.slots.tolist(),
-            (first_masked == state.canvas_end).tolist(),
-            (np.minimum(first_masked, first_end) - state.canvas_start).tolist(),
-            (first_end < first_masked).tolist(),
+            (first_masked >= state.answer_end).tolist(),
+            (self._num_ready(state, first_masked)).tolist(),
+            self._ended(state, first_masked).tolist(),
             state.num_rows.tolist(),
             state.refresh.tolist(),
             not_finite.tolist(),
         )
 
+    def _num_ready(self, state: SlotState, first_masked: Array) -> Array:
+        end = np.minimum(np.minimum(first_masked, state.first_end), state.answer_end)
+        ready: Array = end - state.canvas_start
+        return ready
+
+    def _ended(self, state: SlotState, first_masked: Array) -> Array:
+        """Whether the answer's end is decided: bool [R]."""
+        decided = np.minimum(state.first_end + 1, state.answer_end)
+        if self._blocks is not None:  # and the rest of its block
+            size, origin = state.window_length, state.origin
+            block_end = origin + ((state.first_end - origin) // size + 1) * size
+            decided = np.minimum(block_end, state.answer_end)
+        ended: Array = (state.first_end < state.answer_end) & (first_masked >= decided)
+        return ended
+
     def canvas(self, slot: int) -> Canvas:
         """A copy of the canvas in `slot`."""
         state = self._slots.read(np.array([slot]))
-        start, end = int(state.canvas_start[0]), int(state.canvas_end[0])
+        start, end = int(state.canvas_start[0]), int(state.answer_end[0])
         confidence = self._confidence[slot, : end - start].copy()
         return Canvas(self.tokens[slot, start:end].astype(np.int32), confidence)
 
-    def _width(self, state: SlotState) -> int:
-        return int((state.canvas_end - state.canvas_start).max())
+    def _first_masked(self, state: SlotState) -> Array:
+        """Find the first masked position, the canvas's end if there is none: int64 [R].
 
-    def _first_end(self, state: SlotState) -> Array:
-        """Find the first committed end-of-text token; the canvas's end if there is none."""
-        ends = self._ends[state.slots, : self._width(state)]
-        ended = ends.any(axis=1) & state.honours_eos
-        return np.where(ended, state.canvas_start + ends.argmax(axis=1), state.canvas_end)
+        Nothing before the active block is masked.
+        """
+        width = 2 * int(state.block_length.max())
+        masked = self._masked_between(state, state.block_start, state.block_start + width)
+        some = masked.any(axis=1)
+        found = np.where(some, state.block_start + masked.argmax(axis=1), state.canvas_end)
+        if not some.all():  # also looks behind the next block, which may be given
+            rest = (~some).nonzero()[0]
+            slots, start = state.slots[rest], state.canvas_start[rest]
+            masked = self._masked[slots, : int((state.canvas_end[rest] - start).max())]
+            place = start + masked.argmax(axis=1)
+            found[rest] = np.where(masked.any(axis=1), place, state.canvas_end[rest])
+        return found
+
+    def _masked_between(self, state: SlotState, start: Array, end: Array) -> Array:
+        """Which positions from `start` to before `end`, on the canvas, are masked: bool [R, n]."""
+        place = (start - state.canvas_start)[:, None] + np.arange(int((end - start).max()))
+        inside = place < (np.minimum(end, state.canvas_end) - state.canvas_start)[:, None]
+        masked: Array = inside & self._masked[state.slots[:, None], np.where(inside, place, 0)]
+        return masked
 
     def _prepare_step(self, state: SlotState) -> tuple[SlotState, Array]:
-        """Open the next block where one is done, and determine the next step's phase and rows.
+        """Open the next block where one is done, and determine what the next step does.
 
         Returns:
             See `_enter_block`.
         """
         state, first_masked = self._enter_block(state)
-        refresh, store = phase_of(
-            state.cache, state.block_age, state.delay_steps, state.refresh_interval
-        )
-        state = state._replace(refresh=refresh, store=store)
-        start = np.maximum(state.block_start - self.shifted, 0)
-        first_row = np.where(refresh, 0, start)
-        behind = refresh | (state.cache == int(CachePolicy.PREFIX))
-        num_rows = np.where(behind, state.length, state.block_end) - first_row
-        if (partial := state.partial).any():
-            num_rows = np.where(partial, self._delayed_rows(state).sum(axis=1), num_rows)
-        keep, kv_lens = np.zeros_like(start), state.length
-        if (sparse := state.cache == int(CachePolicy.SPARSE)).any():
-            window = state.block_end - start
-            kept = kept_rows(state.length - window, state.retention_ratio)
-            keep = np.where(sparse, kept, 0)
-            kv_lens = np.where(sparse, kept + window, state.length)
-        state = state._replace(
-            window_start=start,
-            first_row=first_row,
-            num_rows=num_rows,
-            keep=keep,
-            kv_lens=kv_lens,
-        )
-        return state, first_masked
+        return self._scope.next_step(state, first_masked), first_masked
 
     def _enter_block(self, state: SlotState) -> tuple[SlotState, Array]:
         """Move each request whose block holds no mask to its next block that holds one.
@@ -334,26 +424,31 @@ class CanvasTable:
             The new state; int64 [R]: the position of the first mask, the canvas's end if there is
             none.
         """
-        masked = self._masked[state.slots, : self._width(state)]
         first, canvas_end = state.canvas_start, state.canvas_end
-        first_masked = np.where(masked.any(axis=1), first + masked.argmax(axis=1), canvas_end)
+        first_masked = self._first_masked(state)
         opens = (first_masked >= state.block_end) & (first_masked < canvas_end)
         if opens.any():
-            start = first + (first_masked - first) // state.block_length * state.block_length
-            start = np.where(opens, start, state.block_start)
-            end = np.minimum(start + state.block_length, canvas_end)
-            columns = first[:, None] + np.arange(masked.shape[1])
-            inside = (columns >= start[:, None]) & (columns < end[:, None])
+            size, origin = state.window_length, state.origin
+            window = origin + (first_masked - origin) // size * size
+            length = state.block_length
+            start = window + (first_masked - window) // length * length
+            end = np.minimum(np.minimum(start + length, window + size), canvas_end)
+            # Of a block that begins in the prompt the rest.
+            start = np.where(opens, np.maximum(start, first), state.block_start)
+            end = np.where(opens, end, state.block_end)
             before = (start - first) * state.steps // (canvas_end - first)
             after = (end - first) * state.steps // (canvas_end - first)
+            steps, masks = after - before, self._masked_between(state, start, end).sum(axis=1)
+            if self._blocks is not None:
+                steps, masks = state.steps_per_block, state.block_length
             state = state._replace(
                 block_step=np.where(opens, 0, state.block_step),
-                block_steps=np.where(opens, after - before, state.block_steps),
-                block_masks=np.where(opens, (masked & inside).sum(axis=1), state.block_masks),
+                block_steps=np.where(opens, steps, state.block_steps),
+                block_masks=np.where(opens, masks, state.block_masks),
                 block_first_step=np.where(opens, before, state.block_first_step),
                 block_age=np.where(opens, 0, state.block_age),
                 block_start=start,
-                block_end=np.where(opens, end, state.block_end),
+                block_end=end,
             )
         if state.has_empty_steps.any():
             state = self._skip_empty_steps(state)
@@ -364,7 +459,7 @@ class CanvasTable:
 
         A block's last step commits all masks that are left, so the search always succeeds.
         """
-        num_masked = self._blocks(state).masked.sum(axis=1)
+        num_masked = self._masked_positions(state).masked.sum(axis=1)
         chance = self._chance[state.slots]
         places = np.arange(chance.shape[1])
         place = state.block_first_step + state.block_step

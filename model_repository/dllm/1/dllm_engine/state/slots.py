@@ -12,6 +12,7 @@ import numpy as np
 
 from dllm_engine.decoding import ENTROPY_SCORES, Rule, decoding_of, score_of
 from dllm_engine.memory.cache_policy import CachePolicy
+from dllm_engine.models.base import BlockAttention
 from dllm_engine.ops.transfer import Array
 from dllm_engine.request import Prompt
 from dllm_engine.sampling.rows import needs_full_logits
@@ -43,8 +44,12 @@ class SlotState(NamedTuple):
     #: values are then stored.
     refresh: Bool
     store: Bool
-    #: The block's window begins (see `cache_policy`; it ends with the block).
+    #: First committed end-of-text token; the canvas's end if there is none.
+    first_end: Int
+    #: The block's window (see `cache_policy`); of a block-wise model the block of attention that
+    #: the active block is part of. First position and end.
     window_start: Int
+    window_end: Int
     #: First position and number of the rows of one sequence that go through the model; of a
     #: partial window all that it is part of begins there.
     first_row: Int
@@ -52,11 +57,24 @@ class SlotState(NamedTuple):
     #: Stored rows: those that `sparse` keeps outside the window, and all that a Reuse attends to.
     keep: Int
     kv_lens: Int
+    #: Positions from the left whose stored keys and values are final; 0 unless block-wise.
+    final: Int
+    #: The next step decodes masked positions of the active block; it does not while it prefills.
+    decodes: Bool
+    #: Of these the first alone, which the block before predicts (`BlockAttention`).
+    opens: Bool
     length: Int
-    #: The positions to be filled: first and end.
+    #: The positions to be filled: first and end. Whole blocks, of a block-wise model: what lies
+    #: behind `answer_end` is decoded and never shown.
     canvas_start: Int
     canvas_end: Int
+    answer_end: Int
+    #: Positions of which a step decodes some; blocks of attention, and where they are counted from.
     block_length: Int
+    window_length: Int
+    origin: Int
+    #: Steps of each block's schedule; 0: its share of the canvas's steps.
+    steps_per_block: Int
     steps: Int
     top_k: Int
     seed: Int
@@ -149,9 +167,11 @@ class SlotTable:
         """Copy the numbers of int64 [R] slots."""
         return SlotState.of(slots, *(table[:, slots] for table in self._tables))
 
-    def fill(self, slot: int, prompt: Prompt, params: SamplingParams) -> None:
+    def fill(
+        self, slot: int, prompt: Prompt, params: SamplingParams, blocks: BlockAttention | None
+    ) -> None:
         """Set all numbers of one slot, with no block open yet; `params` must be resolved."""
-        values = _numbers(prompt, params)
+        values = _numbers(prompt, params) | _lengths(prompt, params, blocks)
         for name, column in self._columns.items():
             column[slot] = values.get(name, 0) if name in CHANGING else values[name]
 
@@ -162,10 +182,9 @@ class SlotTable:
 
 
 def _numbers(prompt: Prompt, params: SamplingParams) -> dict[str, float | bool]:
-    """Compute the columns of a request that no step changes, and where its canvas begins."""
+    """Compute the columns of a request that no step changes, besides its lengths."""
     assert params.cache is not None
     same = {name: value for name, value in vars(params).items() if name in _NAMES}
-    start = len(prompt.ids)
     decoding, score = decoding_of(params), score_of(params)
     bounds = decoding.bounds(params)
     dream_statistics = params.alg is not None
@@ -174,11 +193,6 @@ def _numbers(prompt: Prompt, params: SamplingParams) -> dict[str, float | bool]:
     # Infilling goes on after an end-of-text token, since text follows the gap.
     is_gap = bool(prompt.suffix_ids or prompt.canvas_ids)
     return same | {
-        "block_start": start,
-        "block_end": start,
-        "length": prompt.num_tokens + params.gen_length,
-        "canvas_start": start,
-        "canvas_end": start + params.gen_length,
         "top_k": params.top_k or 0,
         "score": int(score),
         "rule": int(decoding.rule),
@@ -192,4 +206,33 @@ def _numbers(prompt: Prompt, params: SamplingParams) -> dict[str, float | bool]:
         "uses_credit": params.credit,
         "needs_entropy": score in ENTROPY_SCORES or decoding.rule is Rule.ENTROPY_BOUND,
         "needs_full_logits": needs_full_logits(params.temperature > 0, filtered, dream_statistics),
+    }
+
+
+def _lengths(
+    prompt: Prompt, params: SamplingParams, blocks: BlockAttention | None
+) -> dict[str, float | bool]:
+    """Compute where a request's canvas and blocks lie."""
+    assert params.block_length is not None
+    assert params.steps is not None
+    start, size = len(prompt.ids), params.block_length
+    answer_end = canvas_end = start + params.gen_length
+    part, steps, origin = size, 0, start
+    if blocks is not None:
+        part = min(blocks.sub_block_length or size, size)
+        steps = max(1, min(part, params.steps * part // params.gen_length))
+        if blocks.origin == "absolute":
+            origin, canvas_end = 0, -(-answer_end // size) * size
+    return {
+        "block_start": start,
+        "block_end": start,
+        "first_end": canvas_end,
+        "length": canvas_end + len(prompt.suffix_ids),
+        "canvas_start": start,
+        "canvas_end": canvas_end,
+        "answer_end": answer_end,
+        "block_length": part,
+        "window_length": size,
+        "origin": origin,
+        "steps_per_block": steps,
     }

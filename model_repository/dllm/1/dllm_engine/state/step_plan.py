@@ -130,19 +130,21 @@ def _shape(page_size: int, state: SlotState) -> Array:
     """Return what must be equal for two sequences to share a call: [R, 6] int64.
 
     For a Refresh: 0, length and, where it selects, block, window, kept rows and pooling. For a
-    Reuse: 1, rows rounded up, pages, and whether the last page is full.
+    Reuse: 1, rows rounded up, pages, whether the last page is full, and whether rows before the
+    window see fewer keys.
     """
     shape = np.zeros((len(state.slots), 6), np.int64)
     refresh, selects = state.refresh, state.selects
     shape[:, 0] = ~refresh
     rounded = -(-state.num_rows // _QUERY_MULTIPLE) * _QUERY_MULTIPLE
-    shape[:, 1] = np.where(refresh, state.length, rounded)
+    shape[:, 1] = np.where(refresh, state.num_rows, rounded)
     if selects.any():
         end, window = state.block_end, state.block_end - state.window_start
         selecting = [end - state.block_start, window, state.keep, state.pool_kernel]
         shape[:, 2:] = np.where(selects, selecting, 0).T
     shape[:, 2] = np.where(refresh, shape[:, 2], -(-state.kv_lens // page_size))
     shape[:, 3] = np.where(refresh, shape[:, 3], state.kv_lens % page_size == 0)
+    shape[:, 4] = np.where(refresh, shape[:, 4], state.first_row < state.window_start)
     return shape
 
 
@@ -153,6 +155,8 @@ class StepPlan:
     sequences: Sequences
     #: [N] int64.
     input_ids: Array
+    #: [N] int64; how many keys of its sequence each row sees; None: all.
+    key_limits: Array | None
     blocks: Blocks
     #: [M] int64: packed row that predicts each masked position; and its row in the unconditional
     #: sequence, equal to `rows` without guidance.

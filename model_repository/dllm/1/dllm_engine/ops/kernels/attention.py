@@ -24,6 +24,7 @@ _BY_BATCH = [
     "query_lens",
     "kv_lens",
     "block_tables",
+    "key_limits",
     "num_sequences",
     "table_stride",
 ]
@@ -47,6 +48,7 @@ def packed_attention(
         _store_rows(k, v, layout, pages)
     # Without pages no row is stored, and the kernel never follows these pointers.
     keys, values = (k, v) if pages is None else (pages.keys, pages.values)
+    limits = layout.key_limits
     tile = _TILES[q.element_size()]
     group = num_heads // num_kv_heads
     padded = triton.next_power_of_2(group)
@@ -63,6 +65,7 @@ def packed_attention(
         layout.query_lens,
         layout.kv_lens,
         layout.block_tables,
+        layout.query_starts if limits is None else limits,
         len(layout.query_starts),
         layout.block_tables.stride(0),
         q.stride(0),
@@ -81,6 +84,7 @@ def packed_attention(
         1 if pages is None else pages.keys.shape[1],
         operand_type(q.dtype),
         precision(q.dtype),
+        limits is not None,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -103,9 +107,12 @@ def _fold(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add a block of keys and values to the online softmax; `there` [keys]: which keys exist."""
+    """Add a block of keys and values to the online softmax.
+
+    `there` is [1, keys] or [rows, keys]: which keys exist, or which keys each row sees.
+    """
     product = tl.dot(query, tl.trans(keys.to(OPERAND)), input_precision=PRECISION)
-    scores = tl.where(there[None, :], product * scale, float("-inf"))
+    scores = tl.where(there, product * scale, float("-inf"))
     highest = tl.maximum(row_max, tl.max(scores, axis=1))
     weight = tl.exp(scores - highest[:, None])
     rescale = tl.exp(row_max - highest)
@@ -129,6 +136,7 @@ def _attend(
     query_lens,
     kv_lens,
     block_tables,
+    key_limits,
     num_sequences,
     table_stride,
     q_stride,
@@ -146,6 +154,7 @@ def _attend(
     PAGE_SIZE: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    LIMITED: tl.constexpr,
 ):
     # A program takes some rows of one sequence and all query heads that share a KV head, so that
     # keys and values are loaded once for them. Online softmax (Milakov & Gimelshein 2018) over
@@ -170,6 +179,13 @@ def _attend(
             mask=live[:, None] & inside[None, :],
             other=0.0,
         ).to(OPERAND)
+        fresh = tl.where(stored > 0, 0, count)
+        if LIMITED:
+            # Every limit is at least 1, so a row's first keys always hold one that it sees. Keys
+            # behind the tile's largest limit are not read.
+            limit = tl.load(key_limits + start + row, mask=live, other=1)
+            stored = tl.minimum(stored, tl.max(limit, axis=0))
+            fresh = tl.minimum(fresh, tl.max(limit, axis=0))
         row_max = tl.full([ROW_BLOCK * GROUP_BLOCK], float("-inf"), tl.float32)
         row_sum = tl.zeros([ROW_BLOCK * GROUP_BLOCK], tl.float32)
         mixed = tl.zeros([ROW_BLOCK * GROUP_BLOCK, DIM_BLOCK], tl.float32)
@@ -185,19 +201,25 @@ def _attend(
             place = ((page * PAGE_SIZE + n % PAGE_SIZE) * KV_HEADS + kv_head) * HEAD_DIM
             keys = tl.load(page_keys + place[:, None] + d[None, :], mask=both, other=0.0)
             values = tl.load(page_values + place[:, None] + d[None, :], mask=both, other=0.0)
+            seen = there[None, :]
+            if LIMITED:
+                seen = seen & (n[None, :] < limit[:, None])
             row_max, row_sum, mixed = _fold(
-                query, keys, values, there, scale, row_max, row_sum, mixed, OPERAND, PRECISION
+                query, keys, values, seen, scale, row_max, row_sum, mixed, OPERAND, PRECISION
             )
-        for first in range(0, tl.where(stored > 0, 0, count), KEY_BLOCK):
+        for first in range(0, fresh, KEY_BLOCK):
             n = first + tl.arange(0, KEY_BLOCK)
-            there = n < count
+            there = n < fresh
             both = there[:, None] & inside[None, :]
             key_place = (start + n) * k_stride + kv_head * HEAD_DIM
             value_place = (start + n) * v_stride + kv_head * HEAD_DIM
             keys = tl.load(k + key_place[:, None] + d[None, :], mask=both, other=0.0)
             values = tl.load(v + value_place[:, None] + d[None, :], mask=both, other=0.0)
+            seen = there[None, :]
+            if LIMITED:
+                seen = seen & (n[None, :] < limit[:, None])
             row_max, row_sum, mixed = _fold(
-                query, keys, values, there, scale, row_max, row_sum, mixed, OPERAND, PRECISION
+                query, keys, values, seen, scale, row_max, row_sum, mixed, OPERAND, PRECISION
             )
         out_place = (start + row) * (KV_HEADS * GROUP * HEAD_DIM) + query_place
         tl.store(

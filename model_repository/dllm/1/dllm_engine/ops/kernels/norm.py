@@ -16,29 +16,42 @@ _GATED = 2048
 # One compilation for any number of rows, here and below.
 @triton.jit(do_not_specialize=["rows"])
 def _rms_norm(
-    x, weight, out, rows, eps, DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr
+    x,
+    weight,
+    out,
+    rows,
+    row_stride,
+    eps,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
+    # With several heads, `row` counts pairs of a row of `x` and a head.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     there = (row < rows) & (column < DIM)
-    wide = tl.load(x + row * DIM + column, mask=there, other=0.0).to(tl.float32)
+    place = x + row // HEADS * row_stride + row % HEADS * DIM + column
+    wide = tl.load(place, mask=there, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / DIM + eps)
     # Rounded before multiplying by the weight, as in Llama.
     normed = (wide * scale[:, None]).to(out.dtype.element_ty).to(tl.float32)
-    gain = tl.load(weight + column, mask=column < DIM, other=0.0).to(tl.float32)
+    gain = tl.load(weight + row % HEADS * DIM + column, mask=there, other=0.0).to(tl.float32)
     tl.store(out + row * DIM + column, (normed * gain).to(out.dtype.element_ty), mask=there)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `ops.norm.rms_norm`."""
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    rows, dim = x.shape
+    heads, dim = (1, *x.shape[1:])[-2:]
+    if x.stride()[1:] != (dim, 1)[-x.dim() + 1 :]:
+        x = x.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows = x.shape[0] * heads
     columns = triton.next_power_of_2(dim)
     per_program = max(1, _NUMBERS // columns)
     if rows:
         grid = (triton.cdiv(rows, per_program),)
-        _rms_norm[grid](x, weight, out, rows, eps, dim, columns, per_program)
+        _rms_norm[grid](x, weight, out, rows, x.stride(0), eps, heads, dim, columns, per_program)
     return out
 
 
