@@ -17,6 +17,7 @@ AdapterError
   TooManyCalls           the worker serves as many calls as it may
   DeadlineExceeded       the request's `timeout` is over
   ClientDisconnected     the client closed the connection
+  WorkerStops            the worker has to end before the call is answered
   StoreUnavailable       the database does not answer
   EngineError            the engine could not answer
     Overloaded             its queue is full
@@ -28,8 +29,14 @@ AdapterError
     StreamInterrupted      the stream ended without a result
 """
 
+import re
 from collections.abc import Mapping
 from typing import ClassVar
+
+#: What an engine says of a request that is longer than the model's context.
+CONTEXT_EXCEEDED = re.compile(
+    r"prompt \(\d+ tokens\) plus gen_length|has more than the \d+ tokens|must be at most \d+ ids"
+)
 
 
 class AdapterError(Exception):
@@ -126,6 +133,11 @@ class ContextExceeded(InvalidRequest):
     """The prompt leaves no room for an answer in the model's context."""
 
 
+def refusal(reason: str) -> InvalidRequest:
+    """The error for an engine's refusal in these words."""
+    return ContextExceeded(reason) if CONTEXT_EXCEEDED.search(reason) else InvalidRequest(reason)
+
+
 class KeyReused(AdapterError):
     """The Idempotency-Key belongs to another submission."""
 
@@ -167,6 +179,13 @@ class ClientDisconnected(AdapterError):
     """The client closed the connection; the response is never read."""
 
     status = 499
+
+
+class WorkerStops(AdapterError):
+    """The worker has to end before the call is answered."""
+
+    status = 503
+    retry_after = 1
 
 
 class StoreUnavailable(AdapterError):

@@ -36,7 +36,7 @@ class Settings(BaseSettings):
     )
 
     host: str = "127.0.0.1"
-    """Address at which the API is published, by others."""
+    """Address at which uvicorn publishes the API; the adapter warns if it is public and open."""
     triton_url: str = "127.0.0.1:8011"
     """Triton's gRPC address, host:port; separate several by commas."""
     model_name: str = "dllm"
@@ -74,8 +74,8 @@ class Settings(BaseSettings):
     """Longest prompt in characters; also for all `messages` together, and for ids."""
     served_model_name: str = ""
     """Model name in OpenAI calls; the Triton model's name if empty."""
-    chat_max_tokens: Count = 128
-    """Canvas of a chat completion that gives no length."""
+    chat_max_tokens: int = Field(default=128, ge=0)
+    """Longest canvas of a chat completion that gives no length; 0: up to `max_gen_length`."""
     max_gen_length: Count = 512
     """Longest canvas of a request."""
     max_temperature: float = Field(default=2.0, ge=0, allow_inf_nan=False)

@@ -1,9 +1,12 @@
 """Look at a checkpoint before minutes go into loading it."""
 
+import json
 import os
 import re
 import shlex
+import struct
 from pathlib import Path
+from typing import Any
 
 from launcher.errors import CheckpointError
 
@@ -23,7 +26,10 @@ def find_checkpoint(model: str) -> Path:
         return Path(model).resolve()
     snapshot = cached_snapshot(model)
     if snapshot is None:
-        raise CheckpointError(f"{model}: not on this machine; fetch it with: hf download {model}")
+        raise CheckpointError(
+            f"{model}: not on this machine; fetch it with: hf download {model} "
+            "(the command comes with: pip install huggingface_hub)"
+        )
     check_checkpoint(str(snapshot), str(snapshot))
     return snapshot
 
@@ -38,6 +44,65 @@ def cached_snapshot(hub_id: str) -> Path | None:
         return None
     snapshot = folder / "snapshots" / reference.read_text().strip()
     return snapshot if snapshot.is_dir() else None
+
+
+def size_of(directory: Path) -> int:
+    """Bytes of a checkpoint's weights."""
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+def incomplete_files(directory: Path) -> list[str]:
+    """What is wrong with a checkpoint's weights, file by file; nothing is loaded.
+
+    Each file that the index names must be there, hold the tensors that the index puts into it,
+    and be as long as its header says, which a download that broke off is not.
+    """
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        return _incomplete(directory / "model.safetensors", None)
+    try:
+        placed: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        by_file: dict[str, set[str]] = {}
+        for tensor, name in placed.items():
+            by_file.setdefault(name, set()).add(tensor)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return [f"{index.name} is not an index of tensors"]
+    return [
+        problem
+        for name, tensors in sorted(by_file.items())
+        for problem in _incomplete(directory / name, tensors)
+    ]
+
+
+def _incomplete(file: Path, expected: set[str] | None) -> list[str]:
+    """What is wrong with one file of weights, which should hold the `expected` tensors."""
+    if not file.is_file():
+        return [f"{file.name} is missing"]
+    size = file.stat().st_size
+    try:
+        header, begin = _read_header(file)
+        end = begin + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error):
+        return [f"{file.name} has no header of safetensors: not downloaded, or a Git LFS pointer"]
+    if size != end:
+        return [f"{file.name} has {size:,} bytes, its header says {end:,}"]
+    missing = sorted((expected or set()) - header.keys())
+    return [f"{file.name} has no tensor {missing[0]}"] if missing else []
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The tensors in a file of safetensors by name, and where their data begins.
+
+    The format: the header's length in 8 bytes, the header as JSON, the data
+    (https://huggingface.co/docs/safetensors).
+    """
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if length > file.stat().st_size:
+            raise ValueError("longer than the file")
+        header: dict[str, Any] = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
 
 
 def check_checkpoint(path: str, given: str = "") -> None:

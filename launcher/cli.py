@@ -10,17 +10,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from dllm_client import Client, DllmError
-from pydantic import ValidationError
+from dllm_client import Client
 from rich.console import Console
 
 from launcher import demo as demonstration
 from launcher.checkpoint import find_checkpoint
-from launcher.console import ConsoleReporter, Logs
-from launcher.errors import LaunchError
+from launcher.console import ConsoleReporter, Logs, one_line_errors
 from launcher.setting_names import misspelt
 from launcher.settings import Settings
 from launcher.stack import Stack, check_model_path, triton_server
@@ -31,7 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
-stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 Model = Annotated[
     str | None,
@@ -55,8 +52,8 @@ def serve(
 
     Without MODEL it serves MODEL_PATH, or else the demo checkpoint.
     """
-    with _clear_errors():
-        settings = _settings(host=host, port=port, workers=workers)
+    with _service_errors():
+        settings = Settings.with_options(host=host, port=port, workers=workers)
         env = {} if model is None else {"MODEL_PATH": str(find_checkpoint(model))}
         reporter = ConsoleReporter(console, Logs.ALL if verbose else Logs.READY)
         with suppress(KeyboardInterrupt), reporter, Stack(settings, reporter, env) as stack:
@@ -69,8 +66,8 @@ def serve(
 @app.command()
 def triton(verbose: Verbose = False) -> None:
     """Run Triton with the engine alone, until Ctrl-C; the adapter is started elsewhere."""
-    with _clear_errors():
-        settings = _settings()
+    with _service_errors():
+        settings = Settings.with_options()
         reporter = ConsoleReporter(console, Logs.ALL if verbose else Logs.READY)
         for warning in misspelt(os.environ):
             reporter.trouble(f"warning: {warning}")
@@ -88,8 +85,8 @@ def triton(verbose: Verbose = False) -> None:
 @app.command()
 def demo(port: Port = None, verbose: Verbose = False) -> None:
     """Start everything, run the deployment guide's own requests, print the texts, stop."""
-    with _clear_errors(), tempfile.TemporaryDirectory(prefix="dllm-demo-") as folder:
-        settings = _settings(port=port, workers=1)
+    with _service_errors(), tempfile.TemporaryDirectory(prefix="dllm-demo-") as folder:
+        settings = Settings.with_options(port=port, workers=1)
         env = {"DLLM_DATABASE_URL": f"sqlite:///{Path(folder) / 'jobs.db'}"}
         reporter = ConsoleReporter(console, Logs.ALL if verbose else Logs.NONE)
         with reporter, Stack(settings, reporter, env):
@@ -116,29 +113,15 @@ def _print_addresses(*rows: tuple[str, str]) -> None:
     console.print("Ctrl-C stops it.")
 
 
-def _settings(**options: Any) -> Settings:
-    """The environment's settings, with the options that were given in their place."""
-    return Settings(**{name: value for name, value in options.items() if value is not None})
-
-
 @contextmanager
-def _clear_errors() -> Iterator[None]:
-    """Turn expected errors into a message on stderr and exit code 1."""
+def _service_errors() -> Iterator[None]:
+    """Like `one_line_errors`, and a signal that ends a process is Ctrl-C."""
     # SIGTERM, which service managers send, ends the service as Ctrl-C does; and so does SIGINT
     # where a shell started us in the background, with that signal ignored.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
-    try:
+    with one_line_errors():
         yield
-    except ValidationError as error:
-        for problem in error.errors():
-            given = "_".join(str(part) for part in problem["loc"]).upper()
-            name = f"DLLM_{given}={problem['input']!r}: " if given else ""
-            stderr.print(name + problem["msg"].removeprefix("Value error, "), markup=False)
-        raise typer.Exit(1) from None
-    except (LaunchError, DllmError) as error:
-        stderr.print("dllm:", str(error), markup=False)
-        raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":

@@ -1,18 +1,48 @@
 """Tell a person at a terminal, or a log file, how the stack is doing."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum, auto
 from types import TracebackType
 from typing import Self
 
+import typer
+from dllm_client import DllmError
+from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
+
+from launcher.errors import LaunchError
+
+stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 #: Without a terminal there is no spinner; then a line is printed this often.
 PLAIN_SECONDS = 5.0
 #: Level, date, time, thread and place in the source, as Triton begins its lines.
 TRITON_PREFIX = re.compile(r"^[IWE]\d{4} \S+ \d+ [\w.]+:\d+\] ")
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn expected errors into a message on stderr and exit code 1."""
+    try:
+        yield
+    except ValidationError as error:
+        for problem in error.errors():
+            given = "_".join(str(part) for part in problem["loc"]).upper()
+            name = f"DLLM_{given}={problem['input']!r}: " if given else ""
+            stderr.print(name + problem["msg"].removeprefix("Value error, "), markup=False)
+        raise typer.Exit(1) from None
+    except (LaunchError, DllmError) as error:
+        stderr.print("dllm:", str(error), markup=False)
+        raise typer.Exit(1) from None
+
+
+def wants_json(ctx: typer.Context, behind: bool) -> bool:
+    """Whether --json stands behind the command or, with `dllm`, before it."""
+    return behind or bool(ctx.obj and ctx.obj["json"])
 
 
 class Logs(Enum):

@@ -60,7 +60,7 @@ def wait(client: Client, asked: Sequence[Asked], console: Console) -> dict[int, 
 
 
 def show(asked: Sequence[Asked], done: dict[int, Result], console: Console) -> None:
-    """Print every prompt with what became of it."""
+    """Print every prompt with its result."""
     for one in asked:
         result = done[one.request_id]
         if result.status is Status.FINISHED:

@@ -1,4 +1,4 @@
-"""Ports: is one free, and which one is."""
+"""Finds free ports, and refuses taken ones."""
 
 import contextlib
 import errno

@@ -15,7 +15,7 @@ from launcher.errors import ProcessDiedError
 
 GUARD = Path(__file__).with_name("guard.py")
 TAIL_LINES = 40
-#: What would push an error out of the tail: Triton's tables, and frames of the import machinery.
+#: Lines that would push an error out of the tail: Triton's tables, frames of Python's imports.
 NOISE = ("+--", "| ", "  <frozen importlib._bootstrap")
 GUARD_MARGIN_SECONDS = 5.0
 
@@ -23,7 +23,7 @@ LogCallback = Callable[[str], None]
 
 
 class GuardedProcess:
-    """A running command; the guard sees to it that nothing of it survives this process.
+    """A running command; its guard ends all of it when this process ends.
 
     `log_file` gets every line it writes; so does `on_log`, called from another thread, which must
     not raise, since a log that is not read blocks its writer. Raises ProcessDiedError when the

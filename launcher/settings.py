@@ -1,7 +1,7 @@
 """Settings of the launcher; each is an environment variable with the prefix DLLM_."""
 
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -51,3 +51,8 @@ class Settings(BaseSettings):
         """The address at which this machine reaches the REST API."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    @classmethod
+    def with_options(cls, **options: Any) -> Self:
+        """The environment's settings, with the options that are not None in their place."""
+        return cls(**{name: value for name, value in options.items() if value is not None})

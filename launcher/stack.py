@@ -15,10 +15,10 @@ from launcher.settings import Settings
 from launcher.tritonserver import TritonServer
 
 WATCH_SECONDS = 0.1
-#: Before the second restart; the first one is immediate.
+#: Seconds before the second restart; the first one is immediate.
 FIRST_DELAY = 1.0
 LONGEST_DELAY = 10.0
-#: A part that has run this long is healthy: its next death is the first of a new count.
+#: After a part has run this long, its deaths are counted from the beginning.
 STEADY_SECONDS = 10.0
 #: A job that kills engines ends tritonserver a few times before it is given up.
 MAX_RESTARTS = 20
@@ -95,7 +95,7 @@ def triton_server(
 
 
 def check_model_path(env: Mapping[str, str]) -> None:
-    """Raises CheckpointError if the checkpoint that the engine would load is none."""
+    """Raises CheckpointError if the engine could not load its checkpoint."""
     if path := env.get("MODEL_PATH"):
         check_checkpoint(path)
 

@@ -25,7 +25,7 @@ from launcher.process import GuardedProcess, LogCallback
 
 DEFAULT_MODELS = ("dllm", "dllm_unary")
 POLL_SECONDS = 0.1
-#: How the log shows the errors with which the engine refuses what it is given.
+#: How the log shows that the engine refuses a setting or its checkpoint.
 REFUSAL = re.compile(r"Python stub: (?:InvalidConfig|CheckpointError): (.+?)(?:\\n|$)")
 
 #: Called about ten times a second while waiting, with the seconds waited and the newest log line.
@@ -36,8 +36,8 @@ class TritonServer:
     """tritonserver with every model of a repository, listening on three ports of `address`.
 
     Entering starts it and returns once every model is ready; leaving ends it with all its
-    processes and shared memory. So does the end of this process, however it comes. Port 0 stands
-    for any free port. `env` is added to this process's environment.
+    processes and shared memory. The end of this process, however it ends, does the same. Port
+    0 stands for any free port. `env` is added to this process's environment.
 
     `on_log` gets every log line, from another thread, and must not raise; `on_wait` is called
     while the models load. Entering raises ServerMissingError, RepositoryError, PortTakenError,
@@ -101,7 +101,7 @@ class TritonServer:
 
     @property
     def running(self) -> bool:
-        """False before the start, and after the process has ended for whatever reason."""
+        """Whether the process runs: false before its start and after any end."""
         return self._process is not None and self._process.running
 
     @property
@@ -162,14 +162,14 @@ class TritonServer:
             process.stop()
 
     def wait(self) -> None:
-        """Return never while the server runs; raises ProcessDiedError when it has ended."""
+        """Block while the server runs. Raises ProcessDiedError when it has ended."""
         process = self._started
         while process.running:
             time.sleep(POLL_SECONDS)
         raise process.died()
 
     def is_ready(self, client: httpx.Client) -> bool:
-        """Does the server say that it and each of its models are ready?"""
+        """Whether the server says that it and each of its models are ready."""
         paths = ["/v2/health/ready", *(f"/v2/models/{name}/ready" for name in self.models)]
         with contextlib.suppress(httpx.TransportError):
             return all(client.get(f"http://{self.http_url}{path}").is_success for path in paths)
@@ -226,7 +226,7 @@ class TritonServer:
 
     def _wait_until_ready(self) -> None:
         process, started = self._started, time.monotonic()
-        # No proxy of the environment stands between us and our own server.
+        # Our own server is reached without the environment's proxies.
         with httpx.Client(timeout=5.0, trust_env=False) as client:
             while not self.is_ready(client):
                 if not process.running:

@@ -101,11 +101,13 @@ def _docstring(text: str) -> str:
 
 
 def _pydantic(field: Field, default: object) -> str:
-    """The default, with the limits of a number."""
+    """The default, with the limits of a number, or the choices."""
     limits: dict[str, object] = {key: getattr(field.limits, key) for key in ("ge", "gt", "le")}
     if field.type is int and field.limits.le is None:
         limits["le"] = "INT32_MAX"
     given = [f"{key}={value}" for key, value in limits.items() if value is not None]
+    if field.limits.choices:
+        given.append(f"examples={json.dumps(field.limits.choices)}")
     return f"Field({', '.join([repr(default), *given])})" if given else repr(default)
 
 

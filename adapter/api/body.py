@@ -28,14 +28,14 @@ from adapter.shares import share_of
 
 #: Most values in a body: 64 prompts of 4096 token ids, and some more.
 MAX_VALUES = 300_000
-#: A worker reads bodies of together so many times the largest one.
+#: A worker reads so many of the largest bodies at the same time, or more smaller ones.
 BODIES_AT_ONCE = 16
-#: A body that is larger than this takes its turn: others' calls go on between two of them.
+#: Bodies larger than this are parsed one after the other, with a pause for other calls.
 LARGE_BYTES = 256 * 1024
-#: Length of its turn, in seconds per byte; parsing takes some tenth of it.
+#: Length of the pause, in seconds per byte; parsing takes about a tenth of it.
 TURN = 0.25 / 2**20
-#: Where a value begins: in a list or an object, or after another value. They are counted in texts
-#: too, since telling texts apart costs more than parsing; no prompt that fits a model has as many.
+#: A value follows each of these. They are counted inside strings too, since finding strings costs
+#: more than parsing; no prompt that fits a model has so many.
 SEPARATORS = (b",", b"[", b"{")
 
 
@@ -59,9 +59,9 @@ class BodyMiddleware:
         self._timeout = timeout
         self._most_held = BODIES_AT_ONCE * max_bytes
         # At least one of the largest bodies.
-        self._most_of_key = max(max_bytes, share_of(self._most_held, key_share))
-        #: Bytes of the bodies that are being read now, by the key of their call.
-        self._held: Counter[str | None] = Counter()
+        self._most_of_caller = max(max_bytes, share_of(self._most_held, key_share))
+        #: Bytes of the bodies that are being read now, by their caller: a key, or else an address.
+        self._held: Counter[str] = Counter()
         self._turn = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,15 +92,15 @@ class BodyMiddleware:
         if length.isdecimal() and int(length) > self._max_bytes:
             raise self._too_large()
         body = bytearray()
-        key: str | None = getattr(request.state, "api_key", None)
+        caller: str = getattr(request.state, "caller", "")
         try:
             async with asyncio.timeout(self._timeout):
                 async for chunk in request.stream():
                     body += chunk
-                    self._held[key] += len(chunk)
+                    self._held[caller] += len(chunk)
                     if len(body) > self._max_bytes:
                         raise self._too_large()
-                    self._require_room(key)
+                    self._require_room(caller)
             if len(body) > LARGE_BYTES:
                 async with self._turn:
                     if await request.is_disconnected():
@@ -110,17 +110,18 @@ class BodyMiddleware:
             msg = f"the body was not complete within {self._timeout:g} s (DLLM_BODY_TIMEOUT)"
             raise BodyTimeout(msg) from None
         finally:
-            self._held[key] -= len(body)
-            if not self._held[key]:
-                del self._held[key]
+            self._held[caller] -= len(body)
+            if not self._held[caller]:
+                del self._held[caller]
         return bytes(body)
 
-    def _require_room(self, key: str | None) -> None:
+    def _require_room(self, caller: str) -> None:
         if self._held.total() > self._most_held:
             msg = "too many bodies are being sent at the same time"
             raise TooManyBodies(msg)
-        if key is not None and self._held[key] > self._most_of_key:
-            msg = "too many bodies are being sent with this key at the same time (DLLM_KEY_SHARE)"
+        if self._held[caller] > self._most_of_caller:
+            source = "with this key" if caller.startswith("key:") else "from this address"
+            msg = f"too many bodies are being sent {source} at the same time (DLLM_KEY_SHARE)"
             raise TooManyBodies(msg)
 
     def _too_large(self) -> BodyTooLarge:

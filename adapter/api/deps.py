@@ -1,14 +1,13 @@
-"""Dependencies of the routes: the caller, the settings, and the services of the application.
+"""What routes ask of a call: its context, its share of the limits, the application's services.
 
-They are asynchronous because FastAPI runs other dependencies in threads. FastAPI also spends time
-on each of them, so the routes of jobs, which are called most, use the plain functions instead.
+These are plain functions: FastAPI's own dependencies cost time at each call.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, cast
+from typing import Protocol, cast
 
-from fastapi import Depends, Request
+from fastapi import Request
 
 from adapter.api.validation import BatchLimit
 from adapter.auth.rate_limit import Quota, RateLimiter
@@ -50,14 +49,22 @@ def request_context(request: Request) -> RequestContext:
     )
 
 
-def settings_of(request: Request) -> Settings:
-    """The application's settings."""
-    return cast(Settings, request.app.state.settings)
+class Services(Protocol):
+    """What the application's state holds; `adapter.app` fills it."""
+
+    settings: Settings
+    database: Database
+    rate_limiter: RateLimiter | None
+    pool: EnginePool
+    jobs: JobService
+    live: StreamingRequests
+    #: Background tasks, which have to go on.
+    tasks: Sequence[PeriodicTask]
 
 
-def jobs_of(request: Request) -> JobService:
-    """The application's jobs."""
-    return cast(JobService, request.app.state.jobs)
+def services(request: Request) -> Services:
+    """The services of the application that got this call."""
+    return cast(Services, request.app.state)
 
 
 def batch_limit(request: Request, most: int, setting: str) -> BatchLimit:
@@ -68,10 +75,10 @@ def batch_limit(request: Request, most: int, setting: str) -> BatchLimit:
     if request_context(request).api_key is not None:
         setting += ", DLLM_KEY_SHARE"
     limits = [
-        BatchLimit(settings_of(request).max_batch_size, "DLLM_MAX_BATCH_SIZE"),
+        BatchLimit(services(request).settings.max_batch_size, "DLLM_MAX_BATCH_SIZE"),
         BatchLimit(most, setting),
     ]
-    if (limiter := _limiter(request)) is not None:
+    if (limiter := services(request).rate_limiter) is not None:
         limits.append(BatchLimit(limiter.most_at_once, "DLLM_RATE_LIMIT"))
     return min(limits, key=lambda limit: limit.most)
 
@@ -81,8 +88,7 @@ async def count_prompts(request: Request, prompts: int) -> None:
 
     Raises `RateLimited`.
     """
-    limiter = _limiter(request)
-    if limiter is not None and prompts > 1:
+    if services(request).rate_limiter is not None and prompts > 1:
         await request.state.quota.take(prompts - 1)
 
 
@@ -91,44 +97,3 @@ async def uncount(request: Request) -> None:
     quota: Quota | None = getattr(request.state, "quota", None)
     if quota is not None:
         await quota.give_back()
-
-
-def _limiter(request: Request) -> RateLimiter | None:
-    return cast(RateLimiter | None, request.app.state.rate_limiter)
-
-
-async def _context(request: Request) -> RequestContext:
-    return request_context(request)
-
-
-async def _settings(request: Request) -> Settings:
-    return settings_of(request)
-
-
-async def _jobs(request: Request) -> JobService:
-    return jobs_of(request)
-
-
-async def _live(request: Request) -> StreamingRequests:
-    return cast(StreamingRequests, request.app.state.live)
-
-
-async def _database(request: Request) -> Database:
-    return cast(Database, request.app.state.database)
-
-
-async def _tasks(request: Request) -> Sequence[PeriodicTask]:
-    return cast(Sequence[PeriodicTask], request.app.state.tasks)
-
-
-async def _pool(request: Request) -> EnginePool:
-    return cast(EnginePool, request.app.state.pool)
-
-
-ContextDep = Annotated[RequestContext, Depends(_context)]
-SettingsDep = Annotated[Settings, Depends(_settings)]
-JobsDep = Annotated[JobService, Depends(_jobs)]
-DatabaseDep = Annotated[Database, Depends(_database)]
-StreamingDep = Annotated[StreamingRequests, Depends(_live)]
-TasksDep = Annotated[Sequence[PeriodicTask], Depends(_tasks)]
-PoolDep = Annotated[EnginePool, Depends(_pool)]

@@ -62,7 +62,7 @@ def _detail(error: AdapterError) -> str | list[dict[str, Any]]:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """Unknown paths and methods, and bodies that are no JSON, which the framework refuses."""
+    """What the framework refuses: unknown paths and methods, and bodies that are no JSON."""
     assert isinstance(error, HTTPException)
     if error.status_code == 400 and isinstance(error.__cause__, ValueError | RecursionError):
         error = HTTPException(400, _why_no_json(error.__cause__))
@@ -77,9 +77,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 def _without_extra_slashes(request: Request) -> str | None:
-    """Where the call should go if its path has slashes too many, and a route has the path without.
+    """The path without extra slashes, if it has some and a route has the path without them.
 
-    A relative address, so that it stays on this server.
+    It is a relative address, so that the call stays on this server.
     """
     path = SLASHES.sub("/", request.scope["path"]).rstrip("/")
     if path == request.scope["path"]:

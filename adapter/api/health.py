@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
-from adapter.api.deps import DatabaseDep, PoolDep, TasksDep
+from adapter.api.deps import services
 from adapter.api.schemas import Health, Liveness, Readiness
 from adapter.periodic import PeriodicTask
 
@@ -14,15 +14,15 @@ router = APIRouter(tags=["health"])
 # GuideLLM, and probes that were written for vLLM, look here.
 @router.get("/health", response_model_exclude_none=True, include_in_schema=False)
 @router.get("/v1/health", response_model_exclude_none=True, responses={503: {"model": Health}})
-async def health(
-    pool: PoolDep, database: DatabaseDep, tasks: TasksDep, response: Response
-) -> Health:
+async def health(request: Request, response: Response) -> Health:
     """Readiness: 200 while jobs and live calls can be taken, otherwise 503 with the reason.
 
     Jobs need the database, and wait for an engine. Streams and OpenAI calls need an engine only.
     """
-    jobs = Readiness.of(database.outage or _stalled(tasks))
-    live = Readiness.of(None if pool.state.ok else pool.state.reason)
+    ours = services(request)
+    jobs = Readiness.of(ours.database.outage or _stalled(ours.tasks))
+    engine = ours.pool.state
+    live = Readiness.of(None if engine.ok else engine.reason)
     reasons = [part.reason for part in (live, jobs) if part.reason is not None]
     if reasons:
         response.status_code = 503
@@ -31,12 +31,12 @@ async def health(
 
 
 @router.get("/v1/livez", response_model_exclude_none=True, responses={503: {"model": Liveness}})
-async def livez(tasks: TasksDep, response: Response) -> Liveness:
+async def livez(request: Request, response: Response) -> Liveness:
     """Liveness: 200 while this process responds and its background tasks go on.
 
     It stays 200 while the engine or the database is away: a new process would not help.
     """
-    reason = _stalled(tasks)
+    reason = _stalled(services(request).tasks)
     if reason is not None:
         response.status_code = 503
         return Liveness(status="stalled", reason=reason)

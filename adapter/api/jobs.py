@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request
 
-from adapter.api.deps import batch_limit, count_prompts, jobs_of, request_context, settings_of
+from adapter.api.deps import batch_limit, count_prompts, request_context, services
 from adapter.api.schemas import (
     BatchRequest,
     GenerateRequest,
@@ -45,9 +45,9 @@ async def generate(
     body: GenerateRequest, request: Request, key: IdempotencyKey = None
 ) -> Submitted:
     """Submit one prompt."""
-    check_limits(body, settings_of(request))
+    check_limits(body, services(request).settings)
     options = request_context(request).options(body.priority, body.timeout)
-    ids = await jobs_of(request).submit([body.inputs()], options, key=key)
+    ids = await services(request).jobs.submit([body.inputs()], options, key=key)
     return Submitted(request_ids=ids)
 
 
@@ -57,23 +57,25 @@ async def generate_batch(
 ) -> Submitted:
     """Submit several prompts; either all are accepted or none."""
     options = request_context(request).options(body.priority, body.timeout)
-    most = jobs_of(request).most_at_once(options.api_key)
+    most = services(request).jobs.most_at_once(options.api_key)
     limit = batch_limit(request, most, "DLLM_MAX_QUEUED_JOBS")
-    check_batch(body, limit, settings_of(request))
+    check_batch(body, limit, services(request).settings)
     await count_prompts(request, len(body.prompts))
-    ids = await jobs_of(request).submit(body.inputs(), options, key=key)
+    ids = await services(request).jobs.submit(body.inputs(), options, key=key)
     return Submitted(request_ids=ids)
 
 
 @router.get("/result/{request_id}", response_model_exclude_unset=True)
 async def result(request_id: int, request: Request, wait: Wait = 0.0) -> Result:
     """Return the state of a job, with its text once finished."""
-    job = jobs_of(request).result(request_id, api_key=request_context(request).api_key, wait=wait)
+    job = services(request).jobs.result(
+        request_id, api_key=request_context(request).api_key, wait=wait
+    )
     return Result.of(await (cancel_on_disconnect(request, job) if wait else job))
 
 
 @router.delete("/result/{request_id}", response_model_exclude_unset=True)
 async def cancel(request_id: int, request: Request) -> Result:
     """Cancel a job; a finished one is returned unchanged."""
-    job = await jobs_of(request).cancel(request_id, api_key=request_context(request).api_key)
+    job = await services(request).jobs.cancel(request_id, api_key=request_context(request).api_key)
     return Result.of(job)

@@ -37,6 +37,8 @@ EXAMPLES: Mapping[str, Mapping[str, Any]] = {
         "max_tokens": 32,
     },
 }
+#: A value for each parameter of a path; the first job has the id 0.
+PATH_EXAMPLES: Mapping[str, Any] = {"request_id": 0}
 COMPONENT = "#/components/schemas/{model}"
 
 Schema = dict[str, Any]
@@ -84,8 +86,7 @@ def extend_openapi(app: FastAPI, settings: Settings) -> None:
                 for call in calls.values():
                     if _needs_key(path, settings):
                         call["security"] = [{name: []} for name in SECURITY_SCHEMES]
-                    if path in EXAMPLES and "requestBody" in call:
-                        _add_example(call, path, settings)
+                    _add_examples(call, path, settings)
         return description
 
     app.openapi = described  # type: ignore[method-assign]
@@ -99,11 +100,16 @@ def _needs_key(path: str, settings: Settings) -> bool:
     return path.startswith(API) and path not in OPEN
 
 
-def _add_example(call: Schema, path: str, settings: Settings) -> None:
-    example = dict(EXAMPLES[path])
-    if "max_tokens" in example:  # OpenAI's calls name a model
-        example = {"model": settings.openai_model, **example}
-    call["requestBody"]["content"]["application/json"]["example"] = example
+def _add_examples(call: Schema, path: str, settings: Settings) -> None:
+    if path in EXAMPLES and "requestBody" in call:
+        example = dict(EXAMPLES[path])
+        if "max_tokens" in example:  # OpenAI's calls name a model
+            example = {"model": settings.openai_model, **example}
+        call["requestBody"]["content"]["application/json"]["example"] = example
+    values = {**PATH_EXAMPLES, "model": settings.openai_model}
+    for parameter in call.get("parameters", ()):
+        if parameter["in"] == "path":
+            parameter["example"] = values[parameter["name"]]
 
 
 def _streamed() -> Mapping[str, Schema]:

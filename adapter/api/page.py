@@ -1,11 +1,11 @@
-"""Web pages: a text being denoised, and the description of the API with Swagger UI."""
+"""Web pages: texts being denoised, and the description of the API with Swagger UI."""
 
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Response
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 
@@ -16,7 +16,15 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-HEADERS = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"}
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+#: Our own page makes no markup from texts at all; Swagger UI does.
+PAGE_POLICY = f"{POLICY}; require-trusted-types-for 'script'; trusted-types 'none'"
+#: Browsers ask whether a file has changed, so that all files are of one release.
+REVALIDATE = {"Cache-Control": "no-cache"}
 #: Files of Swagger UI, which a package brings, so that /docs needs no other server.
 SWAGGER_PACKAGE = "fastapi_offline"
 
@@ -25,8 +33,9 @@ router = APIRouter(include_in_schema=False)
 
 @router.get("/")
 async def page() -> FileResponse:
-    """Serve the page, which is a client of /v1/generate/stream."""
-    return FileResponse(STATIC / "index.html", headers=HEADERS)
+    """Serve the page, which is a client of the API."""
+    headers = HEADERS | REVALIDATE | {"Content-Security-Policy": PAGE_POLICY}
+    return FileResponse(STATIC / "index.html", headers=headers)
 
 
 @router.get("/docs")
@@ -41,9 +50,19 @@ async def swagger_file(name: Literal["swagger-ui-bundle.js", "swagger-ui.css"]) 
     return FileResponse(_swagger_folder() / name)
 
 
+class Files(StaticFiles):
+    """The pages' scripts and styles."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        """Answer with a file that browsers revalidate at each use."""
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(REVALIDATE)
+        return response
+
+
 def mount_files(app: FastAPI) -> None:
     """Serve the pages' scripts and styles."""
-    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    app.mount("/static", Files(directory=STATIC), name="static")
 
 
 @cache

@@ -114,7 +114,17 @@ class Denoising(Body):
     own"""
     cfg_scale: float | None = Field(None, ge=0, le=1000)
     """classifier-free guidance; 0 is off"""
-    remasking: Name | None = None
+    remasking: Name | None = Field(
+        None,
+        examples=[
+            "low_confidence_dynamic",
+            "low_confidence",
+            "random",
+            "entropy",
+            "margin",
+            "sequential",
+        ],
+    )
     """which positions a step commits first; default: low_confidence, or a block-wise model's own
     rule: low_confidence_dynamic, low_confidence, random, entropy, margin, sequential"""
     confidence_threshold: float | None = Field(None, gt=0, le=1)
@@ -136,7 +146,7 @@ class Denoising(Body):
     confidence_threshold, factor, entropy_bound"""
     neighbor_threshold: float | None = Field(None, gt=0, le=1)
     """LocalLeap: how confident a neighbor has to be; default: 0.75; needs anchor_threshold"""
-    alg: Name | None = None
+    alg: Name | None = Field(None, examples=["origin", "maskgit_plus", "topk_margin", "entropy"])
     """Dream's rule, instead of remasking: origin, maskgit_plus, topk_margin, entropy"""
     alg_temp: float | None = Field(None, ge=0, le=1000000)
     """Dream: above 0, draw positions from softmax(score / alg_temp); needs alg"""
@@ -154,7 +164,9 @@ class Denoising(Body):
     """end the text before the first of these strings"""
     ignore_eos: bool | None = None
     """decode the whole canvas, even after an end-of-text token"""
-    cache: Name | None = None
+    cache: Name | None = Field(
+        None, examples=["none", "prefix", "dual", "sparse", "delayed", "block"]
+    )
     """which keys and values are kept between steps; block-wise models: none, block: none, prefix,
     dual, sparse, delayed, block; default: the server's"""
     retention_ratio: float | None = Field(None, gt=0, le=1)

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
 from adapter.api.canvas_events import CanvasView, denoising_events
-from adapter.api.deps import ContextDep, SettingsDep, StreamingDep
+from adapter.api.deps import request_context, services
 from adapter.api.openapi import stream_of
 from adapter.api.schemas import GenerateRequest, error_responses
 from adapter.api.sse import FIRST_EVENT_TIMEOUT, EventStream, cancel_on_disconnect
@@ -29,19 +29,14 @@ _EVENTS: dict[int | str, dict[str, Any]] = {
     response_class=StreamingResponse,
     responses=_EVENTS | error_responses(),
 )
-async def generate_stream(
-    body: GenerateRequest,
-    request: Request,
-    context: ContextDep,
-    live: StreamingDep,
-    settings: SettingsDep,
-) -> EventStream:
+async def generate_stream(body: GenerateRequest, request: Request) -> EventStream:
     """Denoise one prompt and stream each step as a server-sent event.
 
     Closing the connection cancels the request.
     """
+    context, settings = request_context(request), services(request).settings
     check_limits(body, settings)
-    running = live.start(
+    running = services(request).live.start(
         body.inputs(),
         request_id=context.request_id or secrets.token_hex(8),
         detail=StreamDetail.CANVAS,

@@ -52,12 +52,12 @@ class AuthMiddleware:
                 msg = "an API key is required: send X-API-Key: KEY, or Authorization: Bearer KEY"
                 raise Unauthorized(msg)
         request.state.api_key = name
+        request.state.caller = f"key:{name}" if name else f"address:{_address(request)}"
         # Polling and cancelling cost the engine nothing, so they are not counted.
         if guarded and request.method == "POST":
             limiter: RateLimiter | None = request.app.state.rate_limiter
             if limiter is not None:
-                caller = f"key:{name}" if name else f"address:{_address(request)}"
-                request.state.quota = Quota(limiter, caller)
+                request.state.quota = Quota(limiter, request.state.caller)
                 await request.state.quota.take()
 
 

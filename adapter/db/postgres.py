@@ -14,11 +14,10 @@ from adapter.errors import StoreUnavailable
 
 T = TypeVar("T")
 
-#: Of each pool. Writers mostly wait for one row, however many they are, and by default PostgreSQL
-#: has 100 connections for all workers together.
+#: Connections in each pool: by default PostgreSQL has 100 for all workers together.
 POOL_SIZE = 4
 CONNECT_SECONDS = 3.0
-#: Limit of telling a silent server that its connection is given up.
+#: Longest time to tell a silent server that its connection is given up.
 CLOSE_SECONDS = 0.5
 PING_SECONDS = 2.0
 MIGRATION_SECONDS = 600.0

@@ -1,4 +1,4 @@
-"""Shortens the canvas of a request to what the model's context has left behind the prompt."""
+"""Shortens the canvas of a request to the room that its prompt leaves in the model's context."""
 
 import asyncio
 import re
@@ -6,22 +6,25 @@ from collections.abc import Sequence
 from typing import cast
 
 from adapter.engine.pool import Endpoint, EnginePool
-from adapter.errors import ContextExceeded, EngineError, InvalidRequest
+from adapter.errors import ContextExceeded, EngineError, InvalidRequest, refusal
 from adapter.types import Inputs
 
-#: A request that the engine has not checked by then is run as it is.
+#: If the engine has not checked a request by then, it runs unchanged.
 CHECK_SECONDS = 1.0
 #: Inputs that the engine names when it refuses a request because it is too long.
 LENGTHS = ("gen_length", "cache")
 #: What the engine says of a prompt that leaves no room.
-TOO_LONG = re.compile(r"prompt \((\d+) tokens\) plus gen_length \(\d+\) must be at most (\d+)")
+TOO_LONG = re.compile(
+    r"prompt \((\d+) tokens\) plus gen_length \(\d+\)"
+    r"(?: in whole blocks of \d+)? must be at most (\d+)"
+)
 
 
 async def fit_lengths(pool: EnginePool, requests: Sequence[Inputs]) -> list[Inputs]:
-    """The requests, with a shorter canvas where the one that they ask for does not fit.
+    """Return the requests, each with a canvas that fits its context.
 
-    While no engine answers they are returned as they are. Raises `InvalidRequest` for the first
-    that an engine would refuse whatever its length, and `ContextExceeded` if its prompt alone is
+    While no engine answers, they are returned unchanged. Raises `InvalidRequest` for the first
+    request that an engine would refuse at any length, and `ContextExceeded` if its prompt alone is
     too long.
     """
     endpoint = pool.pick(include_backing_off=True)
@@ -40,7 +43,7 @@ async def _fitted(endpoint: Endpoint, requests: Sequence[Inputs]) -> list[Inputs
     refusals = await endpoint.check(requests)
     for reason in refusals.values():
         if reason.partition(":")[0] not in LENGTHS:
-            raise InvalidRequest(reason)
+            raise refusal(reason)
     shortest = {index: _shortened(requests[index], 1) for index in refusals}
     if not shortest:
         return fitted
@@ -61,10 +64,10 @@ def _shortened(inputs: Inputs, most: int) -> Inputs:
     return changed
 
 
-def _too_long(inputs: Inputs, refusal: str) -> InvalidRequest:
-    found = TOO_LONG.search(refusal)
+def _too_long(inputs: Inputs, reason: str) -> InvalidRequest:
+    found = TOO_LONG.search(reason)
     if found is None:
-        return InvalidRequest(refusal)
+        return refusal(reason)
     field = next(name for name in ("messages", "input_ids", "text_input") if name in inputs)
-    reason = f"its {found[1]} tokens leave no room for an answer in the model's {found[2]}"
-    return ContextExceeded(f"{field}: {reason}")
+    problem = f"its {found[1]} tokens leave no room for an answer in the model's {found[2]}"
+    return ContextExceeded(f"{field}: {problem}")

@@ -60,7 +60,7 @@ class EngineMonitor:
         self._probe_requested = False
         self._probe: asyncio.Task[ProbeResult] | None = None
         self._listeners: list[Callable[[], None]] = []
-        #: Probes.
+        #: The task that probes.
         self.loop = PeriodicTask(f"engine-monitor-{name}", self._step)
 
     @property

@@ -1,7 +1,7 @@
 """Several tritonservers as one: each has a monitor, and a request goes to the least busy one.
 
-gRPC could balance calls, but it knows servers only: one that is loading, or whose model has died,
-takes connections too.
+gRPC could balance calls, but it only sees connections: a server that is loading, or whose model has
+died, accepts them too.
 """
 
 import asyncio

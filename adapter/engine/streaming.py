@@ -39,6 +39,8 @@ class StreamingRequest:
     ) -> None:
         self._monitor = endpoint.monitor
         self._timer = None if detail is StreamDetail.RESULT else TokenTimer()
+        #: The seed that repeats it; known once the engine has accepted it.
+        self.seed: int | None = None
         self._newest: Event | None = None
         self._error: AdapterError | None = None
         self._changed = asyncio.Event()
@@ -111,6 +113,7 @@ class StreamingRequest:
 
     def _put(self, event: Event) -> None:
         self._accepted.set()
+        self.seed = event.seed
         if self._timer is not None:
             self._timer.observe(event)
         if not event.is_queued:  # before that there is nothing to show

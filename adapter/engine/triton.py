@@ -24,6 +24,7 @@ from adapter.errors import (
     Overloaded,
     StreamInterrupted,
     Unavailable,
+    refusal,
 )
 from adapter.telemetry.tracing import TRACEPARENT
 from adapter.types import DEFAULT_PRIORITY, CheckResult, Event, Inputs, ModelInfo, StreamDetail
@@ -41,7 +42,7 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_reconnect_backoff_ms", 2000),
 )
 
-#: The id of no request: they all have a dash.
+#: No request has this id: the ids of requests contain a dash.
 PROBE_ID = "probe"
 END_OF_STREAM_SECONDS = 1.0
 CANCEL_SECONDS = 5.0
@@ -79,8 +80,9 @@ def _keepalive(idle_timeout: float) -> Sequence[tuple[str, int]]:
 
     Without pings gRPC keeps it, and every new stream on it, for a quarter of an hour.
 
-    Triton takes the fourth ping for abuse where it has sent nothing meanwhile: that is after twice
-    `idle_timeout`, and after two minutes at least, since gRPC sends no more than one a minute then.
+    Triton takes the fourth ping for abuse if it has sent nothing in between. That happens after
+    twice `idle_timeout`, and after two minutes at the earliest, since gRPC then sends at most one
+    ping a minute.
     """
     half = round(idle_timeout * 1000) // 2
     return (
@@ -91,7 +93,7 @@ def _keepalive(idle_timeout: float) -> Sequence[tuple[str, int]]:
 
 
 def _proxy(url: str) -> Sequence[tuple[str, int]]:
-    """No proxy of the environment (`http_proxy`, `grpc_proxy`) leads to this machine itself.
+    """Reach this machine itself without the environment's proxies (`http_proxy`, `grpc_proxy`).
 
     Other targets are left to `no_proxy`: their proxy may be the only way there.
     """
@@ -185,13 +187,13 @@ class TritonEngine:
         return ModelInfo(**{f.name: told.get(f.name) for f in fields(ModelInfo)})
 
     def cancel(self, request_id: str) -> None:
-        """Tell the engine, which asks its callers now and then only whether they are there."""
+        """Cancel the request now; by itself the engine notices a closed stream a little later."""
         task = asyncio.create_task(self._cancel(request_id), name="engine-cancel")
         self._cancelling.add(task)
         task.add_done_callback(self._cancelling.discard)
 
     async def probe(self) -> None:
-        """See whether the engine takes steps: it answers between two of them, however full."""
+        """See whether the engine takes steps: it answers between two, however full it is."""
         await self._cancel_and_wait(PROBE_ID)
 
     def _request(
@@ -243,7 +245,7 @@ def map_error(code: str | None, message: str) -> AdapterError:
     """
     text = REQUEST_ID_PREFIX.sub("", message).strip() or "no reason given"
     if text.partition(":")[0] in INPUT_TYPES:
-        return InvalidRequest(text)
+        return refusal(text)
     for fragment, kind in ERROR_TEXTS:
         if fragment in text.lower():
             return kind(text)
@@ -265,7 +267,7 @@ def _mapped_errors() -> Iterator[None]:
 
 
 async def _drain(responses: AsyncIterator[Any]) -> None:
-    """Let a stream end that has said all: Triton logs an error when it is cancelled instead."""
+    """Read a stream to its end: Triton logs an error for one that is cancelled before."""
     with suppress(TimeoutError):
         async with asyncio.timeout(END_OF_STREAM_SECONDS):
             async for _ in responses:

@@ -11,7 +11,8 @@ from collections.abc import Hashable
 from adapter.types import Inputs
 
 MAX_SHAPES = 1024
-#: Inputs of text, of token ids, which the engine checks one by one, and those always valid.
+#: Inputs that hold text, those that hold token ids (the engine checks each id), and those that are
+#: always valid.
 WORDS = ("text_input", "suffix")
 IDS = ("input_ids", "canvas_ids")
 FREE = ("seed",)

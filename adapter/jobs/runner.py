@@ -67,7 +67,7 @@ class JobRunner:
             "job-maintenance", self._maintain, on_error=self._maintenance_failed
         )
         self._rescue_after = 0.0
-        #: Claims, and maintains.
+        #: The tasks that claim and maintain.
         self.loops = (self._claiming, self._maintenance)
         self._exit = AsyncExitStack()
 

@@ -47,7 +47,7 @@ from adapter.types import Event, Inputs, Usage
 Clock = Callable[[], float]
 
 MAX_ID = 2**63 - 1
-#: Workers are killed for many reasons, hardly ever by a job; but a job that does must end too.
+#: Workers seldom die because of a job; but a job that kills its workers must end, too.
 MAX_RESCUES = 20
 OVERDUE_BATCH = 500
 
@@ -464,8 +464,8 @@ _ANY_QUEUED = _any_of(QUEUED)
 _COUNT_QUEUED = select(func.count()).select_from(jobs).where(QUEUED)
 _COUNT_QUEUED_BY_KEY = _COUNT_QUEUED.where(jobs.c.api_key == bindparam("key"))
 _INSERT = insert(jobs)
-# A worker that lost its lease may have claimed the job again: the owner alone does not tell one
-# claim from another. Of the rest, a rescue changes the count of them, and a release only the time.
+# A worker that lost its lease may have claimed the job again, so the owner alone does not tell one
+# claim from another: a rescue changes `num_rescues`, a release only `started_at`.
 _CLAIMED = and_(
     jobs.c.id == bindparam("job"),
     RUNNING,
@@ -474,6 +474,6 @@ _CLAIMED = and_(
     jobs.c.num_rescues == bindparam("rescues"),
     jobs.c.started_at == bindparam("began"),
 )
-# It sets the columns that it gets values for.
+# Sets the columns that have values.
 _CHANGE_CLAIMED = update(jobs).where(_CLAIMED)
 _QUEUED_AGAIN: dict[str, Any] = {"state": JobState.QUEUED, "owner": None, "lease_expires": None}

@@ -24,7 +24,7 @@ class JobWatcher:
         self._runner = runner
         runner.listen(self.notify)
         self._waiting: defaultdict[int, set[asyncio.Future[Job | None]]] = defaultdict(set)
-        #: Polls.
+        #: The task that polls.
         self.loop = PeriodicTask("job-watch", self._poll)
         self.stopped = False
 

@@ -5,7 +5,6 @@ What runs is the code on docs/clients.md, with this service's address.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -20,6 +19,7 @@ import pytest
 import requests
 import yaml
 
+from tests.support.registries import install, node_packages, scratch
 from tests.support.servers import CHECKOUT, REPOSITORY, AdapterServer, triton_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -28,13 +28,7 @@ CLIENTS = CHECKOUT / "tests/clients"
 PAGE = (CHECKOUT / "docs/clients.md").read_text()
 ADDRESS = "http://localhost:8000"
 QUESTION = "What is 17 + 25?"
-INSTALL_SECONDS = 400
 RUN_SECONDS = 120
-#: What pip and npm print if they cannot reach a registry.
-UNREACHABLE = re.compile(
-    r"name resolution|NewConnectionError|ConnectTimeout|ProxyError|Max retries exceeded"
-    r"|ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ETIMEDOUT|ENETUNREACH"
-)
 
 
 @pytest.fixture(scope="module")
@@ -79,41 +73,7 @@ def python(pytestconfig: pytest.Config) -> Path:
 @pytest.fixture(scope="module")
 def node(pytestconfig: pytest.Config) -> Path:
     """A folder with the clients that npm installs."""
-    if shutil.which("node") is None or shutil.which("npm") is None:
-        pytest.skip("node and npm are not installed")
-    wanted = CLIENTS / "package.json"
-    folder = scratch(pytestconfig, wanted)
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(wanted, folder)
-    npm = ["npm", "install", "--no-audit", "--no-fund", "--fetch-retries=1", "--prefix", folder]
-    install(folder, [npm])
-    return folder
-
-
-def scratch(config: pytest.Config, wanted: Path) -> Path:
-    """The folder for these versions; it is kept for the next run."""
-    assert config.cache is not None
-    digest = hashlib.sha256(wanted.read_bytes()).hexdigest()[:12]
-    return config.cache.mkdir("clients") / f"{wanted.stem}-{digest}"
-
-
-def install(folder: Path, commands: Sequence[Sequence[str | Path]]) -> None:
-    """Run the commands, unless they were run before; skip if no registry can be reached."""
-    done = folder / "installed"
-    if done.exists():
-        return
-    for command in commands:
-        try:
-            subprocess.run(
-                command, check=True, capture_output=True, text=True, timeout=INSTALL_SECONDS
-            )
-        except subprocess.TimeoutExpired:
-            pytest.skip(f"{command[0]} did not install the clients in {INSTALL_SECONDS} s")
-        except subprocess.CalledProcessError as error:
-            if UNREACHABLE.search(error.stderr):
-                pytest.skip(f"the registry cannot be reached: {error.stderr[-300:]}")
-            pytest.fail(error.stderr[-3000:])
-    done.touch()
+    return node_packages(pytestconfig, CLIENTS / "package.json")
 
 
 def blocks(client: str, language: str) -> list[str]:

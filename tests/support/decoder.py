@@ -59,10 +59,15 @@ def block_steps(gen_length: int, block_length: int, steps: int) -> list[tuple[in
 
 
 class Decoder:
-    """One request's decisions; `params` must be resolved."""
+    """One request's decisions; `params` must be resolved.
 
-    def __init__(self, params: SamplingParams, ids: Ids) -> None:
+    Args:
+        falls_back: whether SDAR's dynamic rule commits at least the schedule's share; else one.
+    """
+
+    def __init__(self, params: SamplingParams, ids: Ids, *, falls_back: bool = True) -> None:
         assert params.seed is not None
+        self._falls_back = falls_back
         self.params, self.ids, self.seed = params, ids, params.seed
         #: Steps of the request so far, including those that Dream's schedule leaves empty.
         self.step = 0
@@ -160,12 +165,12 @@ class Decoder:
             return [getattr(found[i], name) if i in found else 0.0 for i in block]
 
         confidence, entropy = column("confidence"), column("entropy")
-        if p.confidence_threshold is not None and p.low_threshold is not None:
-            places = rules.hierarchical(confidence, masked, p.low_threshold, p.confidence_threshold)
-        elif p.remasking == "low_confidence_dynamic":
+        if p.remasking == "low_confidence_dynamic":
             assert p.confidence_threshold is not None
-            count = self._shares[self._place] if self._place < len(self._shares) else 0
+            count = self._shares[self._place] if self._falls_back else 1
             places = rules.dynamic(confidence, masked, p.confidence_threshold, count)
+        elif p.confidence_threshold is not None and p.low_threshold is not None:
+            places = rules.hierarchical(confidence, masked, p.low_threshold, p.confidence_threshold)
         elif p.confidence_threshold is not None:
             places = rules.threshold(confidence, masked, p.confidence_threshold)
         elif p.factor is not None:

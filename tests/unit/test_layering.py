@@ -17,7 +17,7 @@ ENGINE = ROOT / "model_repository/dllm/1/dllm_engine"
 LAYERS = {
     ADAPTER: ["__main__", "check connection", "app", "api", "auth jobs", "engine", "db", "periodic",
               "telemetry", "settings shutdown types", "rates setting_names shares", "errors"],
-    ENGINE: ["llm", "loop", "execution", "state", "memory", "models sampling", "parallel",
+    ENGINE: ["describe llm", "loop", "execution", "state", "memory", "models sampling", "parallel",
              "ops config request tokenizer", "sampling_params", "decoding watchdog errors"],
 }  # fmt: skip
 

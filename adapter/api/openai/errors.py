@@ -13,7 +13,7 @@ from adapter.errors import AdapterError, ContextExceeded, InvalidRequest
 
 Body = dict[str, Any]
 
-#: All below /v1 but the adapter's own calls, with slashes too many, or behind a proxy's prefix.
+#: Every path below /v1 except the adapter's own calls, also with extra slashes or behind a prefix.
 PATHS = re.compile(r"/v1/++(?!(generate|generate_batch|result|health|livez)(/|$))")
 OFFERED = "/v1/chat/completions, /v1/completions and /v1/models"
 

@@ -1,8 +1,8 @@
 """What OpenAI's calls accept without honouring it.
 
 A parameter that would change the answer and cannot be honoured is an error that names it, unless
-its value means "off". One that changes nothing is accepted, whatever its value. So is null, also
-under a name that is unknown.
+its value means "off". A parameter that changes nothing is accepted with any value, and null is
+accepted even under an unknown name.
 """
 
 from collections.abc import Mapping, Sequence

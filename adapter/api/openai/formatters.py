@@ -23,11 +23,11 @@ from adapter.types import Event
 class ResponseFormatter(Protocol):
     """Makes the chunks of one streamed response; `index` is the number of the prompt."""
 
-    def opening(self, index: int) -> BaseModel | None:
-        """The chunk before any text, if there is one."""
+    def opening(self, index: int, seed: int | None) -> BaseModel | None:
+        """The chunk before any text, if there is one, with the seed if it is known by then."""
         ...
 
-    def piece(self, index: int, text: str, so_far: Event | None) -> BaseModel:
+    def piece(self, index: int, text: str, seed: int | None, so_far: Event | None) -> BaseModel:
         """A chunk of text, with the usage of `so_far` if given."""
         ...
 
@@ -63,12 +63,12 @@ class CompletionFormatter:
         ]
         return self._completion(choices, TokenUsage.of(results))
 
-    def opening(self, index: int) -> None:
+    def opening(self, index: int, seed: int | None) -> None:
         """Completions have no opening chunk."""
 
-    def piece(self, index: int, text: str, so_far: Event | None) -> Completion:
+    def piece(self, index: int, text: str, seed: int | None, so_far: Event | None) -> Completion:
         """A choice with text."""
-        choice = TextChoice(index=index, text=text, finish_reason=None)
+        choice = TextChoice(index=index, text=text, finish_reason=None, seed=seed)
         return self._completion([choice], _usage_of(so_far))
 
     def ending(self, index: int, result: Event) -> Completion:
@@ -106,13 +106,13 @@ class ChatFormatter:
             **self.head.model_dump(), choices=choices, usage=TokenUsage.of(results)
         )
 
-    def opening(self, index: int) -> ChatChunk:
+    def opening(self, index: int, seed: int | None) -> ChatChunk:
         """A delta with the role."""
-        return self._chunk(index, Delta(role="assistant", content=""))
+        return self._chunk(index, Delta(role="assistant", content=""), seed=seed)
 
-    def piece(self, index: int, text: str, so_far: Event | None) -> ChatChunk:
+    def piece(self, index: int, text: str, seed: int | None, so_far: Event | None) -> ChatChunk:
         """A delta with text."""
-        chunk = self._chunk(index, Delta(content=text))
+        chunk = self._chunk(index, Delta(content=text), seed=seed)
         chunk.usage = _usage_of(so_far)
         return chunk
 

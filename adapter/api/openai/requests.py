@@ -208,7 +208,10 @@ class ChatCall(Call):
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     def request(self, *, default: int, longest: int) -> GenerateRequest:
-        """The adapter's own request, with a canvas of at most `longest` tokens."""
+        """The adapter's own request, with a canvas of at most `longest` tokens.
+
+        `default` is the limit where the call gives none; 0: `longest` alone.
+        """
         given = [n for n in (self.max_tokens, self.max_completion_tokens) if n is not None]
         messages = [message.message() for message in self.messages]
-        return self._request(min(*(given or [default]), longest), messages=messages)
+        return self._request(min(*(given or [default or longest]), longest), messages=messages)

@@ -1,20 +1,12 @@
 """Routes of the OpenAI-compatible API."""
 
-import secrets
 import time
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, HTTPException, Request
+from fastapi import APIRouter, HTTPException, Request
 
-from adapter.api.deps import (
-    ContextDep,
-    PoolDep,
-    SettingsDep,
-    StreamingDep,
-    batch_limit,
-    count_prompts,
-)
+from adapter.api.deps import batch_limit, count_prompts, request_context, services
 from adapter.api.openai.errors import ModelNotFound
 from adapter.api.openai.formatters import ChatFormatter, CompletionFormatter
 from adapter.api.openai.requests import ChatCall, CompletionCall
@@ -24,7 +16,6 @@ from adapter.api.openapi import stream_of
 from adapter.api.schemas import error_responses
 from adapter.api.sse import EventStream
 from adapter.api.validation import check_batch_size, check_options
-from adapter.engine.pool import EnginePool
 from adapter.settings import Settings
 
 router = APIRouter(prefix="/v1", tags=["openai"])
@@ -45,38 +36,18 @@ def _chunks(model: str) -> dict[int | str, dict[str, Any]]:
 _FAULTS = error_responses(ErrorAnswer)
 
 
-async def _runner(
-    request: Request, context: ContextDep, live: StreamingDep, settings: SettingsDep
-) -> CompletionRunner:
-    request_id = context.request_id or secrets.token_hex(8)
-    return CompletionRunner(
-        live,
-        request,
-        request_id=request_id,
-        api_key=context.api_key,
-        heartbeat=settings.heartbeat_interval,
-    )
-
-
-RunnerDep = Annotated[CompletionRunner, Depends(_runner)]
-
-
 @router.post("/completions", response_model=Completion, responses=_chunks("Completion") | _FAULTS)
-async def completions(
-    call: Request,
-    body: CompletionCall,
-    runner: RunnerDep,
-    settings: SettingsDep,
-    live: StreamingDep,
-    context: ContextDep,
-) -> Completion | EventStream:
+async def completions(call: Request, body: CompletionCall) -> Completion | EventStream:
     """Continue each prompt, which the model sees without a chat template."""
+    settings = services(call).settings
     formatter = CompletionFormatter(_served(body.model, settings))
-    limit = batch_limit(call, live.most_at_once(context.api_key), "DLLM_MAX_LIVE")
+    most = services(call).live.most_at_once(request_context(call).api_key)
+    limit = batch_limit(call, most, "DLLM_MAX_LIVE")
     check_batch_size("prompt", body.prompts, limit)
     requests = body.requests(settings.max_gen_length)
     check_options(requests[0], settings)
     await count_prompts(call, len(requests))
+    runner = CompletionRunner(call)
     if body.stream:
         return await runner.stream(requests, formatter, body.streamed_usage)
     return formatter.whole(await runner.results(requests))
@@ -85,35 +56,35 @@ async def completions(
 @router.post(
     "/chat/completions", response_model=ChatCompletion, responses=_chunks("ChatChunk") | _FAULTS
 )
-async def chat_completions(
-    call: Request, body: ChatCall, runner: RunnerDep, settings: SettingsDep
-) -> ChatCompletion | EventStream:
+async def chat_completions(call: Request, body: ChatCall) -> ChatCompletion | EventStream:
     """Answer a conversation."""
+    settings = services(call).settings
     call.state.length_name = body.length_name
     formatter = ChatFormatter(_served(body.model, settings))
     request = body.request(default=settings.chat_max_tokens, longest=settings.max_gen_length)
     check_options(request, settings)
+    runner = CompletionRunner(call)
     if body.stream:
         return await runner.stream([request], formatter, body.streamed_usage)
     return formatter.whole(await runner.results([request]))
 
 
 @router.get("/models", response_model_exclude_none=True, responses=_FAULTS)
-async def models(pool: PoolDep, settings: SettingsDep) -> ModelList:
+async def models(call: Request) -> ModelList:
     """List the models that calls may name."""
-    return ModelList(data=[await _model(settings.openai_model, pool)])
+    return ModelList(data=[await _model(services(call).settings.openai_model, call)])
 
 
 @router.get("/models/{model:path}", response_model_exclude_none=True, responses=_FAULTS)
-async def one_model(model: str, pool: PoolDep, settings: SettingsDep) -> Model:
+async def one_model(model: str, call: Request) -> Model:
     """Return the model, if calls may name it."""
     if not model.strip("/"):
         raise HTTPException(404)  # of the list, with a slash too many
-    return await _model(_served(model, settings), pool)
+    return await _model(_served(model, services(call).settings), call)
 
 
-async def _model(name: str, pool: EnginePool) -> Model:
-    return Model(id=name, created=STARTED, **asdict(await pool.describe()))
+async def _model(name: str, call: Request) -> Model:
+    return Model(id=name, created=STARTED, **asdict(await services(call).pool.describe()))
 
 
 def _served(model: str, settings: Settings) -> str:

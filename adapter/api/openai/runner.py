@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
 
@@ -9,47 +10,34 @@ from fastapi import Request
 from fastapi.sse import KEEPALIVE_COMMENT
 from pydantic import BaseModel
 
+from adapter.api.deps import request_context, services
 from adapter.api.openai.errors import length_name, status_and_body
 from adapter.api.openai.formatters import ResponseFormatter
 from adapter.api.openai.requests import StreamedUsage
 from adapter.api.schemas import GenerateRequest
 from adapter.api.sse import FIRST_EVENT_TIMEOUT, EventStream, cancel_on_disconnect, sse
-from adapter.engine.streaming import StreamingRequest, StreamingRequests
+from adapter.engine.streaming import StreamingRequest
 from adapter.errors import AdapterError
 from adapter.types import Event, StreamDetail
 
 
 class CompletionRunner:
-    """Runs the requests of one call.
+    """Runs the requests of one call; a disconnect cancels them."""
 
-    Args:
-        live: runs each request.
-        http: the call; a disconnect cancels the requests.
-        request_id: their id in the engine.
-        api_key: name of the caller's key.
-        heartbeat: longest pause between events of a stream, in seconds.
-    """
-
-    def __init__(
-        self,
-        live: StreamingRequests,
-        http: Request,
-        *,
-        request_id: str,
-        api_key: str | None,
-        heartbeat: float,
-    ) -> None:
-        self._live = live
-        self._http = http
-        self._request_id = request_id
-        self._api_key = api_key
-        self._heartbeat = heartbeat
+    def __init__(self, call: Request) -> None:
+        context = request_context(call)
+        self._call = call
+        self._live = services(call).live
+        #: Longest pause between events of a stream, in seconds.
+        self._heartbeat = services(call).settings.heartbeat_interval
+        self._api_key = context.api_key
+        self._request_id = context.request_id or secrets.token_hex(8)
 
     async def results(self, requests: Sequence[GenerateRequest]) -> list[Event]:
         """Return the results in order. Raises the error of any request that fails."""
         async with AsyncExitStack() as stack:
             running = await self._begin(requests, StreamDetail.RESULT, stack)
-            return await cancel_on_disconnect(self._http, _results(running))
+            return await cancel_on_disconnect(self._call, _results(running))
 
     async def stream(
         self,
@@ -61,14 +49,14 @@ class CompletionRunner:
         async with AsyncExitStack() as stack:
             running = await self._begin(requests, StreamDetail.TEXT, stack)
             # They start together, so the engine refuses either all or none.
-            await cancel_on_disconnect(self._http, running[0].wait_accepted(FIRST_EVENT_TIMEOUT))
+            await cancel_on_disconnect(self._call, running[0].wait_accepted(FIRST_EVENT_TIMEOUT))
             release = stack.pop_all().aclose
         chunks = _chunks(
             running,
             formatter,
             usage,
             heartbeat=self._heartbeat,
-            length=length_name(self._http),
+            length=length_name(self._call),
         )
         return EventStream(chunks, release)
 
@@ -116,7 +104,7 @@ async def _chunks(
     results: dict[int, Event] = {}
     try:
         for index in range(len(running)):
-            if (opening := formatter.opening(index)) is not None:
+            if (opening := formatter.opening(index, running[index].seed)) is not None:
                 yield sent(opening)
         async with aclosing(_merged(running, heartbeat)) as updates:
             async for update in updates:
@@ -129,7 +117,7 @@ async def _chunks(
                 if len(event.text) > lengths[index]:
                     piece = event.text[lengths[index] :]
                     so_far = event if usage is StreamedUsage.EACH else None
-                    yield sent(formatter.piece(index, piece, so_far))
+                    yield sent(formatter.piece(index, piece, event.seed, so_far))
                     lengths[index], spoke = len(event.text), now()
                 if event.finish_reason:
                     results[index] = event

@@ -267,11 +267,13 @@ async def running_app(
 
 
 @asynccontextmanager
-async def served_app(settings: Settings, engine: ScriptedEngine) -> AsyncIterator[str]:
-    """The same worker behind a real socket; yields its URL."""
+async def served_app(
+    settings: Settings, engine: ScriptedEngine, **options: Any
+) -> AsyncIterator[str]:
+    """The same worker behind a real socket; yields its URL. `options` are uvicorn's."""
     engines = {"engine:1": engine} if isinstance(engine, ScriptedEngine) else engine
     app = create_app(settings, engines=engines)
-    config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1)
+    config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1, **options)
     server = uvicorn.Server(config)
     listening = socket.create_server(("127.0.0.1", 0))
     async with asyncio.TaskGroup() as tasks:

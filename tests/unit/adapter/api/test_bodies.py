@@ -155,6 +155,12 @@ async def test_a_body_is_read_only_where_a_route_takes_one(
     assert (b"connection: close" in head.lower()) == (status == 408)
 
 
+def client_at(api: RunningApp, address: str) -> httpx.AsyncClient:
+    """A client whose calls come from this address."""
+    transport = httpx.ASGITransport(api.app, client=(address, 1))
+    return httpx.AsyncClient(transport=transport, base_url="http://adapter")
+
+
 async def test_bodies_at_once_are_bounded(database_url: str) -> None:
     """Beyond 16 of the largest bodies at once, a worker reads no further one."""
 
@@ -167,8 +173,9 @@ async def test_bodies_at_once_are_bounded(database_url: str) -> None:
 
         def sent() -> Iterator[asyncio.Task[httpx.Response]]:
             headers = {"content-type": "application/json"}
-            for _ in range(18):
-                call = api.client.post(GENERATE, content=slow(), headers=headers)
+            for address in range(18):
+                client = client_at(api, str(address % 3))
+                call = client.post(GENERATE, content=slow(), headers=headers)
                 yield asyncio.create_task(call)
 
         answers = await asyncio.gather(*sent())
@@ -178,20 +185,21 @@ async def test_bodies_at_once_are_bounded(database_url: str) -> None:
         assert (await send(api, GENERATE, json.dumps({"prompt": "a"}).encode())).status_code == 200
 
 
-async def test_bodies_of_one_key_leave_room_for_others(database_url: str) -> None:
-    """A key that sends many bodies at once has its own refused, and nobody else's."""
+@pytest.mark.parametrize("source", ["key", "address"])
+async def test_bodies_of_one_caller_leave_room_for_others(database_url: str, source: str) -> None:
+    """If a key, or without keys an address, sends many bodies at once, only its own are refused."""
 
     async def slow() -> AsyncIterator[bytes]:
         yield b" " * 1000
         await asyncio.sleep(0.5)
 
-    keys = f"{entry_of('a', 'first')},{entry_of('b', 'second')}"
+    keys = f"{entry_of('a', 'first')},{entry_of('b', 'second')}" if source == "key" else ""
     settings = fast_settings(database_url, max_body_bytes=1000, api_keys=keys)
     async with running_app(settings, _engine()) as api:
 
-        async def call(key: str, content: AsyncIterator[bytes] | bytes) -> httpx.Response:
-            headers = {"content-type": "application/json", "x-api-key": key}
-            return await api.client.post(GENERATE, content=content, headers=headers)
+        async def call(who: str, content: AsyncIterator[bytes] | bytes) -> httpx.Response:
+            headers = {"content-type": "application/json", "x-api-key": who}
+            return await client_at(api, who).post(GENERATE, content=content, headers=headers)
 
         slow_calls = [asyncio.create_task(call("first", slow())) for _ in range(18)]
         await asyncio.sleep(0.2)
@@ -199,7 +207,7 @@ async def test_bodies_of_one_key_leave_room_for_others(database_url: str) -> Non
         answers = await asyncio.gather(*slow_calls)
         assert sorted(answer.status_code for answer in answers) == [422] * 8 + [503] * 10
         refused = next(answer for answer in answers if answer.status_code == 503)
-        assert "with this key" in refused.json()["detail"]
+        assert f"this {source} at the same time" in refused.json()["detail"]
         assert (await call("first", json.dumps({"prompt": "a"}).encode())).status_code == 200
 
 

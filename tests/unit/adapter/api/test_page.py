@@ -1,15 +1,13 @@
-"""The page on which one watches a text being denoised, in a real browser where there is one."""
+"""What the pages at / and /docs consist of, and what the API's description adds for them."""
 
 import hashlib
 import re
 from collections.abc import AsyncIterator
-from dataclasses import replace
-from typing import Any
+from posixpath import dirname, join, normpath
 
 import httpx
 import pytest
 from adapter_fakes import (
-    HANG,
     ScriptedEngine,
     denoising,
     fast_settings,
@@ -17,10 +15,8 @@ from adapter_fakes import (
     served_app,
     until,
 )
-from browser import BROWSER, DRIVER, Page, open_browser
 
-from adapter.errors import InvalidRequest
-from adapter.types import Event
+from tests.support.browser import BROWSER, DRIVER, VIOLATIONS, open_browser
 
 needs_browser = pytest.mark.skipif(
     DRIVER is None or BROWSER is None, reason="no chromium with chromedriver on this machine"
@@ -43,52 +39,29 @@ async def url(database_url: str, engine: ScriptedEngine) -> AsyncIterator[str]:
         yield address
 
 
-@pytest.fixture
-async def page(url: str) -> AsyncIterator[Page]:
-    """The page, opened."""
-    async with open_browser() as opened:
-        await opened.open(url)
-        yield opened
-
-
-async def fill(page: Page, **fields: Any) -> None:
-    """Fill in the form and press the button."""
-    script = """
-      for (const [name, value] of Object.entries(arguments[0])) form.elements[name].value = value;
-      start.click();
-    """
-    await page.run(
-        f"const form = document.forms[0], start = form.querySelector('#start');{script}", fields
-    )
-
-
-def tokens(attribute: str) -> str:
-    """JavaScript for this attribute of every position."""
-    return f"return [...document.querySelectorAll('#canvas span')].map((one) => one.{attribute})"
-
-
-#: JavaScript for what the browser has refused so far because of the policy.
-VIOLATIONS = """
-  const seen = new ReportingObserver(() => {}, {types: ["csp-violation"], buffered: true});
-  seen.observe();
-  return seen.takeRecords().map((report) => JSON.stringify(report.body));
-"""
-STATUS = "document.getElementById('status').textContent"
-FINAL = "return document.getElementById('final').textContent"
-
-
 async def test_page_needs_nothing_from_elsewhere(database_url: str, engine: ScriptedEngine) -> None:
-    """Page, script and style come from the adapter; a policy forbids everything else."""
+    """Page, modules and styles come from the adapter; a policy forbids all else, and all markup."""
     async with running_app(fast_settings(database_url), engine) as api:
         answer = await api.client.get("/")
         assert answer.status_code == 200
         assert answer.headers["content-type"].startswith("text/html")
-        assert "default-src 'none'" in answer.headers["content-security-policy"]
-        linked = re.findall(r'(?:src|href)="(static/[^"]+)"', answer.text)
-        assert len(linked) == 2
-        for path in linked:
-            assert (await api.client.get(f"/{path}")).status_code == 200
-        assert not re.search(r"(?:src|href)=\"(?:https?:)?//", answer.text)
+        policy = answer.headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self';")
+        assert "require-trusted-types-for 'script'" in policy
+        assert not re.search(r"<script(?![^>]* src=)|<style|style=|onclick=", answer.text)
+        left = re.findall(r'(?:src|href)="(static/[^"]+)"', answer.text)
+        seen: dict[str, str] = {}
+        while left:
+            path = left.pop()
+            file = await api.client.get(f"/{path}")
+            assert file.status_code == 200, path
+            assert file.headers["cache-control"] == "no-cache"
+            seen[path] = file.text
+            imported = re.findall(r'from "(\./[^"]+)"', file.text)
+            left += {normpath(join(dirname(path), name)) for name in imported} - seen.keys()
+        assert sum(path.endswith(".js") for path in seen) > 5
+        for text in (answer.text, *seen.values()):
+            assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|innerHTML|@import", text)
 
 
 async def test_docs_need_nothing_from_elsewhere(database_url: str, engine: ScriptedEngine) -> None:
@@ -127,18 +100,20 @@ async def test_docs_say_how_to_send_a_key(database_url: str, engine: ScriptedEng
             assert answer.status_code == 200, scheme
 
 
-async def test_every_call_with_a_body_has_an_example_that_works(
+async def test_every_call_has_an_example_that_works(
     database_url: str, engine: ScriptedEngine
 ) -> None:
-    """The example that /docs offers can be sent as it is."""
+    """The example that /docs offers can be sent as it is, in the order of the page."""
     async with running_app(fast_settings(database_url), engine) as api:
         await until(lambda: api.monitor.state.ok)
         described = (await api.client.get("/openapi.json")).json()
         for path, calls in described["paths"].items():
-            if body := calls.get("post", {}).get("requestBody"):
-                example = body["content"]["application/json"]["example"]
-                answer = await api.client.post(path, json=example)
-                assert answer.status_code == 200, (path, answer.text)
+            for method, call in calls.items():
+                required = [p for p in call.get("parameters", ()) if p.get("required")]
+                address = path.format(**{p["name"]: p["example"] for p in required})
+                body = call.get("requestBody", {}).get("content", {}).get("application/json", {})
+                answer = await api.client.request(method, address, json=body.get("example"))
+                assert answer.status_code == 200, (method, path, answer.text)
 
 
 @needs_browser
@@ -161,75 +136,3 @@ async def test_docs_are_shown_under_the_policy(url: str) -> None:
         assert await page.run(VIOLATIONS) == []
         await page.run("document.body.append(Object.assign(new Image(), {src: 'http://a.test/'}))")
         assert len(await page.run(VIOLATIONS)) == 1
-
-
-@needs_browser
-async def test_denoising_is_shown_until_the_answer(page: Page, engine: ScriptedEngine) -> None:
-    """The fields reach the engine; at the end every token is shown, and the final text."""
-    await fill(
-        page,
-        prompt="hello",
-        gen_length="4",
-        steps="4",
-        block_length="2",
-        confidence_threshold="0.9",
-        temperature="0.5",
-        seed="7",
-    )
-    await page.until(f"{STATUS}.startsWith('done')")
-
-    assert await page.run(tokens("textContent")) == ["<0>", "<1>", "<2>", "<3>"]
-    assert await page.run(FINAL) == "<0><1><2><3>"
-    assert await page.run(f"return {STATUS}") == "done (length): 4 tokens in 4 steps, seed 7"
-    (request,) = engine.requests
-    assert request == {
-        "messages": '[{"role": "user", "content": "hello"}]',
-        "gen_length": 4,
-        "steps": 4,
-        "block_length": 2,
-        "confidence_threshold": 0.9,
-        "temperature": 0.5,
-        "seed": 7,
-    }
-
-
-@needs_browser
-async def test_half_a_canvas_is_seen_and_can_be_stopped(page: Page, engine: ScriptedEngine) -> None:
-    """While the engine works, masks are visible; Stop hangs up, which cancels."""
-    engine.scripts = [[*denoising(4)[:2], HANG]]
-    await fill(page, prompt="hello")
-    await page.until(f"{STATUS}.startsWith('step 2')")
-
-    assert await page.run(tokens("textContent")) == ["<0>", "<1>", "░", "░"]
-    assert (await page.run(tokens("className")))[2:] == ["token masked active"] * 2
-    assert await page.run(FINAL) == "<0><1>"
-    await page.run("document.getElementById('stop').click()")
-    await page.until(f"{STATUS} === 'stopped'")
-    await until(lambda: engine.closed == 1)
-
-
-@needs_browser
-async def test_text_of_the_model_is_never_markup(page: Page, engine: ScriptedEngine) -> None:
-    """Tokens that look like HTML are shown as they are."""
-    evil = "<img src=x onerror=alert(1)>"
-    last = denoising(1)[0]
-    assert last.canvas is not None
-    canvas = replace(last.canvas, token_texts=[evil])
-    engine.scripts = [[Event(evil, "stop", last.usage, 7, canvas)]]
-    await fill(page, prompt="hello")
-    await page.until(f"{STATUS}.startsWith('done')")
-
-    assert await page.run(FINAL) == evil
-    assert await page.run(tokens("textContent")) == [evil]
-    assert await page.run("return document.querySelectorAll('main img').length") == 0
-
-
-@needs_browser
-async def test_refusal_is_shown(page: Page, engine: ScriptedEngine) -> None:
-    """The page names the field at fault and says what is wrong."""
-    engine.scripts = [[InvalidRequest("steps: must be at least the number of blocks")]]
-    await fill(page, prompt="hello")
-    await page.until(f"{STATUS} === 'steps: must be at least the number of blocks'")
-    await fill(page, gen_length="513")
-    await page.until(f"{STATUS}.startsWith('gen_length: ')")
-    assert "512" in await page.run(f"return {STATUS}")

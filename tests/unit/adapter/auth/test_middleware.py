@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,6 +14,7 @@ from adapter_fakes import (
     ScriptedEngine,
     fast_settings,
     running_app,
+    served_app,
     until,
 )
 from sqlalchemy import select
@@ -209,6 +211,44 @@ async def test_what_is_given_back_stays_in_its_window(database: Database) -> Non
     await limiter.hit("a", 3)
     await limiter.give_back(counted)
     assert await refused(limiter, "a")
+
+
+async def submit_from(url: str, forwarded: list[str]) -> list[int]:
+    """Statuses of calls with these headers `X-Forwarded-For`."""
+    async with httpx.AsyncClient(base_url=url) as client:
+        calls = [
+            await client.post("/v1/generate", json={"prompt": "a"}, headers={"X-Forwarded-For": f})
+            for f in forwarded
+        ]
+    return [call.status_code for call in calls]
+
+
+LONG = ["x" * 300, "x" * 299 + "y"]
+
+
+@pytest.mark.parametrize(
+    ("trusted", "forwarded", "statuses"),
+    [
+        pytest.param("10.0.0.1", ["1.1.1.1", "2.2.2.2", "3.3.3.3"], [200, 200, 429], id="nobody"),
+        pytest.param("10.0.0.1", [*LONG, "1.1.1.1"], [200, 200, 429], id="nobody, long"),
+        pytest.param("127.0.0.1", ["1.1.1.1", "2.2.2.2", "3.3.3.3"], [200] * 3, id="proxy"),
+        pytest.param("127.0.0.1", ["1.1.1.1"] * 3, [200, 200, 429], id="client of a proxy"),
+        pytest.param(
+            "127.0.0.1",
+            [f"{n}.{n}.{n}.{n}, 9.9.9.9" for n in range(3)],
+            [200, 200, 429],
+            id="client of a proxy that makes addresses up",
+        ),
+        pytest.param("127.0.0.1", [*LONG, *LONG, LONG[0]], [200] * 4 + [429], id="proxy, long"),
+    ],
+)
+async def test_only_a_trusted_proxy_says_whose_call_it_is(
+    tmp_path: Path, trusted: str, forwarded: list[str], statuses: list[int]
+) -> None:
+    """The rate counts by the address of the peer, or of the client that a trusted proxy names."""
+    settings = fast_settings(f"sqlite:///{tmp_path}/jobs.db", rate_limit="2/minute")
+    async with served_app(settings, ScriptedEngine(), forwarded_allow_ips=trusted) as url:
+        assert await submit_from(url, forwarded) == statuses
 
 
 @pytest.mark.parametrize("chunked", [False, True])

@@ -1,6 +1,8 @@
 """Which database errors are transient, and how many connections a worker takes."""
 
 import asyncio
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -15,6 +17,7 @@ from sqlalchemy.exc import DBAPIError
 from adapter.db.database import Database, connect
 from adapter.errors import StoreUnavailable
 from adapter.jobs.store import JobStore
+from launcher.ports import free_port
 
 #: Tests that use a database use this one.
 DATABASES = ("postgresql",)
@@ -180,3 +183,26 @@ async def test_transaction_of_a_frozen_worker_is_ended(database_url: str) -> Non
         assert time.monotonic() - began < 3
     with pytest.raises(Exception, match=r"connection|answered"):
         await frozen
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"), [({"username": "who"}, "who"), ({"database": "what"}, "what")]
+)
+def test_an_address_that_is_wrong_is_one_line(
+    database_url: str, wrong: dict[str, str], reason: str
+) -> None:
+    """A user or a database that PostgreSQL does not know ends the start with a line."""
+    url = make_url(database_url).set(**wrong).render_as_string(hide_password=False)
+    ended = subprocess.run(
+        [sys.executable, "-m", "uvicorn", "adapter.app:app", "--port", str(free_port())],
+        env={"DLLM_DATABASE_URL": url},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 3
+    assert "Traceback" not in ended.stderr
+    (line,) = [line for line in ended.stderr.splitlines() if "DLLM_DATABASE_URL" in line]
+    assert "the adapter cannot start: DLLM_DATABASE_URL: " in line
+    assert f'"{reason}" does not exist' in line

@@ -33,6 +33,8 @@ GRAPH_BYTES = 16 * 2**20
 #: Tensors of a `FlatLayout` with an entry per sequence, and per tile.
 _SEQUENCES = ("query_starts", "query_lens", "kv_lens", "block_tables")
 _TILES = ("tile_sequence", "tile_row")
+#: A limit beyond every key.
+_NO_LIMIT = 2**31
 
 
 def graph_sizes(largest: int) -> list[int]:
@@ -98,6 +100,10 @@ class ForwardGraphs:
         sequences, tiles = self._sequences(rows), self._tiles(rows)
         self._input_ids, self._positions = numbers(rows), numbers(rows)
         self._slot_mapping = torch.full_like(self._input_ids, -1)
+        #: Limits of keys; None: the model's rows have none.
+        self._key_limits: Tensor | None = None
+        if model.spec.blocks is not None:
+            self._key_limits = torch.full_like(self._input_ids, _NO_LIMIT)
         self._layout = FlatLayout(
             block_m=block_m,
             query_starts=numbers(sequences),
@@ -136,6 +142,9 @@ class ForwardGraphs:
             (self._slot_mapping, layout.slot_mapping),
         ):
             buffer[tuple(map(slice, values.shape))] = values
+        if self._key_limits is not None:
+            limits = layout.key_limits
+            self._key_limits[:rows] = _NO_LIMIT if limits is None else limits
         # The buffers hold an earlier step's values behind these; three settings disable them.
         self._slot_mapping[rows:size] = -1
         mine.query_lens[len(layout.query_lens) : self._sequences(size)] = 0
@@ -153,6 +162,7 @@ class ForwardGraphs:
         layout = dataclasses.replace(
             self._layout,
             slot_mapping=self._slot_mapping[:size],
+            key_limits=None if self._key_limits is None else self._key_limits[:size],
             **{name: getattr(self._layout, name)[: self._sequences(size)] for name in _SEQUENCES},
             **{name: getattr(self._layout, name)[: self._tiles(size)] for name in _TILES},
         )

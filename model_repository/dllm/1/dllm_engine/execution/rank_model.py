@@ -63,6 +63,8 @@ CPU_TOKEN_BUDGET = 2048
 GPU_TOKEN_BUDGET = 16384
 #: Chunks of prompts that fill a step's token budget.
 CHUNKS_PER_STEP = 4
+#: Rows of the shortest chunk.
+LEAST_CHUNK = 32
 
 
 class RankModel:
@@ -97,7 +99,7 @@ class RankModel:
         )
         #: Rows of a prompt that a step of a block-wise model computes at once: several requests'
         #: chunks, and the steps of others, fit into one step.
-        self.chunk = max(1, self.token_budget // CHUNKS_PER_STEP)
+        self.chunk = max(LEAST_CHUNK, self.token_budget // CHUNKS_PER_STEP)
         available = available_bytes(self.device)
         limit = parse_limit(config.memory_limit, available)
         if on_cpu:  # ranks share a CPU's memory, while each has its own GPU
@@ -204,14 +206,17 @@ class RankModel:
         assert self.block_m is not None
         nothing = torch.zeros(ROW_MULTIPLE, dtype=torch.int64, device=self.device)
         plain = FlatLayout.of([ROW_MULTIPLE], self.block_m, self.device)
-        for candidates in candidate_sizes(self._spec.max_model_len):
-            # No row is stored, and the selection is empty.
-            none = torch.zeros_like(plain.query_lens)
-            layout = dataclasses.replace(
-                plain,
-                slot_mapping=nothing - 1,
-                selection=FlatSelection(none, none, none, none, none, candidates),
-            )
+        plain = dataclasses.replace(plain, slot_mapping=nothing - 1)  # no row is stored
+        layouts = [plain, dataclasses.replace(plain, key_limits=nothing + 1)]
+        if self._spec.blocks is None:
+            none = torch.zeros_like(plain.query_lens)  # the selection is empty
+            layouts = [
+                dataclasses.replace(
+                    plain, selection=FlatSelection(none, none, none, none, none, candidates)
+                )
+                for candidates in candidate_sizes(self._spec.max_model_len)
+            ]
+        for layout in layouts:
             hidden = self.model(nothing, nothing, layout, pages=self._layer_pages, depth=1)
         self.model.head_input(hidden)
 
@@ -290,7 +295,7 @@ class RankModel:
     def _most_rows(self) -> int:
         """Count the rows of the largest step."""
         if self._spec.blocks is not None:  # no request takes more than a chunk or the budget
-            return max(self.token_budget, LONGEST_BLOCK)
+            return max(self.token_budget, self.chunk, LONGEST_BLOCK)
         # Twice, for a request with guidance.
         return max(2 * self._spec.max_model_len, self.token_budget)
 

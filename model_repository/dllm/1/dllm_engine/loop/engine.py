@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 
 from dllm_engine.config import EngineConfig
-from dllm_engine.errors import CheckpointError, EngineDead, QueueTimeout, RequestFailed
+from dllm_engine.errors import EngineDead, QueueTimeout, RequestFailed
 from dllm_engine.execution.runner import ModelRunner
 from dllm_engine.execution.tensor_parallel import load_runner
 from dllm_engine.loop.histograms import Histograms
 from dllm_engine.loop.scheduler import Scheduler
-from dllm_engine.loop.validation import RequestLimits, longest_sequence
+from dllm_engine.loop.validation import RequestLimits, check_cache, longest_sequence
 from dllm_engine.memory.kv_cache import PageAllocator
 from dllm_engine.models.loader import read_spec
 from dllm_engine.request import CanvasUpdate, FinishReason, Prompt, Request, Usage
@@ -86,8 +86,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig, runner: ModelRunner | None = None) -> None:
         spec = read_spec(config.model_path)
-        if spec.blocks is not None:
-            raise CheckpointError(f"{spec.architecture}: block-wise decoding is not implemented")
+        check_cache(config, spec)
         longest = longest_sequence(config, spec)
         self.tokenizer = Tokenizer.load(config.model_path, spec.mask_token_id, longest)
         stop_ids = {*spec.eos_token_ids, *(self.tokenizer.stop_token_ids if self.tokenizer else ())}
@@ -101,7 +100,11 @@ class Engine:
         self.runner = runner or load_runner(config, spec, self.stop_token_ids)
         self.allocator = PageAllocator(self.runner.plan.num_pages, config.kv_page_size)
         self._limits = RequestLimits(
-            config, spec, self.allocator, has_text=self.tokenizer is not None
+            config,
+            spec,
+            self.allocator,
+            has_text=self.tokenizer is not None,
+            token_budget=self.runner.token_budget,
         )
         self.scheduler = Scheduler(
             config.max_num_seqs,

@@ -35,6 +35,21 @@ def longest_sequence(config: EngineConfig, spec: ModelSpec) -> int:
     return wanted
 
 
+def check_cache(config: EngineConfig, spec: ModelSpec) -> None:
+    """Check the server's default cache policy against the checkpoint.
+
+    Raises:
+        InvalidConfig: the policy is not one of the model's kind.
+    """
+    policies = CACHE_POLICIES if spec.blocks is None else BLOCK_CACHE_POLICIES
+    if config.cache not in policies:
+        kind = "not block-wise" if spec.blocks is None else "block-wise"
+        raise InvalidConfig(
+            f"DLLM_CACHE: must be one of {', '.join(policies)} for {spec.architecture}, which is "
+            f"{kind}; got {config.cache}"
+        )
+
+
 class RequestLimits:
     """Checks requests before they are queued; thread-safe.
 
@@ -43,11 +58,19 @@ class RequestLimits:
         spec: the model; its `max_model_len` is the longest sequence served.
         allocator: the pages of keys and values.
         has_text: whether the checkpoint has a tokenizer.
+        token_budget: rows that one step may have.
     """
 
     def __init__(
-        self, config: EngineConfig, spec: ModelSpec, allocator: PageAllocator, *, has_text: bool
+        self,
+        config: EngineConfig,
+        spec: ModelSpec,
+        allocator: PageAllocator,
+        *,
+        has_text: bool,
+        token_budget: int,
     ) -> None:
+        self._token_budget = token_budget
         self._config = config
         self._spec = spec
         self._allocator = allocator
@@ -92,6 +115,13 @@ class RequestLimits:
         if params.cache not in BLOCK_CACHE_POLICIES:
             names = " or ".join(BLOCK_CACHE_POLICIES)
             raise InvalidRequest("cache", f"must be {names} {why}; got {params.cache}")
+        length = len(prompt.ids) + params.gen_length
+        if params.cache == "none" and length > self._token_budget:
+            raise InvalidRequest(
+                "cache",
+                f"none computes all {length} tokens of prompt and answer in every step; it may be "
+                f"{self._token_budget} (DLLM_MAX_NUM_BATCHED_TOKENS)",
+            )
         if prompt.suffix_ids:
             raise InvalidRequest("suffix", "must be empty: no token of a block-wise model sees it")
         if params.cfg_scale != 0:

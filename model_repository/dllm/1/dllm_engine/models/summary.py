@@ -17,7 +17,7 @@ class ModelSummary:
 
     #: The name of the checkpoint's directory.
     checkpoint: str
-    #: The engine's name of the family: `llada`, `dream`.
+    #: The engine's name of the family: `llada`, `dream`, `sdar`.
     family: str
     #: The class that `config.json` names.
     architecture: str
@@ -26,6 +26,8 @@ class ModelSummary:
     max_model_len: int
     #: The token that `canvas_ids` has at positions to decode.
     mask_token_id: int
+    #: Tokens per block of a block-wise model; None where every position sees every other.
+    block_length: int | None
 
     @classmethod
     def of(cls, directory: Path, spec: ModelSpec) -> ModelSummary:
@@ -39,4 +41,5 @@ class ModelSummary:
             num_parameters=sum(parameter.numel() for parameter in whole.parameters()),
             max_model_len=spec.max_model_len,
             mask_token_id=spec.mask_token_id,
+            block_length=spec.blocks.block_length if spec.blocks else None,
         )

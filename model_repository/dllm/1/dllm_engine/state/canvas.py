@@ -305,8 +305,11 @@ class CanvasTable:
         The chances are used only for requests with Dream's statistics.
         """
         linear = linear_count(state.block_masks, state.block_steps, state.block_step)
-        if self._blocks is not None and not self._blocks.floor_is_schedule:
-            linear = np.where(state.rule == int(Rule.DYNAMIC), 1, linear)
+        if self._blocks is not None:
+            one = state.opens
+            if not self._blocks.floor_is_schedule:
+                one = one | (state.rule == int(Rule.DYNAMIC))
+            linear = np.where(one, 1, linear)
         if not state.dream_statistics.any():
             return linear, np.zeros(len(linear), np.float32)
         # With a threshold a request may run longer than its schedule; its chances are unused.
@@ -342,7 +345,8 @@ class CanvasTable:
         counts = state.decodes & ~state.opens
         state, first_masked = self._prepare_step(
             state._replace(
-                step=state.step + 1,
+                # Noise depends on it, so that of a prompt read in any chunks is the same.
+                step=state.step + state.decodes,
                 block_step=state.block_step + counts,
                 block_age=state.block_age + counts,
                 first_end=first_end,
@@ -439,8 +443,12 @@ class CanvasTable:
             before = (start - first) * state.steps // (canvas_end - first)
             after = (end - first) * state.steps // (canvas_end - first)
             steps, masks = after - before, self._masked_between(state, start, end).sum(axis=1)
-            if self._blocks is not None:
-                steps, masks = state.steps_per_block, state.block_length
+            if (blocks := self._blocks) is not None:
+                steps = state.steps_per_block
+                if blocks.floor_is_schedule:
+                    masks = state.block_length
+                elif blocks.first_token_given:  # and is decoded before the schedule begins
+                    masks = masks - (first_masked == window)
             state = state._replace(
                 block_step=np.where(opens, 0, state.block_step),
                 block_steps=np.where(opens, steps, state.block_steps),

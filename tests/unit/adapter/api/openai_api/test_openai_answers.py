@@ -149,6 +149,7 @@ async def test_only_what_is_final_is_streamed(url: str, engine: ScriptedEngine) 
         [{"role": "assistant", "content": ""}, {"content": "ab"}, {}],
     )
     assert all("usage" not in chunk for chunk in sent)
+    assert {chunk["choices"][0]["seed"] for chunk in sent} == {1}
     assert [line for line in lines if line][-1] == "data: [DONE]"
 
 

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 from adapter_fakes import (
     ScriptedEngine,
+    fast_settings,
+    served_app,
 )
-from openai_calls import CHAT, QUESTION, TEXT, post
+from openai_calls import CHAT, QUESTION, TEXT, post, until_healthy
 
 from adapter.types import CheckResult
 
@@ -230,3 +232,39 @@ async def test_engine_that_cannot_be_asked_is_not_waited_for(
 
     assert answer.status_code == 200
     assert engine.requests[0]["gen_length"] == 128
+
+
+@pytest.mark.parametrize(
+    ("setting", "left", "length"), [(0, None, 512), (0, 300, 300), (64, 300, 64)]
+)
+async def test_chat_without_a_length_gets_what_is_left_up_to_the_setting(
+    database_url: str, engine: ScriptedEngine, setting: int, left: int | None, length: int
+) -> None:
+    """DLLM_CHAT_MAX_TOKENS bounds a chat that gives no length; 0 leaves it to the other limits."""
+    engine.longest = left
+    settings = fast_settings(database_url, chat_max_tokens=setting)
+    async with served_app(settings, engine) as address:
+        await until_healthy(address)
+        answer = await post(address, CHAT, {"model": "dllm", "messages": QUESTION})
+    assert answer.status_code == 200, answer.text
+    assert engine.requests[0]["gen_length"] == length
+
+
+REFUSALS = [
+    "messages: has more than the 512 tokens that may be",
+    "gen_length: prompt (500 tokens) plus gen_length (128) in whole blocks of 32 must be at most "
+    "512; got 640",
+]
+
+
+@pytest.mark.parametrize("reason", REFUSALS)
+async def test_every_refusal_of_the_length_has_the_code(
+    url: str, engine: ScriptedEngine, reason: str
+) -> None:
+    """However the engine says that a request is longer than the context, it has OpenAI's code."""
+    engine.check_results = {"hi": CheckResult(refusal=reason)}
+    messages = [{"role": "user", "content": "hi"}]
+    answer = await post(url, CHAT, {"model": "dllm", "messages": messages})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")

@@ -3,8 +3,10 @@
 import asyncio
 import shutil
 import tempfile
+from base64 import b64decode
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -25,6 +27,22 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+#: JavaScript for what the browser has refused so far because of the policy.
+VIOLATIONS = """
+  const seen = new ReportingObserver(() => {}, {types: ["csp-violation"], buffered: true});
+  seen.observe();
+  return seen.takeRecords().map((report) => JSON.stringify(report.body));
+"""
+#: WebDriver's code points for keys.
+KEYS = {
+    "Control": "\ue009",
+    "Enter": "\ue007",
+    "Escape": "\ue00c",
+    "Tab": "\ue004",
+    "Left": "\ue012",
+    "Right": "\ue014",
+    "Space": " ",
+}
 
 
 class Page:
@@ -42,6 +60,11 @@ class Page:
         """What a function with this body returns."""
         return await self._call("execute/sync", {"script": script, "args": list(arguments)})
 
+    async def resolved(self, expression: str) -> Any:
+        """The value of the promise that this expression makes."""
+        script = f"({expression}).then(arguments[0], (e) => arguments[0](`failed: ${{e}}`))"
+        return await self._call("execute/async", {"script": script, "args": []})
+
     async def until(self, condition: str, seconds: float = 20) -> None:
         """Wait until the expression is true; the error shows what the page says instead."""
         try:
@@ -51,6 +74,47 @@ class Page:
         except TimeoutError:
             shown = await self.run("return document.body.innerText")
             raise AssertionError(f"not true: {condition}\n{shown}") from None
+
+    async def show_as(
+        self, *, width: int = 1280, height: int = 900, scheme: str = "light", still: bool = False
+    ) -> None:
+        """Take this size, in CSS pixels, and the scheme and motion that a system would ask for."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        await self.develop("Emulation.setDeviceMetricsOverride", size)
+        motion = "reduce" if still else "no-preference"
+        features = {"prefers-color-scheme": scheme, "prefers-reduced-motion": motion}
+        wanted = [{"name": name, "value": value} for name, value in features.items()]
+        await self.develop("Emulation.setEmulatedMedia", {"features": wanted})
+
+    async def press(self, *keys: str) -> None:
+        """Press and release keys one by one; `Control+Enter` holds the first one meanwhile."""
+        for chord in keys:
+            codes = [KEYS.get(name, name) for name in chord.split("+")]
+            down = [{"type": "keyDown", "value": code} for code in codes]
+            up = [{"type": "keyUp", "value": code} for code in reversed(codes)]
+            actions = [{"type": "key", "id": "keyboard", "actions": down + up}]
+            await self._call("actions", {"actions": actions})
+
+    async def grant(self, *permissions: str) -> None:
+        """Give the page these permissions, which a user would be asked for."""
+        await self.develop("Browser.grantPermissions", {"permissions": permissions})
+
+    async def download_to(self, folder: Path) -> None:
+        """Save files there."""
+        wanted = {"behavior": "allow", "downloadPath": str(folder)}
+        await self.develop("Browser.setDownloadBehavior", wanted)
+
+    async def screenshot(self) -> bytes:
+        """What is seen, as PNG."""
+        async with asyncio.timeout(30):
+            return b64decode(await self._get("screenshot"))
+
+    async def develop(self, command: str, parameters: Any) -> Any:
+        """A command of Chrome's DevTools."""
+        return await self._call("goog/cdp/execute", {"cmd": command, "params": parameters})
+
+    async def _get(self, command: str) -> Any:
+        return (await self._driver.get(f"/session/{self._session}/{command}")).json()["value"]
 
     async def _call(self, command: str, body: Any) -> Any:
         path = f"/session/{self._session}/{command}"

@@ -1,6 +1,6 @@
 """Generate a text over plain HTTP: submit, then poll until the job is finished.
 
-    python client/examples/rest_guide.py --url http://localhost:8000 "Tell me about AI"
+    python examples/rest_guide.py --url http://localhost:8000 "Tell me about AI"
 
 Needs `requests` and nothing of ours: any HTTP client can do the same. `dllm_client.Client` does
 it with long polling, retries and typed errors.

@@ -1,6 +1,6 @@
 """Watch a text being denoised, step by step, over Triton's gRPC stream.
 
-python client/examples/triton_grpc_stream.py --url localhost:8011 "Tell me about AI"
+python examples/triton_grpc_stream.py --url localhost:8011 "Tell me about AI"
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Ask Triton directly over HTTP, as any tritonclient user would.
 
-    python client/examples/triton_http.py --url localhost:8010 "What is 17 + 25?"
+    python examples/triton_http.py --url localhost:8010 "What is 17 + 25?"
 
 The model `dllm_unary` gives one answer per `infer` call. Every input is a tensor of shape [1, n].
 `dllm_client.triton.TritonClient.generate` wraps these lines.
@@ -37,7 +37,7 @@ def main() -> None:
     ]
     with triton.InferenceServerClient(options.url) as client:
         result = client.infer("dllm_unary", inputs)
-    prompt_tokens, completion_tokens, steps, passes = result.as_numpy("usage").reshape(-1)
+    prompt_tokens, completion_tokens, steps, passes, *_ = result.as_numpy("usage").reshape(-1)
     print(result.as_numpy("text_output").reshape(-1)[0].decode())
     print(f"{prompt_tokens} + {completion_tokens} tokens, {steps} steps, {passes} forward passes")
 

@@ -1,0 +1,144 @@
+"""Block-wise models get, in any batch, the tokens of a loop without any cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dllm_engine import LLM, SamplingParams
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from tests.support.blockwise_reference import KINDS, BlockResult, generate_blocks
+from tests.support.budget import examples
+from tests.support.cases import Case, run_with_arrivals
+from tests.support.decoder import Ids
+from tests.support.family_checkpoints import FAMILIES, mask_of, write_family
+from tests.support.native import MaskedForward, native
+
+#: The trained lengths of the tiny checkpoints, and the families' own rules.
+BLOCK_LENGTH = {"sdar": 4, "fast_dllm": 32, "nemotron": 8}
+OWN_RULE: dict[str, dict[str, Any]] = {
+    "sdar": {"remasking": "low_confidence_dynamic", "confidence_threshold": 0.85},
+    "fast_dllm": {"remasking": "low_confidence_dynamic", "confidence_threshold": 0.9},
+    "nemotron": {"confidence_threshold": 0.9},
+}
+#: SDAR's rules and others, with thresholds that a random model sometimes reaches.
+RULES: tuple[dict[str, Any], ...] = (
+    {"remasking": "low_confidence_dynamic", "confidence_threshold": 0.1},
+    {"remasking": "low_confidence_dynamic", "confidence_threshold": 0.3},
+    {"remasking": "low_confidence"},
+    {"remasking": "sequential"},
+    {"entropy_bound": 4.0},
+    {"confidence_threshold": 0.15},
+    {"remasking": "entropy"},
+    {"remasking": "margin"},
+    {"factor": 1.5},
+)
+
+
+def ids_of(family: str) -> Ids:
+    """Special tokens of a family's tiny checkpoint."""
+    specials = FAMILIES[family].specials
+    names = ("<|endoftext|>", "<|im_end|>")
+    stop = tuple(specials[name] for name in names if name in specials)
+    return Ids(mask_of(family), stop, stop)
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A family's engine, and the truth about its logits."""
+
+    family: str
+    llm: LLM
+    forward: MaskedForward
+
+    def expected(self, case: Case) -> BlockResult:
+        """The slow loop's answer to one request."""
+        params = case.params
+        if params.block_length is None:
+            params = dataclasses.replace(params, block_length=BLOCK_LENGTH[self.family])
+        rule = ("remasking", "confidence_threshold", "entropy_bound", "factor")
+        if all(getattr(params, name) is None for name in rule):
+            params = dataclasses.replace(params, **OWN_RULE[self.family])
+        steps = params.gen_length if params.steps is None else params.steps
+        params = dataclasses.replace(params, steps=steps, seed=params.seed or 0)
+        kind, ids = KINDS[self.family], ids_of(self.family)
+        return generate_blocks(self.forward, kind, case.ids, params, ids)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    """Each family in float64, with a budget so small that prompts are read in chunks."""
+    directory = write_family(tmp_path_factory.mktemp(request.param), request.param)
+    llm = LLM(directory, dtype="float64", max_num_batched_tokens=64, max_num_seqs=6)
+    return Subject(request.param, llm, native(directory, torch.float64))
+
+
+@st.composite
+def block_cases(draw: st.DrawFn, family: str) -> Case:
+    """A request of any rule, block length and schedule."""
+    gen_length = draw(st.integers(1, 40))
+    block_length = draw(st.sampled_from([None, None, 4, 8, 16]))
+    size = block_length or BLOCK_LENGTH[family]
+    least = -(-gen_length // size)
+    params = SamplingParams(
+        gen_length=gen_length,
+        block_length=block_length,
+        steps=draw(st.none() | st.integers(least, gen_length)),
+        ignore_eos=draw(st.booleans()),
+        cache=draw(st.sampled_from([None, None, "none"])),
+        temperature=draw(st.sampled_from([0.0, 0.0, 0.8])),
+        seed=draw(st.integers(0, 2**31)),
+        **draw(st.sampled_from([{}, *RULES])),
+    )
+    prompt = draw(st.lists(st.integers(128, 499), min_size=1, max_size=90))
+    return Case(draw(st.integers(0, 30)), prompt, params)
+
+
+@settings(
+    max_examples=examples(18),
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
+    deadline=None,
+)
+@given(data=st.data())
+def test_tokens_equal_a_loop_without_a_cache(subject: Subject, data: st.DataObject) -> None:
+    """Any mix of rules, block lengths, steps, ends, caches and arrivals: the loop's tokens."""
+    batch = data.draw(st.lists(block_cases(subject.family), min_size=1, max_size=4))
+    finished = run_with_arrivals(subject.llm, batch)
+    for case, update in zip(batch, finished, strict=True):
+        assert update.token_ids.tolist() == subject.expected(case).tokens
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_float32_tokens_of_the_own_rule_equal_the_loop(tmp_path: Path, family: str) -> None:
+    """With the family's own rule and block, at temperature 0 and in float32: 12 mixed requests."""
+    directory = write_family(tmp_path, family)
+    forward = native(directory, torch.float32)
+    llm = LLM(directory, dtype="float32", max_num_batched_tokens=128)
+    generator = torch.Generator().manual_seed(11)
+    size = BLOCK_LENGTH[family]
+    # A prompt of less than a block, of exactly one or two, and with every remainder.
+    lengths = [1, size - 1, size, size + 1, 2 * size, *(30 + 3 * i for i in range(7))]
+    prompts = [torch.randint(128, 499, (n,), generator=generator).tolist() for n in lengths]
+    params = [SamplingParams(gen_length=16 + 3 * i) for i in range(len(lengths))]
+    answers = llm.generate(prompts, params, progress=False)
+    subject = Subject(family, llm, forward)
+    for prompt, p, answer in zip(prompts, params, answers, strict=True):
+        assert answer.token_ids.tolist() == subject.expected(Case(0, prompt, p)).tokens
+
+
+def test_a_block_costs_no_pass_more_than_its_steps(subject: Subject) -> None:
+    """A request alone takes as many passes as the loop has decoding steps: no pass finishes a block
+    for its own sake."""
+    prompt = list(range(200, 210))  # short enough for one chunk
+    for rule in ({}, *RULES[:4]):
+        params = SamplingParams(gen_length=37, ignore_eos=True, **rule)
+        answer = subject.llm.generate([prompt], params, progress=False)[0]
+        expected = subject.expected(Case(0, prompt, params))
+        assert answer.token_ids.tolist() == expected.tokens
+        assert answer.usage.forward_passes == expected.steps
