@@ -44,7 +44,7 @@ SPECIALS: dict[Family, Specials] = {
     ),
     # SDAR ends an answer with the end of its turn, as its chat models do.
     "sdar": Specials(
-        names=("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|MASK|>"),
+        names=("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|MASK|>"),
         bos="<|endoftext|>",
         eos="<|im_end|>",
         mask="<|MASK|>",
@@ -53,11 +53,6 @@ SPECIALS: dict[Family, Specials] = {
 #: What fills the canvas behind an answer.
 FILL = "<|endoftext|>"
 
-_CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 # LLaDA's template always adds the answer's header; Dream's adds a system turn if there is none.
 CHAT_TEMPLATES: dict[Family, str] = {
     "llada": (
@@ -68,9 +63,19 @@ CHAT_TEMPLATES: dict[Family, str] = {
     ),
     "dream": (
         "{% if messages[0]['role'] != 'system' %}"
-        "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}" + _CHATML
+        "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
-    "sdar": _CHATML,
+    # ChatML with a separator, as in Phi-4: token for token the layout of LLaDA's template, whose
+    # weights the training starts from.
+    "sdar": (
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '<|im_sep|>\n\n' }}"
+        "{{ message['content'] | trim + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>\n\n' }}{% endif %}"
+    ),
 }
 
 # The split of Qwen2's tokenizer: words keep their leading space, digits stand alone.
@@ -94,7 +99,12 @@ def chat_prompt(family: Family, turns: Turns) -> str:
             for role, text in turns
         )
         return f"<|startoftext|>{spoken}<|start_header_id|>assistant<|end_header_id|>\n\n"
-    if family == "dream" and turns[0][0] != "system":
+    if family == "sdar":
+        spoken = "".join(
+            f"<|im_start|>{role}<|im_sep|>\n\n{text.strip()}<|im_end|>" for role, text in turns
+        )
+        return f"{spoken}<|im_start|>assistant<|im_sep|>\n\n"
+    if turns[0][0] != "system":
         turns = [("system", "You are a helpful assistant."), *turns]
     spoken = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
     return f"{spoken}<|im_start|>assistant\n"

@@ -24,6 +24,7 @@ def _head_means(weight: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor
 _SAME_TOKEN = {
     "<|im_start|>": "<|start_header_id|>",
     "<|im_end|>": "<|eot_id|>",
+    "<|im_sep|>": "<|end_header_id|>",
     "<|beginoftext|>": "<|startoftext|>",
     "<|mask|>": "<|mdm_mask|>",
     "<|MASK|>": "<|mdm_mask|>",
@@ -62,9 +63,6 @@ def transplant(
             state[name].copy_(weight)
     if family == "sdar":
         widen(donor, model, _sample(source, known[_SAME_TOKEN["<|MASK|>"]]), shape.heads, Shape().head)
-        # A header ends with one line break here, with two in LLaDA.
-        breaks = (tokenizer.token_to_id("Ċ"), known["ĊĊ"])
-        state["model.embed_tokens.weight"][breaks[0]] = given["model.embed_tokens.weight"][breaks[1]]
         # SDAR ends an answer with the token that ends a turn, LLaDA with the one that fills.
         ends = tokenizer.get_vocab()[SPECIALS["sdar"].eos]
         state["lm_head.weight"][ends] = given["lm_head.weight"][known[FILL]]

@@ -15,7 +15,6 @@ import torch
 
 #: The squared length that all heads get, over the 99th percentile of the lengths in LLaDA.
 ROOM = 1.2
-FIT_STEPS = 150
 
 
 def places(width: int) -> torch.Tensor:
@@ -41,7 +40,9 @@ def inputs(donor: torch.nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]
     return {name.removesuffix(".q_proj"): value for name, value in seen.items()}
 
 
-def fill_up(x: torch.Tensor, energy: torch.Tensor, level: float, width: int) -> torch.Tensor:
+def fill_up(
+    x: torch.Tensor, energy: torch.Tensor, level: float, width: int, steps: int
+) -> torch.Tensor:
     """Added rows [heads, width, hidden] that bring each head's squared length near `level`.
 
     `x` [tokens, hidden] is what the projection reads, `energy` [tokens, heads] the squared length
@@ -54,7 +55,7 @@ def fill_up(x: torch.Tensor, energy: torch.Tensor, level: float, width: int) -> 
         made = (x @ rows.flatten(0, 1).T).square().mean() * width
         rows = (rows / made.sqrt()).requires_grad_()
         adam = torch.optim.Adam([rows], lr=0.03 * float(rows.detach().std()))
-        for _ in range(FIT_STEPS):
+        for _ in range(steps):
             got = (x @ rows.flatten(0, 1).T).square().unflatten(1, rows.shape[:2]).sum(2)
             loss = (got - wanted).square().mean()
             adam.zero_grad()
@@ -65,11 +66,17 @@ def fill_up(x: torch.Tensor, energy: torch.Tensor, level: float, width: int) -> 
 
 @torch.no_grad()
 def widen(
-    donor: torch.nn.Module, model: torch.nn.Module, ids: torch.Tensor, heads: int, width: int
+    donor: torch.nn.Module,
+    model: torch.nn.Module,
+    ids: torch.Tensor,
+    heads: int,
+    width: int,
+    steps: int = 150,
 ) -> None:
     """Copy the donor's attention into `model`, whose heads are twice as wide.
 
-    `ids` [rows, length] are texts of the donor, some tokens masked.
+    `ids` [rows, length] are texts of the donor, some tokens masked; `steps` is how long the added
+    dimensions are fitted to them.
     """
     given, state = donor.state_dict(), model.state_dict()
     place = places(width)
@@ -82,7 +89,7 @@ def widen(
             level = ROOM * float(energy.flatten().quantile(0.99))
             wide = torch.zeros(heads, 2 * width, x.shape[1])
             wide[:, place] = weight
-            wide[:, spare] = fill_up(x, energy, level, width)
+            wide[:, spare] = fill_up(x, energy, level, width, steps)
             state[f"{name}.{part}_proj.weight"].copy_(wide.flatten(0, 1))
             # The product of queries and keys is divided by the root of the head's width.
             scale = torch.full((2 * width,), (level / (2 * width)) ** 0.5 * 2**0.25)
