@@ -103,9 +103,9 @@ export class Answer {
     const isOver = this.element.classList.contains("over");
     const ended = isOver && count === this.recording.order.length;
     const view = this.recording.at(count);
-    const { blockLength } = this.recording;
-    this.canvas.draw(view, { blockLength, ended });
-    const blocks = Math.ceil(this.recording.length / blockLength);
+    const { blockStarts } = this.recording;
+    this.canvas.draw(view, { blockStarts, ended });
+    const blocks = blockStarts.length;
     const { total, steps, seconds, perSecond, passesPerToken } = this.recording.stats(count);
     this.bar.max = Math.max(total, 1);
     this.bar.value = count;

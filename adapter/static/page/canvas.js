@@ -35,10 +35,10 @@ export class Canvas {
   }
 
   /** Shows `cells` and marks the `block`, as `Recording.at` returns them. */
-  draw({ cells, block }, { blockLength, ended }) {
+  draw({ cells, block }, { blockStarts, ended }) {
     if (cells.length !== this.nodes.length) this.#layOut(cells.length);
     cells.forEach((cell, position) => {
-      const edge = position > 0 && position % blockLength === 0 ? "edge" : "";
+      const edge = position > 0 && blockStarts.includes(position) ? "edge" : "";
       this.#drawCell(position, cell, `${placeIn(block, position)} ${edge}`);
     });
     this.cells = cells;

@@ -11,11 +11,22 @@ import { bodyOf, fieldsOf, needsKey } from "./schema.js";
 import { Thread } from "./thread.js";
 
 const HEALTH_MILLISECONDS = 10_000;
+const REMEMBER_MILLISECONDS = 300;
 /** What a visitor begins with; side B differs, so that there is something to compare. */
 const FIRST_SETTINGS = { a: { gen_length: "64" }, b: { gen_length: "64", confidence_threshold: "0.9" } };
 
 const $ = (id) => document.getElementById(id);
-const state = { mode: "prompt", fields: [], forms: {}, threads: {}, jobs: null, isRunning: false };
+const state = {
+  mode: "prompt",
+  /** Whether the model says which mode to begin with: you have not chosen one. */
+  isModeOpen: true,
+  isRunning: false,
+  fields: [],
+  forms: {},
+  threads: {},
+  jobs: null,
+  remembering: null,
+};
 
 async function start() {
   $("legend").append(legend());
@@ -32,7 +43,7 @@ async function start() {
   $("key-row").hidden = !needsKey(schema);
   $("key").value = key.get();
   build(fieldsOf(schema), linked);
-  await readModel(linked);
+  await readModel();
 }
 
 function build(fields, linked) {
@@ -53,11 +64,12 @@ function build(fields, linked) {
   const settings = linked?.settings ?? FIRST_SETTINGS;
   for (const [side, form] of Object.entries(state.forms)) form.values = settings[side];
   if (linked !== null) $("prompt").value = linked.prompt;
+  state.isModeOpen = linked === null;
   show(linked?.mode ?? "prompt");
 }
 
 /** Says which model is served, with prompts to try. */
-async function readModel(linked) {
+async function readModel() {
   let list;
   try {
     list = await (await call("GET", "v1/models")).json();
@@ -75,7 +87,7 @@ async function readModel(linked) {
   $("examples").replaceChildren(...examples.map(({ prompt, fields = {} }) =>
     h("li", {}, h("button", { type: "button", on: { click: () => tryExample(prompt, fields) } }, prompt))));
   for (const thread of Object.values(state.threads)) thread.maskId = model.mask_token_id;
-  if (linked === null && !state.isRunning) show(mode);
+  if (state.isModeOpen) show(mode);
 }
 
 function tryExample(prompt, fields) {
@@ -106,8 +118,11 @@ function update() {
   $("intro").hidden = state.mode === "jobs" || !thread.isEmpty;
   $("clear").hidden = thread === undefined || thread.isEmpty || state.isRunning;
   $("clear").textContent = state.mode === "chat" ? "New chat" : "Clear";
-  $("stop").hidden = !state.isRunning;
-  $("start").hidden = state.isRunning;
+  const [shown, other] = state.isRunning ? [$("stop"), $("start")] : [$("start"), $("stop")];
+  const hadFocus = document.activeElement === other;
+  shown.hidden = false;
+  other.hidden = true;
+  if (hadFocus) shown.focus();
 }
 
 /** The settings of the sides that the mode has. */
@@ -119,6 +134,7 @@ function settingsNow() {
 async function run() {
   const prompt = $("prompt").value;
   if (state.isRunning) return;
+  state.isModeOpen = false;
   clearProblems();
   if (prompt.trim() === "") {
     showProblems(new CallError(0, [{ field: "prompt", message: "write something first" }]), "a");
@@ -193,10 +209,12 @@ function linkTo(prompt, settings) {
   return new URL(hashOf({ mode: state.mode, prompt, settings }), location.href).href;
 }
 
-/** Keeps the settings in the address. */
+/** Keeps the settings in the address; after a pause, as browsers refuse many changes in a row. */
 function remember() {
-  if (state.jobs === null) return;
-  history.replaceState(null, "", linkTo($("prompt").value, settingsNow()));
+  clearTimeout(state.remembering);
+  state.remembering = setTimeout(() => {
+    history.replaceState(null, "", linkTo($("prompt").value, settingsNow()));
+  }, REMEMBER_MILLISECONDS);
 }
 
 async function watchHealth() {
@@ -232,10 +250,13 @@ function listen() {
   $("key").addEventListener("change", () => {
     key.set($("key").value);
     clearProblems();
-    readModel(readHash(location.hash));
+    readModel();
   });
   for (const input of document.querySelectorAll('[name="mode"]')) {
-    input.addEventListener("change", () => show(input.value));
+    input.addEventListener("change", () => {
+      state.isModeOpen = false;
+      show(input.value);
+    });
   }
   addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {

@@ -236,6 +236,19 @@ async def test_certainty_has_a_shape_and_a_colour(page: Page) -> None:
     assert detail == "Position 3: “<2>”, token 102, committed in step 3 at 20.0% (unsure)"
 
 
+async def test_the_focus_stays_on_the_button_that_starts_and_stops(page: Page) -> None:
+    """Both are one place for the keyboard: neither leaves the focus nowhere."""
+    ENGINE.scripts = [[*denoising(4)[:2], HANG]]
+    await fill(page, "hello")
+    await page.run("document.getElementById('start').focus()")
+    await page.press("Enter")
+    await page.until("document.querySelector('.numbers')?.textContent.startsWith('2 of 4')")
+    assert await page.run("return document.activeElement.id") == "stop"
+    await page.press("Enter")
+    await page.until(OVER.format(1))
+    await page.until("document.activeElement.id === 'start'")
+
+
 async def test_text_of_the_model_is_never_markup(page: Page) -> None:
     """Tokens that look like HTML are shown as they are."""
     evil = "<img src=x onerror=alert(1)>"
@@ -377,6 +390,7 @@ async def test_a_link_holds_the_settings_and_never_the_key(page: Page) -> None:
         "key.dispatchEvent(new Event('change', {bubbles: true}))"
     )
     await fill(page, "what & why?", stop="x\ny")
+    await page.until("location.hash.includes('a.stop=x')")
     address = await page.run("return location.href")
     assert "geheim" not in address
     await visit(page, address)
