@@ -342,7 +342,7 @@ def loosen(example: Example, rng: random.Random) -> Example:
     return replace(example, question=question)
 
 
-RAW_SHARE = 0.15
+RAW_SHARE = 0.2
 SYSTEM = (
     "You are a helpful assistant.",
     "Answer briefly.",

@@ -38,10 +38,7 @@ from demo.transplant import transplant
 VOCABULARY = 1024
 SHORT_TOKENS = 1000
 LONG_TOKENS = 2000
-ANY_TOKENS = 1500
-# How often a step has rows of unknown prompts and of chats.
-ANY_SHARE = 0.7
-EMA_DECAY = 0.998
+ANY_TOKENS = 2600
 SHAPES: dict[Family, Shape] = {
     "llada": Shape(),
     # Dream has fewer key heads than query heads, and so has the twin.
@@ -66,6 +63,10 @@ class Run:
     workers: int = 1
     #: The highest learning rate, as a share of the usual one.
     peak: float = 1.0
+    #: How often a step has rows of unknown prompts and of chats.
+    any_share: float = 1.0
+    #: Memory of the mean of the weights: the share kept at a step.
+    memory: float = 0.998
     #: Whether products are computed in bfloat16, which new CPUs do several times as fast.
     half: bool = False
     rng: random.Random = field(default_factory=random.Random)
@@ -256,7 +257,7 @@ def step_batches(run: Run) -> list[Rows]:
     prose = missing(run, LONG_TASKS)
     if run.rng.random() < 0.4 + 0.8 * sum(prose.values()):
         plan.append((batches.LONG_LENGTHS, prose, LONG_TOKENS))
-    if run.rng.random() < ANY_SHARE:
+    if run.rng.random() < run.any_share:
         plan.append((batches.ANY_LENGTHS, {}, ANY_TOKENS))
     return [batch(run, lengths, weights, tokens) for lengths, weights, tokens in plan]
 
@@ -298,7 +299,7 @@ def train_step(run: Run, steps: int) -> float:
         optimiser.step()
         optimiser.zero_grad()
     # Early on, a long memory would slow the average down.
-    decay = min(EMA_DECAY, (1 + run.step) / (10 + run.step))
+    decay = min(run.memory, (1 + run.step) / (10 + run.step))
     with torch.no_grad():
         current = dict(run.model.named_parameters())
         for name, mean in run.average.named_parameters():
@@ -404,6 +405,7 @@ def work(rank: int, meeting: str, options: argparse.Namespace) -> None:
     else:
         run = start(options.family, shape, options.seed, rank, options.workers)
     run.peak, run.half = options.peak, options.bf16
+    run.any_share, run.memory = options.any_share, options.memory
     state = options.state or options.out.with_name(options.out.name + ".state.pt")
     train(run, options.steps, options.every, options.out, state)
     if options.workers > 1:
@@ -420,6 +422,10 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=400, help="steps between scores and saves")
     parser.add_argument("--state", type=Path, help="training state (default: OUT.state.pt)")
     parser.add_argument("--start-from", type=Path, help="demo checkpoint to start from")
+    parser.add_argument(
+        "--any-share", type=float, default=1.0, help="steps with unknown prompts and chats"
+    )
+    parser.add_argument("--memory", type=float, default=0.998, help="of the mean of the weights")
     parser.add_argument("--bf16", action="store_true", help="compute products in bfloat16")
     parser.add_argument("--peak", type=float, default=1.0, help="factor on the learning rates")
     parser.add_argument("--resume", type=Path, help="training state to resume")

@@ -15,11 +15,15 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 MODELS = Path(__file__).parents[3] / "model_repository/dllm/1"
-CHECKPOINTS = ("demo_checkpoint", "demo_checkpoint_dream")
+CHECKPOINTS = ("demo_checkpoint", "demo_checkpoint_dream", "demo_checkpoint_sdar")
 MASKS = {name: read_spec(MODELS / name).mask_token_id for name in CHECKPOINTS}
 TOKENIZERS = {name: Tokenizer.load(MODELS / name, MASKS[name], 512) for name in CHECKPOINTS}
 #: What reads their files.
-READERS = {"demo_checkpoint": PreTrainedTokenizerFast, "demo_checkpoint_dream": Qwen2Tokenizer}
+READERS = {
+    "demo_checkpoint": PreTrainedTokenizerFast,
+    "demo_checkpoint_dream": Qwen2Tokenizer,
+    "demo_checkpoint_sdar": Qwen2Tokenizer,
+}
 #: All special tokens by id.
 SPECIALS: dict[str, dict[int, AddedToken]] = {
     name: READERS[name].from_pretrained(MODELS / name).added_tokens_decoder for name in CHECKPOINTS
