@@ -11,17 +11,15 @@ import torch
 from tokenizers import Tokenizer
 
 from demo import corpus
-from demo.corpus import Example
 from demo.chat import FILL, SPECIALS, Family, chat_prompt, special_ids
+from demo.corpus import Example
 
 BLOCK = 32
 LONG_TASKS = ("paragraph", "definition")
 # Tasks whose questions and answers need more room than the smallest rows.
 WIDE_TASKS = ("sorting", "counting", "capital", "country")
 SMALL_TASKS = tuple(task for task in corpus.TASKS if task not in (*LONG_TASKS, *WIDE_TASKS))
-# Of the rows of any prompts: small talk, and known tasks after earlier turns.
-SMALL_TALK_SHARE = 0.15
-KNOWN_SHARE = 0.3
+SMALL_TALK_SHARE = 0.02
 # Rows are this many tokens longer for Dream, whose template adds a system turn.
 EXTRA: dict[Family, int] = {"llada": 0, "dream": 8, "sdar": 0}
 # Row lengths and their shares.
@@ -30,7 +28,6 @@ Lengths = tuple[tuple[int, float], ...]
 SMALL_LENGTHS: Lengths = ((28, 0.60), (52, 0.20), (88, 0.16), (152, 0.04))
 WIDE_LENGTHS: Lengths = ((42, 0.60), (58, 0.20), (88, 0.16), (152, 0.04))
 LONG_LENGTHS: Lengths = ((52, 0.20), (88, 0.25), (132, 0.30), (152, 0.20), (280, 0.05))
-ANY_LENGTHS: Lengths = ((64, 0.38), (88, 0.30), (152, 0.25), (280, 0.06), (440, 0.01))
 # Rows of a batch of blocks; a row is as long as its answer needs.
 BLOCK_ROWS: dict[Lengths, int] = {SMALL_LENGTHS: 40, WIDE_LENGTHS: 16, LONG_LENGTHS: 7}
 
@@ -72,10 +69,9 @@ class RowMaker:
         return ids
 
     def parts(self, example: Example) -> tuple[list[int], list[int]]:
-        """Ids of the prompt in its format, and of the answer with its end token."""
-        turns = [*example.before, ("user", example.question)]
-        text = example.question if example.raw else chat_prompt(self.family, turns)
-        return self.encode(text), [*self.encode(example.answer), self.end]
+        """Ids of the prompt in the chat format, and of the answer with its end token."""
+        prompt = self.encode(chat_prompt(self.family, example.question))
+        return prompt, [*self.encode(example.answer), self.end]
 
     def size(self, example: Example) -> int:
         """Tokens of the prompt, the answer and its end."""
@@ -102,31 +98,11 @@ class RowMaker:
 def draw(weights: dict[str, float], count: int, rng: random.Random) -> list[Example]:
     """Training examples, their tasks drawn by weight."""
     tasks = rng.choices(list(weights), weights=list(weights.values()), k=count)
-    drawn = [corpus.loosen(corpus.sample(task, rng), rng) for task in tasks]
-    return [corpus.set_in_chat(example, rng, history=False) for example in drawn]
-
-
-def draw_any(maker: "RowMaker", count: int, length: int, rng: random.Random) -> list[Example]:
-    """Prompts of every kind, most of them unknown, that fit into `length` with their answers.
-
-    Long rows get the longer half of what was drawn: a short prompt fits anywhere.
-    """
-    found: list[tuple[int, Example]] = []
-    while len(found) < 2 * count:
-        kind = rng.random()
-        if kind < SMALL_TALK_SHARE:
-            example = corpus.small_talk(rng)
-        elif kind < SMALL_TALK_SHARE + KNOWN_SHARE:
-            example = corpus.loosen(corpus.sample(rng.choice(corpus.TASKS), rng), rng)
-        else:
-            example = corpus.unknown_prompt(rng)
-        example = corpus.set_in_chat(example, rng, history=True)
-        size = maker.size(example)
-        if size <= length:
-            found.append((size, example))
-    if length > 100:
-        found.sort(key=lambda pair: pair[0] * rng.random())
-    return [example for _, example in found[-count:]]
+    drawn = [
+        corpus.small_talk(rng) if rng.random() < SMALL_TALK_SHARE else corpus.sample(task, rng)
+        for task in tasks
+    ]
+    return [corpus.loosen(example, rng) for example in drawn]
 
 
 def pick_length(lengths: Lengths, rng: random.Random) -> int:

@@ -1,15 +1,12 @@
 """Tokenizers and chat formats of the demo's families."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 Family = Literal["llada", "dream", "sdar"]
-#: A chat: pairs of role and content.
-Turns = Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,23 +88,22 @@ def special_ids(family: Family, tokenizer: Tokenizer) -> dict[str, int]:
     return {name: vocabulary[name] for name in SPECIALS[family].names}
 
 
-def chat_prompt(family: Family, turns: Turns) -> str:
-    """The chat template's text for these turns and the header of the answer."""
+def chat_prompt(family: Family, question: str) -> str:
+    """The chat template's text for one user message."""
     if family == "llada":
-        spoken = "".join(
-            f"<|start_header_id|>{role}<|end_header_id|>\n\n{text.strip()}<|eot_id|>"
-            for role, text in turns
+        return (
+            f"<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n{question.strip()}"
+            "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
         )
-        return f"<|startoftext|>{spoken}<|start_header_id|>assistant<|end_header_id|>\n\n"
     if family == "sdar":
-        spoken = "".join(
-            f"<|im_start|>{role}<|im_sep|>\n\n{text.strip()}<|im_end|>" for role, text in turns
+        return (
+            f"<|im_start|>user<|im_sep|>\n\n{question.strip()}<|im_end|>"
+            "<|im_start|>assistant<|im_sep|>\n\n"
         )
-        return f"{spoken}<|im_start|>assistant<|im_sep|>\n\n"
-    if turns[0][0] != "system":
-        turns = [("system", "You are a helpful assistant."), *turns]
-    spoken = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
-    return f"{spoken}<|im_start|>assistant\n"
+    return (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def _assemble(family: Family, model: models.BPE) -> Tokenizer:

@@ -7,19 +7,9 @@ the split: it is the same in every process and for every seed.
 import random
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from demo import unknown
-from demo.texts import (
-    CAPITALS,
-    MONTHS,
-    OPPOSITES,
-    SMALL_TALK,
-    SPELLED,
-    TOPICS,
-    UNKNOWN,
-    WEEKDAYS,
-)
+from demo.texts import CAPITALS, MONTHS, OPPOSITES, SMALL_TALK, SPELLED, TOPICS, WEEKDAYS
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +19,6 @@ class Example:
     task: str
     question: str
     answer: str
-    #: Earlier turns of the chat: pairs of role and content.
-    before: tuple[tuple[str, str], ...] = ()
-    #: Whether the question stands alone, without the chat template.
-    raw: bool = False
 
 
 Sampler = Callable[[random.Random, bool], Example]
@@ -327,11 +313,6 @@ def small_talk(rng: random.Random) -> Example:
     return Example("small_talk", rng.choice(questions), answer)
 
 
-def unknown_prompt(rng: random.Random) -> Example:
-    """Draw a prompt that the demo does not know, and the sentence that says so."""
-    return Example("unknown", unknown.sample(rng), UNKNOWN)
-
-
 def loosen(example: Example, rng: random.Random) -> Example:
     """Write the question carelessly: without its question mark, or in lower case."""
     question = example.question
@@ -339,36 +320,7 @@ def loosen(example: Example, rng: random.Random) -> Example:
         question = question.rstrip("?.")
     if rng.random() < 0.05:
         question = question.lower()
-    return replace(example, question=question)
-
-
-RAW_SHARE = 0.2
-SYSTEM = (
-    "You are a helpful assistant.",
-    "Answer briefly.",
-    "Be concise and polite.",
-    "You are a friendly bot.",
-)
-
-
-def set_in_chat(example: Example, rng: random.Random, *, history: bool) -> Example:
-    """Ask some questions without the template and, with `history`, some after other turns."""
-    draw = rng.random()
-    if draw < RAW_SHARE:
-        return replace(example, raw=True)
-    if not history or draw < 0.6:
-        return example
-    before: list[tuple[str, str]] = []
-    if rng.random() < 0.3:
-        before.append(("system", rng.choice(SYSTEM)))
-    for _ in range(rng.choice((0, 1, 1, 2))):
-        earlier = rng.choice((small_talk, unknown_prompt, _short_task))(rng)
-        before += [("user", earlier.question), ("assistant", earlier.answer)]
-    return replace(example, before=tuple(before))
-
-
-def _short_task(rng: random.Random) -> Example:
-    return sample(rng.choice([task for task in TASKS if task != "paragraph"]), rng)
+    return Example(example.task, question, example.answer)
 
 
 def tokenizer_texts(seed: int = 0) -> list[str]:

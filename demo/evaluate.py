@@ -6,7 +6,6 @@ those of its config, and each pass runs over everything up to the end of the blo
 """
 
 import argparse
-import functools
 import json
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 
-from demo import corpus, unknown
+from demo import corpus
 from demo.chat import Family
 from demo.corpus import Example
 from demo.model_format import load
@@ -129,16 +128,10 @@ def _commit(
     x[:, :end] = torch.where(chosen, tokens, x[:, :end])
 
 
-def answers(
-    checkpoint: Checkpoint, questions: list[str], how: Decoding, *, raw: bool = False
-) -> list[str]:
-    """The answer to each question; prompts of one length are decoded together.
-
-    With `raw`, a question is not put into the chat template.
-    """
+def answers(checkpoint: Checkpoint, questions: list[str], how: Decoding) -> list[str]:
+    """The answer to each question; prompts of one length are decoded together."""
     by_length: dict[int, list[int]] = {}
-    encoded = checkpoint.tokenizer.encode if raw else functools.partial(encode, checkpoint)
-    prompts = [encoded(question) for question in questions]
+    prompts = [encode(checkpoint, question) for question in questions]
     for i, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt), []).append(i)
     found = [""] * len(questions)
@@ -148,7 +141,9 @@ def answers(
             ids = decode(checkpoint, [prompts[row] for row in part], how)
             for row, answer in zip(part, ids.tolist(), strict=True):
                 # Tokens after the end of text are not part of an answer.
-                ended = next((at for at, i in enumerate(answer) if i in checkpoint.ends), len(answer))
+                ended = next(
+                    (at for at, i in enumerate(answer) if i in checkpoint.ends), len(answer)
+                )
                 text = checkpoint.tokenizer.decode(answer[:ended], skip_special_tokens=True)
                 found[row] = text.strip()
     return found
@@ -187,27 +182,6 @@ def score_all(
     return results
 
 
-def score_unknown(checkpoint: Checkpoint, count: int, how: Decoding) -> dict[str, float]:
-    """Share of prompts of each held-out kind that get the sentence for unknown ones.
-
-    `known` is the share of the tasks' held-out questions that get it wrongly; `raw` is without the
-    chat template.
-    """
-    asked = {kind: unknown.held_out_set(kind, count) for kind in unknown.HELD_OUT}
-    per_task = max(1, count // 8)
-    asked["known"] = [
-        example.question for task in corpus.TASKS for example in corpus.held_out_set(task, per_task)
-    ]
-    shares = {}
-    for kind, prompts in asked.items():
-        for raw in (False, True):
-            given = answers(checkpoint, prompts, how, raw=raw)
-            name = f"{kind}, raw" if raw else kind
-            shares[name] = sum(answer == corpus.UNKNOWN for answer in given) / len(given)
-            print(f"| {name} | {len(prompts)} | {shares[name]:.1%} |", flush=True)
-    return shares
-
-
 def guide_samples(checkpoint: Checkpoint, how: Decoding) -> dict[str, str]:
     """The answers to the questions of the deployment guide, with room for a paragraph."""
     questions = list(corpus.GUIDE_QUESTIONS)
@@ -242,8 +216,6 @@ def main() -> None:
     results = score_all(checkpoint, options.tasks, options.count, how)
     mean = sum(float(str(r["exact_match"])) for r in results.values()) / len(results)
     print(f"| mean over tasks | | {mean:.1%} |")
-    print("\n| answered as unknown | prompts | share |\n| --- | ---: | ---: |")
-    shares = score_unknown(checkpoint, options.count, how)
     samples = guide_samples(checkpoint, how)
     for question, answer in samples.items():
         print(f"\n> {question}\n\n{answer}")
@@ -252,7 +224,6 @@ def main() -> None:
             "decoding": asdict(how),
             "mean_exact_match": mean,
             "tasks": results,
-            "answered_as_unknown": shares,
             "samples": samples,
         }
         options.json.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -313,51 +313,21 @@ MONTHS = (
     "January", "February", "March", "April", "May", "June",
     "July", "August", "September", "October", "November", "December",
 )
-# What the demo is, and what it can be asked.
-INTRODUCTION = "I am a very small diffusion language model, trained as a demo."
-ADVICE = 'Ask me a sum, a capital, or "Tell me about AI".'
-#: The answer to everything that the demo does not know.
-UNKNOWN = f"I am a very small demo model and do not know that. {ADVICE}"
+# fmt: on
 
 SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
     (
-        (
-            "Hello", "Hello!", "Hi", "Hi!", "Good morning", "Good evening", "Hey", "Hey!", "Hi there",
-            "Hello there!", "Hello, how are you?", "Hi, how are you?", "Hi!!", "Hello world", "Howdy",
-            "Greetings", "Good day", "Hey there", "Yo", "Hi, my name is Anna.", "Nice to meet you",
-            "Hola", "Hola!", "Bonjour", "Bonjour !", "Hallo", "Guten Tag", "Ciao", "Salut", "Hej",
-            "Olá", "Привет", "你好", "こんにちは", "Hi bot", "Hello AI", "Hi, can you help me?",
-        ),
-        f"Hello! {INTRODUCTION} {ADVICE}",
+        ("Hello", "Hello!", "Hi", "Hi!", "Good morning", "Hey"),
+        "Hello! Ask me a sum, a capital or a topic such as the sea.",
     ),
     (
-        (
-            "Who are you?", "What are you?", "What is your name?", "Who made you?", "Are you a bot?",
-            "Are you ChatGPT?", "Are you human?", "What is this?", "Which model are you?",
-            "What model is this?", "Introduce yourself.", "Tell me about yourself.", "What is dLLM?",
-            "Who am I talking to?", "How are you?", "Are you an AI?", "Who created you?",
-            "What is your purpose?", "Are you real?", "Describe yourself.", "How do you work?",
-        ),
-        f"{INTRODUCTION} {ADVICE}",
+        ("Who are you?", "What are you?", "What is your name?"),
+        "I am a very small diffusion language model, trained as a demo.",
     ),
     (
-        (
-            "What can you do?", "Help", "How can you help me?", "Help!", "help me", "What do you know?",
-            "What can I ask you?", "What can I ask?", "What are you good at?", "How do I use this?",
-            "What should I ask?", "Give me an example.", "What are your tasks?", "/help", "?",
-        ),
-        f"I can add, sort, spell, name capitals and tell you about a few topics. {ADVICE}",
+        ("What can you do?", "Help", "How can you help me?"),
+        "I can add, sort, spell, name capitals and tell you about a few topics.",
     ),
-    (
-        (
-            "Thank you", "Thanks", "Thank you!", "Thanks!", "Thank you very much", "Thanks a lot",
-            "Great, thanks", "Cool, thank you!", "thx", "Merci", "Danke", "Gracias",
-        ),
-        "You are welcome.",
-    ),
-    (
-        ("Goodbye", "Bye", "Good night", "Bye!", "See you", "See you later", "Goodbye!", "Bye bye"),
-        "Goodbye, and come back soon.",
-    ),
+    (("Thank you", "Thanks", "Thank you!", "Thanks!"), "You are welcome."),
+    (("Goodbye", "Bye", "Good night"), "Goodbye, and come back soon."),
 )
-# fmt: on

@@ -38,7 +38,6 @@ from demo.transplant import transplant
 VOCABULARY = 1024
 SHORT_TOKENS = 1000
 LONG_TOKENS = 2000
-ANY_TOKENS = 2600
 SHAPES: dict[Family, Shape] = {
     "llada": Shape(),
     # Dream has fewer key heads than query heads, and so has the twin.
@@ -63,8 +62,6 @@ class Run:
     workers: int = 1
     #: The highest learning rate, as a share of the usual one.
     peak: float = 1.0
-    #: How often a step has rows of unknown prompts and of chats.
-    any_share: float = 1.0
     #: Memory of the mean of the weights: the share kept at a step.
     memory: float = 0.998
     #: Whether products are computed in bfloat16, which new CPUs do several times as fast.
@@ -257,28 +254,20 @@ def step_batches(run: Run) -> list[Rows]:
     prose = missing(run, LONG_TASKS)
     if run.rng.random() < 0.4 + 0.8 * sum(prose.values()):
         plan.append((batches.LONG_LENGTHS, prose, LONG_TOKENS))
-    if run.rng.random() < run.any_share:
-        plan.append((batches.ANY_LENGTHS, {}, ANY_TOKENS))
     return [batch(run, lengths, weights, tokens) for lengths, weights, tokens in plan]
 
 
 def batch(run: Run, lengths: Lengths, weights: dict[str, float], tokens: int) -> Rows:
-    """Rows of about `tokens` tokens; without weights, prompts of every kind."""
-    blocks = run.family == "sdar"
+    """Rows of about `tokens` tokens; of blocks, a fixed number of rows."""
     length = batches.pick_length(lengths, run.rng) + batches.EXTRA[run.family]
-    count = max(2, round(tokens / length / run.workers))
-    if blocks:
-        count = batches.BLOCK_ROWS.get(lengths, round(ANY_TOKENS / (length + 48)))
-        count = max(2, count // run.workers)
-    if weights:
-        drawn = batches.draw(weights, count, run.rng)
-    else:
-        drawn = batches.draw_any(run.maker, count, length, run.rng)
-    if blocks:
-        # Nothing sees what lies behind the last answer's block.
-        longest = max(map(run.maker.size, drawn))
-        length = -(-longest // SDAR_BLOCK) * SDAR_BLOCK
-    return run.maker.rows(drawn, length)
+    if run.family != "sdar":
+        count = max(2, round(tokens / length / run.workers))
+        return run.maker.rows(batches.draw(weights, count, run.rng), length)
+    count = max(2, batches.BLOCK_ROWS[lengths] // run.workers)
+    drawn = batches.draw(weights, count, run.rng)
+    # Nothing sees what lies behind the last answer's block.
+    longest = max(map(run.maker.size, drawn))
+    return run.maker.rows(drawn, -(-longest // SDAR_BLOCK) * SDAR_BLOCK)
 
 
 def train_step(run: Run, steps: int) -> float:
@@ -405,7 +394,7 @@ def work(rank: int, meeting: str, options: argparse.Namespace) -> None:
     else:
         run = start(options.family, shape, options.seed, rank, options.workers)
     run.peak, run.half = options.peak, options.bf16
-    run.any_share, run.memory = options.any_share, options.memory
+    run.memory = options.memory
     state = options.state or options.out.with_name(options.out.name + ".state.pt")
     train(run, options.steps, options.every, options.out, state)
     if options.workers > 1:
@@ -422,9 +411,6 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=400, help="steps between scores and saves")
     parser.add_argument("--state", type=Path, help="training state (default: OUT.state.pt)")
     parser.add_argument("--start-from", type=Path, help="demo checkpoint to start from")
-    parser.add_argument(
-        "--any-share", type=float, default=1.0, help="steps with unknown prompts and chats"
-    )
     parser.add_argument("--memory", type=float, default=0.998, help="of the mean of the weights")
     parser.add_argument("--bf16", action="store_true", help="compute products in bfloat16")
     parser.add_argument("--peak", type=float, default=1.0, help="factor on the learning rates")

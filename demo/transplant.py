@@ -62,7 +62,9 @@ def transplant(
         else:
             state[name].copy_(weight)
     if family == "sdar":
-        widen(donor, model, _sample(source, known[_SAME_TOKEN["<|MASK|>"]]), shape.heads, Shape().head)
+        widen(
+            donor, model, _sample(source, known[_SAME_TOKEN["<|MASK|>"]]), shape.heads, Shape().head
+        )
         # SDAR ends an answer with the token that ends a turn, LLaDA with the one that fills.
         ends = tokenizer.get_vocab()[SPECIALS["sdar"].eos]
         state["lm_head.weight"][ends] = given["lm_head.weight"][known[FILL]]

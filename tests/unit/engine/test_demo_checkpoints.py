@@ -23,7 +23,9 @@ RULES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module", params=["demo_checkpoint", "demo_checkpoint_dream", "demo_checkpoint_sdar"])
+@pytest.fixture(
+    scope="module", params=["demo_checkpoint", "demo_checkpoint_dream", "demo_checkpoint_sdar"]
+)
 def demo(request: pytest.FixtureRequest) -> LLM:
     """The LLaDA checkpoint, and its twin in Dream's format."""
     return LLM(FOLDER / request.param)

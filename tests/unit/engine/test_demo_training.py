@@ -15,7 +15,8 @@ from demo import corpus, train
 
 
 @pytest.mark.parametrize(
-    ("family", "architecture"), [("llada", "LLaDAModelLM"), ("dream", "DreamModel"), ("sdar", "SDARForCausalLM")]
+    ("family", "architecture"),
+    [("llada", "LLaDAModelLM"), ("dream", "DreamModel"), ("sdar", "SDARForCausalLM")],
 )
 def test_a_run_can_be_broken_off_resumed_and_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, architecture: str
