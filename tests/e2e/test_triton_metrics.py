@@ -24,7 +24,7 @@ def test_counters_count(triton: TritonServer) -> None:
     )
     after = settled_counters(triton)
     moved = {name: after[name] - before[name] for name in COUNTERS}
-    assert answer.usage == (len("count me"), 32, 16, 32)
+    assert answer.usage == (len("count me"), 32, 16, 32, 0)
     assert moved.pop("dllm_step_seconds_total") > 0
     assert moved.pop("dllm_batched_tokens_total") >= 32
     assert moved == {

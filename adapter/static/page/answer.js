@@ -67,8 +67,10 @@ export class Answer {
       announce("Stopped");
       return false;
     }
-    const { finish_reason: reason, seed } = this.recording.done;
-    this.#end(`${REASONS[reason] ?? reason} · seed ${seed}`);
+    const { finish_reason: reason, seed, usage } = this.recording.done;
+    const cached = usage.cached_tokens > 0 ? `, ${usage.cached_tokens} of them cached` : "";
+    const read = `${usage.prompt_tokens} prompt tokens${cached}`;
+    this.#end(`${REASONS[reason] ?? reason} · ${read} · seed ${seed}`);
     announce(`Answer: ${this.text || "empty"}`);
     return true;
   }

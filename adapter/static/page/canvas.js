@@ -75,6 +75,7 @@ export class Canvas {
   }
 
   #pressed(event) {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
     const steps = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
     const last = this.nodes.length - 1;
     if (event.key in steps) this.#move(this.active + steps[event.key]);
@@ -82,7 +83,6 @@ export class Canvas {
     else if (event.key === "End") this.#move(last);
     else if (event.key === " " || event.key === "Enter") this.#toggle(this.active);
     else return;
-    if (event.ctrlKey || event.metaKey) return;
     event.preventDefault();
   }
 

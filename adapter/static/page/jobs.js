@@ -40,30 +40,36 @@ export class Jobs {
     this.watch();
   }
 
-  /** Asks for the state of each job that is not done, until all are. */
+  /** Asks for the state of each job that is not done, until all are, or a call fails. */
   async watch() {
     clearTimeout(this.timer);
-    const active = this.jobs.filter(({ status }) => ACTIVE.has(status));
-    for (const job of active) await this.#refresh("GET", job);
+    for (const job of this.jobs.filter(({ status }) => ACTIVE.has(status))) {
+      if (!(await this.#refresh("GET", job))) return;
+    }
     this.#store();
     if (this.jobs.some(({ status }) => ACTIVE.has(status))) {
       this.timer = setTimeout(() => this.watch(), POLL_MILLISECONDS);
     }
   }
 
+  /** Brings a job up to date; false if the call failed, which is shown. */
   async #refresh(method, job) {
     try {
       const response = await call(method, `v1/result/${job.id}`);
       const { status, text, error, finish_reason, usage } = await response.json();
       // An answer from before a cancellation may come after it; a job that is done stays so.
-      if (ACTIVE.has(status) && !ACTIVE.has(job.status)) return;
+      if (ACTIVE.has(status) && !ACTIVE.has(job.status)) return true;
       Object.assign(job, { status, text, error, finish_reason, usage });
       if (!ACTIVE.has(status)) announce(`Job ${job.id} ${status}`);
     } catch (error) {
       if (!(error instanceof CallError)) throw error;
-      if (error.status === 404) Object.assign(job, { status: "expired", text: null });
-      else this.onproblem(error);
+      if (error.status !== 404) {
+        this.onproblem(error);
+        return false;
+      }
+      Object.assign(job, { status: "expired", text: null });
     }
+    return true;
   }
 
   async #cancel(job) {

@@ -20,7 +20,6 @@ const state = {
   mode: "prompt",
   /** Whether the model says which mode to begin with: you have not chosen one. */
   isModeOpen: true,
-  isRunning: false,
   fields: [],
   forms: {},
   threads: {},
@@ -80,7 +79,7 @@ async function readModel() {
   }
   const model = list.data[0];
   const { name, facts, about, mode, examples } = describe(model);
-  $("model").textContent = name;
+  $("model").textContent = $("served").textContent = name;
   document.title = `${name} · dLLM-Serve`;
   $("facts").textContent = facts.join(" · ");
   $("about").textContent = about;
@@ -106,6 +105,7 @@ function show(mode) {
   state.forms.b.element.hidden = mode !== "pair";
   state.forms.a.heading.hidden = mode !== "pair";
   $("lines-row").hidden = mode !== "jobs";
+  $("legend").hidden = mode === "jobs";
   $("start").textContent = mode === "jobs" ? "Submit" : "Denoise";
   if (mode === "jobs") state.jobs.watch();
   update();
@@ -116,9 +116,10 @@ function show(mode) {
 function update() {
   const thread = state.threads[state.mode];
   $("intro").hidden = state.mode === "jobs" || !thread.isEmpty;
-  $("clear").hidden = thread === undefined || thread.isEmpty || state.isRunning;
+  const isRunning = thread?.isRunning ?? false;
+  $("clear").hidden = thread === undefined || thread.isEmpty || isRunning;
   $("clear").textContent = state.mode === "chat" ? "New chat" : "Clear";
-  const [shown, other] = state.isRunning ? [$("stop"), $("start")] : [$("start"), $("stop")];
+  const [shown, other] = isRunning ? [$("stop"), $("start")] : [$("start"), $("stop")];
   const hadFocus = document.activeElement === other;
   shown.hidden = false;
   other.hidden = true;
@@ -133,7 +134,7 @@ function settingsNow() {
 
 async function run() {
   const prompt = $("prompt").value;
-  if (state.isRunning) return;
+  if (state.threads[state.mode]?.isRunning) return;
   state.isModeOpen = false;
   clearProblems();
   if (prompt.trim() === "") {
@@ -145,20 +146,18 @@ async function run() {
 }
 
 async function ask(prompt, settings, before = null) {
-  state.isRunning = true;
   const thread = state.threads[state.mode];
   const asking = thread.ask(prompt, settings, before);
   update();
   try {
     return await asking;
   } finally {
-    state.isRunning = false;
     update();
   }
 }
 
 function redo(prompt, settings, before) {
-  if (state.isRunning) return;
+  if (state.threads[state.mode].isRunning) return;
   clearProblems();
   ask(prompt, settings, before);
 }
@@ -241,6 +240,9 @@ function listen() {
     run();
   });
   $("prompt").addEventListener("input", remember);
+  if (!CSS.supports("field-sizing", "content")) {
+    $("prompt").addEventListener("input", () => grow($("prompt")));
+  }
   $("stop").addEventListener("click", () => state.threads[state.mode].stop());
   $("clear").addEventListener("click", () => {
     state.threads[state.mode].clear();
@@ -251,6 +253,7 @@ function listen() {
     key.set($("key").value);
     clearProblems();
     readModel();
+    if (state.mode === "jobs") state.jobs.watch();
   });
   for (const input of document.querySelectorAll('[name="mode"]')) {
     input.addEventListener("change", () => {
@@ -267,6 +270,12 @@ function listen() {
       state.threads[state.mode]?.pause();
     }
   });
+}
+
+/** Makes an area as high as its text, where styles alone cannot. */
+function grow(area) {
+  area.style.blockSize = "auto";
+  area.style.blockSize = `${area.scrollHeight}px`;
 }
 
 start();

@@ -29,6 +29,10 @@ export class Thread {
     return this.element.childElementCount === 0;
   }
 
+  get isRunning() {
+    return this.running.length > 0;
+  }
+
   clear() {
     this.pause();
     this.messages = [];

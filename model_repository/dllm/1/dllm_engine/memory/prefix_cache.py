@@ -21,12 +21,38 @@ import math
 from collections.abc import Sequence
 
 from dllm_engine.memory.kv_cache import PageAllocator
+from dllm_engine.models.base import BlockAttention
 from dllm_engine.request import PrefixChain
 
 
 def unit_length(block_length: int, page_size: int) -> int:
     """Tokens of a unit: whole blocks that fill whole pages."""
     return math.lcm(block_length, page_size)
+
+
+def prefix_chain(
+    prompt_ids: Sequence[int],
+    blocks: BlockAttention,
+    *,
+    block_length: int,
+    page_size: int,
+    identity: Sequence[str],
+) -> PrefixChain:
+    """Make the chain of a request, with the keys of its prompt.
+
+    Args:
+        prompt_ids: the tokens before the canvas.
+        blocks: how the model attends.
+        block_length: of the request.
+        page_size: tokens per page.
+        identity: model, adapter and salt.
+    """
+    # A token that sees no later one depends on no block.
+    length = 1 if blocks.prompt_causal else block_length
+    chain = PrefixChain(unit_length(length, page_size), [*identity, length])
+    # The answer's first token comes from the hidden state of the prompt's last one: compute that.
+    chain.extend(prompt_ids[:-1] if blocks.first_token_given else prompt_ids)
+    return chain
 
 
 class PrefixCache:
@@ -42,9 +68,7 @@ class PrefixCache:
         self._pages: dict[bytes, list[int]] = {}
         self._key_of: dict[int, bytes] = {}
         allocator.on_evict = self._evict
-        #: Totals since the start: tokens looked up, and found; pages evicted.
-        self.queries = 0
-        self.hits = 0
+        #: Pages evicted since the start.
         self.evictions = 0
 
     def match(self, chain: PrefixChain) -> list[int]:
@@ -57,11 +81,6 @@ class PrefixCache:
             found += pages
         self._allocator.share(found)
         return found
-
-    def count(self, chain: PrefixChain, pages: Sequence[int]) -> None:
-        """Count a lookup that found `pages`."""
-        self.queries += len(chain.keys) * chain.unit
-        self.hits += len(pages) * self._allocator.page_size
 
     def enter(self, chain: PrefixChain, units: range, pages: list[int]) -> bool:
         """Cache some units, whose pages the caller holds and has filled.

@@ -44,6 +44,10 @@ class StepResult:
     next_is_refresh: list[bool]
     #: Whether a confidence is NaN or infinite: the model's logits were.
     not_finite: list[bool]
+    #: Positions from the left whose stored keys and values are final; 0 unless block-wise.
+    final: list[int]
+    #: Positions from the left that the next step stores or reads.
+    next_end: list[int]
 
 
 class Canvas(NamedTuple):
@@ -174,8 +178,13 @@ class CanvasTable:
                 wider[:, : old.shape[1]] = old
                 setattr(self, name, wider)
 
-    def fill(self, slot: int, prompt: Prompt, params: SamplingParams) -> tuple[int, bool]:
+    def fill(
+        self, slot: int, prompt: Prompt, params: SamplingParams, num_cached: int = 0
+    ) -> tuple[int, bool]:
         """Set up the canvas of a new request in `slot`; `params` must be resolved.
+
+        Args:
+            num_cached: positions from the left whose keys and values are stored and final.
 
         Returns:
             Rows of one sequence in its first step, and whether that is a Refresh.
@@ -201,7 +210,16 @@ class CanvasTable:
         if params.alg:
             chances = list(map(dream_chances, steps_of_blocks(params)))
             self._chance[slot, : params.steps] = np.concatenate(chances)
-        state, _ = self._prepare_step(state)
+        return self.rewind(slot, num_cached)
+
+    def rewind(self, slot: int, num_cached: int) -> tuple[int, bool]:
+        """Let only the first `num_cached` positions of a sequence count as stored and final.
+
+        Returns:
+            See `fill`.
+        """
+        state = self._slots.read(np.array([slot]))
+        state, _ = self._prepare_step(state._replace(final=np.array([num_cached])))
         self._slots.change(state)
         return int(state.num_rows[0]), bool(state.refresh[0])
 
@@ -345,7 +363,7 @@ class CanvasTable:
         counts = state.decodes & ~state.opens
         state, first_masked = self._prepare_step(
             state._replace(
-                # Noise depends on it, so that of a prompt read in any chunks is the same.
+                # Noise depends on it, so that of a prompt in any chunks, or cached, is the same.
                 step=state.step + state.decodes,
                 block_step=state.block_step + counts,
                 block_age=state.block_age + counts,
@@ -362,6 +380,8 @@ class CanvasTable:
             state.num_rows.tolist(),
             state.refresh.tolist(),
             not_finite.tolist(),
+            state.final.tolist(),
+            state.kv_lens.tolist(),
         )
 
     def _num_ready(self, state: SlotState, first_masked: Array) -> Array:
