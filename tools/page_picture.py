@@ -17,7 +17,7 @@ from PIL import Image
 from tests.support.browser import Page, open_browser
 
 IMAGES = Path(__file__).parents[1] / "docs/images"
-WIDTH, HEIGHT = 1120, 760
+WIDTH, HEIGHT = 1120, 830
 PROMPT = "Write a paragraph about rain."
 LINK = "#mode=prompt&a.gen_length=96&a.temperature=0"
 TOKENS_PER_FRAME = 2

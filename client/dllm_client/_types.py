@@ -122,7 +122,7 @@ def prompt_field(prompt: Prompt) -> dict[str, Any]:
     """The prompt under the name that the REST API has for its form."""
     if isinstance(prompt, str) or not isinstance(prompt, Sequence):
         return {"prompt": prompt}
-    if prompt and not isinstance(prompt[0], Mapping):
+    if not prompt or not isinstance(prompt[0], Mapping):  # no ids: a text from nothing
         return {"input_ids": list(prompt)}
     return {"messages": list(prompt)}
 

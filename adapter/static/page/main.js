@@ -53,7 +53,7 @@ function build(fields, linked) {
     $("forms").append(form.element);
   }
   for (const mode of ["chat", "prompt", "pair"]) {
-    const thread = new Thread({ mode, fields, onlink: linkTo, onproblems: showProblems, onredo: redo });
+    const thread = new Thread({ mode, fields, onlink: linkTo, onproblems: showRefusal, onredo: redo });
     state.threads[mode] = thread;
     $("threads").append(thread.element);
   }
@@ -170,6 +170,12 @@ async function submit(text) {
   } catch (error) {
     showProblems(error, "a");
   }
+}
+
+/** Shows why an answer failed; the page first takes the shape in which it stays. */
+function showRefusal(error, side) {
+  update();
+  showProblems(error, side);
 }
 
 /** Shows what went wrong beside the field it names, or above the button. */

@@ -269,7 +269,8 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 
 
 @pytest.mark.parametrize(
-    ("prompt", "field"), [("hi", "prompt"), (MESSAGES, "messages"), ([1, 2], "input_ids")]
+    ("prompt", "field"),
+    [("hi", "prompt"), (MESSAGES, "messages"), ([1, 2], "input_ids"), ([], "input_ids")],
 )
 def test_prompt_has_three_forms(
     client: Client, script: Script, prompt: dllm_client.Prompt, field: str

@@ -292,6 +292,7 @@ async def test_text_of_the_model_is_never_markup(page: Page) -> None:
 
 async def test_errors_stand_beside_the_field_they_name(page: Page) -> None:
     """The field is marked, described by the error, focused, unfolded; the next try clears it."""
+    await page.show_as(width=390, height=700, still=True)
     ENGINE.scripts = [[InvalidRequest("pool_kernel: must be odd")]]
     await fill(page, "hello", pool_kernel="4")
     await start(page)
@@ -302,6 +303,8 @@ async def test_errors_stand_beside_the_field_they_name(page: Page) -> None:
         "return [one.id, one.getAttribute('aria-invalid'), one.getAttribute('aria-describedby')]"
     )
     assert field[:2] == ["a-pool_kernel", "true"]
+    seen = "const {top, bottom} = document.activeElement.getBoundingClientRect();"
+    assert await page.run(f"{seen} return 0 < top && bottom < innerHeight")
     assert "a-pool_kernel-error" in field[2]
     assert await texts(page, ".turn") == []
 

@@ -1,6 +1,8 @@
 """Which database errors are transient, and how many connections a worker takes."""
 
 import asyncio
+import os
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +12,9 @@ from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import asyncpg
+import psutil
 import pytest
+from adapter_fakes import until
 from sqlalchemy import Connection, func, literal, make_url, select, text
 from sqlalchemy.exc import DBAPIError
 
@@ -206,3 +210,23 @@ def test_an_address_that_is_wrong_is_one_line(
     (line,) = [line for line in ended.stderr.splitlines() if "DLLM_DATABASE_URL" in line]
     assert "the adapter cannot start: DLLM_DATABASE_URL: " in line
     assert f'"{reason}" does not exist' in line
+
+
+def tcp_user_timeouts(port: int | None) -> set[int]:
+    """The kernel's time-outs of this process's connections to a port, in milliseconds."""
+    found = set()
+    for connection in psutil.Process().net_connections("tcp"):
+        if connection.raddr and connection.raddr.port == port:
+            with socket.socket(fileno=os.dup(connection.fd)) as tcp:
+                found.add(tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
+    return found
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the option is Linux's")
+async def test_both_sides_give_up_a_connection_that_swallows(database_url: str) -> None:
+    """Kernel and server have the transactions' limit as TCP user time-out of each connection."""
+    async with Database.open(database_url, timeout=4) as database:
+        (row,) = await database.read(select(func.current_setting("tcp_user_timeout").label("set")))
+        assert row.set in ("4000", "4s")
+        # A connection that is only being made has none yet.
+        await until(lambda: tcp_user_timeouts(make_url(database_url).port) == {4000})
