@@ -72,10 +72,13 @@ def encode(checkpoint: Checkpoint, question: str) -> list[int]:
 def decode(checkpoint: Checkpoint, prompts: list[list[int]], how: Decoding) -> torch.Tensor:
     """Answer prompts of one length; returns ids [rows, how.length]."""
     start = len(prompts[0])
-    x = torch.full((len(prompts), start + how.length), checkpoint.mask)
+    stop = start + how.length
+    # SDAR also denoises what is left of the last block.
+    width = -(-stop // checkpoint.block) * checkpoint.block if checkpoint.block else stop
+    x = torch.full((len(prompts), width), checkpoint.mask)
     x[:, :start] = torch.tensor(prompts)
     if checkpoint.block:
-        return _decode_by_blocks(checkpoint, x, start, how.threshold)[:, start:]
+        return _decode_by_blocks(checkpoint, x, start, how.threshold)[:, start:stop]
     blocks = how.length // how.block
     for block in range(blocks):
         end = start + (block + 1) * how.block
@@ -91,7 +94,7 @@ def _decode_by_blocks(
     """SDAR's loop: blocks are counted from the prompt's start, an end stops after its block."""
     ends = torch.tensor(checkpoint.ends)
     for first in range(start // checkpoint.block * checkpoint.block, x.shape[1], checkpoint.block):
-        end = min(first + checkpoint.block, x.shape[1])
+        end = first + checkpoint.block
         while bool((x[:, :end] == checkpoint.mask).any()):
             _commit(checkpoint, x, end, 1, threshold)
         if bool(torch.isin(x[:, start:end], ends).any(1).all()):

@@ -26,7 +26,7 @@ from transformers import (
 from demo.chat import CHAT_TEMPLATES, FILL, SPECIALS, Family, special_ids
 
 #: SDAR's block: rows of a block see the blocks before it and the whole of their own.
-SDAR_BLOCK = 8
+SDAR_BLOCK = 16
 ARCHITECTURES: dict[Family, str] = {
     "llada": "LLaDAModelLM",
     "dream": "DreamModel",
