@@ -64,13 +64,15 @@ def incomplete_files(directory: Path) -> list[str]:
         placed: dict[str, str] = json.loads(index.read_text())["weight_map"]
         by_file: dict[str, set[str]] = {}
         for tensor, name in placed.items():
-            by_file.setdefault(name, set()).add(tensor)
-    except (ValueError, KeyError, TypeError, AttributeError):
+            by_file.setdefault(str(directory / name), set()).add(tensor)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        by_file = {}
+    if not by_file:
         return [f"{index.name} is not an index of tensors"]
     return [
         problem
         for name, tensors in sorted(by_file.items())
-        for problem in _incomplete(directory / name, tensors)
+        for problem in _incomplete(Path(name), tensors)
     ]
 
 
@@ -82,7 +84,7 @@ def _incomplete(file: Path, expected: set[str] | None) -> list[str]:
     try:
         header, begin = _read_header(file)
         end = begin + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error):
         return [f"{file.name} has no header of safetensors: not downloaded, or a Git LFS pointer"]
     if size != end:
         return [f"{file.name} has {size:,} bytes, its header says {end:,}"]

@@ -33,7 +33,7 @@ class Sampling(TypedDict, total=False):
         str,
         "which positions a step commits first; default: low_confidence, or a "
         "block-wise model's own rule: low_confidence_dynamic, low_confidence, "
-        "random, entropy, margin, sequential",
+        "random, entropy, margin, sequential, speculative",
     ]
     confidence_threshold: Annotated[
         float,

@@ -87,7 +87,7 @@ def _assignment(text: str) -> tuple[str, Any]:
         raise typer.BadParameter(f"must be name=value, not {text!r}", param_hint="--set")
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value
 
 

@@ -11,6 +11,7 @@ import torch
 from dllm_engine import LLM, InvalidRequest, SamplingParams
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from tests.support.blockwise_reference import (
     KINDS,
@@ -166,6 +167,53 @@ def test_blocks_of_one_are_greedy_left_to_right_decoding(
     for prompt, answer in zip(prompts, llm.generate(prompts, params), strict=True):
         expected = generate_left_to_right(forward, prompt, 24, ids_of("nemotron"))
         assert answer.token_ids[: len(expected)].tolist() == expected
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_speculation_changes_no_token(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
+    """Nemotron's self-speculation, beside other requests, gives the greedy left-to-right answers.
+
+    The model only ever writes two tokens, so that some of a draft is often right: a token takes
+    fewer steps than a draft and a check.
+    """
+    directory = write_family(tmp_path_factory.mktemp("nemotron"), "nemotron", seed=seed)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["diffusion_head.weight"][:200] = 0
+    tensors["diffusion_head.weight"][202:] = 0
+    save_file(tensors, directory / "model.safetensors")
+    forward = native(directory, torch.float32)
+    llm = LLM(directory, dtype="float32", max_num_batched_tokens=128)
+    generator = torch.Generator().manual_seed(5)
+    lengths = [1, 8, 30, 75, 21, 3, 40]
+    batch = []
+    for i, length in enumerate(lengths):
+        prompt = torch.randint(128, 499, (length,), generator=generator).tolist()
+        cache = "none" if i in (1, 4) else None
+        block_length = (None, 2, 5, 8, 32, 7, 3)[i]
+        params = SamplingParams(
+            gen_length=25, block_length=block_length, remasking="speculative", cache=cache
+        )
+        batch.append(Case(3 * i, prompt, params))
+        batch.append(Case(2 * i, prompt[::-1], SamplingParams(gen_length=9)))
+    answers = run_with_arrivals(llm, batch)
+    steps = tokens = 0
+    for case, answer in list(zip(batch, answers, strict=True))[::2]:
+        steps += answer.usage.forward_passes
+        expected = generate_left_to_right(forward, case.ids, 25, ids_of("nemotron"))
+        assert answer.token_ids[: len(expected)].tolist() == expected
+        assert set(answer.token_ids[len(expected) :].tolist()) <= {mask_of("nemotron")}
+        tokens += len(expected)
+    assert steps < 1.8 * tokens
+
+
+@pytest.mark.parametrize("family", ["sdar", "fast_dllm"])
+def test_speculation_needs_a_model_that_reads_left_to_right(
+    tmp_path_factory: pytest.TempPathFactory, family: str
+) -> None:
+    """Models whose finished blocks see themselves as a whole cannot check a draft."""
+    llm = LLM(write_family(tmp_path_factory.mktemp(family), family))
+    with pytest.raises(InvalidRequest, match="remasking: speculative needs a model"):
+        llm.generate([[200]], SamplingParams(remasking="speculative"))
 
 
 def test_a_prompt_and_bound_beyond_the_context_are_refused(subject: Subject) -> None:

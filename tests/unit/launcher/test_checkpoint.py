@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -100,8 +101,14 @@ def test_what_a_broken_download_lacks_is_named(tmp_path: Path) -> None:
         f"{third.name} has no header of safetensors: not downloaded, or a Git LFS pointer",
         f"{fourth.name} has no tensor extra",
     ]
-    index.write_text("[]")
-    assert incomplete_files(folder) == [f"{index.name} is not an index of tensors"]
+    for text in ("[]", '{"weight_map": {}}', '{"weight_map": {"a": 5}}', "[" * 100_000):
+        index.write_text(text)
+        assert incomplete_files(folder) == [f"{index.name} is not an index of tensors"]
+    index.unlink()
+    for header in (b'{"a": {"data_offsets": []}}', b"[" * 100_000):
+        (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+        (problem,) = incomplete_files(folder)
+        assert "no header of safetensors" in problem
 
 
 def test_pull_tells_how_to_get_a_checkpoint_and_whether_it_is_whole(

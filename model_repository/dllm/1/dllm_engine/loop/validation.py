@@ -19,6 +19,10 @@ from dllm_engine.state.canvas import LONGEST_BLOCK
 
 logger = logging.getLogger("dllm_engine")
 
+#: The value of `remasking` that needs a model which also reads left to right.
+SPECULATIVE = "speculative"
+_NOT_CAUSAL = "speculative needs a model that also reads left to right (Nemotron)"
+
 
 def longest_sequence(config: EngineConfig, spec: ModelSpec) -> int:
     """Return the longest sequence in tokens: the configured one, or the checkpoint's.
@@ -86,6 +90,8 @@ class RequestLimits:
         """
         if self._spec.blocks is None:
             params = params.with_cache_defaults(self._config.cache_defaults)
+            if params.remasking == SPECULATIVE:
+                raise InvalidRequest("remasking", _NOT_CAUSAL)
             if params.cache == "block":
                 raise InvalidRequest(
                     "cache",
@@ -145,6 +151,13 @@ class RequestLimits:
         if params.remasking is None and not asks:
             asks = ["confidence_threshold"]
             changed["confidence_threshold"] = blocks.threshold
+        if params.remasking == SPECULATIVE:
+            if not (blocks.prompt_causal and blocks.first_token_given):
+                raise InvalidRequest("remasking", _NOT_CAUSAL)
+            if asks:
+                raise InvalidRequest(asks[0], f"cannot be combined with remasking {SPECULATIVE}")
+            if size < 2:
+                raise InvalidRequest("block_length", f"must be at least 2 with {SPECULATIVE}")
         ranks = params.credit or params.low_threshold is not None
         own_rule = asks == ["confidence_threshold"] and not (ranks or blocks.threshold_inclusive)
         if params.remasking is None and own_rule:
