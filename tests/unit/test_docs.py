@@ -10,7 +10,7 @@ import pytest
 from dllm_engine import EngineConfig
 
 from adapter.settings import Settings as AdapterSettings
-from benchmarks import parallel, precision, quality, throughput
+from benchmarks import blockwise, parallel, precision, quality, throughput
 from launcher.settings import Settings as LauncherSettings
 from tests.unit.test_layering import LAYERS
 
@@ -65,6 +65,14 @@ def test_commands_on_the_pages_can_be_run() -> None:
             assert target in targets, f"{page.name}: make {target}"
         for module in re.findall(r"python3? -m ((?:benchmarks|demo|launcher|adapter)[\w.]*)", text):
             assert importlib.util.find_spec(module), f"{page.name}: {module}"
+
+
+def test_the_block_wise_figures_on_the_page_are_those_of_the_results() -> None:
+    """Its tables are the ones that benchmarks/blockwise.py makes from its results."""
+    page = (ROOT / "docs/performance.md").read_text()
+    result = json.loads((ROOT / "benchmarks/results/blockwise.json").read_text())
+    for block in blockwise.table(result).split("\n\n"):
+        assert block in page
 
 
 def test_the_latencies_on_the_page_are_those_of_the_results() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from dllm_engine import LLM, InvalidRequest, SamplingParams
+from dllm_engine import LLM, InvalidRequest, Prompt, SamplingParams
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -231,3 +231,21 @@ def test_another_block_length_is_warned_of_once(
             subject.llm.generate([[200]], SamplingParams(gen_length=2, block_length=5))
     trained = BLOCK_LENGTH[subject.family]
     assert caplog.text.count(f"block_length 5: the checkpoint was trained for {trained}") == 1
+
+
+@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("fields", [{}, {"block_length": 32}, {"cache": "none"}])
+def test_headroom_ends_where_the_context_or_its_last_block_does(
+    tmp_path: Path, family: str, fields: dict[str, Any]
+) -> None:
+    """A prompt longer by the headroom is served, one more token is refused: with a context that is
+    no multiple of blocks or pages, and a budget below it."""
+    directory = write_family(tmp_path, family)
+    llm = LLM(directory, max_model_len=100, kv_page_size=16, max_num_batched_tokens=64)
+    params = SamplingParams(gen_length=3, **fields)
+    request = llm.engine.make_request(Prompt([200] * 10), params)
+    longest = 10 + llm.engine.headroom(request)
+    (answer,) = llm.generate([[200] * longest], params, progress=False)
+    assert answer.usage.prompt_tokens == longest
+    with pytest.raises(InvalidRequest):
+        llm.generate([[200] * (longest + 1)], params)

@@ -169,11 +169,9 @@ class RequestLimits:
         assert params.cache is not None
         assert params.block_length is not None
         assert params.retention_ratio is not None
-        if self._spec.blocks is not None:
-            length += -length % params.block_length  # a canvas is whole blocks
         rows = reserved_rows(
             CachePolicy[params.cache.upper()],
-            length,
+            length + self._behind(length, params),
             params.block_length + self._spec.shifted,
             params.retention_ratio,
         )
@@ -196,12 +194,30 @@ class RequestLimits:
 
     def headroom(self, params: SamplingParams, length: int, *, copies: int) -> int:
         """How many tokens longer the prompt of a request of `length` tokens could be."""
-        longer = range(length + 1, self._spec.max_model_len + 1)
+        longer = range(length + 1, self._longest(params) + 1)
         return bisect.bisect_right(
             longer,
             self._allocator.num_pages,
             key=lambda tokens: self.pages(params, tokens, copies=copies),
         )
+
+    def _behind(self, length: int, params: SamplingParams) -> int:
+        """Positions that complete the last block of a sequence of `length` tokens."""
+        blocks = self._spec.blocks
+        if blocks is None or blocks.origin != "absolute":
+            return 0
+        assert params.block_length is not None
+        return -length % params.block_length
+
+    def _longest(self, params: SamplingParams) -> int:
+        """The longest sequence that `check` allows."""
+        most, blocks = self._spec.max_model_len, self._spec.blocks
+        if blocks is None:
+            return most
+        if blocks.origin == "absolute":  # ends with a block
+            assert params.block_length is not None
+            most -= most % params.block_length
+        return min(most, self._token_budget) if params.cache == "none" else most
 
     def _check_prompt(self, prompt: Prompt, params: SamplingParams) -> None:
         if not prompt.ids:
@@ -233,16 +249,15 @@ class RequestLimits:
                 "gen_length", f"must be at most {longest}; got {params.gen_length}"
             )
         given = prompt.num_tokens
-        blocks, size = self._spec.blocks, params.block_length
-        if blocks is not None and blocks.origin == "absolute" and size:
-            end = -(-(given + params.gen_length) // size) * size
-            if end > most:
-                raise InvalidRequest(
-                    "gen_length",
-                    f"prompt ({given} tokens) plus gen_length ({params.gen_length}) in whole "
-                    f"blocks of {size} must be at most {most}; got {end}",
-                )
-        if given + params.gen_length > most:
+        length = given + params.gen_length
+        end = length + self._behind(length, params)
+        if end > max(length, most):
+            raise InvalidRequest(
+                "gen_length",
+                f"prompt ({given} tokens) plus gen_length ({params.gen_length}) in whole "
+                f"blocks of {params.block_length} must be at most {most}; got {end}",
+            )
+        if length > most:
             raise InvalidRequest(
                 "gen_length",
                 f"prompt ({given} tokens) plus gen_length ({params.gen_length}) "
