@@ -135,13 +135,17 @@ def test_every_decision_is_listed() -> None:
 
 @pytest.mark.parametrize(
     ("folder", "architecture"),
-    [("demo_checkpoint", "LLaDAModelLM"), ("demo_checkpoint_dream", "DreamModel")],
+    [
+        ("demo_checkpoint", "LLaDAModelLM"),
+        ("demo_checkpoint_dream", "DreamModel"),
+        ("demo_checkpoint_sdar", "SDARForCausalLM"),
+    ],
 )
 def test_a_demo_checkpoint_is_small_and_whole(folder: str, architecture: str) -> None:
-    """It has at most 16 MB, the layout that the engine reads, and its card."""
+    """It has at most 8 MB, the layout that the engine reads, and its card."""
     directory = ROOT / "model_repository/dllm/1" / folder
     size = sum(file.stat().st_size for file in directory.iterdir())
-    assert size <= 16 * 2**20
+    assert size <= 8 * 10**6
     config = json.loads((directory / "config.json").read_text())
     assert config["architectures"] == [architecture]
     assert (directory / "README.md").exists()
