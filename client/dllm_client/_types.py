@@ -120,7 +120,7 @@ class Params(Sampling, total=False):
 
 def prompt_field(prompt: Prompt) -> dict[str, Any]:
     """The prompt under the name that the REST API has for its form."""
-    if isinstance(prompt, str) or not isinstance(prompt, Sequence):
+    if isinstance(prompt, str | bytes) or not isinstance(prompt, Sequence):
         return {"prompt": prompt}
     if not prompt or not isinstance(prompt[0], Mapping):  # no ids: a text from nothing
         return {"input_ids": list(prompt)}

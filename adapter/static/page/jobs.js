@@ -77,6 +77,12 @@ export class Jobs {
     this.#store();
   }
 
+  /** The job may belong to the key that was entered before, or after. */
+  #lookAgain(job) {
+    job.status = "running";
+    this.watch();
+  }
+
   #forgetDone() {
     this.jobs = this.jobs.filter(({ status }) => ACTIVE.has(status));
     this.#store();
@@ -89,8 +95,13 @@ export class Jobs {
 
   #store() {
     const kept = this.jobs.map(({ id, prompt, created, status }) => ({ id, prompt, created, status }));
-    localStorage.setItem(STORE, JSON.stringify(kept));
     this.#draw();
+    try {
+      localStorage.setItem(STORE, JSON.stringify(kept));
+    } catch {
+      const message = "this browser has no room for more jobs: the next visit will not list the newest; forget some";
+      this.onproblem(new CallError(0, [{ field: "", message }]));
+    }
   }
 
   /** Draws the list if anything changed, and leaves the focus where it was. */
@@ -120,15 +131,22 @@ export class Jobs {
       h("div", { class: "actions" },
         isActive ? button("Cancel", () => this.#cancel(job)) : null,
         job.status === "finished" && job.text === undefined ? button("Show", async () => { await this.#refresh("GET", job); this.#store(); }) : null,
+        job.status === "expired" ? button("Look again", () => this.#lookAgain(job)) : null,
         job.text ? button("Copy", () => copyText(job.text)) : null,
         isActive ? null : button("Forget", () => this.#forget(job))));
   }
 }
 
+/** Whether it is a job as this page stores it, and not another page's of the same address. */
+function isJob(job) {
+  const isDate = Number.isFinite(job?.created) && Math.abs(job.created) < 8e15;
+  return isDate && Number.isInteger(job.id) && typeof job.prompt === "string" && job.status in MARKS;
+}
+
 function read() {
   try {
     const jobs = JSON.parse(localStorage.getItem(STORE) ?? "[]");
-    return Array.isArray(jobs) ? jobs : [];
+    return jobs.filter(isJob);
   } catch {
     return [];
   }

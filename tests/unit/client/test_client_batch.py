@@ -60,6 +60,16 @@ def test_map_gives_each_item_its_own_fields_and_errors(quick: None) -> None:
     assert [body["seed"] for body in server.bodies] == [1, 1, 0, 1]
 
 
+def test_an_item_that_is_no_prompt_ends_nothing(quick: None) -> None:
+    """None in a list, as for an empty cell of a table, is sent as it is; the others go on."""
+    del quick
+    refused = httpx.Response(422, json={"detail": "not a prompt"})
+    script = Script([refused, submitted(0), job("finished", "a", 0)])
+    outcomes = list(connected(script).map([None, "a"], in_flight=1))  # type: ignore[list-item]
+    assert [one.error is None for one in outcomes] == [False, True]
+    assert outcomes[1].text == "a"
+
+
 def test_a_failed_job_is_an_outcome(quick: None) -> None:
     """The outcome of a failed job has both the job and the error."""
     del quick

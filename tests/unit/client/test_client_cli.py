@@ -349,3 +349,21 @@ def test_values_that_cannot_be_sent_are_one_line(
     assert (outcome.exit_code, outcome.stdout) == (1, "")
     assert outcome.stderr.startswith(f"dllm: {field}: ")
     assert outcome.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "hi", "--set", "prompt=1"],
+        ["batch", "-", "--set", "in_flight=1"],
+        ["generate", "hi", "--set", "self=1"],
+        ["generate", "hi", "--wait-timeout", "nan"],
+        ["generate", "hi", "--wait-timeout", "-1"],
+    ],
+)
+def test_arguments_that_no_command_takes_exit_with_2(dllm: Dllm, arguments: list[str]) -> None:
+    """A field that is an argument of its own, and a time that is none, are wrong arguments."""
+    outcome = dllm(*arguments, stdin="one")
+    assert (outcome.exit_code, outcome.stdout) == (2, "")
+    assert "Invalid value" in outcome.stderr
+    assert dllm.script.requests == []

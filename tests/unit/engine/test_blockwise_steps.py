@@ -118,3 +118,19 @@ def test_a_block_length_that_was_not_trained_is_warned_of(
         engine.make_request(Prompt([1]), Params(gen_length=8, block_length=4))
     warnings = [r.getMessage() for r in caplog.records if "block_length" in r.getMessage()]
     assert warnings == ["block_length 8: the checkpoint was trained for 4"]
+
+
+def test_a_request_is_bitwise_the_same_alone_and_in_any_batch(sdar: Path) -> None:
+    """In float32: tokens and confidences, also of prompts in chunks."""
+    settings: dict[str, Any] = {"dtype": "float32", "max_num_batched_tokens": 160}
+    llm = LLM(sdar, prefix_cache=False, **settings)
+    prompts = [[7 * i + k for k in range(3 + 29 * i)] for i in range(6)]
+    params = [
+        Params(gen_length=9 + i, ignore_eos=True, temperature=0.5 * (i % 2), seed=i)
+        for i in range(6)
+    ]
+    together = llm.generate(prompts, params, progress=False)
+    for i in (0, 3, 5):
+        alone = llm.generate([prompts[i]], params[i], progress=False)[0]
+        assert alone.token_ids.tolist() == together[i].token_ids.tolist()
+        assert alone.confidence.tobytes() == together[i].confidence.tobytes()

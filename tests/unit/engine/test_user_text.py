@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from tests.support.family_checkpoints import FAMILIES, mask_of, write_family_tokenizer
 
 MODELS = Path(__file__).parents[3] / "model_repository/dllm/1"
-DEMOS = ("demo_checkpoint", "demo_checkpoint_dream")
+DEMOS = ("demo_checkpoint", "demo_checkpoint_dream", "demo_checkpoint_sdar")
 CHECKPOINTS = (*DEMOS, *FAMILIES)
 
 

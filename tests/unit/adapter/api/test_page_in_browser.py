@@ -475,6 +475,27 @@ async def test_jobs_are_listed_cancelled_and_kept(page: Page, url: str) -> None:
     await page.until("document.querySelectorAll('.job').length === 0")
 
 
+async def test_what_the_browser_stores_breaks_no_list(page: Page, url: str) -> None:
+    """Jobs are listed though no room is left for them, and though others have stored something."""
+    await choose(page, "jobs")
+    await page.run("localStorage.setItem('other', 'x'.repeat(5 * 2 ** 20 - 60))")
+    await fill(page, "one " * 40)
+    await start(page)
+    await page.until("document.querySelectorAll('.job[data-status=finished]').length === 1")
+    assert await page.run("return document.getElementById('prompt').value") == ""
+    assert "no room for more jobs" in (await texts(page, "#problem"))[0]
+    job_id = int((await texts(page, ".job-id"))[0].removeprefix("job "))
+
+    unseen = {"id": job_id, "prompt": "old", "created": 0, "status": "expired"}
+    odd = [None, 5, {"id": 1}, unseen | {"created": 1e99}, unseen | {"id": "../models"}]
+    store = "localStorage.clear(); localStorage.setItem('dllm.jobs', arguments[0])"
+    await page.run(store, json.dumps([*odd, unseen]))
+    await visit(page, f"{url}/#mode=jobs")
+    assert await texts(page, ".badge") == ["– expired"]
+    await click(page, ".job button", "Look again")
+    await page.until("document.querySelectorAll('.job[data-status=finished]').length === 1")
+
+
 async def test_keys_are_asked_for_where_they_are_needed(page: Page, tmp_path: Path) -> None:
     """Without one the error stands beside its field; with one everything works, for this tab."""
     assert await texts(page, "#key-row") == []
