@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dllm_engine import CanvasUpdate, Engine, Prompt, Request, SamplingParams
+import torch
+from dllm_engine import CanvasUpdate, Engine, Prompt, Request, RequestFailed, SamplingParams
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.budget import examples
-from tests.support.engines import make_engine, run
+from tests.support.engines import make_engine, run, runner_of
 from tests.support.family_checkpoints import write_family
 
 FAMILIES = ("sdar", "fast_dllm", "nemotron")
@@ -235,3 +236,17 @@ def test_a_failed_request_leaves_nothing_behind(tmp_path: Path) -> None:
     assert ask(engine, prompt, gen_length=16).error is not None
     assert engine.allocator.num_cached == 0
     assert engine.allocator.num_used == 0
+
+
+def test_what_a_failed_request_had_from_the_cache_is_computed_again(tmp_path: Path) -> None:
+    """Damaged keys and values fail one request, and not every later one with that beginning."""
+    engine = make_engine(write_family(tmp_path, "sdar"), kv_page_size=8)
+    prompt = words(random.Random(9), 64)
+    whole = ask(engine, prompt, gen_length=16, ignore_eos=True)
+    runner_of(engine).rank.pages.values.fill_(torch.nan)
+    answers = [ask(engine, prompt, gen_length=16, ignore_eos=True) for _ in range(3)]
+    assert [answer.usage.cached_tokens for answer in answers] == [64, 0, 64]
+    assert isinstance(answers[0].error, RequestFailed)
+    for answer in answers[1:]:
+        assert answer.token_ids.tolist() == whole.token_ids.tolist()
+    engine.scheduler.check_integrity()

@@ -406,6 +406,9 @@ class Engine:
                 result.next_is_refresh[i],
             )
             if result.not_finite[i]:
+                # Its keys and values may be the cause: the next request must not inherit them.
+                if self._prefix_cache is not None and request.chain is not None:
+                    self._prefix_cache.forget(request.chain)
                 updates.append(self._fail(request, FloatingPointError(NOT_FINITE)))
                 continue
             if request.grows:

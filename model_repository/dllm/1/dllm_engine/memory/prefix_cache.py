@@ -67,6 +67,8 @@ class PrefixCache:
         self._allocator = allocator
         self._pages: dict[bytes, list[int]] = {}
         self._key_of: dict[int, bytes] = {}
+        #: The key of the unit before.
+        self._before: dict[bytes, bytes] = {}
         allocator.on_evict = self._evict
         #: Pages evicted since the start.
         self.evictions = 0
@@ -101,6 +103,7 @@ class PrefixCache:
             known = self._pages.get(key)
             if known is None:
                 self._pages[key] = own
+                self._before[key] = chain.keys[index - 1] if index else b""
                 self._key_of.update(dict.fromkeys(own, key))
                 self._allocator.keep(own)
             elif known != own:
@@ -110,9 +113,25 @@ class PrefixCache:
                 changed = True
         return changed
 
+    def forget(self, chain: PrefixChain) -> None:
+        """Let no further request have the units of a chain, nor any that continues one of them.
+
+        Requests that hold such pages keep them.
+        """
+        gone = set(chain.keys)
+        for key in list(self._pages):  # a unit is entered after the one before it
+            if key in gone or self._before[key] in gone:
+                gone.add(key)
+                self._allocator.forget(self._remove(key))
+
     def _evict(self, page: int) -> list[int]:
-        pages = self._pages.pop(self._key_of[page])
+        pages = self._remove(self._key_of[page])
+        self.evictions += len(pages)
+        return pages
+
+    def _remove(self, key: bytes) -> list[int]:
+        pages = self._pages.pop(key)
+        del self._before[key]
         for each in pages:
             del self._key_of[each]
-        self.evictions += len(pages)
         return pages
