@@ -42,7 +42,7 @@ def cached_snapshot(hub_id: str) -> Path | None:
     reference = folder / "refs/main"
     if not reference.is_file():
         return None
-    snapshot = folder / "snapshots" / reference.read_text().strip()
+    snapshot = folder / "snapshots" / reference.read_text(errors="replace").strip()
     return snapshot if snapshot.is_dir() else None
 
 
