@@ -52,7 +52,19 @@ def size_of(directory: Path) -> int:
 
 
 def incomplete_files(directory: Path) -> list[str]:
-    """What is wrong with a checkpoint's weights, file by file; nothing is loaded.
+    """What is wrong with a checkpoint's files, one by one; nothing is loaded."""
+    problems = _incomplete_weights(directory)
+    tokenizer = directory / "tokenizer.json"
+    if tokenizer.is_file():
+        try:
+            json.loads(tokenizer.read_bytes())
+        except (ValueError, RecursionError):
+            problems.append(f"{tokenizer.name} is no JSON: not downloaded, or a Git LFS pointer")
+    return problems
+
+
+def _incomplete_weights(directory: Path) -> list[str]:
+    """What is wrong with the files of weights.
 
     Each file that the index names must be there, hold the tensors that the index puts into it,
     and be as long as its header says, which a download that broke off is not.

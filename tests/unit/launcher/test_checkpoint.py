@@ -105,6 +105,13 @@ def test_what_a_broken_download_lacks_is_named(tmp_path: Path) -> None:
         index.write_text(text)
         assert incomplete_files(folder) == [f"{index.name} is not an index of tensors"]
     index.unlink()
+    tokenizer = folder / "tokenizer.json"
+    tokenizer.write_text('{"version": ')
+    assert incomplete_files(folder) == [
+        "model.safetensors is missing",
+        "tokenizer.json is no JSON: not downloaded, or a Git LFS pointer",
+    ]
+    tokenizer.unlink()
     for header in (b'{"a": {"data_offsets": []}}', b"[" * 100_000):
         (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
         (problem,) = incomplete_files(folder)
