@@ -42,7 +42,7 @@ def cached_snapshot(hub_id: str) -> Path | None:
     reference = folder / "refs/main"
     if not reference.is_file():
         return None
-    snapshot = folder / "snapshots" / reference.read_text().strip()
+    snapshot = folder / "snapshots" / reference.read_text(errors="replace").strip()
     return snapshot if snapshot.is_dir() else None
 
 
@@ -52,7 +52,19 @@ def size_of(directory: Path) -> int:
 
 
 def incomplete_files(directory: Path) -> list[str]:
-    """What is wrong with a checkpoint's weights, file by file; nothing is loaded.
+    """What is wrong with a checkpoint's files, one by one; nothing is loaded."""
+    problems = _incomplete_weights(directory)
+    tokenizer = directory / "tokenizer.json"
+    if tokenizer.is_file():
+        try:
+            json.loads(tokenizer.read_bytes())
+        except (ValueError, RecursionError):
+            problems.append(f"{tokenizer.name} is no JSON: not downloaded, or a Git LFS pointer")
+    return problems
+
+
+def _incomplete_weights(directory: Path) -> list[str]:
+    """What is wrong with the files of weights.
 
     Each file that the index names must be there, hold the tensors that the index puts into it,
     and be as long as its header says, which a download that broke off is not.

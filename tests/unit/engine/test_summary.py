@@ -65,3 +65,12 @@ def test_every_family_has_a_summary(tmp_path: Path, family: str) -> None:
     summary = ModelSummary.of(directory, spec)
     assert summary.family == family
     assert summary.block_length == (spec.blocks.block_length if spec.blocks else None)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("modèle", "modèle"), ("mod\udcc3\udca8le", "modèle"), ("\udcff", "\ufffd")]
+)
+def test_the_name_is_text_whatever_the_interpreter_decodes(name: str, told: str) -> None:
+    """Bytes that an interpreter without UTF-8 could not decode are decoded; others are replaced."""
+    spec = read_spec(DEMO / "demo_checkpoint")
+    assert ModelSummary.of(Path(name), spec).checkpoint == told

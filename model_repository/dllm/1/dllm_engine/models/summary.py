@@ -35,7 +35,7 @@ class ModelSummary:
         with torch.device("meta"):
             whole = DiffusionModel(dataclasses.replace(spec, num_ranks=1))
         return cls(
-            checkpoint=directory.resolve().name,
+            checkpoint=_readable(directory.resolve().name),
             family=family_of(spec.architecture),
             architecture=spec.architecture,
             num_parameters=sum(parameter.numel() for parameter in whole.parameters()),
@@ -43,3 +43,8 @@ class ModelSummary:
             mask_token_id=spec.mask_token_id,
             block_length=spec.blocks.block_length if spec.blocks else None,
         )
+
+
+def _readable(name: str) -> str:
+    """The name of a file as text; Triton's interpreter decodes names as ASCII, with surrogates."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
