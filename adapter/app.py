@@ -10,6 +10,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapter.api import health, jobs, metrics, page, stream
 from adapter.api.body import BodyMiddleware
@@ -67,7 +68,11 @@ def create_app(
             found = engines or {url: _triton(chosen, url) for url in chosen.triton_urls}
             if flush_spans is not None:
                 stack.callback(flush_spans)
-            await _open(app, chosen, found, stack)
+            try:
+                await _open(app, chosen, found, stack)
+            except SettingsError as error:
+                app.state.refusal = str(error)
+                raise
             with on_shutdown_signal(app.state.jobs.stop):
                 yield
 
@@ -110,6 +115,7 @@ def create_app(
             expose_headers=["Retry-After", "X-Request-ID"],
         )
     app.add_middleware(TelemetryMiddleware, routes=routes)
+    app.add_middleware(_StartMiddleware)
     add_error_handlers(app)
     for router in routers:
         app.include_router(router)
@@ -182,6 +188,22 @@ async def _open(
     gc.collect()
     gc.freeze()
     log.info("worker_started", worker=worker, engines=list(engines))
+
+
+class _StartMiddleware:
+    """Tells the server of a setting that is found wrong at start in a line, not by a traceback."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def told(message: Message) -> None:
+            if message["type"] == "lifespan.startup.failed" and hasattr(state, "refusal"):
+                message = {**message, "message": f"the adapter cannot start: {state.refusal}"}
+            await send(message)
+
+        state = scope["app"].state
+        await self._app(scope, receive, told if scope["type"] == "lifespan" else send)
 
 
 def _triton(settings: Settings, url: str) -> Engine:

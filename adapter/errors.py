@@ -17,6 +17,7 @@ AdapterError
   TooManyCalls           the worker serves as many calls as it may
   DeadlineExceeded       the request's `timeout` is over
   ClientDisconnected     the client closed the connection
+  WorkerStops            the worker has to end before the call is answered
   StoreUnavailable       the database does not answer
   EngineError            the engine could not answer
     Overloaded             its queue is full
@@ -178,6 +179,13 @@ class ClientDisconnected(AdapterError):
     """The client closed the connection; the response is never read."""
 
     status = 499
+
+
+class WorkerStops(AdapterError):
+    """The worker has to end before the call is answered."""
+
+    status = 503
+    retry_after = 1
 
 
 class StoreUnavailable(AdapterError):

@@ -79,6 +79,8 @@ class ModelInfo:
     #: Tokens of prompt and canvas together.
     max_model_len: int | None = None
     mask_token_id: int | None = None
+    #: Tokens per block of a block-wise model.
+    block_length: int | None = None
 
 
 class StreamDetail(Enum):

@@ -17,6 +17,8 @@ RESULTS = Path(__file__).parent / "results"
 DEMO_CHECKPOINT = Path(__file__).parents[1] / "model_repository/dllm/1/demo_checkpoint"
 #: Its twin in Dream's format.
 DREAM_CHECKPOINT = DEMO_CHECKPOINT.with_name("demo_checkpoint_dream")
+#: The block-wise one, in SDAR's format.
+SDAR_CHECKPOINT = DEMO_CHECKPOINT.with_name("demo_checkpoint_sdar")
 
 
 def machine() -> dict[str, Any]:

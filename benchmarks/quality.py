@@ -2,7 +2,8 @@
 
 Asks held-out questions of the demo checkpoint's tasks greedily; the baseline is one token per
 forward pass. Writes JSON and a plot, and prints the table of docs/quality.md. Nothing is timed:
-forward passes are exact counts. `--model dream` scores the Dream-format twin.
+forward passes are exact counts. `--model dream` scores the Dream-format twin, `--model sdar` the
+block-wise one, whose keys and values are exact, so that there is no cache to score.
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from dllm_engine import LLM, SamplingParams
 
-from benchmarks.common import DEMO_CHECKPOINT, DREAM_CHECKPOINT, RESULTS, write_json
+from benchmarks.common import (
+    DEMO_CHECKPOINT,
+    DREAM_CHECKPOINT,
+    RESULTS,
+    SDAR_CHECKPOINT,
+    write_json,
+)
 from demo import corpus
 
 GEN_LENGTH = 64
@@ -28,7 +35,9 @@ PARAGRAPH_LENGTH = 128
 LONG = 256
 
 #: (family of the curve, label of the point, parameters).
-RULES: list[tuple[str, str, dict[str, Any]]] = [
+Rule = tuple[str, str, dict[str, Any]]
+
+RULES: list[Rule] = [
     ("one token per pass", "low_confidence", {}),
     ("one token per pass", "entropy", {"remasking": "entropy"}),
     ("one token per pass", "margin", {"remasking": "margin"}),
@@ -89,19 +98,36 @@ RULES: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
+#: Without a rule, SDAR decodes by its own, which commits what is sure enough.
+SDAR_RULES: list[Rule] = [
+    ("SDAR", "low_confidence_dynamic, τ = 0.85", {}),
+    *(
+        ("one token per pass", rule, {"remasking": rule})
+        for rule in ("low_confidence", "sequential", "entropy", "margin", "random")
+    ),
+    *(
+        ("fewer steps", f"steps ÷ {n}", {"remasking": "low_confidence", "steps": n})
+        for n in (2, 4, 8)
+    ),
+    *(rule for rule in RULES if rule[0] in ("threshold", "factor", "entropy bound")),
+]
+
+
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint to score, and the name of its results."""
+    """A checkpoint to score, its rules, and the name of its results."""
 
     checkpoint: Path
     #: Name of the files in `RESULTS`.
     name: str
     title: str
+    rules: list[Rule]
 
 
 MODELS = {
-    "llada": Model(DEMO_CHECKPOINT, "quality", "Demo checkpoint"),
-    "dream": Model(DREAM_CHECKPOINT, "quality_dream", "Dream-format twin"),
+    "llada": Model(DEMO_CHECKPOINT, "quality", "Demo checkpoint", RULES),
+    "dream": Model(DREAM_CHECKPOINT, "quality_dream", "Dream-format twin", RULES),
+    "sdar": Model(SDAR_CHECKPOINT, "quality_sdar", "Block-wise checkpoint", SDAR_RULES),
 }
 
 
@@ -210,7 +236,7 @@ def main() -> None:
     llm = LLM(options.checkpoint or model.checkpoint)
     kept = {(s.family, s.label): s for s in stored(model.name)} if options.missing else {}
     scores = []
-    for family, label, rule in RULES:
+    for family, label, rule in model.rules:
         found = kept.get((family, label)) or score(llm, family, label, rule, options.count)
         scores.append(found)
         print(f"{family}, {label}: {scores[-1].exact_match:.1%}", flush=True)

@@ -64,7 +64,10 @@ class Arrival:
     prompt_length: int
     gen_length: int
     block_length: int = 32
+    #: A cache policy; `block`: the model is block-wise, and `block_length` at most `gen_length`.
     cache: str = "dual"
+    #: Rows of a prompt that a step of a block-wise model computes.
+    chunk: int = 512
 
     def params(self) -> SamplingParams:
         """The request's parameters."""
@@ -86,6 +89,10 @@ class SimulatedRequest:
         params = dataclasses.replace(arrival.params(), delay_steps=0, refresh_interval=0)
         self.request = Request(number, prompt, params)
         self._step = 0
+        #: Of a block-wise model: positions whose keys and values are final, and decided ones.
+        self._final, self._decided = 0, arrival.prompt_length
+        if arrival.cache == "block":
+            self._plan_block_step()
         #: The engine's step count when it last ran or was admitted.
         self.seen = 0
 
@@ -94,6 +101,8 @@ class SimulatedRequest:
         request, arrival = self.request, self.arrival
         request.rows_run += request.step_cost
         request.steps_run += 1
+        if arrival.cache == "block":
+            return self._take_block_step()
         self._step += 1
         block = min(arrival.block_length, arrival.gen_length)
         age = self._step % block
@@ -110,6 +119,26 @@ class SimulatedRequest:
         }[arrival.cache]
         request.next_rows = request.length if request.next_is_refresh else reuse
         return self._step == arrival.gen_length
+
+    def _take_block_step(self) -> bool:
+        """A step that reads a chunk of the prompt, or decides one position of the block."""
+        size, rows = self.arrival.block_length, self.request.next_rows
+        assert rows is not None
+        start, end = self._decided // size * size, self._final + rows
+        self._decided += end > start
+        self._final = min(end, start)
+        self._plan_block_step()
+        return self._decided == self.arrival.prompt_length + self.arrival.gen_length
+
+    def _plan_block_step(self) -> None:
+        """Rows up to the end of the active block, or of a chunk (`state.scope.BlockScope`)."""
+        size = self.arrival.block_length
+        chunk = max(self.arrival.chunk // size, 1) * size
+        start = self._decided // size * size
+        end = start + size
+        if end - self._final > chunk:
+            end = min((self._final // chunk + 1) * chunk, start)
+        self.request.next_rows, self.request.next_is_refresh = end - self._final, False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer
 
 from demo import corpus
+from demo.chat import FILL, SPECIALS, Family, chat_prompt, special_ids
 from demo.corpus import Example
-from demo.model_format import SPECIALS, Family, chat_prompt, special_ids
 
 BLOCK = 32
 LONG_TASKS = ("paragraph", "definition")
@@ -21,13 +21,15 @@ WIDE_TASKS = ("sorting", "counting", "capital", "country")
 SMALL_TASKS = tuple(task for task in corpus.TASKS if task not in (*LONG_TASKS, *WIDE_TASKS))
 SMALL_TALK_SHARE = 0.02
 # Rows are this many tokens longer for Dream, whose template adds a system turn.
-EXTRA: dict[Family, int] = {"llada": 0, "dream": 8}
+EXTRA: dict[Family, int] = {"llada": 0, "dream": 8, "sdar": 0}
 # Row lengths and their shares.
 Lengths = tuple[tuple[int, float], ...]
 # Small canvases are cheap; some must be as long as in serving.
 SMALL_LENGTHS: Lengths = ((28, 0.60), (52, 0.20), (88, 0.16), (152, 0.04))
 WIDE_LENGTHS: Lengths = ((42, 0.60), (58, 0.20), (88, 0.16), (152, 0.04))
 LONG_LENGTHS: Lengths = ((52, 0.20), (88, 0.25), (132, 0.30), (152, 0.20), (280, 0.05))
+# Rows of a batch of blocks; a row is as long as its answer needs.
+BLOCK_ROWS: dict[Lengths, int] = {SMALL_LENGTHS: 40, WIDE_LENGTHS: 16, LONG_LENGTHS: 7}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class RowMaker:
         self.tokenizer = tokenizer
         ids = special_ids(family, tokenizer)
         self.end = ids[SPECIALS[family].eos]
+        self.fill = ids[FILL]
         self.mask = ids[SPECIALS[family].mask]
 
     def encode(self, text: str) -> list[int]:
@@ -70,9 +73,14 @@ class RowMaker:
         prompt = self.encode(chat_prompt(self.family, example.question))
         return prompt, [*self.encode(example.answer), self.end]
 
+    def size(self, example: Example) -> int:
+        """Tokens of the prompt, the answer and its end."""
+        prompt, answer = self.parts(example)
+        return len(prompt) + len(answer)
+
     def rows(self, examples: list[Example], length: int) -> Rows:
         """Lay the examples out in rows of one length; answers too long for it are cut."""
-        ids = torch.full((len(examples), length), self.end)
+        ids = torch.full((len(examples), length), self.fill)
         prompts, answers = [], []
         for i, example in enumerate(examples):
             prompt, answer = self.parts(example)
@@ -91,9 +99,7 @@ def draw(weights: dict[str, float], count: int, rng: random.Random) -> list[Exam
     """Training examples, their tasks drawn by weight."""
     tasks = rng.choices(list(weights), weights=list(weights.values()), k=count)
     drawn = [
-        corpus.small_talk(rng)
-        if rng.random() < SMALL_TALK_SHARE
-        else corpus.sample(task, rng, held_out=False)
+        corpus.small_talk(rng) if rng.random() < SMALL_TALK_SHARE else corpus.sample(task, rng)
         for task in tasks
     ]
     return [corpus.loosen(example, rng) for example in drawn]

@@ -1,7 +1,8 @@
 """Scores a checkpoint by exact match per task: `python -m demo.evaluate DIR`.
 
 It decodes by the plain reference: one forward pass over the whole canvas per committed token,
-low-confidence remasking, greedy. You can compare a server's answers with it.
+low-confidence remasking, greedy. You can compare a server's answers with it. SDAR's blocks are
+those of its config, and each pass runs over everything up to the end of the block.
 """
 
 import argparse
@@ -15,8 +16,9 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 
 from demo import corpus
+from demo.chat import Family
 from demo.corpus import Example
-from demo.model_format import Family, load
+from demo.model_format import load
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,10 @@ class Checkpoint:
     model: torch.nn.Module
     tokenizer: PreTrainedTokenizerBase
     mask: int
-    end: int
+    #: What ends an answer.
+    ends: tuple[int, ...]
+    #: Length of SDAR's blocks; 0: attention is full.
+    block: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +48,15 @@ class Decoding:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Load weights and tokenizer without remote code."""
     family, model, config = load(path)
-    if family == "llada":
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    else:
+    if family == "dream":
         tokenizer = Qwen2Tokenizer.from_pretrained(path)
-    return Checkpoint(family, model, tokenizer, config["mask_token_id"], config["eos_token_id"])
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    stored = json.loads((path / "generation_config.json").read_text(encoding="utf-8"))
+    ends = stored["eos_token_id"]
+    ends = tuple(ends) if isinstance(ends, list) else (ends,)
+    block = config["block_size"] if family == "sdar" else 0
+    return Checkpoint(family, model, tokenizer, config["mask_token_id"], ends, block)
 
 
 def encode(checkpoint: Checkpoint, question: str) -> list[int]:
@@ -63,8 +72,13 @@ def encode(checkpoint: Checkpoint, question: str) -> list[int]:
 def decode(checkpoint: Checkpoint, prompts: list[list[int]], how: Decoding) -> torch.Tensor:
     """Answer prompts of one length; returns ids [rows, how.length]."""
     start = len(prompts[0])
-    x = torch.full((len(prompts), start + how.length), checkpoint.mask)
+    stop = start + how.length
+    # SDAR also denoises what is left of the last block.
+    width = -(-stop // checkpoint.block) * checkpoint.block if checkpoint.block else stop
+    x = torch.full((len(prompts), width), checkpoint.mask)
     x[:, :start] = torch.tensor(prompts)
+    if checkpoint.block:
+        return _decode_by_blocks(checkpoint, x, start, how.threshold)[:, start:stop]
     blocks = how.length // how.block
     for block in range(blocks):
         end = start + (block + 1) * how.block
@@ -72,6 +86,21 @@ def decode(checkpoint: Checkpoint, prompts: list[list[int]], how: Decoding) -> t
         while bool((x[:, :end] == checkpoint.mask).any()):
             _commit(checkpoint, x, end, next(schedule, 1), how.threshold)
     return x[:, start:]
+
+
+def _decode_by_blocks(
+    checkpoint: Checkpoint, x: torch.Tensor, start: int, threshold: float | None
+) -> torch.Tensor:
+    """SDAR's loop: blocks are counted from the prompt's start, an end stops after its block."""
+    ends = torch.tensor(checkpoint.ends)
+    for first in range(start // checkpoint.block * checkpoint.block, x.shape[1], checkpoint.block):
+        end = first + checkpoint.block
+        while bool((x[:, :end] == checkpoint.mask).any()):
+            _commit(checkpoint, x, end, 1, threshold)
+        if bool(torch.isin(x[:, start:end], ends).any(1).all()):
+            x[:, end:] = ends[0]
+            break
+    return x
 
 
 def _schedule(masks: int, steps: int) -> Iterator[int]:
@@ -82,7 +111,13 @@ def _schedule(masks: int, steps: int) -> Iterator[int]:
 def _commit(
     checkpoint: Checkpoint, x: torch.Tensor, end: int, count: int, threshold: float | None
 ) -> None:
-    logits = checkpoint.model(input_ids=x, use_cache=False).logits
+    if checkpoint.block:
+        x = x[:, :end]
+        index = torch.arange(end) // checkpoint.block
+        visible = (index[None, :] <= index[:, None]).expand(len(x), 1, end, end)
+        logits = checkpoint.model(input_ids=x, attention_mask=visible, use_cache=False).logits
+    else:
+        logits = checkpoint.model(input_ids=x, use_cache=False).logits
     if checkpoint.family == "dream":
         logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
     logits[..., checkpoint.mask] = -torch.inf
@@ -109,7 +144,9 @@ def answers(checkpoint: Checkpoint, questions: list[str], how: Decoding) -> list
             ids = decode(checkpoint, [prompts[row] for row in part], how)
             for row, answer in zip(part, ids.tolist(), strict=True):
                 # Tokens after the end of text are not part of an answer.
-                ended = answer.index(checkpoint.end) if checkpoint.end in answer else len(answer)
+                ended = next(
+                    (at for at, i in enumerate(answer) if i in checkpoint.ends), len(answer)
+                )
                 text = checkpoint.tokenizer.decode(answer[:ended], skip_special_tokens=True)
                 found[row] = text.strip()
     return found

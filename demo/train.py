@@ -20,22 +20,31 @@ from torch import distributed
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
-from demo import batches, corpus, optim
+from demo import batches, blockwise, corpus, optim
 from demo.batches import LONG_TASKS, Lengths, RowMaker, Rows
+from demo.blockwise import Doubled
+from demo.chat import Family, adopt_tokenizer, build_tokenizer
 from demo.model_format import (
-    Family,
+    SDAR_BLOCK,
     Shape,
     build_model,
-    build_tokenizer,
     export,
+    load,
+    read_tokenizer,
     shape_fields,
-    transplant,
 )
+from demo.transplant import transplant
 
 VOCABULARY = 1024
 SHORT_TOKENS = 1000
 LONG_TOKENS = 2000
-EMA_DECAY = 0.998
+SHAPES: dict[Family, Shape] = {
+    "llada": Shape(),
+    # Dream has fewer key heads than query heads, and so has the twin.
+    "dream": Shape(kv_heads=2),
+    # Wider heads make up for the norms; see demo/widen.py.
+    "sdar": Shape(head=64),
+}
 
 
 @dataclass
@@ -51,6 +60,12 @@ class Run:
     seed: int = 0
     rank: int = 0
     workers: int = 1
+    #: The highest learning rate, as a share of the usual one.
+    peak: float = 1.0
+    #: Memory of the mean of the weights: the share kept at a step.
+    memory: float = 0.998
+    #: Whether products are computed in bfloat16, which new CPUs do several times as fast.
+    half: bool = False
     rng: random.Random = field(default_factory=random.Random)
     generator: torch.Generator = field(default_factory=torch.Generator)
     step: int = 0
@@ -58,11 +73,18 @@ class Run:
     scores: dict[str, float] = field(default_factory=lambda: dict.fromkeys(corpus.TASKS, 0.0))
 
 
-def start(family: Family, shape: Shape, seed: int, rank: int = 0, workers: int = 1) -> Run:
-    """Start a run; trains the tokenizer."""
+def start(
+    family: Family,
+    shape: Shape,
+    seed: int,
+    rank: int = 0,
+    workers: int = 1,
+    tokenizer: Tokenizer | None = None,
+) -> Run:
+    """Start a run; trains a tokenizer if none is given."""
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer(family, corpus.tokenizer_texts(), VOCABULARY)
-    model = build_model(family, shape, VOCABULARY)
+    tokenizer = tokenizer or build_tokenizer(family, corpus.tokenizer_texts(), VOCABULARY)
+    model = build_model(family, shape, tokenizer.get_vocab_size())
     return Run(
         family=family,
         shape=shape,
@@ -74,6 +96,19 @@ def start(family: Family, shape: Shape, seed: int, rank: int = 0, workers: int =
         rank=rank,
         workers=workers,
     )
+
+
+def start_from(source: Path, family: Family, shape: Shape, options: argparse.Namespace) -> Run:
+    """Start a run from the weights and the vocabulary of a demo checkpoint."""
+    tokenizer = read_tokenizer(source)
+    if load(source)[0] != family:
+        tokenizer = adopt_tokenizer(family, tokenizer)
+    run = start(family, shape, options.seed, options.rank, options.workers, tokenizer)
+    transplant(source, family, run.model, tokenizer, shape)
+    run.average.load_state_dict(run.model.state_dict())
+    # Nothing was measured yet, but nothing is new either.
+    run.scores = all_scores(run)
+    return run
 
 
 def save(run: Run, path: Path) -> None:
@@ -98,8 +133,9 @@ def save(run: Run, path: Path) -> None:
 def resume(path: Path, rank: int = 0, workers: int = 1) -> Run:
     """Read a run back from `save`."""
     state = torch.load(path, weights_only=True)
-    run = start(state["family"], Shape(**state["shape"]), state["seed"], rank, workers)
-    run.maker = RowMaker(run.family, Tokenizer.from_str(state["tokenizer"]))
+    tokenizer = Tokenizer.from_str(state["tokenizer"])
+    shape = Shape(**state["shape"])
+    run = start(state["family"], shape, state["seed"], rank, workers, tokenizer)
     run.model.load_state_dict(state["model"])
     run.average.load_state_dict(state["average"])
     for optimiser, saved in zip(run.optims, state["optims"], strict=True):
@@ -144,8 +180,34 @@ def doubts(run: Run, rows: Rows) -> torch.Tensor:
     return places / in_canvas.sum(1, keepdim=True)
 
 
+def block_states(
+    run: Run, model: torch.nn.Module, doubled: Doubled, hidden: torch.Tensor
+) -> torch.Tensor:
+    """Hidden states [rows, length, hidden] of doubled rows with `hidden` positions masked."""
+    body = model.get_submodule("model")
+    states: torch.Tensor = body(
+        input_ids=torch.where(hidden, run.maker.mask, doubled.ids),
+        position_ids=doubled.positions,
+        attention_mask=blockwise.visible(doubled, SDAR_BLOCK),
+        use_cache=False,
+    ).last_hidden_state
+    return states
+
+
+def block_loss(run: Run, rows: Rows) -> torch.Tensor:
+    """As `loss_of`, for block-causal attention."""
+    doubled = blockwise.double(rows, SDAR_BLOCK, run.maker.fill)
+    hidden, weight = blockwise.mask_blocks(doubled, SDAR_BLOCK, run.generator)
+    counted = weight > 0
+    logits = head(run.model, block_states(run, run.model, doubled, hidden)[counted])
+    losses = F.cross_entropy(logits, doubled.ids[counted], reduction="none")
+    return (losses * weight[counted]).sum()
+
+
 def loss_of(run: Run, rows: Rows) -> torch.Tensor:
-    """Weighted cross-entropy per row; the head runs only on positions with a weight."""
+    """Sum over the rows of weighted cross-entropy; the head runs only where there is a weight."""
+    if run.family == "sdar":
+        return block_loss(run, rows)
     masking = batches.mask_rows(rows, run.generator, doubts(run, rows))
     states = aligned(run.family, hidden_states(run.model, run.maker.hide(rows, masking.hidden)))
     counted = masking.weight > 0
@@ -192,24 +254,32 @@ def step_batches(run: Run) -> list[Rows]:
     prose = missing(run, LONG_TASKS)
     if run.rng.random() < 0.4 + 0.8 * sum(prose.values()):
         plan.append((batches.LONG_LENGTHS, prose, LONG_TOKENS))
-    made = []
-    for lengths, weights, tokens in plan:
-        length = batches.pick_length(lengths, run.rng) + batches.EXTRA[run.family]
+    return [batch(run, lengths, weights, tokens) for lengths, weights, tokens in plan]
+
+
+def batch(run: Run, lengths: Lengths, weights: dict[str, float], tokens: int) -> Rows:
+    """Rows of about `tokens` tokens; of blocks, a fixed number of rows."""
+    length = batches.pick_length(lengths, run.rng) + batches.EXTRA[run.family]
+    if run.family != "sdar":
         count = max(2, round(tokens / length / run.workers))
-        drawn = batches.draw(weights, count, run.rng)
-        made.append(run.maker.rows(drawn, length))
-    return made
+        return run.maker.rows(batches.draw(weights, count, run.rng), length)
+    count = max(2, batches.BLOCK_ROWS[lengths] // run.workers)
+    drawn = batches.draw(weights, count, run.rng)
+    # Nothing sees what lies behind the last answer's block.
+    longest = max(map(run.maker.size, drawn))
+    return run.maker.rows(drawn, -(-longest // SDAR_BLOCK) * SDAR_BLOCK)
 
 
 def train_step(run: Run, steps: int) -> float:
     """One optimiser step; returns the mean loss per row."""
     reseed(run)
-    optim.set_rate(run.optims, optim.rate(run.step, steps))
+    optim.set_rate(run.optims, run.peak * optim.rate(run.step, steps))
     made = step_batches(run)
     count = sum(len(rows.ids) for rows in made)
     total = 0.0
     for rows in made:
-        loss = loss_of(run, rows) / count
+        with torch.autocast("cpu", torch.bfloat16, enabled=run.half):
+            loss = loss_of(run, rows) / count
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.item()
     share_gradients(run)
@@ -218,13 +288,33 @@ def train_step(run: Run, steps: int) -> float:
         optimiser.step()
         optimiser.zero_grad()
     # Early on, a long memory would slow the average down.
-    decay = min(EMA_DECAY, (1 + run.step) / (10 + run.step))
+    decay = min(run.memory, (1 + run.step) / (10 + run.step))
     with torch.no_grad():
         current = dict(run.model.named_parameters())
         for name, mean in run.average.named_parameters():
             mean.lerp_(current[name], 1 - decay)
     run.step += 1
     return total
+
+
+def completed(run: Run, rows: Rows, hidden: torch.Tensor) -> float:
+    """Share of rows whose hidden answer tokens are all predicted in one pass.
+
+    Blocks are predicted after clean ones: `hidden` does not reach the clean part.
+    """
+    offset = torch.arange(rows.ids.shape[1]) - rows.prompt[:, None]
+    asked = hidden & (offset >= 0) & (offset < rows.answer[:, None])
+    if run.family == "sdar":
+        doubled = blockwise.double(rows, SDAR_BLOCK, run.maker.fill)
+        padded = F.pad(hidden, (0, doubled.ids.shape[1]))
+        noised = doubled.counted & padded.gather(1, doubled.positions)
+        states = block_states(run, run.average, doubled, noised)
+        ids, asked = doubled.ids, noised & doubled.answer
+    else:
+        states = aligned(run.family, hidden_states(run.average, run.maker.hide(rows, hidden)))
+        ids = rows.ids
+    right = head(run.average, states).argmax(-1) == ids
+    return (right | ~asked).all(1).float().mean().item()
 
 
 @torch.no_grad()
@@ -242,13 +332,10 @@ def quick_scores(run: Run, tasks: Iterable[str], count: int = 40) -> dict[str, f
         noise = torch.rand(rows.ids.shape, generator=generator)
         in_canvas = batches.canvas(rows)
         in_answer = in_canvas & (torch.arange(length) < (rows.prompt + rows.answer)[:, None])
-        whole = []
-        for share in (0.15, 0.5, 1.0):
-            hidden = in_canvas if share == 1.0 else in_answer & (noise < share)
-            masked = run.maker.hide(rows, hidden)
-            states = aligned(run.family, hidden_states(run.average, masked))
-            right = head(run.average, states).argmax(-1) == rows.ids
-            whole.append((right | ~(hidden & in_answer)).all(1).float().mean().item())
+        whole = [
+            completed(run, rows, in_canvas if share == 1.0 else in_answer & (noise < share))
+            for share in (0.15, 0.5, 1.0)
+        ]
         scores[task] = sum(whole) / len(whole)
     return scores
 
@@ -298,15 +385,16 @@ def work(rank: int, meeting: str, options: argparse.Namespace) -> None:
         distributed.init_process_group(
             "gloo", init_method=f"file://{meeting}", rank=rank, world_size=options.workers
         )
-    # Dream has fewer key heads than query heads; so does the twin.
-    shape = Shape(kv_heads=2 if options.family == "dream" else 4)
+    shape = SHAPES[options.family]
     if options.resume:
         run = resume(options.resume, rank, options.workers)
+    elif options.start_from:
+        options.rank = rank
+        run = start_from(options.start_from, options.family, shape, options)
     else:
         run = start(options.family, shape, options.seed, rank, options.workers)
-        if options.start_from:
-            transplant(options.start_from, run.model, run.maker.tokenizer, shape)
-            run.average.load_state_dict(run.model.state_dict())
+    run.peak, run.half = options.peak, options.bf16
+    run.memory = options.memory
     state = options.state or options.out.with_name(options.out.name + ".state.pt")
     train(run, options.steps, options.every, options.out, state)
     if options.workers > 1:
@@ -318,11 +406,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="checkpoint directory to write")
     parser.add_argument("--steps", type=int, default=12000, help="number of optimiser steps")
-    parser.add_argument("--family", choices=("llada", "dream"), default="llada")
+    parser.add_argument("--family", choices=("llada", "dream", "sdar"), default="llada")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=400, help="steps between scores and saves")
     parser.add_argument("--state", type=Path, help="training state (default: OUT.state.pt)")
-    parser.add_argument("--start-from", type=Path, help="LLaDA demo checkpoint to start from")
+    parser.add_argument("--start-from", type=Path, help="demo checkpoint to start from")
+    parser.add_argument("--memory", type=float, default=0.998, help="of the mean of the weights")
+    parser.add_argument("--bf16", action="store_true", help="compute products in bfloat16")
+    parser.add_argument("--peak", type=float, default=1.0, help="factor on the learning rates")
     parser.add_argument("--resume", type=Path, help="training state to resume")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()

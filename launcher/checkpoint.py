@@ -42,7 +42,7 @@ def cached_snapshot(hub_id: str) -> Path | None:
     reference = folder / "refs/main"
     if not reference.is_file():
         return None
-    snapshot = folder / "snapshots" / reference.read_text().strip()
+    snapshot = folder / "snapshots" / reference.read_text(errors="replace").strip()
     return snapshot if snapshot.is_dir() else None
 
 
@@ -52,7 +52,19 @@ def size_of(directory: Path) -> int:
 
 
 def incomplete_files(directory: Path) -> list[str]:
-    """What is wrong with a checkpoint's weights, file by file; nothing is loaded.
+    """What is wrong with a checkpoint's files, one by one; nothing is loaded."""
+    problems = _incomplete_weights(directory)
+    tokenizer = directory / "tokenizer.json"
+    if tokenizer.is_file():
+        try:
+            json.loads(tokenizer.read_bytes())
+        except (ValueError, RecursionError):
+            problems.append(f"{tokenizer.name} is no JSON: not downloaded, or a Git LFS pointer")
+    return problems
+
+
+def _incomplete_weights(directory: Path) -> list[str]:
+    """What is wrong with the files of weights.
 
     Each file that the index names must be there, hold the tensors that the index puts into it,
     and be as long as its header says, which a download that broke off is not.
@@ -64,13 +76,15 @@ def incomplete_files(directory: Path) -> list[str]:
         placed: dict[str, str] = json.loads(index.read_text())["weight_map"]
         by_file: dict[str, set[str]] = {}
         for tensor, name in placed.items():
-            by_file.setdefault(name, set()).add(tensor)
-    except (ValueError, KeyError, TypeError, AttributeError):
+            by_file.setdefault(str(directory / name), set()).add(tensor)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        by_file = {}
+    if not by_file:
         return [f"{index.name} is not an index of tensors"]
     return [
         problem
         for name, tensors in sorted(by_file.items())
-        for problem in _incomplete(directory / name, tensors)
+        for problem in _incomplete(Path(name), tensors)
     ]
 
 
@@ -82,7 +96,7 @@ def _incomplete(file: Path, expected: set[str] | None) -> list[str]:
     try:
         header, begin = _read_header(file)
         end = begin + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error):
         return [f"{file.name} has no header of safetensors: not downloaded, or a Git LFS pointer"]
     if size != end:
         return [f"{file.name} has {size:,} bytes, its header says {end:,}"]

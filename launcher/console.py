@@ -35,7 +35,7 @@ def one_line_errors() -> Iterator[None]:
             name = f"DLLM_{given}={problem['input']!r}: " if given else ""
             stderr.print(name + problem["msg"].removeprefix("Value error, "), markup=False)
         raise typer.Exit(1) from None
-    except (LaunchError, DllmError) as error:
+    except (LaunchError, DllmError, OSError) as error:  # the last: a file that cannot be read
         stderr.print("dllm:", str(error), markup=False)
         raise typer.Exit(1) from None
 

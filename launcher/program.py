@@ -5,6 +5,8 @@ Exit codes: 0 it worked; 1 it failed, and one line on stderr says why; 2 the arg
 """
 
 import importlib
+import os
+import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -109,6 +111,9 @@ def before_command(
 ) -> None:
     """Serve diffusion language models, and use them. These options may also follow the command."""
     del show_version
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # the shell closed it, as `>&-` does
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
     ctx.obj = {"url": url, "api_key": api_key, "answer_timeout": answer_timeout, "json": as_json}
 
 

@@ -123,10 +123,12 @@ class Denoising(Body):
             "entropy",
             "margin",
             "sequential",
+            "speculative",
         ],
     )
     """which positions a step commits first; default: low_confidence, or a block-wise model's own
-    rule: low_confidence_dynamic, low_confidence, random, entropy, margin, sequential"""
+    rule: low_confidence_dynamic, low_confidence, random, entropy, margin, sequential,
+    speculative"""
     confidence_threshold: float | None = Field(None, gt=0, le=1)
     """commit every position at least this confident, and the best; not with alg, factor,
     entropy_bound, anchor_threshold"""

@@ -15,7 +15,7 @@ from adapter.db.dialects import advisory_lock
 from adapter.db.migrate import is_current, upgrade_schema
 from adapter.db.postgres import PostgresBackend
 from adapter.db.sqlite import SqliteBackend
-from adapter.errors import AdapterError, StoreUnavailable
+from adapter.errors import AdapterError, SettingsError, StoreUnavailable
 from adapter.periodic import PeriodicTask
 from adapter.telemetry.logs import get_logger
 from adapter.telemetry.metrics import DATABASE_READY, observe_transaction
@@ -32,6 +32,8 @@ PING_PAUSE = 1.0
 RETRY_PAUSE = 0.2
 #: Pings that must fail in a row: a single connection may break without a cause that lasts.
 OUTAGE_FAILURES = 2
+#: The address is wrong: user or password, name of the database.
+WRONG_ADDRESS_SQLSTATES = ("28", "3D")
 #: SQLSTATEs, or classes of them, that do not blame the statement: connection lost, server has
 #: become a standby, transaction to be repeated, resources such as connections used up, lock not
 #: available, server starting or stopping.
@@ -63,7 +65,7 @@ class Database:
         """Connect, and bring the schema up to date; any number of processes may do so at once.
 
         If the database does not answer, that is its `outage`, and it is prepared once it does.
-        Raises `SettingsError` if a later release has changed the schema.
+        Raises `SettingsError` if a later release has changed the schema, or the address is wrong.
         """
         async with connect(url, timeout=timeout) as backend:
             database = cls(backend)
@@ -215,6 +217,9 @@ def _transaction(kind: str) -> Iterator[None]:
         cause = error.orig if isinstance(error, DBAPIError) else error
         invalidated = isinstance(error, DBAPIError) and error.connection_invalidated
         sqlstate = getattr(cause, "sqlstate", None) or ""
+        if sqlstate.startswith(WRONG_ADDRESS_SQLSTATES):
+            msg = f"DLLM_DATABASE_URL: {cause}"
+            raise SettingsError(msg) from error
         if not invalidated and not sqlstate.startswith(TRANSIENT_SQLSTATES):
             raise
         msg = f"the connection to the job store has failed: {cause}"

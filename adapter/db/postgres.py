@@ -1,6 +1,8 @@
 """PostgreSQL, over pools of connections on which every wait has a limit."""
 
 import asyncio
+import os
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
@@ -77,6 +79,20 @@ class _Connection(asyncpg.Connection):  # type: ignore[misc]
         with suppress(TimeoutError):
             await super().close(timeout=min(CLOSE_SECONDS, timeout or CLOSE_SECONDS))
 
+    def limit_unacknowledged(self, seconds: float) -> None:
+        """Have the kernel give the connection up if what is sent is not acknowledged for so long.
+
+        Elsewhere than on Linux, and for sockets of this machine's file system, nothing is done.
+        """
+        shared = self._transport.get_extra_info("socket")
+        if shared.family not in (socket.AF_INET, socket.AF_INET6):
+            return
+        option = getattr(socket, "TCP_USER_TIMEOUT", None)
+        if option is not None:
+            # A copy of the descriptor, since uvloop's object cannot set options.
+            with socket.socket(fileno=os.dup(shared.fileno())) as tcp:
+                tcp.setsockopt(socket.IPPROTO_TCP, option, round(seconds * 1000))
+
 
 def _make_engine(url: str, timeout: float, **options: Any) -> AsyncEngine:
     engine = create_async_engine(
@@ -98,16 +114,19 @@ def _make_engine(url: str, timeout: float, **options: Any) -> AsyncEngine:
 def _limit_server(timeout: float) -> Callable[[Any, object], None]:
     """Have the server end statements, lock waits and transactions that this side has given up.
 
-    As statements, not as parameters of the connection: PgBouncer refuses those.
+    Both sides give up a connection on which nothing arrives any more. The server's limits are set
+    by statements, not by parameters of the connection: PgBouncer refuses those.
     """
     whole, half = round(timeout * 1000), round(timeout * 500)
     limits = (
         f"SET statement_timeout = {whole};"
         f"SET lock_timeout = {half};"
-        f"SET idle_in_transaction_session_timeout = {whole}"
+        f"SET idle_in_transaction_session_timeout = {whole};"
+        f"SET tcp_user_timeout = {whole}"
     )
 
     def connected(connection: Any, _record: object) -> None:
+        connection.driver_connection.limit_unacknowledged(timeout)
         connection.run_async(lambda driver: driver.execute(limits))
 
     return connected

@@ -44,22 +44,25 @@ async def _fitted(endpoint: Endpoint, requests: Sequence[Inputs]) -> list[Inputs
     for reason in refusals.values():
         if reason.partition(":")[0] not in LENGTHS:
             raise refusal(reason)
-    shortest = {index: _shortened(requests[index], 1) for index in refusals}
-    if not shortest:
+    if not refusals:
         return fitted
+    # A block-wise model's blocks may end behind the answer; other lengths have other keys and
+    # values.
+    keeps_block = (await endpoint.describe()).block_length is not None
+    shortest = {index: _shortened(requests[index], 1, keeps_block) for index in refusals}
     results = await endpoint.engine.check(list(shortest.values()))
     for index, result in zip(shortest, results, strict=True):
         if result.refusal:
             raise _too_long(requests[index], result.refusal)
-        fitted[index] = _shortened(requests[index], 1 + result.headroom)
+        fitted[index] = _shortened(requests[index], 1 + result.headroom, keeps_block)
     return fitted
 
 
-def _shortened(inputs: Inputs, most: int) -> Inputs:
-    """The request with a canvas of at most so many tokens, and a block that is no longer."""
+def _shortened(inputs: Inputs, most: int, keeps_block: bool) -> Inputs:
+    """The request with a canvas of at most so many tokens; unless kept, its block is no longer."""
     length = min(cast(int, inputs["gen_length"]), most)
     changed = {**inputs, "gen_length": length}
-    if "block_length" in inputs:
+    if "block_length" in inputs and not keeps_block:
         changed["block_length"] = min(cast(int, inputs["block_length"]), length)
     return changed
 

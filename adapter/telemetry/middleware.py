@@ -1,5 +1,6 @@
 """Request id, log line, metrics and span of every call."""
 
+import asyncio
 import re
 import time
 import uuid
@@ -11,6 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from adapter.errors import AdapterError, WorkerStops
 from adapter.telemetry.logs import get_logger
 from adapter.telemetry.metrics import count_call
 from adapter.telemetry.tracing import TRACEPARENT, call_span, set_failed
@@ -20,6 +22,9 @@ log = get_logger()
 HEADER = "X-Request-ID"
 #: Ids accepted from clients; they go into the log, the database and Triton's messages.
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+#: What uvicorn cancels a call with when the time for a graceful stop is over.
+GRACE_OVER = "timeout graceful shutdown exceeded"
+STOPPED = "this worker stops; send the call again"
 #: Polled every few seconds by machines; logged at debug.
 ROUTINE = frozenset({"/health", "/v1/health", "/v1/livez", "/metrics"})
 
@@ -60,6 +65,15 @@ class TelemetryMiddleware:
 
         try:
             await self._app(scope, receive, watched)
+        except asyncio.CancelledError as error:
+            set_failed(span, error)
+            if GRACE_OVER not in str(error):
+                raise
+            # Ends here, since the server would log a traceback for each such call.
+            if not status:
+                answer = request.app.exception_handlers[AdapterError]
+                response = await answer(request, WorkerStops(STOPPED))
+                await response(scope, receive, watched)
         except Exception as error:
             set_failed(span, error)
             if not status:

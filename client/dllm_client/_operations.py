@@ -63,7 +63,8 @@ class Call:
         for name, value in (self.json or {}).items():
             try:
                 json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-            except (TypeError, ValueError) as error:  # no type of JSON, or NaN, or half a character
+            # No type of JSON, NaN, half a character, or nested too deep.
+            except (TypeError, ValueError, RecursionError) as error:
                 raise BadRequestError(f"{name}: {error}", 400, name) from error
 
 

@@ -53,7 +53,7 @@ class Pipeline:
         self._in_flight = in_flight
         self._wait_timeout = wait_timeout
         self._window: deque[int | DllmError] = deque()  # ids of jobs, or why there is none
-        self._held: Item | None = None  # an item that the server had no room for
+        self._held: Request | DllmError | None = None  # one that the server had no room for
         self._returned = 0
 
     def next(self) -> Operation[Outcome | None]:
@@ -84,12 +84,14 @@ class Pipeline:
     def _fill(self) -> Operation[None]:
         """Submit items until enough are in flight, or the server takes no more."""
         while len(self._window) < self._in_flight:
-            item = self._held if self._held is not None else next(self._items, None)
-            if item is None:
-                return
-            self._held = item
+            if self._held is None:
+                try:
+                    item = next(self._items)
+                except StopIteration:
+                    return
+                self._held = item if isinstance(item, Request | DllmError) else Request(item)
             try:
-                self._window.append((yield from self._submit(item)))
+                self._window.append((yield from self._submit(self._held)))
             except RateLimitedError as error:
                 if self._window:
                     return
@@ -97,13 +99,12 @@ class Pipeline:
             else:
                 self._held = None
 
-    def _submit(self, item: Item) -> Operation[int | DllmError]:
+    def _submit(self, item: Request | DllmError) -> Operation[int | DllmError]:
         if isinstance(item, DllmError):
             return item
-        request = item if isinstance(item, Request) else Request(item)
-        params = cast(Params, {**self._params, **request.params})
+        params = cast(Params, {**self._params, **item.params})
         try:
-            return (yield from operations.submit(request.prompt, params))
+            return (yield from operations.submit(item.prompt, params))
         except (AuthenticationError, RateLimitedError):
             raise
         except ResponseError as error:

@@ -33,7 +33,7 @@ class Sampling(TypedDict, total=False):
         str,
         "which positions a step commits first; default: low_confidence, or a "
         "block-wise model's own rule: low_confidence_dynamic, low_confidence, "
-        "random, entropy, margin, sequential",
+        "random, entropy, margin, sequential, speculative",
     ]
     confidence_threshold: Annotated[
         float,
@@ -120,9 +120,9 @@ class Params(Sampling, total=False):
 
 def prompt_field(prompt: Prompt) -> dict[str, Any]:
     """The prompt under the name that the REST API has for its form."""
-    if isinstance(prompt, str) or not isinstance(prompt, Sequence):
+    if isinstance(prompt, str | bytes) or not isinstance(prompt, Sequence):
         return {"prompt": prompt}
-    if prompt and not isinstance(prompt[0], Mapping):
+    if not prompt or not isinstance(prompt[0], Mapping):  # no ids: a text from nothing
         return {"input_ids": list(prompt)}
     return {"messages": list(prompt)}
 

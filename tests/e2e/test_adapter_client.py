@@ -25,6 +25,7 @@ from dllm_client.triton import TritonClient
 from launcher.ports import free_port
 from launcher.tritonserver import TritonServer
 from tests.e2e.triton_calls import generate
+from tests.support.checkpoints import BOS
 from tests.support.servers import CHECKOUT, AdapterServer, eventually
 
 EXAMPLES = CHECKOUT / "client" / "examples"
@@ -34,6 +35,12 @@ EXAMPLES = CHECKOUT / "client" / "examples"
 def client(adapter: AdapterServer) -> Client:
     """The blocking client."""
     return Client(adapter.url)
+
+
+def test_a_prompt_without_ids_is_a_text_from_nothing(client: Client) -> None:
+    """No ids stand for the checkpoint's start token, through client, adapter and engine."""
+    sampling = {"gen_length": 8, "seed": 3, "temperature": 1.0}
+    assert client.generate([], **sampling) == client.generate([BOS], **sampling)
 
 
 def test_generate(client: Client, adapter: AdapterServer) -> None:

@@ -25,7 +25,10 @@ from tests.support.servers import CHECKOUT, REPOSITORY, AdapterServer, eventuall
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-PAGES = sorted(page for page in (CHECKOUT / "docs").glob("*.md") if page.name != "clients.md")
+PAGES = [
+    CHECKOUT / "README.md",
+    *sorted(page for page in (CHECKOUT / "docs").glob("*.md") if page.name != "clients.md"),
+]
 BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>serves|not run): (?P<why>.+?) -->\n)?"
     r"^```(?P<language>bash|python)\n(?P<code>.*?)^```$",

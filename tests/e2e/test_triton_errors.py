@@ -171,7 +171,7 @@ def test_check_runs_nothing(triton: TritonServer) -> None:
     body = post(triton, HELLO | {"gen_length": 100, "check": True}).json()
     assert body["finish_reason"] == "valid"
     tokens, room = body["usage"][0], int(body["text_output"])
-    assert body["usage"][1:] == [0, 0, 0]
+    assert body["usage"][1:] == [0, 0, 0, 0]
     assert tokens + 100 + room == 1024
     ids = [1] * (tokens + room)
     for prompt, verdict in ((ids, "valid"), ([*ids, 1], "invalid")):

@@ -26,7 +26,7 @@ def test_generate_answers_once(triton: TritonServer) -> None:
     assert MASK not in answer.token_ids
     assert all(0 <= confidence <= 1 for confidence in answer.confidence)
     assert answer.finish_reason == "length"
-    assert answer.usage == (len("hello"), 24, 24, 24)
+    assert answer.usage == (len("hello"), 24, 24, 24, 0)
     assert answer.seed == 5
 
 
@@ -142,7 +142,7 @@ def test_equals_the_engine_in_process(
     assert answer.text == expected.text
     assert answer.confidence == pytest.approx(expected.confidence.tolist(), abs=1e-6)
     assert answer.finish_reason == expected.finish_reason.value
-    assert answer.usage[2:] == (expected.usage.steps, expected.usage.forward_passes)
+    assert answer.usage[2:4] == (expected.usage.steps, expected.usage.forward_passes)
 
 
 def test_three_forms_of_a_prompt(triton: TritonServer, checkpoint: Path) -> None:

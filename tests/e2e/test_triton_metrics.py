@@ -24,7 +24,7 @@ def test_counters_count(triton: TritonServer) -> None:
     )
     after = settled_counters(triton)
     moved = {name: after[name] - before[name] for name in COUNTERS}
-    assert answer.usage == (len("count me"), 32, 16, 32)
+    assert answer.usage == (len("count me"), 32, 16, 32, 0)
     assert moved.pop("dllm_step_seconds_total") > 0
     assert moved.pop("dllm_batched_tokens_total") >= 32
     assert moved == {
@@ -43,6 +43,7 @@ def test_gauges_show_the_present(triton: TritonServer) -> None:
     assert metric(triton, "dllm_max_running_requests") == 64
     assert metric(triton, "dllm_pages") > 0
     assert metric(triton, "dllm_used_pages") == 0
+    assert metric(triton, "dllm_prefix_cache_pages") == 0
     for use in ("limit", "weights", "requests", "activations", "logits", "pages"):
         assert metric(triton, "dllm_memory_bytes", use=use) > 0
     with GrpcStream(triton, LONG) as _one, GrpcStream(triton, LONG) as _two:

@@ -146,7 +146,19 @@ test("a recording shows the canvas after any number of commits, the surest of a 
   assert.equal(cells[1].isNew, false);
   assert.equal(block.index, 1);
   assert.deepEqual(recording.at(1).block, { index: 0, start: 0, end: 3 });
-  assert.equal(recording.blockLength, 3);
+  assert.deepEqual(recording.blockStarts, [0, 3]);
+});
+
+test("a canvas that grows block by block has masks where nothing is yet", () => {
+  const recording = new Recording();
+  const event = (step, start, end, canvas, committed) => ({ step, block: { index: step - 1, start, end }, canvas, committed, seed: 1 });
+  recording.add(event(1, 0, 2, ["<0>", null], [commit(0, 0.9)]), 1);
+  recording.add(event(2, 2, 6, ["<0>", "<1>", null, null, null, null], [commit(1, 0.9)]), 2);
+  recording.add(event(3, 6, 10, ["<0>", "<1>", "<2>", "<3>", "<4>", "<5>", null, null, null, null], [2, 3, 4, 5].map((p) => commit(p, 0.9))), 3);
+  assert.deepEqual(recording.blockStarts, [0, 2, 6]);
+  assert.equal(recording.total, 10);
+  const { cells } = recording.at(1);
+  assert.deepEqual(cells.map(({ kind }) => kind[0]).join(""), "wmmmmmmmmm");
 });
 
 test("steps can be gone through one by one, and time passes as it did", () => {
@@ -200,6 +212,8 @@ test("a model is described by what the server tells, the demo checkpoint by what
   assert.deepEqual([demo.mode, demo.about.includes("capitals")], ["prompt", true]);
   const other = describe({ id: "dllm", checkpoint: "LLaDA-8B-Instruct", family: "new", max_model_len: 4096 });
   assert.deepEqual([other.name, other.mode, other.facts], ["LLaDA-8B-Instruct", "chat", ["new", "context of 4,096 tokens"]]);
+  const blockwise = describe({ id: "dllm", family: "sdar", block_length: 4 });
+  assert.deepEqual(blockwise.facts, ["SDAR", "block by block, 4 tokens each"]);
   const silent = describe({ id: "dllm" });
   assert.deepEqual([silent.name, silent.facts], ["dllm", []]);
 });

@@ -64,7 +64,7 @@ class FakeRunner(ModelRunner):
         self._canvases: dict[int, tuple[Canvas, int, int]] = {}
 
     def start(
-        self, slot: int, prompt: Prompt, params: SamplingParams, _: list[int]
+        self, slot: int, prompt: Prompt, params: SamplingParams, _: list[int], __: int = 0
     ) -> tuple[int, bool]:
         """Set up a canvas of masks."""
         self.on_start(params)
@@ -88,7 +88,8 @@ class FakeRunner(ModelRunner):
             rows.append(given + len(canvas.tokens))
         complete = [n == len(self._canvases[s][0].tokens) for n, s in zip(ready, step, strict=True)]
         no, yes = [False] * len(step), [True] * len(step)
-        return StepResult(step, complete, ready, no, rows, yes, no)
+        none = [0] * len(step)
+        return StepResult(step, complete, ready, no, rows, yes, no, none, none)
 
     def canvas(self, slot: int) -> Canvas:
         """A copy."""

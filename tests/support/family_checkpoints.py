@@ -302,6 +302,10 @@ def write_family(
 def write_family_tokenizer(directory: Path, family: str, specials: Mapping[str, int]) -> None:
     """A byte-level tokenizer in the family's files, with these special tokens."""
     made = FAMILIES[family]
+    first = min(specials.values()) if made.qwen_files else 0
+    names = {i: name for name, i in specials.items()}
+    # Published tokenizers have no gaps.
+    specials = {names.get(i, f"<SPECIAL_{i}>"): i for i in range(first, max(names) + 1)}
     settings: dict[str, Any] = {
         "added_tokens_decoder": {
             str(i): {"content": token, "special": True, "lstrip": False, "rstrip": False,
@@ -309,7 +313,7 @@ def write_family_tokenizer(directory: Path, family: str, specials: Mapping[str, 
             for token, i in specials.items()
         },
         "clean_up_tokenization_spaces": False,
-        "pad_token": next(iter(specials)),
+        "pad_token": "<pad>" if "<pad>" in specials else next(iter(specials)),
         **made.tokenizer,
     }  # fmt: skip
     if "<|im_end|>" in specials:
@@ -333,8 +337,7 @@ def _write_qwen_files(directory: Path, specials: Mapping[str, int]) -> None:
 
 def _write_tokenizer_json(directory: Path, specials: Mapping[str, int]) -> None:
     """The special tokens before the vocabulary, with placeholders between them."""
-    names = {i: name for name, i in specials.items()}
-    special = [names.get(i, f"<SPECIAL_{i}>") for i in range(max(names) + 1)]
+    special = list(specials)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*special, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))

@@ -10,7 +10,7 @@ import pytest
 from dllm_engine import EngineConfig
 
 from adapter.settings import Settings as AdapterSettings
-from benchmarks import parallel, precision, quality, throughput
+from benchmarks import blockwise, parallel, precision, quality, throughput
 from launcher.settings import Settings as LauncherSettings
 from tests.unit.test_layering import LAYERS
 
@@ -65,6 +65,14 @@ def test_commands_on_the_pages_can_be_run() -> None:
             assert target in targets, f"{page.name}: make {target}"
         for module in re.findall(r"python3? -m ((?:benchmarks|demo|launcher|adapter)[\w.]*)", text):
             assert importlib.util.find_spec(module), f"{page.name}: {module}"
+
+
+def test_the_block_wise_figures_on_the_page_are_those_of_the_results() -> None:
+    """Its tables are the ones that benchmarks/blockwise.py makes from its results."""
+    page = (ROOT / "docs/performance.md").read_text()
+    result = json.loads((ROOT / "benchmarks/results/blockwise.json").read_text())
+    for block in blockwise.table(result).split("\n\n"):
+        assert block in page
 
 
 def test_the_latencies_on_the_page_are_those_of_the_results() -> None:
@@ -127,13 +135,17 @@ def test_every_decision_is_listed() -> None:
 
 @pytest.mark.parametrize(
     ("folder", "architecture"),
-    [("demo_checkpoint", "LLaDAModelLM"), ("demo_checkpoint_dream", "DreamModel")],
+    [
+        ("demo_checkpoint", "LLaDAModelLM"),
+        ("demo_checkpoint_dream", "DreamModel"),
+        ("demo_checkpoint_sdar", "SDARForCausalLM"),
+    ],
 )
 def test_a_demo_checkpoint_is_small_and_whole(folder: str, architecture: str) -> None:
-    """It has at most 16 MB, the layout that the engine reads, and its card."""
+    """It has at most 8 MB, the layout that the engine reads, and its card."""
     directory = ROOT / "model_repository/dllm/1" / folder
     size = sum(file.stat().st_size for file in directory.iterdir())
-    assert size <= 16 * 2**20
+    assert size <= 8 * 10**6
     config = json.loads((directory / "config.json").read_text())
     assert config["architectures"] == [architecture]
     assert (directory / "README.md").exists()

@@ -134,13 +134,14 @@ class Model(BaseModel):
     created: int
     owned_by: str = "dllm-serve"
     checkpoint: str | None = Field(None, description="the name of the checkpoint's directory")
-    family: str | None = Field(None, description="llada or dream")
+    family: str | None = Field(None, description="llada, dream, sdar, …")
     architecture: str | None = Field(None, description="the class that `config.json` names")
     num_parameters: int | None = None
     max_model_len: int | None = Field(None, description="tokens of prompt and canvas together")
     mask_token_id: int | None = Field(
         None, description="the token that `canvas_ids` has at positions to decode"
     )
+    block_length: int | None = Field(None, description="tokens per block of a block-wise model")
 
 
 class ModelList(BaseModel):

@@ -67,8 +67,10 @@ export class Answer {
       announce("Stopped");
       return false;
     }
-    const { finish_reason: reason, seed } = this.recording.done;
-    this.#end(`${REASONS[reason] ?? reason} · seed ${seed}`);
+    const { finish_reason: reason, seed, usage } = this.recording.done;
+    const cached = usage.cached_tokens > 0 ? `, ${usage.cached_tokens} of them cached` : "";
+    const read = `${usage.prompt_tokens} prompt tokens${cached}`;
+    this.#end(`${REASONS[reason] ?? reason} · ${read} · seed ${seed}`);
     announce(`Answer: ${this.text || "empty"}`);
     return true;
   }
@@ -103,9 +105,9 @@ export class Answer {
     const isOver = this.element.classList.contains("over");
     const ended = isOver && count === this.recording.order.length;
     const view = this.recording.at(count);
-    const { blockLength } = this.recording;
-    this.canvas.draw(view, { blockLength, ended });
-    const blocks = Math.ceil(this.recording.length / blockLength);
+    const { blockStarts } = this.recording;
+    this.canvas.draw(view, { blockStarts, ended });
+    const blocks = blockStarts.length;
     const { total, steps, seconds, perSecond, passesPerToken } = this.recording.stats(count);
     this.bar.max = Math.max(total, 1);
     this.bar.value = count;

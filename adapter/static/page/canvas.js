@@ -35,10 +35,10 @@ export class Canvas {
   }
 
   /** Shows `cells` and marks the `block`, as `Recording.at` returns them. */
-  draw({ cells, block }, { blockLength, ended }) {
+  draw({ cells, block }, { blockStarts, ended }) {
     if (cells.length !== this.nodes.length) this.#layOut(cells.length);
     cells.forEach((cell, position) => {
-      const edge = position > 0 && position % blockLength === 0 ? "edge" : "";
+      const edge = position > 0 && blockStarts.includes(position) ? "edge" : "";
       this.#drawCell(position, cell, `${placeIn(block, position)} ${edge}`);
     });
     this.cells = cells;
@@ -75,6 +75,7 @@ export class Canvas {
   }
 
   #pressed(event) {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
     const steps = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
     const last = this.nodes.length - 1;
     if (event.key in steps) this.#move(this.active + steps[event.key]);
@@ -82,7 +83,6 @@ export class Canvas {
     else if (event.key === "End") this.#move(last);
     else if (event.key === " " || event.key === "Enter") this.#toggle(this.active);
     else return;
-    if (event.ctrlKey || event.metaKey) return;
     event.preventDefault();
   }
 

@@ -67,7 +67,8 @@ export class SettingsForm {
       for (let fold = control.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
       first ??= control;
     }
-    first?.focus();
+    first?.focus({ preventScroll: true });
+    first?.scrollIntoView({ block: "center" });
     return others;
   }
 

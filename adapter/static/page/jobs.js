@@ -40,33 +40,47 @@ export class Jobs {
     this.watch();
   }
 
-  /** Asks for the state of each job that is not done, until all are. */
+  /** Asks for the state of each job that is not done, until all are, or a call fails. */
   async watch() {
     clearTimeout(this.timer);
-    const active = this.jobs.filter(({ status }) => ACTIVE.has(status));
-    for (const job of active) await this.#refresh("GET", job);
+    for (const job of this.jobs.filter(({ status }) => ACTIVE.has(status))) {
+      if (!(await this.#refresh("GET", job))) return;
+    }
     this.#store();
     if (this.jobs.some(({ status }) => ACTIVE.has(status))) {
       this.timer = setTimeout(() => this.watch(), POLL_MILLISECONDS);
     }
   }
 
+  /** Brings a job up to date; false if the call failed, which is shown. */
   async #refresh(method, job) {
     try {
       const response = await call(method, `v1/result/${job.id}`);
       const { status, text, error, finish_reason, usage } = await response.json();
+      // An answer from before a cancellation may come after it; a job that is done stays so.
+      if (ACTIVE.has(status) && !ACTIVE.has(job.status)) return true;
       Object.assign(job, { status, text, error, finish_reason, usage });
       if (!ACTIVE.has(status)) announce(`Job ${job.id} ${status}`);
     } catch (error) {
       if (!(error instanceof CallError)) throw error;
-      if (error.status === 404) Object.assign(job, { status: "expired", text: null });
-      else this.onproblem(error);
+      if (error.status !== 404) {
+        this.onproblem(error);
+        return false;
+      }
+      Object.assign(job, { status: "expired", text: null });
     }
+    return true;
   }
 
   async #cancel(job) {
     await this.#refresh("DELETE", job);
     this.#store();
+  }
+
+  /** The job may belong to the key that was entered before, or after. */
+  #lookAgain(job) {
+    job.status = "running";
+    this.watch();
   }
 
   #forgetDone() {
@@ -81,8 +95,13 @@ export class Jobs {
 
   #store() {
     const kept = this.jobs.map(({ id, prompt, created, status }) => ({ id, prompt, created, status }));
-    localStorage.setItem(STORE, JSON.stringify(kept));
     this.#draw();
+    try {
+      localStorage.setItem(STORE, JSON.stringify(kept));
+    } catch {
+      const message = "this browser has no room for more jobs: the next visit will not list the newest; forget some";
+      this.onproblem(new CallError(0, [{ field: "", message }]));
+    }
   }
 
   /** Draws the list if anything changed, and leaves the focus where it was. */
@@ -112,15 +131,22 @@ export class Jobs {
       h("div", { class: "actions" },
         isActive ? button("Cancel", () => this.#cancel(job)) : null,
         job.status === "finished" && job.text === undefined ? button("Show", async () => { await this.#refresh("GET", job); this.#store(); }) : null,
+        job.status === "expired" ? button("Look again", () => this.#lookAgain(job)) : null,
         job.text ? button("Copy", () => copyText(job.text)) : null,
         isActive ? null : button("Forget", () => this.#forget(job))));
   }
 }
 
+/** Whether it is a job as this page stores it, and not another page's of the same address. */
+function isJob(job) {
+  const isDate = Number.isFinite(job?.created) && Math.abs(job.created) < 8e15;
+  return isDate && Number.isInteger(job.id) && typeof job.prompt === "string" && job.status in MARKS;
+}
+
 function read() {
   try {
     const jobs = JSON.parse(localStorage.getItem(STORE) ?? "[]");
-    return Array.isArray(jobs) ? jobs : [];
+    return jobs.filter(isJob);
   } catch {
     return [];
   }

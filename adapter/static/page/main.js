@@ -11,11 +11,21 @@ import { bodyOf, fieldsOf, needsKey } from "./schema.js";
 import { Thread } from "./thread.js";
 
 const HEALTH_MILLISECONDS = 10_000;
+const REMEMBER_MILLISECONDS = 300;
 /** What a visitor begins with; side B differs, so that there is something to compare. */
 const FIRST_SETTINGS = { a: { gen_length: "64" }, b: { gen_length: "64", confidence_threshold: "0.9" } };
 
 const $ = (id) => document.getElementById(id);
-const state = { mode: "prompt", fields: [], forms: {}, threads: {}, jobs: null, isRunning: false };
+const state = {
+  mode: "prompt",
+  /** Whether the model says which mode to begin with: you have not chosen one. */
+  isModeOpen: true,
+  fields: [],
+  forms: {},
+  threads: {},
+  jobs: null,
+  remembering: null,
+};
 
 async function start() {
   $("legend").append(legend());
@@ -32,7 +42,7 @@ async function start() {
   $("key-row").hidden = !needsKey(schema);
   $("key").value = key.get();
   build(fieldsOf(schema), linked);
-  await readModel(linked);
+  await readModel();
 }
 
 function build(fields, linked) {
@@ -43,7 +53,7 @@ function build(fields, linked) {
     $("forms").append(form.element);
   }
   for (const mode of ["chat", "prompt", "pair"]) {
-    const thread = new Thread({ mode, fields, onlink: linkTo, onproblems: showProblems, onredo: redo });
+    const thread = new Thread({ mode, fields, onlink: linkTo, onproblems: showRefusal, onredo: redo });
     state.threads[mode] = thread;
     $("threads").append(thread.element);
   }
@@ -53,11 +63,12 @@ function build(fields, linked) {
   const settings = linked?.settings ?? FIRST_SETTINGS;
   for (const [side, form] of Object.entries(state.forms)) form.values = settings[side];
   if (linked !== null) $("prompt").value = linked.prompt;
+  state.isModeOpen = linked === null;
   show(linked?.mode ?? "prompt");
 }
 
 /** Says which model is served, with prompts to try. */
-async function readModel(linked) {
+async function readModel() {
   let list;
   try {
     list = await (await call("GET", "v1/models")).json();
@@ -68,14 +79,14 @@ async function readModel(linked) {
   }
   const model = list.data[0];
   const { name, facts, about, mode, examples } = describe(model);
-  $("model").textContent = name;
+  $("model").textContent = $("served").textContent = name;
   document.title = `${name} · dLLM-Serve`;
   $("facts").textContent = facts.join(" · ");
   $("about").textContent = about;
   $("examples").replaceChildren(...examples.map(({ prompt, fields = {} }) =>
     h("li", {}, h("button", { type: "button", on: { click: () => tryExample(prompt, fields) } }, prompt))));
   for (const thread of Object.values(state.threads)) thread.maskId = model.mask_token_id;
-  if (linked === null && !state.isRunning) show(mode);
+  if (state.isModeOpen) show(mode);
 }
 
 function tryExample(prompt, fields) {
@@ -94,6 +105,7 @@ function show(mode) {
   state.forms.b.element.hidden = mode !== "pair";
   state.forms.a.heading.hidden = mode !== "pair";
   $("lines-row").hidden = mode !== "jobs";
+  $("legend").hidden = mode === "jobs";
   $("start").textContent = mode === "jobs" ? "Submit" : "Denoise";
   if (mode === "jobs") state.jobs.watch();
   update();
@@ -104,10 +116,14 @@ function show(mode) {
 function update() {
   const thread = state.threads[state.mode];
   $("intro").hidden = state.mode === "jobs" || !thread.isEmpty;
-  $("clear").hidden = thread === undefined || thread.isEmpty || state.isRunning;
+  const isRunning = thread?.isRunning ?? false;
+  $("clear").hidden = thread === undefined || thread.isEmpty || isRunning;
   $("clear").textContent = state.mode === "chat" ? "New chat" : "Clear";
-  $("stop").hidden = !state.isRunning;
-  $("start").hidden = state.isRunning;
+  const [shown, other] = isRunning ? [$("stop"), $("start")] : [$("start"), $("stop")];
+  const hadFocus = document.activeElement === other;
+  shown.hidden = false;
+  other.hidden = true;
+  if (hadFocus) shown.focus();
 }
 
 /** The settings of the sides that the mode has. */
@@ -118,7 +134,8 @@ function settingsNow() {
 
 async function run() {
   const prompt = $("prompt").value;
-  if (state.isRunning) return;
+  if (state.threads[state.mode]?.isRunning) return;
+  state.isModeOpen = false;
   clearProblems();
   if (prompt.trim() === "") {
     showProblems(new CallError(0, [{ field: "prompt", message: "write something first" }]), "a");
@@ -129,20 +146,18 @@ async function run() {
 }
 
 async function ask(prompt, settings, before = null) {
-  state.isRunning = true;
   const thread = state.threads[state.mode];
   const asking = thread.ask(prompt, settings, before);
   update();
   try {
     return await asking;
   } finally {
-    state.isRunning = false;
     update();
   }
 }
 
 function redo(prompt, settings, before) {
-  if (state.isRunning) return;
+  if (state.threads[state.mode].isRunning) return;
   clearProblems();
   ask(prompt, settings, before);
 }
@@ -155,6 +170,12 @@ async function submit(text) {
   } catch (error) {
     showProblems(error, "a");
   }
+}
+
+/** Shows why an answer failed; the page first takes the shape in which it stays. */
+function showRefusal(error, side) {
+  update();
+  showProblems(error, side);
 }
 
 /** Shows what went wrong beside the field it names, or above the button. */
@@ -193,10 +214,12 @@ function linkTo(prompt, settings) {
   return new URL(hashOf({ mode: state.mode, prompt, settings }), location.href).href;
 }
 
-/** Keeps the settings in the address. */
+/** Keeps the settings in the address; after a pause, as browsers refuse many changes in a row. */
 function remember() {
-  if (state.jobs === null) return;
-  history.replaceState(null, "", linkTo($("prompt").value, settingsNow()));
+  clearTimeout(state.remembering);
+  state.remembering = setTimeout(() => {
+    history.replaceState(null, "", linkTo($("prompt").value, settingsNow()));
+  }, REMEMBER_MILLISECONDS);
 }
 
 async function watchHealth() {
@@ -223,6 +246,9 @@ function listen() {
     run();
   });
   $("prompt").addEventListener("input", remember);
+  if (!CSS.supports("field-sizing", "content")) {
+    $("prompt").addEventListener("input", () => grow($("prompt")));
+  }
   $("stop").addEventListener("click", () => state.threads[state.mode].stop());
   $("clear").addEventListener("click", () => {
     state.threads[state.mode].clear();
@@ -232,10 +258,14 @@ function listen() {
   $("key").addEventListener("change", () => {
     key.set($("key").value);
     clearProblems();
-    readModel(readHash(location.hash));
+    readModel();
+    if (state.mode === "jobs") state.jobs.watch();
   });
   for (const input of document.querySelectorAll('[name="mode"]')) {
-    input.addEventListener("change", () => show(input.value));
+    input.addEventListener("change", () => {
+      state.isModeOpen = false;
+      show(input.value);
+    });
   }
   addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
@@ -246,6 +276,12 @@ function listen() {
       state.threads[state.mode]?.pause();
     }
   });
+}
+
+/** Makes an area as high as its text, where styles alone cannot. */
+function grow(area) {
+  area.style.blockSize = "auto";
+  area.style.blockSize = `${area.scrollHeight}px`;
 }
 
 start();

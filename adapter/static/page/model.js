@@ -1,6 +1,13 @@
 // What the page says about the model that is served, with prompts to try. No DOM.
 
-const FAMILIES = { llada: "LLaDA", dream: "Dream" };
+const FAMILIES = {
+  llada: "LLaDA",
+  dream: "Dream",
+  illada: "iLLaDA",
+  sdar: "SDAR",
+  fast_dllm: "Fast-dLLM v2",
+  nemotron: "Nemotron-Labs-Diffusion",
+};
 
 /** Fields with which a paragraph fits. */
 const LONG = { gen_length: "128" };
@@ -47,6 +54,7 @@ export function describe(model) {
   if (model.family) facts.push(FAMILIES[model.family] ?? model.family);
   if (model.num_parameters) facts.push(`${magnitude(model.num_parameters)} parameters`);
   if (model.max_model_len) facts.push(`context of ${model.max_model_len.toLocaleString("en")} tokens`);
+  if (model.block_length) facts.push(`block by block, ${model.block_length} tokens each`);
   return { name: model.checkpoint ?? model.id, facts, ...known };
 }
 

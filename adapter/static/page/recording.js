@@ -44,14 +44,19 @@ export class Recording {
     this.seed = event.seed;
   }
 
-  /** Positions of the canvas. */
+  /** Positions of the canvas; that of a block-wise model may grow. */
   get length() {
-    return this.frames[0]?.canvas.length ?? 0;
+    return this.frames.at(-1)?.canvas.length ?? 0;
   }
 
-  /** Positions of a block; the last block may have fewer. */
-  get blockLength() {
-    return Math.max(...this.frames.map(({ block }) => block.end - block.start));
+  /** Where blocks begin. The first one may be shorter, if a prompt's end shares a block with it. */
+  get blockStarts() {
+    const blocks = this.frames.map(({ block }) => block);
+    const length = Math.max(...blocks.map(({ start, end }) => end - start));
+    const first = (blocks.at(-1).start % length) || length;
+    const starts = [0];
+    for (let start = first; start < this.length; start += length) starts.push(start);
+    return starts;
   }
 
   /** Positions that are to be decoded: all but those that the request gave. */
@@ -85,7 +90,7 @@ export class Recording {
   at(count) {
     const newest = count === 0 ? -1 : this.order[count - 1].frame;
     const frame = this.frames[Math.max(newest, 0)];
-    const cells = frame.canvas.map((text) => ({ kind: "given", text: text ?? "" }));
+    const cells = this.frames.at(-1).canvas.map((text) => ({ kind: "given", text: text ?? "" }));
     this.order.forEach(({ position, token_id, confidence, frame: at }, index) => {
       const text = frame.canvas[position] ?? this.frames[at].canvas[position];
       cells[position] = index < count

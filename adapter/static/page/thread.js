@@ -29,6 +29,10 @@ export class Thread {
     return this.element.childElementCount === 0;
   }
 
+  get isRunning() {
+    return this.running.length > 0;
+  }
+
   clear() {
     this.pause();
     this.messages = [];
@@ -64,13 +68,14 @@ export class Thread {
       h("div", { class: `answers ${this.mode}` }, ...answers.map(({ element }) => element)),
       answers.length > 1 ? this.#playAll(answers) : null);
     this.element.append(turn);
-    turn.scrollIntoView({ block: "nearest", behavior: prefersStillness() ? "auto" : "smooth" });
+    reveal(turn);
     const ends = await Promise.allSettled(
       Object.values(values).map((texts, index) => answers[index].run(bodyOf(this.fields, texts, asked))),
     );
     this.running = [];
     const refused = answers.every(({ recording }) => recording.frames.length === 0);
     if (refused) turn.remove();
+    else reveal(turn);
     Object.keys(values).forEach((side, index) => {
       if (ends[index].status === "rejected") this.onproblems(ends[index].reason, side);
     });
@@ -100,6 +105,11 @@ export class Thread {
     };
     return h("button", { type: "button", class: "both", on: { click: play } }, "Replay both");
   }
+}
+
+/** Scrolls as little as needed: a turn has grown, and the composer covers the end of the page. */
+function reveal(turn) {
+  turn.scrollIntoView({ block: "nearest", behavior: prefersStillness() ? "auto" : "smooth" });
 }
 
 function summaryOf(values) {

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -25,6 +26,9 @@ app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
 #: A line of JSON has one of these.
 PROMPT_FIELDS = ("prompt", "messages", "input_ids")
+SURROGATE = re.compile("[\ud800-\udfff]")
+#: How a line of the answers begins.
+ANSWER_BEGINS = b'{"line": '
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,10 @@ def _opened(file: Path) -> Iterator[IO[str]]:
         yield sys.stdin
     else:
         with file.open(encoding="utf-8") as opened:
-            yield opened
+            try:
+                yield opened
+            except UnicodeDecodeError as error:
+                raise DllmError(f"{file}: must be UTF-8: {error}") from error
 
 
 def _lines(source: Iterable[str]) -> Iterator[Line]:
@@ -118,13 +125,15 @@ def _parse(text: str) -> tuple[Request, Any]:
     """The request in a line of JSON, and its `id`; raises BadRequestError for another line."""
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter: nested too deep
         raise BadRequestError(f"not JSON: {error}", 400) from error
     if isinstance(value, str):
         return Request(value), None
     if not isinstance(value, dict):
         raise BadRequestError("must be a JSON string or object", 400)
     name = value.pop("id", None)
+    if SURROGATE.search(json.dumps(name, ensure_ascii=False)):  # no file can hold it
+        raise BadRequestError("id: must be valid Unicode", 400, "id")
     given = [field for field in PROMPT_FIELDS if field in value]
     if len(given) != 1:
         raise BadRequestError(f"must have one of {', '.join(PROMPT_FIELDS)}", 400)
@@ -173,23 +182,25 @@ def _last_answer(stream: IO[bytes], out: Path) -> Line | None:
     """The last complete line; cuts off an incomplete one, which a killed run left.
 
     Raises:
-        DllmError: the file holds something else.
+        DllmError: the file holds something else, and is left as it is.
     """
-    last, end = b"", 0
+    last, rest, end = b"", b"", 0
     stream.seek(0)
     for line in stream:
         if not line.endswith(b"\n"):
+            rest = line
             break
         last, end = line, end + len(line)
+    try:
+        if rest[: len(ANSWER_BEGINS)] != ANSWER_BEGINS[: len(rest)]:
+            raise ValueError(rest)
+        answer = json.loads(last) if last else None
+        done = Line(int(answer["line"]), str(answer["key"])) if answer is not None else None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DllmError(f"{out}: holds something else than answers of `dllm batch`") from error
     stream.truncate(end)
     stream.seek(0, os.SEEK_END)
-    if not last:
-        return None
-    try:
-        answer = json.loads(last)
-        return Line(int(answer["line"]), str(answer["key"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise DllmError(f"{out}: holds something else than answers of `dllm batch`") from error
+    return done
 
 
 def _print(line: Line, outcome: Outcome, as_json: bool) -> None:

@@ -68,6 +68,13 @@ def bench(
     Answers run to their whole length (ignore_eos) unless you --set ignore_eos=false. The report has
     the fields of `vllm bench serve`. The exit code is 1 if a request failed.
     """
+    for option, file in (("--save", save), ("--plot", plot)):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise typer.BadParameter(
+                f"must be in a directory that exists, not {file.parent}", param_hint=option
+            )
+    if plot is not None:
+        _require_plot_format(plot)
     limits = dict(_limit(text) for text in goodput or ())
     load = Load(request_rate, burstiness, max_concurrency, load_seed)
     fields: Params = {"gen_length": DEFAULT_LENGTH, "ignore_eos": True, **params}
@@ -161,13 +168,23 @@ def _table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _draw(found: dict[str, Any], file: Path) -> None:
-    """Draw the share of requests within each latency."""
+def _require_plot_format(file: Path) -> None:
+    """Refuse a file that cannot be drawn before the load is sent."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         message = "needs matplotlib: pip install 'dllm-serve[bench]'"
         raise typer.BadParameter(message, param_hint="--plot") from error
+    known = Figure().canvas.get_supported_filetypes()
+    if file.suffix[1:].lower() not in known:
+        message = f"must end with one of {', '.join(f'.{kind}' for kind in known)}, not {file.name}"
+        raise typer.BadParameter(message, param_hint="--plot")
+
+
+def _draw(found: dict[str, Any], file: Path) -> None:
+    """Draw the share of requests within each latency."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     answered = [not error for error in found["errors"]]

@@ -35,6 +35,8 @@ def chat(
     beginning = [{"role": "system", "content": system}] if system is not None else []
     messages = list(beginning)
     for text in _turns():
+        if text == "/quit":
+            return
         if text == "/new":
             messages = list(beginning)
             continue
@@ -53,8 +55,8 @@ def _turns() -> Iterator[str]:
         import readline  # noqa: F401 - input() has a history and arrow keys then
     stderr.print(HELP, style="dim")
     with suppress(EOFError):
-        while (text := input("> ").strip()) != "/quit":
-            if text:
+        while True:
+            if text := input("> ").strip():
                 yield text
 
 

@@ -13,7 +13,9 @@ from dllm_client.cli.prompts import Messages, PromptText, read_prompt
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
-WaitTimeout = Annotated[float | None, typer.Option(help="Stop waiting after so many seconds.")]
+WaitTimeout = Annotated[
+    float | None, typer.Option(min=0, help="Stop waiting after so many seconds.")
+]
 
 
 @command(app)

@@ -79,15 +79,27 @@ def sampling(*, set_: list[str] | None = None, **given: Any) -> Params:
     return cast(Params, kept | dict(map(_assignment, set_ or ())))
 
 
+#: What the client's methods take beside the fields of a request.
+_ARGUMENTS = {
+    parameter.name
+    for method in (Client.submit, Client.stream, Client.map)
+    for parameter in inspect.signature(method).parameters.values()
+    if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+}
+
+
 def _assignment(text: str) -> tuple[str, Any]:
     """Name and value of `name=value`; a value that is no JSON is a string."""
     name, equals, value = text.partition("=")
     name = name.strip().replace("-", "_")
     if not equals or not name:
         raise typer.BadParameter(f"must be name=value, not {text!r}", param_hint="--set")
+    if name in _ARGUMENTS:
+        message = f"{name} must be given as the command's own argument or option"
+        raise typer.BadParameter(message, param_hint="--set")
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value
 
 

@@ -22,7 +22,7 @@ def read_prompt(prompt: str, messages: bool) -> Prompt:
         return text
     try:
         parsed: Any = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRequestError(f"messages: {error}", 400, "messages") from error
     if not isinstance(parsed, list) or not all(isinstance(one, dict) for one in parsed):
         raise BadRequestError("messages: must be a JSON list of objects", 400, "messages")

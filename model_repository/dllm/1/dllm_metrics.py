@@ -27,6 +27,13 @@ class Metrics:
         ("dllm_completion_tokens_total", "Tokens of ended answers", "completion_tokens"),
         ("dllm_requests_admitted_total", "Requests that began to run", "requests_admitted"),
         ("dllm_queue_seconds_total", "Seconds that these had waited", "queue_seconds"),
+        ("dllm_preemptions_total", "Requests that gave their pages to others", "preemptions"),
+        (
+            "dllm_prefix_cache_queries_total",
+            "Prompt tokens looked up in the prefix cache",
+            "prefix_cache_queries",
+        ),
+        ("dllm_prefix_cache_hits_total", "Prompt tokens found there", "prefix_cache_hits"),
         ("dllm_requests_finished_total", "Requests answered", "requests_finished"),
         ("dllm_requests_cancelled_total", "Requests cancelled", "requests_cancelled"),
         ("dllm_requests_failed_total", "Requests failed", "requests_failed"),
@@ -56,6 +63,9 @@ class Metrics:
         self._waiting = metric("dllm_waiting_requests", "Requests waiting for a place", gauge)
         self._capacity = metric("dllm_max_running_requests", "Most requests at once", gauge)
         self._pages = metric("dllm_used_pages", "Pages of keys and values in use", gauge)
+        self._cached = metric(
+            "dllm_prefix_cache_pages", "Pages that the prefix cache has, in use or free", gauge
+        )
         self._all_pages = metric("dllm_pages", "Pages of keys and values", gauge)
         memory = pb_utils.MetricFamily(
             name="dllm_memory_bytes", description="The memory plan, by use", kind=gauge
@@ -77,7 +87,8 @@ class Metrics:
         self._totals.clear()
         self._memory.clear()
         self._histograms.clear()
-        del self._running, self._waiting, self._capacity, self._pages, self._all_pages
+        del self._running, self._waiting, self._capacity, self._pages, self._cached
+        del self._all_pages
         self._families.clear()
 
     def publish(self, worker: EngineThread) -> None:
@@ -92,6 +103,7 @@ class Metrics:
         self._waiting.set(len(worker.engine.scheduler.waiting))
         self._capacity.set(worker.engine.config.max_num_seqs)
         self._pages.set(worker.engine.allocator.num_used)
+        self._cached.set(worker.engine.allocator.num_cached)
         plan = worker.engine.runner.plan
         self._all_pages.set(plan.num_pages)
         for use, gauge in self._memory.items():

@@ -240,7 +240,9 @@ def to_response(
         "finish_reason": _strings([reason]),
         "usage": np.array([dataclasses.astuple(update.usage)], dtype=np.int32),
         "seed": np.array([[update.seed]], dtype=np.int64),
-        "block": np.array([_active_block(masked, params)], dtype=np.int32),
+        "block": np.array(
+            [_active_block(masked, params, _lead(engine, update, params))], dtype=np.int32
+        ),
     }
     if "token_texts" in wanted:  # the one output that costs anything to make
         tokenizer = engine.tokenizer
@@ -262,13 +264,27 @@ def _answer(engine: Engine, update: CanvasUpdate, stop: tuple[str, ...]) -> str:
     return (engine.tokenizer.answer if update.finished else engine.tokenizer.prefix)(ready, stop)
 
 
-def _active_block(masked: npt.NDArray[np.bool_], params: SamplingParams) -> tuple[int, int, int]:
-    """Index, start and end of the block that the next step decodes; the last when none is left."""
+def _lead(engine: Engine, update: CanvasUpdate, params: SamplingParams) -> int:
+    """How many tokens of the prompt the answer's first block begins with."""
+    blocks = engine.spec.blocks
+    if blocks is None or blocks.origin == "prompt_end":
+        return 0
+    assert params.block_length is not None
+    return update.usage.prompt_tokens % params.block_length
+
+
+def _active_block(
+    masked: npt.NDArray[np.bool_], params: SamplingParams, lead: int
+) -> tuple[int, int, int]:
+    """Index, start and end of the block that the next step decodes; the last when none is left.
+
+    Of the first block, `lead` positions are before the canvas.
+    """
     assert params.block_length is not None
     first_masked = int(masked.argmax()) if masked.any() else masked.size - 1
-    index = first_masked // params.block_length
-    start = index * params.block_length
-    return index, start, min(start + params.block_length, masked.size)
+    index = (first_masked + lead) // params.block_length
+    start = index * params.block_length - lead
+    return index, max(0, start), min(start + params.block_length, masked.size)
 
 
 def _strings(values: Sequence[str]) -> npt.NDArray[np.object_]:

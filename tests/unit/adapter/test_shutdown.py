@@ -9,7 +9,15 @@ from typing import Any
 
 import httpx
 import pytest
-from adapter_fakes import DONE, SIGN_OF_LIFE, ScriptedEngine, fast_settings, running_app, until
+from adapter_fakes import (
+    DONE,
+    SIGN_OF_LIFE,
+    ScriptedEngine,
+    fast_settings,
+    running_app,
+    served_app,
+    until,
+)
 
 from adapter.jobs.job import Job, JobState
 from adapter.jobs.store import JobStore
@@ -75,6 +83,27 @@ async def test_signal_ends_the_process_while_a_poll_is_held(
     finally:
         if process.returncode is None:
             process.kill()
+
+
+async def test_calls_that_are_cut_at_a_stop_are_told_so(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When the time for a graceful stop is over, a call gets a 503, and the log no traceback."""
+    engine = ScriptedEngine([[SIGN_OF_LIFE, "hang"]])
+    body = {"model": "dllm", "prompt": "a"}
+    async with httpx.AsyncClient(timeout=30) as client:
+        async with served_app(fast_settings(database_url, engine_idle_timeout=30), engine) as url:
+            path = f"{url}/v1/completions"
+            whole = asyncio.create_task(client.post(path, json=body))
+            stream = asyncio.create_task(client.post(path, json=body | {"stream": True}))
+            await until(lambda: len(engine.requests) == 2)
+        answer = await whole
+        with pytest.raises(httpx.RemoteProtocolError):
+            await stream
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "1"
+    assert answer.json()["error"]["message"] == "this worker stops; send the call again"
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 async def until_up(client: httpx.AsyncClient) -> None:

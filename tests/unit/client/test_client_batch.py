@@ -60,6 +60,16 @@ def test_map_gives_each_item_its_own_fields_and_errors(quick: None) -> None:
     assert [body["seed"] for body in server.bodies] == [1, 1, 0, 1]
 
 
+def test_an_item_that_is_no_prompt_ends_nothing(quick: None) -> None:
+    """None in a list, as for an empty cell of a table, is sent as it is; the others go on."""
+    del quick
+    refused = httpx.Response(422, json={"detail": "not a prompt"})
+    script = Script([refused, submitted(0), job("finished", "a", 0)])
+    outcomes = list(connected(script).map([None, "a"], in_flight=1))  # type: ignore[list-item]
+    assert [one.error is None for one in outcomes] == [False, True]
+    assert outcomes[1].text == "a"
+
+
 def test_a_failed_job_is_an_outcome(quick: None) -> None:
     """The outcome of a failed job has both the job and the error."""
     del quick
@@ -168,7 +178,13 @@ def test_batch_goes_on_where_it_ended(dllm: Dllm, server: BatchServer, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("old", "said"), [(None, "belongs to another input than line 2"), ("text\n", "something else")]
+    ("old", "said"),
+    [
+        (None, "belongs to another input than line 2"),
+        ("text\n", "something else"),
+        ("one line without an end", "something else"),
+        ('{"line": 1, "key": "k"}\nnotes', "something else"),
+    ],
 )
 def test_batch_does_not_mix_answers(dllm: Dllm, tmp_path: Path, old: str | None, said: str) -> None:
     """Answers of another input, and any other file, stay as they are."""
@@ -184,6 +200,20 @@ def test_batch_does_not_mix_answers(dllm: Dllm, tmp_path: Path, old: str | None,
     assert outcome.exit_code == 1
     assert said in outcome.stderr
     assert out.read_bytes() == before
+
+
+def test_lines_that_no_request_or_file_can_hold(dllm: Dllm, tmp_path: Path) -> None:
+    """JSON that is nested too deep, and half a character, are errors of their lines."""
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    half = '{"prompt": "a", "id": ["\\ud800"]}'
+    source.write_text(f'"a"\n{"[" * 100_000}\n{half}\n"b"\n')
+    assert dllm("batch", str(source), str(out)).exit_code == 1
+    errors = [str(one["error"]) for one in answers(out)]
+    assert [error.partition(":")[0] for error in errors] == ["None", "not JSON", "id", "None"]
+    source.write_bytes("café".encode("latin-1"))
+    outcome = dllm("batch", str(source))
+    assert (outcome.exit_code, outcome.stderr.count("\n")) == (1, 1)
+    assert outcome.stderr.startswith(f"dllm: {source}: must be UTF-8")
 
 
 def test_batch_of_plain_lines(dllm: Dllm, tmp_path: Path) -> None:

@@ -139,10 +139,19 @@ def test_failed_requests_are_counted_and_told(script: Script, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--input-len", "9:3"), ("--output-len", "x"), ("--goodput", "ttft"), ("--goodput", "a:5")],
+    [
+        ("--input-len", "9:3"),
+        ("--output-len", "x"),
+        ("--goodput", "ttft"),
+        ("--goodput", "a:5"),
+        ("--plot", "latencies.txt"),
+        ("--plot", "absent/latencies.png"),
+        ("--save", "absent/report.json"),
+    ],
 )
-def test_bad_options_are_named(arguments: tuple[str, str]) -> None:
+def test_bad_options_are_named(script: Script, arguments: tuple[str, str]) -> None:
     """The exit code is 2, and nothing is sent."""
     outcome = bench(*arguments)
     assert outcome.exit_code == 2
-    assert "must be" in outcome.stderr
+    assert "must" in outcome.stderr
+    assert script.requests == []

@@ -269,7 +269,8 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 
 
 @pytest.mark.parametrize(
-    ("prompt", "field"), [("hi", "prompt"), (MESSAGES, "messages"), ([1, 2], "input_ids")]
+    ("prompt", "field"),
+    [("hi", "prompt"), (MESSAGES, "messages"), ([1, 2], "input_ids"), ([], "input_ids")],
 )
 def test_prompt_has_three_forms(
     client: Client, script: Script, prompt: dllm_client.Prompt, field: str
@@ -550,3 +551,10 @@ async def test_as_many_calls_at_once_as_the_caller_likes() -> None:
         async with AsyncClient(f"http://{host}:{port}", timeout=2.0) as client:
             results = await asyncio.gather(*(client.result(number) for number in range(count)))
     assert {result.text for result in results} == {"a text"}
+
+
+def test_bytes_are_no_token_ids(script: Script) -> None:
+    """A prompt of bytes is refused, and not sent as a list of numbers."""
+    with pytest.raises(BadRequestError, match="prompt"):
+        Client("http://server", transport=httpx.MockTransport(script)).submit(b"hi")  # type: ignore[arg-type]
+    assert script.requests == []

@@ -222,9 +222,9 @@ def stream(text: str, finish_reason: str = "stop") -> httpx.Response:
 
 
 def test_chat_keeps_the_turns(dllm: Dllm) -> None:
-    """Each line of a pipe is a turn; the next one has all before it; /new starts over."""
+    """Each line of a pipe is a turn, with all turns before it; /new starts over, /quit ends."""
     dllm.script.answers = [stream("one"), stream("two"), stream("three", "length")]
-    outcome = dllm("chat", "--system", "be brief", stdin="a\n\nb\n/new\nc\n")
+    outcome = dllm("chat", "--system", "be brief", stdin="a\n\nb\n/new\nc\n/quit\nd\n")
     assert (outcome.exit_code, outcome.stdout) == (0, "one\ntwo\nthree\n")
     assert outcome.stderr.count("was cut") == 1
     sent = [json.loads(request.content)["messages"] for request in dllm.script.requests]
@@ -338,6 +338,7 @@ def test_errors_of_the_waiting_name_the_job(dllm: Dllm) -> None:
         (["health", "--answer-timeout", "nan"], "timeout"),
         (["health", "--api-key", "schlüssel"], "api_key"),
         (["jobs", "submit", "hi", "--stop", "\udcff"], "stop"),
+        (["generate", "[" * 100_000, "--messages"], "messages"),
     ],
 )
 def test_values_that_cannot_be_sent_are_one_line(
@@ -348,3 +349,21 @@ def test_values_that_cannot_be_sent_are_one_line(
     assert (outcome.exit_code, outcome.stdout) == (1, "")
     assert outcome.stderr.startswith(f"dllm: {field}: ")
     assert outcome.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "hi", "--set", "prompt=1"],
+        ["batch", "-", "--set", "in_flight=1"],
+        ["generate", "hi", "--set", "self=1"],
+        ["generate", "hi", "--wait-timeout", "nan"],
+        ["generate", "hi", "--wait-timeout", "-1"],
+    ],
+)
+def test_arguments_that_no_command_takes_exit_with_2(dllm: Dllm, arguments: list[str]) -> None:
+    """A field that is an argument of its own, and a time that is none, are wrong arguments."""
+    outcome = dllm(*arguments, stdin="one")
+    assert (outcome.exit_code, outcome.stdout) == (2, "")
+    assert "Invalid value" in outcome.stderr
+    assert dllm.script.requests == []

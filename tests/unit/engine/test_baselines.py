@@ -6,7 +6,9 @@ import torch
 from dllm_engine import LLM, SamplingParams
 
 from benchmarks.baselines import LibraryLlama, PlainLlama, Work, fast_dllm, reference
+from benchmarks.block_baselines import BlockWork, PlainSdar, sdar
 from tests.support.checkpoints import MASK
+from tests.support.family_checkpoints import mask_of, write_family
 
 
 def test_parallel_baseline_decodes_what_the_engine_decodes(checkpoint: Path, llm: LLM) -> None:
@@ -45,3 +47,23 @@ def test_baselines_decode_what_the_engine_decodes(checkpoint: Path, llm: LLM) ->
         if policy == "none":
             library = LibraryLlama(checkpoint)
             assert reference(library, prompts, work).tolist() == expected
+
+
+def test_the_loop_of_sdar_decodes_what_the_engine_decodes(tmp_path: Path) -> None:
+    """Alone and in a static batch, whether a prompt ends within a block or not."""
+    directory = write_family(tmp_path, "sdar")
+    plain, llm = PlainSdar(directory), LLM(directory)
+    for length, threshold in ((20, 0.85), (23, 0.05)):
+        prompts = torch.randint(0, 499, (3, length), generator=torch.Generator().manual_seed(2))
+        work = BlockWork(10, 4, mask_of("sdar"), threshold)
+        params = SamplingParams(
+            gen_length=10,
+            block_length=4,
+            remasking="low_confidence_dynamic",
+            confidence_threshold=threshold,
+            ignore_eos=True,
+        )
+        answers = llm.generate(prompts.tolist(), params, progress=False)
+        expected = [answer.token_ids.tolist() for answer in answers]
+        assert sdar(plain, prompts, work).tolist() == expected
+        assert sdar(plain, prompts[:1], work).tolist() == expected[:1]

@@ -15,7 +15,8 @@ from demo import corpus, train
 
 
 @pytest.mark.parametrize(
-    ("family", "architecture"), [("llada", "LLaDAModelLM"), ("dream", "DreamModel")]
+    ("family", "architecture"),
+    [("llada", "LLaDAModelLM"), ("dream", "DreamModel"), ("sdar", "SDARForCausalLM")],
 )
 def test_a_run_can_be_broken_off_resumed_and_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, architecture: str
@@ -39,6 +40,6 @@ def test_a_run_can_be_broken_off_resumed_and_served(
     question = corpus.held_out_set("addition", 1)[0].question
     params = SamplingParams(gen_length=8, ignore_eos=True)
     answer = llm.generate([question], params, chat=True, progress=False)[0]
-    assert answer.usage.steps == 8
+    assert answer.usage.completion_tokens == 8
     assert llm.engine.spec.mask_token_id not in answer.token_ids.tolist()
     assert (answer.confidence > 0).all()

@@ -182,7 +182,11 @@ def test_who_waits_gives_signs_of_life_and_gives_up_in_time(
         ("block_length", 65, r"1 to gen_length \(64\)"),
         ("cfg_scale", -1.0, "0 to 1000"),
         ("steps", 10_000, "at most 256"),
-        ("remasking", "best", "low_confidence, random, entropy, margin, sequential; got 'best'"),
+        (
+            "remasking",
+            "best",
+            "low_confidence, random, entropy, margin, sequential, speculative; got 'best'",
+        ),
         ("factor", -0.1, "0 to 1000000"),
         ("entropy_bound", float("nan"), "0 to 1000000"),
         ("low_threshold", 0.5, "needs confidence_threshold"),

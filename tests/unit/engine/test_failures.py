@@ -60,11 +60,13 @@ def break_layouts(engine: Engine, monkeypatch: pytest.MonkeyPatch, error: Except
     table = runner_of(engine).table
     fill = table.fill
 
-    def fail_on_nine(slot: int, prompt: Prompt, params: SamplingParams) -> None:
+    def fail_on_nine(
+        slot: int, prompt: Prompt, params: SamplingParams, num_cached: int
+    ) -> tuple[int, bool]:
         if params.gen_length == 9:
             table.tokens[slot] = -1
             raise error
-        fill(slot, prompt, params)
+        return fill(slot, prompt, params, num_cached)
 
     monkeypatch.setattr(table, "fill", fail_on_nine)
 

@@ -48,6 +48,12 @@ def subject(
     return Subject(request.param, llm, oracle)
 
 
+#: The property tests mix all rules with both families, so that a change need not wait for these.
+ONE_FAMILY = pytest.mark.parametrize(
+    "subject", ["llada", pytest.param("dream", marks=pytest.mark.slow)], indirect=True
+)
+
+
 def assert_equal(
     answer: CanvasUpdate | Completion, reference: ReferenceResult, abs: float = 1e-6
 ) -> None:
@@ -101,6 +107,7 @@ SAMPLINGS: list[dict[str, Any]] = [
 ]
 
 
+@ONE_FAMILY
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_schedules_and_dreams_algorithms_equal_the_reference(
     subject: Subject, sampling: dict[str, Any]
@@ -120,6 +127,7 @@ def test_schedules_and_dreams_algorithms_equal_the_reference(
         assert_equal(answer, subject.expected(prompt, p))
 
 
+@ONE_FAMILY
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_every_rule_equals_the_reference_beside_longer_blocks(
     subject: Subject, rule: dict[str, Any]

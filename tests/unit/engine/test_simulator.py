@@ -1,5 +1,8 @@
 """The simulator's requests cost what the engine's cost, and time passes as the model says."""
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 from dllm_engine import LLM, Prompt
 from dllm_engine.loop.scheduler import Scheduler
@@ -7,6 +10,7 @@ from dllm_engine.sampling_params import CACHE_POLICIES
 
 from benchmarks.scheduling import SYSTEMS, measure
 from benchmarks.simulator import Arrival, CostModel, FcfsScheduler, simulate, without_pages
+from tests.support.family_checkpoints import write_family
 
 
 @pytest.mark.parametrize("policy", CACHE_POLICIES)
@@ -19,6 +23,18 @@ def test_rows_are_those_of_the_engine(llm: LLM, policy: str) -> None:
     rows = llm.engine.stats.batched_tokens - before
     outcome = simulate(Scheduler(8, 512, without_pages()), load, CostModel(0.01, 0.001))
     assert sum(outcome.rows) == rows
+
+
+def test_rows_of_block_wise_models_are_those_of_the_engine(tmp_path: Path) -> None:
+    """Prompts in chunks, blocks, and the pass that makes a block final, which rides in the next
+    one's first step."""
+    llm = LLM(write_family(tmp_path, "sdar"), max_num_batched_tokens=64, prefix_cache=False)
+    load = [Arrival(0.0, 9 + 12 * i, 7 + 4 * i, 4, "block", chunk=16) for i in range(5)]
+    prompts = [Prompt([11] * one.prompt_length) for one in load]
+    params = [dataclasses.replace(one.params(), remasking="low_confidence") for one in load]
+    llm.generate(prompts, params, progress=False)
+    outcome = simulate(Scheduler(8, 64, without_pages()), load, CostModel(0.01, 0.001))
+    assert sum(outcome.rows) == llm.engine.stats.batched_tokens
 
 
 @pytest.mark.parametrize("kind", [Scheduler, FcfsScheduler])

@@ -10,6 +10,7 @@ from dllm_engine.models.loader import read_spec
 from safetensors import safe_open
 
 from tests.support.checkpoints import write_dream, write_llada
+from tests.support.family_checkpoints import FAMILIES, write_family
 
 DEMO = Path(__file__).parents[3] / "model_repository/dllm/1"
 
@@ -40,6 +41,7 @@ def test_summary_of_the_demo_checkpoints(checkpoint: str, family: str, architect
         num_parameters=parameters_in(DEMO / checkpoint),
         max_model_len=spec.max_model_len,
         mask_token_id=spec.mask_token_id,
+        block_length=None,
     )
 
 
@@ -53,3 +55,22 @@ def test_parameters_are_counted_once(tmp_path: Path, ranks: int) -> None:
         directory = write(tmp_path / name, **tying)
         spec = read_spec(directory).split(ranks)
         assert ModelSummary.of(directory, spec).num_parameters == parameters_in(directory)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_a_summary(tmp_path: Path, family: str) -> None:
+    """It has the family's name, and the length of blocks where a model is block-wise."""
+    directory = write_family(tmp_path, family)
+    spec = read_spec(directory)
+    summary = ModelSummary.of(directory, spec)
+    assert summary.family == family
+    assert summary.block_length == (spec.blocks.block_length if spec.blocks else None)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("modèle", "modèle"), ("mod\udcc3\udca8le", "modèle"), ("\udcff", "\ufffd")]
+)
+def test_the_name_is_text_whatever_the_interpreter_decodes(name: str, told: str) -> None:
+    """Bytes that an interpreter without UTF-8 could not decode are decoded; others are replaced."""
+    spec = read_spec(DEMO / "demo_checkpoint")
+    assert ModelSummary.of(Path(name), spec).checkpoint == told

@@ -1,8 +1,12 @@
-"""Every string that a caller brings stays text, in every field, with the demo's tokenizers."""
+"""Every string that a caller brings stays text, in every field, with every family's tokenizer."""
 
 from __future__ import annotations
 
+import atexit
 import json
+import re
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,17 +18,47 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
+from tests.support.family_checkpoints import FAMILIES, mask_of, write_family_tokenizer
+
 MODELS = Path(__file__).parents[3] / "model_repository/dllm/1"
-CHECKPOINTS = ("demo_checkpoint", "demo_checkpoint_dream")
-MASKS = {name: read_spec(MODELS / name).mask_token_id for name in CHECKPOINTS}
-TOKENIZERS = {name: Tokenizer.load(MODELS / name, MASKS[name], 512) for name in CHECKPOINTS}
+DEMOS = ("demo_checkpoint", "demo_checkpoint_dream", "demo_checkpoint_sdar")
+CHECKPOINTS = (*DEMOS, *FAMILIES)
+
+
+def _directories() -> dict[str, Path]:
+    """The demo checkpoints, and tokenizers in the files of the other families."""
+    found = {name: MODELS / name for name in DEMOS}
+    root = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, root)
+    for family, made in FAMILIES.items():
+        found[family] = root / family
+        found[family].mkdir()
+        write_family_tokenizer(found[family], family, made.specials)
+    return found
+
+
+DIRECTORIES = _directories()
+MASKS = {name: read_spec(MODELS / name).mask_token_id for name in DEMOS}
+MASKS |= {family: mask_of(family) for family in FAMILIES}
+TOKENIZERS = {name: Tokenizer.load(DIRECTORIES[name], MASKS[name], 512) for name in CHECKPOINTS}
 #: What reads their files.
-READERS = {"demo_checkpoint": PreTrainedTokenizerFast, "demo_checkpoint_dream": Qwen2Tokenizer}
+READERS = {
+    name: Qwen2Tokenizer if (folder / "vocab.json").exists() else PreTrainedTokenizerFast
+    for name, folder in DIRECTORIES.items()
+}
 #: All special tokens by id.
 SPECIALS: dict[str, dict[int, AddedToken]] = {
-    name: READERS[name].from_pretrained(MODELS / name).added_tokens_decoder for name in CHECKPOINTS
+    name: READERS[name].from_pretrained(DIRECTORIES[name]).added_tokens_decoder
+    for name in CHECKPOINTS
 }
-NAMES = sorted({str(token) for found in SPECIALS.values() for token in found.values()})
+NAMES = sorted(
+    {
+        str(token)
+        for found in SPECIALS.values()
+        for token in found.values()
+        if not re.fullmatch(r"<SPECIAL_\d\d?>", str(token))
+    }
+)
 #: Names of special tokens, parts of names, and what the tokenizer marks protected text with.
 PIECES = [*NAMES, *(name[:3] for name in NAMES), *(name[3:] for name in NAMES)]
 PIECES += ["\ue000", "\ue001", "\ue0000\ue001", "0", "1", "\n", " ", "🙂", "user", "system", "é"]

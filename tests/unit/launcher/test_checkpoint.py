@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,9 @@ def test_a_hub_id_is_found_where_it_was_downloaded(
     snapshot = folder / "snapshots/abc"
     for directory in (folder / "refs", snapshot):
         directory.mkdir(parents=True)
+    (folder / "refs/main").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match="fetch it with"):
+        find_checkpoint("owner/name")
     (folder / "refs/main").write_text("abc")
     with pytest.raises(CheckpointError, match="no config.json"):
         find_checkpoint("owner/name")
@@ -100,8 +104,21 @@ def test_what_a_broken_download_lacks_is_named(tmp_path: Path) -> None:
         f"{third.name} has no header of safetensors: not downloaded, or a Git LFS pointer",
         f"{fourth.name} has no tensor extra",
     ]
-    index.write_text("[]")
-    assert incomplete_files(folder) == [f"{index.name} is not an index of tensors"]
+    for text in ("[]", '{"weight_map": {}}', '{"weight_map": {"a": 5}}', "[" * 100_000):
+        index.write_text(text)
+        assert incomplete_files(folder) == [f"{index.name} is not an index of tensors"]
+    index.unlink()
+    tokenizer = folder / "tokenizer.json"
+    tokenizer.write_text('{"version": ')
+    assert incomplete_files(folder) == [
+        "model.safetensors is missing",
+        "tokenizer.json is no JSON: not downloaded, or a Git LFS pointer",
+    ]
+    tokenizer.unlink()
+    for header in (b'{"a": {"data_offsets": []}}', b"[" * 100_000):
+        (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+        (problem,) = incomplete_files(folder)
+        assert "no header of safetensors" in problem
 
 
 def test_pull_tells_how_to_get_a_checkpoint_and_whether_it_is_whole(
@@ -128,6 +145,13 @@ def test_pull_tells_how_to_get_a_checkpoint_and_whether_it_is_whole(
     assert outcome.exit_code == 1
     assert "has 100,000 bytes" in outcome.stderr
     assert "fetch it again: hf download owner/name" in outcome.stderr
+
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "x" * 300}})
+    )
+    outcome = CliRunner().invoke(app, ["pull", "owner/name"])
+    assert (outcome.exit_code, outcome.stderr.count("\n")) == (1, 1)
+    assert "File name too long" in outcome.stderr
 
 
 def test_inspect_prints_what_the_engine_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,3 +68,10 @@ def test_a_command_without_its_packages(tmp_path: Path, name: str, extra: str) -
     assert outcome.returncode == 1
     assert f"pip install 'dllm-serve[{extra}]'" in outcome.stderr
     assert dllm("--help", PYTHONPATH=str(tmp_path)).returncode == 0
+
+
+def test_closed_files_are_empty_ones() -> None:
+    """A command whose input and output the shell closed reads nothing and writes to no file."""
+    command = f"'{DLLM}' chat <&- >&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")

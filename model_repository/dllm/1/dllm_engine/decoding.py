@@ -33,6 +33,7 @@ class Rule(enum.IntEnum):
     LOCAL_LEAP = 5
     ORIGIN = 6
     DYNAMIC = 7
+    SPECULATIVE = 8
 
 
 #: Scores that need the entropy or margin of candidates.
@@ -221,6 +222,16 @@ DECODINGS: tuple[Decoding, ...] = (
         score=Score.POSITION,
         source="SDAR, generate.py",
         definition="the schedule's count of positions from the left",
+    ),
+    Decoding(
+        field="remasking",
+        value="speculative",
+        rule=Rule.SPECULATIVE,
+        score=Score.CONFIDENCE,
+        source="Nemotron-Labs-Diffusion, arXiv 2607.05722",
+        definition="Nemotron alone: of a block that one step drafts what reading left to right "
+        "gives, too, as the next step finds; at temperature 0 the answer is that of left-to-right "
+        "decoding",
     ),
 )
 

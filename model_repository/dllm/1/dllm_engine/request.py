@@ -87,6 +87,8 @@ class Request:
     #: Pages of keys and values up to the end of its next step, and those that it holds.
     num_pages: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
+    #: How many of `pages` the page table of its slot has.
+    num_assigned: int = 0
     #: Whether `num_pages` may grow from step to step; the others reserve all at admission.
     grows: bool = False
     #: Keys of its beginning in the prefix cache; None: it takes no part.
@@ -173,7 +175,7 @@ class Request:
         """
         if self.stream_interval is None:
             return False
-        shortest = WAITING_INTERVAL if self.slot is None else 0.0
+        shortest = WAITING_INTERVAL if self.slot is None or self.preempted else 0.0
         due = now - self.last_update >= max(self.stream_interval, shortest)
         if due:
             self.last_update = now

@@ -15,7 +15,8 @@ from adapter_fakes import (
     served_app,
     until,
 )
-from browser import BROWSER, DRIVER, VIOLATIONS, open_browser
+
+from tests.support.browser import BROWSER, DRIVER, VIOLATIONS, open_browser
 
 needs_browser = pytest.mark.skipif(
     DRIVER is None or BROWSER is None, reason="no chromium with chromedriver on this machine"

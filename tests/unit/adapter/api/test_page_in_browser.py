@@ -20,10 +20,10 @@ from adapter_fakes import (
     served_app,
     until,
 )
-from browser import BROWSER, DRIVER, VIOLATIONS, Page, open_browser
 
 from adapter.errors import InvalidRequest
 from adapter.types import Event
+from tests.support.browser import BROWSER, DRIVER, VIOLATIONS, Page, open_browser
 from tests.support.registries import node_packages
 
 pytestmark = [
@@ -82,9 +82,11 @@ async def page(browser: Page, url: str) -> AsyncIterator[Page]:
     ENGINE.cancels.clear()
     await browser.show_as(still=True)
     await visit(browser, url)
+    if await browser.run("return localStorage.length + sessionStorage.length"):
+        await browser.run("localStorage.clear(); sessionStorage.clear()")
+        await visit(browser, url)
     yield browser
     assert await browser.run(VIOLATIONS) == []
-    await browser.run("localStorage.clear(); sessionStorage.clear()")
 
 
 async def visit(page: Page, address: str) -> None:
@@ -113,6 +115,14 @@ async def fill(page: Page, prompt: str, side: str = "a", **fields: Any) -> None:
       }
     """
     await page.run(script, prompt, side, fields)
+
+
+async def enter_key(page: Page) -> None:
+    """Fill in the API key."""
+    await page.run(
+        "const key = document.getElementById('key'); key.value = 'geheim';"
+        "key.dispatchEvent(new Event('change', {bubbles: true}))"
+    )
 
 
 async def start(page: Page) -> None:
@@ -176,7 +186,9 @@ async def test_denoising_is_shown_until_the_answer(page: Page) -> None:
     (numbers,) = await texts(page, ".numbers")
     assert numbers.startswith("4 of 4 tokens4 steps")
     assert numbers.endswith("1.00 passes per token")
-    assert await texts(page, ".state") == ["canvas full · seed 7"]
+    assert await texts(page, ".state") == [
+        "canvas full · 3 prompt tokens, 2 of them cached · seed 7"
+    ]
     assert await texts(page, "#announcer") == ["Answer: <0><1><2><3>"]
     assert ENGINE.requests == [
         {
@@ -236,6 +248,36 @@ async def test_certainty_has_a_shape_and_a_colour(page: Page) -> None:
     assert detail == "Position 3: “<2>”, token 102, committed in step 3 at 20.0% (unsure)"
 
 
+async def test_each_mode_runs_by_itself(page: Page) -> None:
+    """While an answer is written, another mode can be used; Stop is there where the answer is."""
+    ENGINE.scripts = [[*denoising(4)[:2], HANG], list(denoising(4))]
+    await fill(page, "one")
+    await start(page)
+    await page.until("document.querySelector('.numbers')?.textContent.startsWith('2 of 4')")
+    await choose(page, "chat")
+    await ask(page, "two")
+    await choose(page, "jobs")
+    assert await texts(page, "#stop, #start") == ["Submit"]
+    await choose(page, "prompt")
+    assert await texts(page, "#stop, #start") == ["Stop Esc"]
+    await click(page, "#stop")
+    await page.until(OVER.format(1))
+    assert await texts(page, ".state") == ["stopped"]
+
+
+async def test_the_focus_stays_on_the_button_that_starts_and_stops(page: Page) -> None:
+    """Both are one place for the keyboard: neither leaves the focus nowhere."""
+    ENGINE.scripts = [[*denoising(4)[:2], HANG]]
+    await fill(page, "hello")
+    await page.run("document.getElementById('start').focus()")
+    await page.press("Enter")
+    await page.until("document.querySelector('.numbers')?.textContent.startsWith('2 of 4')")
+    assert await page.run("return document.activeElement.id") == "stop"
+    await page.press("Enter")
+    await page.until(OVER.format(1))
+    await page.until("document.activeElement.id === 'start'")
+
+
 async def test_text_of_the_model_is_never_markup(page: Page) -> None:
     """Tokens that look like HTML are shown as they are."""
     evil = "<img src=x onerror=alert(1)>"
@@ -250,6 +292,7 @@ async def test_text_of_the_model_is_never_markup(page: Page) -> None:
 
 async def test_errors_stand_beside_the_field_they_name(page: Page) -> None:
     """The field is marked, described by the error, focused, unfolded; the next try clears it."""
+    await page.show_as(width=390, height=700, still=True)
     ENGINE.scripts = [[InvalidRequest("pool_kernel: must be odd")]]
     await fill(page, "hello", pool_kernel="4")
     await start(page)
@@ -260,6 +303,8 @@ async def test_errors_stand_beside_the_field_they_name(page: Page) -> None:
         "return [one.id, one.getAttribute('aria-invalid'), one.getAttribute('aria-describedby')]"
     )
     assert field[:2] == ["a-pool_kernel", "true"]
+    seen = "const {top, bottom} = document.activeElement.getBoundingClientRect();"
+    assert await page.run(f"{seen} return 0 < top && bottom < innerHeight")
     assert "a-pool_kernel-error" in field[2]
     assert await texts(page, ".turn") == []
 
@@ -372,11 +417,9 @@ async def test_a_link_holds_the_settings_and_never_the_key(page: Page) -> None:
     """The address has mode, prompt and settings; opening it brings them back."""
     await choose(page, "pair")
     await fill(page, "what & why?", side="b", top_p="0.5")
-    await page.run(
-        "const key = document.getElementById('key'); key.value = 'geheim';"
-        "key.dispatchEvent(new Event('change', {bubbles: true}))"
-    )
+    await enter_key(page)
     await fill(page, "what & why?", stop="x\ny")
+    await page.until("location.hash.includes('a.stop=x')")
     address = await page.run("return location.href")
     assert "geheim" not in address
     await visit(page, address)
@@ -432,6 +475,27 @@ async def test_jobs_are_listed_cancelled_and_kept(page: Page, url: str) -> None:
     await page.until("document.querySelectorAll('.job').length === 0")
 
 
+async def test_what_the_browser_stores_breaks_no_list(page: Page, url: str) -> None:
+    """Jobs are listed though no room is left for them, and though others have stored something."""
+    await choose(page, "jobs")
+    await page.run("localStorage.setItem('other', 'x'.repeat(5 * 2 ** 20 - 60))")
+    await fill(page, "one " * 40)
+    await start(page)
+    await page.until("document.querySelectorAll('.job[data-status=finished]').length === 1")
+    assert await page.run("return document.getElementById('prompt').value") == ""
+    assert "no room for more jobs" in (await texts(page, "#problem"))[0]
+    job_id = int((await texts(page, ".job-id"))[0].removeprefix("job "))
+
+    unseen = {"id": job_id, "prompt": "old", "created": 0, "status": "expired"}
+    odd = [None, 5, {"id": 1}, unseen | {"created": 1e99}, unseen | {"id": "../models"}]
+    store = "localStorage.clear(); localStorage.setItem('dllm.jobs', arguments[0])"
+    await page.run(store, json.dumps([*odd, unseen]))
+    await visit(page, f"{url}/#mode=jobs")
+    assert await texts(page, ".badge") == ["– expired"]
+    await click(page, ".job button", "Look again")
+    await page.until("document.querySelectorAll('.job[data-status=finished]').length === 1")
+
+
 async def test_keys_are_asked_for_where_they_are_needed(page: Page, tmp_path: Path) -> None:
     """Without one the error stands beside its field; with one everything works, for this tab."""
     assert await texts(page, "#key-row") == []
@@ -446,13 +510,19 @@ async def test_keys_are_asked_for_where_they_are_needed(page: Page, tmp_path: Pa
         await start(page)
         await page.until("document.getElementById('key-error').checkVisibility()")
         assert await page.run("return document.activeElement.id") == "key"
-        await page.run(
-            "const key = document.getElementById('key'); key.value = 'geheim';"
-            "key.dispatchEvent(new Event('change', {bubbles: true}))"
-        )
+        await enter_key(page)
         await page.until("document.getElementById('model').textContent === 'demo_checkpoint'")
         await ask(page)
         assert await page.run("return Object.keys(localStorage).length") == 0
+
+        forgotten = {"id": 999, "prompt": "old", "created": 0, "status": "running"}
+        remember = "localStorage.setItem('dllm.jobs', arguments[0]); sessionStorage.clear()"
+        await page.run(remember, json.dumps([forgotten]))
+        await page.open("about:blank")
+        await page.open(f"{address}/#mode=jobs")
+        await page.until("document.getElementById('key-error').checkVisibility()")
+        await enter_key(page)
+        await page.until("document.querySelectorAll('.job[data-status=expired]').length === 1")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

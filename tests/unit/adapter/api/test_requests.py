@@ -73,6 +73,17 @@ async def test_every_option_reaches_the_engine(api: RunningApp, engine: Scripted
     assert [{"input_ids": [1, 2], **options}] == engine.requests
 
 
+async def test_a_prompt_without_ids_reaches_the_engine(
+    api: RunningApp, engine: ScriptedEngine
+) -> None:
+    """`input_ids: []` asks for a text from nothing: the engine gets the input with no ids."""
+    answer = await api.client.post("/v1/generate", json={"input_ids": [], "gen_length": 8})
+    assert answer.status_code == 200, answer.text
+    await api.result(0)
+
+    assert engine.requests == [{"temperature": 0.0, "gen_length": 8, "input_ids": []}]
+
+
 async def test_canvas_says_how_long_it_is(api: RunningApp, engine: ScriptedEngine) -> None:
     """A canvas without gen_length has its own length, not the default one."""
     await api.result(await api.submit(canvas_ids=[5, 6, 7]))

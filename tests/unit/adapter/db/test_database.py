@@ -1,6 +1,10 @@
 """Which database errors are transient, and how many connections a worker takes."""
 
 import asyncio
+import os
+import socket
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -8,13 +12,16 @@ from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import asyncpg
+import psutil
 import pytest
+from adapter_fakes import until
 from sqlalchemy import Connection, func, literal, make_url, select, text
 from sqlalchemy.exc import DBAPIError
 
 from adapter.db.database import Database, connect
 from adapter.errors import StoreUnavailable
 from adapter.jobs.store import JobStore
+from launcher.ports import free_port
 
 #: Tests that use a database use this one.
 DATABASES = ("postgresql",)
@@ -180,3 +187,46 @@ async def test_transaction_of_a_frozen_worker_is_ended(database_url: str) -> Non
         assert time.monotonic() - began < 3
     with pytest.raises(Exception, match=r"connection|answered"):
         await frozen
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"), [({"username": "who"}, "who"), ({"database": "what"}, "what")]
+)
+def test_an_address_that_is_wrong_is_one_line(
+    database_url: str, wrong: dict[str, str], reason: str
+) -> None:
+    """A user or a database that PostgreSQL does not know ends the start with a line."""
+    url = make_url(database_url).set(**wrong).render_as_string(hide_password=False)
+    ended = subprocess.run(
+        [sys.executable, "-m", "uvicorn", "adapter.app:app", "--port", str(free_port())],
+        env={"DLLM_DATABASE_URL": url},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 3
+    assert "Traceback" not in ended.stderr
+    (line,) = [line for line in ended.stderr.splitlines() if "DLLM_DATABASE_URL" in line]
+    assert "the adapter cannot start: DLLM_DATABASE_URL: " in line
+    assert f'"{reason}" does not exist' in line
+
+
+def tcp_user_timeouts(port: int | None) -> set[int]:
+    """The kernel's time-outs of this process's connections to a port, in milliseconds."""
+    found = set()
+    for connection in psutil.Process().net_connections("tcp"):
+        if connection.raddr and connection.raddr.port == port:
+            with socket.socket(fileno=os.dup(connection.fd)) as tcp:
+                found.add(tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
+    return found
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the option is Linux's")
+async def test_both_sides_give_up_a_connection_that_swallows(database_url: str) -> None:
+    """Kernel and server have the transactions' limit as TCP user time-out of each connection."""
+    async with Database.open(database_url, timeout=4) as database:
+        (row,) = await database.read(select(func.current_setting("tcp_user_timeout").label("set")))
+        assert row.set in ("4000", "4s")
+        # A connection that is only being made has none yet.
+        await until(lambda: tcp_user_timeouts(make_url(database_url).port) == {4000})

@@ -254,13 +254,17 @@ async def test_dashboard_and_alerts_use_metrics_that_exist(api: RunningApp) -> N
     queries = [t["expr"] for panel in dashboard["panels"] for t in panel.get("targets", [])]
     alerts = yaml.safe_load((ROOT / "deploy/prometheus-alerts.yaml").read_text())
     queries += [rule["expr"] for rule in alerts["groups"][0]["rules"]]
-    named = set(re.findall(r"\b(?:dllm|nv)_\w+", " ".join(queries)))
+    named = set(re.findall(r"\b(?:dllm|nv|gen_ai)_\w+", " ".join(queries)))
     assert len(named) > 15
-    for name in named:
-        if name.startswith("dllm_adapter_"):
-            assert re.search(rf"^{name}[ {{]", page, re.MULTILINE), name
+    shown = {name.removesuffix("_bucket") for name in named}
+    for name in shown:
+        if name.startswith(("dllm_adapter_", "gen_ai_")):
+            assert f"# TYPE {name} " in page, name
         else:
             assert f'"{name}"' in engine_side, name
+    histograms = engine_side.partition("_HISTOGRAMS = (")[2].partition("\n    )")[0]
+    assert set(re.findall(r'"(dllm_\w+)"', histograms)) <= shown
+    assert {"gen_ai_server_time_to_first_token_seconds"} <= shown
 
 
 class Spans:

@@ -14,7 +14,7 @@ from torch import Tensor
 from dllm_engine.config import EngineConfig
 from dllm_engine.execution.rank_model import RankModel
 from dllm_engine.models.base import ModelSpec
-from dllm_engine.ops.transfer import Download, Upload
+from dllm_engine.ops.transfer import Array, Download, Upload
 from dllm_engine.request import Prompt
 from dllm_engine.sampling.commit import BlockStatistics, select_commits
 from dllm_engine.sampling.rows import Candidates
@@ -78,15 +78,40 @@ class ModelRunner:
         return model
 
     def start(
-        self, slot: int, prompt: Prompt, params: SamplingParams, pages: list[int]
+        self,
+        slot: int,
+        prompt: Prompt,
+        params: SamplingParams,
+        pages: list[int],
+        num_cached: int = 0,
     ) -> tuple[int, bool]:
         """Set up the canvas of a new request in `slot`; `pages` are its own from now on.
+
+        Args:
+            num_cached: tokens of the prompt whose keys and values are in `pages` already.
 
         Returns:
             Rows of one sequence in its first step, and whether that is a Refresh.
         """
-        self.rank.pages.assign(slot, pages, 2 if params.cfg_scale > 0 else 1)
-        return self.table.fill(slot, prompt, params)
+        self.assign(slot, pages, 2 if params.cfg_scale > 0 else 1)
+        return self.table.fill(slot, prompt, params, num_cached)
+
+    def assign(self, slot: int, pages: list[int], num_sequences: int = 1) -> None:
+        """Set the pages of the request in `slot`."""
+        self.rank.pages.assign(slot, pages, num_sequences)
+
+    def resume(self, slot: int, pages: list[int], num_cached: int) -> tuple[int, bool]:
+        """Go on with a request whose pages were taken away; arguments and result as in `start`.
+
+        What it decoded is kept; keys and values behind the first `num_cached` tokens are computed
+        again.
+        """
+        self.assign(slot, pages)
+        return self.table.rewind(slot, num_cached)
+
+    def tokens(self, slot: int, count: int) -> Array:
+        """The first tokens of the sequence in `slot`: int64 [count]."""
+        return self.table.tokens[slot, :count]
 
     @torch.inference_mode()
     def launch(self, slots: list[int]) -> Any:

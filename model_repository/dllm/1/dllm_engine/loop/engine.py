@@ -23,6 +23,7 @@ from dllm_engine.loop.histograms import Histograms
 from dllm_engine.loop.scheduler import Scheduler
 from dllm_engine.loop.validation import RequestLimits, check_cache, longest_sequence
 from dllm_engine.memory.kv_cache import PageAllocator
+from dllm_engine.memory.prefix_cache import PrefixCache, prefix_chain
 from dllm_engine.models.loader import read_spec
 from dllm_engine.request import CanvasUpdate, FinishReason, Prompt, Request, Usage
 from dllm_engine.sampling_params import SamplingParams
@@ -58,6 +59,11 @@ class EngineStats:
     requests_finished: int = 0
     requests_cancelled: int = 0
     requests_failed: int = 0
+    #: Tokens of admitted prompts that were looked up in the prefix cache, and found.
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    #: Requests whose pages were given to older ones.
+    preemptions: int = 0
     #: Seconds that admitted requests had waited for a slot, in total.
     queue_seconds: float = 0.0
     #: Seconds spent in steps.
@@ -99,6 +105,10 @@ class Engine:
         self.histograms = Histograms()
         self.runner = runner or load_runner(config, spec, self.stop_token_ids)
         self.allocator = PageAllocator(self.runner.plan.num_pages, config.kv_page_size)
+        #: None: the model's keys and values are never final, or the setting is off.
+        self._prefix_cache = None
+        if config.prefix_cache and spec.blocks is not None:
+            self._prefix_cache = PrefixCache(self.allocator)
         self._limits = RequestLimits(
             config,
             spec,
@@ -111,6 +121,7 @@ class Engine:
             self.runner.token_budget,
             self.allocator,
             overlap_rows=self.runner.overlap_rows,
+            prefix_cache=self._prefix_cache,
         )
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count()
@@ -173,7 +184,25 @@ class Engine:
         request.num_pages = self._limits.check_pages(
             resolved, request.length, copies=request.forwards_per_step
         )
+        if resolved.cache == "block":
+            self._take_pages_by_block(request)
         return request
+
+    def _take_pages_by_block(self, request: Request) -> None:
+        """Let a request of a block-wise model begin with pages for its prompt and a block."""
+        block_length, blocks = request.params.block_length, self.spec.blocks
+        assert block_length is not None
+        assert blocks is not None
+        first = self.allocator.pages_for(len(request.prompt.ids) + block_length)
+        request.num_pages, request.grows = min(request.num_pages, first), True
+        if self._prefix_cache is not None:
+            request.chain = prefix_chain(
+                request.prompt.ids,
+                blocks,
+                block_length=block_length,
+                page_size=self.config.kv_page_size,
+                identity=[str(self.config.model_path), "", request.cache_salt],
+            )
 
     def headroom(self, request: Request) -> int:
         """How many tokens longer the prompt could be. Thread-safe."""
@@ -252,6 +281,9 @@ class Engine:
             return []
         self._next_check = now + WAITING_CHECK_SECONDS
         updates = []
+        for request in self.scheduler.preempted:
+            if request.is_due(now):
+                updates.append(self._update(request))
         for request in self.scheduler.waiting:
             if request.timeout is not None and now - request.queued_at > request.timeout:
                 late = QueueTimeout(f"request timeout expired: waited for {request.timeout:g} s")
@@ -268,20 +300,37 @@ class Engine:
             assert request.slot is not None
             try:
                 with _device_errors():
-                    request.next_rows, request.next_is_refresh = self.runner.start(
-                        request.slot, request.prompt, request.params, request.pages
-                    )
+                    self._start(request, request.slot)
             except (RuntimeError, ValueError, MemoryError) as error:
                 self._ready.append(self._fail(request, error))
                 continue
+            request.num_assigned = len(request.pages)
+            if request.has_canvas:
+                continue
             request.has_canvas = True
+            if request.chain is not None:
+                self.stats.prefix_cache_queries += len(request.prompt.ids)
+                self.stats.prefix_cache_hits += request.cached_tokens
             self.stats.requests_admitted += 1
             self.stats.queue_seconds += now - request.queued_at
             self.histograms.queue_time.observe(now - request.queued_at)
             request.admitted_at = now
 
+    def _start(self, request: Request, slot: int) -> None:
+        """Set up the canvas of a new request, or go on with a preempted one."""
+        cached = 0 if request.chain is None else request.num_entered * request.chain.unit
+        if request.has_canvas:
+            rows = self.runner.resume(slot, request.pages, cached)
+        else:
+            rows = self.runner.start(slot, request.prompt, request.params, request.pages, cached)
+        request.next_rows, request.next_is_refresh = rows
+
     def _launch(self, chosen: list[Request]) -> None:
         by_slot = {r.slot: r for r in chosen if r.slot is not None}
+        for slot, request in by_slot.items():
+            if request.num_assigned < len(request.pages):
+                self.runner.assign(slot, request.pages)
+                request.num_assigned = len(request.pages)
         began = time.perf_counter()
         with _device_errors():
             try:
@@ -333,6 +382,7 @@ class Engine:
 
     def _count(self, chosen: Collection[Request], seconds: float) -> None:
         self.stats.steps += 1
+        self.stats.preemptions = self.scheduler.num_preemptions
         self.stats.step_seconds += seconds
         self.histograms.step_time.observe(seconds)
         self.histograms.step_requests.observe(len(chosen))
@@ -356,14 +406,22 @@ class Engine:
                 result.next_is_refresh[i],
             )
             if result.not_finite[i]:
+                # Its keys and values may be the cause: the next request must not inherit them.
+                if self._prefix_cache is not None and request.chain is not None:
+                    self._prefix_cache.forget(request.chain)
                 updates.append(self._fail(request, FloatingPointError(NOT_FINITE)))
                 continue
+            if request.grows:
+                needed = self.allocator.pages_for(result.next_end[i])
+                request.num_pages = max(request.num_pages, needed)
             before, request.num_ready = request.num_ready, result.num_ready[i]
             if request.num_ready and not before:
                 self.histograms.time_to_first_token.observe(now - request.queued_at)
             stop = self._stop_in(request, before) if request.num_ready > before else None
             if stop is not None:
                 request.num_ready = stop
+            self._enter_prefix(request, result.final[i])
+            if stop is not None:
                 updates.append(self._finish(request, FinishReason.STOP))
             elif result.ended[i]:
                 request.ended_by_token = True
@@ -373,6 +431,22 @@ class Engine:
             elif request.is_due(now):
                 updates.append(self._update(request))
         return updates
+
+    def _enter_prefix(self, request: Request, final: int) -> None:
+        """Offer to other requests what has become final, up to a stop string."""
+        chain = request.chain
+        if chain is None or self._prefix_cache is None:
+            return
+        count = min(final, len(request.prompt.ids) + request.num_ready)
+        units = range(request.num_entered, count // chain.unit)
+        if not units:
+            return
+        assert request.slot is not None
+        if units.stop > len(chain.keys):
+            chain.extend(self.runner.tokens(request.slot, count))
+        if self._prefix_cache.enter(chain, units, request.pages):
+            self.runner.assign(request.slot, request.pages)
+        request.num_entered = units.stop
 
     def _stop_in(self, request: Request, before: int) -> int | None:
         """How many tokens the first stop string ends after; the first `before` hold none."""

@@ -79,6 +79,11 @@ class Scheduler:
         """Requests with a slot. Thread-safe."""
         return tuple(self._running)
 
+    @property
+    def preempted(self) -> tuple[Request, ...]:
+        """Running requests whose pages were taken away."""
+        return tuple(request for request in self._running if request.preempted)
+
     def add(self, request: Request) -> None:
         """Queue a request by arrival and priority."""
         request.arrival_order = self._step + PRIORITY_STEPS * request.priority
@@ -104,8 +109,7 @@ class Scheduler:
 
     def _next_in_line(self) -> Request | None:
         """The first request that waits for pages, if it lacks nothing else."""
-        preempted = [request for request in self._running if request.preempted]
-        first = min(preempted, key=_age, default=None)
+        first = min(self.preempted, key=_age, default=None)
         if not self._waiting or (first is not None and _age(first) < _age(self._waiting[0])):
             return first
         alone = self._waiting[0].exclusive or (self._running and self._running[0].exclusive)
@@ -132,7 +136,6 @@ class Scheduler:
             found_tokens = len(found) * self._allocator.page_size
             request.num_entered = found_tokens // request.chain.unit
             if not request.preempted:
-                self._prefix_cache.count(request.chain, found)
                 request.cached_tokens = found_tokens
         return True
 

@@ -19,6 +19,10 @@ from dllm_engine.state.canvas import LONGEST_BLOCK
 
 logger = logging.getLogger("dllm_engine")
 
+#: The value of `remasking` that needs a model which also reads left to right.
+SPECULATIVE = "speculative"
+_NOT_CAUSAL = "speculative needs a model that also reads left to right (Nemotron)"
+
 
 def longest_sequence(config: EngineConfig, spec: ModelSpec) -> int:
     """Return the longest sequence in tokens: the configured one, or the checkpoint's.
@@ -86,6 +90,8 @@ class RequestLimits:
         """
         if self._spec.blocks is None:
             params = params.with_cache_defaults(self._config.cache_defaults)
+            if params.remasking == SPECULATIVE:
+                raise InvalidRequest("remasking", _NOT_CAUSAL)
             if params.cache == "block":
                 raise InvalidRequest(
                     "cache",
@@ -145,6 +151,13 @@ class RequestLimits:
         if params.remasking is None and not asks:
             asks = ["confidence_threshold"]
             changed["confidence_threshold"] = blocks.threshold
+        if params.remasking == SPECULATIVE:
+            if not (blocks.prompt_causal and blocks.first_token_given):
+                raise InvalidRequest("remasking", _NOT_CAUSAL)
+            if asks:
+                raise InvalidRequest(asks[0], f"cannot be combined with remasking {SPECULATIVE}")
+            if size < 2:
+                raise InvalidRequest("block_length", f"must be at least 2 with {SPECULATIVE}")
         ranks = params.credit or params.low_threshold is not None
         own_rule = asks == ["confidence_threshold"] and not (ranks or blocks.threshold_inclusive)
         if params.remasking is None and own_rule:
@@ -156,11 +169,9 @@ class RequestLimits:
         assert params.cache is not None
         assert params.block_length is not None
         assert params.retention_ratio is not None
-        if self._spec.blocks is not None:
-            length += -length % params.block_length  # a canvas is whole blocks
         rows = reserved_rows(
             CachePolicy[params.cache.upper()],
-            length,
+            length + self._behind(length, params),
             params.block_length + self._spec.shifted,
             params.retention_ratio,
         )
@@ -183,12 +194,30 @@ class RequestLimits:
 
     def headroom(self, params: SamplingParams, length: int, *, copies: int) -> int:
         """How many tokens longer the prompt of a request of `length` tokens could be."""
-        longer = range(length + 1, self._spec.max_model_len + 1)
+        longer = range(length + 1, self._longest(params) + 1)
         return bisect.bisect_right(
             longer,
             self._allocator.num_pages,
             key=lambda tokens: self.pages(params, tokens, copies=copies),
         )
+
+    def _behind(self, length: int, params: SamplingParams) -> int:
+        """Positions that complete the last block of a sequence of `length` tokens."""
+        blocks = self._spec.blocks
+        if blocks is None or blocks.origin != "absolute":
+            return 0
+        assert params.block_length is not None
+        return -length % params.block_length
+
+    def _longest(self, params: SamplingParams) -> int:
+        """The longest sequence that `check` allows."""
+        most, blocks = self._spec.max_model_len, self._spec.blocks
+        if blocks is None:
+            return most
+        if blocks.origin == "absolute":  # ends with a block
+            assert params.block_length is not None
+            most -= most % params.block_length
+        return min(most, self._token_budget) if params.cache == "none" else most
 
     def _check_prompt(self, prompt: Prompt, params: SamplingParams) -> None:
         if not prompt.ids:
@@ -220,16 +249,15 @@ class RequestLimits:
                 "gen_length", f"must be at most {longest}; got {params.gen_length}"
             )
         given = prompt.num_tokens
-        blocks, size = self._spec.blocks, params.block_length
-        if blocks is not None and blocks.origin == "absolute" and size:
-            end = -(-(given + params.gen_length) // size) * size
-            if end > most:
-                raise InvalidRequest(
-                    "gen_length",
-                    f"prompt ({given} tokens) plus gen_length ({params.gen_length}) in whole "
-                    f"blocks of {size} must be at most {most}; got {end}",
-                )
-        if given + params.gen_length > most:
+        length = given + params.gen_length
+        end = length + self._behind(length, params)
+        if end > max(length, most):
+            raise InvalidRequest(
+                "gen_length",
+                f"prompt ({given} tokens) plus gen_length ({params.gen_length}) in whole "
+                f"blocks of {params.block_length} must be at most {most}; got {end}",
+            )
+        if length > most:
             raise InvalidRequest(
                 "gen_length",
                 f"prompt ({given} tokens) plus gen_length ({params.gen_length}) "

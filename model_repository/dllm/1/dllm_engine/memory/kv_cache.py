@@ -58,7 +58,7 @@ class PageAllocator:
         """Take `count` pages to write to; the caller has checked that they are free."""
         assert count <= self.num_free, f"{count} pages asked for, {self.num_free} free"
         while len(self._empty) < count:
-            self._forget(self.on_evict(next(iter(self._idle))))
+            self.forget(self.on_evict(next(iter(self._idle))))
         cut = len(self._empty) - count
         taken, self._empty = self._empty[cut:], self._empty[:cut]
         for page in taken:
@@ -88,11 +88,13 @@ class PageAllocator:
         """Keep the content of these pages when they are released, until `on_evict`."""
         self._cached.update(pages)
 
-    def _forget(self, pages: Iterable[int]) -> None:
+    def forget(self, pages: Iterable[int]) -> None:
+        """Undo `keep`: those of the pages that are idle become empty."""
         for page in pages:
             self._cached.remove(page)
-            del self._idle[page]
-            self._empty.append(page)
+            if page in self._idle:
+                del self._idle[page]
+                self._empty.append(page)
 
     def check_integrity(self, held: Iterable[int]) -> None:
         """Check that each page has the references of `held`, and is empty, idle or held.

@@ -21,12 +21,38 @@ import math
 from collections.abc import Sequence
 
 from dllm_engine.memory.kv_cache import PageAllocator
+from dllm_engine.models.base import BlockAttention
 from dllm_engine.request import PrefixChain
 
 
 def unit_length(block_length: int, page_size: int) -> int:
     """Tokens of a unit: whole blocks that fill whole pages."""
     return math.lcm(block_length, page_size)
+
+
+def prefix_chain(
+    prompt_ids: Sequence[int],
+    blocks: BlockAttention,
+    *,
+    block_length: int,
+    page_size: int,
+    identity: Sequence[str],
+) -> PrefixChain:
+    """Make the chain of a request, with the keys of its prompt.
+
+    Args:
+        prompt_ids: the tokens before the canvas.
+        blocks: how the model attends.
+        block_length: of the request.
+        page_size: tokens per page.
+        identity: model, adapter and salt.
+    """
+    # A token that sees no later one depends on no block.
+    length = 1 if blocks.prompt_causal else block_length
+    chain = PrefixChain(unit_length(length, page_size), [*identity, length])
+    # The answer's first token comes from the hidden state of the prompt's last one: compute that.
+    chain.extend(prompt_ids[:-1] if blocks.first_token_given else prompt_ids)
+    return chain
 
 
 class PrefixCache:
@@ -41,10 +67,10 @@ class PrefixCache:
         self._allocator = allocator
         self._pages: dict[bytes, list[int]] = {}
         self._key_of: dict[int, bytes] = {}
+        #: The key of the unit before.
+        self._before: dict[bytes, bytes] = {}
         allocator.on_evict = self._evict
-        #: Totals since the start: tokens looked up, and found; pages evicted.
-        self.queries = 0
-        self.hits = 0
+        #: Pages evicted since the start.
         self.evictions = 0
 
     def match(self, chain: PrefixChain) -> list[int]:
@@ -57,11 +83,6 @@ class PrefixCache:
             found += pages
         self._allocator.share(found)
         return found
-
-    def count(self, chain: PrefixChain, pages: Sequence[int]) -> None:
-        """Count a lookup that found `pages`."""
-        self.queries += len(chain.keys) * chain.unit
-        self.hits += len(pages) * self._allocator.page_size
 
     def enter(self, chain: PrefixChain, units: range, pages: list[int]) -> bool:
         """Cache some units, whose pages the caller holds and has filled.
@@ -82,6 +103,7 @@ class PrefixCache:
             known = self._pages.get(key)
             if known is None:
                 self._pages[key] = own
+                self._before[key] = chain.keys[index - 1] if index else b""
                 self._key_of.update(dict.fromkeys(own, key))
                 self._allocator.keep(own)
             elif known != own:
@@ -91,9 +113,25 @@ class PrefixCache:
                 changed = True
         return changed
 
+    def forget(self, chain: PrefixChain) -> None:
+        """Let no further request have the units of a chain, nor any that continues one of them.
+
+        Requests that hold such pages keep them.
+        """
+        gone = set(chain.keys)
+        for key in list(self._pages):  # a unit is entered after the one before it
+            if key in gone or self._before[key] in gone:
+                gone.add(key)
+                self._allocator.forget(self._remove(key))
+
     def _evict(self, page: int) -> list[int]:
-        pages = self._pages.pop(self._key_of[page])
+        pages = self._remove(self._key_of[page])
+        self.evictions += len(pages)
+        return pages
+
+    def _remove(self, key: bytes) -> list[int]:
+        pages = self._pages.pop(key)
+        del self._before[key]
         for each in pages:
             del self._key_of[each]
-        self.evictions += len(pages)
         return pages

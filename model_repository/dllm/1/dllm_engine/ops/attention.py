@@ -12,6 +12,9 @@ from dllm_engine.ops.selection import store_selection
 #: gathered rows are still in cache when they are read; on a GPU enough to keep it busy. The memory
 #: plan reserves them.
 GATHER_BYTES = {"cpu": 2**21, "cuda": 2**28}
+#: Rows of a prompt's chunk that read each key so often that a copy of the keys by head pays: on a
+#: CPU 512 rows take a third less time.
+_MANY_ROWS = 64
 
 
 def packed_attention(
@@ -75,10 +78,13 @@ def _attend_paged(out: Tensor, q: Tensor, group: PagedGroup, pages: LayerPages) 
             absent = ~exists[:, -1]
             keys[:, -1].masked_fill_(absent, 0)
             values[:, -1].masked_fill_(absent, 0)
+        keys, values = (x.flatten(1, 2).transpose(1, 2) for x in (keys, values))
+        if mask is not None and mask.shape[2] >= _MANY_ROWS:
+            keys, values = keys.contiguous(), values.contiguous()
         mixed = F.scaled_dot_product_attention(
             _take(q, group.query_rows[some]).transpose(1, 2),
-            keys.flatten(1, 2).transpose(1, 2),
-            values.flatten(1, 2).transpose(1, 2),
+            keys,
+            values,
             attn_mask=mask,
             enable_gqa=q.shape[1] != pages.keys.shape[2],
         )

@@ -75,6 +75,8 @@ def _apply(rule: Rule, block: BlockStatistics, plan: CommitPlan, counted: Tensor
     match rule:
         case Rule.COUNT:
             return counted
+        case Rule.SPECULATIVE:
+            return masked  # the canvas keeps what the next step confirms
         case Rule.THRESHOLD:
             return rules.threshold(block.confidence, masked, threshold)
         case Rule.DYNAMIC:

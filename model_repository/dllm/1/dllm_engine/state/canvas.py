@@ -44,6 +44,10 @@ class StepResult:
     next_is_refresh: list[bool]
     #: Whether a confidence is NaN or infinite: the model's logits were.
     not_finite: list[bool]
+    #: Positions from the left whose stored keys and values are final; 0 unless block-wise.
+    final: list[int]
+    #: Positions from the left that the next step stores or reads.
+    next_end: list[int]
 
 
 class Canvas(NamedTuple):
@@ -174,8 +178,13 @@ class CanvasTable:
                 wider[:, : old.shape[1]] = old
                 setattr(self, name, wider)
 
-    def fill(self, slot: int, prompt: Prompt, params: SamplingParams) -> tuple[int, bool]:
+    def fill(
+        self, slot: int, prompt: Prompt, params: SamplingParams, num_cached: int = 0
+    ) -> tuple[int, bool]:
         """Set up the canvas of a new request in `slot`; `params` must be resolved.
+
+        Args:
+            num_cached: positions from the left whose keys and values are stored and final.
 
         Returns:
             Rows of one sequence in its first step, and whether that is a Refresh.
@@ -201,7 +210,16 @@ class CanvasTable:
         if params.alg:
             chances = list(map(dream_chances, steps_of_blocks(params)))
             self._chance[slot, : params.steps] = np.concatenate(chances)
-        state, _ = self._prepare_step(state)
+        return self.rewind(slot, num_cached)
+
+    def rewind(self, slot: int, num_cached: int) -> tuple[int, bool]:
+        """Let only the first `num_cached` positions of a sequence count as stored and final.
+
+        Returns:
+            See `fill`.
+        """
+        state = self._slots.read(np.array([slot]))
+        state, _ = self._prepare_step(state._replace(final=np.array([num_cached])))
         self._slots.change(state)
         return int(state.num_rows[0]), bool(state.refresh[0])
 
@@ -245,7 +263,7 @@ class CanvasTable:
         """The position whose hidden state predicts each masked one: int64 [M]."""
         if self._blocks is None:
             return np.asarray(np.maximum(blocks.positions - self.shifted, 0))
-        shifts = self._blocks.shift_in_block | state.opens
+        shifts = self._blocks.shift_in_block | state.opens | state.verifies
         return np.asarray(blocks.positions - shifts[blocks.request])
 
     def _input_ids(self, sequences: Sequences) -> Array:
@@ -329,6 +347,10 @@ class CanvasTable:
         not_finite = np.zeros(len(state.slots), np.bool_)
         not_finite[blocks.request[~np.isfinite(confidence)]] = True
         picked = tokens >= 0
+        final = self._scope.final_after(state)
+        if (speculates := state.speculates & state.decodes & ~state.opens).any():
+            kept, final = self._check_drafts(state, blocks, tokens, speculates, final)
+            picked &= kept
         slots, positions, tokens = blocks.slots[picked], blocks.positions[picked], tokens[picked]
         request = blocks.request[picked]
         places = positions - state.canvas_start[request]
@@ -345,12 +367,13 @@ class CanvasTable:
         counts = state.decodes & ~state.opens
         state, first_masked = self._prepare_step(
             state._replace(
-                # Noise depends on it, so that of a prompt read in any chunks is the same.
+                # Noise depends on it, so that of a prompt in any chunks, or cached, is the same.
                 step=state.step + state.decodes,
                 block_step=state.block_step + counts,
                 block_age=state.block_age + counts,
                 first_end=first_end,
-                final=self._scope.final_after(state),
+                final=final,
+                verifies=state.verifies ^ speculates,
             )
         )
         self._slots.change(state)
@@ -362,7 +385,40 @@ class CanvasTable:
             state.num_rows.tolist(),
             state.refresh.tolist(),
             not_finite.tolist(),
+            state.final.tolist(),
+            state.kv_lens.tolist(),
         )
+
+    def _check_drafts(
+        self, state: SlotState, blocks: Blocks, tokens: Array, speculates: Array, final: Array
+    ) -> tuple[Array, Array]:
+        """Write drafted blocks to the canvas, and find how much of the checked ones is right.
+
+        A checked token is right if all drafted tokens before it are what was found for them.
+
+        Args:
+            tokens: [M]; what was found for each masked position.
+            speculates: [R] bool; requests of which this step drafted or checked a block.
+            final: [R]; see `SlotState`; that of checked blocks is found here.
+
+        Returns:
+            [M] bool, which tokens to commit; and [R], `final`.
+        """
+        checks = speculates & state.verifies
+        request, slots, positions = blocks.request, blocks.slots, blocks.positions
+        confirmed = np.ones_like(blocks.masked)
+        confirmed[request, blocks.column] = self.tokens[slots, positions] == tokens
+        before = np.logical_and.accumulate(confirmed, axis=1)
+        before = np.roll(before, 1, axis=1)
+        before[:, 0] = True
+        kept = np.where(speculates, checks, True)[request]
+        kept &= ~checks[request] | before[request, blocks.column]
+        drafted = (speculates & ~checks)[request]
+        self.tokens[slots[drafted], positions[drafted]] = tokens[drafted]
+        # The last token's own row was computed with the draft in its place.
+        last = np.zeros_like(final)
+        np.maximum.at(last, request[kept], positions[kept])
+        return kept, np.where(checks & ~state.refresh, last, final)
 
     def _num_ready(self, state: SlotState, first_masked: Array) -> Array:
         end = np.minimum(np.minimum(first_masked, state.first_end), state.answer_end)
@@ -373,7 +429,7 @@ class CanvasTable:
         """Whether the answer's end is decided: bool [R]."""
         decided = np.minimum(state.first_end + 1, state.answer_end)
         if self._blocks is not None:  # and the rest of its block
-            size, origin = state.window_length, state.origin
+            size, origin = np.where(state.speculates, 1, state.window_length), state.origin
             block_end = origin + ((state.first_end - origin) // size + 1) * size
             decided = np.minimum(block_end, state.answer_end)
         ended: Array = (state.first_end < state.answer_end) & (first_masked >= decided)
@@ -384,7 +440,9 @@ class CanvasTable:
         state = self._slots.read(np.array([slot]))
         start, end = int(state.canvas_start[0]), int(state.answer_end[0])
         confidence = self._confidence[slot, : end - start].copy()
-        return Canvas(self.tokens[slot, start:end].astype(np.int32), confidence)
+        tokens = self.tokens[slot, start:end].astype(np.int32)
+        tokens[self._masked[slot, : end - start]] = self.mask  # a draft is not shown
+        return Canvas(tokens, confidence)
 
     def _first_masked(self, state: SlotState) -> Array:
         """Find the first masked position, the canvas's end if there is none: int64 [R].
@@ -417,6 +475,12 @@ class CanvasTable:
             See `_enter_block`.
         """
         state, first_masked = self._enter_block(state)
+        if (moves := state.speculates & (first_masked > state.canvas_start)).any():
+            end = np.minimum(first_masked + state.window_length - 1, state.canvas_end)
+            state = state._replace(
+                block_start=np.where(moves, first_masked, state.block_start),
+                block_end=np.where(moves, end, state.block_end),
+            )
         return self._scope.next_step(state, first_masked), first_masked
 
     def _enter_block(self, state: SlotState) -> tuple[SlotState, Array]:

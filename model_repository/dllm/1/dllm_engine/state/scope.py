@@ -105,6 +105,9 @@ class BlockScope:
 
     If a block's first token is given by the block before it, two steps take the place of that one:
     the first ends with the block before, and decodes that token alone.
+
+    With `Rule.SPECULATIVE` a block begins at the last decided token. One step drafts the rest, and
+    the next one reads the block left to right: rows of tokens that it confirms are final.
     """
 
     blocks: BlockAttention
@@ -115,6 +118,8 @@ class BlockScope:
         """The rows from the first one that is not final to the end of the chunk or block."""
         size = state.window_length
         start = state.origin + (state.block_start - state.origin) // size * size
+        speculates = state.speculates
+        start = np.where(speculates, np.maximum(first_masked - 1, state.canvas_start), start)
         end = np.minimum(start + size, state.canvas_end)
         opens = np.zeros_like(state.refresh)
         if self.blocks.first_token_given:
@@ -130,7 +135,7 @@ class BlockScope:
         return state._replace(
             refresh=~cached,
             store=np.zeros_like(cached),
-            window_start=start,
+            window_start=np.where(speculates & state.verifies & ~opens, end, start),
             window_end=end,
             first_row=state.final,
             num_rows=row_end - state.final,

@@ -63,6 +63,8 @@ class SlotState(NamedTuple):
     decodes: Bool
     #: Of these the first alone, which the block before predicts (`BlockAttention`).
     opens: Bool
+    #: It checks a drafted block, left to right (`Rule.SPECULATIVE`); else it drafts one.
+    verifies: Bool
     length: Int
     #: The positions to be filled: first and end. Whole blocks, of a block-wise model: what lies
     #: behind `answer_end` is decoded and never shown.
@@ -121,6 +123,12 @@ class SlotState(NamedTuple):
         return SlotState.of(
             self.slots[index], self.ints[:, index], self.floats[:, index], self.bools[:, index]
         )
+
+    @property
+    def speculates(self) -> Array:
+        """bool; it drafts a block in one step, and checks it in the next."""
+        speculates: Array = self.rule == int(Rule.SPECULATIVE)
+        return speculates
 
     @property
     def selects(self) -> Array:

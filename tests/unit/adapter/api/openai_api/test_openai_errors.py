@@ -243,7 +243,8 @@ async def test_prompts_begin_together_or_not_at_all(
 ) -> None:
     """A call whose prompts do not all find a place is told to come back, and has begun none."""
     engine.scripts = [[HANG]]
-    async with served_app(fast_settings(database_url, max_live=2), engine) as address:
+    settings = fast_settings(database_url, max_live=2, engine_idle_timeout=10)
+    async with served_app(settings, engine) as address:
         await until_healthy(address)
         other = asyncio.create_task(post(address, TEXT, {"model": "dllm", "prompt": "a"}))
         await until(lambda: len(engine.requests) == 1)

@@ -1,10 +1,12 @@
 """Which parameters of OpenAI's calls are honoured, accepted and refused; lengths."""
 
+import dataclasses
 import json
 from typing import Any
 
 import pytest
 from adapter_fakes import (
+    MODEL,
     ScriptedEngine,
     fast_settings,
     served_app,
@@ -182,6 +184,18 @@ async def test_length_is_what_the_context_has_left(
     assert answer.status_code == 200, answer.text
     wanted = [(82, 82)] * (1 if path == CHAT else 2)
     assert [(r["gen_length"], r["block_length"]) for r in engine.requests] == wanted
+
+
+async def test_a_block_wise_model_keeps_its_block(url: str, engine: ScriptedEngine) -> None:
+    """A shortened answer is decoded in blocks of the length asked for."""
+    engine.longest = 82
+    engine.model = dataclasses.replace(MODEL, block_length=32)
+    body = {"model": "dllm", "max_tokens": 128, "block_length": 100, "messages": QUESTION}
+    answer = await post(url, CHAT, body)
+
+    assert answer.status_code == 200, answer.text
+    (request,) = engine.requests
+    assert (request["gen_length"], request["block_length"]) == (82, 100)
 
 
 @pytest.mark.parametrize("stream", [False, True])

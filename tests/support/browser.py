@@ -65,7 +65,7 @@ class Page:
         script = f"({expression}).then(arguments[0], (e) => arguments[0](`failed: ${{e}}`))"
         return await self._call("execute/async", {"script": script, "args": []})
 
-    async def until(self, condition: str, seconds: float = 20) -> None:
+    async def until(self, condition: str, seconds: float = 60) -> None:
         """Wait until the expression is true; the error shows what the page says instead."""
         try:
             async with asyncio.timeout(seconds):
