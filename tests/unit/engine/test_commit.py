@@ -177,8 +177,10 @@ def test_rows_with_different_scores_do_not_mix() -> None:
     assert alone[2:4] == [[2], [0]]  # least entropy, largest margin
 
 
+#: A rule that needs a threshold, and one that only a causal family has.
+SPECIAL = {"low_confidence_dynamic", "speculative"}
 ALL_RULES = [
-    *({"remasking": name} for name in REMASKING if name != "low_confidence_dynamic"),
+    *({"remasking": name} for name in REMASKING if name not in SPECIAL),
     {"remasking": "low_confidence_dynamic", "confidence_threshold": 0.1},
     *({"alg": name} for name in ALG),
     {"alg": "entropy", "alg_temp": 0.5, "temperature": 0.7, "top_p": 0.9, "top_k": 20},

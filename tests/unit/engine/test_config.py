@@ -27,6 +27,7 @@ BAD = {
     "DLLM_REFRESH_INTERVAL": ["-1"],
     "DLLM_MEMORY_LIMIT": ["lots"],
     "DLLM_KV_PAGE_SIZE": ["0"],
+    "DLLM_PREFIX_CACHE": ["maybe"],
     "DLLM_STEP_TIMEOUT": ["-1", "inf", "soon"],
     "DLLM_TENSOR_PARALLEL_SIZE": ["0"],
     "DLLM_TENSOR_PARALLEL_TIMEOUT": ["0", "nan"],
