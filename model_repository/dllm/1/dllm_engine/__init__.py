@@ -16,7 +16,16 @@ from dllm_engine.llm import LLM
 from dllm_engine.loop.engine import Engine, EngineStats
 from dllm_engine.loop.engine_thread import EngineThread
 from dllm_engine.models.summary import ModelSummary
-from dllm_engine.request import CanvasUpdate, Completion, FinishReason, Prompt, Request, Usage
+from dllm_engine.request import (
+    CanvasUpdate,
+    Completion,
+    DenoisingStep,
+    FinishReason,
+    Prompt,
+    Request,
+    Trajectory,
+    Usage,
+)
 from dllm_engine.sampling_params import SamplingParams
 
 __all__ = [
@@ -24,6 +33,7 @@ __all__ = [
     "CanvasUpdate",
     "CheckpointError",
     "Completion",
+    "DenoisingStep",
     "DllmError",
     "Engine",
     "EngineConfig",
@@ -41,5 +51,6 @@ __all__ = [
     "Request",
     "RequestFailed",
     "SamplingParams",
+    "Trajectory",
     "Usage",
 ]

@@ -1,11 +1,12 @@
-"""Offline use: `LLM(path).generate(prompts, params)`."""
+"""Offline use: `LLM(path).generate(prompts, params)`, or `stream` for one prompt."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -14,9 +15,16 @@ import numpy.typing as npt
 from tqdm.auto import tqdm
 
 from dllm_engine.config import EngineConfig, unknown_setting
-from dllm_engine.errors import InvalidRequest
+from dllm_engine.errors import EngineDead, InvalidRequest
 from dllm_engine.loop.engine import Engine
-from dllm_engine.request import CanvasUpdate, Completion, Prompt
+from dllm_engine.request import (
+    CanvasUpdate,
+    Completion,
+    DenoisingStep,
+    Prompt,
+    Request,
+    Trajectory,
+)
 from dllm_engine.sampling_params import SamplingParams
 
 #: A text, chat messages, token ids, or a `Prompt` with a canvas or suffix of its own.
@@ -28,7 +36,10 @@ FORMS = "a prompt must be a text, a list of messages, or a list of integers (tok
 
 
 class LLM:
-    """A diffusion language model in this process. Thread-safe: calls of `generate` take turns.
+    """A diffusion language model in this process.
+
+    Thread-safe: the requests of all calls run together, and each call steps the engine until its
+    own are finished.
 
     Args:
         model_path: a checkpoint directory in its Hugging Face layout.
@@ -45,6 +56,8 @@ class LLM:
             raise unknown_setting(unknown[0], known)
         self.engine = Engine(EngineConfig(model_path=Path(model_path), **settings))
         self._lock = threading.Lock()
+        #: Updates of running requests that their calls have not taken yet.
+        self._updates: dict[int, collections.deque[CanvasUpdate]] = {}
 
     def generate(
         self,
@@ -53,6 +66,7 @@ class LLM:
         *,
         chat: bool = False,
         progress: bool = True,
+        trajectory: bool = False,
     ) -> list[Completion]:
         """Denoise one canvas per prompt; all run together.
 
@@ -61,6 +75,7 @@ class LLM:
             params: one for all prompts, or one for each; None: the defaults.
             chat: put each text into the checkpoint's chat template, as one user message.
             progress: show a progress bar.
+            trajectory: record the step in which each position was committed.
 
         Returns:
             Completions in the order of the prompts.
@@ -71,23 +86,51 @@ class LLM:
         """
         batch = _as_list(prompts)
         each = _one_per_prompt(params, len(batch))
+        interval = 0.0 if trajectory else None
         requests = [
-            self.engine.make_request(self._encode(prompt, chat), p)
+            self.engine.make_request(self._encode(prompt, chat), p, stream_interval=interval)
             for prompt, p in zip(batch, each, strict=True)
         ]
+        recorders = {r.request_id: self._recorder(r) for r in requests} if trajectory else {}
         finished: dict[int, CanvasUpdate] = {}
-        with self._lock:
-            # Another thread may have loaded the model, or this one may have run another model
-            # since.
-            self.engine.runner.bind_thread()
-            for request in requests:
-                self.engine.add(request)
-            with tqdm(total=len(requests), desc="denoising", disable=not progress) as bar:
-                while self.engine.has_work:
-                    for update in self.engine.step():
-                        finished[update.request_id] = update
-                        bar.update()
-        return [self._completion(finished[r.request_id], r.params.stop) for r in requests]
+        with tqdm(total=len(requests), desc="denoising", disable=not progress) as bar:
+            for update in self._run(requests):
+                if trajectory:
+                    recorders[update.request_id].add(update)
+                if update.finished:
+                    finished[update.request_id] = update
+                    bar.update()
+        return [
+            self._completion(finished[r.request_id], r, recorders.get(r.request_id))
+            for r in requests
+        ]
+
+    def stream(
+        self, prompt: AnyPrompt, params: SamplingParams | None = None, *, chat: bool = False
+    ) -> Generator[DenoisingStep | Completion, None, None]:
+        """Denoise one canvas; yields it after each step, then its completion with the trajectory.
+
+        Closing the generator cancels the request. Other calls run between its steps.
+
+        Args:
+            prompt: a single prompt.
+            params: how to denoise; None: the defaults.
+            chat: put a text into the checkpoint's chat template, as one user message.
+
+        Raises:
+            InvalidRequest: the prompt or a parameter is unusable.
+            RequestFailed: the request failed in the engine.
+        """
+        request = self.engine.make_request(
+            self._encode(prompt, chat), params or SamplingParams(), stream_interval=0.0
+        )
+        recorder = self._recorder(request)
+        for update in self._run([request]):
+            committed = recorder.add(update)
+            if committed:
+                yield self._step(update, request, committed)
+            if update.finished:
+                yield self._completion(update, request, recorder)
 
     def close(self) -> None:
         """End the processes of other ranks (`tensor_parallel_size`); leaving `with` calls it."""
@@ -113,12 +156,79 @@ class LLM:
         text = cast(str, prompt)
         return Prompt(tokenizer.encode_chat(text) if chat else tokenizer.encode_text(text))
 
-    def _completion(self, update: CanvasUpdate, stop: tuple[str, ...]) -> Completion:
+    def _run(self, requests: Sequence[Request]) -> Iterator[CanvasUpdate]:
+        """Run requests beside those of other calls; yields their updates.
+
+        Those that are unfinished when the caller stops are cancelled.
+        """
+        boxes = {r.request_id: collections.deque[CanvasUpdate]() for r in requests}
+        unfinished = set(boxes)
+        with self._lock:
+            self._updates |= boxes
+            for request in requests:
+                self.engine.add(request)
+        try:
+            while unfinished:
+                updates = [box.popleft() for box in boxes.values() if box]
+                for update in updates:
+                    if update.finished:
+                        unfinished.discard(update.request_id)
+                    yield update
+                if not updates:
+                    self._advance()
+        except EngineDead:
+            unfinished.clear()  # it cannot even cancel
+            raise
+        finally:
+            with self._lock:
+                for request_id in unfinished:
+                    self.engine.cancel(request_id)
+                for request_id in boxes:
+                    del self._updates[request_id]
+
+    def _advance(self) -> None:
+        """Run a step, and hand out its updates."""
+        with self._lock:
+            # Another thread may have loaded the model, or this one may have run another model
+            # since.
+            self.engine.runner.bind_thread()
+            for update in self.engine.step():
+                if (box := self._updates.get(update.request_id)) is not None:
+                    box.append(update)
+
+    def _recorder(self, request: Request) -> _Recorder:
+        return _Recorder(request, self.engine.spec.mask_token_id)
+
+    def _step(self, update: CanvasUpdate, request: Request, committed: list[int]) -> DenoisingStep:
+        masked = update.token_ids == self.engine.spec.mask_token_id
+        pieces = self._pieces(update.token_ids, ~masked)
+        ready = update.token_ids[: update.num_ready]
+        tokenizer = self.engine.tokenizer
+        return DenoisingStep(
+            step=update.usage.steps,
+            token_ids=update.token_ids,
+            confidence=update.confidence,
+            committed=committed,
+            canvas=[None if m else text for text, m in zip(pieces, masked, strict=True)],
+            text=tokenizer.prefix(ready, request.params.stop) if tokenizer else "",
+        )
+
+    def _pieces(self, token_ids: npt.NDArray[np.int32], shown: npt.NDArray[np.bool_]) -> list[str]:
+        tokenizer = self.engine.tokenizer
+        return tokenizer.pieces(token_ids, shown) if tokenizer else [""] * len(token_ids)
+
+    def _completion(
+        self, update: CanvasUpdate, request: Request, recorder: _Recorder | None
+    ) -> Completion:
         if update.error is not None:
             raise update.error
         assert update.finish_reason is not None
-        tokenizer = self.engine.tokenizer
+        tokenizer, stop = self.engine.tokenizer, request.params.stop
         text = tokenizer.answer(update.token_ids[: update.num_ready], stop) if tokenizer else ""
+        trajectory = None
+        if recorder is not None:
+            pieces = self._pieces(update.token_ids, recorder.steps >= 0)
+            trajectory = Trajectory(pieces, recorder.steps, recorder.confidence)
         return Completion(
             text,
             update.token_ids,
@@ -126,7 +236,27 @@ class LLM:
             update.finish_reason,
             update.usage,
             update.seed,
+            trajectory,
         )
+
+
+class _Recorder:
+    """Notes in which step each position of one canvas was committed, and how sure the model was."""
+
+    def __init__(self, request: Request, mask: int) -> None:
+        self._mask = mask
+        canvas = np.array(request.prompt.canvas_ids or [mask] * request.params.gen_length)
+        #: As in `Trajectory`.
+        self.steps = np.where(canvas == mask, -1, 0).astype(np.int32)
+        self.confidence = np.where(canvas == mask, -1, 1).astype(np.float32)
+
+    def add(self, update: CanvasUpdate) -> list[int]:
+        """Note an update; returns the positions that are new in it."""
+        new = (update.token_ids != self._mask) & (self.steps < 0)
+        self.steps[new] = update.usage.steps
+        self.confidence[new] = update.confidence[new]
+        positions: list[int] = np.flatnonzero(new).tolist()
+        return positions
 
 
 def _as_list(prompts: AnyPrompt | Sequence[AnyPrompt]) -> Sequence[AnyPrompt]:

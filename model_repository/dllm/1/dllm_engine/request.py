@@ -233,6 +233,37 @@ class CanvasUpdate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """When each position of a canvas was decoded."""
+
+    #: The text that each position adds; "" for special tokens and what was never decoded.
+    pieces: list[str]
+    #: [gen_length] int32; the step that committed the position, from 1; 0 where the request gave
+    #: the token; −1 where it was never decoded, since the answer ended before.
+    steps: npt.NDArray[np.int32]
+    #: [gen_length] float32; the probability it was committed with; 1 where given, −1 where never.
+    confidence: npt.NDArray[np.float32]
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoisingStep:
+    """The canvas after a step, as `LLM.stream` yields it."""
+
+    #: Denoising steps run so far.
+    step: int
+    #: [gen_length] int32; positions not decoded yet hold the mask id.
+    token_ids: npt.NDArray[np.int32]
+    #: [gen_length] float32; the probability each position was committed with, −1 elsewhere.
+    confidence: npt.NDArray[np.float32]
+    #: The positions that this step committed.
+    committed: list[int]
+    #: The text that each position shows now; None where it is masked.
+    canvas: list[str | None]
+    #: The beginning of the answer, which will not change.
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Completion:
     """A finished request, as `LLM.generate` returns it."""
 
@@ -242,3 +273,5 @@ class Completion:
     finish_reason: FinishReason
     usage: Usage
     seed: int
+    #: None unless it was asked for.
+    trajectory: Trajectory | None = None
