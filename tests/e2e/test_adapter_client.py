@@ -1,4 +1,4 @@
-"""The client library, its command line and its examples against the live servers."""
+"""The client library and its command line against the live servers."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ from launcher.ports import free_port
 from launcher.tritonserver import TritonServer
 from tests.e2e.triton_calls import generate
 from tests.support.checkpoints import BOS
-from tests.support.servers import CHECKOUT, AdapterServer, eventually
-
-EXAMPLES = CHECKOUT / "client" / "examples"
+from tests.support.servers import AdapterServer, eventually
 
 
 @pytest.fixture
@@ -156,17 +154,3 @@ def test_command_line_errors(adapter: AdapterServer) -> None:
         assert failed.returncode != 0
         assert word in failed.stderr
         assert "Traceback" not in failed.stderr
-
-
-@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
-def test_examples_run(example: Path, adapter: AdapterServer, triton: TritonServer) -> None:
-    """Every example runs against the servers and prints something."""
-    if "grpc" in example.stem:
-        url = triton.grpc_url
-    elif "triton" in example.stem:
-        url = triton.http_url
-    else:
-        url = adapter.url
-    done = run(sys.executable, str(example), "--url", url, "Tell me about AI")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
