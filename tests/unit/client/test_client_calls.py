@@ -30,7 +30,7 @@ from dllm_client import (
 
 def test_exported_names_exist() -> None:
     """`__all__` is sorted and holds exactly the public names of the package."""
-    modules = {"cli", "triton"}
+    modules = {"cli", "notebook", "triton"}
     public = {name for name in vars(dllm_client) if not name.startswith("_")} - modules
     assert sorted(dllm_client.__all__) == dllm_client.__all__
     assert public == set(dllm_client.__all__)
