@@ -27,7 +27,8 @@ def test_the_plan_is_an_engines_own(tmp_path: Path, quantization: str) -> None:
     real = Engine(config).runner.plan
     spec = read_spec(folder)
     planned = plan_memory(config, spec, device="cpu", available=real.available, dtype=torch.float32)
-    assert 0.7 < planned.activations / real.activations < 1.5
+    # With `int8`, a process that has run other models measures up to 1.7 times as much.
+    assert 0.5 < planned.activations / real.activations < 1.5
     assert dataclasses.replace(planned, activations=real.activations) == real
 
 
