@@ -68,7 +68,7 @@ class CheckResult:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What an engine tells about its model; None for what it does not tell."""
+    """An engine's description of its model; a field that it leaves out is None."""
 
     #: The name of the checkpoint's directory.
     checkpoint: str | None = None

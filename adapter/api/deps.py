@@ -1,4 +1,4 @@
-"""What routes ask of a call: its context, its share of the limits, the application's services.
+"""Gives routes a call's context, its share of the limits, and the application's services.
 
 These are plain functions: FastAPI's own dependencies cost time at each call.
 """
@@ -50,7 +50,7 @@ def request_context(request: Request) -> RequestContext:
 
 
 class Services(Protocol):
-    """What the application's state holds; `adapter.app` fills it."""
+    """The application's services; `adapter.app` makes them."""
 
     settings: Settings
     database: Database

@@ -62,7 +62,7 @@ def _detail(error: AdapterError) -> str | list[dict[str, Any]]:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """What the framework refuses: unknown paths and methods, and bodies that are no JSON."""
+    """Answer a refusal of the framework: an unknown path or method, or a body that is no JSON."""
     assert isinstance(error, HTTPException)
     if error.status_code == 400 and isinstance(error.__cause__, ValueError | RecursionError):
         error = HTTPException(400, _why_no_json(error.__cause__))

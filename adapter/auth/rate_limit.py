@@ -126,7 +126,7 @@ class RateLimiter:
 
 
 class Quota:
-    """What one call has taken from its caller's rates."""
+    """The prompts that one call has counted against its caller's rates."""
 
     def __init__(self, limiter: RateLimiter, caller: str) -> None:
         self._limiter = limiter

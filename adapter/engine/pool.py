@@ -184,7 +184,7 @@ class EnginePool:
         return min(available, key=lambda endpoint: endpoint.inflight, default=None)
 
     async def describe(self) -> ModelInfo:
-        """What an engine tells about its model; nothing while none answers.
+        """An engine's description of its model; empty while no engine answers.
 
         An engine of an earlier release knows no such question.
         """

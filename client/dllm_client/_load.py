@@ -37,7 +37,7 @@ WORDS = tuple(_TEXT.split())
 
 @dataclass
 class Sample:
-    """What was measured of one request; times in seconds."""
+    """The measurements of one request; times in seconds."""
 
     start: float  #: since the load began
     ttft: float = 0.0

@@ -193,7 +193,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one item of `map`: a result, an error, or, of a failed job, both."""
+    """The outcome of one item of `map`: a result, an error, or both if its job failed."""
 
     index: int  #: the item's place, from 0
     result: Result | None = None
