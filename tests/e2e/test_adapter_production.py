@@ -119,7 +119,7 @@ def test_sigterm_lets_running_jobs_finish_or_gives_them_back(
     adapter = start_adapter(DLLM_DRAIN_SECONDS=drain)
     before = settled_counters(triton)
     # Long enough to be seen in the metrics, which are published once a second.
-    job = adapter.submit("a long one", gen_length=512, cfg_scale=1.0, ignore_eos=True)
+    job = adapter.submit("a long one", gen_length=320, cfg_scale=1.0, ignore_eos=True)
     eventually(lambda: metric(triton, "dllm_running_requests") == 1, "it runs")
     adapter.stop()
     adapter.start()

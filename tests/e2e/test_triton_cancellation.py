@@ -51,7 +51,7 @@ def test_leaving_frees_the_place(
 
 def test_of_many_that_leave_none_is_forgotten(triton: TritonServer) -> None:
     """Many callers leave at once, and each of their places is free."""
-    many = 20
+    many = 12
     before = settled_counters(triton)
     with ExitStack() as stack:
         for _ in range(many):

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 #: An indented block of code whose first line is a comment that says where the rest goes.
 BLOCK = re.compile(
@@ -41,6 +43,7 @@ def carry_out(page: str, tree: Path) -> list[Path]:
     return created
 
 
+@pytest.mark.slow
 def test_the_worked_examples_work(tmp_path: Path) -> None:
     """A rule and a family, added as the page says, pass the tests that the page writes."""
     engine = ROOT / "model_repository/dllm/1/dllm_engine"

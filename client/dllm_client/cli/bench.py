@@ -143,7 +143,11 @@ def _limit(text: str) -> tuple[str, float]:
 
 def _with_prompts(requests: list[Request], file: Path) -> list[Request]:
     """The requests with the lines of a file in place of their prompts."""
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"{file}: {error}", param_hint="--prompts") from error
+    lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise typer.BadParameter(f"{file} has no prompts", param_hint="--prompts")
     return [Request(lines[i % len(lines)], one.params) for i, one in enumerate(requests)]

@@ -137,6 +137,17 @@ def test_failed_requests_are_counted_and_told(script: Script, tmp_path: Path) ->
     assert outcome.stderr == "dllm: 2 requests failed: refused\n"
 
 
+def test_a_file_of_prompts_that_is_no_text_is_named(script: Script, tmp_path: Path) -> None:
+    """The message names the file and the option, and nothing is sent."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes(b"\xff\xfe")
+    outcome = bench("--prompts", str(prompts))
+    assert outcome.exit_code == 2
+    assert "--prompts" in outcome.stderr
+    assert "prompts.txt" in outcome.stderr.replace("\n", "").replace("│", "").replace(" ", "")
+    assert script.requests == []
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

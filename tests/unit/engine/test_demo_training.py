@@ -16,7 +16,11 @@ from demo import corpus, train
 
 @pytest.mark.parametrize(
     ("family", "architecture"),
-    [("llada", "LLaDAModelLM"), ("dream", "DreamModel"), ("sdar", "SDARForCausalLM")],
+    [
+        ("llada", "LLaDAModelLM"),
+        pytest.param("dream", "DreamModel", marks=pytest.mark.slow),
+        pytest.param("sdar", "SDARForCausalLM", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_can_be_broken_off_resumed_and_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, architecture: str

@@ -314,6 +314,9 @@ def test_pickles_are_never_read(tmp_path: Path) -> None:
         ({"mask_token_id": None}, "mask_token_id is missing"),
         ({"layer_norm_type": "default"}, "layer_norm_type: only 'rms'"),
         ({"include_bias": True}, "include_bias: only False"),
+        ({"d_model": "64"}, "d_model: must be a number, not text: '64'"),
+        ({"n_layers": [2]}, r"num_layers: must be a number of at least 1, not \[2\]"),
+        ({"n_heads": {}}, "config.json: unsupported operand"),
     ],
     ids=str,
 )

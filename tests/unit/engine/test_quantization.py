@@ -136,7 +136,11 @@ def write_rounded(source: Path, target: Path, kind: str, ranks: int) -> Path:
 
 @pytest.mark.parametrize(
     ("write", "kind", "ranks"),
-    [(write_llada, "fp8", 1), (write_dream, "int8", 1), (write_llada, "int8", 2)],
+    [
+        (write_llada, "fp8", 1),
+        (write_dream, "int8", 1),
+        pytest.param(write_llada, "int8", 2, marks=pytest.mark.slow),
+    ],
     ids=["llada, fp8", "dream, int8", "llada, int8 over two ranks"],
 )
 def test_the_engine_decodes_what_it_does_with_the_rounded_checkpoint(

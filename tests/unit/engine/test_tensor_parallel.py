@@ -85,6 +85,7 @@ def test_two_ranks_decode_what_one_does(pair: tuple[LLM, LLM], batch: list[Case]
         assert two[i].usage == one[i].usage
 
 
+@pytest.mark.slow
 def test_float32_over_three_ranks_and_several_tiles(tmp_path: Path) -> None:
     """In float32, with a head tied to the embedding and slices of more than a tile each."""
     sizes = {"d_model": 96, "n_heads": 6, "n_kv_heads": 3, "mlp_hidden_size": 192}
@@ -263,6 +264,7 @@ def test_a_lost_rank_ends_the_engine(
     assert has_ended(rank)
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_a_gpu_ends_the_engine(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +313,7 @@ def test_an_alarm_rings_for_long_blocks_only() -> None:
         assert not rung.wait(0.6)
 
 
+@pytest.mark.slow
 def test_what_a_rank_cannot_do_is_told(checkpoint: Path) -> None:
     """A rank that meets an error at its start says so, with its number, before it ends."""
     ranks = Ranks(2, threads=1, timeout=5, task="no task")
@@ -328,6 +331,7 @@ def test_what_a_rank_cannot_do_is_told(checkpoint: Path) -> None:
     assert len(ranks_of(os.getpid())) == before
 
 
+@pytest.mark.slow
 def test_a_rank_may_take_longer_to_load_than_a_step(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,8 @@ LENGTHS = [3, 6, 9, 36, 36, 18, 21, 24]
 PROMPTS = [list(range(7 * i, 7 * i + length)) for i, length in enumerate(LENGTHS)]
 
 
-@pytest.mark.parametrize("write", [write_llada, pytest.param(write_dream, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("write", [write_llada, write_dream])
 def test_same_tokens(write: object, tmp_path: Path) -> None:
     """A batch with all policies gives the same tokens, and confidences within float32's
     rounding."""

@@ -118,6 +118,7 @@ def test_a_case_that_fails_is_recorded() -> None:
     assert set(row["library_seconds"]) == {"theirs"}
 
 
+@pytest.mark.slow
 def test_compiled_parts_stand_beside_torch_s() -> None:
     """Compiled parts are measured with a compiler that changes nothing and reported for one that is
     missing."""

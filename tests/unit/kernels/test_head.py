@@ -135,7 +135,7 @@ def test_statistics_are_those_of_the_logits(case: Case) -> None:
     check(Head(weight, KERNELS).statistics(hidden, options), hidden, weight, options)
 
 
-@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("noisy", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_split_may_have_several_tiles(noisy: bool) -> None:
     """Splits may have several tiles and different lengths, with the two largest logits in one split
     in either order or equal; the leftmost of equal tokens wins."""

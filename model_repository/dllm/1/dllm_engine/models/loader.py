@@ -48,6 +48,11 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 #: `owner/name`, as the Hugging Face Hub names a model.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+#: Sizes that every model must have.
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"),
+    *("num_kv_heads", "head_dim", "max_model_len"),
+)
 #: Supported types of weights. Other types are quantised and need scales, which are not supported.
 _DTYPES = ("BF16", "F16", "F32", "F64")
 
@@ -73,12 +78,20 @@ def read_spec(directory: Path) -> ModelSpec:
     config |= {} if mask is None else {"mask_token_id": mask}
     generation = read_json_if_there(directory / "generation_config.json")
     stop_ids = _stop_ids([config, generation])
+    for key, value in config.items():
+        if isinstance(value, str) and value.isdigit():
+            raise CheckpointError(f"config.json: {key}: must be a number, not text: {value!r}")
     try:
         spec: ModelSpec = family.spec(config, stop_ids)
     except KeyError as error:
         raise CheckpointError(f"config.json: {error.args[0]} is missing") from error
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"config.json: {error}") from error
+    for name in _SIZES:
+        value = getattr(spec, name)
+        if not isinstance(value, int) or value < 1:
+            problem = f"{name}: must be a number of at least 1, not {value!r}"
+            raise CheckpointError(f"config.json: {problem}")
     if not 0 <= spec.mask_token_id < spec.vocab_size:
         problem = f"{spec.mask_token_id}, beyond the vocabulary of {spec.vocab_size}"
         raise CheckpointError(f"config.json: mask_token_id: {problem}")
