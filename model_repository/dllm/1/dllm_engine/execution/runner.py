@@ -140,7 +140,8 @@ class ModelRunner:
             decoded = torch.stack([tokens, confidence.view(torch.int32)])
             if credit_rows is not None and found.credits is not None:
                 self.table.credits.write(credit_rows, found.credits)
-            return InflightStep(plan, Download(decoded))
+            read = None if found.read is None else Download(found.read.to(torch.float32))
+            return InflightStep(plan, Download(decoded), read)
 
     def finish(self, step: Any) -> StepResult:
         """Wait for the step to end, and commit what it decoded.
@@ -152,9 +153,10 @@ class ModelRunner:
         try:
             with self._watchdog:
                 tokens, confidence = step.decoded.array()
+                read = None if step.read is None else step.read.array()
         finally:  # if a rank failed, it is the cause of any error that the device reports
             self.check()
-        return self.table.advance(step.plan, tokens, confidence.view(np.float32))
+        return self.table.advance(step.plan, tokens, confidence.view(np.float32), read)
 
     def canvas(self, slot: int) -> Canvas:
         """A copy of the canvas in `slot`."""
@@ -194,6 +196,8 @@ class InflightStep:
     #: [2, M] int32: for each masked position the token to commit, −1 for none; and the bits of
     #: its confidence.
     decoded: Download
+    #: [M, K] float32: log-probabilities of the tokens that requests read; None: none reads.
+    read: Download | None = None
 
 
 def _pick(batch: StepBatch, candidates: Candidates) -> Tensor:

@@ -45,6 +45,8 @@ class StepInputs:
     needs_entropy: bool
     #: Credit of the M positions; None: no request uses any.
     credits: Credits | None = None
+    #: [M, K] int64: tokens whose log-probabilities to read, −1 for none; None: no request reads.
+    read_tokens: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +89,7 @@ def build_batch(
         cfg_scale=upload(state.cfg_scale[blocks.request]) if sequences.guided else None,
         sampling=_sampling(state, blocks, upload),
         needs_entropy=bool(state.needs_entropy.any()),
+        read_tokens=None if plan.read_tokens is None else upload(plan.read_tokens),
     )
     return StepBatch(
         inputs=inputs,

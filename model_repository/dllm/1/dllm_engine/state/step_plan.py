@@ -168,3 +168,5 @@ class StepPlan:
     #: [R, width] float32: the confidence of committed positions of the active blocks, −1 where
     #: masked; None: no rule needs it.
     committed: Array | None
+    #: [M, K] int64: tokens whose log-probabilities to read, −1 for none; None: no request reads.
+    read_tokens: Array | None = None
