@@ -27,7 +27,15 @@ from adapter.errors import (
     refusal,
 )
 from adapter.telemetry.tracing import TRACEPARENT
-from adapter.types import DEFAULT_PRIORITY, CheckResult, Event, Inputs, ModelInfo, StreamDetail
+from adapter.types import (
+    DEFAULT_PRIORITY,
+    CheckResult,
+    Event,
+    Inputs,
+    ModelInfo,
+    Repository,
+    StreamDetail,
+)
 
 CHECK_OUTPUTS = ("finish_reason", "text_output")
 CANCEL_OUTPUTS = ("finish_reason", "text_output")
@@ -185,6 +193,33 @@ class TritonEngine:
         request = self._request({"describe": True}, request_id="describe", outputs=DESCRIBE_OUTPUTS)
         told = json.loads((await self._one_event(request)).text)
         return ModelInfo(**{f.name: told.get(f.name) for f in fields(ModelInfo)})
+
+    async def repository(self, known: Repository | None) -> Repository:
+        """Ask which models the server has; see `types.Engine.repository`."""
+        with _mapped_errors():
+            index = await self._triton.RepositoryIndex(service_pb2.RepositoryIndexRequest())
+        known = known or Repository()
+        engines, others, unready = [], set(), {}
+        for model in sorted(index.models, key=lambda model: model.name):
+            if model.name in known.engines:
+                engines.append(model.name)
+            elif model.name in known.others:
+                others.add(model.name)
+            elif model.state != "READY":
+                unready[model.name] = model.reason or model.state.lower() or "no reason given"
+            elif await self._is_engine(model.name):
+                engines.append(model.name)
+            else:
+                others.add(model.name)
+        return Repository(tuple(engines), unready, frozenset(others))
+
+    async def _is_engine(self, model: str) -> bool:
+        """Whether the model can describe a checkpoint, as engines of ours do."""
+        with _mapped_errors():
+            answer = await self._triton.ModelConfig(service_pb2.ModelConfigRequest(name=model))
+        config = answer.config
+        names = {tensor.name for tensor in config.input}
+        return config.model_transaction_policy.decoupled and "describe" in names
 
     def cancel(self, request_id: str) -> None:
         """Cancel the request now; by itself the engine notices a closed stream a little later."""
