@@ -60,7 +60,7 @@ class Resolver:
             self._failing.add(url)
             return known
         self._failing.discard(url)
-        # Once a name had several addresses, it never stands for itself again: gRPC would choose one.
+        # After it had several addresses it never stands for itself again: gRPC would choose one.
         if len(hosts) > 1 or known != [url]:
             self._known[url] = known = [
                 f"[{one}]:{port}" if ":" in one else f"{one}:{port}" for one in hosts

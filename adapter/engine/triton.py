@@ -5,13 +5,14 @@ import json
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from ipaddress import ip_address
 from typing import Any
 
 import grpc
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2
 
+from adapter.engine.channel import Headers, TritonChannel, TritonCredentials
 from adapter.engine.tensors import CANVAS_OUTPUTS, INPUT_TYPES, OUTPUTS, make_request, read_event
 from adapter.errors import (
     AdapterError,
@@ -80,6 +81,7 @@ ERROR_CODES: Mapping[str, type[AdapterError]] = {
     "NOT_FOUND": Unavailable,  # the model is not loaded
     "CANCELLED": StreamInterrupted,
 }
+NO_CREDENTIALS = TritonCredentials()
 REQUEST_ID_PREFIX = re.compile(r"^(in ensemble '[^']*', )?\[request id: [^\]]*\] ")
 
 
@@ -123,10 +125,17 @@ class TritonEngine:
         *,
         stream_interval: float,
         idle_timeout: float,
+        credentials: TritonCredentials = NO_CREDENTIALS,
+        found_by: str = "",
     ) -> None:
+        """Connect to `url`, an address that the name in `found_by` has, or that name itself."""
         options = (*CHANNEL_OPTIONS, *_keepalive(idle_timeout), *_proxy(url))
-        self._channel = grpc.aio.insecure_channel(url, options=options)
-        self._triton = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        if found_by not in ("", url):
+            # Its certificate is for the name; a host with addresses of its own needs no proxy.
+            options += (("grpc.enable_http_proxy", 0),)
+            name = credentials.tls_name or found_by.rpartition(":")[0]
+            credentials = replace(credentials, tls_name=name if credentials.ca_file else "")
+        self._channel = TritonChannel(url, options, credentials)
         self._model_name = model_name
         self._stream_interval = stream_interval
         self._cancelling: set[asyncio.Task[None]] = set()
@@ -196,8 +205,9 @@ class TritonEngine:
 
     async def repository(self, known: Repository | None) -> Repository:
         """Ask which models the server has; see `types.Engine.repository`."""
-        with _mapped_errors():
-            index = await self._triton.RepositoryIndex(service_pb2.RepositoryIndexRequest())
+        with self._calls() as (triton, headers):
+            request = service_pb2.RepositoryIndexRequest()
+            index = await triton.RepositoryIndex(request, metadata=headers)
         known = known or Repository()
         engines, others, unready = [], set(), {}
         for model in sorted(index.models, key=lambda model: model.name):
@@ -215,8 +225,9 @@ class TritonEngine:
 
     async def _is_engine(self, model: str) -> bool:
         """Whether the model can describe a checkpoint, as engines of ours do."""
-        with _mapped_errors():
-            answer = await self._triton.ModelConfig(service_pb2.ModelConfigRequest(name=model))
+        with self._calls() as (triton, headers):
+            request = service_pb2.ModelConfigRequest(name=model)
+            answer = await triton.ModelConfig(request, metadata=headers)
         config = answer.config
         names = {tensor.name for tensor in config.input}
         return config.model_transaction_policy.decoupled and "describe" in names
@@ -244,13 +255,25 @@ class TritonEngine:
     def _open_stream(self, *requests: service_pb2.ModelInferRequest) -> Iterator[Any]:
         """Send the requests on one stream; leaving the context cancels it. Maps gRPC's errors."""
         traceparent = TRACEPARENT.get()
-        headers = (("traceparent", traceparent),) if traceparent else None
-        call = self._triton.ModelStreamInfer(_each(requests), metadata=headers)
-        try:
-            with _mapped_errors():
+        trace = (("traceparent", traceparent),) if traceparent else ()
+        with self._calls() as (triton, headers):
+            call = triton.ModelStreamInfer(_each(requests), metadata=(*headers, *trace))
+            try:
                 yield call
-        finally:
-            call.cancel()
+            finally:
+                call.cancel()
+
+    @contextmanager
+    def _calls(self) -> Iterator[tuple[Any, Headers]]:
+        """The stub to call and the headers to send. Maps gRPC's errors."""
+        with self._channel.use() as stub_and_headers:
+            try:
+                yield stub_and_headers
+            except grpc.aio.AioRpcError as error:
+                details = error.details() or ""
+                if refused := self._channel.explain(details):
+                    raise Unavailable(refused) from error
+                raise map_error(error.code().name, details) from error
 
     async def _cancel(self, request_id: str) -> None:
         with suppress(TimeoutError, EngineError):
@@ -291,14 +314,6 @@ def _event(response: Any) -> Event:
     if response.error_message:
         raise map_error(None, response.error_message)
     return read_event(response.infer_response)
-
-
-@contextmanager
-def _mapped_errors() -> Iterator[None]:
-    try:
-        yield
-    except grpc.aio.AioRpcError as error:
-        raise map_error(error.code().name, error.details() or "") from error
 
 
 async def _drain(responses: AsyncIterator[Any]) -> None:
