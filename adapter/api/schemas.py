@@ -166,6 +166,11 @@ class Denoising(Body):
     """end the text before the first of these strings"""
     ignore_eos: bool | None = None
     """decode the whole canvas, even after an end-of-text token"""
+    logprobs: int | None = Field(None, ge=0, le=20)
+    """report each token's log-probability at the step that committed it, and this many of the most
+    probable tokens there; default: off"""
+    reveal_steps: bool | None = None
+    """report the step that committed each token"""
     cache: Name | None = Field(
         None, examples=["none", "prefix", "dual", "sparse", "delayed", "block"]
     )

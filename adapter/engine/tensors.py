@@ -38,6 +38,8 @@ INPUT_TYPES: Mapping[str, str] = {
     "confidence_eos_eot_inf": "BOOL",
     "stop": "BYTES",
     "ignore_eos": "BOOL",
+    "logprobs": "INT64",
+    "reveal_steps": "BOOL",
     "cache": "BYTES",
     "retention_ratio": "FP32",
     "pool_kernel": "INT64",

@@ -82,6 +82,12 @@ class Sampling(TypedDict, total=False):
     ]
     stop: Annotated[list[str], "end the text before the first of these strings"]
     ignore_eos: Annotated[bool, "decode the whole canvas, even after an end-of-text token"]
+    logprobs: Annotated[
+        int,
+        "report each token's log-probability at the step that committed it, and this "
+        "many of the most probable tokens there; default: off",
+    ]
+    reveal_steps: Annotated[bool, "report the step that committed each token"]
     cache: Annotated[
         str,
         "which keys and values are kept between steps; block-wise models: none, "
