@@ -16,7 +16,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from adapter.jobs.job import Job, JobState
-from adapter.types import DEFAULT_PRIORITY, Inputs, InputValue, Usage
+from adapter.types import DEFAULT_PRIORITY, Inputs, InputValue, TokenDetail, Usage
 
 INT32_MAX = 2**31 - 1
 MAX_STOP_STRINGS = 16
@@ -342,6 +342,9 @@ class Result(BaseModel):
     )
     usage: Usage | None = None
     seed: int | None = Field(None, description="what repeats the text")
+    tokens: list[TokenDetail] | None = Field(
+        None, description="the answer's tokens, with `logprobs` or `reveal_steps`"
+    )
 
     @classmethod
     def of(cls, job: Job) -> Self:
