@@ -22,6 +22,7 @@ from adapter.auth.keys import Keyring
 from adapter.auth.middleware import AuthMiddleware
 from adapter.auth.rate_limit import RateLimiter
 from adapter.db.database import Database
+from adapter.engine.channel import TritonCredentials
 from adapter.engine.monitor import EngineMonitor
 from adapter.engine.pool import Endpoint, EnginePool
 from adapter.engine.streaming import StreamingRequests
@@ -58,6 +59,7 @@ def create_app(
     for warning in misspelt(os.environ):
         log.warning("setting_unknown", message=warning)
     keyring = Keyring(chosen.api_keys, chosen.api_keys_file)
+    TritonCredentials.of(chosen).check()
     if chosen.is_public and not keyring.required:
         log.warning("open_to_all", message=OPEN_TO_ALL.format(host=chosen.host))
     flush_spans = configure_tracing() if chosen.tracing else None
@@ -212,6 +214,7 @@ def _triton(settings: Settings, url: str) -> Engine:
         settings.model_name,
         stream_interval=settings.stream_interval,
         idle_timeout=settings.engine_idle_timeout,
+        credentials=TritonCredentials.of(settings),
     )
 
 

@@ -10,8 +10,9 @@ from ipaddress import ip_address
 from typing import Any
 
 import grpc
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2
 
+from adapter.engine.channel import TritonChannel, TritonCredentials
 from adapter.engine.tensors import (
     CANVAS_OUTPUTS,
     DETAILS_INPUTS,
@@ -80,6 +81,7 @@ ERROR_CODES: Mapping[str, type[AdapterError]] = {
     "NOT_FOUND": Unavailable,  # the model is not loaded
     "CANCELLED": StreamInterrupted,
 }
+NO_CREDENTIALS = TritonCredentials()
 REQUEST_ID_PREFIX = re.compile(r"^(in ensemble '[^']*', )?\[request id: [^\]]*\] ")
 
 
@@ -123,10 +125,10 @@ class TritonEngine:
         *,
         stream_interval: float,
         idle_timeout: float,
+        credentials: TritonCredentials = NO_CREDENTIALS,
     ) -> None:
         options = (*CHANNEL_OPTIONS, *_keepalive(idle_timeout), *_proxy(url))
-        self._channel = grpc.aio.insecure_channel(url, options=options)
-        self._triton = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._channel = TritonChannel(url, options, credentials)
         self._model_name = model_name
         self._stream_interval = stream_interval
         self._cancelling: set[asyncio.Task[None]] = set()
@@ -219,13 +221,18 @@ class TritonEngine:
     def _open_stream(self, *requests: service_pb2.ModelInferRequest) -> Iterator[Any]:
         """Send the requests on one stream; leaving the context cancels it. Maps gRPC's errors."""
         traceparent = TRACEPARENT.get()
-        headers = (("traceparent", traceparent),) if traceparent else None
-        call = self._triton.ModelStreamInfer(_each(requests), metadata=headers)
-        try:
-            with _mapped_errors():
+        trace = (("traceparent", traceparent),) if traceparent else ()
+        with self._channel.use() as (triton, headers):
+            call = triton.ModelStreamInfer(_each(requests), metadata=(*headers, *trace))
+            try:
                 yield call
-        finally:
-            call.cancel()
+            except grpc.aio.AioRpcError as error:
+                details = error.details() or ""
+                if refused := self._channel.explain(details):
+                    raise Unavailable(refused) from error
+                raise map_error(error.code().name, details) from error
+            finally:
+                call.cancel()
 
     async def _cancel(self, request_id: str) -> None:
         with suppress(TimeoutError, EngineError):
@@ -266,14 +273,6 @@ def _event(response: Any) -> Event:
     if response.error_message:
         raise map_error(None, response.error_message)
     return read_event(response.infer_response)
-
-
-@contextmanager
-def _mapped_errors() -> Iterator[None]:
-    try:
-        yield
-    except grpc.aio.AioRpcError as error:
-        raise map_error(error.code().name, error.details() or "") from error
 
 
 async def _drain(responses: AsyncIterator[Any]) -> None:
