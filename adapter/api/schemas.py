@@ -255,6 +255,12 @@ class GenerateRequest(Sampling, SchedulingParams):
         None, min_length=1, description="the canvas, with the mask id where to decode"
     )
 
+    n: Count = Field(
+        1,
+        description="jobs to submit, each with a seed that follows from `seed` and its place; at "
+        "most DLLM_MAX_CHOICES; 1 in a stream",
+    )
+
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:
         forms = ("prompt", "messages", "input_ids")
