@@ -186,6 +186,7 @@ class JobStore:
                         finish_reason=event.finish_reason,
                         usage=event.usage,
                         seed=event.seed,
+                        tokens=event.tokens,
                     )
                     state, text = JobState.FINISHED, event.text
                     return Job(job.id, state, job.attempts, text, None, details=details)

@@ -64,7 +64,8 @@ def test_log_probabilities_equal_the_engine(
     assert here is not None
     answer = client.chat.completions.create(**ask).choices[0]
     assert answer.logprobs is not None
-    assert (content := answer.logprobs.content) is not None
+    content = answer.logprobs.content
+    assert content is not None
     assert len(content) > 18  # a random model's text may end within a character
     found = [(one.logprob, *(other.logprob for other in one.top_logprobs)) for one in content]
     both = zip(here.chosen.tolist(), here.top.tolist(), strict=True)
@@ -77,6 +78,8 @@ def test_log_probabilities_equal_the_engine(
     with Client(adapter.url) as native:
         fields: dict[str, Any] = {"logprobs": 2, "reveal_steps": True, **FIELDS, **DIFFUSION}
         ours = native.wait(native.submit("tell me", gen_length=24, **fields))
+        stored = native.result(ours.request_id)
+    assert stored.tokens == ours.tokens
     assert ours.tokens is not None
     assert [token.logprob for token in ours.tokens] == here.chosen.tolist()
     steps = expected(llm, reveal_steps=True, **FIELDS, **DIFFUSION).reveal_steps.tolist()
