@@ -24,7 +24,9 @@ from tests.support.checkpoints import write_dream, write_llada
 from tests.unit.test_docs import ROOT
 
 DEMO = ROOT / "model_repository/dllm/1/demo_checkpoint"
-KINDS = ["int8", "fp8"]
+#: Of weights alone; and all.
+WEIGHTS = ["int8", "fp8"]
+KINDS = [*WEIGHTS, "w8a8"]
 MAPS = ("qkv", "out", "gate_up", "down")
 
 
@@ -65,7 +67,7 @@ def test_fp8_is_within_a_sixteenth_of_each_number(dtype: torch.dtype) -> None:
     assert ((rounded - exact).abs() <= 1.01 * (exact.abs() / 16 + smallest)).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)],
@@ -92,6 +94,30 @@ def test_quantised_maps_equal_plain_ones(kind: str, dtype: torch.dtype, toleranc
         assert found.dtype == dtype
         scale = float(wanted.abs().max())
         torch.testing.assert_close(found.float() / scale, wanted / scale, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("reduced", [False, True], ids=["8 bits", "7 bits"])
+@torch.inference_mode()
+def test_w8a8_multiplies_rounded_activations(
+    reduced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """w8a8 is the exact product of weights and activations rounded row by row.
+
+    It rounds to 8 bits, or to 7 where a CPU lacks VNNI.
+    """
+    monkeypatch.setattr("torchao.utils.should_reduce_range", lambda _device: reduced)
+    with torch.inference_mode(False):
+        weight = make_quantizer("w8a8")(random_weight(448, 320))
+    x = torch.randn(48, 320, generator=torch.Generator().manual_seed(1))
+    x[3] = 0
+    most = 63 if reduced else 127
+    step = (x.abs().amax(1, keepdim=True) / (most + 0.5)).clamp(min=1e-7)
+    rounded = (x * (1 / step)).round().clamp(-most - 1, most)
+    exact = rounded.double() @ weight.qdata.double().T  # type: ignore[attr-defined]
+    wanted = exact * step.double() * weight.scale.double().flatten()  # type: ignore[attr-defined]
+    assert weight.qdata.int().abs().max() <= most + 1  # type: ignore[attr-defined]
+    found = torch.nn.functional.linear(x, weight)
+    torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -285,10 +311,11 @@ def test_int8_in_float16_would_overflow() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quantization": "int4"}, "DLLM_QUANTIZATION: must be one of none, int8, fp8, got int4"),
+        ({"quantization": "int4"}, "DLLM_QUANTIZATION: must be one of none, int8, fp8, w8a8, got int4"),
         ({"quantization": "int8", "dtype": "float64"}, "DLLM_QUANTIZATION: int8 .*float64"),
         ({"quantization": "fp8", "dtype": "float64"}, "DLLM_QUANTIZATION: fp8 .*float64"),
         ({"quantization": "int8", "dtype": "float16"}, "DLLM_QUANTIZATION: int8 .*bfloat16"),
+        ({"quantization": "w8a8", "dtype": "float16"}, "DLLM_QUANTIZATION: w8a8 .*bfloat16"),
         (
             {"quantization": "fp8", "batch_invariant": True},
             "DLLM_BATCH_INVARIANT: .*DLLM_QUANTIZATION",

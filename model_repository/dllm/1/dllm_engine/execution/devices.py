@@ -30,6 +30,10 @@ def resolve_device(config: EngineConfig) -> tuple[str, torch.dtype]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InvalidConfig(f"DLLM_DEVICE: {device} asked for, but no CUDA device is visible")
+    if config.quantization == "w8a8" and device != "cpu":
+        raise InvalidConfig(
+            f"DLLM_QUANTIZATION: w8a8 is for CPUs; on {device}, set it to int8 or fp8"
+        )
     name = config.dtype
     if name == "auto":
         name = "float32" if device == "cpu" else "bfloat16"
