@@ -253,11 +253,22 @@ def test_a_model_that_fits_only_quantised(tmp_path: Path, kind: str) -> None:
         "max_num_batched_tokens": 64,
     }
     with pytest.raises(InvalidConfig, match="DLLM_MEMORY_LIMIT: .*DLLM_QUANTIZATION"):
-        LLM(folder, **settings)
+        LLM(folder, dtype="float32", **settings)
     weights = spec.weight_bytes(4, kind)
     assert weights < 0.4 * limit
     settings["memory_limit"] = "64MiB"
     assert LLM(folder, quantization=kind, **settings).engine.runner.plan.weights == weights
+
+
+def test_auto_is_a_smaller_type_where_float32_does_not_fit(tmp_path: Path) -> None:
+    """On a CPU, DLLM_DTYPE auto is bfloat16 if float32 weights do not fit, and else float32."""
+    folder = write_llada(tmp_path, d_model=256, mlp_hidden_size=1024, n_layers=12)
+    spec = read_spec(folder)
+    settings = {"logits_budget_mb": 1, "max_num_batched_tokens": 64, "max_num_seqs": 1}
+    limit = str(spec.weight_bytes(4) - 1)
+    small = LLM(folder, memory_limit=limit, **settings).engine.runner.plan.weights
+    large = LLM(folder, **settings).engine.runner.plan.weights
+    assert small == spec.weight_bytes(2) < spec.weight_bytes(4) <= large
 
 
 class LiveBytes(TorchDispatchMode):
@@ -311,7 +322,10 @@ def test_int8_in_float16_would_overflow() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quantization": "int4"}, "DLLM_QUANTIZATION: must be one of none, int8, fp8, w8a8, got int4"),
+        (
+            {"quantization": "int4"},
+            "DLLM_QUANTIZATION: must be one of none, int8, .* got int4",
+        ),
         ({"quantization": "int8", "dtype": "float64"}, "DLLM_QUANTIZATION: int8 .*float64"),
         ({"quantization": "fp8", "dtype": "float64"}, "DLLM_QUANTIZATION: fp8 .*float64"),
         ({"quantization": "int8", "dtype": "float16"}, "DLLM_QUANTIZATION: int8 .*bfloat16"),
