@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ from dllm_engine.ops.layout import Layout
 from dllm_engine.ops.rows import ROW_MULTIPLE
 from dllm_engine.ops.transfer import Array, Upload
 from dllm_engine.sampling.commit import CommitPlan
+from dllm_engine.sampling.constrained import ConstrainedRows
 from dllm_engine.sampling.credit import CreditRows, Credits
 from dllm_engine.sampling.rows import RowSampling, SamplingFlags
 from dllm_engine.state.attention_metadata import AttentionMetadata, flat_layout, grouped_layout
 from dllm_engine.state.slots import SlotState
-from dllm_engine.state.step_plan import Blocks, StepPlan
+from dllm_engine.state.step_plan import Blocks, FormRows, StepPlan
+from dllm_engine.structured.best_text import Span
 
 #: Fields that `RowSampling` has per masked position, and `CommitPlan` per request, by the names of
 #: the slot state.
@@ -45,6 +48,8 @@ class StepInputs:
     needs_entropy: bool
     #: Credit of the M positions; None: no request uses any.
     credits: Credits | None = None
+    #: Which of the M positions automata decide; None: none.
+    constrained: ConstrainedRows | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +66,8 @@ class StepBatch:
     committed: Tensor | None
     #: Where the credit of the M positions is, or None where no request uses it.
     credit_rows: CreditRows | None
+    #: Of the positions that automata decide; only the first rank has them.
+    spans: Sequence[Span] = ()
 
 
 def build_batch(
@@ -87,6 +94,7 @@ def build_batch(
         cfg_scale=upload(state.cfg_scale[blocks.request]) if sequences.guided else None,
         sampling=_sampling(state, blocks, upload),
         needs_entropy=bool(state.needs_entropy.any()),
+        constrained=None if plan.forms is None else _constrained(plan, plan.forms, upload),
     )
     return StepBatch(
         inputs=inputs,
@@ -95,6 +103,21 @@ def build_batch(
         commit=_commit_plan(plan, upload),
         committed=None if plan.committed is None else upload(plan.committed),
         credit_rows=_credit_rows(state, blocks, upload) if state.uses_credit.any() else None,
+        spans=() if plan.forms is None else plan.forms.spans,
+    )
+
+
+def _constrained(plan: StepPlan, forms: FormRows, upload: Upload) -> ConstrainedRows:
+    blocks = plan.blocks
+    full = plan.sequences.requests.needs_full_logits[blocks.request]
+    rows = np.array(forms.rows, np.int64)
+    others = np.setdiff1d(np.arange(len(full)), rows)
+    return ConstrainedRows(
+        rows=upload(rows),
+        others=upload(others),
+        places=upload(np.argsort(np.concatenate([rows, others]))),
+        counts=tuple(span.num_masked for span in forms.spans),
+        num_full_logits=int(full[others].sum()),
     )
 
 

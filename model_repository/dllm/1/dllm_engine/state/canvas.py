@@ -22,9 +22,11 @@ from dllm_engine.request import Prompt
 from dllm_engine.sampling.credit import CreditLists
 from dllm_engine.sampling.schedule import dream_chances, dream_count, linear_count
 from dllm_engine.sampling_params import SamplingParams
+from dllm_engine.state.forms import Forms
 from dllm_engine.state.scope import BlockScope, CanvasScope, StepScope
 from dllm_engine.state.slots import SlotState, SlotTable
 from dllm_engine.state.step_plan import Blocks, Sequences, StepPlan
+from dllm_engine.structured.token_automaton import TokenAutomaton
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +125,8 @@ class CanvasTable:
         #: [slots, length] float32; Dream's share of the masks for each step of the schedule.
         self._chance = np.zeros((num_slots, 0), np.float32)
         self._slots = SlotTable(num_slots)
+        #: Structured outputs.
+        self._forms = Forms()
         #: Credit of the active blocks; on the device.
         self.credits = CreditLists(num_slots, max_block, device)
         if blocks is None:
@@ -179,12 +183,18 @@ class CanvasTable:
                 setattr(self, name, wider)
 
     def fill(
-        self, slot: int, prompt: Prompt, params: SamplingParams, num_cached: int = 0
+        self,
+        slot: int,
+        prompt: Prompt,
+        params: SamplingParams,
+        num_cached: int = 0,
+        form: TokenAutomaton | None = None,
     ) -> tuple[int, bool]:
         """Set up the canvas of a new request in `slot`; `params` must be resolved.
 
         Args:
             num_cached: positions from the left whose keys and values are stored and final.
+            form: which tokens its text may have; None: any.
 
         Returns:
             Rows of one sequence in its first step, and whether that is a Refresh.
@@ -210,6 +220,14 @@ class CanvasTable:
         if params.alg:
             chances = list(map(dream_chances, steps_of_blocks(params)))
             self._chance[slot, : params.steps] = np.concatenate(chances)
+        self._forms.fill(slot, form, start)
+        if form is not None:
+            most = int(state.answer_end[0])
+            if self._blocks is not None:
+                # It has pages for its first block alone, which so must not be finished yet.
+                origin, width = int(state.origin[0]), int(state.window_length[0])
+                most = min(most, origin + ((start - origin) // width + 1) * width - 1)
+            self._fix([slot], most)
         return self.rewind(slot, num_cached)
 
     def rewind(self, slot: int, num_cached: int) -> tuple[int, bool]:
@@ -257,7 +275,25 @@ class CanvasTable:
             counts=counts,
             chances=chances,
             committed=self._block_confidence(requests) if looks_back else None,
+            forms=self._forms.rows(requests, blocks, self.tokens, self._masked),
         )
+
+    def _fix(self, slots: list[int], end: int | None = None) -> None:
+        """Commit the tokens that the forms of these slots leave no choice of, up to `end`."""
+        for slot in self._forms.holds(slots):
+            state = self._slots.read(np.array([slot]))
+            start, first_end = int(state.canvas_start[0]), int(state.first_end[0])
+            most = int(state.answer_end[0]) if end is None else end
+            before = self._masked[slot].copy()
+            self._forms.fix(slot, self.tokens[slot], self._masked[slot], start, most)
+            places = (before & ~self._masked[slot]).nonzero()[0]
+            self._confidence[slot, places] = 1.0
+            self._last_committed[slot, places] = True
+            tokens = self.tokens[slot, start + places]
+            ends = places[(tokens[:, None] == self._stop).any(axis=1)]
+            if len(ends) and state.honours_eos[0]:
+                first_end = min(first_end, start + int(ends[0]))
+                self._slots.change(state._replace(first_end=np.array([first_end])))
 
     def _predictors(self, state: SlotState, blocks: Blocks) -> Array:
         """The position whose hidden state predicts each masked one: int64 [M]."""
@@ -363,6 +399,10 @@ class CanvasTable:
         first_end = state.first_end.copy()
         ends = (tokens[:, None] == self._stop).any(axis=1) & state.honours_eos[request]
         np.minimum.at(first_end, request[ends], positions[ends])
+        if self._forms.holds(state.slots.tolist()):
+            self._slots.change(state._replace(first_end=first_end))
+            self._fix(state.slots.tolist())
+            first_end = self._slots.read(state.slots).first_end
         # What opens a block, and what prefills a prompt, is no step of a block's schedule.
         counts = state.decodes & ~state.opens
         state, first_masked = self._prepare_step(
