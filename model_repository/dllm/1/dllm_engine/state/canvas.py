@@ -220,13 +220,14 @@ class CanvasTable:
         if params.alg:
             chances = list(map(dream_chances, steps_of_blocks(params)))
             self._chance[slot, : params.steps] = np.concatenate(chances)
-        self._forms.fill(slot, form, start)
+        self._forms.fill(slot, form, start, int(state.answer_end[0]))
         if form is not None:
-            most = int(state.answer_end[0])
+            most = None
             if self._blocks is not None:
                 # It has pages for its first block alone, which so must not be finished yet.
                 origin, width = int(state.origin[0]), int(state.window_length[0])
-                most = min(most, origin + ((start - origin) // width + 1) * width - 1)
+                most = origin + ((start - origin) // width + 1) * width - 1
+                most = min(most, int(state.answer_end[0]))
             self._fix([slot], most)
         return self.rewind(slot, num_cached)
 
@@ -283,9 +284,8 @@ class CanvasTable:
         for slot in self._forms.holds(slots):
             state = self._slots.read(np.array([slot]))
             start, first_end = int(state.canvas_start[0]), int(state.first_end[0])
-            most = int(state.answer_end[0]) if end is None else end
             before = self._masked[slot].copy()
-            self._forms.fix(slot, self.tokens[slot], self._masked[slot], start, most)
+            self._forms.fix(slot, self.tokens[slot], self._masked[slot], start, end)
             places = (before & ~self._masked[slot]).nonzero()[0]
             self._confidence[slot, places] = 1.0
             self._last_committed[slot, places] = True

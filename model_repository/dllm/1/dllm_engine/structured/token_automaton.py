@@ -51,6 +51,10 @@ class TokenAutomaton:
     set_starts: Array
     #: [S] int32; tokens to the nearest end of a text.
     distance: Array
+    #: [S] int32; tokens of the longest text from here, its end not counted; -1: there is no bound.
+    longest: Array
+    #: The tokens that end a text; the first is the one that is written.
+    ends: Array
     #: [S] int32; the only token that may follow, -1 where there are several.
     fixed: Array
 
@@ -274,6 +278,8 @@ class _Builder:
             set_classes=np.concatenate(sets),
             set_starts=sizes.cumsum() - sizes,
             distance=self._final_distances(delta),
+            longest=_longest(source, target, len(delta)),
+            ends=np.array(self._vocabulary.ends, np.int64),
             fixed=fixed.astype(np.int32),
         )
 
@@ -309,3 +315,25 @@ class _Builder:
             np.minimum.at(distance, pairs[0], distance[pairs[1]] + 1)
             if (before == distance).all():
                 return distance
+
+
+def _longest(source: Array, target: Array, num_states: int) -> Array:
+    """Edges of the longest path from each state to the last one; -1 if there is a circle."""
+    end = num_states - 1
+    open_edges = np.bincount(source, minlength=num_states)
+    open_edges[end] = 0
+    longest = np.full(num_states, -1, np.int32)
+    first = np.searchsorted(target, np.arange(num_states + 1))
+    steps, todo = np.zeros(num_states, np.int32), [end]
+    while todo:
+        state = todo.pop()
+        # An edge to the end writes no text.
+        longest[state] = max(0, steps[state])
+        for before in source[first[state] : first[state + 1]].tolist():
+            if before == end:
+                continue
+            steps[before] = max(steps[before], longest[state] + (state != end))
+            open_edges[before] -= 1
+            if not open_edges[before]:
+                todo.append(before)
+    return longest
