@@ -101,6 +101,7 @@ class Settings(BaseSettings):
     """Longest canvas of a request."""
     max_temperature: float = Field(default=2.0, ge=0, allow_inf_nan=False)
     max_batch_size: Count = 64
+    max_choices: Count = 16
     """Most prompts in one batch call."""
     max_timeout: Seconds = 86_400.0
     """Longest `timeout` of a request."""

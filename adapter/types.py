@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 InputValue = str | int | float | bool | list[int] | list[str]
 
@@ -40,6 +40,41 @@ class Canvas:
 
 
 @dataclass(frozen=True, slots=True)
+class TopLogprob:
+    """One of the most probable tokens at a position."""
+
+    token_id: int
+    #: Its text; a special token's name.
+    token: str
+    #: The bytes that it adds to the text.
+    bytes: list[int]
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDetail:
+    """A token of the answer, with what the request asked for; the rest is None."""
+
+    token_id: int
+    #: Its text; a special token's name.
+    token: str
+    #: The bytes that it adds to the text.
+    bytes: list[int]
+    #: The step that committed it, from 1; 0 for a given token.
+    step: int | None = None
+    #: Log-softmax of the model's logits at that step; None for a given token.
+    logprob: float | None = None
+    top_logprobs: list[TopLogprob] | None = None
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> Self:
+        """Read an entry of the output `token_details`."""
+        top = entry["top_logprobs"]
+        others = None if top is None else [TopLogprob(**other) for other in top]
+        return cls(**{**entry, "top_logprobs": others})
+
+
+@dataclass(frozen=True, slots=True)
 class Event:
     """One response of the engine; the last one of a request carries a `finish_reason`."""
 
@@ -49,6 +84,16 @@ class Event:
     usage: Usage | None = None
     seed: int | None = None
     canvas: Canvas | None = None
+    #: One item per position of the canvas, None where masked; None unless the request asks.
+    details: list[TokenDetail | None] | None = None
+
+    @property
+    def tokens(self) -> list[TokenDetail] | None:
+        """Details of the answer's final tokens, with the one that ends it."""
+        if self.details is None or self.usage is None:
+            return None
+        answer = self.details[: self.usage.completion_tokens]
+        return [detail for detail in answer if detail is not None]
 
     @property
     def is_queued(self) -> bool:

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request
 
+from adapter.api.choices import choices_of
 from adapter.api.deps import batch_limit, count_prompts, request_context, services
 from adapter.api.schemas import (
     BatchRequest,
@@ -13,7 +14,7 @@ from adapter.api.schemas import (
     error_responses,
 )
 from adapter.api.sse import cancel_on_disconnect
-from adapter.api.validation import check_batch, check_limits
+from adapter.api.validation import check_batch, check_batch_size, check_limits
 
 router = APIRouter(prefix="/v1", tags=["jobs"], responses=error_responses())
 
@@ -44,10 +45,14 @@ IdempotencyKey = Annotated[
 async def generate(
     body: GenerateRequest, request: Request, key: IdempotencyKey = None
 ) -> Submitted:
-    """Submit one prompt."""
+    """Submit one prompt, as `n` jobs."""
     check_limits(body, services(request).settings)
     options = request_context(request).options(body.priority, body.timeout)
-    ids = await services(request).jobs.submit([body.inputs()], options, key=key)
+    inputs = [choice.inputs() for choice in choices_of(body, body.n)]
+    most = services(request).jobs.most_at_once(options.api_key)
+    check_batch_size("n", inputs, batch_limit(request, most, "DLLM_MAX_QUEUED_JOBS"))
+    await count_prompts(request, body.n)
+    ids = await services(request).jobs.submit(inputs, options, key=key)
     return Submitted(request_ids=ids)
 
 

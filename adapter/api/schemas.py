@@ -16,7 +16,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from adapter.jobs.job import Job, JobState
-from adapter.types import DEFAULT_PRIORITY, Inputs, InputValue, Usage
+from adapter.types import DEFAULT_PRIORITY, Inputs, InputValue, TokenDetail, Usage
 
 INT32_MAX = 2**31 - 1
 MAX_STOP_STRINGS = 16
@@ -191,6 +191,11 @@ class Denoising(Body):
     strings), json_object (true); prefix and suffix put fixed text around it"""
     ignore_eos: bool | None = None
     """decode the whole canvas, even after an end-of-text token"""
+    logprobs: int | None = Field(None, ge=0, le=20)
+    """report each token's log-probability at the step that committed it, and this many of the most
+    probable tokens there; default: off"""
+    reveal_steps: bool | None = None
+    """report the step that committed each token"""
     cache: Name | None = Field(
         None, examples=["none", "prefix", "dual", "sparse", "delayed", "block"]
     )
@@ -275,6 +280,12 @@ class GenerateRequest(Sampling, SchedulingParams):
     suffix: Prompt | None = Field(None, description="text behind the gap; limited as prompt")
     canvas_ids: Items[Token] | None = Field(
         None, min_length=1, description="the canvas, with the mask id where to decode"
+    )
+
+    n: Count = Field(
+        1,
+        description="jobs to submit, each with a seed that follows from `seed` and its place; at "
+        "most DLLM_MAX_CHOICES; 1 in a stream",
     )
 
     @model_validator(mode="after")
@@ -364,6 +375,9 @@ class Result(BaseModel):
     )
     usage: Usage | None = None
     seed: int | None = Field(None, description="what repeats the text")
+    tokens: list[TokenDetail] | None = Field(
+        None, description="the answer's tokens, with `logprobs` or `reveal_steps`"
+    )
 
     @classmethod
     def of(cls, job: Job) -> Self:

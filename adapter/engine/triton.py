@@ -13,7 +13,15 @@ import grpc
 from tritonclient.grpc import service_pb2
 
 from adapter.engine.channel import TritonChannel, TritonCredentials
-from adapter.engine.tensors import CANVAS_OUTPUTS, INPUT_TYPES, OUTPUTS, make_request, read_event
+from adapter.engine.tensors import (
+    CANVAS_OUTPUTS,
+    DETAILS_INPUTS,
+    DETAILS_OUTPUT,
+    INPUT_TYPES,
+    OUTPUTS,
+    make_request,
+    read_event,
+)
 from adapter.errors import (
     AdapterError,
     ConnectionLost,
@@ -143,6 +151,8 @@ class TritonEngine:
         interval = self._stream_interval if detail is StreamDetail.RESULT else 0.0
         streaming: Inputs = {"stream": True, "stream_interval": interval, "priority": priority}
         outputs = OUTPUTS + CANVAS_OUTPUTS if detail is StreamDetail.CANVAS else OUTPUTS
+        if any(name in inputs for name in DETAILS_INPUTS):
+            outputs = (*outputs, DETAILS_OUTPUT)
         request = self._request({**inputs, **streaming}, request_id=request_id, outputs=outputs)
         ended = False
         try:

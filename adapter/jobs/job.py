@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from adapter.types import DEFAULT_PRIORITY, Inputs, Usage
+from adapter.types import DEFAULT_PRIORITY, Inputs, TokenDetail, Usage
 
 
 class JobState(StrEnum):
@@ -62,6 +62,8 @@ class JobDetails:
     finish_reason: str | None = None
     usage: Usage | None = None
     seed: int | None = None
+    #: See `Event.tokens`.
+    tokens: list[TokenDetail] | None = None
 
 
 @dataclass(frozen=True, slots=True)

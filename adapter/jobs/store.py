@@ -4,7 +4,7 @@ changes no row and is told so."""
 import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from sqlalchemy import (
@@ -42,7 +42,7 @@ from adapter.jobs.job import (
 )
 from adapter.jobs.outcome import Failed, Finished, Interrupted, Outcome, Snoozed
 from adapter.telemetry.metrics import JOBS_DONE
-from adapter.types import Event, Inputs, Usage
+from adapter.types import Event, Inputs, TokenDetail, Usage
 
 Clock = Callable[[], float]
 
@@ -186,6 +186,7 @@ class JobStore:
                         finish_reason=event.finish_reason,
                         usage=event.usage,
                         seed=event.seed,
+                        tokens=event.tokens,
                     )
                     state, text = JobState.FINISHED, event.text
                     return Job(job.id, state, job.attempts, text, None, details=details)
@@ -212,6 +213,7 @@ class JobStore:
             "steps": usage and usage.steps,
             "forward_passes": usage and usage.forward_passes,
             "cached_tokens": usage and usage.cached_tokens,
+            "tokens": _as_json(result.tokens),
         }
         return await self._end(JobState.FINISHED, _CHANGE_CLAIMED, {**_claim_of(job), **values})
 
@@ -408,7 +410,12 @@ def _details(row: Row[Any]) -> JobDetails:
         row.finish_reason,
         None if None in usage else Usage(*usage, row.cached_tokens or 0),
         row.seed,
+        None if row.tokens is None else [TokenDetail.of(entry) for entry in json.loads(row.tokens)],
     )
+
+
+def _as_json(tokens: list[TokenDetail] | None) -> str | None:
+    return None if tokens is None else json.dumps([asdict(token) for token in tokens])
 
 
 def _claimed(row: Row[Any], owner: str, now: float) -> ClaimedJob:
@@ -455,6 +462,7 @@ _SHOWN = select(
     jobs.c.forward_passes,
     jobs.c.cached_tokens,
     jobs.c.seed,
+    jobs.c.tokens,
 ).where(jobs.c.id == bindparam("job"))
 _SHOWN_TO_KEY = _SHOWN.where(jobs.c.api_key == bindparam("key"))
 _DONE_AMONG = select(jobs.c.id).where(

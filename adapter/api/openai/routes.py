@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
 
+from adapter.api.choices import choices_of
 from adapter.api.deps import batch_limit, count_prompts, request_context, services
 from adapter.api.openai.errors import ModelNotFound
 from adapter.api.openai.formatters import ChatFormatter, CompletionFormatter
@@ -46,6 +47,8 @@ async def completions(call: Request, body: CompletionCall) -> Completion | Event
     check_batch_size("prompt", body.prompts, limit)
     requests = body.requests(settings.max_gen_length)
     check_options(requests[0], settings)
+    requests = [choice for one in requests for choice in choices_of(one, one.n)]
+    check_batch_size("n", requests, limit)
     await count_prompts(call, len(requests))
     runner = CompletionRunner(call)
     if body.stream:
@@ -63,10 +66,14 @@ async def chat_completions(call: Request, body: ChatCall) -> ChatCompletion | Ev
     formatter = ChatFormatter(_served(body.model, settings))
     request = body.request(default=settings.chat_max_tokens, longest=settings.max_gen_length)
     check_options(request, settings)
+    requests = choices_of(request, request.n)
+    most = services(call).live.most_at_once(request_context(call).api_key)
+    check_batch_size("n", requests, batch_limit(call, most, "DLLM_MAX_LIVE"))
+    await count_prompts(call, len(requests))
     runner = CompletionRunner(call)
     if body.stream:
-        return await runner.stream([request], formatter, body.streamed_usage)
-    return formatter.whole(await runner.results([request]))
+        return await runner.stream(requests, formatter, body.streamed_usage)
+    return formatter.whole(await runner.results(requests))
 
 
 @router.get("/models", response_model_exclude_none=True, responses=_FAULTS)

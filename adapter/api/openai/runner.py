@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from adapter.api.deps import request_context, services
 from adapter.api.openai.errors import length_name, status_and_body
 from adapter.api.openai.formatters import ResponseFormatter
+from adapter.api.openai.logprobs import text_tokens
 from adapter.api.openai.requests import StreamedUsage
 from adapter.api.schemas import GenerateRequest
 from adapter.api.sse import FIRST_EVENT_TIMEOUT, EventStream, cancel_on_disconnect, sse
@@ -100,7 +101,7 @@ async def _chunks(
 
     now = asyncio.get_running_loop().time
     spoke = now()
-    lengths = [0] * len(running)
+    lengths, counts = [0] * len(running), [0] * len(running)
     results: dict[int, Event] = {}
     try:
         for index in range(len(running)):
@@ -114,14 +115,18 @@ async def _chunks(
                 if update is None:
                     continue
                 index, event = update
+                tokens = text_tokens(event)
+                new = None if tokens is None else tokens[counts[index] :]
                 if len(event.text) > lengths[index]:
                     piece = event.text[lengths[index] :]
-                    so_far = event if usage is StreamedUsage.EACH else None
-                    yield sent(formatter.piece(index, piece, event.seed, so_far))
+                    each = usage is StreamedUsage.EACH
+                    yield sent(formatter.piece(index, piece, event, new, has_usage=each))
                     lengths[index], spoke = len(event.text), now()
+                    counts[index] += len(new or ())
+                    new = None
                 if event.finish_reason:
                     results[index] = event
-                    yield sent(formatter.ending(index, event))
+                    yield sent(formatter.ending(index, event, new))
     except AdapterError as error:
         yield sse(json.dumps(status_and_body(error, length)[1]))
         return
