@@ -271,6 +271,7 @@ class RankModel:
             credits=inputs.credits,
             constrained=inputs.constrained,
             spans=spans,
+            read_tokens=inputs.read_tokens,
         )
 
     @torch.inference_mode()

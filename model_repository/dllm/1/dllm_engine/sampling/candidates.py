@@ -37,6 +37,7 @@ def sample_candidates(
     credits: Credits | None = None,
     constrained: ConstrainedRows | None = None,
     spans: Sequence[Span] = (),
+    read_tokens: Tensor | None = None,
 ) -> Candidates:
     """Choose a token for each row.
 
@@ -56,6 +57,8 @@ def sample_candidates(
         credits: given if any row uses credit; only greedy rows without filters may.
         constrained: rows that automata decide; None: none.
         spans: of these rows; see `from_automata`.
+        read_tokens: [rows, K] int64; tokens whose log-probabilities to read, −1 for none; only
+            greedy rows without filters read any.
     """
     if constrained is not None:
         return _with_automata(
@@ -68,9 +71,12 @@ def sample_candidates(
             budget_bytes=budget_bytes,
             needs_entropy=needs_entropy,
             credits=credits,
+            read_tokens=read_tokens,
         )
     if not rows.num_full_logits:
-        return from_statistics(hidden, head, rows, special, budget_bytes, needs_entropy, credits)
+        return from_statistics(
+            hidden, head, rows, special, budget_bytes, needs_entropy, credits, read_tokens
+        )
     filtered = (rows.top_p < 1) | (rows.top_k > 0)
     needs_all = needs_full_logits(rows.temperature > 0, filtered, rows.dream_statistics)
     order = needs_all.to(torch.uint8).argsort(stable=True)
@@ -80,13 +86,17 @@ def sample_candidates(
     if num_reduced:
         lists = None if credits is None else credits.take(reduced)
         arguments = hidden[reduced], head, rows.take(reduced), special, budget_bytes, needs_entropy
-        parts.append(from_statistics(*arguments, lists))
+        reads = None if read_tokens is None else read_tokens[reduced]
+        parts.append(from_statistics(*arguments, lists, reads))
     found = from_full_logits(
         hidden[full], head, rows.take(full), special, budget_bytes, needs_entropy
     )
-    parts.append(
-        found if credits is None else dataclasses.replace(found, credits=credits.take(full))
-    )
+    if credits is not None:
+        found = dataclasses.replace(found, credits=credits.take(full))
+    if read_tokens is not None:
+        nothing = found.confidence.new_full((len(full), read_tokens.shape[1]), -torch.inf)
+        found = dataclasses.replace(found, read=nothing)
+    parts.append(found)
     return Candidates.joined(parts).take(order.argsort())  # back in the order of the rows
 
 
@@ -101,6 +111,7 @@ def _with_automata(
     budget_bytes: int,
     needs_entropy: bool,
     credits: Credits | None,
+    read_tokens: Tensor | None,
 ) -> Candidates:
     """Candidates of a step in which automata decide some rows."""
     mine, others = constrained.rows, constrained.others
@@ -116,6 +127,9 @@ def _with_automata(
     )
     if credits is not None:
         found = dataclasses.replace(found, credits=credits.take(mine))
+    if read_tokens is not None:
+        nothing = found.confidence.new_full((len(mine), read_tokens.shape[1]), -torch.inf)
+        found = dataclasses.replace(found, read=nothing)
     if not len(others):
         return found.take(constrained.places)
     free = sample_candidates(
@@ -126,5 +140,6 @@ def _with_automata(
         budget_bytes=budget_bytes,
         needs_entropy=needs_entropy,
         credits=None if credits is None else credits.take(others),
+        read_tokens=None if read_tokens is None else read_tokens[others],
     )
     return Candidates.joined([found, free]).take(constrained.places)

@@ -194,3 +194,5 @@ class StepPlan:
     log_probs: LogProbPlan | None
     #: Masked positions that automata decide; None: there are none.
     forms: FormRows | None = None
+    #: [M, K] int64: tokens whose log-probabilities to read, −1 for none; None: no request reads.
+    read_tokens: Array | None = None
