@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from dllm_engine.parallel.wire import pack_tensors
 from dllm_engine.sampling.log_probs import TokenLogProbs
 from dllm_engine.sampling.rows import Candidates
 from dllm_engine.state.batch import StepInputs
+from dllm_engine.structured.best_text import Span
 from dllm_engine.watchdog import Watchdog
 
 
@@ -86,7 +87,7 @@ class TensorParallelRunner(ModelRunner):
         model.allocate(num_pages)
         self._ranks.collect()
 
-    def _candidates(self, inputs: StepInputs) -> Candidates:
+    def _candidates(self, inputs: StepInputs, spans: Sequence[Span]) -> Candidates:
         """See `RankModel.candidates`.
 
         Raises:
@@ -96,7 +97,7 @@ class TensorParallelRunner(ModelRunner):
             packed, tensors = pack_tensors(inputs)
             self._ranks.post(packed)
             self._group.send(tensors)
-            return self.rank.candidates(inputs)
+            return self.rank.candidates(inputs, spans)
         except (RuntimeError, ValueError, OSError, MemoryError) as error:
             raise self._ranks.diagnose(error) from error
 
