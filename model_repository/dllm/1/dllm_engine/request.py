@@ -30,6 +30,9 @@ class Prompt:
     canvas_ids: list[int] = dataclasses.field(default_factory=list)
     #: The tokens behind the canvas (infilling).
     suffix_ids: list[int] = dataclasses.field(default_factory=list)
+    #: [masks, K] int64; tokens whose log-probabilities to read at each mask of the canvas, −1 for
+    #: none. The request then runs the model once at its masks, and decodes nothing.
+    reads: npt.NDArray[np.int64] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -191,6 +194,8 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"
     #: The client disconnected or cancelled.
     CANCELLED = "cancelled"
+    #: What the request asked to read is read.
+    READ = "read"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,6 +266,8 @@ class CanvasUpdate:
     )
     #: None unless the request asks.
     log_probs: LogProbs | None = None
+    #: [masks, K] float32; log-softmax of the raw logits for `Prompt.reads`, −∞ for no token.
+    read: npt.NDArray[np.float32] | None = None
 
     @property
     def finished(self) -> bool:

@@ -263,6 +263,7 @@ class RankModel:
             budget_bytes=self._budget_bytes,
             needs_entropy=inputs.needs_entropy,
             credits=inputs.credits,
+            read_tokens=inputs.read_tokens,
         )
 
     @torch.inference_mode()

@@ -145,7 +145,8 @@ class ModelRunner:
             log_probs = None
             if batch.asks is not None:
                 log_probs = Download(self._picked_log_probs(batch, picked, found.token))
-            return InflightStep(plan, Download(decoded), log_probs)
+            read = None if found.read is None else Download(found.read.to(torch.float32))
+            return InflightStep(plan, Download(decoded), log_probs, read)
 
     def _picked_log_probs(self, batch: StepBatch, picked: Tensor, token: Tensor) -> Tensor:
         """Compute log-probabilities of the picked positions whose requests ask.
@@ -175,9 +176,11 @@ class ModelRunner:
             with self._watchdog:
                 tokens, confidence = step.decoded.array()
                 log_probs = None if step.log_probs is None else step.log_probs.array()
+                read = None if step.read is None else step.read.array()
         finally:  # if a rank failed, it is the cause of any error that the device reports
             self.check()
-        return self.table.advance(step.plan, tokens, confidence.view(np.float32), log_probs)
+        confidence = confidence.view(np.float32)
+        return self.table.advance(step.plan, tokens, confidence, log_probs, read)
 
     def canvas(self, slot: int) -> Canvas:
         """A copy of the canvas in `slot`."""
@@ -222,6 +225,8 @@ class InflightStep:
     decoded: Download
     #: See `CanvasTable.advance`; None: no request asks.
     log_probs: Download | None
+    #: [M, K] float32: log-probabilities of the tokens that requests read; None: none reads.
+    read: Download | None = None
 
 
 def _pick(batch: StepBatch, candidates: Candidates) -> Tensor:

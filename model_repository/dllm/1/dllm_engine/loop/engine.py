@@ -154,7 +154,7 @@ class Engine:
 
         Args:
             prompt: the given tokens; without any before the canvas, the start token is put there.
-            params: how to denoise.
+            params: how to denoise; not used if the prompt has `reads`.
             stream_interval: seconds between updates, also while the request waits; 0: one per
                 step; None: only the final one.
             priority: 0 goes first, larger numbers later.
@@ -169,6 +169,8 @@ class Engine:
         start = self.tokenizer.start_token_id if self.tokenizer else None
         if not prompt.ids and start is not None:
             prompt = dataclasses.replace(prompt, ids=[start])
+        if prompt.reads is not None:
+            params = self._limits.reading(prompt)
         resolved = self._limits.check(prompt, params)
         request = Request(
             next(self._ids),
@@ -411,6 +413,11 @@ class Engine:
                     self._prefix_cache.forget(request.chain)
                 updates.append(self._fail(request, FloatingPointError(NOT_FINITE)))
                 continue
+            if slot in result.read:
+                self._enter_prefix(request, result.final[i])
+                update = self._finish(request, FinishReason.READ)
+                updates.append(dataclasses.replace(update, read=result.read[slot]))
+                continue
             if request.grows:
                 needed = self.allocator.pages_for(result.next_end[i])
                 request.num_pages = max(request.num_pages, needed)
@@ -471,6 +478,8 @@ class Engine:
         update = self._update(request, reason, error)
         del self._requests[request.request_id]
         self.scheduler.remove(request)
+        if reason is FinishReason.READ:
+            self.stats.requests_finished += 1
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.stats.requests_finished += 1
             self._observe_answer(request, update.usage.completion_tokens)

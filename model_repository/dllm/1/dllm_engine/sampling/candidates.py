@@ -32,6 +32,7 @@ def sample_candidates(
     budget_bytes: int,
     needs_entropy: bool = True,
     credits: Credits | None = None,
+    read_tokens: Tensor | None = None,
 ) -> Candidates:
     """Choose a token for each row.
 
@@ -49,9 +50,13 @@ def sample_candidates(
         budget_bytes: memory for logits and their noise.
         needs_entropy: compute entropy and margin; zeros otherwise.
         credits: given if any row uses credit; only greedy rows without filters may.
+        read_tokens: [rows, K] int64; tokens whose log-probabilities to read, −1 for none; only
+            greedy rows without filters read any.
     """
     if not rows.num_full_logits:
-        return from_statistics(hidden, head, rows, special, budget_bytes, needs_entropy, credits)
+        return from_statistics(
+            hidden, head, rows, special, budget_bytes, needs_entropy, credits, read_tokens
+        )
     filtered = (rows.top_p < 1) | (rows.top_k > 0)
     needs_all = needs_full_logits(rows.temperature > 0, filtered, rows.dream_statistics)
     order = needs_all.to(torch.uint8).argsort(stable=True)
@@ -61,11 +66,15 @@ def sample_candidates(
     if num_reduced:
         lists = None if credits is None else credits.take(reduced)
         arguments = hidden[reduced], head, rows.take(reduced), special, budget_bytes, needs_entropy
-        parts.append(from_statistics(*arguments, lists))
+        reads = None if read_tokens is None else read_tokens[reduced]
+        parts.append(from_statistics(*arguments, lists, reads))
     found = from_full_logits(
         hidden[full], head, rows.take(full), special, budget_bytes, needs_entropy
     )
-    parts.append(
-        found if credits is None else dataclasses.replace(found, credits=credits.take(full))
-    )
+    if credits is not None:
+        found = dataclasses.replace(found, credits=credits.take(full))
+    if read_tokens is not None:
+        nothing = found.confidence.new_full((len(full), read_tokens.shape[1]), -torch.inf)
+        found = dataclasses.replace(found, read=nothing)
+    parts.append(found)
     return Candidates.joined(parts).take(order.argsort())  # back in the order of the rows

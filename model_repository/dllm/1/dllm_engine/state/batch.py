@@ -46,6 +46,8 @@ class StepInputs:
     needs_entropy: bool
     #: Credit of the M positions; None: no request uses any.
     credits: Credits | None = None
+    #: [M, K] int64: tokens whose log-probabilities to read, −1 for none; None: no request reads.
+    read_tokens: Tensor | None = None
     #: Positions whose log-probabilities are computed once the step has chosen, and how many
     #: alternatives are listed for each.
     num_log_probs: int = 0
@@ -95,6 +97,7 @@ def build_batch(
         cfg_scale=upload(state.cfg_scale[blocks.request]) if sequences.guided else None,
         sampling=_sampling(state, blocks, upload),
         needs_entropy=bool(state.needs_entropy.any()),
+        read_tokens=None if plan.read_tokens is None else upload(plan.read_tokens),
         num_log_probs=0 if log_probs is None else log_probs.count,
         # As many for every request: of equal logits, which are listed depends on the number.
         num_top=MAX_LOGPROBS if log_probs is not None and log_probs.lists else 0,

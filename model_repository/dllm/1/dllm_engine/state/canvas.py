@@ -48,6 +48,8 @@ class StepResult:
     final: list[int]
     #: Positions from the left that the next step stores or reads.
     next_end: list[int]
+    #: By slot, what the requests that read have read (`CanvasUpdate.read`).
+    read: dict[int, Array] = dataclasses.field(default_factory=dict)
 
 
 class Canvas(NamedTuple):
@@ -133,6 +135,8 @@ class CanvasTable:
         #: [slots, length] float32; Dream's share of the masks for each step of the schedule.
         self._chance = np.zeros((num_slots, 0), np.float32)
         self._slots = SlotTable(num_slots)
+        #: By slot, `Prompt.reads` of the requests that read.
+        self._reads: dict[int, Array] = {}
         #: Credit of the active blocks; on the device.
         self.credits = CreditLists(num_slots, max_block, device)
         if blocks is None:
@@ -201,6 +205,9 @@ class CanvasTable:
             Rows of one sequence in its first step, and whether that is a Refresh.
         """
         self._slots.fill(slot, prompt, params, self._blocks)
+        self._reads.pop(slot, None)
+        if prompt.reads is not None:
+            self._reads[slot] = prompt.reads
         state = self._slots.read(np.array([slot]))
         start, end, length = (
             int(column[0]) for column in (state.canvas_start, state.canvas_end, state.length)
@@ -272,8 +279,25 @@ class CanvasTable:
             counts=counts,
             chances=chances,
             committed=self._block_confidence(requests) if looks_back else None,
+            read_tokens=self._read_tokens(requests, blocks) if self._reads else None,
             log_probs=_plan_log_probs(requests, blocks, counts) if self._log_probs else None,
         )
+
+    def _read_tokens(self, state: SlotState, blocks: Blocks) -> Array | None:
+        """The tokens to read at each masked position: [M, K] int64, −1 for none."""
+        slots = state.slots.tolist()
+        reads = [(i, self._reads[slot]) for i, slot in enumerate(slots) if slot in self._reads]
+        if not reads:
+            return None
+        # Kernels are compiled for each width.
+        width = 1 << (max(tokens.shape[1] for _, tokens in reads) - 1).bit_length()
+        found = np.full((len(blocks.request), width), -1, np.int64)
+        for request, tokens in reads:
+            first, end = np.searchsorted(blocks.request, [request, request + 1])
+            # Behind the answer of a block-wise model are masks that no one reads.
+            count = min(end - first, len(tokens))
+            found[first : first + count, : tokens.shape[1]] = tokens[:count]
+        return found
 
     def _predictors(self, state: SlotState, blocks: Blocks) -> Array:
         """The position whose hidden state predicts each masked one: int64 [M]."""
@@ -353,7 +377,12 @@ class CanvasTable:
         return np.where(state.dream_statistics, dream, linear), chance
 
     def advance(
-        self, plan: StepPlan, tokens: Array, confidence: Array, log_probs: Array | None = None
+        self,
+        plan: StepPlan,
+        tokens: Array,
+        confidence: Array,
+        log_probs: Array | None = None,
+        read: Array | None = None,
     ) -> StepResult:
         """Commit what the planned step decoded, and open the next block where one is done.
 
@@ -363,8 +392,12 @@ class CanvasTable:
             log_probs: float32 [P, 1 + 2K]; of the positions that the plan asks for and the step
                 decodes, in their order: the token's log-probability, those of its alternatives,
                 and the bits of the alternatives' int32 tokens.
+            read: float32 [M, K]; log-probabilities of `StepPlan.read_tokens`.
         """
         state, blocks = plan.sequences.requests, plan.blocks
+        found = {} if read is None else self._take_read(state, blocks, read)
+        if found:
+            tokens = np.where(np.isin(blocks.slots, list(found)), -1, tokens)
         not_finite = np.zeros(len(state.slots), np.bool_)
         not_finite[blocks.request[~np.isfinite(confidence)]] = True
         picked = tokens >= 0
@@ -415,7 +448,18 @@ class CanvasTable:
             not_finite.tolist(),
             state.final.tolist(),
             state.kv_lens.tolist(),
+            found,
         )
+
+    def _take_read(self, state: SlotState, blocks: Blocks, read: Array) -> dict[int, Array]:
+        """What each reading request has read, by slot; those that still prefill are left out."""
+        found = {}
+        for request, slot in enumerate(state.slots.tolist()):
+            first, end = np.searchsorted(blocks.request, [request, request + 1])
+            if slot in self._reads and end > first:
+                count, width = self._reads[slot].shape
+                found[slot] = read[first : first + count, :width].copy()
+        return found
 
     def _note_log_probs(self, slots: Array, places: Array, number: Array, log_probs: Array) -> None:
         """Write the log-probabilities of committed positions.

@@ -181,3 +181,5 @@ class StepPlan:
     #: masked; None: no rule needs it.
     committed: Array | None
     log_probs: LogProbPlan | None
+    #: [M, K] int64: tokens whose log-probabilities to read, −1 for none; None: no request reads.
+    read_tokens: Array | None = None
