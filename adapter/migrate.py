@@ -3,8 +3,8 @@
     python -m adapter.migrate            # what the first worker of a release does at its start
     python -m adapter.migrate 0006       # before a rollback, once no worker of this release runs
 
-Reads DLLM_DATABASE_URL. Writes a line to stdout. If nothing can be changed, the exit status is 1 and
-the reason is on stderr.
+Reads DLLM_DATABASE_URL. Writes a line to stdout. If the schema cannot be changed, the exit status
+is 1 and the reason is on stderr.
 """
 
 import argparse

@@ -16,7 +16,8 @@ ENGINE = ROOT / "model_repository/dllm/1/dllm_engine"
 #: Inside a package, each layer may import the layers after it, never one before it.
 LAYERS = {
     ADAPTER: ["__main__", "check connection migrate", "app", "api", "auth jobs", "engine", "db",
-              "periodic", "telemetry", "settings shutdown types", "rates setting_names shares", "errors"],
+              "periodic", "telemetry", "settings shutdown types", "rates setting_names shares",
+              "errors"],
     ENGINE: ["describe llm", "loop", "execution", "state", "memory", "models sampling", "parallel",
              "ops config request tokenizer", "sampling_params", "decoding watchdog errors"],
 }  # fmt: skip
