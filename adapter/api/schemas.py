@@ -16,7 +16,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from adapter.jobs.job import Job, JobState
-from adapter.types import DEFAULT_PRIORITY, Inputs, InputValue, Usage
+from adapter.types import DEFAULT_PRIORITY, Inputs, InputValue, TokenDetail, Usage
 
 INT32_MAX = 2**31 - 1
 MAX_STOP_STRINGS = 16
@@ -64,6 +64,7 @@ _Plain = AfterValidator(_plain_text)
 PlainText = Annotated[str, _Plain]
 Prompt = Annotated[str, Field(min_length=1), _Plain]
 Name = Annotated[str, Field(min_length=1, max_length=64), _Plain]
+ModelName = Annotated[str, Field(min_length=1, max_length=255), _Plain]
 Token = Annotated[int, Field(ge=0, le=INT32_MAX)]
 Count = Annotated[int, Field(ge=1, le=INT32_MAX)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS), _Plain]
@@ -166,6 +167,11 @@ class Denoising(Body):
     """end the text before the first of these strings"""
     ignore_eos: bool | None = None
     """decode the whole canvas, even after an end-of-text token"""
+    logprobs: int | None = Field(None, ge=0, le=20)
+    """report each token's log-probability at the step that committed it, and this many of the most
+    probable tokens there; default: off"""
+    reveal_steps: bool | None = None
+    """report the step that committed each token"""
     cache: Name | None = Field(
         None, examples=["none", "prefix", "dual", "sparse", "delayed", "block"]
     )
@@ -208,8 +214,11 @@ class Sampling(Denoising):
 
 
 class SchedulingParams(Body):
-    """Deadline and priority of a request."""
+    """Model, deadline and priority of a request."""
 
+    model: ModelName | None = Field(
+        None, description="one of /v1/models; default: the first of them"
+    )
     timeout: float | None = Field(
         None, gt=0, description="seconds until it must be done; at most DLLM_MAX_TIMEOUT"
     )
@@ -248,6 +257,12 @@ class GenerateRequest(Sampling, SchedulingParams):
     suffix: Prompt | None = Field(None, description="text behind the gap; limited as prompt")
     canvas_ids: Items[Token] | None = Field(
         None, min_length=1, description="the canvas, with the mask id where to decode"
+    )
+
+    n: Count = Field(
+        1,
+        description="jobs to submit, each with a seed that follows from `seed` and its place; at "
+        "most DLLM_MAX_CHOICES; 1 in a stream",
     )
 
     @model_validator(mode="after")
@@ -337,6 +352,9 @@ class Result(BaseModel):
     )
     usage: Usage | None = None
     seed: int | None = Field(None, description="what repeats the text")
+    tokens: list[TokenDetail] | None = Field(
+        None, description="the answer's tokens, with `logprobs` or `reveal_steps`"
+    )
 
     @classmethod
     def of(cls, job: Job) -> Self:
@@ -370,6 +388,7 @@ class Health(Readiness):
 
     jobs: Readiness = Field(description="submissions, polls and cancellations")
     live: Readiness = Field(description="streams and OpenAI calls")
+    models: dict[str, Readiness] | None = Field(None, description="by name, if there are several")
 
 
 class Liveness(BaseModel):

@@ -34,7 +34,7 @@ from dllm_client._errors import (
     UnavailableError,
     UnexpectedResponseError,
 )
-from dllm_client._types import Block, Prompt, Sampling, Usage, prompt_field
+from dllm_client._types import Block, Prompt, Sampling, TokenDetail, Usage, prompt_field
 
 UNARY_MODEL = "dllm_unary"
 STREAM_MODEL = "dllm"
@@ -86,6 +86,8 @@ class Event:
     seed: int
     token_texts: list[str] | None = None  #: what each position shows; in a stream
     block: Block | None = None  #: the one that the next step decodes; in a stream
+    #: one per position, None where masked; with `logprobs` or `reveal_steps`
+    details: list[TokenDetail | None] | None = None
 
     @property
     def done(self) -> bool:
@@ -274,7 +276,15 @@ def _event(result: Any) -> Event:
         usage=Usage(*output("usage").tolist()),
         seed=int(output("seed")[0]),
         **_canvas(result),
+        details=_details(result.as_numpy("token_details")),
     )
+
+
+def _details(output: NDArray[Any] | None) -> list[TokenDetail | None] | None:
+    if output is None:
+        return None
+    entries = json.loads(output.reshape(-1)[0])
+    return [None if entry is None else TokenDetail.of(entry) for entry in entries]
 
 
 def _canvas(result: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from enum import Enum
 from typing import Annotated, Any, Self
 
 from pydantic import (
+    BeforeValidator,
     Discriminator,
     Field,
     ModelWrapValidatorHandler,
@@ -18,6 +19,7 @@ from pydantic_core import PydanticCustomError
 from adapter.api.openai.fields import Extensions, NoEffect, OpenAIBody, Unsupported
 from adapter.api.openai.messages import ChatMessage
 from adapter.api.schemas import (
+    INT32_MAX,
     Count,
     Denoising,
     FewMessages,
@@ -31,6 +33,8 @@ from adapter.api.schemas import (
 
 #: OpenAI's default for `max_tokens` of a completion.
 COMPLETION_MAX_TOKENS = 16
+#: Most tokens that a call may list for each position; the engine's limit of `logprobs`.
+MAX_LOGPROBS = 20
 #: Tools, and the parameter that says which of them the model may use.
 CHOICES: Mapping[str, str] = {"tools": "tool_choice", "functions": "function_call"}
 
@@ -94,7 +98,12 @@ class Call(Denoising, SchedulingParams, Extensions):
     metadata: NoEffect = None
     store: NoEffect = None
     service_tier: NoEffect = None
-    n: Annotated[Any, Unsupported(1)] = None
+    n: int | None = Field(
+        None,
+        ge=1,
+        le=INT32_MAX,
+        description="choices for each prompt, with a seed each; at most DLLM_MAX_CHOICES",
+    )
     frequency_penalty: Annotated[Any, Unsupported(0)] = None
     presence_penalty: Annotated[Any, Unsupported(0)] = None
     logit_bias: Annotated[Any, Unsupported({})] = None
@@ -115,13 +124,15 @@ class Call(Denoising, SchedulingParams, Extensions):
 
     def _request(self, max_tokens: int, **prompt: Any) -> GenerateRequest:
         given = self.model_dump(
-            include={*Denoising.model_fields, *SchedulingParams.model_fields}, exclude_none=True
+            include={*Denoising.model_fields, *SchedulingParams.model_fields} - {"logprobs"},
+            exclude_none=True,
         )
         # A block that is longer than the canvas is the canvas.
         if self.block_length is not None:
             given["block_length"] = min(self.block_length, max_tokens)
         temperature = 0.0 if self.temperature is None else self.temperature
-        return GenerateRequest(gen_length=max_tokens, temperature=temperature, **given, **prompt)
+        given |= {"gen_length": max_tokens, "temperature": temperature, "n": self.n or 1}
+        return GenerateRequest(**given, **prompt)
 
 
 class CompletionCall(Call):
@@ -134,7 +145,15 @@ class CompletionCall(Call):
     )
     best_of: Annotated[Any, Unsupported(1)] = None
     echo: Annotated[Any, Unsupported(False)] = None
-    logprobs: Annotated[Any, Unsupported(False)] = None
+    logprobs: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=MAX_LOGPROBS,
+            description="report log-probabilities, with this many of the most probable tokens",
+        ),
+        BeforeValidator(lambda value: None if value is False else value),
+    ] = None
 
     def requests(self, longest: int) -> list[GenerateRequest]:
         """One request for each prompt, with a canvas of at most `longest` tokens."""
@@ -144,7 +163,8 @@ class CompletionCall(Call):
             {"prompt": prompt, "raw": True} if isinstance(prompt, str) else {"input_ids": prompt}
             for prompt in self.prompts
         ]
-        return [self._request(max_tokens, **prompt, **suffix) for prompt in prompts]
+        others = {"logprobs": self.logprobs, **suffix}
+        return [self._request(max_tokens, **prompt, **others) for prompt in prompts]
 
     @property
     def prompts(self) -> Sequence[Any]:
@@ -170,8 +190,14 @@ class ChatCall(Call):
     prediction: NoEffect = None
     parallel_tool_calls: NoEffect = None
     echo: Annotated[Any, Unsupported(False)] = None
-    logprobs: Annotated[Any, Unsupported(False)] = None
-    top_logprobs: Annotated[Any, Unsupported(0)] = None
+    logprobs: Any = Field(
+        None,
+        description="report each token's log-probability",
+        json_schema_extra={"type": "boolean"},
+    )
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="list this many of the most probable tokens"
+    )
     tools: Any = Field(None, description="only with tool_choice none; may be empty without")
     tool_choice: Annotated[Any, Unsupported("none", "auto")] = None
     functions: Any = Field(None, description="only with function_call none; may be empty without")
@@ -202,6 +228,19 @@ class ChatCall(Call):
                 {"choice": CHOICES[str(info.field_name)]},
             )
 
+    @field_validator("logprobs")
+    @classmethod
+    def _logprobs_is_a_switch(cls, value: object) -> object:
+        if not isinstance(value, bool):
+            raise PydanticCustomError("bool_type", "Should be true or false; see top_logprobs")
+        return value
+
+    @model_validator(mode="after")
+    def _top_needs_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "top_logprobs needs logprobs true")
+        return self
+
     @property
     def length_name(self) -> str:
         """The name of the length that errors use."""
@@ -214,4 +253,6 @@ class ChatCall(Call):
         """
         given = [n for n in (self.max_tokens, self.max_completion_tokens) if n is not None]
         messages = [message.message() for message in self.messages]
-        return self._request(min(*(given or [default or longest]), longest), messages=messages)
+        num_top = (self.top_logprobs or 0) if self.logprobs else None
+        most = min(*(given or [default or longest]), longest)
+        return self._request(most, messages=messages, logprobs=num_top)

@@ -23,6 +23,7 @@ from dllm_engine import (
     Usage,
 )
 from dllm_engine.sampling_params import FIELDS, Field
+from dllm_token_details import asks_details, token_details
 
 Inputs = Mapping[str, Any]
 
@@ -248,6 +249,8 @@ def to_response(
         tokenizer = engine.tokenizer
         shown = tokenizer.pieces(update.token_ids, ~masked) if tokenizer else [""] * masked.size
         outputs["token_texts"] = _strings(shown)
+    if "token_details" in wanted and asks_details(params):
+        outputs["token_details"] = _strings([token_details(engine.tokenizer, update, params)])
     return _response(outputs, wanted)
 
 

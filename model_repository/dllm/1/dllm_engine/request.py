@@ -209,6 +209,35 @@ class Usage:
 
 
 @dataclasses.dataclass(frozen=True)
+class LogProbs:
+    """Log-probabilities of a canvas: log-softmax of the model's logits at the step of commit.
+
+    Nothing that shapes the choice of a token counts: temperature, filters, forbidden tokens. With
+    guidance, the logits are those that guidance makes. The sum is over the whole vocabulary.
+    """
+
+    #: [gen_length] float32; of the committed token; NaN where no step committed one.
+    chosen: npt.NDArray[np.float32]
+    #: [gen_length, K] float32; of the K most probable tokens but the mask token, descending.
+    top: npt.NDArray[np.float32]
+    #: [gen_length, K] int32; these tokens; −1 where no step committed one.
+    top_tokens: npt.NDArray[np.int32]
+
+    @classmethod
+    def empty(cls, gen_length: int, num_top: int) -> LogProbs:
+        """Those of a canvas of masks."""
+        return cls(
+            np.full(gen_length, np.nan, np.float32),
+            np.full((gen_length, num_top), np.nan, np.float32),
+            np.full((gen_length, num_top), -1, np.int32),
+        )
+
+    def beginning(self, count: int) -> LogProbs:
+        """A copy of the first `count` positions."""
+        return LogProbs(*(values[:count].copy() for values in vars(self).values()))
+
+
+@dataclasses.dataclass(frozen=True)
 class CanvasUpdate:
     """A request's canvas after a step. Text is made from it by `Tokenizer.answer`."""
 
@@ -225,6 +254,13 @@ class CanvasUpdate:
     finish_reason: FinishReason | None = None
     #: Set instead of a finish reason when the request failed.
     error: Exception | None = None
+    #: [gen_length] int32; the step that committed the position, from 1; 0 where given, −1 while
+    #: masked.
+    reveal_steps: npt.NDArray[np.int32] = dataclasses.field(
+        default_factory=lambda: np.zeros(0, np.int32)
+    )
+    #: None unless the request asks.
+    log_probs: LogProbs | None = None
 
     @property
     def finished(self) -> bool:
@@ -275,3 +311,7 @@ class Completion:
     seed: int
     #: None unless it was asked for.
     trajectory: Trajectory | None = None
+    #: `Trajectory.steps`; None unless `SamplingParams.reveal_steps`.
+    reveal_steps: npt.NDArray[np.int32] | None = None
+    #: None unless `SamplingParams.logprobs`.
+    log_probs: LogProbs | None = None

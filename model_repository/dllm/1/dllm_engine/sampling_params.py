@@ -35,6 +35,8 @@ CACHE_FIELDS = {
     "refresh_interval": CACHE_POLICIES[1:],
 }
 DEFAULT_BLOCK_LENGTH = 32
+#: Most alternatives that a request may list for each token.
+MAX_LOGPROBS = 20
 #: The largest value of a number without a limit of its own: far beyond sense, well within float32.
 LARGEST = 1_000_000
 #: The same for whole numbers: arrays and kernels keep them in 32 bits.
@@ -182,6 +184,15 @@ class SamplingParams:
         (), "end the text before the first of these strings", max_items=16, max_chars=256
     )
     ignore_eos: bool = param(False, "decode the whole canvas, even after an end-of-text token")
+    # The name is vLLM's; raw log-softmax, whatever the sampling.
+    logprobs: int | None = param(
+        None,
+        "report each token's log-probability at the step that committed it, and this many of the "
+        "most probable tokens there; default: off",
+        ge=0,
+        le=MAX_LOGPROBS,
+    )
+    reveal_steps: bool = param(False, "report the step that committed each token")
     cache: str | None = param(
         None,
         "which keys and values are kept between steps; block-wise models: none, block",

@@ -36,6 +36,12 @@ _TEMPLATE_ERRORS = (
     ValueError,
 )
 _INCOMPLETE = "\ufffd"
+#: A token of a single byte, as SentencePiece names it.
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+#: The character by which a byte-level vocabulary names each byte (GPT-2's `bytes_to_unicode`).
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE}
+_BYTE_OF |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in _PRINTABLE)}
 _MAX_CHARACTER_TOKENS = 4  # one for each byte that UTF-8 may take
 
 
@@ -207,6 +213,22 @@ class Tokenizer:
                     partial = [token_id] if joined.endswith(_INCOMPLETE) else []
                     break
         return pieces
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text; none for special tokens."""
+        piece = self._piece(token_id)
+        if _INCOMPLETE not in piece:
+            return piece.encode()
+        name = self.token_name(token_id)
+        if (literal := _BYTE_TOKEN.fullmatch(name)) is not None:
+            return bytes([int(literal[1], 16)])
+        if all(character in _BYTE_OF for character in name):
+            return bytes(_BYTE_OF[character] for character in name)
+        return piece.encode()
+
+    def token_name(self, token_id: int) -> str:
+        """What the vocabulary calls a token; "" for an id that it does not have."""
+        return self._tokenizer.convert_ids_to_tokens(token_id) or ""
 
     def _gained(self, token_ids: list[int], joined: str) -> str:
         """Characters that these tokens form together, but none of them alone; "" if there are none.

@@ -17,6 +17,7 @@ from dllm_engine.models.base import ModelSpec
 from dllm_engine.ops.transfer import Array, Download, Upload
 from dllm_engine.request import Prompt
 from dllm_engine.sampling.commit import BlockStatistics, select_commits
+from dllm_engine.sampling.log_probs import TokenLogProbs
 from dllm_engine.sampling.rows import Candidates
 from dllm_engine.sampling_params import SamplingParams
 from dllm_engine.state.batch import StepBatch, StepInputs, build_batch
@@ -135,12 +136,33 @@ class ModelRunner:
                 credits = self.table.credits.read(credit_rows)
                 inputs = dataclasses.replace(inputs, credits=credits)
             found = self._candidates(inputs)
-            tokens = torch.where(_pick(batch, found), found.token, -1).to(torch.int32)
+            picked = _pick(batch, found)
+            tokens = torch.where(picked, found.token, -1).to(torch.int32)
             confidence = found.confidence.to(torch.float32)
             decoded = torch.stack([tokens, confidence.view(torch.int32)])
             if credit_rows is not None and found.credits is not None:
                 self.table.credits.write(credit_rows, found.credits)
-            return InflightStep(plan, Download(decoded))
+            log_probs = None
+            if batch.asks is not None:
+                log_probs = Download(self._picked_log_probs(batch, picked, found.token))
+            return InflightStep(plan, Download(decoded), log_probs)
+
+    def _picked_log_probs(self, batch: StepBatch, picked: Tensor, token: Tensor) -> Tensor:
+        """Compute log-probabilities of the picked positions whose requests ask.
+
+        Their number is known on the device alone, so as many rows are computed as there may be:
+        rows behind the picked ones are of no use.
+
+        Returns:
+            float32 [P, 1 + 2K]; see `CanvasTable.advance`.
+        """
+        inputs = batch.inputs
+        assert batch.asks is not None
+        last = (~(picked & batch.asks)).to(torch.uint8)
+        rows = last.argsort(stable=True)[: inputs.num_log_probs]
+        found = self._log_probs(rows, token[rows], inputs.num_top)
+        top_tokens = found.top_tokens.to(torch.int32).view(torch.float32)
+        return torch.cat([found.chosen.unsqueeze(1), found.top, top_tokens], dim=1)
 
     def finish(self, step: Any) -> StepResult:
         """Wait for the step to end, and commit what it decoded.
@@ -152,9 +174,10 @@ class ModelRunner:
         try:
             with self._watchdog:
                 tokens, confidence = step.decoded.array()
+                log_probs = None if step.log_probs is None else step.log_probs.array()
         finally:  # if a rank failed, it is the cause of any error that the device reports
             self.check()
-        return self.table.advance(step.plan, tokens, confidence.view(np.float32))
+        return self.table.advance(step.plan, tokens, confidence.view(np.float32), log_probs)
 
     def canvas(self, slot: int) -> Canvas:
         """A copy of the canvas in `slot`."""
@@ -185,6 +208,9 @@ class ModelRunner:
     def _candidates(self, inputs: StepInputs) -> Candidates:
         return self.rank.candidates(inputs)
 
+    def _log_probs(self, rows: Tensor, tokens: Tensor, num_top: int) -> TokenLogProbs:
+        return self.rank.log_probs(rows, tokens, num_top)
+
 
 @dataclasses.dataclass(frozen=True)
 class InflightStep:
@@ -194,6 +220,8 @@ class InflightStep:
     #: [2, M] int32: for each masked position the token to commit, −1 for none; and the bits of
     #: its confidence.
     decoded: Download
+    #: See `CanvasTable.advance`; None: no request asks.
+    log_probs: Download | None
 
 
 def _pick(batch: StepBatch, candidates: Candidates) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from dllm_engine.config import EngineConfig
 from dllm_engine.execution.devices import import_libraries, rank_device
@@ -15,6 +16,7 @@ from dllm_engine.models.base import ModelSpec
 from dllm_engine.parallel.group import Group, thread_share
 from dllm_engine.parallel.ranks import Ranks
 from dllm_engine.parallel.wire import pack_tensors
+from dllm_engine.sampling.log_probs import TokenLogProbs
 from dllm_engine.sampling.rows import Candidates
 from dllm_engine.state.batch import StepInputs
 from dllm_engine.watchdog import Watchdog
@@ -95,6 +97,18 @@ class TensorParallelRunner(ModelRunner):
             self._ranks.post(packed)
             self._group.send(tensors)
             return self.rank.candidates(inputs)
+        except (RuntimeError, ValueError, OSError, MemoryError) as error:
+            raise self._ranks.diagnose(error) from error
+
+    def _log_probs(self, rows: Tensor, tokens: Tensor, num_top: int) -> TokenLogProbs:
+        """See `RankModel.log_probs`.
+
+        Raises:
+            EngineDead: names the rank that failed.
+        """
+        try:
+            self._group.send([rows, tokens])
+            return self.rank.log_probs(rows, tokens, num_top)
         except (RuntimeError, ValueError, OSError, MemoryError) as error:
             raise self._ranks.diagnose(error) from error
 

@@ -511,6 +511,8 @@ class Engine:
             request.params.seed,
             reason,
             error,
+            canvas.reveal_steps,
+            canvas.log_probs,
         )
 
 

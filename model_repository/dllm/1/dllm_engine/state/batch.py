@@ -16,6 +16,7 @@ from dllm_engine.ops.transfer import Array, Upload
 from dllm_engine.sampling.commit import CommitPlan
 from dllm_engine.sampling.credit import CreditRows, Credits
 from dllm_engine.sampling.rows import RowSampling, SamplingFlags
+from dllm_engine.sampling_params import MAX_LOGPROBS
 from dllm_engine.state.attention_metadata import AttentionMetadata, flat_layout, grouped_layout
 from dllm_engine.state.slots import SlotState
 from dllm_engine.state.step_plan import Blocks, StepPlan
@@ -45,6 +46,10 @@ class StepInputs:
     needs_entropy: bool
     #: Credit of the M positions; None: no request uses any.
     credits: Credits | None = None
+    #: Positions whose log-probabilities are computed once the step has chosen, and how many
+    #: alternatives are listed for each.
+    num_log_probs: int = 0
+    num_top: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +66,8 @@ class StepBatch:
     committed: Tensor | None
     #: Where the credit of the M positions is, or None where no request uses it.
     credit_rows: CreditRows | None
+    #: [M] bool: the positions whose requests ask for log-probabilities; None: no request asks.
+    asks: Tensor | None
 
 
 def build_batch(
@@ -78,6 +85,7 @@ def build_batch(
         grouped_layout(flat, upload) if block_m is None else flat_layout(flat, block_m, upload)
     )
     rows = upload(plan.rows)
+    log_probs = plan.log_probs
     inputs = StepInputs(
         input_ids=upload(_padded(plan.input_ids)),
         positions=upload(_padded(sequences.positions)),
@@ -87,6 +95,9 @@ def build_batch(
         cfg_scale=upload(state.cfg_scale[blocks.request]) if sequences.guided else None,
         sampling=_sampling(state, blocks, upload),
         needs_entropy=bool(state.needs_entropy.any()),
+        num_log_probs=0 if log_probs is None else log_probs.count,
+        # As many for every request: of equal logits, which are listed depends on the number.
+        num_top=MAX_LOGPROBS if log_probs is not None and log_probs.lists else 0,
     )
     return StepBatch(
         inputs=inputs,
@@ -95,6 +106,7 @@ def build_batch(
         commit=_commit_plan(plan, upload),
         committed=None if plan.committed is None else upload(plan.committed),
         credit_rows=_credit_rows(state, blocks, upload) if state.uses_credit.any() else None,
+        asks=None if log_probs is None else upload(log_probs.asks),
     )
 
 

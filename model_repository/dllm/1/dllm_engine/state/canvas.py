@@ -18,13 +18,13 @@ from dllm_engine.decoding import Rule
 from dllm_engine.memory.cache_policy import CachePolicy, delayed_rows
 from dllm_engine.models.base import BlockAttention, ModelSpec
 from dllm_engine.ops.transfer import Array
-from dllm_engine.request import Prompt
+from dllm_engine.request import LogProbs, Prompt
 from dllm_engine.sampling.credit import CreditLists
 from dllm_engine.sampling.schedule import dream_chances, dream_count, linear_count
 from dllm_engine.sampling_params import SamplingParams
 from dllm_engine.state.scope import BlockScope, CanvasScope, StepScope
 from dllm_engine.state.slots import SlotState, SlotTable
-from dllm_engine.state.step_plan import Blocks, Sequences, StepPlan
+from dllm_engine.state.step_plan import Blocks, LogProbPlan, Sequences, StepPlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,22 +51,28 @@ class StepResult:
 
 
 class Canvas(NamedTuple):
-    """One request's canvas: [gen_length] int32 and float32."""
+    """One request's canvas, by position: [gen_length]."""
 
+    #: int32.
     tokens: Array
-    #: −1 where masked.
+    #: float32; −1 where masked.
     confidence: Array
+    #: int32; the step that committed the position, from 1; 0 where given, −1 where masked.
+    reveal_steps: Array
+    #: None unless the request asks.
+    log_probs: LogProbs | None = None
 
     @classmethod
     def empty(cls, gen_length: int, mask: int) -> Canvas:
         """Make a canvas of masks."""
-        return cls(np.full(gen_length, mask, np.int32), np.full(gen_length, -1.0, np.float32))
+        nothing = np.full(gen_length, -1, np.int32)
+        return cls(np.full_like(nothing, mask), nothing.astype(np.float32), nothing)
 
 
 #: Tokens of the longest block of a block-wise model; the published ones have 4 to 64.
 LONGEST_BLOCK = 256
 #: Bytes per position of a sequence, and of a canvas, in a `CanvasTable`.
-_SEQUENCE_BYTES, _CANVAS_BYTES = 8 + 1 + 4, 1 + 1 + 4
+_SEQUENCE_BYTES, _CANVAS_BYTES = 8 + 1 + 4, 1 + 1 + 4 + 4
 #: Positions that the table of a block-wise model begins with; it grows with its requests.
 _FIRST_LENGTH = 1024
 
@@ -120,6 +126,10 @@ class CanvasTable:
         self._last_committed = np.zeros((num_slots, 0), np.bool_)
         #: [slots, canvas] float32; probability at commit, −1 elsewhere.
         self._confidence = np.zeros((num_slots, 0), np.float32)
+        #: [slots, canvas] int32; see `Canvas.reveal_steps`.
+        self._reveal_steps = np.zeros((num_slots, 0), np.int32)
+        #: By slot, of the requests that ask for them.
+        self._log_probs: dict[int, LogProbs] = {}
         #: [slots, length] float32; Dream's share of the masks for each step of the schedule.
         self._chance = np.zeros((num_slots, 0), np.float32)
         self._slots = SlotTable(num_slots)
@@ -171,6 +181,7 @@ class CanvasTable:
             ("_masked", canvas, self._max_canvas),
             ("_last_committed", canvas, self._max_canvas),
             ("_confidence", canvas, self._max_canvas),
+            ("_reveal_steps", canvas, self._max_canvas),
         ):
             old: Array = getattr(self, name)
             if wanted > old.shape[1]:
@@ -207,6 +218,10 @@ class CanvasTable:
         self._masked[slot, :size] = masked
         self._last_committed[slot] = False
         self._confidence[slot] = -1.0
+        self._reveal_steps[slot, :size] = np.where(masked, -1, 0)
+        self._log_probs.pop(slot, None)
+        if params.logprobs is not None:
+            self._log_probs[slot] = LogProbs.empty(size, params.logprobs)
         if params.alg:
             chances = list(map(dream_chances, steps_of_blocks(params)))
             self._chance[slot, : params.steps] = np.concatenate(chances)
@@ -257,6 +272,7 @@ class CanvasTable:
             counts=counts,
             chances=chances,
             committed=self._block_confidence(requests) if looks_back else None,
+            log_probs=_plan_log_probs(requests, blocks, counts) if self._log_probs else None,
         )
 
     def _predictors(self, state: SlotState, blocks: Blocks) -> Array:
@@ -336,17 +352,25 @@ class CanvasTable:
         dream = dream_count(blocks.masked.sum(axis=1), chance)
         return np.where(state.dream_statistics, dream, linear), chance
 
-    def advance(self, plan: StepPlan, tokens: Array, confidence: Array) -> StepResult:
+    def advance(
+        self, plan: StepPlan, tokens: Array, confidence: Array, log_probs: Array | None = None
+    ) -> StepResult:
         """Commit what the planned step decoded, and open the next block where one is done.
 
         Args:
             tokens: int [M]; the token of each masked position, −1 where it stays masked.
             confidence: float32 [M]; the probability it is committed with.
+            log_probs: float32 [P, 1 + 2K]; of the positions that the plan asks for and the step
+                decodes, in their order: the token's log-probability, those of its alternatives,
+                and the bits of the alternatives' int32 tokens.
         """
         state, blocks = plan.sequences.requests, plan.blocks
         not_finite = np.zeros(len(state.slots), np.bool_)
         not_finite[blocks.request[~np.isfinite(confidence)]] = True
         picked = tokens >= 0
+        number = None
+        if log_probs is not None and plan.log_probs is not None:
+            number = np.where(asked := plan.log_probs.asks & picked, np.cumsum(asked) - 1, -1)
         final = self._scope.final_after(state)
         if (speculates := state.speculates & state.decodes & ~state.opens).any():
             kept, final = self._check_drafts(state, blocks, tokens, speculates, final)
@@ -359,6 +383,9 @@ class CanvasTable:
             self._last_committed[slots, places] = True
         self._masked[slots, places] = False
         self._confidence[slots, places] = confidence[picked]
+        self._reveal_steps[slots, places] = state.steps_run[request] + 1
+        if log_probs is not None and number is not None:
+            self._note_log_probs(slots, places, number[picked], log_probs)
         self.tokens[slots, positions] = tokens
         first_end = state.first_end.copy()
         ends = (tokens[:, None] == self._stop).any(axis=1) & state.honours_eos[request]
@@ -369,6 +396,7 @@ class CanvasTable:
             state._replace(
                 # Noise depends on it, so that of a prompt in any chunks, or cached, is the same.
                 step=state.step + state.decodes,
+                steps_run=state.steps_run + 1,
                 block_step=state.block_step + counts,
                 block_age=state.block_age + counts,
                 first_end=first_end,
@@ -388,6 +416,22 @@ class CanvasTable:
             state.final.tolist(),
             state.kv_lens.tolist(),
         )
+
+    def _note_log_probs(self, slots: Array, places: Array, number: Array, log_probs: Array) -> None:
+        """Write the log-probabilities of committed positions.
+
+        Args:
+            slots, places, number: [n]; where, and the row of `log_probs`; −1 for none.
+        """
+        most = log_probs.shape[1] // 2
+        values, tokens = log_probs[:, : 1 + most], log_probs[:, 1 + most :].view(np.int32)
+        for slot in np.unique(slots[number >= 0]).tolist():
+            kept, mine = self._log_probs[slot], (slots == slot) & (number >= 0)
+            rows, where = number[mine], places[mine]
+            count = min(kept.top.shape[1], most)
+            kept.chosen[where] = values[rows, 0]
+            kept.top[where, :count] = values[rows, 1 : 1 + count]
+            kept.top_tokens[where, :count] = tokens[rows, :count]
 
     def _check_drafts(
         self, state: SlotState, blocks: Blocks, tokens: Array, speculates: Array, final: Array
@@ -442,7 +486,10 @@ class CanvasTable:
         confidence = self._confidence[slot, : end - start].copy()
         tokens = self.tokens[slot, start:end].astype(np.int32)
         tokens[self._masked[slot, : end - start]] = self.mask  # a draft is not shown
-        return Canvas(tokens, confidence)
+        steps, log_probs = self._reveal_steps[slot, : end - start].copy(), None
+        if (kept := self._log_probs.get(slot)) is not None:
+            log_probs = kept.beginning(end - start)
+        return Canvas(tokens, confidence, steps, log_probs)
 
     def _first_masked(self, state: SlotState) -> Array:
         """Find the first masked position, the canvas's end if there is none: int64 [R].
@@ -540,6 +587,19 @@ class CanvasTable:
         found = np.where(later.any(axis=1), later.argmax(axis=1), chance.shape[1])
         skipped = np.where(state.has_empty_steps & (num_masked > 0), found - place, 0)
         return state._replace(step=state.step + skipped, block_step=state.block_step + skipped)
+
+
+def _plan_log_probs(state: SlotState, blocks: Blocks, counts: Array) -> LogProbPlan | None:
+    """Find the masked positions whose requests ask, and bound how many of them are committed."""
+    asks = state.logprobs >= 0
+    if not asks.any():
+        return None
+    most = blocks.masked.sum(axis=1)
+    most = np.where(state.rule == int(Rule.COUNT), np.minimum(counts, most), most)
+    count = int(most[asks].sum())
+    if not count:
+        return None
+    return LogProbPlan(asks[blocks.request], count, bool((state.logprobs > 0).any()))
 
 
 def _block_places(state: SlotState, before: int = 0, behind: int = 0) -> tuple[Array, Array]:

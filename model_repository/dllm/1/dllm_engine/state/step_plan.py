@@ -149,6 +149,18 @@ def _shape(page_size: int, state: SlotState) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
+class LogProbPlan:
+    """Which log-probabilities a step computes. None of a `StepPlan`: no request asks."""
+
+    #: [M] bool; masked positions of requests that ask.
+    asks: Array
+    #: At most how many of these the step commits.
+    count: int
+    #: Whether alternatives are listed.
+    lists: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class StepPlan:
     """What a step computes; R requests, N packed rows, M masked positions in active blocks."""
 
@@ -168,3 +180,4 @@ class StepPlan:
     #: [R, width] float32: the confidence of committed positions of the active blocks, −1 where
     #: masked; None: no rule needs it.
     committed: Array | None
+    log_probs: LogProbPlan | None
