@@ -21,7 +21,8 @@ from tests.support.postgres import PostgresServer, programs_folder
 from tests.support.servers import CHECKOUT, AdapterServer, eventually, triton_server
 
 pytestmark = pytest.mark.slow
-MIGRATIONS = "adapter/db/migrations/versions"
+#: There is no release yet: the last commit with schema 0006.
+RELEASE_BEFORE = "3bb83b4"
 FAST = {"DLLM_LEASE_SECONDS": "3", "DLLM_DRAIN_SECONDS": "1"}
 
 
@@ -35,12 +36,8 @@ def git(*arguments: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def release_before(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with adapter and engine as they were before the newest migration."""
-    newest = max(path.name for path in (CHECKOUT / MIGRATIONS).glob("v*.py"))
-    added = git("log", "--diff-filter=A", "--format=%H", "--", f"{MIGRATIONS}/{newest}").split()
-    if not added:
-        pytest.skip("the newest migration is not committed yet")
-    archive = git("archive", f"{added[-1].decode()}^", "adapter", "model_repository")
+    """A folder with the adapter and the engine of the release before."""
+    archive = git("archive", RELEASE_BEFORE, "adapter", "model_repository")
     folder = tmp_path_factory.mktemp("release-before")
     with tarfile.open(fileobj=BytesIO(archive)) as tar:
         tar.extractall(folder, filter="data")
@@ -79,7 +76,10 @@ def test_an_upgrade_and_a_rollback_lose_no_job(
     release_before: Path, checkpoint: Path, postgres: PostgresServer, tmp_path: Path
 ) -> None:
     """Old and new adapters share a database and an old engine under load; going back works too."""
-    with triton_server(checkpoint, repository=release_before / "model_repository") as triton:
+    repository = release_before / "model_repository"
+    # Before the engine of this checkout, which is installed where the tests run.
+    path = {"PYTHONPATH": str(repository / "dllm/1")}
+    with triton_server(checkpoint, repository=repository, settings=path) as triton:
         upgrade_and_go_back(release_before, triton, postgres, tmp_path)
 
 
@@ -109,7 +109,7 @@ def upgrade_and_go_back(
         load = threading.Thread(target=submit, args=([old],))
         load.start()
         before, _, after = migrate(url).removeprefix("schema ").partition(" -> ")
-        assert int(after) == int(before) + 1
+        assert before < after
         with new:
             both = threading.Thread(target=submit, args=([new],))
             both.start()

@@ -193,17 +193,16 @@ def test_the_environment_is_read_and_holds_no_secret(objects: list[dict[str, Any
             assert "value" not in named.get(name, {})
 
 
-def test_adapters_know_every_triton_pod(releases: Any) -> None:
-    """DLLM_TRITON_URL has the name of each pod that there may be, and is a valid setting."""
-    for name, count in (("minimal", 1), ("claim", 3), ("full", 4)):
-        (adapter,) = one(releases[name], "Deployment")["spec"]["template"]["spec"]["containers"]
-        (url,) = (e["value"] for e in adapter["env"] if e["name"] == "DLLM_TRITON_URL")
-        urls = Settings(triton_url=url).triton_urls
-        service = one(releases[name], "Service", "triton")["metadata"]["name"]
-        stateful = one(releases[name], "StatefulSet")
-        assert stateful["spec"]["serviceName"] == service
-        pod = stateful["metadata"]["name"]
-        assert urls == [f"{pod}-{n}.{service}.serving.svc:8001" for n in range(count)]
+def test_adapters_find_every_triton_pod(objects: list[dict[str, Any]]) -> None:
+    """DLLM_TRITON_URL names the headless Service of Triton, and is a valid setting."""
+    (adapter,) = one(objects, "Deployment")["spec"]["template"]["spec"]["containers"]
+    (url,) = (e["value"] for e in adapter["env"] if e["name"] == "DLLM_TRITON_URL")
+    service = one(objects, "Service", "triton")
+    assert Settings(triton_url=url).triton_urls == [
+        f"{service['metadata']['name']}.serving.svc:{service['spec']['ports'][0]['port']}"
+    ]
+    assert service["spec"]["clusterIP"] == "None"
+    assert one(objects, "StatefulSet")["spec"]["serviceName"] == service["metadata"]["name"]
 
 
 def test_files_are_mounted_where_settings_name_them(objects: list[dict[str, Any]]) -> None:

@@ -29,18 +29,6 @@ image: {{ printf "%s:%s" $image.repository ($image.tag | default $root.Chart.App
 imagePullPolicy: {{ $image.pullPolicy }}
 {{- end -}}
 
-{{/* The addresses of all pods of Triton that there may be; one that is away gets no requests. */}}
-{{- define "dllm.tritonUrls" -}}
-{{- $keda := .Values.triton.keda -}}
-{{- $pods := ternary $keda.maxReplicas .Values.triton.replicas $keda.enabled | int -}}
-{{- $name := include "dllm.name" . -}}
-{{- $urls := list -}}
-{{- range until $pods -}}
-{{- $urls = append $urls (printf "%s-triton-%d.%s-triton.%s.svc:8001" $name . $name $.Release.Namespace) -}}
-{{- end -}}
-{{- join "," $urls -}}
-{{- end -}}
-
 {{- define "dllm.settings" -}}
 {{- range $name, $value := .Values.settings }}
 - name: {{ $name }}
