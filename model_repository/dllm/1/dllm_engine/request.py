@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dllm_engine.sampling_params import SamplingParams
+from dllm_engine.structured.token_automaton import TokenAutomaton
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -87,6 +88,8 @@ class Request:
     name: str = ""
     #: Requests share keys and values of equal beginnings only if their salts are equal.
     cache_salt: str = ""
+    #: Which tokens its text may have; None: any.
+    form: TokenAutomaton | None = None
     #: Pages of keys and values up to the end of its next step, and those that it holds.
     num_pages: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)

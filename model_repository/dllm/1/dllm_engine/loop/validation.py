@@ -257,6 +257,10 @@ class RequestLimits:
         if prompt.canvas_ids and len(prompt.canvas_ids) != params.gen_length:
             rule = f"must hold gen_length ({params.gen_length}) ids"
             raise InvalidRequest("canvas_ids", f"{rule}; got {len(prompt.canvas_ids)}")
+        if params.structured_outputs is not None:
+            for field, ids in (("canvas_ids", prompt.canvas_ids), ("suffix", prompt.suffix_ids)):
+                if ids:
+                    raise InvalidRequest(field, "cannot be combined with structured_outputs")
         if params.stop and not self._has_text:
             raise InvalidRequest("stop", "this checkpoint has no tokenizer")
 
