@@ -125,6 +125,7 @@ class Sampling(TypedDict, total=False):
 class Params(Sampling, total=False):
     """The optional fields of a REST request."""
 
+    model: Annotated[str, "one of the service's models; default: the first of them"]
     timeout: Annotated[float, "seconds after which the server gives the request up"]
     priority: Annotated[int, "1 is served first, 3 last"]
     raw: Annotated[bool, "no chat template: the model sees the prompt as it is"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dllm_engine.config import EngineConfig
-from dllm_engine.execution.devices import import_libraries, rank_device
+from dllm_engine.execution.devices import import_libraries, rank_device, with_fitting_dtype
 from dllm_engine.execution.rank_model import RankModel
 from dllm_engine.execution.rank_worker import READY, RankConfig
 from dllm_engine.execution.runner import ModelRunner
@@ -28,7 +28,7 @@ def load_runner(
 ) -> ModelRunner:
     """Load the model, on as many ranks as `spec` is split over."""
     runner = TensorParallelRunner if spec.num_ranks > 1 else ModelRunner
-    return runner(config, spec, stop_token_ids)
+    return runner(with_fitting_dtype(config, spec), spec, stop_token_ids)
 
 
 class TensorParallelRunner(ModelRunner):
