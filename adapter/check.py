@@ -7,6 +7,7 @@ import os
 import sys
 
 from adapter.auth.keys import Keyring
+from adapter.engine.channel import TritonCredentials
 from adapter.errors import SettingsError
 from adapter.setting_names import misspelt
 from adapter.settings import OPEN_TO_ALL, load_settings
@@ -19,6 +20,7 @@ def main() -> int:
     try:
         settings = load_settings()
         keyring = Keyring(settings.api_keys, settings.api_keys_file)
+        TritonCredentials.of(settings).check()
     except SettingsError as error:
         sys.stderr.write(f"{error}\n")
         return 1

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn, Self
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -18,6 +18,17 @@ from adapter.rates import Rate
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
+
+#: libpq's parameters of a PostgreSQL address, and whether each names a file.
+LIBPQ_PARAMETERS = {
+    "sslmode": False,
+    "sslrootcert": True,
+    "sslcert": True,
+    "sslkey": True,
+    "sslcrl": True,
+    "passfile": True,
+}
+SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
 OPEN_TO_ALL = (
     "everyone who reaches {host} may use the API (DLLM_HOST), since no key is needed: "
@@ -38,9 +49,24 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     """Address at which uvicorn publishes the API; the adapter warns if it is public and open."""
     triton_url: str = "127.0.0.1:8011"
-    """Triton's gRPC address, host:port; separate several by commas."""
+    """Triton's gRPC address, host:port; separate several by commas.
+
+    A DNS name may stand for several servers.
+    """
+    discovery_interval: Seconds = 10.0
+    """Pause between two looks which tritonservers there are, and which models they have."""
+    triton_ca_file: Path | None = None
+    """CAs of Triton's certificate, in PEM; its gRPC port is reached by TLS if set."""
+    triton_cert_file: Path | None = None
+    """Certificate that Triton asks of the adapter, in PEM."""
+    triton_key_file: Path | None = None
+    """Its private key, in PEM."""
+    triton_tls_name: str = ""
+    """Name in Triton's certificate, if it is not the host of its address."""
+    triton_protocol_keys_file: Path | None = None
+    """A file of KEY=VALUE lines for Triton's restricted protocols."""
     model_name: str = "dllm"
-    """The Triton model that generates."""
+    """The Triton model of calls that name none."""
     database_url: str = "sqlite:///./dllm-jobs.db"
     """Database of the jobs."""
     database_timeout: Seconds = 5.0
@@ -80,6 +106,7 @@ class Settings(BaseSettings):
     """Longest canvas of a request."""
     max_temperature: float = Field(default=2.0, ge=0, allow_inf_nan=False)
     max_batch_size: Count = 64
+    max_choices: Count = 16
     """Most prompts in one batch call."""
     max_timeout: Seconds = 86_400.0
     """Longest `timeout` of a request."""
@@ -171,6 +198,7 @@ class Settings(BaseSettings):
             except ValueError:
                 msg = "the port should be a number from 0 to 65535"
                 raise PydanticCustomError("database_url", msg) from None
+            _check_libpq(dict(parse_qsl(urlsplit(value).query)))
         return value
 
     @field_validator("cors_origins")
@@ -194,6 +222,19 @@ class Settings(BaseSettings):
         return value
 
     @model_validator(mode="after")
+    def _tls_is_whole(self) -> Self:
+        if (self.triton_cert_file is None) != (self.triton_key_file is None):
+            msg = "DLLM_TRITON_CERT_FILE and DLLM_TRITON_KEY_FILE: should be set together"
+            raise ValueError(msg)
+        if self.triton_ca_file is None and (self.triton_cert_file or self.triton_tls_name):
+            msg = (
+                "DLLM_TRITON_CERT_FILE and DLLM_TRITON_TLS_NAME: should be set with "
+                "DLLM_TRITON_CA_FILE only, which turns TLS on"
+            )
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
     def _silence_outlasts_the_signs_of_life(self) -> Self:
         if self.engine_idle_timeout < 2 * self.stream_interval:
             msg = (
@@ -202,6 +243,20 @@ class Settings(BaseSettings):
             )
             raise ValueError(msg)
         return self
+
+
+def _check_libpq(parameters: Mapping[str, str]) -> None:
+    mode = parameters.get("sslmode", "prefer")
+    if mode not in SSL_MODES:
+        msg = "sslmode should be one of {modes}"
+        raise PydanticCustomError("database_url", msg, {"modes": ", ".join(SSL_MODES)})
+    if mode.startswith("verify") and "sslrootcert" not in parameters:
+        msg = "sslmode={mode} should come with sslrootcert=FILE, the CAs of the server"
+        raise PydanticCustomError("database_url", msg, {"mode": mode})
+    for name, is_file in LIBPQ_PARAMETERS.items():
+        if is_file and name in parameters and not Path(parameters[name]).is_file():
+            msg = "{name} should be a file: {file}"
+            raise PydanticCustomError("database_url", msg, {"name": name, "file": parameters[name]})
 
 
 def load_settings() -> Settings:

@@ -1,9 +1,9 @@
 """Requests to an engine, their events, and the protocol of an engine."""
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 InputValue = str | int | float | bool | list[int] | list[str]
 
@@ -40,6 +40,41 @@ class Canvas:
 
 
 @dataclass(frozen=True, slots=True)
+class TopLogprob:
+    """One of the most probable tokens at a position."""
+
+    token_id: int
+    #: Its text; a special token's name.
+    token: str
+    #: The bytes that it adds to the text.
+    bytes: list[int]
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDetail:
+    """A token of the answer, with what the request asked for; the rest is None."""
+
+    token_id: int
+    #: Its text; a special token's name.
+    token: str
+    #: The bytes that it adds to the text.
+    bytes: list[int]
+    #: The step that committed it, from 1; 0 for a given token.
+    step: int | None = None
+    #: Log-softmax of the model's logits at that step; None for a given token.
+    logprob: float | None = None
+    top_logprobs: list[TopLogprob] | None = None
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> Self:
+        """Read an entry of the output `token_details`."""
+        top = entry["top_logprobs"]
+        others = None if top is None else [TopLogprob(**other) for other in top]
+        return cls(**{**entry, "top_logprobs": others})
+
+
+@dataclass(frozen=True, slots=True)
 class Event:
     """One response of the engine; the last one of a request carries a `finish_reason`."""
 
@@ -49,6 +84,16 @@ class Event:
     usage: Usage | None = None
     seed: int | None = None
     canvas: Canvas | None = None
+    #: One item per position of the canvas, None where masked; None unless the request asks.
+    details: list[TokenDetail | None] | None = None
+
+    @property
+    def tokens(self) -> list[TokenDetail] | None:
+        """Details of the answer's final tokens, with the one that ends it."""
+        if self.details is None or self.usage is None:
+            return None
+        answer = self.details[: self.usage.completion_tokens]
+        return [detail for detail in answer if detail is not None]
 
     @property
     def is_queued(self) -> bool:
@@ -81,6 +126,18 @@ class ModelInfo:
     mask_token_id: int | None = None
     #: Tokens per block of a block-wise model.
     block_length: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """The models that a tritonserver lists."""
+
+    #: Those that are engines of ours, by name.
+    engines: tuple[str, ...] = ()
+    #: Those that are not loaded and may be engines: why, by name.
+    unready: Mapping[str, str] = field(default_factory=dict)
+    #: Those that are no engines.
+    others: frozenset[str] = frozenset()
 
 
 class StreamDetail(Enum):
@@ -117,6 +174,13 @@ class Engine(Protocol):
 
     async def describe(self) -> ModelInfo:
         """Ask which model is served. Raises `InvalidRequest` or an `EngineError`."""
+        ...
+
+    async def repository(self, known: Repository | None) -> Repository:
+        """Ask which models its server has; `known` is an earlier answer. Raises an `AdapterError`.
+
+        An engine that is `known` stays one while it is listed, whether it is loaded or not.
+        """
         ...
 
     def cancel(self, request_id: str) -> None:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from adapter.api.sse import sse
 from adapter.engine.streaming import StreamingRequest
 from adapter.errors import AdapterError
-from adapter.types import Canvas, Event, Usage
+from adapter.types import Canvas, Event, TokenDetail, Usage
 
 CONFIDENCE_DIGITS = 6  # all that a 32-bit float holds
 
@@ -29,6 +29,9 @@ class Committed(BaseModel):
     token_id: int
     text: str = Field(description='the text it adds; "" for special tokens')
     confidence: float = Field(description="probability at which it was committed")
+    detail: TokenDetail | None = Field(
+        None, description="only with `logprobs` or `reveal_steps`", exclude_if=lambda d: d is None
+    )
 
 
 class Step(BaseModel):
@@ -55,6 +58,11 @@ class Done(BaseModel):
     finish_reason: str
     usage: Usage
     seed: int
+    tokens: list[TokenDetail] | None = Field(
+        None,
+        description="the answer's tokens, only with `logprobs` or `reveal_steps`",
+        exclude_if=lambda tokens: tokens is None,
+    )
 
     @classmethod
     def of(cls, event: Event) -> Self:
@@ -66,6 +74,7 @@ class Done(BaseModel):
             finish_reason=event.finish_reason,
             usage=event.usage,
             seed=event.seed,
+            tokens=event.tokens,
         )
 
 
@@ -100,12 +109,14 @@ class CanvasView:
                 text if confidence >= 0 else None
                 for text, confidence in zip(canvas.token_texts, canvas.confidence, strict=True)
             ],
-            committed=self._committed(canvas),
+            committed=self._committed(canvas, event.details),
             final_text=event.text,
             seed=event.seed,
         )
 
-    def _committed(self, canvas: Canvas) -> list[Committed]:
+    def _committed(
+        self, canvas: Canvas, details: Sequence[TokenDetail | None] | None
+    ) -> list[Committed]:
         new = [
             position
             for position, confidence in enumerate(canvas.confidence)
@@ -118,6 +129,7 @@ class CanvasView:
                 token_id=canvas.token_ids[position],
                 text=canvas.token_texts[position],
                 confidence=round(canvas.confidence[position], CONFIDENCE_DIGITS),
+                detail=details[position] if details else None,
             )
             for position in new
             if not self._is_given(position, canvas.token_ids[position])

@@ -16,7 +16,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from adapter.jobs.job import Job, JobState
-from adapter.types import DEFAULT_PRIORITY, Inputs, InputValue, Usage
+from adapter.types import DEFAULT_PRIORITY, Inputs, InputValue, TokenDetail, Usage
 
 INT32_MAX = 2**31 - 1
 MAX_STOP_STRINGS = 16
@@ -64,6 +64,7 @@ _Plain = AfterValidator(_plain_text)
 PlainText = Annotated[str, _Plain]
 Prompt = Annotated[str, Field(min_length=1), _Plain]
 Name = Annotated[str, Field(min_length=1, max_length=64), _Plain]
+ModelName = Annotated[str, Field(min_length=1, max_length=255), _Plain]
 Token = Annotated[int, Field(ge=0, le=INT32_MAX)]
 Count = Annotated[int, Field(ge=1, le=INT32_MAX)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS), _Plain]
@@ -101,6 +102,28 @@ class Message(Body):
 
     role: Name
     content: PlainText
+
+
+class StructuredOutputs(Body):
+    """The form of a text; exactly one of json, regex, choice and json_object."""
+
+    json_: dict[str, Any] | bool | str | None = Field(
+        None, alias="json", description="a JSON schema, or one as text"
+    )
+    regex: Annotated[str, Field(min_length=1), _Plain] | None = None
+    """what the whole text must match"""
+    choice: Annotated[Items[Prompt], Field(min_length=1, max_length=4096)] | None = None
+    """the texts to choose from"""
+    json_object: bool | None = None
+    """any JSON object, three levels deep"""
+    prefix: PlainText | None = None
+    """fixed text before it"""
+    suffix: PlainText | None = None
+    """fixed text behind it"""
+
+    def text(self) -> str:
+        """The form as the input of the Triton model."""
+        return json.dumps(self.model_dump(by_alias=True, exclude_none=True))
 
 
 class Denoising(Body):
@@ -164,8 +187,16 @@ class Denoising(Body):
     """commit end-of-text and end-of-turn tokens after all others"""
     stop: StopStrings | None = None
     """end the text before the first of these strings"""
+    structured_outputs: StructuredOutputs | None = None
+    """the form of the text, held by construction: one of json (a schema), regex, choice (a list of
+    strings), json_object (true); prefix and suffix put fixed text around it"""
     ignore_eos: bool | None = None
     """decode the whole canvas, even after an end-of-text token"""
+    logprobs: int | None = Field(None, ge=0, le=20)
+    """report each token's log-probability at the step that committed it, and this many of the most
+    probable tokens there; default: off"""
+    reveal_steps: bool | None = None
+    """report the step that committed each token"""
     cache: Name | None = Field(
         None, examples=["none", "prefix", "dual", "sparse", "delayed", "block"]
     )
@@ -204,12 +235,17 @@ class Sampling(Denoising):
     def sampling_inputs(self) -> dict[str, InputValue]:
         """The given values as inputs of the Triton model."""
         given = self.model_dump(include=set(Sampling.model_fields), exclude_none=True)
+        if self.structured_outputs is not None:
+            given["structured_outputs"] = self.structured_outputs.text()
         return {name: value for name, value in given.items() if value != []}
 
 
 class SchedulingParams(Body):
-    """Deadline and priority of a request."""
+    """Model, deadline and priority of a request."""
 
+    model: ModelName | None = Field(
+        None, description="one of /v1/models; default: the first of them"
+    )
     timeout: float | None = Field(
         None, gt=0, description="seconds until it must be done; at most DLLM_MAX_TIMEOUT"
     )
@@ -248,6 +284,12 @@ class GenerateRequest(Sampling, SchedulingParams):
     suffix: Prompt | None = Field(None, description="text behind the gap; limited as prompt")
     canvas_ids: Items[Token] | None = Field(
         None, min_length=1, description="the canvas, with the mask id where to decode"
+    )
+
+    n: Count = Field(
+        1,
+        description="jobs to submit, each with a seed that follows from `seed` and its place; at "
+        "most DLLM_MAX_CHOICES; 1 in a stream",
     )
 
     @model_validator(mode="after")
@@ -337,6 +379,9 @@ class Result(BaseModel):
     )
     usage: Usage | None = None
     seed: int | None = Field(None, description="what repeats the text")
+    tokens: list[TokenDetail] | None = Field(
+        None, description="the answer's tokens, with `logprobs` or `reveal_steps`"
+    )
 
     @classmethod
     def of(cls, job: Job) -> Self:
@@ -370,6 +415,7 @@ class Health(Readiness):
 
     jobs: Readiness = Field(description="submissions, polls and cancellations")
     live: Readiness = Field(description="streams and OpenAI calls")
+    models: dict[str, Readiness] | None = Field(None, description="by name, if there are several")
 
 
 class Liveness(BaseModel):

@@ -11,7 +11,7 @@ from adapter.api.deps import request_context, services
 from adapter.api.openapi import stream_of
 from adapter.api.schemas import GenerateRequest, error_responses
 from adapter.api.sse import FIRST_EVENT_TIMEOUT, EventStream, cancel_on_disconnect
-from adapter.api.validation import check_limits
+from adapter.api.validation import check_limits, check_one_choice
 from adapter.types import StreamDetail
 
 router = APIRouter(prefix="/v1", tags=["stream"])
@@ -36,6 +36,7 @@ async def generate_stream(body: GenerateRequest, request: Request) -> EventStrea
     """
     context, settings = request_context(request), services(request).settings
     check_limits(body, settings)
+    check_one_choice(body)
     running = services(request).live.start(
         body.inputs(),
         request_id=context.request_id or secrets.token_hex(8),
@@ -43,6 +44,7 @@ async def generate_stream(body: GenerateRequest, request: Request) -> EventStrea
         priority=body.priority,
         timeout=body.timeout,
         api_key=context.api_key,
+        pool=services(request).fleet.find(body.model),
     )
     try:
         await cancel_on_disconnect(request, running.wait_accepted(FIRST_EVENT_TIMEOUT))

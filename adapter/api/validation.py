@@ -41,6 +41,12 @@ def check_options(body: GenerateRequest, settings: Settings) -> None:
         raise RequestValidationError(problems)
 
 
+def check_one_choice(body: GenerateRequest) -> None:
+    """Raise `RequestValidationError` if a call that streams one text asks for several."""
+    if problems := list(_too_large("n", body.n, 1)):
+        raise RequestValidationError(problems)
+
+
 def check_batch_size(field: str, items: Sequence[Any], limit: BatchLimit) -> None:
     """Raise `RequestValidationError` if a call has too many prompts, which it names `field`."""
     if problems := list(_too_many(field, items, limit)):
@@ -50,6 +56,8 @@ def check_batch_size(field: str, items: Sequence[Any], limit: BatchLimit) -> Non
 def _option_problems(body: GenerateRequest | BatchRequest, settings: Settings) -> Iterator[Problem]:
     yield from _too_large("temperature", body.temperature, settings.max_temperature)
     yield from _too_large("gen_length", body.gen_length, settings.max_gen_length)
+    if isinstance(body, GenerateRequest):
+        yield from _too_large("n", body.n, settings.max_choices)
     if body.timeout is not None:
         yield from _too_large("timeout", body.timeout, settings.max_timeout)
     if body.block_length is not None:

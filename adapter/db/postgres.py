@@ -6,13 +6,15 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
+from urllib.parse import urlencode
 
 import asyncpg  # type: ignore[import-untyped]
-from sqlalchemy import Connection, event, text
+from sqlalchemy import URL, Connection, event, make_url, text
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from adapter.errors import StoreUnavailable
+from adapter.settings import LIBPQ_PARAMETERS
 
 T = TypeVar("T")
 
@@ -95,20 +97,33 @@ class _Connection(asyncpg.Connection):  # type: ignore[misc]
 
 
 def _make_engine(url: str, timeout: float, **options: Any) -> AsyncEngine:
+    address, libpq = _split(url)
     engine = create_async_engine(
-        url,
+        address,
         max_overflow=0,
         pool_timeout=timeout,
         hide_parameters=True,  # keeps prompts out of logged errors
         connect_args={
             "timeout": min(CONNECT_SECONDS, timeout),
             "connection_class": _Connection,
+            **libpq,
         },
         **options,
     )
     event.listen(engine.sync_engine, "connect", _limit_server(timeout))
     event.listen(engine.sync_engine, "handle_error", _on_error)
     return engine
+
+
+def _split(url: str) -> tuple[URL, dict[str, str]]:
+    """The address without libpq's parameters, and these as an argument of the driver.
+
+    SQLAlchemy knows them by other names. The driver reads their files at each new connection.
+    """
+    address = make_url(url)
+    libpq = {name: value for name, value in address.query.items() if name in LIBPQ_PARAMETERS}
+    rest = address.difference_update_query(libpq)
+    return rest, {"dsn": f"postgresql:///?{urlencode(libpq)}"} if libpq else {}
 
 
 def _limit_server(timeout: float) -> Callable[[Any, object], None]:

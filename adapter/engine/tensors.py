@@ -1,12 +1,13 @@
 """Requests to the Triton model and its responses, as tensors."""
 
+import json
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 
-from adapter.types import Canvas, Event, Inputs, Usage
+from adapter.types import Canvas, Event, Inputs, TokenDetail, Usage
 
 #: Data type of every input (`model_repository/dllm/config.pbtxt`).
 INPUT_TYPES: Mapping[str, str] = {
@@ -37,7 +38,10 @@ INPUT_TYPES: Mapping[str, str] = {
     "logits_eos_inf": "BOOL",
     "confidence_eos_eot_inf": "BOOL",
     "stop": "BYTES",
+    "structured_outputs": "BYTES",
     "ignore_eos": "BOOL",
+    "logprobs": "INT64",
+    "reveal_steps": "BOOL",
     "cache": "BYTES",
     "retention_ratio": "FP32",
     "pool_kernel": "INT64",
@@ -57,6 +61,8 @@ INPUT_TYPES: Mapping[str, str] = {
 FORMATS: Mapping[str, str] = {"INT32": "i", "INT64": "q", "FP32": "f", "BOOL": "?"}
 OUTPUTS = ("text_output", "finish_reason", "usage", "seed")
 CANVAS_OUTPUTS = ("token_ids", "token_texts", "confidence", "block")
+#: The output of each token's log-probability and step, and the inputs that ask for it.
+DETAILS_OUTPUT, DETAILS_INPUTS = "token_details", ("logprobs", "reveal_steps")
 
 
 def make_request(
@@ -92,7 +98,15 @@ def read_event(response: ModelInferResponse) -> Event:
         usage=None if usage is None else Usage(*_numbers("INT32", usage)),
         seed=None if seed is None else _numbers("INT64", seed)[0],
         canvas=_canvas(contents),
+        details=_details(contents.get(DETAILS_OUTPUT)),
     )
+
+
+def _details(content: bytes | None) -> list[TokenDetail | None] | None:
+    if not content:
+        return None
+    entries = json.loads(_strings(content)[0])
+    return [None if entry is None else TokenDetail.of(entry) for entry in entries]
 
 
 def _canvas(contents: Mapping[str, bytes]) -> Canvas | None:

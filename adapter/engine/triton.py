@@ -5,14 +5,23 @@ import json
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from ipaddress import ip_address
 from typing import Any
 
 import grpc
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2
 
-from adapter.engine.tensors import CANVAS_OUTPUTS, INPUT_TYPES, OUTPUTS, make_request, read_event
+from adapter.engine.channel import Headers, TritonChannel, TritonCredentials
+from adapter.engine.tensors import (
+    CANVAS_OUTPUTS,
+    DETAILS_INPUTS,
+    DETAILS_OUTPUT,
+    INPUT_TYPES,
+    OUTPUTS,
+    make_request,
+    read_event,
+)
 from adapter.errors import (
     AdapterError,
     ConnectionLost,
@@ -27,7 +36,15 @@ from adapter.errors import (
     refusal,
 )
 from adapter.telemetry.tracing import TRACEPARENT
-from adapter.types import DEFAULT_PRIORITY, CheckResult, Event, Inputs, ModelInfo, StreamDetail
+from adapter.types import (
+    DEFAULT_PRIORITY,
+    CheckResult,
+    Event,
+    Inputs,
+    ModelInfo,
+    Repository,
+    StreamDetail,
+)
 
 CHECK_OUTPUTS = ("finish_reason", "text_output")
 CANCEL_OUTPUTS = ("finish_reason", "text_output")
@@ -72,6 +89,7 @@ ERROR_CODES: Mapping[str, type[AdapterError]] = {
     "NOT_FOUND": Unavailable,  # the model is not loaded
     "CANCELLED": StreamInterrupted,
 }
+NO_CREDENTIALS = TritonCredentials()
 REQUEST_ID_PREFIX = re.compile(r"^(in ensemble '[^']*', )?\[request id: [^\]]*\] ")
 
 
@@ -115,10 +133,17 @@ class TritonEngine:
         *,
         stream_interval: float,
         idle_timeout: float,
+        credentials: TritonCredentials = NO_CREDENTIALS,
+        found_by: str = "",
     ) -> None:
+        """Connect to `url`, an address that the name in `found_by` has, or that name itself."""
         options = (*CHANNEL_OPTIONS, *_keepalive(idle_timeout), *_proxy(url))
-        self._channel = grpc.aio.insecure_channel(url, options=options)
-        self._triton = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        if found_by not in ("", url):
+            # Its certificate is for the name; a host with addresses of its own needs no proxy.
+            options += (("grpc.enable_http_proxy", 0),)
+            name = credentials.tls_name or found_by.rpartition(":")[0]
+            credentials = replace(credentials, tls_name=name if credentials.ca_file else "")
+        self._channel = TritonChannel(url, options, credentials)
         self._model_name = model_name
         self._stream_interval = stream_interval
         self._cancelling: set[asyncio.Task[None]] = set()
@@ -141,6 +166,8 @@ class TritonEngine:
         interval = self._stream_interval if detail is StreamDetail.RESULT else 0.0
         streaming: Inputs = {"stream": True, "stream_interval": interval, "priority": priority}
         outputs = OUTPUTS + CANVAS_OUTPUTS if detail is StreamDetail.CANVAS else OUTPUTS
+        if any(name in inputs for name in DETAILS_INPUTS):
+            outputs = (*outputs, DETAILS_OUTPUT)
         request = self._request({**inputs, **streaming}, request_id=request_id, outputs=outputs)
         ended = False
         try:
@@ -186,6 +213,35 @@ class TritonEngine:
         told = json.loads((await self._one_event(request)).text)
         return ModelInfo(**{f.name: told.get(f.name) for f in fields(ModelInfo)})
 
+    async def repository(self, known: Repository | None) -> Repository:
+        """Ask which models the server has; see `types.Engine.repository`."""
+        with self._calls() as (triton, headers):
+            request = service_pb2.RepositoryIndexRequest()
+            index = await triton.RepositoryIndex(request, metadata=headers)
+        known = known or Repository()
+        engines, others, unready = [], set(), {}
+        for model in sorted(index.models, key=lambda model: model.name):
+            if model.name in known.engines:
+                engines.append(model.name)
+            elif model.name in known.others:
+                others.add(model.name)
+            elif model.state != "READY":
+                unready[model.name] = model.reason or model.state.lower() or "no reason given"
+            elif await self._is_engine(model.name):
+                engines.append(model.name)
+            else:
+                others.add(model.name)
+        return Repository(tuple(engines), unready, frozenset(others))
+
+    async def _is_engine(self, model: str) -> bool:
+        """Whether the model can describe a checkpoint, as engines of ours do."""
+        with self._calls() as (triton, headers):
+            request = service_pb2.ModelConfigRequest(name=model)
+            answer = await triton.ModelConfig(request, metadata=headers)
+        config = answer.config
+        names = {tensor.name for tensor in config.input}
+        return config.model_transaction_policy.decoupled and "describe" in names
+
     def cancel(self, request_id: str) -> None:
         """Cancel the request now; by itself the engine notices a closed stream a little later."""
         task = asyncio.create_task(self._cancel(request_id), name="engine-cancel")
@@ -209,13 +265,25 @@ class TritonEngine:
     def _open_stream(self, *requests: service_pb2.ModelInferRequest) -> Iterator[Any]:
         """Send the requests on one stream; leaving the context cancels it. Maps gRPC's errors."""
         traceparent = TRACEPARENT.get()
-        headers = (("traceparent", traceparent),) if traceparent else None
-        call = self._triton.ModelStreamInfer(_each(requests), metadata=headers)
-        try:
-            with _mapped_errors():
+        trace = (("traceparent", traceparent),) if traceparent else ()
+        with self._calls() as (triton, headers):
+            call = triton.ModelStreamInfer(_each(requests), metadata=(*headers, *trace))
+            try:
                 yield call
-        finally:
-            call.cancel()
+            finally:
+                call.cancel()
+
+    @contextmanager
+    def _calls(self) -> Iterator[tuple[Any, Headers]]:
+        """The stub to call and the headers to send. Maps gRPC's errors."""
+        with self._channel.use() as stub_and_headers:
+            try:
+                yield stub_and_headers
+            except grpc.aio.AioRpcError as error:
+                details = error.details() or ""
+                if refused := self._channel.explain(details):
+                    raise Unavailable(refused) from error
+                raise map_error(error.code().name, details) from error
 
     async def _cancel(self, request_id: str) -> None:
         with suppress(TimeoutError, EngineError):
@@ -256,14 +324,6 @@ def _event(response: Any) -> Event:
     if response.error_message:
         raise map_error(None, response.error_message)
     return read_event(response.infer_response)
-
-
-@contextmanager
-def _mapped_errors() -> Iterator[None]:
-    try:
-        yield
-    except grpc.aio.AioRpcError as error:
-        raise map_error(error.code().name, error.details() or "") from error
 
 
 async def _drain(responses: AsyncIterator[Any]) -> None:

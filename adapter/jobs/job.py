@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from adapter.types import DEFAULT_PRIORITY, Inputs, Usage
+from adapter.types import DEFAULT_PRIORITY, Inputs, TokenDetail, Usage
 
 
 class JobState(StrEnum):
@@ -43,6 +43,8 @@ class JobOptions:
     request_id: str | None = None
     #: W3C trace context of the call.
     traceparent: str | None = None
+    #: Name of the model at Triton; None: the default one.
+    model: str | None = None
 
 
 DEFAULT_OPTIONS = JobOptions()
@@ -62,6 +64,8 @@ class JobDetails:
     finish_reason: str | None = None
     usage: Usage | None = None
     seed: int | None = None
+    #: See `Event.tokens`.
+    tokens: list[TokenDetail] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,8 @@ from dllm_client._types import (
     Sampling,
     Status,
     Step,
+    TokenDetail,
+    TopLogprob,
     Usage,
 )
 
@@ -68,6 +70,8 @@ __all__ = [
     "Step",
     "StreamError",
     "TimeoutError",
+    "TokenDetail",
+    "TopLogprob",
     "UnavailableError",
     "UnexpectedResponseError",
     "Usage",

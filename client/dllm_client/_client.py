@@ -56,6 +56,8 @@ def _options(base_url: str, api_key: str | None, timeout: float) -> dict[str, An
         "limits": LIMITS,
         # A proxy has nothing to do with a server on this machine.
         "trust_env": not is_loopback(address.host),
+        # Without `trust_env`, httpx would not look at SSL_CERT_FILE.
+        "verify": httpx.create_ssl_context() if address.scheme == "https" else True,
     }
 
 

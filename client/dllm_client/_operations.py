@@ -29,7 +29,15 @@ from dllm_client._errors import (
     UnexpectedResponseError,
     from_response,
 )
-from dllm_client._types import Params, Prompt, Result, Status, Usage, prompt_field
+from dllm_client._types import (
+    Params,
+    Prompt,
+    Result,
+    Status,
+    Usage,
+    prompt_field,
+    read_tokens,
+)
 
 #: Seconds between polls of a server that does not hold them.
 POLL_SECONDS = 0.1
@@ -364,6 +372,7 @@ def _result_of(data: Any) -> Result:
             created_at=data.get("created_at"),
             started_at=data.get("started_at"),
             finished_at=data.get("finished_at"),
+            tokens=read_tokens(data.get("tokens")),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UnexpectedResponseError(f"not a job: {data!r}") from error

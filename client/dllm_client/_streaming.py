@@ -7,7 +7,18 @@ from typing import Any
 
 from dllm_client._errors import StreamError, UnexpectedResponseError
 from dllm_client._operations import Call
-from dllm_client._types import Answer, Block, Committed, Params, Prompt, Step, Usage, prompt_field
+from dllm_client._types import (
+    Answer,
+    Block,
+    Committed,
+    Params,
+    Prompt,
+    Step,
+    TokenDetail,
+    Usage,
+    prompt_field,
+    read_tokens,
+)
 
 
 def open_stream(prompt: Prompt, params: Params) -> Call:
@@ -50,6 +61,7 @@ def _event(name: str, data: str) -> Step | Answer:
                     finish_reason=str(body["finish_reason"]),
                     usage=Usage.of(body["usage"]),
                     seed=int(body["seed"]),
+                    tokens=read_tokens(body.get("tokens")),
                 )
             case "error":
                 message = str(body["error"])
@@ -65,7 +77,12 @@ def _step(body: Mapping[str, Any]) -> Step:
         step=int(body["step"]),
         block=Block(**body["block"]),
         canvas=list(body["canvas"]),
-        committed=[Committed(**one) for one in body["committed"]],
+        committed=[_committed(one) for one in body["committed"]],
         final_text=str(body["final_text"]),
         seed=body.get("seed"),
     )
+
+
+def _committed(fields: Mapping[str, Any]) -> Committed:
+    detail = fields.get("detail")
+    return Committed(**{**fields, "detail": None if detail is None else TokenDetail.of(detail)})

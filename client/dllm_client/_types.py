@@ -81,7 +81,19 @@ class Sampling(TypedDict, total=False):
         bool, "commit end-of-text and end-of-turn tokens after all others"
     ]
     stop: Annotated[list[str], "end the text before the first of these strings"]
+    structured_outputs: Annotated[
+        dict[str, Any],
+        "the form of the text, held by construction: one of json (a schema), regex, "
+        "choice (a list of strings), json_object (true); prefix and suffix put fixed "
+        "text around it",
+    ]
     ignore_eos: Annotated[bool, "decode the whole canvas, even after an end-of-text token"]
+    logprobs: Annotated[
+        int,
+        "report each token's log-probability at the step that committed it, and this "
+        "many of the most probable tokens there; default: off",
+    ]
+    reveal_steps: Annotated[bool, "report the step that committed each token"]
     cache: Annotated[
         str,
         "which keys and values are kept between steps; block-wise models: none, "
@@ -113,6 +125,7 @@ class Sampling(TypedDict, total=False):
 class Params(Sampling, total=False):
     """The optional fields of a REST request."""
 
+    model: Annotated[str, "one of the service's models; default: the first of them"]
     timeout: Annotated[float, "seconds after which the server gives the request up"]
     priority: Annotated[int, "1 is served first, 3 last"]
     raw: Annotated[bool, "no chat template: the model sees the prompt as it is"]
@@ -153,6 +166,40 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class TopLogprob:
+    """One of the most probable tokens at a position."""
+
+    token_id: int
+    token: str  #: its text; a special token's name
+    bytes: list[int]  #: what it adds to the text
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDetail:
+    """A token of an answer, with what the request asked for; the rest is None."""
+
+    token_id: int
+    token: str  #: its text; a special token's name
+    bytes: list[int]  #: what it adds to the text
+    step: int | None = None  #: the step that committed it, from 1; 0 for a given token
+    logprob: float | None = None  #: at that step; None for a given token
+    top_logprobs: list[TopLogprob] | None = None
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> TokenDetail:
+        """Read the fields of a response."""
+        top = fields.get("top_logprobs")
+        others = None if top is None else [TopLogprob(**other) for other in top]
+        return cls(**{**fields, "top_logprobs": others})
+
+
+def read_tokens(entries: Sequence[Mapping[str, Any]] | None) -> list[TokenDetail] | None:
+    """The tokens in a response; None if it has none."""
+    return None if entries is None else [TokenDetail.of(entry) for entry in entries]
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """A job as the server saw it at one moment."""
 
@@ -166,6 +213,8 @@ class Result:
     created_at: float | None = None  #: when the job was submitted, in Unix seconds
     started_at: float | None = None  #: when its last run began
     finished_at: float | None = None
+    #: the answer's tokens, with `logprobs` or `reveal_steps`
+    tokens: list[TokenDetail] | None = None
 
     @property
     def done(self) -> bool:
@@ -225,6 +274,7 @@ class Committed:
     token_id: int
     text: str  #: what it adds to the text
     confidence: float
+    detail: TokenDetail | None = None  #: with `logprobs` or `reveal_steps`
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,3 +297,4 @@ class Answer:
     finish_reason: str  #: `stop` or `length`
     usage: Usage
     seed: int  #: what repeats it
+    tokens: list[TokenDetail] | None = None  #: with `logprobs` or `reveal_steps`

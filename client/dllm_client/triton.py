@@ -2,6 +2,7 @@
 
 `TritonClient.generate` asks the model `dllm_unary` over HTTP and waits for the answer;
 `TritonClient.stream` asks the model `dllm` over gRPC and yields one event per denoising step.
+With TLS both go over gRPC, since Triton's HTTP port has no TLS.
 Needs `tritonclient[http,grpc]`; only this module imports it.
 """
 
@@ -33,7 +34,7 @@ from dllm_client._errors import (
     UnavailableError,
     UnexpectedResponseError,
 )
-from dllm_client._types import Block, Prompt, Sampling, Usage, prompt_field
+from dllm_client._types import Block, Prompt, Sampling, TokenDetail, Usage, prompt_field
 
 UNARY_MODEL = "dllm_unary"
 STREAM_MODEL = "dllm"
@@ -41,6 +42,7 @@ STREAM_MODEL = "dllm"
 _TRITON_TYPES: Mapping[object, str] = {
     str: "BYTES",
     list[str]: "BYTES",
+    dict[str, Any]: "BYTES",
     int: "INT64",
     list[int]: "INT64",
     float: "FP32",
@@ -85,10 +87,22 @@ class Event:
     seed: int
     token_texts: list[str] | None = None  #: what each position shows; in a stream
     block: Block | None = None  #: the one that the next step decodes; in a stream
+    #: one per position, None where masked; with `logprobs` or `reveal_steps`
+    details: list[TokenDetail | None] | None = None
 
     @property
     def done(self) -> bool:
         return bool(self.finish_reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """PEM files for Triton's gRPC port."""
+
+    ca_file: str  #: CAs that Triton's certificate may be from
+    cert_file: str | None = None  #: this client's certificate, if Triton asks for one
+    key_file: str | None = None  #: its private key
+    name: str | None = None  #: name in Triton's certificate, if it is not the host of `grpc_url`
 
 
 class TritonClient:
@@ -96,6 +110,9 @@ class TritonClient:
 
     `timeout` is the time in seconds for one answer. Methods raise the errors of `dllm_client`.
     Triton's HTTP client is bound to the thread that made it: use one TritonClient per thread.
+
+    With `tls`, all calls go to `grpc_url`. `protocol_key` is `KEY=VALUE`, as in Triton's options
+    `--grpc-restricted-protocol` and `--http-restricted-api`.
     """
 
     def __init__(
@@ -104,12 +121,24 @@ class TritonClient:
         grpc_url: str = "localhost:8011",
         *,
         timeout: float = 300.0,
+        tls: Tls | None = None,
+        protocol_key: str | None = None,
     ) -> None:
         self._grpc_url = grpc_url
         self._timeout = timeout
-        self._http = triton_http.InferenceServerClient(
-            http_url, connection_timeout=timeout, network_timeout=timeout
-        )
+        self._tls = tls
+        key, _, value = (protocol_key or "").partition("=")
+        self._grpc_headers = {f"triton-grpc-protocol-{key}": value} if key else {}
+        if tls is None:
+            self._unary = triton_http.InferenceServerClient(
+                http_url, connection_timeout=timeout, network_timeout=timeout
+            )
+            self._unary_protocol = triton_http
+            self._unary_options: dict[str, Any] = {"headers": {key: value} if key else {}}
+        else:
+            self._unary = self._grpc_client()
+            self._unary_protocol = triton_grpc
+            self._unary_options = {"headers": self._grpc_headers, "client_timeout": timeout}
 
     def __enter__(self) -> Self:
         return self
@@ -124,19 +153,19 @@ class TritonClient:
 
     def close(self) -> None:
         """Close the connections."""
-        self._http.close()
+        self._unary.close()
 
     def ready(self) -> bool:
         """Whether the engine is loaded. Raises UnavailableError when no server answers."""
         with _mapped_errors():
-            return bool(self._http.is_model_ready(STREAM_MODEL))
+            return bool(self._unary.is_model_ready(STREAM_MODEL, **self._unary_options))
 
     def generate(self, prompt: Prompt, **sampling: Unpack[Sampling]) -> Event:
         """The finished answer, by one `infer` call."""
         fields = {**_prompt_field(prompt), **sampling}
-        inputs = [_tensor(triton_http, name, value) for name, value in fields.items()]
+        inputs = [_tensor(self._unary_protocol, name, value) for name, value in fields.items()]
         with _mapped_errors():
-            return _event(self._http.infer(UNARY_MODEL, inputs))
+            return _event(self._unary.infer(UNARY_MODEL, inputs, **self._unary_options))
 
     def stream(self, prompt: Prompt, **sampling: Unpack[Sampling]) -> Iterator[Event]:
         """One event per denoising step; the last one is `done`. Closing the iterator cancels."""
@@ -147,7 +176,9 @@ class TritonClient:
         with self._grpc_client() as client:
             # Not with the header `triton_grpc_error`, which would keep the codes of errors: a few
             # refused requests in a row then crash this generation of the server.
-            client.start_stream(lambda result, error: replies.put((result, error)))
+            client.start_stream(
+                lambda result, error: replies.put((result, error)), headers=self._grpc_headers
+            )
             try:
                 # It refuses when the stream is dead already; the callback has been told why.
                 with suppress(InferenceServerException):
@@ -158,11 +189,22 @@ class TritonClient:
                 client.stop_stream(cancel_requests=True)
 
     def _grpc_client(self) -> Any:
-        options: list[tuple[str, int]] | None = None
+        options: list[tuple[str, Any]] = [*_ANY_LENGTH]
         if is_loopback(self._grpc_url.rpartition(":")[0].strip("[]")):
             # gRPC would send even this to a proxy of the environment.
-            options = [("grpc.enable_http_proxy", 0), *_ANY_LENGTH]
-        return triton_grpc.InferenceServerClient(self._grpc_url, channel_args=options)
+            options.append(("grpc.enable_http_proxy", 0))
+        if self._tls is None:
+            return triton_grpc.InferenceServerClient(self._grpc_url, channel_args=options)
+        if self._tls.name is not None:
+            options.append(("grpc.ssl_target_name_override", self._tls.name))
+        return triton_grpc.InferenceServerClient(
+            self._grpc_url,
+            ssl=True,
+            root_certificates=self._tls.ca_file,
+            certificate_chain=self._tls.cert_file,
+            private_key=self._tls.key_file,
+            channel_args=options,
+        )
 
     def _events(
         self, replies: "queue.SimpleQueue[tuple[Any, Exception | None]]"
@@ -198,6 +240,8 @@ def _tensor(protocol: Any, name: str, value: Any) -> Any:
     if name not in INPUT_TYPES:
         raise BadRequestError(f"{name}: the models have no such input", 400, name)
     datatype = INPUT_TYPES[name]
+    if isinstance(value, Mapping):
+        value = json.dumps(value)
     values = list(value) if isinstance(value, list | tuple) else [value]
     try:
         array = np.array([_exact(values, datatype)], dtype=_NUMPY_TYPES[datatype])
@@ -235,7 +279,15 @@ def _event(result: Any) -> Event:
         usage=Usage(*output("usage").tolist()),
         seed=int(output("seed")[0]),
         **_canvas(result),
+        details=_details(result.as_numpy("token_details")),
     )
+
+
+def _details(output: NDArray[Any] | None) -> list[TokenDetail | None] | None:
+    if output is None:
+        return None
+    entries = json.loads(output.reshape(-1)[0])
+    return [None if entry is None else TokenDetail.of(entry) for entry in entries]
 
 
 def _canvas(result: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import openai
 import pytest
+from dllm_client import Client
 from dllm_engine import LLM, Prompt, SamplingParams
 from openai import OpenAI
 
@@ -49,6 +50,40 @@ def test_chat_equals_the_engine(client: OpenAI, llm: LLM) -> None:
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == here.usage.prompt_tokens
     assert answer.usage.completion_tokens == here.usage.completion_tokens == 24
+
+
+def test_log_probabilities_equal_the_engine(
+    client: OpenAI, adapter: AdapterServer, llm: LLM
+) -> None:
+    """Those of a chat, whole and streamed, and of a job, are the engine's; so are its steps."""
+    ask: Any = {
+        "model": "dllm", "messages": ASK, "max_tokens": 24, "logprobs": True, "top_logprobs": 2,
+        "extra_body": DIFFUSION, **FIELDS,
+    }  # fmt: skip
+    here = expected(llm, logprobs=2, reveal_steps=True, **FIELDS, **DIFFUSION).log_probs
+    assert here is not None
+    answer = client.chat.completions.create(**ask).choices[0]
+    assert answer.logprobs is not None
+    content = answer.logprobs.content
+    assert content is not None
+    assert len(content) > 18  # a random model's text may end within a character
+    found = [(one.logprob, *(other.logprob for other in one.top_logprobs)) for one in content]
+    both = zip(here.chosen.tolist(), here.top.tolist(), strict=True)
+    assert found == [(chosen, *top) for chosen, top in both][: len(content)]
+    streamed = []
+    for chunk in client.chat.completions.create(**ask, stream=True):
+        if (part := chunk.choices[0].logprobs) is not None:
+            streamed += part.content or []
+    assert streamed == content
+    with Client(adapter.url) as native:
+        fields: dict[str, Any] = {"logprobs": 2, "reveal_steps": True, **FIELDS, **DIFFUSION}
+        ours = native.wait(native.submit("tell me", gen_length=24, **fields))
+        stored = native.result(ours.request_id)
+    assert stored.tokens == ours.tokens
+    assert ours.tokens is not None
+    assert [token.logprob for token in ours.tokens] == here.chosen.tolist()
+    steps = expected(llm, reveal_steps=True, **FIELDS, **DIFFUSION).reveal_steps.tolist()
+    assert [token.step for token in ours.tokens] == steps
 
 
 def test_stream_is_the_same_text_in_pieces(client: OpenAI, llm: LLM) -> None:

@@ -41,6 +41,7 @@ def run(name: str, *arguments: str | Path) -> str:
     [
         ("rest_guide.py", "adapter", "is submitted"),
         ("chat_openai.py", "adapter", "42"),
+        ("logprobs_openai.py", "adapter", "step"),
         ("infilling.py", "adapter", "Paris."),
         ("triton_http.py", "http", "forward passes"),
         ("triton_grpc_stream.py", "grpc", ""),

@@ -50,6 +50,9 @@ class BlockResult:
 
     tokens: list[int]
     steps: int
+    #: See `Decoder`, by position of the answer; −1 and None where no step committed any.
+    reveal_steps: list[int]
+    log_probs: list[Tensor | None]
 
 
 class _Loop:
@@ -87,7 +90,13 @@ class _Loop:
             start = stop
         answer = self.tokens[self.first : self.end]
         missing = self.params.gen_length - len(answer)
-        return BlockResult(answer + [self.ids.mask] * missing, self.steps)
+        places, decoder = range(self.first, self.end), self.decoder
+        return BlockResult(
+            answer + [self.ids.mask] * missing,
+            self.steps,
+            [decoder.reveal_steps.get(p, -1) for p in places],
+            [decoder.log_probs.get(p) for p in places],
+        )
 
     def decode_block(self, start: int, stop: int) -> None:
         if self.kind.given and start >= self.first:

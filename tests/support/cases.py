@@ -111,6 +111,7 @@ def cases(
         steps=draw(st.integers(-(-length // block_length), length + 3)),
         cfg_scale=draw(st.sampled_from([0.0, 0.0, 0.7, 2.5])),
         seed=draw(st.integers(-(2**63), 2**63 - 1)),
+        logprobs=draw(st.sampled_from([None, 0, 3])),
         **choice,
         **(draw(cache_fields()) if caches else {}),
     )

@@ -73,6 +73,11 @@ class Decoder:
         self.step = 0
         #: Confidence of committed positions.
         self.committed: dict[int, float] = {}
+        #: How often it decided, and which time committed a position, from 1.
+        self.decisions = 0
+        self.reveal_steps: dict[int, int] = {}
+        #: Log-softmax of the raw logits at committed positions.
+        self.log_probs: dict[int, Tensor] = {}
         self._credit: dict[int, Tensor] = {}
 
     def blocks(self) -> list[tuple[int, int, int]]:
@@ -110,6 +115,9 @@ class Decoder:
         found = {p: self._candidate(logits(p), p) for p in block if p in masked}
         chosen = {p: found[p] for p in self._choose(found, block)}
         self.committed |= {p: f.confidence for p, f in chosen.items()}
+        self.decisions += 1
+        self.reveal_steps |= dict.fromkeys(chosen, self.decisions)
+        self.log_probs |= {p: logits(p).double().log_softmax(0) for p in chosen}
         self.step += 1
         self._place += 1
         return chosen

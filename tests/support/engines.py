@@ -93,7 +93,7 @@ class FakeRunner(ModelRunner):
 
     def canvas(self, slot: int) -> Canvas:
         """A copy."""
-        return Canvas(*map(np.copy, self._canvases[slot][0]))
+        return Canvas(*map(np.copy, self._canvases[slot][0][:3]))
 
     def bind_thread(self) -> None:
         """Every thread can run steps."""

@@ -27,6 +27,9 @@ class ReferenceResult:
     tokens: list[int]
     confidence: list[float]
     forward_passes: int
+    #: See `Decoder`, by position of the canvas; −1 and None where no step committed any.
+    reveal_steps: list[int]
+    log_probs: list[Tensor | None]
 
 
 class Canvas:
@@ -64,6 +67,8 @@ class Canvas:
             [self.tokens[p] for p in canvas],
             [decoder.committed.get(p, -1.0) for p in canvas],
             passes,
+            [0 if p in self._given else decoder.reveal_steps.get(p, -1) for p in canvas],
+            [decoder.log_probs.get(p) for p in canvas],
         )
 
 

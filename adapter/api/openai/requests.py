@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    BeforeValidator,
     Discriminator,
     Field,
     ModelWrapValidatorHandler,
@@ -18,6 +19,7 @@ from pydantic_core import PydanticCustomError
 from adapter.api.openai.fields import Extensions, NoEffect, OpenAIBody, Unsupported
 from adapter.api.openai.messages import ChatMessage
 from adapter.api.schemas import (
+    INT32_MAX,
     Count,
     Denoising,
     FewMessages,
@@ -26,11 +28,14 @@ from adapter.api.schemas import (
     PlainText,
     Prompt,
     SchedulingParams,
+    StructuredOutputs,
     Token,
 )
 
 #: OpenAI's default for `max_tokens` of a completion.
 COMPLETION_MAX_TOKENS = 16
+#: Most tokens that a call may list for each position; the engine's limit of `logprobs`.
+MAX_LOGPROBS = 20
 #: Tools, and the parameter that says which of them the model may use.
 CHOICES: Mapping[str, str] = {"tools": "tool_choice", "functions": "function_call"}
 
@@ -79,6 +84,39 @@ class StreamOptions(OpenAIBody):
     include_obfuscation: NoEffect = None
 
 
+class SchemaFormat(OpenAIBody):
+    """A JSON schema that the answer must be valid under."""
+
+    name: Annotated[PlainText, Field(min_length=1, max_length=64)]
+    description: NoEffect = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: NoEffect = None
+
+
+class ResponseFormat(OpenAIBody):
+    """The form of the answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: SchemaFormat | None = Field(None, description="with type json_schema")
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise PydanticCustomError(
+                "json_schema", "json_schema should be given with type json_schema, and only then"
+            )
+        return self
+
+    @property
+    def structured_outputs(self) -> StructuredOutputs | None:
+        """The same as a field of /v1/generate; None: any text."""
+        if self.type == "text":
+            return None
+        schema = self.json_schema
+        form = {"json_object": True} if schema is None else {"json": schema.schema_}
+        return StructuredOutputs.model_validate(form)
+
+
 class Call(Denoising, SchedulingParams, Extensions):
     """Fields that both kinds of completions have.
 
@@ -94,16 +132,33 @@ class Call(Denoising, SchedulingParams, Extensions):
     metadata: NoEffect = None
     store: NoEffect = None
     service_tier: NoEffect = None
-    n: Annotated[Any, Unsupported(1)] = None
+    n: int | None = Field(
+        None,
+        ge=1,
+        le=INT32_MAX,
+        description="choices for each prompt, with a seed each; at most DLLM_MAX_CHOICES",
+    )
     frequency_penalty: Annotated[Any, Unsupported(0)] = None
     presence_penalty: Annotated[Any, Unsupported(0)] = None
     logit_bias: Annotated[Any, Unsupported({})] = None
-    response_format: Annotated[Any, Unsupported({"type": "text"})] = None
+    response_format: ResponseFormat | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
     def _stops(cls, value: object) -> object:
         return [item for item in value if item != ""] if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if self.structured_outputs is not None and self._format is not None:
+            raise PydanticCustomError(
+                "two_forms", "response_format should not be given beside structured_outputs"
+            )
+        return self
+
+    @property
+    def _format(self) -> StructuredOutputs | None:
+        return None if self.response_format is None else self.response_format.structured_outputs
 
     @property
     def streamed_usage(self) -> StreamedUsage:
@@ -115,13 +170,18 @@ class Call(Denoising, SchedulingParams, Extensions):
 
     def _request(self, max_tokens: int, **prompt: Any) -> GenerateRequest:
         given = self.model_dump(
-            include={*Denoising.model_fields, *SchedulingParams.model_fields}, exclude_none=True
+            include={*Denoising.model_fields, *SchedulingParams.model_fields} - {"logprobs"},
+            exclude_none=True,
         )
+        form = self.structured_outputs or self._format
+        if form is not None:
+            given["structured_outputs"] = form
         # A block that is longer than the canvas is the canvas.
         if self.block_length is not None:
             given["block_length"] = min(self.block_length, max_tokens)
         temperature = 0.0 if self.temperature is None else self.temperature
-        return GenerateRequest(gen_length=max_tokens, temperature=temperature, **given, **prompt)
+        given |= {"gen_length": max_tokens, "temperature": temperature, "n": self.n or 1}
+        return GenerateRequest(**given, **prompt)
 
 
 class CompletionCall(Call):
@@ -134,7 +194,15 @@ class CompletionCall(Call):
     )
     best_of: Annotated[Any, Unsupported(1)] = None
     echo: Annotated[Any, Unsupported(False)] = None
-    logprobs: Annotated[Any, Unsupported(False)] = None
+    logprobs: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=MAX_LOGPROBS,
+            description="report log-probabilities, with this many of the most probable tokens",
+        ),
+        BeforeValidator(lambda value: None if value is False else value),
+    ] = None
 
     def requests(self, longest: int) -> list[GenerateRequest]:
         """One request for each prompt, with a canvas of at most `longest` tokens."""
@@ -144,7 +212,8 @@ class CompletionCall(Call):
             {"prompt": prompt, "raw": True} if isinstance(prompt, str) else {"input_ids": prompt}
             for prompt in self.prompts
         ]
-        return [self._request(max_tokens, **prompt, **suffix) for prompt in prompts]
+        others = {"logprobs": self.logprobs, **suffix}
+        return [self._request(max_tokens, **prompt, **others) for prompt in prompts]
 
     @property
     def prompts(self) -> Sequence[Any]:
@@ -170,8 +239,14 @@ class ChatCall(Call):
     prediction: NoEffect = None
     parallel_tool_calls: NoEffect = None
     echo: Annotated[Any, Unsupported(False)] = None
-    logprobs: Annotated[Any, Unsupported(False)] = None
-    top_logprobs: Annotated[Any, Unsupported(0)] = None
+    logprobs: Any = Field(
+        None,
+        description="report each token's log-probability",
+        json_schema_extra={"type": "boolean"},
+    )
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="list this many of the most probable tokens"
+    )
     tools: Any = Field(None, description="only with tool_choice none; may be empty without")
     tool_choice: Annotated[Any, Unsupported("none", "auto")] = None
     functions: Any = Field(None, description="only with function_call none; may be empty without")
@@ -202,6 +277,19 @@ class ChatCall(Call):
                 {"choice": CHOICES[str(info.field_name)]},
             )
 
+    @field_validator("logprobs")
+    @classmethod
+    def _logprobs_is_a_switch(cls, value: object) -> object:
+        if not isinstance(value, bool):
+            raise PydanticCustomError("bool_type", "Should be true or false; see top_logprobs")
+        return value
+
+    @model_validator(mode="after")
+    def _top_needs_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "top_logprobs needs logprobs true")
+        return self
+
     @property
     def length_name(self) -> str:
         """The name of the length that errors use."""
@@ -214,4 +302,6 @@ class ChatCall(Call):
         """
         given = [n for n in (self.max_tokens, self.max_completion_tokens) if n is not None]
         messages = [message.message() for message in self.messages]
-        return self._request(min(*(given or [default or longest]), longest), messages=messages)
+        num_top = (self.top_logprobs or 0) if self.logprobs else None
+        most = min(*(given or [default or longest]), longest)
+        return self._request(most, messages=messages, logprobs=num_top)

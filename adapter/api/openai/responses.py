@@ -3,11 +3,21 @@
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, Field, model_serializer
 
+from adapter.api.openai.logprobs import ChatLogprobs, TextLogprobs
 from adapter.types import Event
+
+#: Only where a call asks for them.
+RevealSteps = Annotated[
+    list[int] | None,
+    Field(
+        description="the step that committed each token, with `reveal_steps`",
+        exclude_if=lambda steps: steps is None,
+    ),
+]
 
 
 class PromptTokensDetails(BaseModel):
@@ -44,9 +54,10 @@ class TextChoice(BaseModel):
 
     index: int
     text: str
-    logprobs: None = None
+    logprobs: TextLogprobs | None = None
     finish_reason: str | None
     seed: int | None = None
+    reveal_steps: RevealSteps = None
 
 
 class AssistantMessage(BaseModel):
@@ -62,9 +73,10 @@ class ChatChoice(BaseModel):
 
     index: int
     message: AssistantMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str
     seed: int | None
+    reveal_steps: RevealSteps = None
 
 
 class Delta(BaseModel):
@@ -83,9 +95,10 @@ class ChatChunkChoice(BaseModel):
 
     index: int
     delta: Delta
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str | None
     seed: int | None = None
+    reveal_steps: RevealSteps = None
 
 
 class ResponseHeader(BaseModel):

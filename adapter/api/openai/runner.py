@@ -13,9 +13,11 @@ from pydantic import BaseModel
 from adapter.api.deps import request_context, services
 from adapter.api.openai.errors import length_name, status_and_body
 from adapter.api.openai.formatters import ResponseFormatter
+from adapter.api.openai.logprobs import text_tokens
 from adapter.api.openai.requests import StreamedUsage
 from adapter.api.schemas import GenerateRequest
 from adapter.api.sse import FIRST_EVENT_TIMEOUT, EventStream, cancel_on_disconnect, sse
+from adapter.engine.pool import EnginePool
 from adapter.engine.streaming import StreamingRequest
 from adapter.errors import AdapterError
 from adapter.types import Event, StreamDetail
@@ -24,9 +26,10 @@ from adapter.types import Event, StreamDetail
 class CompletionRunner:
     """Runs the requests of one call; a disconnect cancels them."""
 
-    def __init__(self, call: Request) -> None:
+    def __init__(self, call: Request, pool: EnginePool) -> None:
         context = request_context(call)
         self._call = call
+        self._pool = pool
         self._live = services(call).live
         #: Longest pause between events of a stream, in seconds.
         self._heartbeat = services(call).settings.heartbeat_interval
@@ -66,7 +69,7 @@ class CompletionRunner:
         """Start the requests, each as long as fits; closing `stack` cancels them."""
         running = []
         inputs_of_all = [request.inputs() for request in requests]
-        fitted = await self._live.fit(inputs_of_all, api_key=self._api_key)
+        fitted = await self._live.fit(inputs_of_all, api_key=self._api_key, pool=self._pool)
         for index, (request, inputs) in enumerate(zip(requests, fitted, strict=True)):
             begun = self._live.start(
                 inputs,
@@ -75,6 +78,7 @@ class CompletionRunner:
                 priority=request.priority,
                 timeout=request.timeout,
                 api_key=self._api_key,
+                pool=self._pool,
             )
             stack.push_async_callback(begun.close)
             running.append(begun)
@@ -100,7 +104,7 @@ async def _chunks(
 
     now = asyncio.get_running_loop().time
     spoke = now()
-    lengths = [0] * len(running)
+    lengths, counts = [0] * len(running), [0] * len(running)
     results: dict[int, Event] = {}
     try:
         for index in range(len(running)):
@@ -114,14 +118,18 @@ async def _chunks(
                 if update is None:
                     continue
                 index, event = update
+                tokens = text_tokens(event)
+                new = None if tokens is None else tokens[counts[index] :]
                 if len(event.text) > lengths[index]:
                     piece = event.text[lengths[index] :]
-                    so_far = event if usage is StreamedUsage.EACH else None
-                    yield sent(formatter.piece(index, piece, event.seed, so_far))
+                    each = usage is StreamedUsage.EACH
+                    yield sent(formatter.piece(index, piece, event, new, has_usage=each))
                     lengths[index], spoke = len(event.text), now()
+                    counts[index] += len(new or ())
+                    new = None
                 if event.finish_reason:
                     results[index] = event
-                    yield sent(formatter.ending(index, event))
+                    yield sent(formatter.ending(index, event, new))
     except AdapterError as error:
         yield sse(json.dumps(status_and_body(error, length)[1]))
         return

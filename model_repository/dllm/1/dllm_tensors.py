@@ -23,6 +23,7 @@ from dllm_engine import (
     Usage,
 )
 from dllm_engine.sampling_params import FIELDS, Field
+from dllm_token_details import asks_details, token_details
 
 Inputs = Mapping[str, Any]
 
@@ -165,7 +166,13 @@ def _suffix_ids(engine: Engine, inputs: Inputs) -> list[int]:
 def _param(inputs: Inputs, field: Field) -> Any:
     if field.is_list:
         return tuple(_text(field.name, value) for value in _values(inputs, field.name))
-    return _scalar(inputs, field.name)
+    value = _scalar(inputs, field.name)
+    if field.type is dict:
+        try:
+            return json.loads(value)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InvalidRequest(field.name, f"must be JSON: {error}") from error
+    return value
 
 
 def _priority(inputs: Inputs) -> int:
@@ -248,6 +255,8 @@ def to_response(
         tokenizer = engine.tokenizer
         shown = tokenizer.pieces(update.token_ids, ~masked) if tokenizer else [""] * masked.size
         outputs["token_texts"] = _strings(shown)
+    if "token_details" in wanted and asks_details(params):
+        outputs["token_details"] = _strings([token_details(engine.tokenizer, update, params)])
     return _response(outputs, wanted)
 
 

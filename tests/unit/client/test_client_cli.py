@@ -71,7 +71,7 @@ def test_generate_streams(dllm: Dllm) -> None:
     usage["cached_tokens"] = 0
     step = {"step": 1, "block": block, "canvas": ["a", None], "committed": [], "final_text": "a"}
     step["seed"] = 7
-    done = {"text": "ab", "finish_reason": "stop", "usage": usage, "seed": 7}
+    done = {"text": "ab", "finish_reason": "stop", "usage": usage, "seed": 7, "tokens": None}
     body = f"event: step\ndata: {json.dumps(step)}\n\nevent: done\ndata: {json.dumps(done)}\n\n"
     dllm.script.answers = [httpx.Response(200, content=body.encode())]
 

@@ -78,14 +78,14 @@ class Server:
     def close(self) -> None:
         """There is no connection."""
 
-    def infer(self, model: str, inputs: list[Any]) -> Response:
+    def infer(self, model: str, inputs: list[Any], **_: Any) -> Response:
         assert model == "dllm_unary"
         self.inputs = {tensor.name: tensor for tensor in inputs}
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
 
-    def start_stream(self, callback: Callable[[Any, Exception | None], None]) -> None:
+    def start_stream(self, callback: Callable[[Any, Exception | None], None], **_: Any) -> None:
         self._callback = callback
 
     def async_stream_infer(self, model: str, inputs: list[Any]) -> None:

@@ -23,7 +23,8 @@ from tests.support.budget import examples
 from tests.support.cases import Case, run_with_arrivals
 from tests.support.decoder import Ids
 from tests.support.family_checkpoints import FAMILIES, mask_of, write_family
-from tests.support.native import MaskedForward, native
+from tests.support.log_probs import assert_log_probs
+from tests.support.native import MaskedForward, causal_before, native
 
 #: The trained lengths of the tiny checkpoints, and the families' own rules.
 BLOCK_LENGTH = {"sdar": 4, "fast_dllm": 32, "nemotron": 8}
@@ -103,6 +104,7 @@ def block_cases(draw: st.DrawFn, family: str) -> Case:
         cache=draw(st.sampled_from([None, None, "none"])),
         temperature=draw(st.sampled_from([0.0, 0.0, 0.8])),
         seed=draw(st.integers(0, 2**31)),
+        logprobs=draw(st.sampled_from([None, 0, 3])),
         **draw(st.sampled_from([{}, *RULES])),
     )
     prompt = draw(st.lists(st.integers(128, 499), min_size=1, max_size=80))
@@ -117,11 +119,18 @@ def block_cases(draw: st.DrawFn, family: str) -> Case:
 )
 @given(data=st.data())
 def test_tokens_equal_a_loop_without_a_cache(subject: Subject, data: st.DataObject) -> None:
-    """Any mix of rules, block lengths, steps, ends, caches and arrivals: the loop's tokens."""
+    """Any mix of rules, block lengths, steps, ends, caches, arrivals: the loop's tokens, from the
+    same steps and with the same log-probabilities."""
     batch = data.draw(st.lists(block_cases(subject.family), min_size=1, max_size=4))
     finished = run_with_arrivals(subject.llm, batch)
     for case, update in zip(batch, finished, strict=True):
-        assert update.token_ids.tolist() == subject.expected(case).tokens
+        expected = subject.expected(case)
+        assert update.token_ids.tolist() == expected.tokens
+        prefill = update.usage.steps - expected.steps  # chunks of a long prompt come before
+        committed = [step + prefill if step > 0 else step for step in expected.reveal_steps]
+        assert update.reveal_steps.tolist() == committed
+        mask, num_top = mask_of(subject.family), case.params.logprobs
+        assert_log_probs(update, expected.log_probs, mask=mask, num_top=num_top)
 
 
 @pytest.mark.parametrize("family", KINDS)
@@ -171,7 +180,8 @@ def test_blocks_of_one_are_greedy_left_to_right_decoding(
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_speculation_changes_no_token(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
-    """Nemotron's self-speculation, beside other requests, gives the greedy left-to-right answers.
+    """Nemotron's self-speculation, beside other requests, gives the greedy left-to-right answers,
+    and each token's log-probability given those before it.
 
     The model only ever writes two tokens, so that some of a draft is often right: a token takes
     fewer steps than a draft and a check.
@@ -191,7 +201,11 @@ def test_speculation_changes_no_token(tmp_path_factory: pytest.TempPathFactory, 
         cache = "none" if i in (1, 4) else None
         block_length = (None, 2, 5, 8, 32, 7, 3)[i]
         params = SamplingParams(
-            gen_length=25, block_length=block_length, remasking="speculative", cache=cache
+            gen_length=25,
+            block_length=block_length,
+            remasking="speculative",
+            cache=cache,
+            logprobs=2,
         )
         batch.append(Case(3 * i, prompt, params))
         batch.append(Case(2 * i, prompt[::-1], SamplingParams(gen_length=9)))
@@ -202,6 +216,11 @@ def test_speculation_changes_no_token(tmp_path_factory: pytest.TempPathFactory, 
         expected = generate_left_to_right(forward, case.ids, 25, ids_of("nemotron"))
         assert answer.token_ids[: len(expected)].tolist() == expected
         assert set(answer.token_ids[len(expected) :].tolist()) <= {mask_of("nemotron")}
+        sequence = torch.tensor(case.ids + expected)
+        logits = forward(sequence, causal_before(len(sequence), len(sequence)))
+        causal: list[torch.Tensor | None] = [*logits[len(case.ids) - 1 : -1].log_softmax(1)]
+        causal += [None] * (25 - len(expected))
+        assert_log_probs(answer, causal, mask=mask_of("nemotron"), num_top=2, abs=1e-4)
         tokens += len(expected)
     assert steps < 1.8 * tokens
 

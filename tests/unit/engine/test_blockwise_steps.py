@@ -121,12 +121,12 @@ def test_a_block_length_that_was_not_trained_is_warned_of(
 
 
 def test_a_request_is_bitwise_the_same_alone_and_in_any_batch(sdar: Path) -> None:
-    """In float32: tokens and confidences, also of prompts in chunks."""
+    """In float32: tokens, confidences and log-probabilities, also of prompts in chunks."""
     settings: dict[str, Any] = {"dtype": "float32", "max_num_batched_tokens": 160}
     llm = LLM(sdar, prefix_cache=False, **settings)
     prompts = [[7 * i + k for k in range(3 + 29 * i)] for i in range(6)]
     params = [
-        Params(gen_length=9 + i, ignore_eos=True, temperature=0.5 * (i % 2), seed=i)
+        Params(gen_length=9 + i, ignore_eos=True, temperature=0.5 * (i % 2), seed=i, logprobs=i)
         for i in range(6)
     ]
     together = llm.generate(prompts, params, progress=False)
@@ -134,3 +134,9 @@ def test_a_request_is_bitwise_the_same_alone_and_in_any_batch(sdar: Path) -> Non
         alone = llm.generate([prompts[i]], params[i], progress=False)[0]
         assert alone.token_ids.tolist() == together[i].token_ids.tolist()
         assert alone.confidence.tobytes() == together[i].confidence.tobytes()
+        ours, theirs = alone.log_probs, together[i].log_probs
+        assert ours is not None
+        assert theirs is not None
+        assert [v.tobytes() for v in vars(ours).values()] == [
+            v.tobytes() for v in vars(theirs).values()
+        ]

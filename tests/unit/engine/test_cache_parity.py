@@ -24,6 +24,7 @@ from tests.support.cases import (
     run_with_arrivals,
 )
 from tests.support.checkpoints import write_dream, write_llada
+from tests.support.log_probs import assert_log_probs
 from tests.support.reference import ReferenceResult
 from tests.unit.engine.test_parity import NO_SHRINK
 
@@ -71,7 +72,7 @@ def test_every_policy_equals_its_definition(
     llm64: LLM, plain64: PlainModel, batch: list[Case]
 ) -> None:
     """Any mix of policies, delays, intervals and ratios, of rules, samplings, guidance, gaps and
-    arrivals: identical tokens."""
+    arrivals: identical tokens, from the same steps and with the same log-probabilities."""
     finished = run_with_arrivals(llm64, batch)
     for case, update in zip(batch, finished, strict=True):
         prompt = case.prompt(llm64.engine.spec.mask_token_id)
@@ -80,6 +81,9 @@ def test_every_policy_equals_its_definition(
         tolerance = 1e-5 if case.params.credit else 1e-6
         assert update.confidence.tolist() == pytest.approx(reference.confidence, abs=tolerance)
         assert update.usage.forward_passes == reference.forward_passes
+        assert update.reveal_steps.tolist() == reference.reveal_steps
+        mask, num_top = llm64.engine.spec.mask_token_id, case.params.logprobs
+        assert_log_probs(update, reference.log_probs, mask=mask, num_top=num_top)
 
 
 def _mixed(count: int, seed: int) -> tuple[list[list[int]], list[SamplingParams]]:

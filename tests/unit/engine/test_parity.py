@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests.support.budget import examples
 from tests.support.cases import IDS, RULES, Case, cases, run_with_arrivals
 from tests.support.checkpoints import write_dream
+from tests.support.log_probs import assert_log_probs
 from tests.support.oracle import dream_oracle, llada_oracle
 from tests.support.reference import Forward, ReferenceResult, generate
 
@@ -70,12 +71,16 @@ def assert_equal(
 )
 @given(batch=st.lists(cases(), min_size=1, max_size=10))
 def test_tokens_equal_the_reference(subject: Subject, batch: list[Case]) -> None:
-    """Any mix of rules, samplings, guidance, lengths, blocks, steps, ends, gaps and arrivals."""
+    """Any mix of rules, samplings, guidance, lengths, blocks, steps, ends, gaps and arrivals; with
+    the step and the log-probability of each token."""
     finished = run_with_arrivals(subject.llm, batch)
     for case, update in zip(batch, finished, strict=True):
         prompt = case.prompt(IDS[subject.family].mask)
         reference = subject.expected(prompt, case.params)
         assert_equal(update, reference, abs=1e-5 if case.params.credit else 1e-6)
+        assert update.reveal_steps.tolist() == reference.reveal_steps
+        mask = IDS[subject.family].mask
+        assert_log_probs(update, reference.log_probs, mask=mask, num_top=case.params.logprobs)
 
 
 #: Fixed requests: each of these at every temperature, with and without filters.
@@ -241,13 +246,16 @@ def test_float32_tokens_equal_the_reference(llm: LLM, checkpoint: Any) -> None:
         assert answer.token_ids.tolist() == reference.tokens
 
 
-def _bits(answer: Completion) -> tuple[list[int], bytes]:
-    return answer.token_ids.tolist(), answer.confidence.tobytes()
+def _bits(answer: Completion) -> tuple[list[int], bytes, list[bytes]]:
+    log_probs = () if answer.log_probs is None else vars(answer.log_probs).values()
+    values = [array.tobytes() for array in log_probs]
+    return answer.token_ids.tolist(), answer.confidence.tobytes(), values
 
 
 @pytest.mark.parametrize("temperature", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
 def test_a_request_is_bitwise_the_same_alone_and_in_any_batch(llm: LLM, temperature: float) -> None:
-    """In float32, tokens and confidences of a request do not depend on its neighbours by a bit.
+    """In float32, tokens, confidences and log-probabilities of a request do not depend on its
+    neighbours by a bit.
 
     With all threads, since they divide the rows among themselves.
     """
@@ -256,6 +264,7 @@ def test_a_request_is_bitwise_the_same_alone_and_in_any_batch(llm: LLM, temperat
     prompts = [torch.randint(0, 512, (3 + 7 * i,), generator=generator).tolist() for i in range(8)]
     base = SamplingParams(temperature=temperature, gen_length=24, block_length=8, ignore_eos=True)
     params = [dataclasses.replace(base, seed=100 + i, cfg_scale=i % 2) for i in range(8)]
+    params[1::3] = [dataclasses.replace(p, logprobs=4) for p in params[1::3]]
     together = llm.generate(prompts, params, progress=False)
     reversed_order = llm.generate(prompts[::-1], params[::-1], progress=False)[::-1]
     for i in range(8):

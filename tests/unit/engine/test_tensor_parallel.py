@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 from unittest.mock import MagicMock
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -77,12 +78,19 @@ def pair(
 )
 @given(batch=st.lists(cases(gen_length=14, prompt_length=20, caches=True), min_size=1, max_size=8))
 def test_two_ranks_decode_what_one_does(pair: tuple[LLM, LLM], batch: list[Case]) -> None:
-    """Any mix of policies, guidance, rules, samplings, gaps and arrivals: the same tokens."""
+    """Any mix of policies, guidance, rules, samplings, gaps and arrivals: the same tokens and
+    log-probabilities."""
     one, two = (run_with_arrivals(llm, batch) for llm in pair)
     for i in range(len(batch)):
         assert two[i].token_ids.tolist() == one[i].token_ids.tolist()
         assert two[i].confidence.tolist() == pytest.approx(one[i].confidence.tolist(), abs=1e-6)
         assert two[i].usage == one[i].usage
+        assert two[i].reveal_steps.tolist() == one[i].reveal_steps.tolist()
+        if (ours := one[i].log_probs) is not None:
+            theirs = two[i].log_probs
+            assert theirs is not None
+            for name, values in vars(ours).items():
+                np.testing.assert_allclose(getattr(theirs, name), values, atol=1e-5)
 
 
 @pytest.mark.slow

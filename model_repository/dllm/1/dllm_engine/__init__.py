@@ -21,12 +21,14 @@ from dllm_engine.request import (
     Completion,
     DenoisingStep,
     FinishReason,
+    LogProbs,
     Prompt,
     Request,
     Trajectory,
     Usage,
 )
 from dllm_engine.sampling_params import SamplingParams
+from dllm_engine.scores import Score
 
 __all__ = [
     "LLM",
@@ -43,6 +45,7 @@ __all__ = [
     "FinishReason",
     "InvalidConfig",
     "InvalidRequest",
+    "LogProbs",
     "ModelSummary",
     "NotStarted",
     "Prompt",
@@ -51,6 +54,7 @@ __all__ = [
     "Request",
     "RequestFailed",
     "SamplingParams",
+    "Score",
     "Trajectory",
     "Usage",
 ]

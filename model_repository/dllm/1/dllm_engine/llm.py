@@ -8,15 +8,17 @@ import json
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 from tqdm.auto import tqdm
 
 from dllm_engine.config import EngineConfig, unknown_setting
+from dllm_engine.decisions import Answer, read_decisions
 from dllm_engine.errors import EngineDead, InvalidRequest
 from dllm_engine.loop.engine import Engine
+from dllm_engine.readings import Readings
 from dllm_engine.request import (
     CanvasUpdate,
     Completion,
@@ -26,6 +28,9 @@ from dllm_engine.request import (
     Trajectory,
 )
 from dllm_engine.sampling_params import SamplingParams
+from dllm_engine.scores import Score, read_scores
+
+T = TypeVar("T")
 
 #: A text, chat messages, token ids, or a `Prompt` with a canvas or suffix of its own.
 AnyPrompt = (
@@ -86,24 +91,17 @@ class LLM:
         """
         batch = _as_list(prompts)
         each = _one_per_prompt(params, len(batch))
-        interval = 0.0 if trajectory else None
         requests = [
-            self.engine.make_request(self._encode(prompt, chat), p, stream_interval=interval)
+            self.engine.make_request(self._encode(prompt, chat), p)
             for prompt, p in zip(batch, each, strict=True)
         ]
-        recorders = {r.request_id: self._recorder(r) for r in requests} if trajectory else {}
         finished: dict[int, CanvasUpdate] = {}
         with tqdm(total=len(requests), desc="denoising", disable=not progress) as bar:
             for update in self._run(requests):
-                if trajectory:
-                    recorders[update.request_id].add(update)
                 if update.finished:
                     finished[update.request_id] = update
                     bar.update()
-        return [
-            self._completion(finished[r.request_id], r, recorders.get(r.request_id))
-            for r in requests
-        ]
+        return [self._completion(finished[r.request_id], r, trajectory) for r in requests]
 
     def stream(
         self, prompt: AnyPrompt, params: SamplingParams | None = None, *, chat: bool = False
@@ -124,13 +122,83 @@ class LLM:
         request = self.engine.make_request(
             self._encode(prompt, chat), params or SamplingParams(), stream_interval=0.0
         )
-        recorder = self._recorder(request)
+        shown = 0
         for update in self._run([request]):
-            committed = recorder.add(update)
+            committed: list[int] = np.flatnonzero(update.reveal_steps > shown).tolist()
+            shown = update.usage.steps
             if committed:
                 yield self._step(update, request, committed)
             if update.finished:
-                yield self._completion(update, request, recorder)
+                yield self._completion(update, request, trajectory=True)
+
+    def decide(
+        self,
+        text: str | Sequence[Mapping[str, str]],
+        questions: Sequence[Mapping[str, Any]],
+    ) -> list[Answer]:
+        """Answer typed questions about a text by probabilities, without writing any.
+
+        Args:
+            text: a text, or chat messages.
+            questions: as `POST /v1/decisions` takes them; each instruction is a text.
+
+        Returns:
+            Answers in the order of the questions, shaped as those of `POST /v1/decisions`.
+
+        Raises:
+            InvalidRequest: names the field and the limit; nothing was run.
+            RequestFailed: a question failed in the engine.
+        """
+        spec = self.engine.spec
+        return self._read(
+            read_decisions(
+                text,
+                questions,
+                self.engine.tokenizer,
+                spec.mask_token_id,
+                blockwise=spec.blocks is not None,
+            )
+        )
+
+    def score(
+        self, pairs: Sequence[tuple[str, str]], *, mc_num: int | None = None, seed: int = 0
+    ) -> list[Score]:
+        """Score how likely each continuation is after its context.
+
+        Exact, left to right, for block-wise models; LLaDA's Monte Carlo estimate for others.
+
+        Args:
+            pairs: context and continuation.
+            mc_num: draws of the estimate; None: 128.
+            seed: of the draws.
+
+        Raises:
+            InvalidRequest: names the field and the limit; nothing was run.
+            RequestFailed: a pass failed in the engine.
+        """
+        spec = self.engine.spec
+        return self._read(
+            read_scores(
+                pairs,
+                self.engine.tokenizer,
+                spec.mask_token_id,
+                blockwise=spec.blocks is not None,
+                mc_num=mc_num,
+                seed=seed,
+            )
+        )
+
+    def _read(self, readings: Readings[T]) -> T:
+        """Run readings, and make their answer."""
+        make, params = self.engine.make_request, SamplingParams()
+        requests = [make(prompt, params) for prompt in readings.prompts]
+        found: dict[int, CanvasUpdate] = {}
+        for update in self._run(requests):
+            if update.error is not None:
+                raise update.error
+            found[update.request_id] = update
+        reads = [found[request.request_id].read for request in requests]
+        return readings.answer([read for read in reads if read is not None])
 
     def close(self) -> None:
         """End the processes of other ranks (`tensor_parallel_size`); leaving `with` calls it."""
@@ -196,9 +264,6 @@ class LLM:
                 if (box := self._updates.get(update.request_id)) is not None:
                     box.append(update)
 
-    def _recorder(self, request: Request) -> _Recorder:
-        return _Recorder(request, self.engine.spec.mask_token_id)
-
     def _step(self, update: CanvasUpdate, request: Request, committed: list[int]) -> DenoisingStep:
         masked = update.token_ids == self.engine.spec.mask_token_id
         pieces = self._pieces(update.token_ids, ~masked)
@@ -217,18 +282,12 @@ class LLM:
         tokenizer = self.engine.tokenizer
         return tokenizer.pieces(token_ids, shown) if tokenizer else [""] * len(token_ids)
 
-    def _completion(
-        self, update: CanvasUpdate, request: Request, recorder: _Recorder | None
-    ) -> Completion:
+    def _completion(self, update: CanvasUpdate, request: Request, trajectory: bool) -> Completion:
         if update.error is not None:
             raise update.error
         assert update.finish_reason is not None
         tokenizer, stop = self.engine.tokenizer, request.params.stop
         text = tokenizer.answer(update.token_ids[: update.num_ready], stop) if tokenizer else ""
-        trajectory = None
-        if recorder is not None:
-            pieces = self._pieces(update.token_ids, recorder.steps >= 0)
-            trajectory = Trajectory(pieces, recorder.steps, recorder.confidence)
         return Completion(
             text,
             update.token_ids,
@@ -236,27 +295,15 @@ class LLM:
             update.finish_reason,
             update.usage,
             update.seed,
-            trajectory,
+            self._trajectory(update) if trajectory else None,
+            update.reveal_steps if request.params.reveal_steps else None,
+            update.log_probs,
         )
 
-
-class _Recorder:
-    """Notes in which step each position of one canvas was committed, and how sure the model was."""
-
-    def __init__(self, request: Request, mask: int) -> None:
-        self._mask = mask
-        canvas = np.array(request.prompt.canvas_ids or [mask] * request.params.gen_length)
-        #: As in `Trajectory`.
-        self.steps = np.where(canvas == mask, -1, 0).astype(np.int32)
-        self.confidence = np.where(canvas == mask, -1, 1).astype(np.float32)
-
-    def add(self, update: CanvasUpdate) -> list[int]:
-        """Note an update; returns the positions that are new in it."""
-        new = (update.token_ids != self._mask) & (self.steps < 0)
-        self.steps[new] = update.usage.steps
-        self.confidence[new] = update.confidence[new]
-        positions: list[int] = np.flatnonzero(new).tolist()
-        return positions
+    def _trajectory(self, update: CanvasUpdate) -> Trajectory:
+        steps = update.reveal_steps
+        confidence = np.where(steps == 0, np.float32(1), update.confidence)
+        return Trajectory(self._pieces(update.token_ids, steps >= 0), steps, confidence)
 
 
 def _as_list(prompts: AnyPrompt | Sequence[AnyPrompt]) -> Sequence[AnyPrompt]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dllm_engine.sampling_params import SamplingParams
+from dllm_engine.structured.token_automaton import TokenAutomaton
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -30,6 +31,9 @@ class Prompt:
     canvas_ids: list[int] = dataclasses.field(default_factory=list)
     #: The tokens behind the canvas (infilling).
     suffix_ids: list[int] = dataclasses.field(default_factory=list)
+    #: [masks, K] int64; tokens whose log-probabilities to read at each mask of the canvas, −1 for
+    #: none. The request then runs the model once at its masks, and decodes nothing.
+    reads: npt.NDArray[np.int64] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -84,6 +88,8 @@ class Request:
     name: str = ""
     #: Requests share keys and values of equal beginnings only if their salts are equal.
     cache_salt: str = ""
+    #: Which tokens its text may have; None: any.
+    form: TokenAutomaton | None = None
     #: Pages of keys and values up to the end of its next step, and those that it holds.
     num_pages: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
@@ -191,6 +197,8 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"
     #: The client disconnected or cancelled.
     CANCELLED = "cancelled"
+    #: What the request asked to read is read.
+    READ = "read"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +214,35 @@ class Usage:
     forward_passes: int
     #: Tokens of the prompt whose keys and values came from the prefix cache.
     cached_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LogProbs:
+    """Log-probabilities of a canvas: log-softmax of the model's logits at the step of commit.
+
+    Nothing that shapes the choice of a token counts: temperature, filters, forbidden tokens. With
+    guidance, the logits are those that guidance makes. The sum is over the whole vocabulary.
+    """
+
+    #: [gen_length] float32; of the committed token; NaN where no step committed one.
+    chosen: npt.NDArray[np.float32]
+    #: [gen_length, K] float32; of the K most probable tokens but the mask token, descending.
+    top: npt.NDArray[np.float32]
+    #: [gen_length, K] int32; these tokens; −1 where no step committed one.
+    top_tokens: npt.NDArray[np.int32]
+
+    @classmethod
+    def empty(cls, gen_length: int, num_top: int) -> LogProbs:
+        """Those of a canvas of masks."""
+        return cls(
+            np.full(gen_length, np.nan, np.float32),
+            np.full((gen_length, num_top), np.nan, np.float32),
+            np.full((gen_length, num_top), -1, np.int32),
+        )
+
+    def beginning(self, count: int) -> LogProbs:
+        """A copy of the first `count` positions."""
+        return LogProbs(*(values[:count].copy() for values in vars(self).values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +262,15 @@ class CanvasUpdate:
     finish_reason: FinishReason | None = None
     #: Set instead of a finish reason when the request failed.
     error: Exception | None = None
+    #: [gen_length] int32; the step that committed the position, from 1; 0 where given, −1 while
+    #: masked.
+    reveal_steps: npt.NDArray[np.int32] = dataclasses.field(
+        default_factory=lambda: np.zeros(0, np.int32)
+    )
+    #: None unless the request asks.
+    log_probs: LogProbs | None = None
+    #: [masks, K] float32; log-softmax of the raw logits for `Prompt.reads`, −∞ for no token.
+    read: npt.NDArray[np.float32] | None = None
 
     @property
     def finished(self) -> bool:
@@ -275,3 +321,7 @@ class Completion:
     seed: int
     #: None unless it was asked for.
     trajectory: Trajectory | None = None
+    #: `Trajectory.steps`; None unless `SamplingParams.reveal_steps`.
+    reveal_steps: npt.NDArray[np.int32] | None = None
+    #: None unless `SamplingParams.logprobs`.
+    log_probs: LogProbs | None = None

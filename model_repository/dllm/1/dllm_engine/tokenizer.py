@@ -16,6 +16,7 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from dllm_engine.errors import CheckpointError, InvalidRequest
+from dllm_engine.structured.vocabulary import Vocabulary
 
 #: The file that identifies a tokenizer's format, and the class that reads it without the
 #: checkpoint's own code. Dream has Qwen2's files, but names a class of its own.
@@ -36,6 +37,12 @@ _TEMPLATE_ERRORS = (
     ValueError,
 )
 _INCOMPLETE = "\ufffd"
+#: A token of a single byte, as SentencePiece names it.
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+#: The character by which a byte-level vocabulary names each byte (GPT-2's `bytes_to_unicode`).
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE}
+_BYTE_OF |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in _PRINTABLE)}
 _MAX_CHARACTER_TOKENS = 4  # one for each byte that UTF-8 may take
 
 
@@ -106,6 +113,22 @@ class Tokenizer:
         """The token that a text begins with; None if the checkpoint names none."""
         start: int | None = self._tokenizer.bos_token_id
         return start
+
+    def vocabulary(self, ends: tuple[int, ...]) -> Vocabulary | None:
+        """What each token writes; None if the tokens cannot be read as bytes.
+
+        Args:
+            ends: tokens that end an answer.
+        """
+
+        def encode(text: str) -> list[int]:
+            with self._lock:
+                ids: list[int] = self._tokenizer.encode(
+                    text, add_special_tokens=False, split_special_tokens=False
+                )
+            return ids
+
+        return Vocabulary.of(self._tokenizer, ends, encode)
 
     def encode_text(self, text: str) -> list[int]:
         """Encode a raw prompt without a template.
@@ -207,6 +230,22 @@ class Tokenizer:
                     partial = [token_id] if joined.endswith(_INCOMPLETE) else []
                     break
         return pieces
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text; none for special tokens."""
+        piece = self._piece(token_id)
+        if _INCOMPLETE not in piece:
+            return piece.encode()
+        name = self.token_name(token_id)
+        if (literal := _BYTE_TOKEN.fullmatch(name)) is not None:
+            return bytes([int(literal[1], 16)])
+        if all(character in _BYTE_OF for character in name):
+            return bytes(_BYTE_OF[character] for character in name)
+        return piece.encode()
+
+    def token_name(self, token_id: int) -> str:
+        """What the vocabulary calls a token; "" for an id that it does not have."""
+        return self._tokenizer.convert_ids_to_tokens(token_id) or ""
 
     def _gained(self, token_ids: list[int], joined: str) -> str:
         """Characters that these tokens form together, but none of them alone; "" if there are none.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -52,9 +52,11 @@ from dllm_engine.parallel.group import Group
 from dllm_engine.sampling.candidates import sample_candidates
 from dllm_engine.sampling.credit import LISTED
 from dllm_engine.sampling.full_logits import least_bytes
+from dllm_engine.sampling.log_probs import TokenLogProbs, token_log_probs
 from dllm_engine.sampling.rows import Candidates, SpecialTokens
 from dllm_engine.state.batch import StepInputs
 from dllm_engine.state.canvas import LONGEST_BLOCK, CanvasTable
+from dllm_engine.structured.best_text import Span
 
 logger = logging.getLogger("dllm_engine")
 
@@ -154,6 +156,8 @@ class RankModel:
         ).with_pages(spec.max_model_len, config.max_num_seqs, needs_pages=needs_pages)
         self.pages: KVPages
         self._layer_pages: list[LayerPages] = []
+        #: Head inputs of the masked positions, kept from `candidates` to `log_probs`.
+        self._sampled_hidden: Tensor | None = None
         #: Recorded forward passes, once `allocate` has made them.
         self.graphs: ForwardGraphs | None = None
 
@@ -246,20 +250,50 @@ class RankModel:
         self._operations.draw(logits, options, filters)
 
     @torch.inference_mode()
-    def candidates(self, inputs: StepInputs) -> Candidates:
-        """Choose a token for each masked position of the step, with its confidence."""
+    def candidates(self, inputs: StepInputs, spans: Sequence[Span] = ()) -> Candidates:
+        """Choose a token for each masked position of the step, with its confidence.
+
+        Args:
+            inputs: the step.
+            spans: of the positions that automata decide; given to the first rank alone.
+        """
         if not len(inputs.rows):  # nothing but prompts
             self._hidden(inputs, inputs.rows)
             nothing = inputs.sampling.temperature.to(torch.float32)
             return Candidates(inputs.rows, nothing, nothing, nothing)
+        hidden = self._masked_hidden(inputs)
+        if inputs.num_log_probs:
+            self._sampled_hidden = hidden
         return sample_candidates(
-            self._masked_hidden(inputs),
+            hidden,
             self.model.head,
             inputs.sampling,
             self.special,
             budget_bytes=self._budget_bytes,
             needs_entropy=inputs.needs_entropy,
             credits=inputs.credits,
+            constrained=inputs.constrained,
+            spans=spans,
+            read_tokens=inputs.read_tokens,
+        )
+
+    @torch.inference_mode()
+    def log_probs(self, rows: Tensor, tokens: Tensor, num_top: int) -> TokenLogProbs:
+        """Compute log-probabilities of some masked positions of the step that `candidates` ran.
+
+        Args:
+            rows, tokens: [P] int64; which of the masked positions, and a token of each.
+            num_top: how many of the most probable tokens to list.
+        """
+        hidden, self._sampled_hidden = self._sampled_hidden, None
+        assert hidden is not None
+        return token_log_probs(
+            hidden[rows],
+            self.model.head,
+            tokens,
+            mask=self.special.mask,
+            num_top=num_top,
+            budget_bytes=self._budget_bytes,
         )
 
     def _masked_hidden(self, inputs: StepInputs) -> Tensor:

@@ -62,6 +62,9 @@ def serve(connection: RankConnection) -> None:
         inputs = packed.fill(group.receive(packed.shapes))
         assert isinstance(inputs, StepInputs)
         model.candidates(inputs)
+        if inputs.num_log_probs:
+            rows, tokens = group.receive([(torch.int64, (inputs.num_log_probs,))] * 2)
+            model.log_probs(rows, tokens, inputs.num_top)
 
 
 def main(descriptor: int) -> None:

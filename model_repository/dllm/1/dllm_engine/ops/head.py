@@ -9,6 +9,7 @@ from torch import Tensor
 from dllm_engine.ops.dispatch import TORCH, Operations
 from dllm_engine.ops.head_types import TILE, Filters, HeadOptions, HeadStatistics
 from dllm_engine.ops.linear import can_pack, pack, packed_linear
+from dllm_engine.ops.log_probs import TokenLogits, token_logits
 from dllm_engine.ops.rows import widen
 
 
@@ -78,6 +79,19 @@ class Head:
         """Bytes that all logits and `draw` take per row, and once."""
         element_size = self.tiles[0].element_size()
         return self._operations.draw_bytes(self.vocab_size, element_size)
+
+    def token_logits(
+        self, hidden: Tensor, tokens: Tensor, *, mask: int, num_top: int
+    ) -> TokenLogits:
+        """Reduce the logits to what log-probabilities are made of.
+
+        Args:
+            hidden: [rows, hidden_size]; rows in a multiple of `ROW_MULTIPLE`.
+            tokens: [rows] int64; a token of each row.
+            mask: the mask token, which is not listed.
+            num_top: how many of the largest logits to list.
+        """
+        return token_logits(self, hidden, tokens, mask=mask, num_top=num_top)
 
     def statistics_bytes(self, *, noisy: bool, needs_entropy: bool) -> int:
         """Bytes per row that `statistics` takes while it runs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from dllm_engine.ops.dispatch import TORCH, Operations
 from dllm_engine.ops.head import Head
 from dllm_engine.ops.head_types import HeadOptions, HeadStatistics
+from dllm_engine.ops.log_probs import TokenLogits, merge_token_logits
 from dllm_engine.parallel.group import Group
 
 
@@ -39,6 +41,21 @@ class SlicedHead(Head):
     ) -> HeadStatistics:
         """Reduce the logits of the whole vocabulary to statistics; a collective call."""
         return merge_over_ranks(super().statistics(hidden, options, extra_tokens), self._group)
+
+    def token_logits(
+        self, hidden: Tensor, tokens: Tensor, *, mask: int, num_top: int
+    ) -> TokenLogits:
+        """Reduce the logits to what log-probabilities are made of; a collective call."""
+        mine = super().token_logits(hidden, tokens, mask=mask, num_top=num_top)
+        columns = [_column(values) for values in vars(mine).values()]
+        widths = [column.shape[1] for column in columns]
+        parts = []
+        for table in self._group.gather(torch.cat(columns, dim=1)):
+            values = zip(vars(mine).items(), torch.split(table, widths, dim=1), strict=True)
+            parts.append(
+                TokenLogits(**{name: _like(own, column) for (name, own), column in values})
+            )
+        return functools.reduce(lambda a, b: merge_token_logits(a, b, num_top), parts)
 
 
 def merge_over_ranks(mine: HeadStatistics, group: Group) -> HeadStatistics:
@@ -87,7 +104,8 @@ def merge(left: HeadStatistics, right: HeadStatistics) -> HeadStatistics:
 
 def _column(values: Tensor) -> Tensor:
     """float64 [rows, K] of [rows] or [rows, K]."""
-    return values.to(torch.float64).view(len(values), -1)
+    columns = values if values.dim() == 2 else values.unsqueeze(1)
+    return columns.to(torch.float64)
 
 
 def _like(values: Tensor, column: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ def from_statistics(
     budget_bytes: int,
     needs_entropy: bool,
     credits: Credits | None = None,
+    read_tokens: Tensor | None = None,
 ) -> Candidates:
     """Candidates from the clean distribution; see `sample_candidates`.
 
@@ -36,6 +39,7 @@ def from_statistics(
             head,
             options.take(part),
             None if credits is None else credits.take(part),
+            None if read_tokens is None else read_tokens[part],
         )
         for part in slices
     ]
@@ -64,10 +68,24 @@ def options_of(
 
 
 def _candidates(
-    hidden: Tensor, head: Head, options: HeadOptions, credits: Credits | None
+    hidden: Tensor,
+    head: Head,
+    options: HeadOptions,
+    credits: Credits | None,
+    read_tokens: Tensor | None,
 ) -> Candidates:
-    found = head.statistics(hidden, options, None if credits is None else credits.tokens)
-    return candidates_of(found, options, credits)
+    extra = [] if credits is None else [credits.tokens]
+    listed = extra[0].shape[1] if extra else 0
+    if read_tokens is not None:
+        extra.append(read_tokens)
+    found = head.statistics(hidden, options, torch.cat(extra, dim=1) if extra else None)
+    read = None
+    if read_tokens is not None and found.extra_logits is not None:
+        below = found.extra_logits[:, listed:] - found.max_logit.unsqueeze(1)
+        read = below - found.sum_exp.log().unsqueeze(1)
+    if found.extra_logits is not None:
+        found.extra_logits = found.extra_logits[:, :listed]
+    return dataclasses.replace(candidates_of(found, options, credits), read=read)
 
 
 def candidates_of(

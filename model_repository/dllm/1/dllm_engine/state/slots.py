@@ -30,6 +30,8 @@ class SlotState(NamedTuple):
     #: [R] int64; which slots they are in.
     slots: Array
     step: Int
+    #: Steps run; `step` also counts those that Dream's schedule leaves empty, and no prefill.
+    steps_run: Int
     #: Schedule of the active block: steps run, its share of the steps, masks when it began.
     block_step: Int
     block_steps: Int
@@ -86,6 +88,8 @@ class SlotState(NamedTuple):
     delay_steps: Int
     refresh_interval: Int
     pool_kernel: Int
+    #: How many alternatives to list beside each token's log-probability; −1: neither.
+    logprobs: Int
     temperature: Float
     cfg_scale: Float
     #: The rule's two parameters.
@@ -202,6 +206,7 @@ def _numbers(prompt: Prompt, params: SamplingParams) -> dict[str, float | bool]:
     is_gap = bool(prompt.suffix_ids or prompt.canvas_ids)
     return same | {
         "top_k": params.top_k or 0,
+        "logprobs": -1 if params.logprobs is None else params.logprobs,
         "score": int(score),
         "rule": int(decoding.rule),
         "cache": int(CachePolicy[params.cache.upper()]),

@@ -16,12 +16,10 @@ from openai_calls import CHAT, QUESTION, TEXT, post, until_healthy
 from adapter.types import CheckResult
 
 REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
-    (CHAT, {"n": 2}, "n", "not supported"),
-    (CHAT, {"logprobs": True}, "logprobs", "not supported"),
-    (CHAT, {"top_logprobs": 3}, "top_logprobs", "not supported"),
     (CHAT, {"tools": [{"type": "function"}]}, "tools", "not supported"),
     (CHAT, {"tool_choice": "required"}, "tool_choice", "not supported"),
-    (CHAT, {"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+    (CHAT, {"response_format": {"type": "json_schema"}}, "response_format", "json_schema"),
+    (TEXT, {"response_format": {"type": "xml"}}, "response_format.type", "json_object"),
     (CHAT, {"frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
     (CHAT, {"presence_penalty": -1}, "presence_penalty", "not supported"),
     (CHAT, {"logit_bias": {"1": 5}}, "logit_bias", "not supported"),
@@ -58,7 +56,6 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
      "messages.0.content.0.type", "'text'"),
     (TEXT, {"best_of": 2}, "best_of", "not supported"),
     (TEXT, {"echo": True}, "echo", "not supported"),
-    (TEXT, {"logprobs": 0}, "logprobs", "not supported"),
     (TEXT, {"prompt": ""}, "prompt", "at least 1 character"),
     (TEXT, {"prompt": []}, "prompt", "Should be a string"),
     (TEXT, {"prompt": 5}, "prompt", "Should be a string"),
