@@ -6,6 +6,7 @@ import secrets
 import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 
 from fastapi import FastAPI
@@ -23,8 +24,10 @@ from adapter.auth.middleware import AuthMiddleware
 from adapter.auth.rate_limit import RateLimiter
 from adapter.db.database import Database
 from adapter.engine.channel import TritonCredentials
+from adapter.engine.fleet import Fleet
 from adapter.engine.monitor import EngineMonitor
 from adapter.engine.pool import Endpoint, EnginePool
+from adapter.engine.resolve import Resolver
 from adapter.engine.streaming import StreamingRequests
 from adapter.engine.triton import TritonEngine
 from adapter.errors import SettingsError
@@ -52,7 +55,7 @@ def create_app(
 ) -> FastAPI:
     """Build the application. Raises `SettingsError`.
 
-    Tests pass `engines` by address, to be used instead of tritonservers.
+    Tests pass `engines` to be used instead of tritonservers: by address, or address/model.
     """
     chosen = load_settings() if settings is None else settings
     configure_logging(chosen.log_level, chosen.log_format)
@@ -67,11 +70,10 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            found = engines or {url: _triton(chosen, url) for url in chosen.triton_urls}
             if flush_spans is not None:
                 stack.callback(flush_spans)
             try:
-                await _open(app, chosen, found, stack)
+                await _open(app, chosen, _fleet(chosen, engines), stack)
             except SettingsError as error:
                 app.state.refusal = str(error)
                 raise
@@ -129,7 +131,7 @@ def create_app(
 async def _open(
     app: FastAPI,
     settings: Settings,
-    engines: Mapping[str, Engine],
+    fleet: Fleet,
     stack: AsyncExitStack,
 ) -> None:
     """Open the services in the order of their dependencies; the stack closes them in reverse."""
@@ -143,44 +145,32 @@ async def _open(
         app.state.rate_limiter = limiter = RateLimiter(database, settings.rate_limit)
         tidying = PeriodicTask("rate-limits", limiter.tidy)
         tasks.append(await stack.enter_async_context(tidying))
-    store = JobStore(database, max_attempts=settings.job_max_attempts)
-    pool = EnginePool(
-        [
-            Endpoint(
-                url,
-                engine,
-                _monitor(settings, url, engine),
-                share_prefixes=settings.share_prefixes,
-            )
-            for url, engine in engines.items()
-        ]
+    store = JobStore(
+        database, max_attempts=settings.job_max_attempts, default_model=settings.model_name
     )
-    runner = JobRunner(store, pool, owner=worker, settings=settings)
+    runner = JobRunner(store, fleet, owner=worker, settings=settings)
     watcher = JobWatcher(store, runner)
-    shares = Shares(
+    make_shares = partial(
+        Shares,
         settings.max_live,
         settings.key_share,
         what="calls wait for their answers",
         setting="DLLM_MAX_LIVE",
     )
-    live = StreamingRequests(pool, shares=shares, idle_timeout=settings.engine_idle_timeout)
+    idle_timeout = settings.engine_idle_timeout
+    live = StreamingRequests(fleet, make_shares=make_shares, idle_timeout=idle_timeout)
     database.subscribe(watcher.wake_all)
-    for service in (pool, watcher, runner, live):
+    for service in (fleet, watcher, runner, live):
         await stack.enter_async_context(service)
     app.state.database = database
-    app.state.tasks = [
-        *tasks,
-        *runner.loops,
-        watcher.loop,
-        *(e.monitor.loop for e in pool.endpoints),
-    ]
-    app.state.pool = pool
+    app.state.tasks = [*tasks, *runner.loops, watcher.loop]
+    app.state.fleet = fleet
     app.state.live = live
     app.state.jobs = JobService(
         store,
         runner,
         watcher,
-        pool,
+        fleet,
         max_queued=settings.max_queued_jobs,
         max_held=settings.max_held_polls,
         key_share=settings.key_share,
@@ -189,7 +179,8 @@ async def _open(
     # several times a minute.
     gc.collect()
     gc.freeze()
-    log.info("worker_started", worker=worker, engines=list(engines))
+    found = sorted({endpoint.name for pool in fleet.pools for endpoint in pool.endpoints})
+    log.info("worker_started", worker=worker, engines=found)
 
 
 class _StartMiddleware:
@@ -208,23 +199,44 @@ class _StartMiddleware:
         await self._app(scope, receive, told if scope["type"] == "lifespan" else send)
 
 
-def _triton(settings: Settings, url: str) -> Engine:
-    return TritonEngine(
-        url,
-        settings.model_name,
-        stream_interval=settings.stream_interval,
-        idle_timeout=settings.engine_idle_timeout,
-        credentials=TritonCredentials.of(settings),
+def _fleet(settings: Settings, engines: Mapping[str, Engine] | None) -> Fleet:
+    def connect(address: str, url: str, model: str = settings.model_name) -> Engine:
+        if engines is not None:
+            return engines.get(f"{address}/{model}") or engines[address]
+        return TritonEngine(
+            address,
+            model,
+            stream_interval=settings.stream_interval,
+            idle_timeout=settings.engine_idle_timeout,
+            credentials=TritonCredentials.of(settings),
+            found_by=url,
+        )
+
+    def endpoint(address: str, url: str, pool: EnginePool) -> Endpoint:
+        engine = connect(address, url, pool.model)
+        monitor = EngineMonitor(
+            address,
+            engine,
+            model=pool.model,
+            probe_interval=settings.probe_interval,
+            idle_timeout=settings.engine_idle_timeout,
+        )
+        share = settings.share_prefixes
+        return Endpoint(address, engine, monitor, pool.metrics, share_prefixes=share)
+
+    return Fleet(
+        settings.triton_urls if engines is None else [name for name in engines if "/" not in name],
+        default=settings.model_name,
+        served_name=settings.openai_model,
+        connect=connect,
+        endpoint=endpoint,
+        interval=settings.discovery_interval,
+        resolver=Resolver() if engines is None else Resolver(_no_lookup),
     )
 
 
-def _monitor(settings: Settings, url: str, engine: Engine) -> EngineMonitor:
-    return EngineMonitor(
-        url,
-        engine,
-        probe_interval=settings.probe_interval,
-        idle_timeout=settings.engine_idle_timeout,
-    )
+async def _no_lookup(host: str) -> list[str]:
+    return [host]
 
 
 def _worker_name() -> str:

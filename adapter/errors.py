@@ -12,6 +12,7 @@ AdapterError
   InvalidRequest         the engine refuses the request's values
     ContextExceeded        the prompt leaves no room for an answer
   KeyReused              the Idempotency-Key belongs to another submission
+  UnknownModel           no tritonserver has a model of that name
   JobNotFound            no such job, or its result has expired
   TooManyJobs            the queue of jobs is full
   TooManyCalls           the worker serves as many calls as it may
@@ -142,6 +143,12 @@ class KeyReused(AdapterError):
     """The Idempotency-Key belongs to another submission."""
 
     status = 422
+
+
+class UnknownModel(AdapterError):
+    """No tritonserver has a model of that name."""
+
+    status = 404
 
 
 class JobNotFound(AdapterError):

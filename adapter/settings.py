@@ -49,7 +49,12 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     """Address at which uvicorn publishes the API; the adapter warns if it is public and open."""
     triton_url: str = "127.0.0.1:8011"
-    """Triton's gRPC address, host:port; separate several by commas."""
+    """Triton's gRPC address, host:port; separate several by commas.
+
+    A DNS name may stand for several servers.
+    """
+    discovery_interval: Seconds = 10.0
+    """Pause between two looks which tritonservers there are, and which models they have."""
     triton_ca_file: Path | None = None
     """CAs of Triton's certificate, in PEM; its gRPC port is reached by TLS if set."""
     triton_cert_file: Path | None = None
@@ -61,7 +66,7 @@ class Settings(BaseSettings):
     triton_protocol_keys_file: Path | None = None
     """A file of KEY=VALUE lines for Triton's restricted protocols."""
     model_name: str = "dllm"
-    """The Triton model that generates."""
+    """The Triton model of calls that name none."""
     database_url: str = "sqlite:///./dllm-jobs.db"
     """Database of the jobs."""
     database_timeout: Seconds = 5.0

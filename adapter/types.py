@@ -1,7 +1,7 @@
 """Requests to an engine, their events, and the protocol of an engine."""
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol, Self
 
@@ -128,6 +128,18 @@ class ModelInfo:
     block_length: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """The models that a tritonserver lists."""
+
+    #: Those that are engines of ours, by name.
+    engines: tuple[str, ...] = ()
+    #: Those that are not loaded and may be engines: why, by name.
+    unready: Mapping[str, str] = field(default_factory=dict)
+    #: Those that are no engines.
+    others: frozenset[str] = frozenset()
+
+
 class StreamDetail(Enum):
     """How much the events of a request carry, and how often they come."""
 
@@ -162,6 +174,13 @@ class Engine(Protocol):
 
     async def describe(self) -> ModelInfo:
         """Ask which model is served. Raises `InvalidRequest` or an `EngineError`."""
+        ...
+
+    async def repository(self, known: Repository | None) -> Repository:
+        """Ask which models its server has; `known` is an earlier answer. Raises an `AdapterError`.
+
+        An engine that is `known` stays one while it is listed, whether it is loaded or not.
+        """
         ...
 
     def cancel(self, request_id: str) -> None:

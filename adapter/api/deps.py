@@ -12,7 +12,7 @@ from fastapi import Request
 from adapter.api.validation import BatchLimit
 from adapter.auth.rate_limit import Quota, RateLimiter
 from adapter.db.database import Database
-from adapter.engine.pool import EnginePool
+from adapter.engine.fleet import Fleet
 from adapter.engine.streaming import StreamingRequests
 from adapter.jobs.job import JobOptions
 from adapter.jobs.service import JobService
@@ -32,10 +32,15 @@ class RequestContext:
     #: W3C trace context of the call's span.
     traceparent: str | None = None
 
-    def options(self, priority: int = DEFAULT_PRIORITY, timeout: float | None = None) -> JobOptions:
-        """Options for the jobs that this call submits."""
+    def options(
+        self,
+        priority: int = DEFAULT_PRIORITY,
+        timeout: float | None = None,
+        model: str | None = None,
+    ) -> JobOptions:
+        """Options for the jobs that this call submits; `model` is a name at Triton."""
         return JobOptions(
-            priority, timeout, self.api_key, self.request_id or None, self.traceparent
+            priority, timeout, self.api_key, self.request_id or None, self.traceparent, model
         )
 
 
@@ -55,7 +60,7 @@ class Services(Protocol):
     settings: Settings
     database: Database
     rate_limiter: RateLimiter | None
-    pool: EnginePool
+    fleet: Fleet
     jobs: JobService
     live: StreamingRequests
     #: Background tasks, which have to go on.

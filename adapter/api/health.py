@@ -18,16 +18,27 @@ async def health(request: Request, response: Response) -> Health:
     """Readiness: 200 while jobs and live calls can be taken, otherwise 503 with the reason.
 
     Jobs need the database, and wait for an engine. Streams and OpenAI calls need an engine only.
+    With several models, one that responds is enough.
     """
     ours = services(request)
-    jobs = Readiness.of(ours.database.outage or _stalled(ours.tasks))
-    engine = ours.pool.state
-    live = Readiness.of(None if engine.ok else engine.reason)
+    jobs = Readiness.of(ours.database.outage or _stalled([*ours.tasks, *ours.fleet.loops]))
+    models = {
+        pool.served_name: Readiness.of(None if pool.state.ok else pool.state.reason)
+        for pool in ours.fleet.pools
+    }
+    away = [model.reason for model in models.values() if model.reason is not None]
+    live = Readiness.of(away[0] if len(away) == len(models) else None)
     reasons = [part.reason for part in (live, jobs) if part.reason is not None]
     if reasons:
         response.status_code = 503
     status = Readiness.of("; ".join(reasons) or None)
-    return Health(status=status.status, reason=status.reason, jobs=jobs, live=live)
+    return Health(
+        status=status.status,
+        reason=status.reason,
+        jobs=jobs,
+        live=live,
+        models=models if len(models) > 1 else None,
+    )
 
 
 @router.get("/v1/livez", response_model_exclude_none=True, responses={503: {"model": Liveness}})
@@ -36,7 +47,8 @@ async def livez(request: Request, response: Response) -> Liveness:
 
     It stays 200 while the engine or the database is away: a new process would not help.
     """
-    reason = _stalled(services(request).tasks)
+    ours = services(request)
+    reason = _stalled([*ours.tasks, *ours.fleet.loops])
     if reason is not None:
         response.status_code = 503
         return Liveness(status="stalled", reason=reason)

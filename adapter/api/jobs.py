@@ -10,11 +10,13 @@ from adapter.api.schemas import (
     BatchRequest,
     GenerateRequest,
     Result,
+    SchedulingParams,
     Submitted,
     error_responses,
 )
 from adapter.api.sse import cancel_on_disconnect
 from adapter.api.validation import check_batch, check_batch_size, check_limits
+from adapter.jobs.job import JobOptions
 
 router = APIRouter(prefix="/v1", tags=["jobs"], responses=error_responses())
 
@@ -47,7 +49,7 @@ async def generate(
 ) -> Submitted:
     """Submit one prompt, as `n` jobs."""
     check_limits(body, services(request).settings)
-    options = request_context(request).options(body.priority, body.timeout)
+    options = _options(body, request)
     inputs = [choice.inputs() for choice in choices_of(body, body.n)]
     most = services(request).jobs.most_at_once(options.api_key)
     check_batch_size("n", inputs, batch_limit(request, most, "DLLM_MAX_QUEUED_JOBS"))
@@ -61,7 +63,7 @@ async def generate_batch(
     body: BatchRequest, request: Request, key: IdempotencyKey = None
 ) -> Submitted:
     """Submit several prompts; either all are accepted or none."""
-    options = request_context(request).options(body.priority, body.timeout)
+    options = _options(body, request)
     most = services(request).jobs.most_at_once(options.api_key)
     limit = batch_limit(request, most, "DLLM_MAX_QUEUED_JOBS")
     check_batch(body, limit, services(request).settings)
@@ -84,3 +86,9 @@ async def cancel(request_id: int, request: Request) -> Result:
     """Cancel a job; a finished one is returned unchanged."""
     job = await services(request).jobs.cancel(request_id, api_key=request_context(request).api_key)
     return Result.of(job)
+
+
+def _options(body: SchedulingParams, request: Request) -> JobOptions:
+    """Options for the call's jobs. Raises `UnknownModel`, `Unavailable`."""
+    model = None if body.model is None else services(request).fleet.find(body.model).model
+    return request_context(request).options(body.priority, body.timeout, model)

@@ -15,7 +15,7 @@ async def metrics(request: Request) -> Response:
     """Counters and timings of all workers, in Prometheus's text format."""
     try:
         counts = await services(request).jobs.count_active()
-        active = {state.value: count for state, count in counts.items()}
+        active = {(state.value, model): count for (state, model), count in counts.items()}
     except StoreUnavailable:
         active = None  # still show all other figures
     return Response(await exposition(active), media_type=CONTENT_TYPE_LATEST)

@@ -64,6 +64,7 @@ _Plain = AfterValidator(_plain_text)
 PlainText = Annotated[str, _Plain]
 Prompt = Annotated[str, Field(min_length=1), _Plain]
 Name = Annotated[str, Field(min_length=1, max_length=64), _Plain]
+ModelName = Annotated[str, Field(min_length=1, max_length=255), _Plain]
 Token = Annotated[int, Field(ge=0, le=INT32_MAX)]
 Count = Annotated[int, Field(ge=1, le=INT32_MAX)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS), _Plain]
@@ -213,8 +214,11 @@ class Sampling(Denoising):
 
 
 class SchedulingParams(Body):
-    """Deadline and priority of a request."""
+    """Model, deadline and priority of a request."""
 
+    model: ModelName | None = Field(
+        None, description="one of /v1/models; default: the first of them"
+    )
     timeout: float | None = Field(
         None, gt=0, description="seconds until it must be done; at most DLLM_MAX_TIMEOUT"
     )
@@ -384,6 +388,7 @@ class Health(Readiness):
 
     jobs: Readiness = Field(description="submissions, polls and cancellations")
     live: Readiness = Field(description="streams and OpenAI calls")
+    models: dict[str, Readiness] | None = Field(None, description="by name, if there are several")
 
 
 class Liveness(BaseModel):

@@ -44,6 +44,7 @@ async def generate_stream(body: GenerateRequest, request: Request) -> EventStrea
         priority=body.priority,
         timeout=body.timeout,
         api_key=context.api_key,
+        pool=services(request).fleet.find(body.model),
     )
     try:
         await cancel_on_disconnect(request, running.wait_accepted(FIRST_EVENT_TIMEOUT))

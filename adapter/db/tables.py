@@ -46,6 +46,7 @@ jobs = Table(
     Column("traceparent", String(64)),  # W3C trace context of that call
     Column("cached_tokens", Integer),  # of the prompt, from the prefix cache
     Column("tokens", Text),  # JSON: `Event.tokens`
+    Column("model", String(255)),  # its name at Triton; NULL: the default model
     Index("ix_jobs_queue", "state", "attempts", "priority", "id"),
     Index("ix_jobs_finished_at", "finished_at"),
     Index("ix_jobs_deadline", "deadline"),

@@ -3,13 +3,12 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Self
 
 from adapter.errors import EngineDead, EngineError, InvalidRequest
 from adapter.periodic import PeriodicTask
 from adapter.telemetry.logs import get_logger
-from adapter.telemetry.metrics import ENGINE_READY
+from adapter.telemetry.metrics import ENGINE_READY, TASK_LAST_STEP, forget
 from adapter.types import Engine
 
 log = get_logger()
@@ -46,9 +45,15 @@ class EngineMonitor:
     """
 
     def __init__(
-        self, name: str, engine: Engine, *, probe_interval: float, idle_timeout: float
+        self,
+        name: str,
+        engine: Engine,
+        *,
+        model: str,
+        probe_interval: float,
+        idle_timeout: float,
     ) -> None:
-        self._name = name
+        self._labels = (name, model)
         self._engine = engine
         self._interval = probe_interval
         self._idle_timeout = idle_timeout
@@ -61,7 +66,7 @@ class EngineMonitor:
         self._probe: asyncio.Task[ProbeResult] | None = None
         self._listeners: list[Callable[[], None]] = []
         #: The task that probes.
-        self.loop = PeriodicTask(f"engine-monitor-{name}", self._step)
+        self.loop = PeriodicTask(f"engine-monitor-{model}-{name}", self._step)
 
     @property
     def state(self) -> EngineState:
@@ -93,20 +98,17 @@ class EngineMonitor:
 
     async def __aenter__(self) -> Self:
         self._last_heartbeat = _now()
-        ENGINE_READY.labels(self._name).set(0)
+        ENGINE_READY.labels(*self._labels).set(0)
         await self.loop.__aenter__()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.loop.__aexit__(kind, error, trace)
+    async def __aexit__(self, *_: object) -> None:
+        await self.loop.__aexit__()
         if self._probe is not None:
             self._probe.cancel()
             await asyncio.wait([self._probe])
+        forget(ENGINE_READY, *self._labels)
+        forget(TASK_LAST_STEP, self.loop.name)
 
     async def _step(self) -> float:
         if self._probe is not None and self._probe.done():
@@ -162,10 +164,11 @@ class EngineMonitor:
             return
         if state.ok != self._state.ok:
             write = log.info if state.ok else log.warning
-            write("engine_state", engine=self._name, ok=state.ok, reason=state.reason)
+            name, model = self._labels
+            write("engine_state", engine=name, model=model, ok=state.ok, reason=state.reason)
             self._epoch += state.ok
         self._state = state
-        ENGINE_READY.labels(self._name).set(state.ok)
+        ENGINE_READY.labels(*self._labels).set(state.ok)
         for listener in self._listeners:
             listener()
 

@@ -1,4 +1,4 @@
-"""Several tritonservers as one: each has a monitor, and a request goes to the least busy one.
+"""The engines of one model: each has a monitor, and a request goes to the least busy one.
 
 gRPC could balance calls, but it only sees connections: a server that is loading, or whose model has
 died, accepts them too.
@@ -6,19 +6,22 @@ died, accepts them too.
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
-from types import TracebackType
+from contextlib import contextmanager
 from typing import Self
 
+from adapter.engine.affinity import Affinity
 from adapter.engine.monitor import EngineMonitor, EngineState
 from adapter.engine.validation_cache import ValidationCache
 from adapter.errors import EngineError, InvalidRequest, Overloaded
-from adapter.telemetry.metrics import INFLIGHT, count_usage
+from adapter.telemetry.metrics import ModelMetrics
 from adapter.telemetry.tracing import add_step, request_span, set_failed
 from adapter.types import Engine, Event, Inputs, ModelInfo
 
 FIRST_PAUSE = 0.25
 LONGEST_PAUSE = 8.0
+#: Between two looks whether an engine that gets no more requests has finished its last ones. A
+#: request that has just been given to it counts once its stream is open.
+RETIRE_SECONDS = 3.0
 #: Longest wait for an engine to say which model it serves.
 DESCRIBE_SECONDS = 2.0
 
@@ -30,12 +33,19 @@ class Endpoint:
     """
 
     def __init__(
-        self, name: str, engine: Engine, monitor: EngineMonitor, *, share_prefixes: bool = False
+        self,
+        name: str,
+        engine: Engine,
+        monitor: EngineMonitor,
+        metrics: ModelMetrics,
+        *,
+        share_prefixes: bool = False,
     ) -> None:
         self._share_prefixes = share_prefixes
         self.name = name
         self.engine = engine
         self.monitor = monitor
+        self._metrics = metrics
         self.inflight = 0
         self._accepted = ValidationCache()
         self._described: tuple[int, ModelInfo] | None = None
@@ -71,7 +81,7 @@ class Endpoint:
     def track(self, request_id: str) -> Iterator[Callable[[Event], None]]:
         """Account for one request while it runs here; call the result with each of its events."""
         self.inflight += 1
-        INFLIGHT.inc()
+        self._metrics.inflight.inc()
         span = request_span(request_id)
 
         def observe(event: Event) -> None:
@@ -81,7 +91,7 @@ class Endpoint:
             if event.finish_reason:
                 self._pause = 0.0
                 if event.usage is not None:
-                    count_usage(event.usage)
+                    self._metrics.count_usage(event.usage)
 
         try:
             yield observe
@@ -97,7 +107,7 @@ class Endpoint:
             raise
         finally:
             self.inflight -= 1
-            INFLIGHT.dec()
+            self._metrics.inflight.dec()
             span.end()
 
     async def check(self, requests: Sequence[Inputs]) -> dict[int, str]:
@@ -125,6 +135,11 @@ class Endpoint:
             self._described = epoch, await self.engine.describe()
         return self._described[1]
 
+    async def close(self) -> None:
+        """Stop the monitor and close the connection."""
+        await self.monitor.__aexit__()
+        await self.engine.close()
+
     def _back_off(self) -> None:
         now = _now()
         if now >= self._not_before:  # one of many failures at once: they lengthen the pause once
@@ -133,12 +148,52 @@ class Endpoint:
 
 
 class EnginePool:
-    """All endpoints; a context manager that runs their monitors and closes their engines."""
+    """The endpoints of one model; a context manager that runs their monitors and closes them.
 
-    def __init__(self, endpoints: Sequence[Endpoint]) -> None:
-        self.endpoints = tuple(endpoints)
+    Endpoints may come and go meanwhile.
+    """
+
+    def __init__(self, model: str, served_name: str = "") -> None:
+        #: The model's name at Triton.
+        self.model = model
+        #: Its name in calls.
+        self.served_name = served_name or model
+        self.metrics = ModelMetrics(model)
+        self.endpoints: tuple[Endpoint, ...] = ()
+        self._retiring: dict[str, tuple[Endpoint, asyncio.Task[None]]] = {}
+        self._affinity = Affinity()
+        self._listeners: list[Callable[[], None]] = []
         self._turn = 0
-        self._exit = AsyncExitStack()
+
+    async def add(self, endpoint: Endpoint) -> None:
+        """Give requests to this endpoint, too."""
+        for listener in self._listeners:
+            endpoint.monitor.subscribe(listener)
+        await endpoint.monitor.__aenter__()
+        self.endpoints = (*self.endpoints, endpoint)
+
+    def bring_back(self, name: str) -> bool:
+        """Give requests again to the endpoint of this name if it has not finished its last ones."""
+        endpoint, task = self._retiring.pop(name, (None, None))
+        if endpoint is None or task is None:
+            return False
+        task.cancel()
+        self.endpoints = (*self.endpoints, endpoint)
+        return True
+
+    def retire(self, endpoint: Endpoint) -> None:
+        """Give this endpoint no more requests, and close it once it has finished its last ones."""
+        self.endpoints = tuple(other for other in self.endpoints if other is not endpoint)
+        task = asyncio.create_task(self._finish(endpoint), name=f"retire-{endpoint.name}")
+        self._retiring[endpoint.name] = (endpoint, task)
+
+    async def _finish(self, endpoint: Endpoint) -> None:
+        while True:
+            await asyncio.sleep(RETIRE_SECONDS)
+            if not endpoint.inflight:
+                break
+        del self._retiring[endpoint.name]
+        await endpoint.close()
 
     @property
     def state(self) -> EngineState:
@@ -147,6 +202,8 @@ class EnginePool:
         for state in states:
             if state.ok:
                 return state
+        if not states:
+            return EngineState(ok=False, reason=f"no tritonserver has the model {self.model!r}")
         if len(states) == 1:
             return states[0]
         reasons = [f"{m.name}: {m.monitor.state.reason}" for m in self.endpoints]
@@ -167,9 +224,12 @@ class EnginePool:
         """Why `pick` finds no endpoint."""
         return self.state.reason or "the engine has just refused requests"
 
-    def pick(self, *, include_backing_off: bool = False) -> Endpoint | None:
-        """The endpoint with the fewest requests of this worker in flight, or None.
+    def pick(
+        self, inputs: Inputs | None = None, *, include_backing_off: bool = False
+    ) -> Endpoint | None:
+        """The endpoint for a request, or None: see `Affinity.choose`.
 
+        Without `inputs`, it is the one with the fewest requests of this worker in flight.
         `include_backing_off`: also one that is backing off, for a caller that cannot wait.
         Equals take turns, since a request counts only once its stream is open.
         """
@@ -181,6 +241,8 @@ class EnginePool:
             for endpoint in in_turn
             if endpoint.available or (include_backing_off and endpoint.monitor.state.ok)
         ]
+        if len(available) > 1 and inputs is not None:
+            return self._affinity.choose(inputs, available)
         return min(available, key=lambda endpoint: endpoint.inflight, default=None)
 
     async def describe(self) -> ModelInfo:
@@ -199,27 +261,26 @@ class EnginePool:
 
     def cancel(self, request_id: str) -> None:
         """Cancel the requests with this id at every endpoint."""
-        for endpoint in self.endpoints:
+        for endpoint in self._all():
             endpoint.engine.cancel(request_id)
 
     def subscribe(self, listener: Callable[[], None]) -> None:
         """Call `listener` after every change of an endpoint's state."""
-        for endpoint in self.endpoints:
+        self._listeners.append(listener)
+        for endpoint in self._all():
             endpoint.monitor.subscribe(listener)
 
     async def __aenter__(self) -> Self:
-        for endpoint in self.endpoints:
-            self._exit.push_async_callback(endpoint.engine.close)
-            await self._exit.enter_async_context(endpoint.monitor)
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self._exit.aclose()
+    async def __aexit__(self, *_: object) -> None:
+        for _endpoint, task in self._retiring.values():
+            task.cancel()
+        for endpoint in self._all():
+            await endpoint.close()
+
+    def _all(self) -> list[Endpoint]:
+        return [*self.endpoints, *(endpoint for endpoint, _ in self._retiring.values())]
 
 
 def _now() -> float:

@@ -2,11 +2,13 @@
 
 import asyncio
 import secrets
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Self
 
 from adapter.engine.fit import fit_lengths
+from adapter.engine.fleet import Fleet
 from adapter.engine.follow import follow
 from adapter.engine.pool import Endpoint, EnginePool
 from adapter.errors import AdapterError, StreamInterrupted, Unavailable
@@ -128,11 +130,17 @@ class StreamingRequest:
 
 
 class StreamingRequests:
-    """The streaming requests of one worker; a context manager that ends those that remain."""
+    """The streaming requests of one worker; a context manager that ends those that remain.
 
-    def __init__(self, pool: EnginePool, *, shares: Shares, idle_timeout: float) -> None:
-        self._pool = pool
-        self._shares = shares
+    `pool` is the model that a call names, the default without one. Each has a limit of its own,
+    made by `make_shares`.
+    """
+
+    def __init__(
+        self, fleet: Fleet, *, make_shares: Callable[[], Shares], idle_timeout: float
+    ) -> None:
+        self._fleet = fleet
+        self._shares: defaultdict[str, Shares] = defaultdict(make_shares)
         self._idle_timeout = idle_timeout
         self._running: dict[asyncio.Task[None], StreamingRequest] = {}
 
@@ -143,15 +151,22 @@ class StreamingRequests:
 
     def most_at_once(self, api_key: str | None) -> int:
         """The most requests that one call may ever have."""
-        return self._shares.most_of(api_key)
+        return self._shares[self._fleet.default.model].most_of(api_key)
 
-    async def fit(self, requests: Sequence[Inputs], *, api_key: str | None) -> list[Inputs]:
+    async def fit(
+        self,
+        requests: Sequence[Inputs],
+        *,
+        api_key: str | None,
+        pool: EnginePool | None = None,
+    ) -> list[Inputs]:
         """The requests of one call, shortened to what fits the model's context.
 
         Raises `TooManyCalls` before it asks an engine, and what `fit_lengths` raises.
         """
-        self._shares.require(api_key, len(requests))
-        return await fit_lengths(self._pool, requests)
+        pool = pool or self._fleet.default
+        self._shares[pool.model].require(api_key, len(requests))
+        return await fit_lengths(pool, requests)
 
     def start(
         self,
@@ -162,13 +177,16 @@ class StreamingRequests:
         priority: int = DEFAULT_PRIORITY,
         timeout: float | None = None,
         api_key: str | None = None,
+        pool: EnginePool | None = None,
     ) -> StreamingRequest:
         """Begin a request, which the caller closes. Raises `TooManyCalls`, `Unavailable`."""
-        self._shares.require(api_key)
+        pool = pool or self._fleet.default
+        shares = self._shares[pool.model]
+        shares.require(api_key)
         # The client would not retry, so one failed request must not have the next one rejected.
-        endpoint = self._pool.pick() or self._pool.pick(include_backing_off=True)
+        endpoint = pool.pick(inputs) or pool.pick(inputs, include_backing_off=True)
         if endpoint is None:
-            raise Unavailable(self._pool.unavailable_reason)
+            raise Unavailable(pool.unavailable_reason)
         request = StreamingRequest(
             endpoint,
             inputs,
@@ -180,9 +198,9 @@ class StreamingRequests:
             timeout=timeout,
             idle_timeout=self._idle_timeout,
         )
-        self._shares.take(api_key)
+        shares.take(api_key)
         self._running[request.task] = request
-        request.task.add_done_callback(partial(self._ended, api_key))
+        request.task.add_done_callback(partial(self._ended, shares, api_key))
         return request
 
     async def __aenter__(self) -> Self:
@@ -192,8 +210,8 @@ class StreamingRequests:
         for request in list(self._running.values()):
             await request.close()
 
-    def _ended(self, api_key: str | None, task: asyncio.Task[None]) -> None:
-        self._shares.give_back(api_key)
+    def _ended(self, shares: Shares, api_key: str | None, task: asyncio.Task[None]) -> None:
+        shares.give_back(api_key)
         request = self._running.pop(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("streaming_request_failed", exc_info=error)

@@ -5,14 +5,14 @@ import json
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from ipaddress import ip_address
 from typing import Any
 
 import grpc
 from tritonclient.grpc import service_pb2
 
-from adapter.engine.channel import TritonChannel, TritonCredentials
+from adapter.engine.channel import Headers, TritonChannel, TritonCredentials
 from adapter.engine.tensors import (
     CANVAS_OUTPUTS,
     DETAILS_INPUTS,
@@ -36,7 +36,15 @@ from adapter.errors import (
     refusal,
 )
 from adapter.telemetry.tracing import TRACEPARENT
-from adapter.types import DEFAULT_PRIORITY, CheckResult, Event, Inputs, ModelInfo, StreamDetail
+from adapter.types import (
+    DEFAULT_PRIORITY,
+    CheckResult,
+    Event,
+    Inputs,
+    ModelInfo,
+    Repository,
+    StreamDetail,
+)
 
 CHECK_OUTPUTS = ("finish_reason", "text_output")
 CANCEL_OUTPUTS = ("finish_reason", "text_output")
@@ -126,8 +134,15 @@ class TritonEngine:
         stream_interval: float,
         idle_timeout: float,
         credentials: TritonCredentials = NO_CREDENTIALS,
+        found_by: str = "",
     ) -> None:
+        """Connect to `url`, an address that the name in `found_by` has, or that name itself."""
         options = (*CHANNEL_OPTIONS, *_keepalive(idle_timeout), *_proxy(url))
+        if found_by not in ("", url):
+            # Its certificate is for the name; a host with addresses of its own needs no proxy.
+            options += (("grpc.enable_http_proxy", 0),)
+            name = credentials.tls_name or found_by.rpartition(":")[0]
+            credentials = replace(credentials, tls_name=name if credentials.ca_file else "")
         self._channel = TritonChannel(url, options, credentials)
         self._model_name = model_name
         self._stream_interval = stream_interval
@@ -198,6 +213,35 @@ class TritonEngine:
         told = json.loads((await self._one_event(request)).text)
         return ModelInfo(**{f.name: told.get(f.name) for f in fields(ModelInfo)})
 
+    async def repository(self, known: Repository | None) -> Repository:
+        """Ask which models the server has; see `types.Engine.repository`."""
+        with self._calls() as (triton, headers):
+            request = service_pb2.RepositoryIndexRequest()
+            index = await triton.RepositoryIndex(request, metadata=headers)
+        known = known or Repository()
+        engines, others, unready = [], set(), {}
+        for model in sorted(index.models, key=lambda model: model.name):
+            if model.name in known.engines:
+                engines.append(model.name)
+            elif model.name in known.others:
+                others.add(model.name)
+            elif model.state != "READY":
+                unready[model.name] = model.reason or model.state.lower() or "no reason given"
+            elif await self._is_engine(model.name):
+                engines.append(model.name)
+            else:
+                others.add(model.name)
+        return Repository(tuple(engines), unready, frozenset(others))
+
+    async def _is_engine(self, model: str) -> bool:
+        """Whether the model can describe a checkpoint, as engines of ours do."""
+        with self._calls() as (triton, headers):
+            request = service_pb2.ModelConfigRequest(name=model)
+            answer = await triton.ModelConfig(request, metadata=headers)
+        config = answer.config
+        names = {tensor.name for tensor in config.input}
+        return config.model_transaction_policy.decoupled and "describe" in names
+
     def cancel(self, request_id: str) -> None:
         """Cancel the request now; by itself the engine notices a closed stream a little later."""
         task = asyncio.create_task(self._cancel(request_id), name="engine-cancel")
@@ -222,17 +266,24 @@ class TritonEngine:
         """Send the requests on one stream; leaving the context cancels it. Maps gRPC's errors."""
         traceparent = TRACEPARENT.get()
         trace = (("traceparent", traceparent),) if traceparent else ()
-        with self._channel.use() as (triton, headers):
+        with self._calls() as (triton, headers):
             call = triton.ModelStreamInfer(_each(requests), metadata=(*headers, *trace))
             try:
                 yield call
+            finally:
+                call.cancel()
+
+    @contextmanager
+    def _calls(self) -> Iterator[tuple[Any, Headers]]:
+        """The stub to call and the headers to send. Maps gRPC's errors."""
+        with self._channel.use() as stub_and_headers:
+            try:
+                yield stub_and_headers
             except grpc.aio.AioRpcError as error:
                 details = error.details() or ""
                 if refused := self._channel.explain(details):
                     raise Unavailable(refused) from error
                 raise map_error(error.code().name, details) from error
-            finally:
-                call.cancel()
 
     async def _cancel(self, request_id: str) -> None:
         with suppress(TimeoutError, EngineError):

@@ -34,15 +34,20 @@ CLAIM_LOCK = 0x634C4C4D  # any number, as long as all workers use the same
 QUEUED = jobs.c.state == JobState.QUEUED
 RUNNING = jobs.c.state == JobState.RUNNING
 
+#: A job's model at Triton; `default_model` for one that names none.
+MODEL = func.coalesce(jobs.c.model, bindparam("default_model"))
+#: A job whose model is away does not hold back the jobs of others.
+_AVAILABLE = MODEL.in_(bindparam("available_models", expanding=True))
+_OF_MODEL = bindparam("claimed_model") == MODEL
 _FINAL = jobs.c.attempts >= bindparam("final_attempt")
 _SUSPECT = and_(jobs.c.attempts >= 1, jobs.c.attempts < bindparam("final_attempt"))
 _NEW = jobs.c.attempts == 0
 
 _SITUATION = select(
     exists().where(RUNNING, _FINAL).label("final_running"),
-    exists().where(QUEUED, _FINAL).label("final_queued"),
+    exists().where(QUEUED, _FINAL, _AVAILABLE).label("final_queued"),
     exists().where(RUNNING).label("any_running"),
-    exists().where(QUEUED, _SUSPECT).label("suspect_queued"),
+    exists().where(QUEUED, _SUSPECT, _OF_MODEL).label("suspect_queued"),
     select(func.count())
     .select_from(jobs)
     .where(RUNNING, _SUSPECT)
@@ -57,7 +62,7 @@ def _claim(which: ColumnElement[bool]) -> Update:
     # because PostgreSQL may run a plain subquery several times and exceed the limit.
     chosen = (
         select(jobs.c.id)
-        .where(QUEUED, which, in_time)
+        .where(QUEUED, which, in_time, _OF_MODEL)
         .order_by(jobs.c.priority, jobs.c.id)
         .limit(bindparam("most"))
         .with_for_update(skip_locked=True)
@@ -83,6 +88,7 @@ def _claim(which: ColumnElement[bool]) -> Update:
             jobs.c.api_key,
             jobs.c.request_id,
             jobs.c.traceparent,
+            jobs.c.model,
         )
     )
 
@@ -103,12 +109,20 @@ def claim_rows(
     lease: float,
     max_attempts: int,
     now: float,
+    model: str,
+    available_models: Sequence[str],
+    default_model: str,
 ) -> list[Row[Any]]:
-    """Make up to `limit` queued jobs the owner's; their rows by priority and age."""
+    """Make up to `limit` queued jobs of one model the owner's; their rows by priority and age.
+
+    The rules for suspects hold across models, since several may share a tritonserver. Jobs whose
+    model is not among `available_models` are as if they were not queued.
+    """
     # Claims run one after the other on PostgreSQL too, or their counts would change meanwhile.
     advisory_lock(connection, CLAIM_LOCK)
+    of_model = {"claimed_model": model, "default_model": default_model}
     bound = {"final_attempt": final_attempt(max_attempts)}
-    new = {"claimant": owner, "lease_end": now + lease, "now": now}
+    new = {"claimant": owner, "lease_end": now + lease, "now": now, **of_model}
 
     def claim(statement: Update, most: int) -> Sequence[Row[Any]]:
         values = {**new, "most": most}
@@ -116,7 +130,9 @@ def claim_rows(
             values |= bound
         return connection.execute(statement, values).all() if most > 0 else []
 
-    situation = connection.execute(_SITUATION, bound).one()
+    situation = connection.execute(
+        _SITUATION, {**bound, **of_model, "available_models": list(available_models)}
+    ).one()
     if situation.final_running:
         return []
     if situation.final_queued:

@@ -30,6 +30,8 @@ class IdempotencyRecord:
     def of(cls, key: str, requests: Sequence[Inputs], options: JobOptions) -> "IdempotencyRecord":
         """Make the record; equal submissions have equal fingerprints."""
         body = [[dict(request) for request in requests], options.priority, options.timeout]
+        if options.model is not None:  # earlier releases had no model in it
+            body.append(options.model)
         digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode())
         return cls(options.api_key or "", key, digest.hexdigest())
 

@@ -43,6 +43,8 @@ class JobOptions:
     request_id: str | None = None
     #: W3C trace context of the call.
     traceparent: str | None = None
+    #: Name of the model at Triton; None: the default one.
+    model: str | None = None
 
 
 DEFAULT_OPTIONS = JobOptions()

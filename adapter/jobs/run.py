@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 
 from adapter.engine.follow import follow
-from adapter.engine.pool import Endpoint
+from adapter.engine.pool import Endpoint, EnginePool
 from adapter.errors import (
     ConnectionLost,
     DeadlineExceeded,
@@ -32,6 +32,7 @@ class JobRun:
     def __init__(
         self,
         job: ClaimedJob,
+        pool: EnginePool,
         endpoint: Endpoint,
         complete: Callable[["JobRun", Outcome], Awaitable[Job | None]],
         *,
@@ -39,6 +40,7 @@ class JobRun:
         idle_timeout: float,
     ) -> None:
         self.job = job
+        self.pool = pool
         self._endpoint = endpoint
         self._complete = complete
         self._exclusive = exclusive
@@ -63,10 +65,10 @@ class JobRun:
         if self._following:
             self.task.cancel()
 
-    def on_engine_dead(self, *, elsewhere: bool) -> None:
-        """Interrupt the run if its engine is dead; `elsewhere`: another one could run the job."""
+    def on_engine_dead(self) -> None:
+        """Interrupt the run if its engine is dead and another one could run the job."""
         state = self._endpoint.monitor.state
-        if state.dead and elsewhere:
+        if state.dead and self.pool.available:
             self.interrupt(Interrupted(state.reason))
 
     async def _run(self) -> Job | None:

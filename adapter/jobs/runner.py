@@ -1,10 +1,12 @@
 """Claims queued jobs, runs them on an engine, records their outcome. One per worker process."""
 
 import asyncio
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import Self
 
+from adapter.engine.fleet import Fleet
 from adapter.engine.pool import EnginePool
 from adapter.errors import StoreUnavailable
 from adapter.jobs.claims import final_attempt
@@ -15,7 +17,7 @@ from adapter.jobs.store import JobStore
 from adapter.periodic import PeriodicTask
 from adapter.settings import Settings
 from adapter.telemetry.logs import get_logger
-from adapter.telemetry.metrics import JOB_QUEUE_SECONDS, JOB_RUN_SECONDS, JOBS_SETTLED
+from adapter.telemetry.metrics import JOBS_SETTLED
 
 log = get_logger()
 
@@ -44,11 +46,9 @@ class JobRunner:
     or for the next start.
     """
 
-    def __init__(
-        self, store: JobStore, pool: EnginePool, *, owner: str, settings: Settings
-    ) -> None:
+    def __init__(self, store: JobStore, fleet: Fleet, *, owner: str, settings: Settings) -> None:
         self._store = store
-        self._pool = pool
+        self._fleet = fleet
         self._owner = owner
         self._max_inflight = settings.max_inflight
         self._lease = settings.lease_seconds
@@ -59,6 +59,7 @@ class JobRunner:
         self._drain = settings.drain_seconds
         self._listeners: list[Listener] = []
         self._runs: dict[int, JobRun] = {}
+        self._running: Counter[str] = Counter()
         self._completing = asyncio.Semaphore(MAX_CONCURRENT_COMPLETIONS)
         self._full = False
         self._stopped_at: float | None = None
@@ -97,7 +98,7 @@ class JobRunner:
         if (run := self._runs.get(job.id)) is not None:
             run.interrupt(Superseded())
         elif job.engine_request_id is not None:
-            self._pool.cancel(job.engine_request_id)
+            self._fleet.cancel(job.engine_request_id)
 
     def stop(self) -> None:
         """Claim no more jobs: this worker is about to end."""
@@ -107,7 +108,7 @@ class JobRunner:
 
     async def __aenter__(self) -> Self:
         self._rescue_after = _now() + min(self._lease / 2, RECOVERY_SECONDS)
-        self._pool.subscribe(self._engines_changed)
+        self._fleet.subscribe(self._engines_changed)
         await self._exit.enter_async_context(self._maintenance)
         self._exit.push_async_callback(self._release_all)
         await self._exit.enter_async_context(self._claiming)
@@ -134,36 +135,56 @@ class JobRunner:
             await asyncio.wait(late, timeout=RELEASE_SECONDS)
 
     def _engines_changed(self) -> None:
-        elsewhere = self._pool.pick() is not None
         for run in list(self._runs.values()):
-            run.on_engine_dead(elsewhere=elsewhere)
+            run.on_engine_dead()
         self._claiming.wake()
 
     async def _claim(self) -> float:
-        """Claim as many queued jobs as there are free slots."""
-        if self._stopped_at is not None or not self._pool.available:
-            return max(self._pool.backoff_left, self._poll_interval)
-        free = self._max_inflight - len(self._runs)
-        self._full = free <= 0
-        if self._full:
+        """Claim as many queued jobs of each model as it has free slots."""
+        pools = self._fleet.pools
+        available = [pool for pool in pools if pool.available]
+        if self._stopped_at is not None or not available:
+            return max(self._poll_interval, min(pool.backoff_left for pool in pools))
+        models = [pool.model for pool in available]
+        self._full = False
+        return min([await self._claim_for(pool, models) for pool in available])
+
+    async def _claim_for(self, pool: EnginePool, available: Sequence[str]) -> float:
+        """Claim jobs of one model; the pause until the next time."""
+        free = self._max_inflight - self._running[pool.model]
+        if free <= 0:
+            self._full = True
             return self._poll_interval
         limit = min(free, CLAIM_BATCH)
-        claimed = await self._store.claim(self._owner, limit=limit, lease=self._lease)
+        claimed = await self._store.claim(
+            self._owner,
+            limit=limit,
+            lease=self._lease,
+            model=pool.model,
+            available_models=available,
+        )
         for job in claimed:
-            self._start(job)
+            await self._start(job, pool)
             # Opening a stream takes about a millisecond: let others in between.
             await asyncio.sleep(0)
-        self._full = len(claimed) == free
-        return self._poll_interval if len(claimed) < limit or self._full else 0.0
+        is_full = len(claimed) == free
+        self._full = self._full or is_full
+        return self._poll_interval if len(claimed) < limit or is_full else 0.0
 
-    def _start(self, job: ClaimedJob) -> None:
+    async def _start(self, job: ClaimedJob, pool: EnginePool) -> None:
+        endpoint = pool.pick(job.inputs) or next(iter(pool.endpoints), None)
+        if endpoint is None:  # the model's last server has just gone
+            await self._store.release(job)
+            return
         if (stale := self._runs.get(job.id)) is not None:
             # Our lease ran out, and we claimed the job again.
             stale.interrupt(Superseded())
-        JOB_QUEUE_SECONDS.observe(job.waited)
+        pool.metrics.queue_seconds.observe(job.waited)
+        self._running[pool.model] += 1
         run = self._runs[job.id] = JobRun(
             job,
-            self._pool.pick() or self._pool.endpoints[0],
+            pool,
+            endpoint,
             self._complete,
             # No other job runs then; the engine also holds streams and other clients back.
             exclusive=job.attempts >= self._final_attempt,
@@ -179,7 +200,7 @@ class JobRunner:
         """
         JOBS_SETTLED.labels(outcome.kind).inc()
         if isinstance(outcome, Finished):
-            JOB_RUN_SECONDS.observe(run.seconds)
+            run.pool.metrics.run_seconds.observe(run.seconds)
         pause = FIRST_SAVE_PAUSE
         while True:
             try:
@@ -199,6 +220,7 @@ class JobRunner:
 
     def _ended(self, run: JobRun, task: asyncio.Task[Job | None]) -> None:
         """Forget the run; after an unexpected error the job's row stays until its lease expires."""
+        self._running[run.pool.model] -= 1
         if self._runs.get(run.job.id) is run:
             del self._runs[run.job.id]
         job = None

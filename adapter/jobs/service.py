@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 
+from adapter.engine.fleet import Fleet
 from adapter.engine.pool import EnginePool
 from adapter.errors import EngineError, InvalidRequest, JobNotFound
 from adapter.jobs.job import DEFAULT_OPTIONS, Job, JobOptions, JobState
@@ -11,7 +12,6 @@ from adapter.jobs.store import JobStore
 from adapter.jobs.watcher import JobWatcher
 from adapter.shares import Shares, share_of
 from adapter.telemetry.logs import get_logger
-from adapter.telemetry.metrics import JOBS_SUBMITTED
 from adapter.types import Inputs
 
 log = get_logger()
@@ -31,7 +31,7 @@ class JobService:
         store: JobStore,
         runner: JobRunner,
         watcher: JobWatcher,
-        pool: EnginePool,
+        fleet: Fleet,
         *,
         max_queued: int,
         max_held: int,
@@ -40,7 +40,7 @@ class JobService:
         self._store = store
         self._runner = runner
         self._watcher = watcher
-        self._pool = pool
+        self._fleet = fleet
         self._max_queued = max_queued
         self._key_share = key_share
         self._polls = Shares(
@@ -68,8 +68,9 @@ class JobService:
 
         Raises `InvalidRequest`, `TooManyJobs`, `KeyReused`.
         """
+        pool = self._fleet.of_job(options.model)
         try:
-            await self._check(requests)
+            await self._check(requests, pool)
         except InvalidRequest:
             # Accepted once, it keeps its answer, whatever the engine says today.
             if key and (known := await self._store.known(requests, key=key, options=options)):
@@ -91,7 +92,7 @@ class JobService:
             )
         self._runner.wake()
         if new:
-            JOBS_SUBMITTED.inc(len(ids))
+            pool.metrics.jobs_submitted.inc(len(ids))
         return ids
 
     async def result(self, job_id: int, *, api_key: str | None = None, wait: float = 0.0) -> Job:
@@ -124,21 +125,24 @@ class JobService:
             self._watcher.notify(job_id)
         return await self._get(job_id, api_key)
 
-    async def count_active(self) -> dict[JobState, int]:
-        """How many jobs are queued and how many run, on all workers together."""
-        return await self._store.count_active()
+    async def count_active(self) -> dict[tuple[JobState, str], int]:
+        """How many jobs of each model are queued and how many run, on all workers together."""
+        found = await self._store.count_active()
+        models = {*(pool.model for pool in self._fleet.pools), *(model for _, model in found)}
+        states = (JobState.QUEUED, JobState.RUNNING)
+        return {(state, model): found[state, model] for state in states for model in sorted(models)}
 
     def stop(self) -> None:
         """This worker is about to end: answer held polls and claim no more jobs."""
         self._runner.stop()
         self._watcher.stop()
 
-    async def _check(self, requests: Sequence[Inputs]) -> None:
+    async def _check(self, requests: Sequence[Inputs], pool: EnginePool) -> None:
         """Have an engine check what only it can: tokens, lengths, rules that exclude each other.
 
         While no engine answers, every request is accepted; one that is invalid fails when it runs.
         """
-        endpoint = self._pool.pick(include_backing_off=True)
+        endpoint = pool.pick(include_backing_off=True)
         if endpoint is None:
             return
         try:

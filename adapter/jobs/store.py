@@ -3,6 +3,7 @@ changes no row and is told so."""
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -27,7 +28,7 @@ from adapter.db.dialects import reserve_job_ids
 from adapter.db.tables import jobs, submissions
 from adapter.errors import TooManyJobs
 from adapter.jobs import idempotency
-from adapter.jobs.claims import QUEUED, RUNNING, claim_rows
+from adapter.jobs.claims import MODEL, QUEUED, RUNNING, claim_rows
 from adapter.jobs.idempotency import IdempotencyRecord
 from adapter.jobs.job import (
     ACTIVE,
@@ -58,8 +59,16 @@ _DONE = {state: JOBS_DONE.labels(state) for state in JobState if state.done}
 class JobStore:
     """Every operation on jobs. Every method may raise `StoreUnavailable`."""
 
-    def __init__(self, database: Database, *, max_attempts: int, clock: Clock = time.time) -> None:
+    def __init__(
+        self,
+        database: Database,
+        *,
+        max_attempts: int,
+        default_model: str = "dllm",
+        clock: Clock = time.time,
+    ) -> None:
         self._database = database
+        self._default_model = default_model
         self._max_attempts = max_attempts
         self._clock = clock
 
@@ -135,21 +144,35 @@ class JobStore:
         """Which of these jobs are done."""
         return {row.id for row in await self._database.read(_DONE_AMONG, {"ids": list(ids)})}
 
-    async def count_active(self) -> dict[JobState, int]:
-        """How many jobs are queued, and how many run."""
+    async def count_active(self) -> Counter[tuple[JobState, str]]:
+        """How many jobs are queued and how many run, by state and model."""
         query = (
-            select(jobs.c.state, func.count().label("jobs"))
+            select(jobs.c.state, jobs.c.model, func.count().label("jobs"))
             .where(jobs.c.state.in_(ACTIVE))
-            .group_by(jobs.c.state)
+            .group_by(jobs.c.state, jobs.c.model)
         )
-        rows = await self._database.read(query)
-        found = {JobState(row.state): row.jobs for row in rows}
-        return {state: found.get(state, 0) for state in sorted(ACTIVE)}
+        found: Counter[tuple[JobState, str]] = Counter()
+        for row in await self._database.read(query):
+            found[JobState(row.state), row.model or self._default_model] += row.jobs
+        return found
 
-    async def claim(self, owner: str, *, limit: int, lease: float) -> list[ClaimedJob]:
-        """Claim up to `limit` queued jobs by priority and age; see `adapter.jobs.claims`."""
+    async def claim(
+        self,
+        owner: str,
+        *,
+        limit: int,
+        lease: float,
+        model: str | None = None,
+        available_models: Sequence[str] | None = None,
+    ) -> list[ClaimedJob]:
+        """Claim up to `limit` queued jobs of a model by priority and age.
+
+        `available_models` are those whose jobs some worker may claim now, by default this one; see
+        `adapter.jobs.claims`.
+        """
+        model = model or self._default_model
         # An idle worker that polls must not take SQLite's only write lock.
-        if not await self._database.read(_ANY_QUEUED):
+        if not await self._database.read(_ANY_QUEUED, self._of(model)):
             return []
         now = self._clock()
         rows = await self._database.write(
@@ -160,6 +183,9 @@ class JobStore:
                 lease=lease,
                 max_attempts=self._max_attempts,
                 now=now,
+                model=model,
+                available_models=available_models or [model],
+                default_model=self._default_model,
             )
         )
         return [_claimed(row, owner, now) for row in rows]
@@ -312,11 +338,14 @@ class JobStore:
     ) -> list[int]:
         # On PostgreSQL, submissions at the same moment do not count each other.
         max_queued, max_of_key = most
-        queued = connection.scalar(_COUNT_QUEUED) or 0
+        of_model = self._of(options.model)
+        queued = connection.scalar(_COUNT_QUEUED, of_model) or 0
         _refuse_beyond(max_queued, queued, len(requests))
         # The jobs of one key are counted only where they may be too many: it takes longer.
         if max_of_key is not None and queued + len(requests) > max_of_key:
-            of_key = connection.scalar(_COUNT_QUEUED_BY_KEY, {"key": options.api_key}) or 0
+            of_key = (
+                connection.scalar(_COUNT_QUEUED_BY_KEY, {"key": options.api_key, **of_model}) or 0
+            )
             _refuse_beyond(max_of_key, of_key, len(requests), of_key=True)
         ids = reserve_job_ids(connection, len(requests))
         connection.execute(_INSERT, self._new_rows(ids, requests, options))
@@ -338,9 +367,14 @@ class JobStore:
                 "api_key": options.api_key,
                 "request_id": options.request_id,
                 "traceparent": options.traceparent,
+                "model": options.model,
             }
             for job_id, request in zip(ids, requests, strict=True)
         ]
+
+    def _of(self, model: str | None) -> dict[str, str]:
+        """The parameters of `_OF_MODEL`."""
+        return {"model": model or self._default_model, "default_model": self._default_model}
 
     async def _end(
         self, state: JobState, change: UpdateBase, values: Mapping[str, Any] | None = None
@@ -426,7 +460,9 @@ def _claimed(row: Row[Any], owner: str, now: float) -> ClaimedJob:
         inputs=json.loads(row.request),
         attempts=row.attempts,
         num_rescues=row.num_rescues,
-        options=JobOptions(row.priority, timeout, row.api_key, row.request_id, row.traceparent),
+        options=JobOptions(
+            row.priority, timeout, row.api_key, row.request_id, row.traceparent, row.model
+        ),
         time_left=None if row.deadline is None else row.deadline - now,
         waited=max(0.0, now - row.created_at),
         created_at=row.created_at,
@@ -468,8 +504,9 @@ _SHOWN_TO_KEY = _SHOWN.where(jobs.c.api_key == bindparam("key"))
 _DONE_AMONG = select(jobs.c.id).where(
     jobs.c.id.in_(bindparam("ids", expanding=True)), jobs.c.state.not_in(ACTIVE)
 )
-_ANY_QUEUED = _any_of(QUEUED)
-_COUNT_QUEUED = select(func.count()).select_from(jobs).where(QUEUED)
+_OF_MODEL = bindparam("model") == MODEL
+_ANY_QUEUED = _any_of(QUEUED, _OF_MODEL)
+_COUNT_QUEUED = select(func.count()).select_from(jobs).where(QUEUED, _OF_MODEL)
 _COUNT_QUEUED_BY_KEY = _COUNT_QUEUED.where(jobs.c.api_key == bindparam("key"))
 _INSERT = insert(jobs)
 # A worker that lost its lease may have claimed the job again, so the owner alone does not tell one

@@ -6,6 +6,7 @@ start; without it each worker shows its own figures.
 
 import asyncio
 import functools
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -81,7 +82,7 @@ TOKEN_SECONDS = _histogram(
     "Time per token of a streaming request after its first text",
     buckets=TOKEN,
 )
-JOBS_SUBMITTED = _counter("dllm_adapter_jobs_submitted", "Jobs accepted")
+JOBS_SUBMITTED = _counter("dllm_adapter_jobs_submitted", "Jobs accepted", ["model"])
 JOBS_SETTLED = _counter(
     "dllm_adapter_jobs_settled",
     "Runs of jobs by outcome: finished, failed, interrupted, snoozed, superseded",
@@ -95,25 +96,30 @@ JOBS_DONE = _counter(
 JOB_QUEUE_SECONDS = _histogram(
     "dllm_adapter_job_queue_seconds",
     "Time from a job's submission until a worker claimed it",
+    ["model"],
     buckets=LONG,
 )
 JOB_RUN_SECONDS = _histogram(
     "dllm_adapter_job_run_seconds",
     "Time from claiming a job until it finished, including the engine's queue",
+    ["model"],
     buckets=LONG,
 )
-TOKENS = _counter("dllm_adapter_tokens", "Tokens of finished requests", ["kind"])
-STEPS = _counter("dllm_adapter_denoising_steps", "Denoising steps of finished requests")
-FORWARD_PASSES = _counter("dllm_adapter_forward_passes", "Forward passes of finished requests")
+TOKENS = _counter("dllm_adapter_tokens", "Tokens of finished requests", ["kind", "model"])
+STEPS = _counter("dllm_adapter_denoising_steps", "Denoising steps of finished requests", ["model"])
+FORWARD_PASSES = _counter(
+    "dllm_adapter_forward_passes", "Forward passes of finished requests", ["model"]
+)
 INFLIGHT = _gauge(
     "dllm_adapter_inflight_requests",
     "Requests at Triton, waiting or running, of all workers",
+    ["model"],
     multiprocess_mode="livesum",
 )
 ENGINE_READY = _gauge(
     "dllm_adapter_engine_ready",
-    "1 while the engine answers",
-    ["engine"],
+    "1 while the model answers at this tritonserver",
+    ["engine", "model"],
     multiprocess_mode="livemax",
 )
 STORE_SECONDS = _histogram(
@@ -139,7 +145,6 @@ RATE_LIMIT_SKIPPED = _counter(
 )
 #: Looking a label up takes longer than observing a value.
 _STORE_SECONDS = {kind: STORE_SECONDS.labels(kind) for kind in ("read", "write")}
-_PROMPT_TOKENS, _COMPLETION_TOKENS = TOKENS.labels("prompt"), TOKENS.labels("completion")
 
 
 def count_call(method: str, route: str, status: int, kind: str, seconds: float) -> None:
@@ -172,12 +177,33 @@ class TokenTimer:
             TOKEN_SECONDS.observe((now - self._first) / (tokens - self._tokens))
 
 
-def count_usage(usage: Usage) -> None:
-    """Count the usage of a finished request."""
-    _PROMPT_TOKENS.inc(usage.prompt_tokens)
-    _COMPLETION_TOKENS.inc(usage.completion_tokens)
-    STEPS.inc(usage.steps)
-    FORWARD_PASSES.inc(usage.forward_passes)
+class ModelMetrics:
+    """The series of one model; made at once, so that they show as 0."""
+
+    def __init__(self, model: str) -> None:
+        self._prompt_tokens = TOKENS.labels("prompt", model)
+        self._completion_tokens = TOKENS.labels("completion", model)
+        self._steps, self._passes = STEPS.labels(model), FORWARD_PASSES.labels(model)
+        #: Requests at Triton.
+        self.inflight = INFLIGHT.labels(model)
+        self.jobs_submitted = JOBS_SUBMITTED.labels(model)
+        self.queue_seconds = JOB_QUEUE_SECONDS.labels(model)
+        self.run_seconds = JOB_RUN_SECONDS.labels(model)
+
+    def count_usage(self, usage: Usage) -> None:
+        """Count the usage of a finished request."""
+        self._prompt_tokens.inc(usage.prompt_tokens)
+        self._completion_tokens.inc(usage.completion_tokens)
+        self._steps.inc(usage.steps)
+        self._passes.inc(usage.forward_passes)
+
+
+def forget(gauge: Gauge, *labels: str) -> None:
+    """Show a gauge's series no more: what it measured is gone."""
+    if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):  # its files keep every series
+        gauge.labels(*labels).set(math.nan)
+    else:
+        gauge.remove(*labels)
 
 
 def observe_transaction(kind: str, seconds: float) -> None:
@@ -185,8 +211,11 @@ def observe_transaction(kind: str, seconds: float) -> None:
     _STORE_SECONDS[kind].observe(seconds)
 
 
-async def exposition(jobs: Mapping[str, int] | None) -> bytes:
-    """The metrics of all workers in Prometheus's text format, and `jobs` by state if known."""
+async def exposition(jobs: Mapping[tuple[str, str], int] | None) -> bytes:
+    """The metrics of all workers in Prometheus's text format, with `jobs` if they are known.
+
+    `jobs`: how many by state and model.
+    """
     registry, workers = REGISTRY, {os.getpid()}
     if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
         workers = _living_workers(Path(folder))
@@ -219,7 +248,7 @@ def _is_alive(pid: int) -> bool:
 class _Service(Collector):
     """Figures that no worker counts: version, processes, and unfinished jobs of all machines."""
 
-    def __init__(self, jobs: Mapping[str, int] | None, workers: Iterable[int]) -> None:
+    def __init__(self, jobs: Mapping[tuple[str, str], int] | None, workers: Iterable[int]) -> None:
         self._jobs = jobs
         self._workers = workers
 
@@ -229,9 +258,10 @@ class _Service(Collector):
         yield build
         yield from _process_metrics(self._workers)
         if self._jobs is not None:
-            family = GaugeMetricFamily("dllm_adapter_jobs", "Unfinished jobs", labels=["state"])
-            for state, count in self._jobs.items():
-                family.add_metric([state], count)
+            labels = ["state", "model"]
+            family = GaugeMetricFamily("dllm_adapter_jobs", "Unfinished jobs", labels=labels)
+            for state_and_model, count in self._jobs.items():
+                family.add_metric(state_and_model, count)
             yield family
 
 

@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 
 from adapter.api.openai.responses import ErrorAnswer, ErrorInfo
 from adapter.api.printable import MAX_NAME, printable
-from adapter.errors import AdapterError, ContextExceeded, InvalidRequest
+from adapter.errors import AdapterError, ContextExceeded, InvalidRequest, UnknownModel
 
 Body = dict[str, Any]
 
@@ -42,12 +42,6 @@ _NAMES = re.compile(rf"\b({'|'.join([*NAMES, 'messages'])})\b")
 _ALTERNATIVES = frozenset({"text", "texts", "tokens", "token lists", "items", "parts"})
 
 
-class ModelNotFound(AdapterError):
-    """The server has no model of that name."""
-
-    status = 404
-
-
 def is_openai(path: str) -> bool:
     """Whether errors on this path have OpenAI's format."""
     return PATHS.search(path) is not None
@@ -73,7 +67,7 @@ def status_and_body(error: AdapterError, length: str) -> tuple[int, Body]:
         param = field if colon and field.isidentifier() else None
         code = "context_length_exceeded" if isinstance(error, ContextExceeded) else None
         return 400, body(400, message, param=param, code=code)
-    if isinstance(error, ModelNotFound):
+    if isinstance(error, UnknownModel):
         return error.status, body(error.status, message, param="model", code="model_not_found")
     return error.status, body(error.status, message)
 

@@ -122,7 +122,7 @@ class Response(BaseModel):
     reveal_steps: RevealSteps = None
 
     @classmethod
-    def begun(cls, call: ResponseCall) -> Self:
+    def begun(cls, call: ResponseCall, model: str) -> Self:
         """The response to a call before anything is known of the answer."""
         form = None if call.text is None else call.text.format
         shown = (
@@ -135,7 +135,7 @@ class Response(BaseModel):
             instructions=call.instructions,
             max_output_tokens=call.max_output_tokens,
             metadata=call.metadata or {},
-            model=call.model,
+            model=model,
             temperature=call.temperature or 0.0,
             text={"format": shown, "verbosity": "medium"},
             tool_choice=call.tool_choice or "auto",

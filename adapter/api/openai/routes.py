@@ -1,5 +1,6 @@
 """Routes of the OpenAI-compatible API."""
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -9,7 +10,7 @@ from fastapi import APIRouter, HTTPException, Request
 
 from adapter.api.choices import choices_of
 from adapter.api.deps import batch_limit, count_prompts, request_context, services
-from adapter.api.openai.errors import RESPONSE_NAMES, ModelNotFound
+from adapter.api.openai.errors import RESPONSE_NAMES
 from adapter.api.openai.formatters import ChatFormatter, CompletionFormatter
 from adapter.api.openai.requests import ChatCall, CompletionCall
 from adapter.api.openai.response_calls import ResponseCall
@@ -21,8 +22,8 @@ from adapter.api.openapi import stream_of
 from adapter.api.schemas import error_responses
 from adapter.api.sse import EventStream
 from adapter.api.validation import check_batch_size, check_options
+from adapter.engine.pool import EnginePool
 from adapter.engine.streaming import StreamingRequest
-from adapter.settings import Settings
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
@@ -46,7 +47,8 @@ _FAULTS = error_responses(ErrorAnswer)
 async def completions(call: Request, body: CompletionCall) -> Completion | EventStream:
     """Continue each prompt, which the model sees without a chat template."""
     settings = services(call).settings
-    formatter = CompletionFormatter(_served(body.model, settings))
+    pool = services(call).fleet.find(body.model)
+    formatter = CompletionFormatter(pool.served_name)
     most = services(call).live.most_at_once(request_context(call).api_key)
     limit = batch_limit(call, most, "DLLM_MAX_LIVE")
     check_batch_size("prompt", body.prompts, limit)
@@ -55,7 +57,7 @@ async def completions(call: Request, body: CompletionCall) -> Completion | Event
     requests = [choice for one in requests for choice in choices_of(one, one.n)]
     check_batch_size("n", requests, limit)
     await count_prompts(call, len(requests))
-    runner = CompletionRunner(call)
+    runner = CompletionRunner(call, pool)
     if body.stream:
         return await runner.stream(requests, formatter, body.streamed_usage)
     return formatter.whole(await runner.results(requests))
@@ -68,14 +70,15 @@ async def chat_completions(call: Request, body: ChatCall) -> ChatCompletion | Ev
     """Answer a conversation."""
     settings = services(call).settings
     call.state.length_name = body.length_name
-    formatter = ChatFormatter(_served(body.model, settings))
+    pool = services(call).fleet.find(body.model)
+    formatter = ChatFormatter(pool.served_name)
     request = body.request(default=settings.chat_max_tokens, longest=settings.max_gen_length)
     check_options(request, settings)
     requests = choices_of(request, request.n)
     most = services(call).live.most_at_once(request_context(call).api_key)
     check_batch_size("n", requests, batch_limit(call, most, "DLLM_MAX_LIVE"))
     await count_prompts(call, len(requests))
-    runner = CompletionRunner(call)
+    runner = CompletionRunner(call, pool)
     if body.stream:
         return await runner.stream(requests, formatter, body.streamed_usage)
     return formatter.whole(await runner.results(requests))
@@ -90,10 +93,10 @@ async def responses(call: Request, body: ResponseCall) -> Response | EventStream
     """Answer a conversation, by OpenAI's newer call. Nothing is stored."""
     settings = services(call).settings
     call.state.length_name = RESPONSE_NAMES["gen_length"]
-    _served(body.model, settings)
+    pool = services(call).fleet.find(body.model)
     request = body.chat().request(default=settings.chat_max_tokens, longest=settings.max_gen_length)
     check_options(request, settings)
-    runner, response = CompletionRunner(call), Response.begun(body)
+    runner, response = CompletionRunner(call, pool), Response.begun(body, pool.served_name)
     if not body.stream:
         (result,) = await runner.results([request])
         return response.ended(result, new_message_id())
@@ -107,7 +110,8 @@ async def responses(call: Request, body: ResponseCall) -> Response | EventStream
 @router.get("/models", response_model_exclude_none=True, responses=_FAULTS)
 async def models(call: Request) -> ModelList:
     """List the models that calls may name."""
-    return ModelList(data=[await _model(services(call).settings.openai_model, call)])
+    pools = services(call).fleet.pools
+    return ModelList(data=list(await asyncio.gather(*map(_model, pools))))
 
 
 @router.get("/models/{model:path}", response_model_exclude_none=True, responses=_FAULTS)
@@ -115,16 +119,8 @@ async def one_model(model: str, call: Request) -> Model:
     """Return the model, if calls may name it."""
     if not model.strip("/"):
         raise HTTPException(404)  # of the list, with a slash too many
-    return await _model(_served(model, services(call).settings), call)
+    return await _model(services(call).fleet.find(model))
 
 
-async def _model(name: str, call: Request) -> Model:
-    return Model(id=name, created=STARTED, **asdict(await services(call).pool.describe()))
-
-
-def _served(model: str, settings: Settings) -> str:
-    """Return the model's name. Raises `ModelNotFound` for any other."""
-    if model != settings.openai_model:
-        msg = f"the model {model!r} does not exist; this server has {settings.openai_model!r}"
-        raise ModelNotFound(msg)
-    return model
+async def _model(pool: EnginePool) -> Model:
+    return Model(id=pool.served_name, created=STARTED, **asdict(await pool.describe()))

@@ -17,6 +17,7 @@ from adapter.api.openai.logprobs import text_tokens
 from adapter.api.openai.requests import StreamedUsage
 from adapter.api.schemas import GenerateRequest
 from adapter.api.sse import FIRST_EVENT_TIMEOUT, EventStream, cancel_on_disconnect, sse
+from adapter.engine.pool import EnginePool
 from adapter.engine.streaming import StreamingRequest
 from adapter.errors import AdapterError
 from adapter.types import Event, StreamDetail
@@ -28,9 +29,10 @@ Events = AsyncGenerator[bytes, None]
 class CompletionRunner:
     """Runs the requests of one call; a disconnect cancels them."""
 
-    def __init__(self, call: Request) -> None:
+    def __init__(self, call: Request, pool: EnginePool) -> None:
         context = request_context(call)
         self._call = call
+        self._pool = pool
         self._live = services(call).live
         #: Longest pause between events of a stream, in seconds.
         self._heartbeat = services(call).settings.heartbeat_interval
@@ -79,7 +81,7 @@ class CompletionRunner:
         """Start the requests, each as long as fits; closing `stack` cancels them."""
         running = []
         inputs_of_all = [request.inputs() for request in requests]
-        fitted = await self._live.fit(inputs_of_all, api_key=self._api_key)
+        fitted = await self._live.fit(inputs_of_all, api_key=self._api_key, pool=self._pool)
         for index, (request, inputs) in enumerate(zip(requests, fitted, strict=True)):
             begun = self._live.start(
                 inputs,
@@ -88,6 +90,7 @@ class CompletionRunner:
                 priority=request.priority,
                 timeout=request.timeout,
                 api_key=self._api_key,
+                pool=self._pool,
             )
             stack.push_async_callback(begun.close)
             running.append(begun)

@@ -23,6 +23,7 @@ from adapter.types import (
     Event,
     Inputs,
     ModelInfo,
+    Repository,
     StreamDetail,
     Usage,
 )
@@ -103,6 +104,8 @@ class ScriptedEngine:
     #: What it says of its model; an error is raised instead.
     model: ModelInfo | AdapterError = field(default_factory=lambda: MODEL)
     described: int = 0
+    #: What it says of its server's models.
+    models: Repository = field(default_factory=lambda: Repository(("dllm",)))
     requests: list[Inputs] = field(default_factory=list)
     request_ids: list[str] = field(default_factory=list)
     priorities: list[int] = field(default_factory=list)
@@ -170,6 +173,11 @@ class ScriptedEngine:
             raise self.model
         return self.model
 
+    async def repository(self, _known: Repository | None) -> Repository:
+        """List the models, if it can be asked."""
+        self.check_connection()
+        return self.models
+
     def cancel(self, request_id: str) -> None:
         """Note it."""
         self.cancels.append(request_id)
@@ -230,7 +238,7 @@ class RunningApp:
     @property
     def monitor(self) -> EngineMonitor:
         """The monitor of the engine, or of the first one."""
-        monitor: EngineMonitor = self.app.state.pool.endpoints[0].monitor
+        monitor: EngineMonitor = self.app.state.fleet.default.endpoints[0].monitor
         return monitor
 
     async def submit(self, prompt: str = "hello", **fields: Any) -> int:

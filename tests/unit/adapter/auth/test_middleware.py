@@ -141,7 +141,7 @@ async def refused(limiter: RateLimiter, caller: str) -> bool:
 async def test_prompts_are_counted_and_not_calls(database_url: str) -> None:
     """A call counts as many times as it has prompts."""
     async with running(database_url, rate_limit="9/minute") as api:
-        await until(lambda: api.app.state.pool.state.ok)
+        await until(lambda: api.app.state.fleet.default.state.ok)
         body = {"model": "dllm", "prompt": ["a"] * 7}
         texts = await api.client.post("/v1/completions", json=body)
         assert texts.status_code == 200

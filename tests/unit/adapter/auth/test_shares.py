@@ -30,7 +30,7 @@ async def api(database_url: str) -> AsyncIterator[RunningApp]:
         engine_idle_timeout=30,
     )
     async with running_app(settings, ScriptedEngine([[HANG]])) as running:
-        await until(lambda: running.app.state.pool.state.ok)
+        await until(lambda: running.app.state.fleet.default.state.ok)
         yield running
 
 
@@ -99,7 +99,7 @@ async def test_one_key_leaves_polls_to_others(api: RunningApp) -> None:
 async def test_one_key_leaves_the_queue_to_others(api: RunningApp) -> None:
     """A key has at most its share of the queue, each prompt counted."""
     assert (await post(api, "k1", "generate", prompt="runs")).status_code == 200
-    await until(lambda: api.app.state.pool.endpoints[0].inflight == 1)
+    await until(lambda: api.app.state.fleet.default.endpoints[0].inflight == 1)
     assert (await post(api, "k1", "generate_batch", prompts=["a", "b"])).status_code == 200
 
     refused = await post(api, "k1", "generate", prompt="c")

@@ -72,7 +72,7 @@ async def test_load_is_spread_over_engines(database_url: str) -> None:
     """Each request goes to the engine that has least to do."""
     engines = {f"engine:{n}": ScriptedEngine([[HANG]]) for n in range(3)}
     async with running_app(fast_settings(database_url), engines) as api:
-        endpoints = api.app.state.pool.endpoints
+        endpoints = api.app.state.fleet.default.endpoints
         await until(lambda: all(endpoint.monitor.state.ok for endpoint in endpoints))
         await api.client.post("/v1/generate_batch", json={"prompts": ["a"] * 9})
         await until(lambda: sum(len(engine.requests) for engine in engines.values()) == 9)
@@ -86,7 +86,7 @@ async def test_dead_engine_is_passed_over(database_url: str) -> None:
     async with running_app(
         fast_settings(database_url, engine_idle_timeout=30), {"a:1": dying, "b:1": living}
     ) as api:
-        endpoints = api.app.state.pool.endpoints
+        endpoints = api.app.state.fleet.default.endpoints
         await until(lambda: all(endpoint.monitor.state.ok for endpoint in endpoints))
         await api.client.post("/v1/generate_batch", json={"prompts": ["a", "b"]})
         await until(lambda: len(dying.requests) == len(living.requests) == 1)
@@ -105,7 +105,7 @@ async def test_health_names_every_engine_that_is_away(database_url: str) -> None
         "b:1": ScriptedEngine(probe_error=Unavailable("still loading")),
     }
     async with running_app(fast_settings(database_url), engines) as api:
-        endpoints = api.app.state.pool.endpoints
+        endpoints = api.app.state.fleet.default.endpoints
         await until(lambda: "loading" in endpoints[1].monitor.state.reason)
         await until(lambda: "there" in endpoints[0].monitor.state.reason)
         status, body = await api.health()
@@ -122,7 +122,7 @@ async def test_engine_that_turns_requests_away_rests(database_url: str) -> None:
     """After an error an engine is left alone for a moment, while the other is used."""
     bad, good = ScriptedEngine([[StreamInterrupted("gone")]]), ScriptedEngine()
     async with running_app(fast_settings(database_url), {"bad:1": bad, "good:1": good}) as api:
-        endpoints = api.app.state.pool.endpoints
+        endpoints = api.app.state.fleet.default.endpoints
         await until(lambda: all(endpoint.monitor.state.ok for endpoint in endpoints))
         for _ in range(6):
             assert (await api.result(await api.submit()))["status"] == "finished"
@@ -156,7 +156,7 @@ async def test_pause_grows_with_each_failure(database_url: str) -> None:
     failing = Unavailable("not now")
     engine = ScriptedEngine([[failing], [failing], [failing], [DONE], [failing]])
     async with running_app(fast_settings(database_url), engine) as api:
-        (endpoint,) = api.app.state.pool.endpoints
+        (endpoint,) = api.app.state.fleet.default.endpoints
         rests = []
         for _ in range(5):
             with suppress(Unavailable):

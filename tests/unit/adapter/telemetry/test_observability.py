@@ -116,27 +116,28 @@ async def test_metrics_tell_what_happened(api: RunningApp, engine: ScriptedEngin
     async def grown(name: str, **labels: str) -> float:
         return await growth.now(api, name, **labels)
 
-    assert await grown("jobs_submitted_total") == 4
+    of = {"model": "dllm"}
+    assert await grown("jobs_submitted_total", **of) == 4
     settled = [
         await grown("jobs_settled_total", outcome=o) for o in ("finished", "failed", "interrupted")
     ]
     assert settled == [2, 1, 1]
     done = [await grown("jobs_done_total", state=s) for s in ("finished", "failed", "cancelled")]
     assert done == [2, 1, 0]
-    assert await grown("tokens_total", kind="prompt") == 6
-    assert await grown("tokens_total", kind="completion") == 64
-    assert await grown("forward_passes_total") == 64
-    assert await grown("denoising_steps_total") == 64
-    assert await grown("job_queue_seconds_count") == 5
-    assert await grown("job_run_seconds_count") == 2
-    assert await grown("inflight_requests") == 1
+    assert await grown("tokens_total", kind="prompt", **of) == 6
+    assert await grown("tokens_total", kind="completion", **of) == 64
+    assert await grown("forward_passes_total", **of) == 64
+    assert await grown("denoising_steps_total", **of) == 64
+    assert await grown("job_queue_seconds_count", **of) == 5
+    assert await grown("job_run_seconds_count", **of) == 2
+    assert await grown("inflight_requests", **of) == 1
     posts = {"method": "POST", "route": "/v1/generate"}
     assert await grown("http_requests_total", status="200", **posts) == 4
     assert await grown("http_request_seconds_count", **posts) == 4
     assert await grown("store_seconds_count", kind="write") > 4
     now = await samples(api)
-    assert now[("jobs", frozenset({("state", "running")}))] == 1
-    assert now[("jobs", frozenset({("state", "queued")}))] == 0
+    assert now[("jobs", frozenset({("state", "running"), ("model", "dllm")}))] == 1
+    assert now[("jobs", frozenset({("state", "queued"), ("model", "dllm")}))] == 0
     assert any(name == "engine_ready" and value == 1 for (name, _), value in now.items())
 
 
@@ -524,8 +525,8 @@ async def test_loop_outlives_its_errors(
 WORKER = """
 import asyncio, sys
 from adapter.telemetry.metrics import INFLIGHT, JOBS_SUBMITTED, exposition
-INFLIGHT.inc()
-JOBS_SUBMITTED.inc()
+INFLIGHT.labels("dllm").inc()
+JOBS_SUBMITTED.labels("dllm").inc()
 print(asyncio.run(exposition(None)).decode(), flush=True)
 sys.stdin.read()
 """

@@ -1,0 +1,12 @@
+"""Jobs remember their model."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0009"
+down_revision = "0008"
+
+
+def upgrade() -> None:
+    """Add the column; earlier jobs, and those of earlier workers, are for the default model."""
+    op.add_column("jobs", sa.Column("model", sa.String(255)))
