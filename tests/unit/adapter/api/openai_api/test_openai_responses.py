@@ -18,7 +18,7 @@ PATH = "/responses"
 
 def text_of(response: Response) -> str:
     """The text, of a response that OpenAI's types describe."""
-    Response.model_validate(response.model_dump(warnings="error"), strict=False)
+    Response.model_validate(response.model_dump(by_alias=True, warnings="error"), strict=False)
     return response.output_text
 
 
@@ -171,6 +171,15 @@ async def test_tools_that_may_not_be_used_change_nothing(client: AsyncOpenAI) ->
         model="dllm", input="hi", tools=[tool], tool_choice="none"
     )
     assert text_of(answer) == "<0><1><2><3>"
+
+
+async def test_a_schema_reaches_the_engine(client: AsyncOpenAI, engine: ScriptedEngine) -> None:
+    """`text.format` is the form of the answer, and is returned."""
+    schema: Any = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    form: Any = {"type": "json_schema", "name": "one", "schema": schema}
+    answer = await client.responses.create(model="dllm", input="hi", text={"format": form})
+    assert text_of(answer) == "<0><1><2><3>"
+    assert json.loads(str(engine.requests[0]["structured_outputs"])) == {"json": schema}
 
 
 async def test_a_prompt_that_is_too_long_is_the_input(
