@@ -51,6 +51,7 @@ async def test_openapi_describes_the_calls(api: RunningApp) -> None:
     assert {
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/responses",
         "/v1/models",
         "/v1/models/{model}",
         "/v1/generate",
