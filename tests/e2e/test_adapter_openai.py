@@ -87,6 +87,24 @@ def test_log_probabilities_equal_the_engine(
     assert [token.step for token in ours.tokens] == steps
 
 
+def test_a_response_equals_the_engine(client: OpenAI, llm: LLM) -> None:
+    """By the newer call, whole and streamed, a conversation has the engine's text and counts."""
+    ask: Any = {
+        "model": "dllm", "input": "tell me", "max_output_tokens": 24, "temperature": 0.7,
+        "extra_body": {"seed": 5, **DIFFUSION},
+    }  # fmt: skip
+    here = expected(llm, **FIELDS, **DIFFUSION)
+    answer = client.responses.create(**ask)
+    assert (answer.output_text, answer.status) == (here.text, "incomplete")
+    assert answer.usage is not None
+    assert answer.usage.input_tokens == here.usage.prompt_tokens
+    assert answer.usage.output_tokens == 24
+    with client.responses.stream(**ask) as stream:
+        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == here.text
+    assert len(deltas) > 1
+
+
 def test_stream_is_the_same_text_in_pieces(client: OpenAI, llm: LLM) -> None:
     """Streamed, a conversation has the same text, in several pieces, and the same usage."""
     stream = client.chat.completions.create(
@@ -224,7 +242,11 @@ def test_node_client(node_client: Path, adapter: AdapterServer, llm: LLM) -> Non
     assert seen["text"] == "".join(seen["pieces"]) == here.text
     assert seen["usage"]["completion_tokens"] == here.usage.completion_tokens
     assert seen["streamUsage"] == seen["usage"]
-    assert (seen["refusal"]["kind"], seen["refusal"]["param"]) == ("BadRequestError", "n")
+    assert (seen["refusal"]["kind"], seen["refusal"]["param"]) == (
+        "BadRequestError",
+        "frequency_penalty",
+    )
+    assert seen["response"] == "".join(seen["deltas"]) == here.text
     assert seen["models"] == ["dllm"]
 
 

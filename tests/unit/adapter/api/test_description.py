@@ -53,6 +53,7 @@ async def test_openapi_describes_the_calls(api: RunningApp) -> None:
         "/v1/completions",
         "/v1/decisions",
         "/v1/score",
+        "/v1/responses",
         "/v1/models",
         "/v1/models/{model}",
         "/v1/generate",
