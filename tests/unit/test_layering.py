@@ -18,7 +18,8 @@ LAYERS = {
     ADAPTER: ["__main__", "check connection", "app", "api", "auth jobs", "engine", "db", "periodic",
               "telemetry", "settings shutdown types", "rates setting_names shares", "errors"],
     ENGINE: ["describe llm", "loop", "execution", "state", "memory", "models sampling", "parallel",
-             "ops config request tokenizer", "sampling_params", "decoding watchdog errors"],
+             "ops config request tokenizer", "messages sampling_params",
+             "decoding watchdog errors"],
 }  # fmt: skip
 
 FORBIDDEN = {
