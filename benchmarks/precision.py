@@ -36,6 +36,8 @@ PRECISIONS: dict[str, dict[str, str]] = {
     "int8, bfloat16": {"dtype": "bfloat16", "quantization": "int8"},
     "fp8, float32": {"dtype": "float32", "quantization": "fp8"},
     "fp8, bfloat16": {"dtype": "bfloat16", "quantization": "fp8"},
+    "w8a8, float32": {"dtype": "float32", "quantization": "w8a8"},
+    "w8a8, bfloat16": {"dtype": "bfloat16", "quantization": "w8a8"},
 }
 RULES: dict[str, dict[str, Any]] = {
     "one token per pass": {},

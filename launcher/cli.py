@@ -19,6 +19,8 @@ from rich.console import Console
 from launcher import demo as demonstration
 from launcher.checkpoint import find_checkpoint
 from launcher.console import ConsoleReporter, Logs, one_line_errors
+from launcher.models import described
+from launcher.repository import add_model
 from launcher.setting_names import misspelt
 from launcher.settings import Settings
 from launcher.stack import Stack, check_model_path, triton_server
@@ -83,16 +85,60 @@ def triton(verbose: Verbose = False) -> None:
 
 
 @app.command()
-def demo(port: Port = None, verbose: Verbose = False) -> None:
+def add(
+    name: Annotated[str, typer.Argument(help="The model's name in calls and at Triton.")],
+    model: Annotated[str, typer.Argument(help="A checkpoint's directory, or its id on the Hub.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of its engine, DLLM_NAME=VALUE; may be repeated."),
+    ] = None,
+    server_path: Annotated[
+        str | None,
+        typer.Option(help="Where the server finds the checkpoint, if elsewhere (a container)."),
+    ] = None,
+) -> None:
+    """Add a model to the repository: `serve` then serves it, too, in a process of its own.
+
+    The engine says here whether it would serve the checkpoint with these settings.
+    """
+    with one_line_errors():
+        given = dict(map(_assignment, set_ or ()))
+        checkpoint = find_checkpoint(model)
+        repository = Settings.with_options().model_repository
+        found = described(checkpoint, given)
+        folders = add_model(repository, name, server_path or str(checkpoint), given)
+    for folder in folders:
+        console.print(f"made {folder}", highlight=False, soft_wrap=True)
+    console.print(f"{name}: {found['architecture']}; restart the server to serve it", markup=False)
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise typer.BadParameter(f"must be DLLM_NAME=VALUE, not {text!r}", param_hint="--set")
+    return name, value
+
+
+@app.command()
+def demo(
+    port: Port = None,
+    verbose: Verbose = False,
+    two: Annotated[
+        bool, typer.Option("--two", help="Serve two models, LLaDA's and Dream's demo checkpoints.")
+    ] = False,
+) -> None:
     """Start everything, run the deployment guide's own requests, print the texts, stop."""
     with _service_errors(), tempfile.TemporaryDirectory(prefix="dllm-demo-") as folder:
         settings = Settings.with_options(port=port, workers=1)
+        if two:
+            repository = demonstration.two_models(settings.model_repository, Path(folder))
+            settings = Settings.with_options(port=port, workers=1, model_repository=repository)
         env = {"DLLM_DATABASE_URL": f"sqlite:///{Path(folder) / 'jobs.db'}"}
         reporter = ConsoleReporter(console, Logs.ALL if verbose else Logs.NONE)
         with reporter, Stack(settings, reporter, env):
             reporter.quiet()
             with Client(settings.url) as client:
-                finished = demonstration.run(client, console)
+                finished = demonstration.run(client, console, two=two)
     if not finished:
         raise typer.Exit(1)
 

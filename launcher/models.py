@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,15 +60,17 @@ def inspect(ctx: typer.Context, model: Model, as_json: Json = False) -> None:
     _show(found, Console(highlight=False))
 
 
-def described(directory: Path) -> dict[str, Any]:
+def described(directory: Path, settings: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What the engine says of a checkpoint; a process of its own, since this one has no torch.
+
+    `settings` come before those of the environment.
 
     Raises CheckpointError with the engine's words if it would not serve the checkpoint.
     """
     engine = str(Settings.with_options().model_repository / "dllm" / "1")
     paths = [engine, *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [sys.executable, "-m", "dllm_engine.describe", str(directory)]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    env = {**os.environ, **(settings or {}), "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["the engine said nothing"]

@@ -19,6 +19,7 @@ MODULES = {
     "serve": "launcher.cli",
     "triton": "launcher.cli",
     "demo": "launcher.cli",
+    "add": "launcher.cli",
     "pull": "launcher.models",
     "inspect": "launcher.models",
     "doctor": "launcher.doctor",

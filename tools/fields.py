@@ -24,8 +24,8 @@ BLOCK = re.compile(r"(?<=make fields: begin)([^\n]*\n)(.*?)(?=\n[^\n]*make field
 #: The REST API knows these by settings too, and OpenAI's calls have fields of their own for them.
 LIMITED_BY_SETTING = {"temperature": "DLLM_MAX_TEMPERATURE", "gen_length": "DLLM_MAX_GEN_LENGTH"}
 
-#: The REST API's types for strings, which have limits of their own.
-REST_TYPES = {"str": "Name", "list[str]": "StopStrings"}
+#: The REST API's types for strings and objects, which have limits of their own.
+REST_TYPES = {"str": "Name", "list[str]": "StopStrings", "dict[str, Any]": "StructuredOutputs"}
 
 Table = Mapping[str, Field]
 Writer = Callable[[Table], Iterator[str]]
@@ -50,11 +50,13 @@ def description(field: Field) -> str:
 
 def triton_type(field: Field) -> str:
     """Triton's type for a field's values."""
-    return {int: "INT64", float: "FP32", bool: "BOOL", str: "BYTES"}[field.type]
+    return {int: "INT64", float: "FP32", bool: "BOOL", str: "BYTES", dict: "BYTES"}[field.type]
 
 
 def python_type(field: Field) -> str:
     """A field's type as an annotation."""
+    if field.type is dict:
+        return "dict[str, Any]"
     return f"list[{field.type.__name__}]" if field.is_list else field.type.__name__
 
 
@@ -134,7 +136,7 @@ def values(field: Field) -> str:
     limits = field.limits
     if limits.max_items:
         return f"at most {limits.max_items}, of 1 to {limits.max_chars} characters"
-    if field.type in (bool, str):
+    if field.type in (bool, str, dict):
         return ""
     return "64 bits" if limits.le == INT64_MAX else limits.rule
 

@@ -183,6 +183,28 @@ class Message(Body):
     """of a tool: the call that this is the result of"""
 
 
+class StructuredOutputs(Body):
+    """The form of a text; exactly one of json, regex, choice and json_object."""
+
+    json_: dict[str, Any] | bool | str | None = Field(
+        None, alias="json", description="a JSON schema, or one as text"
+    )
+    regex: Annotated[str, Field(min_length=1), _Plain] | None = None
+    """what the whole text must match"""
+    choice: Annotated[Items[Prompt], Field(min_length=1, max_length=4096)] | None = None
+    """the texts to choose from"""
+    json_object: bool | None = None
+    """any JSON object, three levels deep"""
+    prefix: PlainText | None = None
+    """fixed text before it"""
+    suffix: PlainText | None = None
+    """fixed text behind it"""
+
+    def text(self) -> str:
+        """The form as the input of the Triton model."""
+        return json.dumps(self.model_dump(by_alias=True, exclude_none=True))
+
+
 class Denoising(Body):
     """How to denoise: inputs of the Triton model, under their names there."""
 
@@ -244,6 +266,9 @@ class Denoising(Body):
     """commit end-of-text and end-of-turn tokens after all others"""
     stop: StopStrings | None = None
     """end the text before the first of these strings"""
+    structured_outputs: StructuredOutputs | None = None
+    """the form of the text, held by construction: one of json (a schema), regex, choice (a list of
+    strings), json_object (true); prefix and suffix put fixed text around it"""
     ignore_eos: bool | None = None
     """decode the whole canvas, even after an end-of-text token"""
     logprobs: int | None = Field(None, ge=0, le=20)
@@ -289,6 +314,8 @@ class Sampling(Denoising):
     def sampling_inputs(self) -> dict[str, InputValue]:
         """The given values as inputs of the Triton model."""
         given = self.model_dump(include=set(Sampling.model_fields), exclude_none=True)
+        if self.structured_outputs is not None:
+            given["structured_outputs"] = self.structured_outputs.text()
         return {name: value for name, value in given.items() if value != []}
 
 

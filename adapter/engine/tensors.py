@@ -39,6 +39,7 @@ INPUT_TYPES: Mapping[str, str] = {
     "logits_eos_inf": "BOOL",
     "confidence_eos_eot_inf": "BOOL",
     "stop": "BYTES",
+    "structured_outputs": "BYTES",
     "ignore_eos": "BOOL",
     "logprobs": "INT64",
     "reveal_steps": "BOOL",

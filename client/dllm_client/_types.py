@@ -81,6 +81,12 @@ class Sampling(TypedDict, total=False):
         bool, "commit end-of-text and end-of-turn tokens after all others"
     ]
     stop: Annotated[list[str], "end the text before the first of these strings"]
+    structured_outputs: Annotated[
+        dict[str, Any],
+        "the form of the text, held by construction: one of json (a schema), regex, "
+        "choice (a list of strings), json_object (true); prefix and suffix put fixed "
+        "text around it",
+    ]
     ignore_eos: Annotated[bool, "decode the whole canvas, even after an end-of-text token"]
     logprobs: Annotated[
         int,
@@ -119,6 +125,7 @@ class Sampling(TypedDict, total=False):
 class Params(Sampling, total=False):
     """The optional fields of a REST request."""
 
+    model: Annotated[str, "one of the service's models; default: the first of them"]
     timeout: Annotated[float, "seconds after which the server gives the request up"]
     priority: Annotated[int, "1 is served first, 3 last"]
     raw: Annotated[bool, "no chat template: the model sees the prompt as it is"]

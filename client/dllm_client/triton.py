@@ -42,6 +42,7 @@ STREAM_MODEL = "dllm"
 _TRITON_TYPES: Mapping[object, str] = {
     str: "BYTES",
     list[str]: "BYTES",
+    dict[str, Any]: "BYTES",
     int: "INT64",
     list[int]: "INT64",
     float: "FP32",
@@ -239,6 +240,8 @@ def _tensor(protocol: Any, name: str, value: Any) -> Any:
     if name not in INPUT_TYPES:
         raise BadRequestError(f"{name}: the models have no such input", 400, name)
     datatype = INPUT_TYPES[name]
+    if isinstance(value, Mapping):
+        value = json.dumps(value)
     values = list(value) if isinstance(value, list | tuple) else [value]
     try:
         array = np.array([_exact(values, datatype)], dtype=_NUMPY_TYPES[datatype])

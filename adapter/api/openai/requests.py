@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BeforeValidator,
@@ -29,6 +29,7 @@ from adapter.api.schemas import (
     PlainText,
     Prompt,
     SchedulingParams,
+    StructuredOutputs,
     Token,
     Tools,
 )
@@ -87,6 +88,39 @@ class StreamOptions(OpenAIBody):
     include_obfuscation: NoEffect = None
 
 
+class SchemaFormat(OpenAIBody):
+    """A JSON schema that the answer must be valid under."""
+
+    name: Annotated[PlainText, Field(min_length=1, max_length=64)]
+    description: NoEffect = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: NoEffect = None
+
+
+class ResponseFormat(OpenAIBody):
+    """The form of the answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: SchemaFormat | None = Field(None, description="with type json_schema")
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise PydanticCustomError(
+                "json_schema", "json_schema should be given with type json_schema, and only then"
+            )
+        return self
+
+    @property
+    def structured_outputs(self) -> StructuredOutputs | None:
+        """The same as a field of /v1/generate; None: any text."""
+        if self.type == "text":
+            return None
+        schema = self.json_schema
+        form = {"json_object": True} if schema is None else {"json": schema.schema_}
+        return StructuredOutputs.model_validate(form)
+
+
 class Call(Denoising, SchedulingParams, Extensions):
     """Fields that both kinds of completions have.
 
@@ -111,12 +145,24 @@ class Call(Denoising, SchedulingParams, Extensions):
     frequency_penalty: Annotated[Any, Unsupported(0)] = None
     presence_penalty: Annotated[Any, Unsupported(0)] = None
     logit_bias: Annotated[Any, Unsupported({})] = None
-    response_format: Annotated[Any, Unsupported({"type": "text"})] = None
+    response_format: ResponseFormat | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
     def _stops(cls, value: object) -> object:
         return [item for item in value if item != ""] if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if self.structured_outputs is not None and self._format is not None:
+            raise PydanticCustomError(
+                "two_forms", "response_format should not be given beside structured_outputs"
+            )
+        return self
+
+    @property
+    def _format(self) -> StructuredOutputs | None:
+        return None if self.response_format is None else self.response_format.structured_outputs
 
     @property
     def streamed_usage(self) -> StreamedUsage:
@@ -131,6 +177,9 @@ class Call(Denoising, SchedulingParams, Extensions):
             include={*Denoising.model_fields, *SchedulingParams.model_fields} - {"logprobs"},
             exclude_none=True,
         )
+        form = self.structured_outputs or self._format
+        if form is not None:
+            given["structured_outputs"] = form
         # A block that is longer than the canvas is the canvas.
         if self.block_length is not None:
             given["block_length"] = min(self.block_length, max_tokens)

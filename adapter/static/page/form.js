@@ -50,6 +50,19 @@ export class SettingsForm {
     this.values = { ...this.values, ...values };
   }
 
+  /** Lets you choose a field's value among these, above all other fields. */
+  offer(name, choices) {
+    const control = this.controls.get(name);
+    const chosen = control.value;
+    const field = { ...this.fields.find((one) => one.name === name), kind: "choice", choices };
+    const select = controlOf(field, { id: control.id, "aria-describedby": control.getAttribute("aria-describedby") });
+    select.value = choices.includes(chosen) ? chosen : "";
+    this.controls.set(name, select);
+    const row = control.parentElement;
+    control.replaceWith(select);
+    this.element.querySelector(".rows").prepend(row);
+  }
+
   /** Shows the problems whose fields are here; returns the others. */
   showProblems(problems) {
     const others = [];

@@ -85,7 +85,13 @@ async function readModel() {
   $("about").textContent = about;
   $("examples").replaceChildren(...examples.map(({ prompt, fields = {} }) =>
     h("li", {}, h("button", { type: "button", on: { click: () => tryExample(prompt, fields) } }, prompt))));
-  for (const thread of Object.values(state.threads)) thread.maskId = model.mask_token_id;
+  for (const thread of Object.values(state.threads)) {
+    thread.maskIdOf = (name) => (list.data.find(({ id }) => id === name) ?? model).mask_token_id;
+  }
+  if (list.data.length > 1) {
+    const names = list.data.map(({ id }) => id);
+    for (const form of Object.values(state.forms)) form.offer("model", names);
+  }
   if (state.isModeOpen) show(mode);
 }
 

@@ -8,7 +8,7 @@ import { bodyOf } from "./schema.js";
  * Turns one below the other.
  *
  * @param mode chat (all turns are sent), prompt (each alone) or pair (each under two settings).
- * @param maskId the mask's token id, or undefined where the server does not tell it.
+ * `maskIdOf` tells the mask's token id of a model by name; undefined where the server does not.
  */
 export class Thread {
   constructor({ mode, fields, onlink, onproblems, onredo }) {
@@ -17,7 +17,7 @@ export class Thread {
     this.onlink = onlink;
     this.onproblems = onproblems;
     this.onredo = onredo;
-    this.maskId = undefined;
+    this.maskIdOf = () => undefined;
     this.messages = [];
     this.running = [];
     this.answers = [];
@@ -88,13 +88,14 @@ export class Thread {
   #answer(side, prompt, values, messages) {
     const isPair = Object.keys(values).length > 1;
     const name = isPair ? side.toUpperCase() : "";
+    const maskId = this.maskIdOf(values[side].model);
     const redo = (ids) => this.onredo(prompt, { [side]: { ...values[side], canvas_ids: ids.join(" "), gen_length: "" } }, messages);
     return new Answer({
       label: `answer ${this.turns}${name}`,
       title: isPair ? `${name}: ${summaryOf(values[side])}` : "",
       speed: isPair ? "8 steps a second" : "8 tokens a second",
-      maskId: this.maskId,
-      onredo: this.maskId === undefined ? null : redo,
+      maskId,
+      onredo: maskId === undefined ? null : redo,
       onlink: (seed) => this.onlink(prompt, { ...values, [side]: { ...values[side], seed: values[side].seed || String(seed) } }),
     });
   }

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 
 import typer
@@ -72,11 +73,33 @@ def as_json(
     return bool(json_ or ctx.obj["json"])
 
 
-def sampling(*, set_: list[str] | None = None, **given: Any) -> Params:
+def sampling(
+    *, set_: list[str] | None = None, json_schema: Path | None = None, **given: Any
+) -> Params:
     """The fields of a request. What is not given is left to the server."""
+    for name in _OBJECTS:
+        if given.get(name) is not None:
+            given[name] = _object(given[name], f"--{name.replace('_', '-')}")
+    if json_schema is not None:
+        if given["structured_outputs"] is not None:
+            message = "cannot be combined with --structured-outputs"
+            raise typer.BadParameter(message, param_hint="--json-schema")
+        schema = _object(json_schema.read_text(encoding="utf-8"), "--json-schema")
+        given["structured_outputs"] = {"json": schema}
     # By identity: 0 is a value that was given, though it equals False.
     kept = {n: v for n, v in given.items() if v is not None and v is not False and v != []}
     return cast(Params, kept | dict(map(_assignment, set_ or ())))
+
+
+def _object(text: str, option: str) -> Any:
+    """A JSON object."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise typer.BadParameter(f"is no JSON: {error}", param_hint=option) from error
+    if not isinstance(value, dict):
+        raise typer.BadParameter("must be a JSON object", param_hint=option)
+    return value
 
 
 #: What the client's methods take beside the fields of a request.
@@ -111,6 +134,8 @@ def _option(name: str, hint: Any) -> inspect.Parameter:
     panel = "Sampling" if name in get_type_hints(Sampling) else "Request"
     first, _, rest = text.partition(" ")
     shown = f"{first.capitalize() if first.islower() else first} {rest}{repeated}."
+    if get_origin(kind) is dict:
+        kind, shown = str, f"{shown.removesuffix('.')}; as JSON."
     option = typer.Option(flag, help=shown, rich_help_panel=panel)
     return inspect.Parameter(
         name,
@@ -129,9 +154,20 @@ _SET = inspect.Parameter(
         list[str] | None, typer.Option("--set", help=SET_HELP, rich_help_panel="Request")
     ],
 )
+SCHEMA_HELP = "A file with the JSON schema that the answer must be valid under."
+_SCHEMA = inspect.Parameter(
+    "json_schema",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        Path | None, typer.Option("--json-schema", help=SCHEMA_HELP, rich_help_panel="Sampling")
+    ],
+)
 _FIELDS = get_type_hints(Params, include_extras=True).items()
+#: Fields that hold an object.
+_OBJECTS = [name for name, hint in _FIELDS if get_origin(get_args(hint)[0]) is dict]
 sampling.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [*(_option(name, hint) for name, hint in _FIELDS), _SET]
+    [*(_option(name, hint) for name, hint in _FIELDS), _SCHEMA, _SET]
 )
 
 

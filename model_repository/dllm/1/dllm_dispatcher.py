@@ -93,7 +93,7 @@ class ResponseDispatcher:
         self._outbox: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._stopping = threading.Event()
-        self._metrics = Metrics(instance)
+        self._metrics = Metrics(model, instance)
         self._bus = self._join_bus(model, instance)
         self._threads = [
             threading.Thread(target=self._send_loop, name="dllm-send", daemon=True),

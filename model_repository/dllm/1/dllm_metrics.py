@@ -48,8 +48,8 @@ class Metrics:
         ("dllm_step_requests", "Requests in a denoising step", "step_requests"),
     )
 
-    def __init__(self, instance: str) -> None:
-        labels = {"model": "dllm", "instance": instance}
+    def __init__(self, model: str, instance: str) -> None:
+        labels = {"model": model, "instance": instance}
 
         def metric(name: str, description: str, kind: int) -> Any:
             family = pb_utils.MetricFamily(name=name, description=description, kind=kind)

@@ -23,16 +23,26 @@ logger = logging.getLogger("dllm_engine.triton")
 
 #: The setting that lets the server outlive its engine.
 EXIT_ON_ENGINE_DEATH = "DLLM_EXIT_ON_ENGINE_DEATH"
+#: A parameter of models that `dllm-serve add` makes: their config.pbtxt comes before the
+#: environment, which all models of a server share.
+CONFIG_FIRST = "CONFIG_FIRST"
 
 
 def read_settings(args: Mapping[str, str]) -> dict[str, str]:
-    """Parameters of config.pbtxt, overridden by the environment; defaults for this instance."""
+    """Parameters of config.pbtxt, overridden by the environment; defaults for this instance.
+
+    With the parameter `CONFIG_FIRST` the environment overrides only those that are not given.
+    """
     for warning in misspelt(os.environ):
         logger.warning("%s", warning)
     parameters = json.loads(args["model_config"])["parameters"]
     settings = {name: value["string_value"] for name, value in parameters.items()}
+    config_first = parse_switch(CONFIG_FIRST, settings.pop(CONFIG_FIRST, "off"))
+    given = {name: value for name, value in settings.items() if value}
     names = [*EngineConfig.settings(), EXIT_ON_ENGINE_DEATH]
     settings |= {name: readable(os.environ[name]) for name in names if os.environ.get(name)}
+    if config_first:
+        settings |= given
     if not settings.get("MODEL_PATH"):
         settings["MODEL_PATH"] = readable(str(Path(__file__).parent / "demo_checkpoint"))
     if args["model_instance_kind"] == "GPU" and settings.get("DLLM_DEVICE") in ("", "auto"):

@@ -167,7 +167,13 @@ def _suffix_ids(engine: Engine, inputs: Inputs) -> list[int]:
 def _param(inputs: Inputs, field: Field) -> Any:
     if field.is_list:
         return tuple(_text(field.name, value) for value in _values(inputs, field.name))
-    return _scalar(inputs, field.name)
+    value = _scalar(inputs, field.name)
+    if field.type is dict:
+        try:
+            return json.loads(value)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InvalidRequest(field.name, f"must be JSON: {error}") from error
+    return value
 
 
 def _priority(inputs: Inputs) -> int:

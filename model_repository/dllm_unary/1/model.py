@@ -17,7 +17,6 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-ENGINE_MODEL = "dllm"
 #: A call that waited for a thread for longer is dropped if its client has disconnected.
 LONG_WAIT_SECONDS = 0.1
 STOPPING = "the server is stopping"
@@ -44,6 +43,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Start a thread for each request that may be in flight; further ones wait for a thread."""
         config = json.loads(args["model_config"])
+        self._engine = config["parameters"]["ENGINE_MODEL"]["string_value"]
         fields = "|".join(tensor["name"] for tensor in config["input"])
         self._about_a_field = re.compile(rf"\b(?:{fields}): ")
         in_flight, waiting = (
@@ -110,7 +110,7 @@ class TritonPythonModel:
             if timeout <= 0:
                 return self._failed("request timeout expired")
         question = pb_utils.InferenceRequest(
-            model_name=ENGINE_MODEL,
+            model_name=self._engine,
             # No others: the stub drops an output that was not requested without Python's lock, and
             # corrupts the interpreter's memory.
             requested_output_names=list(request.requested_output_names()),

@@ -52,6 +52,16 @@ def test_loading_makes_the_gpu_current_before_it_asks_for_memory(
     assert bindings == [("cuda:1", threading.current_thread().name)]
 
 
+def test_w8a8_is_for_cpus(
+    checkpoint: Path, bindings: Bindings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU it is refused by name, before anything is loaded."""
+    pretend_gpus(monkeypatch, 1)
+    with pytest.raises(InvalidConfig, match="DLLM_QUANTIZATION: w8a8 is for CPUs; on cuda"):
+        LLM(checkpoint, quantization="w8a8")
+    assert bindings == []
+
+
 def test_the_threads_that_step_are_on_the_engines_gpu(checkpoint: Path, bindings: Bindings) -> None:
     """The engine's thread, and a thread that calls `generate`, select the engine's GPU."""
     llm = LLM(checkpoint, device="cpu")

@@ -24,7 +24,9 @@ from tests.support.checkpoints import write_dream, write_llada
 from tests.unit.test_docs import ROOT
 
 DEMO = ROOT / "model_repository/dllm/1/demo_checkpoint"
-KINDS = ["int8", "fp8"]
+#: Of weights alone; and all.
+WEIGHTS = ["int8", "fp8"]
+KINDS = [*WEIGHTS, "w8a8"]
 MAPS = ("qkv", "out", "gate_up", "down")
 
 
@@ -65,7 +67,7 @@ def test_fp8_is_within_a_sixteenth_of_each_number(dtype: torch.dtype) -> None:
     assert ((rounded - exact).abs() <= 1.01 * (exact.abs() / 16 + smallest)).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)],
@@ -92,6 +94,30 @@ def test_quantised_maps_equal_plain_ones(kind: str, dtype: torch.dtype, toleranc
         assert found.dtype == dtype
         scale = float(wanted.abs().max())
         torch.testing.assert_close(found.float() / scale, wanted / scale, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("reduced", [False, True], ids=["8 bits", "7 bits"])
+@torch.inference_mode()
+def test_w8a8_multiplies_rounded_activations(
+    reduced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """w8a8 is the exact product of weights and activations rounded row by row.
+
+    It rounds to 8 bits, or to 7 where a CPU lacks VNNI.
+    """
+    monkeypatch.setattr("torchao.utils.should_reduce_range", lambda _device: reduced)
+    with torch.inference_mode(False):
+        weight = make_quantizer("w8a8")(random_weight(448, 320))
+    x = torch.randn(48, 320, generator=torch.Generator().manual_seed(1))
+    x[3] = 0
+    most = 63 if reduced else 127
+    step = (x.abs().amax(1, keepdim=True) / (most + 0.5)).clamp(min=1e-7)
+    rounded = (x * (1 / step)).round().clamp(-most - 1, most)
+    exact = rounded.double() @ weight.qdata.double().T  # type: ignore[attr-defined]
+    wanted = exact * step.double() * weight.scale.double().flatten()  # type: ignore[attr-defined]
+    assert weight.qdata.int().abs().max() <= most + 1  # type: ignore[attr-defined]
+    found = torch.nn.functional.linear(x, weight)
+    torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -227,11 +253,22 @@ def test_a_model_that_fits_only_quantised(tmp_path: Path, kind: str) -> None:
         "max_num_batched_tokens": 64,
     }
     with pytest.raises(InvalidConfig, match="DLLM_MEMORY_LIMIT: .*DLLM_QUANTIZATION"):
-        LLM(folder, **settings)
+        LLM(folder, dtype="float32", **settings)
     weights = spec.weight_bytes(4, kind)
     assert weights < 0.4 * limit
     settings["memory_limit"] = "64MiB"
     assert LLM(folder, quantization=kind, **settings).engine.runner.plan.weights == weights
+
+
+def test_auto_is_a_smaller_type_where_float32_does_not_fit(tmp_path: Path) -> None:
+    """On a CPU, DLLM_DTYPE auto is bfloat16 if float32 weights do not fit, and else float32."""
+    folder = write_llada(tmp_path, d_model=256, mlp_hidden_size=1024, n_layers=12)
+    spec = read_spec(folder)
+    settings = {"logits_budget_mb": 1, "max_num_batched_tokens": 64, "max_num_seqs": 1}
+    limit = str(spec.weight_bytes(4) - 1)
+    small = LLM(folder, memory_limit=limit, **settings).engine.runner.plan.weights
+    large = LLM(folder, **settings).engine.runner.plan.weights
+    assert small == spec.weight_bytes(2) < spec.weight_bytes(4) <= large
 
 
 class LiveBytes(TorchDispatchMode):
@@ -285,10 +322,14 @@ def test_int8_in_float16_would_overflow() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quantization": "int4"}, "DLLM_QUANTIZATION: must be one of none, int8, fp8, got int4"),
+        (
+            {"quantization": "int4"},
+            "DLLM_QUANTIZATION: must be one of none, int8, .* got int4",
+        ),
         ({"quantization": "int8", "dtype": "float64"}, "DLLM_QUANTIZATION: int8 .*float64"),
         ({"quantization": "fp8", "dtype": "float64"}, "DLLM_QUANTIZATION: fp8 .*float64"),
         ({"quantization": "int8", "dtype": "float16"}, "DLLM_QUANTIZATION: int8 .*bfloat16"),
+        ({"quantization": "w8a8", "dtype": "float16"}, "DLLM_QUANTIZATION: w8a8 .*bfloat16"),
         (
             {"quantization": "fp8", "batch_invariant": True},
             "DLLM_BATCH_INVARIANT: .*DLLM_QUANTIZATION",

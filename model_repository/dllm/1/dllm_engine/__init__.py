@@ -28,6 +28,7 @@ from dllm_engine.request import (
     Usage,
 )
 from dllm_engine.sampling_params import SamplingParams
+from dllm_engine.scores import Score
 
 __all__ = [
     "LLM",
@@ -53,6 +54,7 @@ __all__ = [
     "Request",
     "RequestFailed",
     "SamplingParams",
+    "Score",
     "Trajectory",
     "Usage",
 ]

@@ -14,7 +14,7 @@ from dllm_engine.sampling_params import CACHE_FIELDS, SamplingParams
 
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "torch", "triton")
-QUANTIZATIONS = ("none", "int8", "fp8")
+QUANTIZATIONS = ("none", "int8", "fp8", "w8a8")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 #: What a field's type allows, and its name in an error.
 _TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
@@ -132,9 +132,9 @@ class EngineConfig:
                 f"DLLM_QUANTIZATION: {kind} with DLLM_DTYPE float64 would be exact sums of rounded "
                 "weights; set DLLM_DTYPE to float32 or bfloat16"
             )
-        if kind == "int8" and self.dtype == "float16":
+        if kind in ("int8", "w8a8") and self.dtype == "float16":
             raise InvalidConfig(
-                "DLLM_QUANTIZATION: int8 with DLLM_DTYPE float16 overflows, since products are "
+                f"DLLM_QUANTIZATION: {kind} with DLLM_DTYPE float16 overflows, since products are "
                 "scaled after they are summed; set DLLM_DTYPE to bfloat16, or DLLM_QUANTIZATION "
                 "to fp8"
             )

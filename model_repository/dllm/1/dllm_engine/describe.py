@@ -19,7 +19,7 @@ import torch
 
 from dllm_engine.config import EngineConfig
 from dllm_engine.errors import DllmError, InvalidConfig
-from dllm_engine.execution.devices import resolve_device
+from dllm_engine.execution.devices import resolve_device, with_fitting_dtype
 from dllm_engine.execution.graphs import GRAPH_BYTES, LARGEST_ROWS, graph_sizes
 from dllm_engine.execution.rank_model import (
     CHUNKS_PER_STEP,
@@ -180,6 +180,7 @@ def describe(config: EngineConfig) -> dict[str, Any]:
     """
     whole = read_spec(config.model_path)
     spec = dataclasses.replace(whole, max_model_len=longest_sequence(config, whole))
+    config = with_fitting_dtype(config, spec)
     device, dtype = resolve_device(config)
     here = fit(
         config,

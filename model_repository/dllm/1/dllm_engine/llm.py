@@ -8,15 +8,17 @@ import json
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 from tqdm.auto import tqdm
 
 from dllm_engine.config import EngineConfig, unknown_setting
+from dllm_engine.decisions import Answer, read_decisions
 from dllm_engine.errors import EngineDead, InvalidRequest
 from dllm_engine.loop.engine import Engine
+from dllm_engine.readings import Readings
 from dllm_engine.request import (
     CanvasUpdate,
     Completion,
@@ -26,6 +28,9 @@ from dllm_engine.request import (
     Trajectory,
 )
 from dllm_engine.sampling_params import SamplingParams
+from dllm_engine.scores import Score, read_scores
+
+T = TypeVar("T")
 
 #: A text, chat messages, token ids, or a `Prompt` with a canvas or suffix of its own.
 AnyPrompt = (
@@ -137,6 +142,75 @@ class LLM:
                 yield self._step(update, request, committed)
             if update.finished:
                 yield self._completion(update, request, trajectory=True)
+
+    def decide(
+        self,
+        text: str | Sequence[Mapping[str, str]],
+        questions: Sequence[Mapping[str, Any]],
+    ) -> list[Answer]:
+        """Answer typed questions about a text by probabilities, without writing any.
+
+        Args:
+            text: a text, or chat messages.
+            questions: as `POST /v1/decisions` takes them; each instruction is a text.
+
+        Returns:
+            Answers in the order of the questions, shaped as those of `POST /v1/decisions`.
+
+        Raises:
+            InvalidRequest: names the field and the limit; nothing was run.
+            RequestFailed: a question failed in the engine.
+        """
+        spec = self.engine.spec
+        return self._read(
+            read_decisions(
+                text,
+                questions,
+                self.engine.tokenizer,
+                spec.mask_token_id,
+                blockwise=spec.blocks is not None,
+            )
+        )
+
+    def score(
+        self, pairs: Sequence[tuple[str, str]], *, mc_num: int | None = None, seed: int = 0
+    ) -> list[Score]:
+        """Score how likely each continuation is after its context.
+
+        Exact, left to right, for block-wise models; LLaDA's Monte Carlo estimate for others.
+
+        Args:
+            pairs: context and continuation.
+            mc_num: draws of the estimate; None: 128.
+            seed: of the draws.
+
+        Raises:
+            InvalidRequest: names the field and the limit; nothing was run.
+            RequestFailed: a pass failed in the engine.
+        """
+        spec = self.engine.spec
+        return self._read(
+            read_scores(
+                pairs,
+                self.engine.tokenizer,
+                spec.mask_token_id,
+                blockwise=spec.blocks is not None,
+                mc_num=mc_num,
+                seed=seed,
+            )
+        )
+
+    def _read(self, readings: Readings[T]) -> T:
+        """Run readings, and make their answer."""
+        make, params = self.engine.make_request, SamplingParams()
+        requests = [make(prompt, params) for prompt in readings.prompts]
+        found: dict[int, CanvasUpdate] = {}
+        for update in self._run(requests):
+            if update.error is not None:
+                raise update.error
+            found[update.request_id] = update
+        reads = [found[request.request_id].read for request in requests]
+        return readings.answer([read for read in reads if read is not None])
 
     def close(self) -> None:
         """End the processes of other ranks (`tensor_parallel_size`); leaving `with` calls it."""

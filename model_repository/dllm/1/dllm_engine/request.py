@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dllm_engine.sampling_params import SamplingParams
+from dllm_engine.structured.token_automaton import TokenAutomaton
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -30,6 +31,9 @@ class Prompt:
     canvas_ids: list[int] = dataclasses.field(default_factory=list)
     #: The tokens behind the canvas (infilling).
     suffix_ids: list[int] = dataclasses.field(default_factory=list)
+    #: [masks, K] int64; tokens whose log-probabilities to read at each mask of the canvas, −1 for
+    #: none. The request then runs the model once at its masks, and decodes nothing.
+    reads: npt.NDArray[np.int64] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -84,6 +88,8 @@ class Request:
     name: str = ""
     #: Requests share keys and values of equal beginnings only if their salts are equal.
     cache_salt: str = ""
+    #: Which tokens its text may have; None: any.
+    form: TokenAutomaton | None = None
     #: Pages of keys and values up to the end of its next step, and those that it holds.
     num_pages: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
@@ -191,6 +197,8 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"
     #: The client disconnected or cancelled.
     CANCELLED = "cancelled"
+    #: What the request asked to read is read.
+    READ = "read"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,6 +269,8 @@ class CanvasUpdate:
     )
     #: None unless the request asks.
     log_probs: LogProbs | None = None
+    #: [masks, K] float32; log-softmax of the raw logits for `Prompt.reads`, −∞ for no token.
+    read: npt.NDArray[np.float32] | None = None
 
     @property
     def finished(self) -> bool:

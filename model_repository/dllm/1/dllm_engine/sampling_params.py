@@ -22,6 +22,7 @@ from dllm_engine.decoding import (
     is_given,
 )
 from dllm_engine.errors import InvalidRequest
+from dllm_engine.structured.compiler import check as check_form
 
 #: Of models in which every token sees every other one; and of block-wise models.
 CACHE_POLICIES = ("none", "prefix", "dual", "sparse", "delayed")
@@ -183,6 +184,11 @@ class SamplingParams:
     stop: tuple[str, ...] = param(
         (), "end the text before the first of these strings", max_items=16, max_chars=256
     )
+    structured_outputs: Mapping[str, Any] | None = param(
+        None,
+        "the form of the text, held by construction: one of json (a schema), regex, choice (a "
+        "list of strings), json_object (true); prefix and suffix put fixed text around it",
+    )
     ignore_eos: bool = param(False, "decode the whole canvas, even after an end-of-text token")
     # The name is vLLM's; raw log-softmax, whatever the sampling.
     logprobs: int | None = param(
@@ -272,7 +278,7 @@ class Field:
     """One row of the table."""
 
     name: str
-    #: `float`, `int`, `bool` or `str`; the items' of a list.
+    #: `float`, `int`, `bool`, `str` or `dict` (an object as in JSON); the items' of a list.
     type: type
     is_list: bool
     default: Any
@@ -286,7 +292,10 @@ def table(params: type[SamplingParams]) -> dict[str, Field]:
     hints = typing.get_type_hints(params)
     for field in dataclasses.fields(params):
         # `float`, `float | None` and `tuple[str, ...]` all name one type of value.
-        kinds = [kind for kind in typing.get_args(hints[field.name]) if isinstance(kind, type)]
+        args = typing.get_args(hints[field.name])
+        if any(typing.get_origin(arg) is Mapping for arg in args):
+            args = (dict,)
+        kinds = [kind for kind in args if isinstance(kind, type)]
         rows[field.name] = Field(
             name=field.name,
             type=kinds[0] if kinds else hints[field.name],
@@ -309,11 +318,23 @@ def _require(field: str, ok: bool, rule: str, value: object) -> None:
 def _check_limits(params: SamplingParams, names: Iterable[str]) -> None:
     for name in names:
         value = getattr(params, name)
-        if value is not None:
+        if value is not None and FIELDS[name].type is not dict:
             FIELDS[name].limits.check(name, value)
 
 
 def _check_combination(p: SamplingParams) -> None:
+    if p.structured_outputs is not None:
+        check_form(p.structured_outputs)
+        for other, is_set in (
+            ("stop", bool(p.stop)),
+            ("credit", p.credit),
+            ("logits_eos_inf", p.logits_eos_inf),
+            ("remasking", p.remasking == "speculative"),
+        ):
+            if is_set:
+                what = "speculative " if other == "remasking" else ""
+                problem = f"{what}cannot be combined with structured_outputs"
+                raise InvalidRequest(other, problem)
     given = [name for name in COMMIT_FIELDS if getattr(p, name) is not None]
     if len(given) > 1:
         raise InvalidRequest(given[1], f"cannot be combined with {given[0]}")

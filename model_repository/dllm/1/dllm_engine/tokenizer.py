@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from dllm_engine.errors import CheckpointError, InvalidRequest
 from dllm_engine.messages import Message, in_plain_words, parse_messages, parse_tools, protect_chat
+from dllm_engine.structured.vocabulary import Vocabulary
 
 #: The file that identifies a tokenizer's format, and the class that reads it without the
 #: checkpoint's own code. Dream has Qwen2's files, but names a class of its own.
@@ -116,6 +117,22 @@ class Tokenizer:
         """The token that a text begins with; None if the checkpoint names none."""
         start: int | None = self._tokenizer.bos_token_id
         return start
+
+    def vocabulary(self, ends: tuple[int, ...]) -> Vocabulary | None:
+        """What each token writes; None if the tokens cannot be read as bytes.
+
+        Args:
+            ends: tokens that end an answer.
+        """
+
+        def encode(text: str) -> list[int]:
+            with self._lock:
+                ids: list[int] = self._tokenizer.encode(
+                    text, add_special_tokens=False, split_special_tokens=False
+                )
+            return ids
+
+        return Vocabulary.of(self._tokenizer, ends, encode)
 
     def encode_text(self, text: str) -> list[int]:
         """Encode a raw prompt without a template.

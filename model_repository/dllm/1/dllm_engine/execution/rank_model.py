@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,7 @@ from dllm_engine.sampling.log_probs import TokenLogProbs, token_log_probs
 from dllm_engine.sampling.rows import Candidates, SpecialTokens
 from dllm_engine.state.batch import StepInputs
 from dllm_engine.state.canvas import LONGEST_BLOCK, CanvasTable
+from dllm_engine.structured.best_text import Span
 
 logger = logging.getLogger("dllm_engine")
 
@@ -246,8 +247,13 @@ class RankModel:
         )
 
     @torch.inference_mode()
-    def candidates(self, inputs: StepInputs) -> Candidates:
-        """Choose a token for each masked position of the step, with its confidence."""
+    def candidates(self, inputs: StepInputs, spans: Sequence[Span] = ()) -> Candidates:
+        """Choose a token for each masked position of the step, with its confidence.
+
+        Args:
+            inputs: the step.
+            spans: of the positions that automata decide; given to the first rank alone.
+        """
         if not len(inputs.rows):  # nothing but prompts
             self._hidden(inputs, inputs.rows)
             nothing = inputs.sampling.temperature.to(torch.float32)
@@ -263,6 +269,9 @@ class RankModel:
             budget_bytes=self._budget_bytes,
             needs_entropy=inputs.needs_entropy,
             credits=inputs.credits,
+            constrained=inputs.constrained,
+            spans=spans,
+            read_tokens=inputs.read_tokens,
         )
 
     @torch.inference_mode()

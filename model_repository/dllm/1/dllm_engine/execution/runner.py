@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ from dllm_engine.sampling_params import SamplingParams
 from dllm_engine.state.batch import StepBatch, StepInputs, build_batch
 from dllm_engine.state.canvas import Canvas, CanvasTable, StepResult
 from dllm_engine.state.step_plan import StepPlan
+from dllm_engine.structured.best_text import Span
+from dllm_engine.structured.token_automaton import TokenAutomaton
 from dllm_engine.watchdog import Watchdog
 
 logger = logging.getLogger("dllm_engine")
@@ -85,17 +87,19 @@ class ModelRunner:
         params: SamplingParams,
         pages: list[int],
         num_cached: int = 0,
+        form: TokenAutomaton | None = None,
     ) -> tuple[int, bool]:
         """Set up the canvas of a new request in `slot`; `pages` are its own from now on.
 
         Args:
             num_cached: tokens of the prompt whose keys and values are in `pages` already.
+            form: which tokens its text may have; None: any.
 
         Returns:
             Rows of one sequence in its first step, and whether that is a Refresh.
         """
         self.assign(slot, pages, 2 if params.cfg_scale > 0 else 1)
-        return self.table.fill(slot, prompt, params, num_cached)
+        return self.table.fill(slot, prompt, params, num_cached, form)
 
     def assign(self, slot: int, pages: list[int], num_sequences: int = 1) -> None:
         """Set the pages of the request in `slot`."""
@@ -135,7 +139,7 @@ class ModelRunner:
             if credit_rows is not None:
                 credits = self.table.credits.read(credit_rows)
                 inputs = dataclasses.replace(inputs, credits=credits)
-            found = self._candidates(inputs)
+            found = self._candidates(inputs, batch.spans)
             picked = _pick(batch, found)
             tokens = torch.where(picked, found.token, -1).to(torch.int32)
             confidence = found.confidence.to(torch.float32)
@@ -145,7 +149,8 @@ class ModelRunner:
             log_probs = None
             if batch.asks is not None:
                 log_probs = Download(self._picked_log_probs(batch, picked, found.token))
-            return InflightStep(plan, Download(decoded), log_probs)
+            read = None if found.read is None else Download(found.read.to(torch.float32))
+            return InflightStep(plan, Download(decoded), log_probs, read)
 
     def _picked_log_probs(self, batch: StepBatch, picked: Tensor, token: Tensor) -> Tensor:
         """Compute log-probabilities of the picked positions whose requests ask.
@@ -175,9 +180,11 @@ class ModelRunner:
             with self._watchdog:
                 tokens, confidence = step.decoded.array()
                 log_probs = None if step.log_probs is None else step.log_probs.array()
+                read = None if step.read is None else step.read.array()
         finally:  # if a rank failed, it is the cause of any error that the device reports
             self.check()
-        return self.table.advance(step.plan, tokens, confidence.view(np.float32), log_probs)
+        confidence = confidence.view(np.float32)
+        return self.table.advance(step.plan, tokens, confidence, log_probs, read)
 
     def canvas(self, slot: int) -> Canvas:
         """A copy of the canvas in `slot`."""
@@ -205,8 +212,8 @@ class ModelRunner:
     def close(self) -> None:
         """End the processes of other ranks."""
 
-    def _candidates(self, inputs: StepInputs) -> Candidates:
-        return self.rank.candidates(inputs)
+    def _candidates(self, inputs: StepInputs, spans: Sequence[Span]) -> Candidates:
+        return self.rank.candidates(inputs, spans)
 
     def _log_probs(self, rows: Tensor, tokens: Tensor, num_top: int) -> TokenLogProbs:
         return self.rank.log_probs(rows, tokens, num_top)
@@ -222,6 +229,8 @@ class InflightStep:
     decoded: Download
     #: See `CanvasTable.advance`; None: no request asks.
     log_probs: Download | None
+    #: [M, K] float32: log-probabilities of the tokens that requests read; None: none reads.
+    read: Download | None = None
 
 
 def _pick(batch: StepBatch, candidates: Candidates) -> Tensor:

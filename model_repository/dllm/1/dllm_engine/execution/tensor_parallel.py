@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from dllm_engine.config import EngineConfig
-from dllm_engine.execution.devices import import_libraries, rank_device
+from dllm_engine.execution.devices import import_libraries, rank_device, with_fitting_dtype
 from dllm_engine.execution.rank_model import RankModel
 from dllm_engine.execution.rank_worker import READY, RankConfig
 from dllm_engine.execution.runner import ModelRunner
@@ -19,6 +19,7 @@ from dllm_engine.parallel.wire import pack_tensors
 from dllm_engine.sampling.log_probs import TokenLogProbs
 from dllm_engine.sampling.rows import Candidates
 from dllm_engine.state.batch import StepInputs
+from dllm_engine.structured.best_text import Span
 from dllm_engine.watchdog import Watchdog
 
 
@@ -27,7 +28,7 @@ def load_runner(
 ) -> ModelRunner:
     """Load the model, on as many ranks as `spec` is split over."""
     runner = TensorParallelRunner if spec.num_ranks > 1 else ModelRunner
-    return runner(config, spec, stop_token_ids)
+    return runner(with_fitting_dtype(config, spec), spec, stop_token_ids)
 
 
 class TensorParallelRunner(ModelRunner):
@@ -86,7 +87,7 @@ class TensorParallelRunner(ModelRunner):
         model.allocate(num_pages)
         self._ranks.collect()
 
-    def _candidates(self, inputs: StepInputs) -> Candidates:
+    def _candidates(self, inputs: StepInputs, spans: Sequence[Span]) -> Candidates:
         """See `RankModel.candidates`.
 
         Raises:
@@ -96,7 +97,7 @@ class TensorParallelRunner(ModelRunner):
             packed, tensors = pack_tensors(inputs)
             self._ranks.post(packed)
             self._group.send(tensors)
-            return self.rank.candidates(inputs)
+            return self.rank.candidates(inputs, spans)
         except (RuntimeError, ValueError, OSError, MemoryError) as error:
             raise self._ranks.diagnose(error) from error
 

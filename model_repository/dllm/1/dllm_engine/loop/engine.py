@@ -6,6 +6,7 @@ import bisect
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import time
@@ -28,6 +29,7 @@ from dllm_engine.models.loader import read_spec
 from dllm_engine.request import CanvasUpdate, FinishReason, Prompt, Request, Usage
 from dllm_engine.sampling_params import SamplingParams
 from dllm_engine.state.canvas import Canvas, StepResult
+from dllm_engine.structured.compiler import Compiler
 from dllm_engine.tokenizer import Tokenizer, find_stop
 
 logger = logging.getLogger("dllm_engine")
@@ -154,7 +156,7 @@ class Engine:
 
         Args:
             prompt: the given tokens; without any before the canvas, the start token is put there.
-            params: how to denoise.
+            params: how to denoise; not used if the prompt has `reads`.
             stream_interval: seconds between updates, also while the request waits; 0: one per
                 step; None: only the final one.
             priority: 0 goes first, larger numbers later.
@@ -169,7 +171,12 @@ class Engine:
         start = self.tokenizer.start_token_id if self.tokenizer else None
         if not prompt.ids and start is not None:
             prompt = dataclasses.replace(prompt, ids=[start])
+        if prompt.reads is not None:
+            params = self._limits.reading(prompt)
         resolved = self._limits.check(prompt, params)
+        form = None
+        if resolved.structured_outputs is not None:
+            form = self._compiler.automaton(resolved.structured_outputs, resolved.gen_length)
         request = Request(
             next(self._ids),
             prompt,
@@ -180,6 +187,7 @@ class Engine:
             timeout=timeout,
             name=name,
             cache_salt=cache_salt,
+            form=form,
         )
         request.num_pages = self._limits.check_pages(
             resolved, request.length, copies=request.forwards_per_step
@@ -203,6 +211,13 @@ class Engine:
                 page_size=self.config.kv_page_size,
                 identity=[str(self.config.model_path), "", request.cache_salt],
             )
+
+    @functools.cached_property
+    def _compiler(self) -> Compiler:
+        """Compiles structured outputs, on the threads that make requests."""
+        ends = tuple(dict.fromkeys([*self.spec.eos_token_ids, *self.stop_token_ids]))
+        vocabulary = self.tokenizer.vocabulary(ends) if self.tokenizer else None
+        return Compiler(vocabulary, self.spec.vocab_size)
 
     def headroom(self, request: Request) -> int:
         """How many tokens longer the prompt could be. Thread-safe."""
@@ -322,7 +337,9 @@ class Engine:
         if request.has_canvas:
             rows = self.runner.resume(slot, request.pages, cached)
         else:
-            rows = self.runner.start(slot, request.prompt, request.params, request.pages, cached)
+            rows = self.runner.start(
+                slot, request.prompt, request.params, request.pages, cached, request.form
+            )
         request.next_rows, request.next_is_refresh = rows
 
     def _launch(self, chosen: list[Request]) -> None:
@@ -411,6 +428,11 @@ class Engine:
                     self._prefix_cache.forget(request.chain)
                 updates.append(self._fail(request, FloatingPointError(NOT_FINITE)))
                 continue
+            if slot in result.read:
+                self._enter_prefix(request, result.final[i])
+                update = self._finish(request, FinishReason.READ)
+                updates.append(dataclasses.replace(update, read=result.read[slot]))
+                continue
             if request.grows:
                 needed = self.allocator.pages_for(result.next_end[i])
                 request.num_pages = max(request.num_pages, needed)
@@ -427,7 +449,9 @@ class Engine:
                 request.ended_by_token = True
                 updates.append(self._finish(request, FinishReason.STOP))
             elif result.complete[i]:
-                updates.append(self._finish(request, FinishReason.LENGTH))
+                # A text with a form is complete, whether or not an end token found room.
+                whole = FinishReason.LENGTH if request.form is None else FinishReason.STOP
+                updates.append(self._finish(request, whole))
             elif request.is_due(now):
                 updates.append(self._update(request))
         return updates
@@ -471,6 +495,8 @@ class Engine:
         update = self._update(request, reason, error)
         del self._requests[request.request_id]
         self.scheduler.remove(request)
+        if reason is FinishReason.READ:
+            self.stats.requests_finished += 1
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.stats.requests_finished += 1
             self._observe_answer(request, update.usage.completion_tokens)

@@ -82,6 +82,25 @@ class RequestLimits:
         #: Block lengths that the log has warned of.
         self._warned: set[int] = set()
 
+    def reading(self, prompt: Prompt) -> SamplingParams:
+        """The parameters of a request that only reads log-probabilities.
+
+        Raises:
+            InvalidRequest: a token to read does not exist, or the masks cannot be read at once.
+        """
+        reads, mask = prompt.reads, self._spec.mask_token_id
+        assert reads is not None
+        size = len(prompt.canvas_ids)
+        if reads.ndim != 2 or len(reads) != prompt.canvas_ids.count(mask) or not reads.shape[1]:
+            raise InvalidRequest("reads", "must hold at least one token for each mask")
+        if reads.min() < -1 or reads.max() >= self._spec.vocab_size:
+            raise InvalidRequest("reads", f"ids must lie in -1..{self._spec.vocab_size - 1}")
+        if self._spec.blocks is not None:
+            if prompt.canvas_ids != [mask]:
+                raise InvalidRequest("reads", "a block-wise model reads one mask behind a prompt")
+            return SamplingParams(gen_length=1, steps=1, seed=0)
+        return SamplingParams(gen_length=size, block_length=size, steps=1, cache="none", seed=0)
+
     def check(self, prompt: Prompt, params: SamplingParams) -> SamplingParams:
         """Return the parameters with every default filled in.
 
@@ -238,6 +257,10 @@ class RequestLimits:
         if prompt.canvas_ids and len(prompt.canvas_ids) != params.gen_length:
             rule = f"must hold gen_length ({params.gen_length}) ids"
             raise InvalidRequest("canvas_ids", f"{rule}; got {len(prompt.canvas_ids)}")
+        if params.structured_outputs is not None:
+            for field, ids in (("canvas_ids", prompt.canvas_ids), ("suffix", prompt.suffix_ids)):
+                if ids:
+                    raise InvalidRequest(field, "cannot be combined with structured_outputs")
         if params.stop and not self._has_text:
             raise InvalidRequest("stop", "this checkpoint has no tokenizer")
 

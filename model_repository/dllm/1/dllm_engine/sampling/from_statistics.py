@@ -21,6 +21,7 @@ def from_statistics(
     budget_bytes: int,
     needs_entropy: bool,
     credits: Credits | None = None,
+    read_tokens: Tensor | None = None,
 ) -> Candidates:
     """Candidates from the clean distribution; see `sample_candidates`.
 
@@ -35,6 +36,7 @@ def from_statistics(
             head,
             _options(rows.take(part), special, needs_entropy),
             None if credits is None else credits.take(part),
+            None if read_tokens is None else read_tokens[part],
         )
         for part in slices
     ]
@@ -59,9 +61,21 @@ def _options(rows: RowSampling, special: SpecialTokens, needs_entropy: bool) -> 
 
 
 def _candidates(
-    hidden: Tensor, head: Head, options: HeadOptions, credits: Credits | None
+    hidden: Tensor,
+    head: Head,
+    options: HeadOptions,
+    credits: Credits | None,
+    read_tokens: Tensor | None,
 ) -> Candidates:
-    found = head.statistics(hidden, options, None if credits is None else credits.tokens)
+    extra = [] if credits is None else [credits.tokens]
+    listed = extra[0].shape[1] if extra else 0
+    if read_tokens is not None:
+        extra.append(read_tokens)
+    found = head.statistics(hidden, options, torch.cat(extra, dim=1) if extra else None)
+    read = None
+    if read_tokens is not None and found.extra_logits is not None:
+        below = found.extra_logits[:, listed:] - found.max_logit.unsqueeze(1)
+        read = below - found.sum_exp.log().unsqueeze(1)
     token, logit = found.token, found.logit
     if options.confidence_eos_eot_inf is not None:
         is_stop = options.confidence_eos_eot_inf & torch.isin(token, options.stop)
@@ -70,13 +84,13 @@ def _candidates(
     after = None
     if credits is not None and found.extra_logits is not None:
         fused, sure, after = decide(
-            credits, found.extra_logits, token, logit, found.max_logit, found.sum_exp
+            credits, found.extra_logits[:, :listed], token, logit, found.max_logit, found.sum_exp
         )
         token = torch.where(credits.used, fused, token)
         confidence = torch.where(credits.used, sure, confidence)
     if not options.needs_entropy:
         nothing = torch.zeros_like(confidence)
-        return Candidates(token, confidence, nothing, nothing, after)
+        return Candidates(token, confidence, nothing, nothing, after, read)
     entropy = found.sum_exp.log() - found.sum_exp_logit / found.sum_exp
     margin = (1 - (found.second - found.max_logit).exp()) / found.sum_exp
-    return Candidates(token, confidence, entropy, margin, after)
+    return Candidates(token, confidence, entropy, margin, after, read)

@@ -62,13 +62,13 @@ def _choose(
         forbid(logits, rows.logits_eos_inf, special.eos)
     mask_logit = logits[:, special.mask].clone()
     logits[:, special.mask] = -torch.inf
-    filtered = _tempered(logits, rows)
+    filtered = tempered(logits, rows)
     token = _draw(filtered, rows)
     logits[:, special.mask] = mask_logit
     if rows.flags.confidence_eos_eot_inf:
         forbid(logits, rows.confidence_eos_eot_inf, special.stop)
-    clean = _statistics(logits, token, needs_entropy)
-    inner = _statistics(filtered, token, needs_entropy)
+    clean = statistics(logits, token, needs_entropy)
+    inner = statistics(filtered, token, needs_entropy)
 
     def pick(name: str) -> Tensor:
         outer: Tensor = getattr(clean, name)
@@ -77,7 +77,7 @@ def _choose(
     return Candidates(token, pick("confidence"), pick("entropy"), pick("margin"))
 
 
-def _statistics(logits: Tensor, token: Tensor, needs_entropy: bool) -> Candidates:
+def statistics(logits: Tensor, token: Tensor, needs_entropy: bool) -> Candidates:
     """Confidence of `token`, entropy and margin under softmax(logits). Overwrites `logits`."""
     max_logit = logits.amax(dim=-1, keepdim=True)
     shifted = logits.sub_(max_logit)
@@ -97,7 +97,7 @@ def _statistics(logits: Tensor, token: Tensor, needs_entropy: bool) -> Candidate
     )
 
 
-def _tempered(logits: Tensor, rows: RowSampling) -> Tensor:
+def tempered(logits: Tensor, rows: RowSampling) -> Tensor:
     """logits / T, then top-p, then top-k (the order of Dream's generation_utils.py); float64."""
     temperature = torch.where(rows.temperature > 0, rows.temperature, 1.0)
     scaled = logits.to(torch.float64) / temperature.unsqueeze(1)

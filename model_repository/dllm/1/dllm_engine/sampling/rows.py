@@ -95,3 +95,6 @@ class Candidates(Rows):
     margin: Tensor
     #: Credit after the step; None: no row of the step uses credit.
     credits: Credits | None = None
+    #: [rows, K]; log-softmax of the raw logits of the tokens to read, −∞ for none; None: no row of
+    #: the step reads.
+    read: Tensor | None = None

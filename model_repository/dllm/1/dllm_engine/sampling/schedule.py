@@ -14,6 +14,7 @@ def linear_count(num_masks: Array, steps: Array, step: Array) -> Array:
     Equal shares; the first steps take the remainder (LLaDA, `get_num_transfer_tokens`).
     All int64 [R].
     """
+    steps = np.maximum(steps, 1)  # of a block that a form has decided, none
     return num_masks // steps + (step < num_masks % steps)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,14 @@ from dllm_engine.ops.layout import Layout
 from dllm_engine.ops.rows import ROW_MULTIPLE
 from dllm_engine.ops.transfer import Array, Upload
 from dllm_engine.sampling.commit import CommitPlan
+from dllm_engine.sampling.constrained import ConstrainedRows
 from dllm_engine.sampling.credit import CreditRows, Credits
 from dllm_engine.sampling.rows import RowSampling, SamplingFlags
 from dllm_engine.sampling_params import MAX_LOGPROBS
 from dllm_engine.state.attention_metadata import AttentionMetadata, flat_layout, grouped_layout
 from dllm_engine.state.slots import SlotState
-from dllm_engine.state.step_plan import Blocks, StepPlan
+from dllm_engine.state.step_plan import Blocks, FormRows, StepPlan
+from dllm_engine.structured.best_text import Span
 
 #: Fields that `RowSampling` has per masked position, and `CommitPlan` per request, by the names of
 #: the slot state.
@@ -46,6 +49,10 @@ class StepInputs:
     needs_entropy: bool
     #: Credit of the M positions; None: no request uses any.
     credits: Credits | None = None
+    #: Which of the M positions automata decide; None: none.
+    constrained: ConstrainedRows | None = None
+    #: [M, K] int64: tokens whose log-probabilities to read, −1 for none; None: no request reads.
+    read_tokens: Tensor | None = None
     #: Positions whose log-probabilities are computed once the step has chosen, and how many
     #: alternatives are listed for each.
     num_log_probs: int = 0
@@ -68,6 +75,8 @@ class StepBatch:
     credit_rows: CreditRows | None
     #: [M] bool: the positions whose requests ask for log-probabilities; None: no request asks.
     asks: Tensor | None
+    #: Of the positions that automata decide; only the first rank has them.
+    spans: Sequence[Span] = ()
 
 
 def build_batch(
@@ -95,6 +104,8 @@ def build_batch(
         cfg_scale=upload(state.cfg_scale[blocks.request]) if sequences.guided else None,
         sampling=_sampling(state, blocks, upload),
         needs_entropy=bool(state.needs_entropy.any()),
+        constrained=None if plan.forms is None else _constrained(plan, plan.forms, upload),
+        read_tokens=None if plan.read_tokens is None else upload(plan.read_tokens),
         num_log_probs=0 if log_probs is None else log_probs.count,
         # As many for every request: of equal logits, which are listed depends on the number.
         num_top=MAX_LOGPROBS if log_probs is not None and log_probs.lists else 0,
@@ -106,7 +117,22 @@ def build_batch(
         commit=_commit_plan(plan, upload),
         committed=None if plan.committed is None else upload(plan.committed),
         credit_rows=_credit_rows(state, blocks, upload) if state.uses_credit.any() else None,
+        spans=() if plan.forms is None else plan.forms.spans,
         asks=None if log_probs is None else upload(log_probs.asks),
+    )
+
+
+def _constrained(plan: StepPlan, forms: FormRows, upload: Upload) -> ConstrainedRows:
+    blocks = plan.blocks
+    full = plan.sequences.requests.needs_full_logits[blocks.request]
+    rows = np.array(forms.rows, np.int64)
+    others = np.setdiff1d(np.arange(len(full)), rows)
+    return ConstrainedRows(
+        rows=upload(rows),
+        others=upload(others),
+        places=upload(np.argsort(np.concatenate([rows, others]))),
+        counts=tuple(span.num_masked for span in forms.spans),
+        num_full_logits=int(full[others].sum()),
     )
 
 

@@ -22,9 +22,11 @@ from dllm_engine.request import LogProbs, Prompt
 from dllm_engine.sampling.credit import CreditLists
 from dllm_engine.sampling.schedule import dream_chances, dream_count, linear_count
 from dllm_engine.sampling_params import SamplingParams
+from dllm_engine.state.forms import Forms
 from dllm_engine.state.scope import BlockScope, CanvasScope, StepScope
 from dllm_engine.state.slots import SlotState, SlotTable
 from dllm_engine.state.step_plan import Blocks, LogProbPlan, Sequences, StepPlan
+from dllm_engine.structured.token_automaton import TokenAutomaton
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,8 @@ class StepResult:
     final: list[int]
     #: Positions from the left that the next step stores or reads.
     next_end: list[int]
+    #: By slot, what the requests that read have read (`CanvasUpdate.read`).
+    read: dict[int, Array] = dataclasses.field(default_factory=dict)
 
 
 class Canvas(NamedTuple):
@@ -133,6 +137,10 @@ class CanvasTable:
         #: [slots, length] float32; Dream's share of the masks for each step of the schedule.
         self._chance = np.zeros((num_slots, 0), np.float32)
         self._slots = SlotTable(num_slots)
+        #: Structured outputs.
+        self._forms = Forms()
+        #: By slot, `Prompt.reads` of the requests that read.
+        self._reads: dict[int, Array] = {}
         #: Credit of the active blocks; on the device.
         self.credits = CreditLists(num_slots, max_block, device)
         if blocks is None:
@@ -190,17 +198,26 @@ class CanvasTable:
                 setattr(self, name, wider)
 
     def fill(
-        self, slot: int, prompt: Prompt, params: SamplingParams, num_cached: int = 0
+        self,
+        slot: int,
+        prompt: Prompt,
+        params: SamplingParams,
+        num_cached: int = 0,
+        form: TokenAutomaton | None = None,
     ) -> tuple[int, bool]:
         """Set up the canvas of a new request in `slot`; `params` must be resolved.
 
         Args:
             num_cached: positions from the left whose keys and values are stored and final.
+            form: which tokens its text may have; None: any.
 
         Returns:
             Rows of one sequence in its first step, and whether that is a Refresh.
         """
         self._slots.fill(slot, prompt, params, self._blocks)
+        self._reads.pop(slot, None)
+        if prompt.reads is not None:
+            self._reads[slot] = prompt.reads
         state = self._slots.read(np.array([slot]))
         start, end, length = (
             int(column[0]) for column in (state.canvas_start, state.canvas_end, state.length)
@@ -225,6 +242,15 @@ class CanvasTable:
         if params.alg:
             chances = list(map(dream_chances, steps_of_blocks(params)))
             self._chance[slot, : params.steps] = np.concatenate(chances)
+        self._forms.fill(slot, form, start, int(state.answer_end[0]))
+        if form is not None:
+            most = None
+            if self._blocks is not None:
+                # It has pages for its first block alone, which so must not be finished yet.
+                origin, width = int(state.origin[0]), int(state.window_length[0])
+                most = origin + ((start - origin) // width + 1) * width - 1
+                most = min(most, int(state.answer_end[0]))
+            self._fix([slot], most, begins=True)
         return self.rewind(slot, num_cached)
 
     def rewind(self, slot: int, num_cached: int) -> tuple[int, bool]:
@@ -272,8 +298,48 @@ class CanvasTable:
             counts=counts,
             chances=chances,
             committed=self._block_confidence(requests) if looks_back else None,
+            forms=self._forms.rows(requests, blocks, self.tokens, self._masked),
+            read_tokens=self._read_tokens(requests, blocks) if self._reads else None,
             log_probs=_plan_log_probs(requests, blocks, counts) if self._log_probs else None,
         )
+
+    def _read_tokens(self, state: SlotState, blocks: Blocks) -> Array | None:
+        """The tokens to read at each masked position: [M, K] int64, −1 for none."""
+        slots = state.slots.tolist()
+        reads = [(i, self._reads[slot]) for i, slot in enumerate(slots) if slot in self._reads]
+        if not reads:
+            return None
+        # Kernels are compiled for each width.
+        width = 1 << (max(tokens.shape[1] for _, tokens in reads) - 1).bit_length()
+        found = np.full((len(blocks.request), width), -1, np.int64)
+        for request, tokens in reads:
+            first, end = np.searchsorted(blocks.request, [request, request + 1])
+            # Behind the answer of a block-wise model are masks that no one reads.
+            count = min(end - first, len(tokens))
+            found[first : first + count, : tokens.shape[1]] = tokens[:count]
+        return found
+
+    def _fix(self, slots: list[int], end: int | None = None, *, begins: bool = False) -> None:
+        """Commit the tokens that the forms of these slots leave no choice of.
+
+        Args:
+            end: see `Forms.fix`.
+            begins: before the first step.
+        """
+        for slot in self._forms.holds(slots):
+            state = self._slots.read(np.array([slot]))
+            start, first_end = int(state.canvas_start[0]), int(state.first_end[0])
+            before = self._masked[slot].copy()
+            self._forms.fix(slot, self.tokens[slot], self._masked[slot], start, end)
+            places = (before & ~self._masked[slot]).nonzero()[0]
+            self._confidence[slot, places] = 1.0
+            self._reveal_steps[slot, places] = 0 if begins else int(state.steps_run[0]) + 1
+            self._last_committed[slot, places] = True
+            tokens = self.tokens[slot, start + places]
+            ends = places[(tokens[:, None] == self._stop).any(axis=1)]
+            if len(ends) and state.honours_eos[0]:
+                first_end = min(first_end, start + int(ends[0]))
+                self._slots.change(state._replace(first_end=np.array([first_end])))
 
     def _predictors(self, state: SlotState, blocks: Blocks) -> Array:
         """The position whose hidden state predicts each masked one: int64 [M]."""
@@ -353,7 +419,12 @@ class CanvasTable:
         return np.where(state.dream_statistics, dream, linear), chance
 
     def advance(
-        self, plan: StepPlan, tokens: Array, confidence: Array, log_probs: Array | None = None
+        self,
+        plan: StepPlan,
+        tokens: Array,
+        confidence: Array,
+        log_probs: Array | None = None,
+        read: Array | None = None,
     ) -> StepResult:
         """Commit what the planned step decoded, and open the next block where one is done.
 
@@ -363,8 +434,12 @@ class CanvasTable:
             log_probs: float32 [P, 1 + 2K]; of the positions that the plan asks for and the step
                 decodes, in their order: the token's log-probability, those of its alternatives,
                 and the bits of the alternatives' int32 tokens.
+            read: float32 [M, K]; log-probabilities of `StepPlan.read_tokens`.
         """
         state, blocks = plan.sequences.requests, plan.blocks
+        found = {} if read is None else self._take_read(state, blocks, read)
+        if found:
+            tokens = np.where(np.isin(blocks.slots, list(found)), -1, tokens)
         not_finite = np.zeros(len(state.slots), np.bool_)
         not_finite[blocks.request[~np.isfinite(confidence)]] = True
         picked = tokens >= 0
@@ -390,6 +465,10 @@ class CanvasTable:
         first_end = state.first_end.copy()
         ends = (tokens[:, None] == self._stop).any(axis=1) & state.honours_eos[request]
         np.minimum.at(first_end, request[ends], positions[ends])
+        if self._forms.holds(state.slots.tolist()):
+            self._slots.change(state._replace(first_end=first_end))
+            self._fix(state.slots.tolist())
+            first_end = self._slots.read(state.slots).first_end
         # What opens a block, and what prefills a prompt, is no step of a block's schedule.
         counts = state.decodes & ~state.opens
         state, first_masked = self._prepare_step(
@@ -415,7 +494,18 @@ class CanvasTable:
             not_finite.tolist(),
             state.final.tolist(),
             state.kv_lens.tolist(),
+            found,
         )
+
+    def _take_read(self, state: SlotState, blocks: Blocks, read: Array) -> dict[int, Array]:
+        """What each reading request has read, by slot; those that still prefill are left out."""
+        found = {}
+        for request, slot in enumerate(state.slots.tolist()):
+            first, end = np.searchsorted(blocks.request, [request, request + 1])
+            if slot in self._reads and end > first:
+                count, width = self._reads[slot].shape
+                found[slot] = read[first : first + count, :width].copy()
+        return found
 
     def _note_log_probs(self, slots: Array, places: Array, number: Array, log_probs: Array) -> None:
         """Write the log-probabilities of committed positions.

@@ -9,6 +9,7 @@ import numpy as np
 
 from dllm_engine.ops.transfer import Array
 from dllm_engine.state.slots import SlotState
+from dllm_engine.structured.best_text import Span
 
 #: Rows of Reuses are grouped by their number rounded up to a multiple of this.
 _QUERY_MULTIPLE = 8
@@ -149,6 +150,16 @@ def _shape(page_size: int, state: SlotState) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
+class FormRows:
+    """Masked positions that automata decide."""
+
+    #: Their places among the M masked positions, request by request.
+    rows: list[int]
+    #: Of each request with such positions.
+    spans: list[Span]
+
+
+@dataclasses.dataclass(frozen=True)
 class LogProbPlan:
     """Which log-probabilities a step computes. None of a `StepPlan`: no request asks."""
 
@@ -181,3 +192,7 @@ class StepPlan:
     #: masked; None: no rule needs it.
     committed: Array | None
     log_probs: LogProbPlan | None
+    #: Masked positions that automata decide; None: there are none.
+    forms: FormRows | None = None
+    #: [M, K] int64: tokens whose log-probabilities to read, −1 for none; None: no request reads.
+    read_tokens: Array | None = None

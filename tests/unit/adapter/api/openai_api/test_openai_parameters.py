@@ -18,7 +18,8 @@ from adapter.types import CheckResult
 REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"tools": [{"type": "function"}]}, "tools", "not supported"),
     (CHAT, {"tool_choice": "required"}, "tool_choice", "not supported"),
-    (CHAT, {"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+    (CHAT, {"response_format": {"type": "json_schema"}}, "response_format", "json_schema"),
+    (TEXT, {"response_format": {"type": "xml"}}, "response_format.type", "json_object"),
     (CHAT, {"frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
     (CHAT, {"presence_penalty": -1}, "presence_penalty", "not supported"),
     (CHAT, {"logit_bias": {"1": 5}}, "logit_bias", "not supported"),

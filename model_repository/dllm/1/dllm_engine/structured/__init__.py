@@ -1,0 +1,1 @@
+"""Structured outputs: automata over tokens, of JSON schemas, regular expressions and choices."""
