@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from adapter.api.openai.fields import Extensions, NoEffect, OpenAIBody, Unsupported
 from adapter.api.openai.messages import ChatMessage
-from adapter.api.openai.tools import NamedChoice, Offer, ToolChoice
+from adapter.api.openai.tools import NamedChoice, Offer, ToolChoice, required_form
 from adapter.api.schemas import (
     INT32_MAX,
     Count,
@@ -306,6 +306,17 @@ class ChatCall(Call):
             raise PydanticCustomError("top_logprobs", "top_logprobs needs logprobs true")
         return self
 
+    @model_validator(mode="after")
+    def _form_or_tools(self) -> Self:
+        form = self.structured_outputs or self._format
+        if self.tools and form is not None:
+            raise PydanticCustomError(
+                "form_and_tools",
+                "tools cannot be combined with response_format or structured_outputs; send "
+                "tool_choice 'none' with them",
+            )
+        return self
+
     @property
     def offer(self) -> Offer | None:
         """The tools that the answer may call; None: none."""
@@ -328,5 +339,19 @@ class ChatCall(Call):
         messages = [message.message() for message in self.messages]
         num_top = (self.top_logprobs or 0) if self.logprobs else None
         most = min(*(given or [default or longest]), longest)
-        tools = {"tools": self.tools} if self.tools else {}
-        return self._request(most, messages=messages, logprobs=num_top, **tools)
+        request = self._request(most, messages=messages, logprobs=num_top)
+        if not self.tools:
+            return request
+        form = self._required_form or request.structured_outputs
+        return request.model_copy(update={"tools": self.tools, "structured_outputs": form})
+
+    @property
+    def _required_form(self) -> StructuredOutputs | None:
+        """The form of a call that the answer must be; None: it may be a text."""
+        if self.tool_choice in (None, "auto"):
+            return None
+        functions = [tool.function.model_dump(exclude_none=True) for tool in self.tools or ()]
+        if isinstance(self.tool_choice, NamedChoice):
+            name = self.tool_choice.function.name
+            functions = [function for function in functions if function["name"] == name]
+        return StructuredOutputs.model_validate(required_form(functions))
