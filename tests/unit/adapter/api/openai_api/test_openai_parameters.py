@@ -44,7 +44,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs",
      "not supported"),
     (CHAT, {"unknown": 0}, "unknown", "not permitted"),
-    (CHAT, {"functions": [{"name": "a"}]}, "functions", "send function_call 'none' with it"),
+    (CHAT, {"functions": [{"name": "a"}]}, "functions", "function_call 'none' with it"),
     (CHAT, {"gen_length": 5}, "gen_length", "not permitted"),
     (CHAT, {"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
     (CHAT, {"temperature": 2.5}, "temperature", "less than or equal to 2"),
