@@ -28,7 +28,7 @@ FUNCTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("functions", [FUNCTIONS, FUNCTIONS[:1], FUNCTIONS[1:]], ids=len)
 def test_a_random_model_makes_a_valid_call(tmp_path: Path, functions: list[dict[str, Any]]) -> None:
-    """Its text is one call of an offered function, whose arguments are valid, at any temperature."""
+    """Its text is one call of an offered function with valid arguments, at any temperature."""
     llm = LLM(write_llada(tmp_path), device="cpu")
     form = required_form(functions)
     params = [
