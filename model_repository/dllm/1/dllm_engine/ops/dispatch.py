@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import logging
 import os
 from collections.abc import Callable
 
@@ -16,6 +17,8 @@ from dllm_engine.ops import attention, draw, head_statistics, linear, norm, rota
 from dllm_engine.ops.head_types import Filters, HeadOptions, HeadStatistics, TiledHead
 from dllm_engine.ops.layout import LayerPages, Layout
 from dllm_engine.ops.linear import AddedProduct, Product, SiluMul
+
+logger = logging.getLogger("dllm_engine")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +93,7 @@ def choose_operations(
 def _choose(choice: str, device: str, dtype: torch.dtype) -> Operations:
     installed = importlib.util.find_spec("triton") is not None
     on_gpu = device.startswith("cuda")
-    if choice == "torch" or (choice == "auto" and not (on_gpu and installed)):
+    if choice == "torch" or (choice == "auto" and not on_gpu):
         return TORCH
     problem = None
     if not installed:
@@ -100,8 +103,10 @@ def _choose(choice: str, device: str, dtype: torch.dtype) -> Operations:
     elif not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         problem = f"needs a GPU; the device is {device} (TRITON_INTERPRET=1 runs them slowly)"
     if problem is None:
+        logger.info("layers, head and filters run on kernels (DLLM_KERNELS)")
         return _triton_operations(dtype)
     if choice == "auto":
+        logger.warning("layers, head and filters run on torch's operations: triton %s", problem)
         return TORCH
     raise InvalidConfig(f"DLLM_KERNELS: {choice} {problem}")
 
