@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from adapter.db.dialects import advisory_lock
-from adapter.db.migrate import is_current, upgrade_schema
+from adapter.db.migrate import current_revision, downgrade_schema, is_current, upgrade_schema
 from adapter.db.postgres import PostgresBackend
 from adapter.db.sqlite import SqliteBackend
 from adapter.errors import AdapterError, SettingsError, StoreUnavailable
@@ -243,6 +243,25 @@ async def connect(url: str, *, timeout: float = DEFAULT_TIMEOUT) -> AsyncIterato
             yield server
         finally:
             await server.close()
+
+
+async def migrate(backend: Backend, revision: str | None = None) -> tuple[str | None, str | None]:
+    """Upgrade the schema, or downgrade it to a revision; the revisions before and after.
+
+    Raises `SettingsError` for a revision that cannot be reached, and `StoreUnavailable`.
+    """
+
+    def change(connection: Connection) -> tuple[str | None, str | None]:
+        advisory_lock(connection, SCHEMA_LOCK)
+        before = current_revision(connection)
+        if revision is None:
+            upgrade_schema(connection)
+        else:
+            downgrade_schema(connection, revision)
+        return before, current_revision(connection)
+
+    with _transaction("write"):
+        return await backend.migrate(change)
 
 
 def _upgrade(connection: Connection) -> None:

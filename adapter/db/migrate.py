@@ -1,4 +1,4 @@
-"""Upgrades a database to the schema of this release."""
+"""Upgrades a database to the schema of this release, or downgrades it before a rollback."""
 
 from pathlib import Path
 
@@ -39,6 +39,34 @@ def upgrade_schema(connection: Connection) -> None:
         head = ScriptDirectory.from_config(config).get_current_head()
         msg = f"DLLM_DATABASE_URL: the schema is not one this release (up to {head}) knows: {error}"
         raise SettingsError(msg) from error
+
+
+def current_revision(connection: Connection) -> str | None:
+    """The revision of the database's schema; None without one."""
+    return MigrationContext.configure(connection).get_current_revision()
+
+
+def downgrade_schema(connection: Connection, revision: str) -> None:
+    """Go back to an earlier revision in the connection's transaction, all or none.
+
+    The caller holds a lock against other processes. Raises `SettingsError` for a revision that is
+    none of the earlier ones, or to which some step has no way back.
+    """
+    config = _config(connection)
+    steps = [
+        step
+        for step in ScriptDirectory.from_config(config).walk_revisions()
+        if revision < step.revision <= (current_revision(connection) or "")
+    ]
+    known = {step.down_revision for step in steps}
+    if revision not in known:
+        msg = f"the schema is at {current_revision(connection)}, and {revision} is none before it"
+        raise SettingsError(msg)
+    for step in steps:
+        if not hasattr(step.module, "downgrade"):
+            msg = f"there is no way back from {step.revision}: restore a backup made before it"
+            raise SettingsError(msg)
+    command.downgrade(config, revision)
 
 
 def _config(connection: Connection) -> Config:

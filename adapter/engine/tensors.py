@@ -3,6 +3,7 @@
 import json
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
@@ -52,6 +53,8 @@ INPUT_TYPES: Mapping[str, str] = {
     "priority": "INT64",
     "cache_salt": "BYTES",
     "exclusive": "BOOL",
+    "decide": "BYTES",
+    "score": "BYTES",
     "stream": "BOOL",
     "stream_interval": "FP32",
     "check": "BOOL",
@@ -61,6 +64,8 @@ INPUT_TYPES: Mapping[str, str] = {
 #: Format characters of `struct` for the types of numbers.
 FORMATS: Mapping[str, str] = {"INT32": "i", "INT64": "q", "FP32": "f", "BOOL": "?"}
 OUTPUTS = ("text_output", "finish_reason", "usage", "seed")
+#: An engine of a later release may have more.
+USAGE_VALUES = len(fields(Usage))
 CANVAS_OUTPUTS = ("token_ids", "token_texts", "confidence", "block")
 #: The output of each token's log-probability and step, and the inputs that ask for it.
 DETAILS_OUTPUT, DETAILS_INPUTS = "token_details", ("logprobs", "reveal_steps")
@@ -96,7 +101,7 @@ def read_event(response: ModelInferResponse) -> Event:
     return Event(
         text=_text(contents.get("text_output")),
         finish_reason=_text(contents.get("finish_reason")),
-        usage=None if usage is None else Usage(*_numbers("INT32", usage)),
+        usage=None if usage is None else Usage(*_numbers("INT32", usage)[:USAGE_VALUES]),
         seed=None if seed is None else _numbers("INT64", seed)[0],
         canvas=_canvas(contents),
         details=_details(contents.get(DETAILS_OUTPUT)),

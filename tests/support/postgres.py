@@ -25,7 +25,7 @@ NOBODY = 65534
 START_SECONDS = 60
 
 
-def _programs() -> Path:
+def programs_folder() -> Path:
     """The folder with `initdb` and `postgres`; skips the test if there is none."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is not None and spec.origin is not None:
@@ -100,7 +100,7 @@ class PostgresServer:
 @contextmanager
 def postgres_server() -> Iterator[PostgresServer]:
     """Make a cluster in a temporary folder and run a server over it."""
-    programs, user, port = _programs(), _as_nobody(), free_port()
+    programs, user, port = programs_folder(), _as_nobody(), free_port()
     folder = Path(tempfile.mkdtemp(prefix="dllm-postgres-"))
     process = None
     try:

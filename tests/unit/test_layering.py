@@ -15,8 +15,9 @@ ENGINE = ROOT / "model_repository/dllm/1/dllm_engine"
 
 #: Inside a package, each layer may import the layers after it, never one before it.
 LAYERS = {
-    ADAPTER: ["__main__", "check connection", "app", "api", "auth jobs", "engine", "db", "periodic",
-              "telemetry", "settings shutdown types", "rates setting_names shares", "errors"],
+    ADAPTER: ["__main__", "check connection migrate", "app", "api", "auth jobs", "engine", "db",
+              "periodic", "telemetry", "settings shutdown types", "rates setting_names shares",
+              "errors"],
     ENGINE: ["describe llm", "loop", "execution", "state", "memory", "models sampling", "parallel",
              "decisions scores", "readings", "ops config request tokenizer",
              "messages sampling_params", "structured",

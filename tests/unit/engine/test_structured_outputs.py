@@ -24,6 +24,7 @@ from dllm_engine.structured.vocabulary import Vocabulary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.budget import examples
 from tests.support.checkpoints import EOS, MASK, write_dream, write_llada
 from tests.support.family_checkpoints import write_family
 
@@ -60,7 +61,7 @@ def texts_of(automaton: TokenAutomaton, length: int, slack: int) -> list[tuple[i
     return found
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=examples(24))
 @given(
     expression=st.sampled_from(["(ab|c)*d", "a{1,3}b?", "[abc]+", "d|ca?b*", "(a|b)(c|d)a*"]),
     length=st.integers(1, 4),
@@ -151,12 +152,16 @@ def walk(automaton: ByteAutomaton, random: np.random.Generator) -> str:
     return text.decode()
 
 
-@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: json.dumps(schema)[:40])
+@pytest.mark.parametrize(
+    "schema",
+    [*SCHEMAS[:9], *(pytest.param(schema, marks=pytest.mark.slow) for schema in SCHEMAS[9:])],
+    ids=lambda schema: json.dumps(schema)[:40],
+)
 def test_all_texts_of_a_schema_are_valid(schema: Any) -> None:
     """An independent validator accepts whatever an automaton of a schema lets through."""
     automaton = ByteAutomaton.of(expression_of(schema, 1000))
     random = np.random.default_rng(1)
-    for _ in range(60):
+    for _ in range(25):
         text = walk(automaton, random)
         assert is_valid(text, schema), text
 
@@ -195,6 +200,7 @@ def nested(levels: int) -> Any:
     return schema
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wanted",
     [
@@ -286,24 +292,28 @@ def check_all(llm: LLM, batch: list[SamplingParams]) -> None:
         assert answer.finish_reason == "stop"
 
 
+OTHERS = ("dream", "illada", "fast_dllm", "nemotron")
 CACHES = ("none", "prefix", "dual", "sparse", "delayed")
 
 
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=examples(6))
 @given(batch=st.lists(requests(CACHES, rules=True), min_size=4, max_size=4))
 def test_every_answer_has_its_form_and_ends(llada: LLM, batch: list[SamplingParams]) -> None:
     """With any rule, temperature, filter and cache, an answer has its form and is complete."""
     check_all(llada, batch)
 
 
-@pytest.mark.parametrize("family", ["dream", "illada", "sdar", "fast_dllm", "nemotron"])
+@pytest.mark.parametrize(
+    "family",
+    ["sdar", *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS)],
+)
 def test_every_family_holds_forms(tmp_path: Path, family: str) -> None:
     """Block-wise families carry the state from block to block."""
     write = write_dream if family == "dream" else partial(write_family, family=family)
     llm = LLM(write(tmp_path), dtype="float32")
     caches = ("none", "block") if llm.engine.spec.blocks else CACHES
 
-    @settings(deadline=None, max_examples=2, database=None)
+    @settings(deadline=None, max_examples=examples(3), database=None)
     @given(batch=st.lists(requests(caches, rules=False), min_size=4, max_size=4))
     def check(batch: list[SamplingParams]) -> None:
         check_all(llm, batch)

@@ -10,3 +10,9 @@ down_revision = "0006"
 def upgrade() -> None:
     """Add the column; earlier results, and those of earlier workers, have none."""
     op.add_column("jobs", sa.Column("cached_tokens", sa.Integer))
+
+
+def downgrade() -> None:
+    """Drop the column."""
+    with op.batch_alter_table("jobs") as batch:
+        batch.drop_column("cached_tokens")

@@ -1,6 +1,9 @@
 """The schema: upgraded at start from every earlier release, by many workers at once."""
 
 import asyncio
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,10 +12,10 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, make_url, text
+from sqlalchemy import Connection, make_url, select, text
 
-from adapter.db.database import Database, connect
-from adapter.db.migrate import MIGRATIONS
+from adapter.db.database import Database, connect, migrate
+from adapter.db.migrate import MIGRATIONS, is_current
 from adapter.db.sqlite import LOG_LIMIT_BYTES
 from adapter.db.tables import metadata
 from adapter.errors import SettingsError
@@ -154,3 +157,39 @@ async def test_database_does_not_grow_without_bound(database_url: str) -> None:
                 while log.stat().st_size > LOG_LIMIT_BYTES:
                     await store.purge(ttl=150, limit=1000)
                     await asyncio.sleep(0.1)
+
+
+def migrate_by_command(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m adapter.migrate`."""
+    return subprocess.run(
+        [sys.executable, "-m", "adapter.migrate", *arguments],
+        env={**os.environ, "DLLM_DATABASE_URL": url},
+        capture_output=True,
+        text=True,
+    )
+
+
+async def test_the_schema_goes_back_and_forth(database_url: str) -> None:
+    """A database can be brought to the schema before and back, and keeps its jobs."""
+    async with Database.open(database_url) as database:
+        assert await JobStore(database, max_attempts=3).add([{"seed": 1}], max_queued=9) == [0]
+        head = (await database.read(select(text("version_num from alembic_version"))))[0][0]
+    before = f"{int(head) - 1:04}"
+    back = migrate_by_command(database_url, before)
+    assert (back.returncode, back.stdout) == (0, f"schema {head} -> {before}\n")
+    again = migrate_by_command(database_url)
+    assert (again.returncode, again.stdout) == (0, f"schema {before} -> {head}\n")
+    async with Database.open(database_url) as database:
+        assert await database.write(differences) == []
+        (job,) = await JobStore(database, max_attempts=3).claim("a", limit=9, lease=30)
+        assert (job.id, job.inputs) == (0, {"seed": 1})
+
+
+@pytest.mark.parametrize("revision", ["0001", "0042", "x"])
+async def test_no_way_back_is_told(database_url: str, revision: str) -> None:
+    """A revision that cannot be reached leaves the database as it is."""
+    async with connect(database_url) as connections:
+        await migrate(connections)
+        with pytest.raises(SettingsError, match="no way back from|is none before it"):
+            await migrate(connections, revision)
+        assert await connections.read(is_current)

@@ -12,7 +12,9 @@ from adapter_fakes import (
     served_app,
 )
 from openai_calls import CHAT, QUESTION, TEXT, post, until_healthy
+from pydantic import ValidationError
 
+from adapter.api.openai.requests import ChatCall
 from adapter.types import CheckResult
 
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "add"}}
@@ -291,3 +293,24 @@ async def test_every_refusal_of_the_length_has_the_code(
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
+
+
+def test_a_response_format_is_a_structured_output() -> None:
+    """A schema or JSON mode reaches the model as `structured_outputs`; both at once are refused."""
+    schema = {"type": "object", "properties": {"b": {"type": "null"}, "a": True}}
+    body: dict[str, Any] = {"model": "dllm", "messages": [{"role": "user", "content": "x"}]}
+    formats: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (
+            {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
+            {"json": schema},
+        ),
+        ({"type": "json_object"}, {"json_object": True}),
+    ]
+    for given, wanted in formats:
+        call = ChatCall.model_validate({**body, "response_format": given})
+        inputs = call.request(default=64, longest=64).inputs()
+        assert inputs["structured_outputs"] == json.dumps(wanted)
+        with pytest.raises(ValidationError, match="beside structured_outputs"):
+            ChatCall.model_validate(
+                {**body, "response_format": given, "structured_outputs": {"regex": "a"}}
+            )
