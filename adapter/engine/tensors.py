@@ -52,6 +52,8 @@ INPUT_TYPES: Mapping[str, str] = {
     "priority": "INT64",
     "cache_salt": "BYTES",
     "exclusive": "BOOL",
+    "decide": "BYTES",
+    "score": "BYTES",
     "stream": "BOOL",
     "stream_interval": "FP32",
     "check": "BOOL",

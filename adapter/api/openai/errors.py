@@ -15,7 +15,9 @@ Body = dict[str, Any]
 
 #: Every path below /v1 except the adapter's own calls, also with extra slashes or behind a prefix.
 PATHS = re.compile(r"/v1/++(?!(generate|generate_batch|result|health|livez)(/|$))")
-OFFERED = "/v1/chat/completions, /v1/completions, /v1/responses and /v1/models"
+OFFERED = (
+    "/v1/chat/completions, /v1/completions, /v1/responses, /v1/decisions, /v1/score and /v1/models"
+)
 
 INVALID = "invalid_request_error"
 #: Type and code for each status; every 5xx is `server_error`.

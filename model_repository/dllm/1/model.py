@@ -23,6 +23,7 @@ from dllm_engine import (
     QueueFull,
 )
 from dllm_fail_fast import FailFast
+from dllm_readings import ReadingGroup, is_reading
 from dllm_settings import (
     EXIT_ON_ENGINE_DEATH,
     log_to_triton,
@@ -111,6 +112,9 @@ class TritonPythonModel:
             response = check_response(self._worker.engine, request, inputs, outputs)
             sender.send(response, flags=FINAL)
             return
+        if is_reading(inputs):
+            self._submit_group(ReadingGroup(self._worker.engine, request, inputs, sender, outputs))
+            return
         parsed = parse_request(self._worker.engine, request, inputs)
         self._dispatcher.register(PendingRequest(parsed, sender, outputs))
         try:
@@ -118,6 +122,19 @@ class TritonPythonModel:
         except (EngineDead, QueueFull):
             self._dispatcher.forget(parsed.request_id)
             raise
+
+    def _submit_group(self, group: ReadingGroup) -> None:
+        """Queue all requests of a group or none."""
+        for index, part in enumerate(group.parts):
+            self._dispatcher.register(part)
+            try:
+                self._worker.submit(part.request, self._dispatcher.post)
+            except (EngineDead, QueueFull):
+                group.refuse()
+                self._dispatcher.forget(part.request.request_id)
+                for earlier in group.parts[:index]:
+                    self._worker.cancel(earlier.request.request_id)
+                raise
 
     def _on_engine_death(self, death: EngineDead) -> None:
         # Nothing here can work again, and a process that lives on would look healthy. Its end is

@@ -48,7 +48,7 @@ async def test_unknown_path_names_what_is_offered(url: str, method: str, path: s
     assert (error["type"], error["code"]) == ("invalid_request_error", None)
     assert error["message"] == (
         f"{method} {path} is not offered here; /v1/chat/completions, /v1/completions, "
-        "/v1/responses and /v1/models are"
+        "/v1/responses, /v1/decisions, /v1/score and /v1/models are"
     )
 
 
