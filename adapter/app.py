@@ -17,6 +17,7 @@ from adapter.api import health, jobs, metrics, page, stream
 from adapter.api.body import BodyMiddleware
 from adapter.api.error_handlers import add_error_handlers
 from adapter.api.head import HeadMiddleware
+from adapter.api.openai import decisions
 from adapter.api.openai import routes as openai
 from adapter.api.openapi import extend_openapi
 from adapter.auth.keys import Keyring
@@ -93,7 +94,7 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.settings = chosen
-    routers = [m.router for m in (jobs, stream, openai, page, health, metrics)]
+    routers = [m.router for m in (jobs, stream, openai, decisions, page, health, metrics)]
     routes = [route for router in routers for route in router.routes]
     # The last one added is the first that a call passes.
     app.add_middleware(HeadMiddleware)

@@ -226,14 +226,14 @@ def head_cases(
         hidden = tensors.normal(count, shape.hidden_size)
         for kind in ("greedy", "with entropy", "with noise"):
             noisy = kind == "with noise"
-            heat = torch.full((count,), 0.8, dtype=torch.float64, device=device)
+            cold = torch.full((count,), 1 / 0.8, device=device)
             options = HeadOptions(
                 mask=shape.vocab_size - 1,
                 eos=ids,
                 stop=ids,
                 logits_eos_inf=None,
                 confidence_eos_eot_inf=None,
-                temperature=heat if noisy else None,
+                inverse_temperature=cold if noisy else None,
                 keys=torch.arange(count, device=device) << 40 if noisy else None,
                 needs_entropy=kind == "with entropy",
             )

@@ -8,15 +8,16 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from adapter.api.canvas_events import Done, Failed, Step
+from adapter.api.openai.response_objects import ResponseEvent
 from adapter.api.openai.responses import ChatChunk
 from adapter.auth.middleware import API, METRICS, OPEN
 from adapter.settings import Settings
 
 #: Names of the models that are bodies of requests, and of those that OpenAI's calls have.
 BODIES = ("GenerateRequest", "BatchRequest")
-OPENAI_BODIES = ("CompletionCall", "ChatCall")
+OPENAI_BODIES = ("CompletionCall", "ChatCall", "ResponseCall")
 #: Models in events of streams, which FastAPI does not find by itself.
-STREAMED: tuple[type[BaseModel], ...] = (Step, Done, Failed, ChatChunk)
+STREAMED: tuple[type[BaseModel], ...] = (Step, Done, Failed, ChatChunk, ResponseEvent)
 #: Ways to send a key; each suffices.
 SECURITY_SCHEMES = {
     "Bearer": {"type": "http", "scheme": "bearer", "description": "Authorization: Bearer KEY"},
@@ -36,6 +37,7 @@ EXAMPLES: Mapping[str, Mapping[str, Any]] = {
         "messages": [{"role": "user", "content": "What is 17 + 25?"}],
         "max_tokens": 32,
     },
+    "/v1/responses": {"input": "What is 17 + 25?", "max_output_tokens": 32},
 }
 #: A value for each parameter of a path; the first job has the id 0.
 PATH_EXAMPLES: Mapping[str, Any] = {"request_id": 0}
@@ -103,7 +105,7 @@ def _needs_key(path: str, settings: Settings) -> bool:
 def _add_examples(call: Schema, path: str, settings: Settings) -> None:
     if path in EXAMPLES and "requestBody" in call:
         example = dict(EXAMPLES[path])
-        if "max_tokens" in example:  # OpenAI's calls name a model
+        if {"max_tokens", "max_output_tokens"} & example.keys():  # OpenAI's calls name a model
             example = {"model": settings.openai_model, **example}
         call["requestBody"]["content"]["application/json"]["example"] = example
     values = {**PATH_EXAMPLES, "model": settings.openai_model}

@@ -36,9 +36,6 @@ from dllm_client._errors import (
 )
 from dllm_client._types import Block, Prompt, Sampling, TokenDetail, Usage, prompt_field
 
-UNARY_MODEL = "dllm_unary"
-STREAM_MODEL = "dllm"
-
 _TRITON_TYPES: Mapping[object, str] = {
     str: "BYTES",
     list[str]: "BYTES",
@@ -109,6 +106,7 @@ class TritonClient:
     """A client of Triton over HTTP and gRPC; `http_url` and `grpc_url` are `host:port`.
 
     `timeout` is the time in seconds for one answer. Methods raise the errors of `dllm_client`.
+    `model` is one of the server's, which also has MODEL_unary.
     Triton's HTTP client is bound to the thread that made it: use one TritonClient per thread.
 
     With `tls`, all calls go to `grpc_url`. `protocol_key` is `KEY=VALUE`, as in Triton's options
@@ -123,7 +121,9 @@ class TritonClient:
         timeout: float = 300.0,
         tls: Tls | None = None,
         protocol_key: str | None = None,
+        model: str = "dllm",
     ) -> None:
+        self._model = model
         self._grpc_url = grpc_url
         self._timeout = timeout
         self._tls = tls
@@ -158,14 +158,14 @@ class TritonClient:
     def ready(self) -> bool:
         """Whether the engine is loaded. Raises UnavailableError when no server answers."""
         with _mapped_errors():
-            return bool(self._unary.is_model_ready(STREAM_MODEL, **self._unary_options))
+            return bool(self._unary.is_model_ready(self._model, **self._unary_options))
 
     def generate(self, prompt: Prompt, **sampling: Unpack[Sampling]) -> Event:
         """The finished answer, by one `infer` call."""
         fields = {**_prompt_field(prompt), **sampling}
         inputs = [_tensor(self._unary_protocol, name, value) for name, value in fields.items()]
         with _mapped_errors():
-            return _event(self._unary.infer(UNARY_MODEL, inputs, **self._unary_options))
+            return _event(self._unary.infer(f"{self._model}_unary", inputs, **self._unary_options))
 
     def stream(self, prompt: Prompt, **sampling: Unpack[Sampling]) -> Iterator[Event]:
         """One event per denoising step; the last one is `done`. Closing the iterator cancels."""
@@ -182,7 +182,7 @@ class TritonClient:
             try:
                 # It refuses when the stream is dead already; the callback has been told why.
                 with suppress(InferenceServerException):
-                    client.async_stream_infer(STREAM_MODEL, inputs)
+                    client.async_stream_infer(self._model, inputs)
                 with _mapped_errors():
                     yield from self._events(replies)
             finally:

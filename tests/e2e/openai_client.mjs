@@ -17,8 +17,19 @@ for await (const chunk of await client.chat.completions.create({
 }
 
 const refusal = await client.chat.completions
-  .create({ ...ask, n: 2 })
+  .create({ ...ask, frequency_penalty: 1 })
   .catch((error) => ({ kind: error.constructor.name, param: error.param, message: error.message }));
+
+const response = await client.responses.create({
+  model: "dllm", input: "tell me", max_output_tokens: 24, temperature: 0.7, seed: 5, ignore_eos: true, block_length: 8,
+});
+const deltas = [];
+for await (const event of await client.responses.create({
+  model: "dllm", input: "tell me", max_output_tokens: 24, temperature: 0.7, seed: 5, ignore_eos: true, block_length: 8,
+  stream: true,
+})) {
+  if (event.type === "response.output_text.delta") deltas.push(event.delta);
+}
 
 const models = [];
 for await (const model of client.models.list()) models.push(model.id);
@@ -29,5 +40,7 @@ console.log(JSON.stringify({
   pieces,
   streamUsage: last.usage,
   refusal,
+  response: response.output_text,
+  deltas,
   models,
 }));

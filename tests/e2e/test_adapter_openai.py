@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from dllm_client import Client
@@ -84,6 +85,24 @@ def test_log_probabilities_equal_the_engine(
     assert [token.logprob for token in ours.tokens] == here.chosen.tolist()
     steps = expected(llm, reveal_steps=True, **FIELDS, **DIFFUSION).reveal_steps.tolist()
     assert [token.step for token in ours.tokens] == steps
+
+
+def test_a_response_equals_the_engine(client: OpenAI, llm: LLM) -> None:
+    """By the newer call, whole and streamed, a conversation has the engine's text and counts."""
+    ask: Any = {
+        "model": "dllm", "input": "tell me", "max_output_tokens": 24, "temperature": 0.7,
+        "extra_body": {"seed": 5, **DIFFUSION},
+    }  # fmt: skip
+    here = expected(llm, **FIELDS, **DIFFUSION)
+    answer = client.responses.create(**ask)
+    assert (answer.output_text, answer.status) == (here.text, "incomplete")
+    assert answer.usage is not None
+    assert answer.usage.input_tokens == here.usage.prompt_tokens
+    assert answer.usage.output_tokens == 24
+    with client.responses.stream(**ask) as stream:
+        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == here.text
+    assert len(deltas) > 1
 
 
 def test_stream_is_the_same_text_in_pieces(client: OpenAI, llm: LLM) -> None:
@@ -223,5 +242,67 @@ def test_node_client(node_client: Path, adapter: AdapterServer, llm: LLM) -> Non
     assert seen["text"] == "".join(seen["pieces"]) == here.text
     assert seen["usage"]["completion_tokens"] == here.usage.completion_tokens
     assert seen["streamUsage"] == seen["usage"]
-    assert (seen["refusal"]["kind"], seen["refusal"]["param"]) == ("BadRequestError", "n")
+    assert (seen["refusal"]["kind"], seen["refusal"]["param"]) == (
+        "BadRequestError",
+        "frequency_penalty",
+    )
+    assert seen["response"] == "".join(seen["deltas"]) == here.text
     assert seen["models"] == ["dllm"]
+
+
+QUESTIONS: Any = [
+    {"type": "predicate", "instructions": "Is it blue?", "name": "blue"},
+    {
+        "type": "choice",
+        "instructions": [{"type": "input_text", "text": "Which?"}],
+        "choices": [{"value": True}, {"value": "true", "description": "the word"}],
+    },
+    {"type": "score", "instructions": "How good?", "levels": [{"label": "a"}, {"label": "bc"}]},
+]
+
+
+def test_decisions_equal_the_engine(client: OpenAI, llm: LLM) -> None:
+    """OpenAI's client gets typed answers in order: those of `LLM.decide`, with usage."""
+    part: Any = [{"type": "input_json", "data": {"sky": "blue"}}]
+    decision = client.decisions.create(
+        model="dllm", input=[{"role": "user", "content": part}], questions=QUESTIONS
+    )
+    asked = [QUESTIONS[0], QUESTIONS[1] | {"instructions": "Which?"}, QUESTIONS[2]]
+    message = {"role": "user", "content": json.dumps({"sky": "blue"})}
+    here = llm.decide([message], asked)
+    assert [answer.to_dict() for answer in decision.answers] == here
+    assert [answer.type for answer in decision.answers] == ["predicate", "choice", "score"]
+    assert decision.usage.output_tokens == 0
+    assert decision.usage.input_tokens == decision.usage.total_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "questions", "named"),
+    [
+        ([{"role": "user", "content": [{"type": "input_image"}]}], QUESTIONS, "input_image"),
+        ([{"type": "function_call", "call_id": "a"}], QUESTIONS, "function_call"),
+        ("x", [{"type": "choice", "instructions": "?", "choices": [{"value": "a"}]}], "2 to 255"),
+        ("x", [QUESTIONS[0] | {"levels": []}], "levels"),
+        ("x", [QUESTIONS[0]] * 401, "400"),
+        ("x" * 2000, [QUESTIONS[0]], "gen_length|at most"),
+    ],
+)
+def test_decisions_that_cannot_be_made_are_refused(
+    client: OpenAI, given: Any, questions: Any, named: str
+) -> None:
+    """A 400 with the name of the field, or of what is not supported, and the limit."""
+    with pytest.raises(openai.BadRequestError, match=named):
+        client.decisions.create(model="dllm", input=given, questions=questions)
+
+
+def test_scores_equal_the_engine(adapter: AdapterServer, llm: LLM) -> None:
+    """`POST /v1/score` has the estimates of `LLM.score`, one for each pair."""
+    pairs = [["one", " two"], ["a b ", "c"]]
+    body = {"model": "dllm", "pairs": pairs, "mc_num": 8, "seed": 3}
+    answer = httpx.post(f"{adapter.url}/v1/score", json=body).json()
+    here = llm.score([("one", " two"), ("a b ", "c")], mc_num=8, seed=3)
+    assert answer["scores"] == [vars(score) for score in here]
+    body["mc_num"] = 0
+    refused = httpx.post(f"{adapter.url}/v1/score", json=body)
+    assert refused.status_code == 400
+    assert "mc_num" in refused.text

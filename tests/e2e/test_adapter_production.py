@@ -28,16 +28,16 @@ def test_metrics_are_those_of_all_workers(start_adapter: StartAdapter) -> None:
     for job in jobs:
         adapter.finished(job)
     for _ in range(6):
-        assert sample(adapter, "jobs_submitted_total") == 30
+        assert sample(adapter, "jobs_submitted_total", '{model="dllm"}') == 30
         assert sample(adapter, "jobs_settled_total", '{outcome="finished"}') == 30
-        assert sample(adapter, "tokens_total", '{kind="completion"}') > 0
+        assert sample(adapter, "tokens_total", '{kind="completion",model="dllm"}') > 0
     victim = adapter.worker_processes()[0]
     victim.kill()
     victim.wait(30)
     eventually(lambda: len(adapter.worker_processes()) == 3, "uvicorn has started another")
     eventually(lambda: adapter.health() == 200, "it answers")
-    assert sample(adapter, "jobs_submitted_total") == 30
-    assert sample(adapter, "inflight_requests") == 0
+    assert sample(adapter, "jobs_submitted_total", '{model="dllm"}') == 30
+    assert sample(adapter, "inflight_requests", '{model="dllm"}') == 0
 
 
 def test_deadline_ends_a_job_in_the_engine(

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 import requests
-import tritonclient.http as triton_http
 from dllm_client import Client
+from dllm_client.triton import TritonClient
 
 from adapter.app import create_app
 from adapter.settings import Settings
@@ -50,16 +49,15 @@ def test_model_chooses_everywhere(both: TritonServer, tmp_path: Path) -> None:
         assert client.generate(CAPITAL, gen_length=32, model="dllm") == unnamed
         by_dream = client.generate(CAPITAL, gen_length=32, model="dream")
         assert "Paris" in by_dream
-        body = {"model": "dream", "messages": [{"role": "user", "content": CAPITAL}]}
+        messages = [{"role": "user", "content": CAPITAL}]
+        body = {"model": "dream", "messages": messages}
         chat = requests.post(f"{adapter.url}/v1/chat/completions", json=body, timeout=60).json()
         assert "Paris" in chat["choices"][0]["message"]["content"]
         eventually(lambda: metric(both, FINISHED, "dream") >= 2, "Dream counts its answers", 10)
 
-    with triton_http.InferenceServerClient(both.http_url) as http:
-        text = triton_http.InferInput("text_input", [1, 1], "BYTES")
-        text.set_data_from_numpy(np.array([[CAPITAL.encode()]], dtype=object))
-        answer = http.infer("dream_unary", [text])
-        assert answer.as_numpy("text_output") is not None
+    with TritonClient(both.http_url, both.grpc_url, model="dream") as direct:
+        assert direct.generate(messages, gen_length=32).text == by_dream
+        assert [*direct.stream(messages, gen_length=32)][-1].text == by_dream
 
 
 def test_servers_come_and_go_under_load(

@@ -23,7 +23,7 @@ import torch
 import triton
 from dllm_engine.ops.dispatch import choose_operations
 from dllm_engine.ops.head import Head
-from dllm_engine.ops.head_types import HeadOptions
+from dllm_engine.ops.head_types import Filters, HeadOptions
 from dllm_engine.ops.kernels.attention import packed_attention
 from dllm_engine.ops.kernels.linear import invariant_linear
 from dllm_engine.ops.kernels.norm import apply_rotary, rms_norm, silu_mul
@@ -34,6 +34,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 _BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
+_DOUBLE = r"\b(?:add|sub|mul|fma|div|neg)\.(?:\w+\.)?f64\b"
 #: Computes a launch's variant, by the kernel's function; slow to make.
 _BINDERS: dict[Any, Callable[..., Any]] = {}
 
@@ -52,6 +53,8 @@ class Compiled:
     shared: int
     #: Loads that start ahead of their use.
     async_copies: int
+    #: Instructions of arithmetic in double precision.
+    double_arithmetic: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +108,7 @@ class Variant:
             stack=int(taken[2]),
             shared=made.metadata.shared,
             async_copies=made.asm["ttgir"].count("async_copy_global_to_local"),
+            double_arithmetic=len(re.findall(_DOUBLE, made.asm["ptx"])),
         )
 
 
@@ -158,7 +162,7 @@ def launch_head(dtype: torch.dtype, width: int, *, noise: bool) -> None:
     head = Head(weight, choose_operations("triton", "cuda", dtype))
     ids = torch.zeros(2, dtype=torch.int64)
     keys = torch.zeros(len(hidden), dtype=torch.int64)
-    heat = torch.zeros(len(hidden), dtype=torch.float64)
+    heat = torch.zeros(len(hidden))
     forbids = torch.zeros(len(hidden), dtype=torch.bool)
     for noisy in (False, True)[: 1 + noise]:
         for needs_entropy in (False, True):
@@ -167,6 +171,8 @@ def launch_head(dtype: torch.dtype, width: int, *, noise: bool) -> None:
                 1, ids, ids, forbids, forbids, *random, needs_entropy=needs_entropy
             )
             head.statistics(hidden, options, torch.zeros(len(hidden), 16, dtype=torch.int64))
+    filters = Filters(heat.double(), keys, forbids, uses_top_p=True, most_top_k=1)
+    head.draw(torch.zeros(96, 126464, dtype=dtype), options, filters)
 
 
 def main(capability: int) -> None:

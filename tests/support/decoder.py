@@ -226,8 +226,8 @@ class Decoder:
             }.get(kind)
             scores.append(self._uniform(position) if score is None else score)
             if p.alg_temp > 0:
-                noise = plain_noise.gumbel(self._key(position, plain_noise.ORDER), 1)
-                scores[-1] = scores[-1] / p.alg_temp + float(noise)
+                noise = plain_noise.order_gumbel(self._key(position, plain_noise.ORDER))
+                scores[-1] = scores[-1] / p.alg_temp + noise
         return scores
 
     def _dream_chance(self) -> float:

@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 FILES = pytest.mark.parametrize("path", fields.WRITERS)
 #: Inputs of the models that are no sampling fields.
 PROMPTS = {"text_input", "messages", "input_ids", "suffix", "canvas_ids", "priority", "cache_salt"}
+PROMPTS |= {"decide", "score"}
 CONTROLS = {"exclusive", "stream", "stream_interval", "check", "cancel", "describe"}
 GAP = {"suffix", "canvas_ids"}
 
@@ -106,9 +107,18 @@ def test_the_worked_example_works(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "names"),
     [
-        ("model_repository/dllm/config.pbtxt", config_inputs("dllm") - PROMPTS - CONTROLS),
-        ("model_repository/dllm_unary/config.pbtxt", config_inputs("dllm_unary") - PROMPTS),
-        ("adapter/engine/tensors.py: INPUT_TYPES", INPUT_TYPES.keys() - PROMPTS - CONTROLS),
+        (
+            "model_repository/dllm/config.pbtxt",
+            config_inputs("dllm") - PROMPTS - CONTROLS,
+        ),
+        (
+            "model_repository/dllm_unary/config.pbtxt",
+            config_inputs("dllm_unary") - PROMPTS,
+        ),
+        (
+            "adapter/engine/tensors.py: INPUT_TYPES",
+            INPUT_TYPES.keys() - PROMPTS - CONTROLS,
+        ),
         ("adapter/api/schemas.py: Sampling", set(Sampling.model_fields)),
         (
             "adapter/api/openai/requests.py: Call",

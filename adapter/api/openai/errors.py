@@ -15,7 +15,9 @@ Body = dict[str, Any]
 
 #: Every path below /v1 except the adapter's own calls, also with extra slashes or behind a prefix.
 PATHS = re.compile(r"/v1/++(?!(generate|generate_batch|result|health|livez)(/|$))")
-OFFERED = "/v1/chat/completions, /v1/completions and /v1/models"
+OFFERED = (
+    "/v1/chat/completions, /v1/completions, /v1/responses, /v1/decisions, /v1/score and /v1/models"
+)
 
 INVALID = "invalid_request_error"
 #: Type and code for each status; every 5xx is `server_error`.
@@ -35,9 +37,11 @@ NAMES: Mapping[str, str] = {
     "text_input": "prompt",
     "input_ids": "prompt",
 }
-_NAMES = re.compile(rf"\b({'|'.join(NAMES)})\b")
+#: What /v1/responses calls the length, and the chat that it makes.
+RESPONSE_NAMES: Mapping[str, str] = {"gen_length": "max_output_tokens", "messages": "input"}
+_NAMES = re.compile(rf"\b({'|'.join([*NAMES, 'messages'])})\b")
 #: Parts of a validation error's path that name alternatives instead of fields.
-_ALTERNATIVES = frozenset({"text", "texts", "tokens", "token lists"})
+_ALTERNATIVES = frozenset({"text", "texts", "tokens", "token lists", "items", "parts"})
 
 
 def is_openai(path: str) -> bool:
@@ -87,7 +91,8 @@ def body(status: int, message: str, *, param: str | None = None, code: str | Non
 
 def _path(problem: Mapping[str, Any], length: str) -> str:
     location: Sequence[str | int] = problem["loc"]
-    fields = [printable(str(p), MAX_NAME) for p in location[1:] if p not in _ALTERNATIVES]
+    inner = [p for p in location[2:] if p not in _ALTERNATIVES]
+    fields = [printable(str(p), MAX_NAME) for p in (*location[1:2], *inner)]
     if problem["type"] == "json_invalid":
         return ""  # the path is an offset in the text
     path = ".".join(fields)
@@ -95,5 +100,6 @@ def _path(problem: Mapping[str, Any], length: str) -> str:
 
 
 def _renamed(text: str, length: str) -> str:
-    names = {**NAMES, "gen_length": length}
-    return _NAMES.sub(lambda found: names[found[1]], text)
+    is_response = length == RESPONSE_NAMES["gen_length"]
+    names = {**NAMES, "gen_length": length, **(RESPONSE_NAMES if is_response else {})}
+    return _NAMES.sub(lambda found: names.get(found[1], found[1]), text)

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 
 from fastapi import Request
@@ -21,6 +21,9 @@ from adapter.engine.pool import EnginePool
 from adapter.engine.streaming import StreamingRequest
 from adapter.errors import AdapterError
 from adapter.types import Event, StreamDetail
+
+#: Server-sent events.
+Events = AsyncGenerator[bytes, None]
 
 
 class CompletionRunner:
@@ -49,19 +52,28 @@ class CompletionRunner:
         usage: StreamedUsage,
     ) -> EventStream:
         """Return a stream of chunks. Raises if the requests fail before the first event."""
+
+        def chunks(running: Sequence[StreamingRequest], beat: float, length: str) -> Events:
+            return _chunks(running, formatter, usage, heartbeat=beat, length=length)
+
+        return await self.stream_events(requests, chunks)
+
+    async def stream_events(
+        self,
+        requests: Sequence[GenerateRequest],
+        events: Callable[[Sequence[StreamingRequest], float, str], Events],
+    ) -> EventStream:
+        """Return a stream of what `events` makes of the running requests.
+
+        `events` also gets the longest pause in seconds, and the call's name for the length.
+        Raises if the requests fail before the first event.
+        """
         async with AsyncExitStack() as stack:
             running = await self._begin(requests, StreamDetail.TEXT, stack)
             # They start together, so the engine refuses either all or none.
             await cancel_on_disconnect(self._call, running[0].wait_accepted(FIRST_EVENT_TIMEOUT))
             release = stack.pop_all().aclose
-        chunks = _chunks(
-            running,
-            formatter,
-            usage,
-            heartbeat=self._heartbeat,
-            length=length_name(self._call),
-        )
-        return EventStream(chunks, release)
+        return EventStream(events(running, self._heartbeat, length_name(self._call)), release)
 
     async def _begin(
         self, requests: Sequence[GenerateRequest], detail: StreamDetail, stack: AsyncExitStack
@@ -120,13 +132,17 @@ async def _chunks(
                 index, event = update
                 tokens = text_tokens(event)
                 new = None if tokens is None else tokens[counts[index] :]
-                if len(event.text) > lengths[index]:
-                    piece = event.text[lengths[index] :]
+                content = formatter.content(event)
+                if len(content) > lengths[index]:
+                    piece = content[lengths[index] :]
                     each = usage is StreamedUsage.EACH
                     yield sent(formatter.piece(index, piece, event, new, has_usage=each))
-                    lengths[index], spoke = len(event.text), now()
+                    lengths[index], spoke = len(content), now()
                     counts[index] += len(new or ())
                     new = None
+                for call in formatter.calls(index, event):
+                    yield sent(call)
+                    spoke = now()
                 if event.finish_reason:
                     results[index] = event
                     yield sent(formatter.ending(index, event, new))

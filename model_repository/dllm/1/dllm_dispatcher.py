@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
-from dllm_engine import CanvasUpdate, EngineDead, EngineThread, Request
+from dllm_engine import CanvasUpdate, Engine, EngineDead, EngineThread, Request
 from dllm_metrics import Metrics
 from dllm_peers import InstanceBus
 from dllm_tensors import cancel_response, error_response, to_response
@@ -59,6 +59,11 @@ class PendingRequest:
         with self.lock:
             self.answered = final
             self.sender.send(response, flags=flags)
+
+    def answer(self, engine: Engine, update: CanvasUpdate) -> tuple[Any, bool]:
+        """The response to an update, and whether it is the last; None: none is due."""
+        response = to_response(engine, update, self.request.params, self.outputs)
+        return response, update.finished
 
     def is_cancelled(self) -> bool:
         """Whether the client cancelled or disconnected."""
@@ -199,14 +204,15 @@ class ResponseDispatcher:
 
     def _send(self, entry: PendingRequest, update: CanvasUpdate) -> None:
         try:
-            params = entry.request.params
-            response = to_response(self._worker.engine, update, params, entry.outputs)
+            response, final = entry.answer(self._worker.engine, update)
         except Exception as error:
             # A defect must not leave the client waiting for ever.
             logger.exception("answer not made request_id=%s", entry.request.name)
             response = error_response(f"answer not made: {error}", pb_utils.TritonError.INTERNAL)
+            final = update.finished
         try:
-            entry.send(response, final=update.finished)
+            if response is not None:
+                entry.send(response, final=final)
         except pb_utils.TritonModelException:
             logger.exception("response lost request_id=%s", entry.request.name)
         with self._changed:

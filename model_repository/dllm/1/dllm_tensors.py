@@ -87,26 +87,42 @@ def parse_request(engine: Engine, request: Any, inputs: Inputs) -> Request:
     Raises:
         InvalidRequest: names the input and what is wrong with it.
     """
-    _reject_unknown(request)
     prompt = Prompt(
         _prompt_ids(engine, inputs), _canvas_ids(engine, inputs), _suffix_ids(engine, inputs)
     )
     values = {name: _param(inputs, field) for name, field in FIELDS.items() if name in inputs}
-    stream = bool(_scalar(inputs, "stream")) if "stream" in inputs else False
-    interval = _stream_interval(inputs)
     if prompt.canvas_ids:
         values.setdefault("gen_length", len(prompt.canvas_ids))
     params = SamplingParams(**values)
-    return engine.make_request(
-        prompt,
-        params,
-        stream_interval=interval if stream else None,
-        priority=_priority(inputs),
-        cache_salt=str(_scalar(inputs, "cache_salt")) if "cache_salt" in inputs else "",
-        exclusive=bool(_scalar(inputs, "exclusive")) if "exclusive" in inputs else False,
-        timeout=request.timeout() / 1e6 or None,  # microseconds; 0: none
-        name=request.request_id(),
-    )
+    return engine.make_request(prompt, params, **request_options(request, inputs))
+
+
+def request_options(request: Any, inputs: Inputs) -> dict[str, Any]:
+    """How to run a request, by the names of `Engine.make_request`.
+
+    Raises:
+        InvalidRequest: names the input and what is wrong with it.
+    """
+    _reject_unknown(request)
+    stream = bool(_scalar(inputs, "stream")) if "stream" in inputs else False
+    interval = _stream_interval(inputs)
+    return {
+        "stream_interval": interval if stream else None,
+        "priority": _priority(inputs),
+        "cache_salt": text_input(inputs, "cache_salt") if "cache_salt" in inputs else "",
+        "exclusive": bool(_scalar(inputs, "exclusive")) if "exclusive" in inputs else False,
+        "timeout": request.timeout() / 1e6 or None,  # microseconds; 0: none
+        "name": request.request_id(),
+    }
+
+
+def text_input(inputs: Inputs, name: str) -> str:
+    """The text of an input.
+
+    Raises:
+        InvalidRequest: it is not one text.
+    """
+    return str(_scalar(inputs, name))
 
 
 def _reject_unknown(request: Any) -> None:
@@ -126,16 +142,17 @@ def _prompt_ids(engine: Engine, inputs: Inputs) -> list[int]:
         rule = f"exactly one of {', '.join(PROMPT_INPUTS)} is needed"
         raise InvalidRequest("text_input", f"{rule}; got {', '.join(given) or 'none'}")
     field = given[0]
+    if "tools" in inputs and field != "messages":
+        raise InvalidRequest("tools", f"needs messages; got {field}")
     if field == "input_ids":
         return _ids(engine, inputs, field)
     if engine.tokenizer is None:
         raise InvalidRequest(field, "this checkpoint has no tokenizer; send input_ids")
     text = str(_scalar(inputs, field))
-    return (
-        engine.tokenizer.encode_text(text)
-        if field == "text_input"
-        else (engine.tokenizer.encode_messages(text))
-    )
+    if field == "text_input":
+        return engine.tokenizer.encode_text(text)
+    tools = str(_scalar(inputs, "tools")) if "tools" in inputs else None
+    return engine.tokenizer.encode_messages(text, tools)
 
 
 def _canvas_ids(engine: Engine, inputs: Inputs) -> list[int]:
@@ -234,9 +251,7 @@ def to_response(
             sooner or later that corrupts the interpreter's memory.
     """
     if update.error is not None:
-        again = isinstance(update.error, NotStarted)
-        code = pb_utils.TritonError.UNAVAILABLE if again else pb_utils.TritonError.INTERNAL
-        return error_response(str(update.error), code)
+        return failure_response(update.error)
     masked = update.token_ids == engine.spec.mask_token_id
     reason = update.finish_reason.value if update.finish_reason else ""
     outputs = {
@@ -330,6 +345,25 @@ def check_response(engine: Engine, request: Any, inputs: Inputs, wanted: Collect
         "usage": np.array([dataclasses.astuple(Usage(tokens, 0, 0, 0))], dtype=np.int32),
     }
     return _response(outputs, wanted)
+
+
+def reading_response(
+    text: str, reason: FinishReason, usage: npt.NDArray[np.int32], wanted: Collection[str]
+) -> Any:
+    """The answer to a request for decisions or scores; `wanted` as above."""
+    outputs = {
+        "finish_reason": _strings([reason.value]),
+        "text_output": _strings([text]),
+        "usage": usage,
+    }
+    return _response(outputs, wanted)
+
+
+def failure_response(error: Exception) -> Any:
+    """The response to a request that failed in the engine."""
+    again = isinstance(error, NotStarted)
+    code = pb_utils.TritonError.UNAVAILABLE if again else pb_utils.TritonError.INTERNAL
+    return error_response(str(error), code)
 
 
 def describe_response(engine: Engine, wanted: Collection[str]) -> Any:

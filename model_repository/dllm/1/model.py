@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import sys
 import time
 from typing import Any
 
@@ -23,6 +24,7 @@ from dllm_engine import (
     QueueFull,
 )
 from dllm_fail_fast import FailFast
+from dllm_readings import ReadingGroup, is_reading
 from dllm_settings import (
     EXIT_ON_ENGINE_DEATH,
     log_to_triton,
@@ -48,6 +50,10 @@ FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 DRAIN_SECONDS = 30
 #: A dead engine refuses new requests for this long before its process ends.
 NOTICE_SECONDS = 1.0
+#: How long a thread may keep Python's lock while another waits for it. The engine's thread gives
+#: the lock up in every tensor operation; with Python's 5 ms it would wait that long for it each
+#: time, behind the thread that turns tokens into responses.
+SWITCH_SECONDS = 50e-6
 
 
 class TritonPythonModel:
@@ -56,6 +62,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load the checkpoint; an error here is a failed model load that carries its message."""
         log_to_triton()
+        sys.setswitchinterval(SWITCH_SECONDS)
         settings = read_settings(args)
         fail_fast = parse_switch(EXIT_ON_ENGINE_DEATH, settings.pop(EXIT_ON_ENGINE_DEATH, ""))
         logger.info("loading checkpoint path=%s", settings["MODEL_PATH"])
@@ -111,6 +118,9 @@ class TritonPythonModel:
             response = check_response(self._worker.engine, request, inputs, outputs)
             sender.send(response, flags=FINAL)
             return
+        if is_reading(inputs):
+            self._submit_group(ReadingGroup(self._worker.engine, request, inputs, sender, outputs))
+            return
         parsed = parse_request(self._worker.engine, request, inputs)
         self._dispatcher.register(PendingRequest(parsed, sender, outputs))
         try:
@@ -118,6 +128,19 @@ class TritonPythonModel:
         except (EngineDead, QueueFull):
             self._dispatcher.forget(parsed.request_id)
             raise
+
+    def _submit_group(self, group: ReadingGroup) -> None:
+        """Queue all requests of a group or none."""
+        for index, part in enumerate(group.parts):
+            self._dispatcher.register(part)
+            try:
+                self._worker.submit(part.request, self._dispatcher.post)
+            except (EngineDead, QueueFull):
+                group.refuse()
+                self._dispatcher.forget(part.request.request_id)
+                for earlier in group.parts[:index]:
+                    self._worker.cancel(earlier.request.request_id)
+                raise
 
     def _on_engine_death(self, death: EngineDead) -> None:
         # Nothing here can work again, and a process that lives on would look healthy. Its end is

@@ -88,7 +88,7 @@ def test_each_position_step_and_seed_has_noise_of_its_own() -> None:
 
     def numbers(seed: int = 1, step: int = 2, position: int = 3, stream: int = 1) -> list[float]:
         key = noise.row_keys(one * 0 + seed, one * 0 + step, one * 0 + position, stream)
-        return noise.uniform(key, 8).flatten().tolist()
+        return [*noise.token_uniform(key, 8).flatten().tolist(), noise.uniform(key).item()]
 
     assert numbers() == numbers()
     variants = [numbers(), numbers(seed=2), numbers(step=3), numbers(position=4), numbers(stream=2)]
@@ -101,15 +101,16 @@ def test_noise_is_splitmix64_of_seed_step_and_position() -> None:
     """The noise equals splitmix64's published output for seed 0, and plain integer arithmetic for
     any key, so draws are the same after a restart and in every release."""
     first = (0xE220A8397B1DCDAF >> 11) + 0.5
-    assert noise.uniform(torch.tensor([0]), 1).item() == first * 2.0**-53
+    assert noise.uniform(torch.tensor([0])).item() == first * 2.0**-53
     for seed, step, position in ((0, 0, 0), (-1, 3, 70), (2**63 - 1, 511, 4095), (-(2**63), 9, 1)):
         columns = (torch.tensor([n]) for n in (seed, step, position))
         ours = noise.row_keys(*columns, noise.STREAM_TOKEN)
         key = plain_noise.key(seed, step, position, plain_noise.TOKEN)
         assert ours.item() % 2**64 == key
-        assert noise.uniform(ours, 1).item() == plain_noise.uniform(key)
+        assert noise.uniform(ours).item() == plain_noise.uniform(key)
+        assert torch.equal(noise.token_uniform(ours, 500)[0], plain_noise.token_uniform(key, 500))
         torch.testing.assert_close(
-            noise.gumbel(ours, 50)[0], plain_noise.gumbel(key, 50), rtol=1e-12, atol=0
+            noise.gumbel(ours, 500)[0].double(), plain_noise.gumbel(key, 500), rtol=1e-6, atol=1e-6
         )
 
 
@@ -121,12 +122,32 @@ def test_uniform_numbers_are_uniform_and_uncorrelated() -> None:
         torch.arange(200),
         noise.STREAM_TOKEN,
     )
-    x = noise.uniform(keys, 1000)
+    x = noise.token_uniform(keys, 1000).double()
     assert x.mean().item() == pytest.approx(0.5, abs=0.003)
     assert x.var().item() == pytest.approx(1 / 12, abs=0.001)
     for a, b in ((x[:, 1:], x[:, :-1]), (x[1:], x[:-1])):
         correlation = torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()
         assert abs(correlation) < 0.01
+
+
+def test_noise_is_gumbel_down_to_the_tail_of_unlikely_tokens() -> None:
+    """Of 64 million numbers, as many lie beyond each bound as Gumbel's distribution says, within
+    four standard deviations; the largest keep 24 bits; no number is infinite."""
+    rows, count, bounds = 1024, 4096, torch.tensor([-2.0, -1, 0, 1, 2, 4, 6, 8, 10, 12, 14])
+    beyond, total, tail = torch.zeros(len(bounds)), 0, []
+    for step in range(16):
+        place = torch.arange(rows)
+        keys = noise.row_keys(place * 0 + 7, place * 0 + step, place, noise.STREAM_TOKEN)
+        x = noise.gumbel(keys, count)
+        assert bool(x.isfinite().all())
+        beyond += torch.stack([(x > bound).sum() for bound in bounds]).float()
+        total += x.numel()
+        tail.append(noise.token_uniform(keys, count).flatten().topk(200, largest=False).values)
+    chance = -torch.expm1(-torch.exp(-bounds.double()))
+    spread = (total * chance * (1 - chance)).sqrt()
+    assert bool(((beyond - total * chance).abs() < 4 * spread + 1).all())
+    mantissas = torch.cat(tail).view(torch.int32) & 0xFF
+    assert len(mantissas.unique()) > 240  # the lowest 8 of 24 bits take all values
 
 
 def test_top_k_and_top_p_keep_the_best_tokens_only(logits: Tensor) -> None:

@@ -114,6 +114,28 @@ def test_a_replay_is_the_forward_pass(model: DiffusionModel) -> None:
         near(replayed.values, called.values, torch.float32)
 
 
+@torch.inference_mode()
+def test_a_replay_has_no_sequence_of_an_earlier_step(model: DiffusionModel) -> None:
+    """Sequences behind the step's own have neither rows nor stored rows, so that no program reads
+    keys for them."""
+    graphs = ForwardGraphs(
+        model,
+        by_layer(random_pages(model)),
+        sizes=[48],
+        block_m=32,
+        max_sequences=MAX_SEQUENCES,
+        max_pages=MAX_PAGES,
+        record=lambda work: work,
+    )
+    seen: list[FlatLayout] = []
+    hook = model.register_forward_pre_hook(lambda _, args: seen.append(args[2]))
+    graphs.run(*step_of([8, 1, 2, 10], [8, 17, 30, 31], 32))
+    graphs.run(*step_of([16], [16], 16))
+    hook.remove()
+    assert seen[-1].query_lens.tolist()[1:] == [0] * (MAX_SEQUENCES - 1)
+    assert seen[-1].kv_lens.tolist()[1:] == [0] * (MAX_SEQUENCES - 1)
+
+
 def test_what_has_no_graph_is_left_to_the_model(model: DiffusionModel) -> None:
     """Steps larger than the largest graph, and steps that store a selection, are not replayed."""
     graphs = ForwardGraphs(

@@ -10,6 +10,7 @@ from dllm_engine.ops import noise
 from dllm_engine.ops.head import Head
 from dllm_engine.ops.head_types import HeadOptions, HeadStatistics
 from dllm_engine.ops.kernels import head as kernels
+from dllm_engine.ops.kernels import noise as kernel_noise
 from dllm_engine.parallel.head import merge
 from dllm_engine.sampling.candidates import sample_candidates
 from dllm_engine.sampling.credit import LISTED, Credits
@@ -51,7 +52,7 @@ class Case:
         def some() -> Tensor:
             return torch.rand(self.rows, device=DEVICE) < 0.6
 
-        heat = torch.rand(self.rows, dtype=torch.float64, device=DEVICE) + 0.2
+        cold = 1 / (torch.rand(self.rows, device=DEVICE) + 0.2)
         return (
             hidden,
             weight,
@@ -61,7 +62,7 @@ class Case:
                 stop=tokens[2:5],
                 logits_eos_inf=some() if self.logits_eos_inf else None,
                 confidence_eos_eot_inf=some() if self.confidence_eos_eot_inf else None,
-                temperature=heat * some() if self.noisy else None,
+                inverse_temperature=cold * some() if self.noisy else None,
                 keys=torch.randint(-(2**62), 2**62, (self.rows,), device=DEVICE),
                 needs_entropy=self.needs_entropy,
             ),
@@ -96,11 +97,11 @@ def check(found: HeadStatistics, hidden: Tensor, weight: Tensor, options: HeadOp
         scores = logits.clone()
         scores[options.mask] = -torch.inf
         tolerance = TOLERANCE * (1 + float(logits.max().abs()))
-        if options.temperature is not None and options.temperature[i] > 0:
+        if options.inverse_temperature is not None and options.inverse_temperature[i] > 0:
             assert options.keys is not None
-            scores = scores / options.temperature[i]
+            scores = scores * options.inverse_temperature[i]
             scores += noise.gumbel(options.keys[i : i + 1], len(weight))[0]
-            tolerance /= float(options.temperature[i])
+            tolerance *= float(options.inverse_temperature[i])
         best = scores.topk(2).values
         token = int(found.token[i])
         if best[0] - best[1] > tolerance:
@@ -171,13 +172,17 @@ def test_a_row_has_the_same_result_in_any_company(dtype: torch.dtype) -> None:
         confidence_eos_eot_inf=True,
     )
     hidden, weight, options = case.tensors()
-    assert options.temperature is not None
+    assert options.inverse_temperature is not None
     assert options.logits_eos_inf is not None
     assert options.confidence_eos_eot_inf is not None
     assert options.keys is not None
     head = Head(weight, KERNELS)
     together = head.statistics(hidden, options)
-    plain = (options.temperature == 0) & ~options.logits_eos_inf & ~options.confidence_eos_eot_inf
+    plain = (
+        (options.inverse_temperature == 0)
+        & ~options.logits_eos_inf
+        & ~options.confidence_eos_eot_inf
+    )
     for i in (int(plain.nonzero()[0]), 63, 64, int(plain.nonzero()[-1]), 139):
         mine = slice(i, i + 1)
         apart = dataclasses.replace(
@@ -186,7 +191,9 @@ def test_a_row_has_the_same_result_in_any_company(dtype: torch.dtype) -> None:
             confidence_eos_eot_inf=options.confidence_eos_eot_inf[mine]
             if options.confidence_eos_eot_inf[i]
             else None,
-            temperature=options.temperature[mine] if options.temperature[i] > 0 else None,
+            inverse_temperature=options.inverse_temperature[mine]
+            if options.inverse_temperature[i] > 0
+            else None,
             keys=options.keys[mine],
             needs_entropy=not plain[i],
         )
@@ -200,7 +207,7 @@ def test_a_row_has_the_same_result_in_any_company(dtype: torch.dtype) -> None:
 def _store_uniform(keys, out, first, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     row = tl.program_id(0)
     tokens = first + tl.arange(0, COUNT)
-    numbers = kernels.uniform(tl.load(keys + row).to(tl.uint64), tokens.to(tl.int64))
+    numbers = kernel_noise.uniform(tl.load(keys + row), tokens.to(tl.int64))
     tl.store(out + row * COUNT + tl.arange(0, COUNT), numbers)
 
 
@@ -213,9 +220,9 @@ def test_random_numbers_are_those_of_the_loop(parts: list[int], first: int) -> N
     """The kernel's uniform numbers are bitwise those of `ops.noise` for any seed, step and
     position."""
     keys = noise.row_keys(*(torch.tensor([part], device=DEVICE) for part in parts), 1)
-    out = torch.empty(1, 128, dtype=torch.float64, device=DEVICE)
+    out = torch.empty(1, 128, device=DEVICE)
     _store_uniform[(1,)](keys, out, first, 128)
-    assert torch.equal(out, noise.uniform(keys, 128, first))
+    assert torch.equal(out, noise.token_uniform(keys, 128, first))
 
 
 @pytest.mark.parametrize("best", [[40, 41], [7, 40], [7, 40, 200], [40, 60]])
@@ -226,7 +233,7 @@ def test_the_leftmost_of_equal_tokens_wins(best: list[int], noisy: bool) -> None
     weight = torch.zeros(300, 4, device=DEVICE)
     weight[best] = 1.0
     nothing = torch.tensor([], dtype=torch.int64, device=DEVICE)
-    heat = torch.zeros(1, dtype=torch.float64, device=DEVICE) if noisy else None
+    heat = torch.zeros(1, device=DEVICE) if noisy else None
     keys = torch.zeros(1, dtype=torch.int64, device=DEVICE) if noisy else None
     options = HeadOptions(7, nothing, nothing, None, None, heat, keys, needs_entropy=True)
     found = Head(weight, KERNELS).statistics(torch.ones(1, 4, device=DEVICE), options)

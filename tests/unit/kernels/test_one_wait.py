@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from dllm_engine import LLM, Prompt, SamplingParams
+from dllm_engine.ops.dispatch import choose_operations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.checkpoints import write_llada
@@ -215,3 +216,9 @@ def test_newcomers_are_laid_out_while_a_step_is_in_flight(tmp_path: Path) -> Non
         engine.step()
         engine.step()
     assert order == ["start", "launch", "start", "finish", "launch", "finish"]
+
+
+def test_a_gpu_without_kernels_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Where a GPU falls back to torch's operations, the log says so at start, and why."""
+    assert not choose_operations("auto", "cuda:0", torch.float64).kernels
+    assert "torch's operations: triton has no kernels for float64" in caplog.text

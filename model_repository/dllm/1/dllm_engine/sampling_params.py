@@ -109,7 +109,7 @@ class SamplingParams:
     `resolved` checks every value; nothing is checked at construction.
     """
 
-    # Gumbel-max over logits / temperature, in float64.
+    # Gumbel-max over logits / temperature.
     temperature: float = param(
         0.0, "0 picks the most probable tokens; above 0 samples", ge=0, le=LARGEST
     )

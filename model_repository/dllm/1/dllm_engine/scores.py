@@ -91,9 +91,9 @@ def score_question(value: Any) -> dict[str, Any]:
         InvalidRequest: names the field.
     """
     if not isinstance(value, Mapping) or "pairs" not in value:
-        raise InvalidRequest("score", 'must be a JSON object with "pairs"')
+        raise InvalidRequest("JSON", 'must be an object with "pairs"')
     if unknown := set(value) - {"pairs", "mc_num", "seed"}:
-        raise InvalidRequest("score", f"has no field {min(map(str, unknown))}")
+        raise InvalidRequest("JSON", f"has no field {min(map(str, unknown))}")
     return {name: value[name] for name in value if value[name] is not None}
 
 

@@ -51,6 +51,9 @@ async def test_openapi_describes_the_calls(api: RunningApp) -> None:
     assert {
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/decisions",
+        "/v1/score",
+        "/v1/responses",
         "/v1/models",
         "/v1/models/{model}",
         "/v1/generate",

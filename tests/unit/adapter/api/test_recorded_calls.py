@@ -107,6 +107,22 @@ def check_text_stream(answer: httpx.Response, body: Any) -> None:
     check_stream(answer, body, "text_completion", lambda choice: choice["text"])
 
 
+def check_response(answer: httpx.Response, _body: Any) -> None:
+    """One message with the text."""
+    found = answer.json()
+    (message,) = found["output"]
+    assert (found["object"], found["model"], found["status"]) == ("response", "dllm", "incomplete")
+    assert message["content"][0]["text"] == TEXT
+
+
+def check_response_stream(answer: httpx.Response, body: Any) -> None:
+    """The deltas are the text, and the last event is the whole response."""
+    lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
+    events = [json.loads(line) for line in lines]
+    assert "".join(event.get("delta", "") for event in events) == TEXT
+    check_response(httpx.Response(200, json=events[-1]["response"]), body)
+
+
 def check_models(answer: httpx.Response, _body: Any) -> None:
     """The list has the one model that is served."""
     assert [model["id"] for model in answer.json()["data"]] == ["dllm"]
@@ -122,6 +138,8 @@ ANSWERS: Mapping[str, Callable[[httpx.Response, Any], None]] = {
     "chat stream": check_chat_stream,
     "text": check_text,
     "text stream": check_text_stream,
+    "response": check_response,
+    "response stream": check_response_stream,
     "models": check_models,
     "health": check_health,
 }

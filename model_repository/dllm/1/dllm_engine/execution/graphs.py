@@ -145,9 +145,12 @@ class ForwardGraphs:
         if self._key_limits is not None:
             limits = layout.key_limits
             self._key_limits[:rows] = _NO_LIMIT if limits is None else limits
-        # The buffers hold an earlier step's values behind these; three settings disable them.
+        # The buffers hold an earlier step's values behind these; four settings disable them. The
+        # step's surplus tiles belong to its first missing sequence, so that one must be empty too.
         self._slot_mapping[rows:size] = -1
-        mine.query_lens[len(layout.query_lens) : self._sequences(size)] = 0
+        missing = slice(len(layout.query_lens), self._sequences(size))
+        mine.query_lens[missing] = 0
+        mine.kv_lens[missing] = 0
         mine.tile_sequence[len(layout.tile_sequence) : self._tiles(size)] = self._max_sequences
         self._replay[size]()
         return self._hidden[:rows]

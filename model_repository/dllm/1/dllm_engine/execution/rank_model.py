@@ -37,7 +37,7 @@ from dllm_engine.models.base import DiffusionModel, ModelSpec, head_copy_bytes
 from dllm_engine.models.loader import load_model
 from dllm_engine.ops.attention import GATHER_BYTES, sequences_at_once
 from dllm_engine.ops.dispatch import Operations, choose_operations
-from dllm_engine.ops.head_types import HeadOptions
+from dllm_engine.ops.head_types import Filters, HeadOptions
 from dllm_engine.ops.layout import (
     FlatLayout,
     FlatSelection,
@@ -228,7 +228,7 @@ class RankModel:
     def _compile_head(self) -> None:
         """Compile every form of the head's kernel now, as `_compile_layers` does."""
         nothing = torch.zeros(1, device=self.device)
-        heat, keys = nothing.double(), nothing.long()
+        keys = nothing.long()
         hidden = torch.zeros(1, self._spec.hidden_size, device=self.device, dtype=self._dtype)
         for noisy, needs_entropy in itertools.product((False, True), repeat=2):
             options = HeadOptions(
@@ -237,7 +237,7 @@ class RankModel:
                 stop=self.special.stop,
                 logits_eos_inf=None,
                 confidence_eos_eot_inf=None,
-                temperature=heat if noisy else None,
+                inverse_temperature=nothing if noisy else None,
                 keys=keys if noisy else None,
                 needs_entropy=needs_entropy,
             )
@@ -245,6 +245,9 @@ class RankModel:
         self._operations.head_statistics(
             self.model.head, hidden, options, keys.new_zeros(1, LISTED)
         )
+        logits = torch.zeros(1, self._spec.vocab_size, device=self.device, dtype=self._dtype)
+        filters = Filters(nothing.double(), keys + 1, keys > 0, uses_top_p=True, most_top_k=1)
+        self._operations.draw(logits, options, filters)
 
     @torch.inference_mode()
     def candidates(self, inputs: StepInputs, spans: Sequence[Span] = ()) -> Candidates:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import logging
 import os
 from collections.abc import Callable
 
@@ -12,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dllm_engine.errors import InvalidConfig
-from dllm_engine.ops import attention, head_statistics, linear, norm, rotary
-from dllm_engine.ops.head_types import HeadOptions, HeadStatistics, TiledHead
+from dllm_engine.ops import attention, draw, head_statistics, linear, norm, rotary
+from dllm_engine.ops.head_types import Filters, HeadOptions, HeadStatistics, TiledHead
 from dllm_engine.ops.layout import LayerPages, Layout
 from dllm_engine.ops.linear import AddedProduct, Product, SiluMul
+
+logger = logging.getLogger("dllm_engine")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,9 @@ class Operations:
     #: `Head.statistics` and `Head.statistics_bytes`.
     head_statistics: Callable[[TiledHead, Tensor, HeadOptions, Tensor | None], HeadStatistics]
     head_statistics_bytes: Callable[[TiledHead, bool, bool], int]
+    #: `draw.draw` and `draw.draw_bytes`; a kernel also takes logits of 16 bits.
+    draw: Callable[[Tensor, HeadOptions, Filters], HeadStatistics]
+    draw_bytes: Callable[[int, int], tuple[int, int]]
     #: Whether these are kernels, which take flat layouts and unpacked weights.
     kernels: bool
     #: Rows times query heads that share a KV head, in one program of the attention kernel.
@@ -54,6 +60,8 @@ TORCH = Operations(
     linear.silu_mul,
     head_statistics.head_statistics,
     head_statistics.head_statistics_bytes,
+    draw.draw,
+    draw.draw_bytes,
     kernels=False,
 )
 
@@ -85,7 +93,7 @@ def choose_operations(
 def _choose(choice: str, device: str, dtype: torch.dtype) -> Operations:
     installed = importlib.util.find_spec("triton") is not None
     on_gpu = device.startswith("cuda")
-    if choice == "torch" or (choice == "auto" and not (on_gpu and installed)):
+    if choice == "torch" or (choice == "auto" and not on_gpu):
         return TORCH
     problem = None
     if not installed:
@@ -95,8 +103,10 @@ def _choose(choice: str, device: str, dtype: torch.dtype) -> Operations:
     elif not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         problem = f"needs a GPU; the device is {device} (TRITON_INTERPRET=1 runs them slowly)"
     if problem is None:
+        logger.info("layers, head and filters run on kernels (DLLM_KERNELS)")
         return _triton_operations(dtype)
     if choice == "auto":
+        logger.warning("layers, head and filters run on torch's operations: triton %s", problem)
         return TORCH
     raise InvalidConfig(f"DLLM_KERNELS: {choice} {problem}")
 
@@ -104,6 +114,7 @@ def _choose(choice: str, device: str, dtype: torch.dtype) -> Operations:
 def _triton_operations(dtype: torch.dtype) -> Operations:
     # Not at the top: the package is optional.
     from dllm_engine.ops.kernels import attention as attention_kernels
+    from dllm_engine.ops.kernels import draw as draw_kernels
     from dllm_engine.ops.kernels import head as head_kernels
     from dllm_engine.ops.kernels import norm as norm_kernels
 
@@ -116,6 +127,8 @@ def _triton_operations(dtype: torch.dtype) -> Operations:
         norm_kernels.silu_mul,
         head_kernels.head_statistics,
         head_kernels.head_statistics_bytes,
+        draw_kernels.draw,
+        draw_kernels.draw_bytes,
         kernels=True,
         lanes=attention_kernels.program_lanes(dtype),
     )

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dllm_engine.ops.dispatch import TORCH, Operations
-from dllm_engine.ops.head_types import TILE, HeadOptions, HeadStatistics
+from dllm_engine.ops.head_types import TILE, Filters, HeadOptions, HeadStatistics
 from dllm_engine.ops.linear import can_pack, pack, packed_linear
 from dllm_engine.ops.log_probs import TokenLogits, token_logits
+from dllm_engine.ops.rows import widen
 
 
 class Head:
@@ -52,6 +53,8 @@ class Head:
 
     def all_logits(self, hidden: Tensor) -> Tensor:
         """Logits of the whole vocabulary: [rows, vocab_size]."""
+        if not self.packed:
+            return F.linear(hidden, self.weight)
         return torch.cat([self.logits(hidden, start) for start in self.tile_starts], dim=1)
 
     def statistics(
@@ -65,6 +68,17 @@ class Head:
             extra_tokens: [rows, K] int64; tokens whose logits to return as well, −1 for none.
         """
         return self._operations.head_statistics(self, hidden, options, extra_tokens)
+
+    def draw(self, logits: Tensor, options: HeadOptions, filters: Filters) -> HeadStatistics:
+        """Draw tokens under filters from `all_logits`, which are overwritten."""
+        if not self._operations.kernels:
+            logits = widen(logits)
+        return self._operations.draw(logits, options, filters)
+
+    def draw_bytes(self) -> tuple[int, int]:
+        """Bytes that all logits and `draw` take per row, and once."""
+        element_size = self.tiles[0].element_size()
+        return self._operations.draw_bytes(self.vocab_size, element_size)
 
     def token_logits(
         self, hidden: Tensor, tokens: Tensor, *, mask: int, num_top: int

@@ -17,8 +17,8 @@ from dllm_engine.ops.head_types import LOWEST, TILE, HeadOptions, HeadStatistics
 from dllm_engine.ops.rows import forbid, pad_rows, widen
 
 #: Bytes per logit of a tile, including everything made from it: with the best token and Σ exp
-#: alone, with entropy and runner-up, and with noise, which is made in float64 and int64.
-_CLEAN_BYTES, _ENTROPY_BYTES, _NOISY_BYTES = 16, 32, 64
+#: alone, with entropy and runner-up, and with noise.
+_CLEAN_BYTES, _ENTROPY_BYTES, _NOISY_BYTES = 16, 32, 32
 _LANES = 64
 
 
@@ -28,29 +28,34 @@ def head_statistics(
     """See `Head.statistics`."""
     count = len(hidden)
     wide = torch.promote_types(hidden.dtype, torch.float32)
+    running = start_of(count, wide, hidden.device)
+    if extra_tokens is not None:
+        running.extra_logits = torch.full_like(extra_tokens, -torch.inf, dtype=wide)
+    noisy = None
+    if options.inverse_temperature is not None:
+        noisy = (options.inverse_temperature > 0).nonzero().squeeze(1)
+    padded = pad_rows(hidden)
+    for start in head.tile_starts:
+        tile = widen(head.logits(padded, start)[:count])
+        _fold_tile(running, tile, start, options, noisy, extra_tokens)
+    return running
+
+
+def start_of(rows: int, wide: torch.dtype, device: torch.device) -> HeadStatistics:
+    """The statistics of no token."""
 
     def column(value: float, dtype: torch.dtype = wide) -> Tensor:
-        return torch.full((count,), value, dtype=dtype, device=hidden.device)
+        return torch.full((rows,), value, dtype=dtype, device=device)
 
-    running = HeadStatistics(
+    return HeadStatistics(
         token=column(0, torch.int64),
-        score=column(LOWEST, torch.float64),
+        score=column(LOWEST),
         logit=column(LOWEST),
         max_logit=column(LOWEST),
         second=column(LOWEST),
         sum_exp=column(0.0),
         sum_exp_logit=column(0.0),
     )
-    if extra_tokens is not None:
-        running.extra_logits = torch.full_like(extra_tokens, -torch.inf, dtype=wide)
-    noisy = None
-    if options.temperature is not None:
-        noisy = (options.temperature > 0).nonzero().squeeze(1)
-    padded = pad_rows(hidden)
-    for start in head.tile_starts:
-        tile = widen(head.logits(padded, start)[:count])
-        _fold_tile(running, tile, start, options, noisy, extra_tokens)
-    return running
 
 
 def head_statistics_bytes(head: TiledHead, noisy: bool, needs_entropy: bool) -> int:
@@ -69,28 +74,28 @@ def _fold_tile(
 ) -> None:
     """Fold the logits [rows, width] of the tile from token `start` on; overwrites them."""
     if options.logits_eos_inf is not None:
-        _forbid_here(tile, options.logits_eos_inf, options.eos, start)
+        forbid_here(tile, options.logits_eos_inf, options.eos, start)
     mask = options.mask - start
     mask_here = 0 <= mask < tile.shape[1]
     mask_logit = tile[:, mask].clone() if mask_here else None
     if mask_here:
         tile[:, mask] = -torch.inf
-    largest, place = _best_of(tile)
+    largest, place = best_of(tile)
     _fold_choice(running, tile, largest, place, start, options, noisy)
     if mask_logit is not None:
         tile[:, mask] = mask_logit
         largest = torch.maximum(largest, mask_logit)
     if options.confidence_eos_eot_inf is not None:
-        _forbid_here(tile, options.confidence_eos_eot_inf, options.stop, start)
+        forbid_here(tile, options.confidence_eos_eot_inf, options.stop, start)
         largest = tile.amax(dim=1)
     if extra_tokens is not None:
         _fold_extra(running, tile, start, extra_tokens)
     if options.needs_entropy:
-        _fold_second(running, tile, largest)
-    _fold_sums(running, tile, largest, needs_entropy=options.needs_entropy)
+        fold_second(running, tile, largest)
+    fold_sums(running, tile, largest, needs_entropy=options.needs_entropy)
 
 
-def _fold_sums(
+def fold_sums(
     running: HeadStatistics, tile: Tensor, largest: Tensor, *, needs_entropy: bool
 ) -> None:
     """Update the largest logit and the sums relative to it; overwrites the tile."""
@@ -120,12 +125,11 @@ def _fold_choice(
     noisy: Tensor | None,
 ) -> None:
     """Update the best token: by logit, or by logit / T + Gumbel noise in noisy rows."""
-    # A copy even if the type is float64 already: the caller still needs `largest`.
-    score, logit = largest.to(torch.float64, copy=True), largest
+    score, logit = largest.clone(), largest
     if noisy is not None and noisy.numel():
-        assert options.temperature is not None
+        assert options.inverse_temperature is not None
         assert options.keys is not None
-        noised = tile[noisy].to(torch.float64).div_(options.temperature[noisy].unsqueeze(1))
+        noised = tile[noisy].mul_(options.inverse_temperature[noisy].unsqueeze(1))
         noised += noise.gumbel(options.keys[noisy], tile.shape[1], start)
         score[noisy], place[noisy] = noised.max(dim=1)
         logit = tile.gather(1, place.unsqueeze(1)).squeeze(1)
@@ -144,7 +148,7 @@ def _fold_extra(running: HeadStatistics, tile: Tensor, start: int, extra_tokens:
     running.extra_logits = torch.where(here, logits, running.extra_logits)
 
 
-def _fold_second(running: HeadStatistics, tile: Tensor, largest: Tensor) -> None:
+def fold_second(running: HeadStatistics, tile: Tensor, largest: Tensor) -> None:
     """Update the second largest logit; equal logits count separately."""
     is_largest = tile == largest.unsqueeze(1)
     below = tile.masked_fill(is_largest, -torch.inf).amax(dim=1)
@@ -153,7 +157,7 @@ def _fold_second(running: HeadStatistics, tile: Tensor, largest: Tensor) -> None
     running.second = torch.maximum(torch.maximum(running.second, second), lower)
 
 
-def _best_of(tile: Tensor) -> tuple[Tensor, Tensor]:
+def best_of(tile: Tensor) -> tuple[Tensor, Tensor]:
     """Largest value of each row and its column, the leftmost of equal values.
 
     Reduces lanes first: on CPUs torch's maximum with indices is not vectorised, and forty times
@@ -168,7 +172,7 @@ def _best_of(tile: Tensor) -> tuple[Tensor, Tensor]:
     return value, group * _LANES + place
 
 
-def _forbid_here(tile: Tensor, where: Tensor, ids: Tensor, start: int) -> None:
+def forbid_here(tile: Tensor, where: Tensor, ids: Tensor, start: int) -> None:
     """Forbid the tokens `ids` that lie in the tile from token `start` on."""
     inside = ids[(ids >= start) & (ids < start + tile.shape[1])]
     if inside.numel():

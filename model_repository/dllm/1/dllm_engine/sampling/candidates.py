@@ -41,8 +41,8 @@ def sample_candidates(
 ) -> Candidates:
     """Choose a token for each row.
 
-    At temperature 0 the most likely token; above, `argmax(logits / T + G)` with Gumbel noise G in
-    float64, which samples from softmax(logits / T) exactly (LLaDA's generate.py takes the same
+    At temperature 0 the most likely token; above, `argmax(logits / T + G)` with Gumbel noise G,
+    which samples from softmax(logits / T) exactly (LLaDA's generate.py takes the same
     maximum as exp(logits) / (−ln u)^T). The mask token is never chosen, but counts in the clean
     probabilities, as in the reference. The tempered and filtered distributions exclude it: a filter
     might leave no other token.
@@ -77,27 +77,24 @@ def sample_candidates(
         return from_statistics(
             hidden, head, rows, special, budget_bytes, needs_entropy, credits, read_tokens
         )
+    if rows.num_full_logits == len(hidden) and credits is None and read_tokens is None:
+        return from_full_logits(hidden, head, rows, special, budget_bytes, needs_entropy)
     filtered = (rows.top_p < 1) | (rows.top_k > 0)
     needs_all = needs_full_logits(rows.temperature > 0, filtered, rows.dream_statistics)
     order = needs_all.to(torch.uint8).argsort(stable=True)
     num_reduced = len(hidden) - rows.num_full_logits
     reduced, full = order[:num_reduced], order[num_reduced:]
-    parts = []
-    if num_reduced:
-        lists = None if credits is None else credits.take(reduced)
-        arguments = hidden[reduced], head, rows.take(reduced), special, budget_bytes, needs_entropy
-        reads = None if read_tokens is None else read_tokens[reduced]
-        parts.append(from_statistics(*arguments, lists, reads))
-    found = from_full_logits(
-        hidden[full], head, rows.take(full), special, budget_bytes, needs_entropy
-    )
+    limits = special, budget_bytes, needs_entropy
+    lists = None if credits is None else credits.take(reduced)
+    reads = None if read_tokens is None else read_tokens[reduced]
+    plain = from_statistics(hidden[reduced], head, rows.take(reduced), *limits, lists, reads)
+    found = from_full_logits(hidden[full], head, rows.take(full), *limits)
     if credits is not None:
         found = dataclasses.replace(found, credits=credits.take(full))
     if read_tokens is not None:
         nothing = found.confidence.new_full((len(full), read_tokens.shape[1]), -torch.inf)
         found = dataclasses.replace(found, read=nothing)
-    parts.append(found)
-    return Candidates.joined(parts).take(order.argsort())  # back in the order of the rows
+    return Candidates.joined([plain, found]).take(order.argsort())  # in the order of the rows
 
 
 def _with_automata(

@@ -132,4 +132,4 @@ def _uniform(width: int, plan: CommitPlan) -> Tensor:
     position = (plan.block_start.unsqueeze(1) + columns).flatten()
     seed, step = (x.repeat_interleave(width) for x in (plan.seed, plan.step))
     keys = noise.row_keys(seed, step, position, noise.STREAM_ORDER)
-    return noise.uniform(keys, 1).view(-1, width)
+    return noise.uniform(keys).view(-1, width)

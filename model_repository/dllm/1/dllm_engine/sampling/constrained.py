@@ -14,7 +14,7 @@ from dllm_engine.ops import noise
 from dllm_engine.ops.head import Head
 from dllm_engine.ops.rows import ROW_MULTIPLE, forbid, pad_rows, widen
 from dllm_engine.ops.transfer import Array
-from dllm_engine.sampling.full_logits import statistics, tempered
+from dllm_engine.sampling.distributions import statistics, tempered
 from dllm_engine.sampling.rows import Candidates, RowSampling, SpecialTokens, needs_full_logits
 from dllm_engine.structured.best_text import LOWEST, Span, best_classes, class_maxima
 from dllm_engine.structured.token_automaton import TokenAutomaton

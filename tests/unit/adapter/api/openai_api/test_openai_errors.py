@@ -30,7 +30,7 @@ from adapter.errors import (
 @pytest.mark.parametrize(
     ("method", "path"),
     [
-        ("POST", "/v1/responses"),
+        ("GET", "/v1/responses/resp_1"),
         ("POST", "/v1/embeddings"),
         ("GET", "/v1/files"),
         ("POST", "/v1/chat/completions/x"),
@@ -47,8 +47,8 @@ async def test_unknown_path_names_what_is_offered(url: str, method: str, path: s
     error = answer.json()["error"]
     assert (error["type"], error["code"]) == ("invalid_request_error", None)
     assert error["message"] == (
-        f"{method} {path} is not offered here; /v1/chat/completions, /v1/completions and "
-        "/v1/models are"
+        f"{method} {path} is not offered here; /v1/chat/completions, /v1/completions, "
+        "/v1/responses, /v1/decisions, /v1/score and /v1/models are"
     )
 
 

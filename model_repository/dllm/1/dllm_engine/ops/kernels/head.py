@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dllm_engine.ops.head_types import LOWEST, HeadOptions, HeadStatistics, TiledHead
+from dllm_engine.ops.kernels.noise import gumbel
 from dllm_engine.ops.kernels.operands import Tile, operand_type, precision
 
 #: The most splits of the vocabulary: the multiprocessors of an H100.
@@ -34,11 +35,6 @@ _EXTRA_DEPTH = 256
 _TILES = {4: Tile(64, 64, 16, 8, 3), 2: Tile(128, 128, 64, 8, 4)}
 
 _LOWEST = tl.constexpr(LOWEST)
-# splitmix64, as in `ops.noise`.
-_GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
-_MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
-_MIX_2 = tl.constexpr(0x94D049BB133111EB)
-_TO_UNIT = tl.constexpr(2.0**-53)
 
 
 def splits_of(weight: Tensor) -> tuple[Tile, int, int]:
@@ -51,7 +47,7 @@ def splits_of(weight: Tensor) -> tuple[Tile, int, int]:
 
 def head_statistics_bytes(head: TiledHead, noisy: bool, needs_entropy: bool) -> int:
     """See `Head.statistics_bytes`: the statistics of all splits."""
-    return 4 * (4 + 2 * noisy + 2 * needs_entropy) * splits_of(head.weight)[2]
+    return 4 * (4 + noisy + 2 * needs_entropy) * splits_of(head.weight)[2]
 
 
 def head_statistics(
@@ -61,7 +57,8 @@ def head_statistics(
     weight, first = head.weight, head.first
     rows, width = hidden.shape
     hidden, weight = hidden.contiguous(), weight.contiguous()
-    noisy, needs_entropy = options.temperature is not None, options.needs_entropy
+    inverse, needs_entropy = options.inverse_temperature, options.needs_entropy
+    noisy = inverse is not None
     tile, each, splits = splits_of(weight)
     found = _empty((rows,), hidden, torch.int64, noisy=True, needs_entropy=True)
     if extra_tokens is not None:
@@ -80,7 +77,7 @@ def head_statistics(
         hidden,
         weight,
         parts.max_logit if options.keys is None else options.keys.contiguous(),
-        parts.max_logit if options.temperature is None else options.temperature.contiguous(),
+        parts.max_logit if inverse is None else inverse.contiguous(),
         logits_eos_inf,
         confidence_eos_eot_inf,
         options.eos,
@@ -129,7 +126,7 @@ def _empty(
     wide = torch.float32
     return HeadStatistics(
         token=memory(token),
-        score=memory(torch.float64, noisy),
+        score=memory(wide, noisy),
         logit=memory(wide),
         max_logit=memory(wide),
         second=memory(wide, needs_entropy),
@@ -141,20 +138,6 @@ def _empty(
 def _columns(found: HeadStatistics) -> list[Tensor]:
     """All but the extra logits, in the order of the kernels' arguments."""
     return list(vars(found).values())[:-1]
-
-
-@triton.jit
-def _mix(x):
-    x = (x ^ (x >> 30)) * _MIX_1
-    x = (x ^ (x >> 27)) * _MIX_2
-    return x ^ (x >> 31)
-
-
-@triton.jit
-def uniform(keys, tokens):
-    """Uniform numbers of uint64 keys for int64 tokens, equal to those of `ops.noise.uniform`."""
-    bits = _mix(keys + (tokens + 1).to(tl.uint64) * _GOLDEN)
-    return ((bits >> 11).to(tl.int64).to(tl.float64) + 0.5) * _TO_UNIT
 
 
 @triton.jit
@@ -174,14 +157,12 @@ def _halves(x):
 
 
 @triton.jit
-def _noised_best(logits, keys, temperature, first, start, token, score, logit):
-    """Update the best token, by logit / T + Gumbel noise where T is above 0."""
+def _noised_best(logits, keys, inverse, first, start, token, score, logit):
+    """Update the best token, by logit / T + Gumbel noise where 1 / T is above 0."""
     column = tl.arange(0, logits.shape[1])
     ids = first + start + column
-    gumbel = -tl.log(-tl.log(uniform(keys[:, None], ids[None, :])))
-    clean = logits.to(tl.float64)
-    noised = clean / tl.where(temperature > 0, temperature, 1.0)[:, None] + gumbel
-    noised = tl.where((temperature > 0)[:, None], noised, clean)
+    noised = logits * inverse[:, None] + gumbel(keys[:, None], ids[None, :])
+    noised = tl.where((inverse > 0)[:, None], noised, logits)
     highest, place = tl.max(noised, axis=1, return_indices=True)
     value = tl.max(tl.where(column[None, :] == place[:, None], logits, float("-inf")), axis=1)
     better = highest > score
@@ -193,7 +174,7 @@ def _noised_best(logits, keys, temperature, first, start, token, score, logit):
 @triton.jit(
     do_not_specialize=[
         "keys",
-        "temperature",
+        "inverse_temperature",
         "logits_eos_inf",
         "confidence_eos_eot_inf",
         "num_rows",
@@ -205,7 +186,7 @@ def _reduce(
     hidden,
     weight,
     keys,
-    temperature,
+    inverse_temperature,
     logits_eos_inf,
     confidence_eos_eot_inf,
     eos,
@@ -241,9 +222,8 @@ def _reduce(
     k = tl.arange(0, DEPTH)
     hidden_place = tl.arange(0, ROWS)[:, None] * width + k[None, :]
     weight_place = column[None, :] * width + k[:, None]
-    score_type: tl.constexpr = tl.float64 if NOISY else tl.float32
     token = tl.zeros([ROWS], tl.int32)
-    score = tl.full([ROWS], _LOWEST, score_type)
+    score = tl.full([ROWS], _LOWEST, tl.float32)
     logit = tl.full([ROWS], _LOWEST, tl.float32)
     max_logit = tl.full([ROWS], _LOWEST, tl.float32)
     second = tl.full([ROWS], _LOWEST, tl.float32)
@@ -259,8 +239,8 @@ def _reduce(
         != 0
     )
     if NOISY:
-        key = tl.load(keys + row, mask=live, other=0).to(tl.uint64)
-        heat = tl.load(temperature + row, mask=live, other=0.0)
+        key = tl.load(keys + row, mask=live, other=0)
+        inverse = tl.load(inverse_temperature + row, mask=live, other=0.0)
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(num_tokens, TILE))):
         start = tile * TILE
         there = start + column < num_tokens
@@ -292,7 +272,7 @@ def _reduce(
                 for i in tl.static_range(2):
                     begin = start + (2 * half + i) * (TILE // 4)
                     token, score, logit = _noised_best(
-                        quarters[i], key, heat, first, begin, token, score, logit
+                        quarters[i], key, inverse, first, begin, token, score, logit
                     )
         else:
             highest, place = tl.max(choosable, axis=1, return_indices=True)
@@ -366,8 +346,7 @@ def _merge(
     place = row[:, None] * splits + split
     token = tl.load(tokens + place, mask=there, other=0)
     logit = tl.load(logits + place, mask=there, other=_LOWEST)
-    wide = logit.to(tl.float64)
-    score = tl.load(scores + place, mask=there, other=_LOWEST) if NOISY else wide
+    score = tl.load(scores + place, mask=there, other=_LOWEST) if NOISY else logit
     # The leftmost of equal scores.
     best, at = tl.max(score, axis=1, return_indices=True)
     is_best = split == at[:, None]
