@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         choices=list(SHARES),
         metavar="SECTION",
         help="run these and keep the results of the others; a single one runs in this process",
+    )
+    parser.add_argument(
+        "--without",
+        nargs="+",
+        default=[],
+        choices=list(SHARES),
+        metavar="SECTION",
+        help="leave these out",
     )
     parser.add_argument("--tiny", action="store_true", help="run toy sizes on the CPU; see above")
     parser.add_argument("--results", type=Path, help="folder of gpu.json and gpu.png")
@@ -124,22 +133,23 @@ def main(arguments: list[str] | None = None) -> None:
         _run_each(options, record)
         for line in table(record.read()):
             print(line)
-        print(record.path, plot(record.read(), options.results))
+        drawn = [plot(record.read(), options.results)] if find_spec("matplotlib") else []
+        print(record.path, *drawn)
 
 
-def _wanted(options: argparse.Namespace) -> list[str]:
+def wanted(options: argparse.Namespace) -> list[str]:
     """Sections to run, in order."""
     missing = {
         name
         for name in ("fast-dllm", "dllm-serve")
         if getattr(options, name.replace("-", "_")) is None
     }
-    return [name for name in options.only or SHARES if name not in missing]
+    return [name for name in options.only or SHARES if name not in missing | {*options.without}]
 
 
 def _run_each(options: argparse.Namespace, record: Any) -> None:
     """Every section in a process of its own, which is this command with `--only`."""
-    names = _wanted(options)
+    names = wanted(options)
     end = time.monotonic() + 60 * options.minutes
     command = [sys.executable, "-m", "benchmarks.gpu", "--checkout-python", options.checkout_python]
     command += ["--results", str(options.results), "--checkpoints", str(options.checkpoints)]

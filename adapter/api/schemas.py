@@ -23,6 +23,9 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 #: Most fields of an object; no call has half as many.
 MAX_FIELDS = 100
+#: Most tools of a request, and characters of their description as JSON.
+MAX_TOOLS = 128
+MAX_TOOLS_CHARS = 2**18
 #: Most messages of a chat, and parts of messages; a chat template takes a few tokens for each.
 MAX_MESSAGES = 4096
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -68,6 +71,7 @@ ModelName = Annotated[str, Field(min_length=1, max_length=255), _Plain]
 Token = Annotated[int, Field(ge=0, le=INT32_MAX)]
 Count = Annotated[int, Field(ge=1, le=INT32_MAX)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS), _Plain]
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 StopStrings = Annotated[
     Items[StopString],
     Field(max_length=MAX_STOP_STRINGS),
@@ -97,11 +101,86 @@ class Body(BaseModel):
         return value
 
 
+def _plain_json(value: object) -> object:
+    """Refuse what the engine's JSON cannot carry or a database not keep, and values too deep."""
+    try:
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+    except (ValueError, RecursionError) as error:
+        raise PydanticCustomError("not_json", "Should be plain JSON") from error
+    _plain_text(text)
+    if "\\u0000" in text:
+        raise PydanticCustomError("string_nul", "String should not contain a NUL character")
+    return value
+
+
+PlainObject = Annotated[dict[str, Any], AfterValidator(_plain_json)]
+
+
+class Function(Body):
+    """A function that the model may call."""
+
+    name: ToolName
+    description: PlainText | None = None
+    parameters: PlainObject | None = None
+    """JSON schema of the arguments, an object"""
+    strict: bool | None = None
+    """has no effect: the arguments of a required call are always held under their schema"""
+
+
+class Tool(Body):
+    """A tool in OpenAI's format; only functions are known."""
+
+    type: Literal["function"]
+    function: Function
+
+
+def _small_tools(tools: list[Tool]) -> list[Tool]:
+    size = len(tools_input(tools))
+    if size > MAX_TOOLS_CHARS:
+        raise PydanticCustomError(
+            "too_large",
+            "All tools together should have at most {most} characters as JSON, not {size}",
+            {"most": MAX_TOOLS_CHARS, "size": size},
+        )
+    names = [tool.function.name for tool in tools]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise PydanticCustomError("name_twice", "Function {name} is there twice", {"name": twice})
+    return tools
+
+
+def tools_input(tools: list[Tool]) -> str:
+    """The tools as an input of the Triton model."""
+    functions = [tool.function.model_dump(exclude_none=True) for tool in tools]
+    return json.dumps([{"type": "function", "function": f} for f in functions])
+
+
+Tools = Annotated[Items[Tool], Field(max_length=MAX_TOOLS), AfterValidator(_small_tools)]
+
+
+class FunctionCall(Body):
+    """A function and its arguments as JSON."""
+
+    name: ToolName
+    arguments: PlainText
+
+
+class MessageCall(Body):
+    """A call in a history."""
+
+    id: Name | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class Message(Body):
     """One chat message; the checkpoint's chat template judges the role."""
 
     role: Name
     content: PlainText
+    tool_calls: Items[MessageCall] | None = Field(None, max_length=MAX_TOOLS)
+    """of an assistant: calls of tools"""
+    tool_call_id: Name | None = None
+    """of a tool: the call that this is the result of"""
 
 
 class StructuredOutputs(Body):
@@ -277,6 +356,8 @@ class GenerateRequest(Sampling, SchedulingParams):
 
     prompt: Prompt | None = Field(None, description="at most DLLM_MAX_PROMPT_CHARS characters")
     messages: Annotated[Items[Message] | None, FewMessages] = Field(None, min_length=1)
+    tools: Tools | None = None
+    """functions that the model may call; with messages, or a prompt that is not raw"""
     input_ids: Items[Token] | None = Field(
         None, description="the prompt's tokens; [] stands for the checkpoint's start token"
     )
@@ -306,6 +387,10 @@ class GenerateRequest(Sampling, SchedulingParams):
             raise PydanticCustomError(
                 "raw_without_prompt", "raw should be given together with prompt only"
             )
+        if self.tools and (self.raw or self.input_ids is not None):
+            raise PydanticCustomError(
+                "tools_without_chat", "tools should be given with messages or a prompt, not raw"
+            )
         return self
 
     @property
@@ -318,11 +403,13 @@ class GenerateRequest(Sampling, SchedulingParams):
     def inputs(self) -> Inputs:
         """Inputs of the Triton model for this request."""
         sampling = self.sampling_inputs() | self._gap_inputs()
+        if self.tools:
+            sampling["tools"] = tools_input(self.tools)
         if self.prompt is not None:
             return sampling | prompt_input(self.prompt, raw=self.raw)
         if self.input_ids is not None:
             return sampling | {"input_ids": self.input_ids}
-        messages = [message.model_dump() for message in self.messages or ()]
+        messages = [message.model_dump(exclude_none=True) for message in self.messages or ()]
         return sampling | {"messages": json.dumps(messages)}
 
     def _gap_inputs(self) -> dict[str, InputValue]:

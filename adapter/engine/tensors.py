@@ -14,6 +14,7 @@ from adapter.types import Canvas, Event, Inputs, TokenDetail, Usage
 INPUT_TYPES: Mapping[str, str] = {
     "text_input": "BYTES",
     "messages": "BYTES",
+    "tools": "BYTES",
     "input_ids": "INT64",
     "suffix": "BYTES",
     "canvas_ids": "INT64",

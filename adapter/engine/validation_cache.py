@@ -56,8 +56,8 @@ def _measure(inputs: Inputs) -> tuple[Hashable, int]:
             words.append(str(value))
         elif name == "messages":
             messages = json.loads(str(value))
-            rest[name] = tuple(message["role"] for message in messages)
-            words += [message["content"] for message in messages]
+            words += [message.pop("content") for message in messages]
+            rest[name] = json.dumps(messages)
         elif name not in FREE:
             rest[name] = tuple(value) if isinstance(value, list) else value
     return frozenset(rest.items()), sum(len(text.encode()) for text in words)

@@ -19,8 +19,8 @@ LAYERS = {
               "periodic", "telemetry", "settings shutdown types", "rates setting_names shares",
               "errors"],
     ENGINE: ["describe llm", "loop", "execution", "state", "memory", "models sampling", "parallel",
-             "decisions scores", "readings", "ops config request tokenizer", "sampling_params",
-             "structured",
+             "decisions scores", "readings", "ops config request tokenizer",
+             "messages sampling_params", "structured",
              "decoding watchdog errors"],
 }  # fmt: skip
 

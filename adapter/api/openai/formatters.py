@@ -1,5 +1,7 @@
 """Formats results as completions and chat completions, whole or as chunks."""
 
+import secrets
+from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -14,16 +16,22 @@ from adapter.api.openai.logprobs import (
 )
 from adapter.api.openai.responses import (
     AssistantMessage,
+    CalledFunction,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
     Completion,
     Delta,
+    FunctionDelta,
     ResponseHeader,
     TextChoice,
     TokenUsage,
+    ToolCall,
+    ToolCallDelta,
 )
+from adapter.api.openai.tool_calls import Reply, read_reply
+from adapter.api.openai.tools import CLOSE, Offer
 from adapter.types import Event
 
 #: Tokens with their details; None: the call asks for none.
@@ -35,6 +43,14 @@ class ResponseFormatter(Protocol):
 
     def opening(self, index: int, seed: int | None) -> BaseModel | None:
         """The chunk before any text, if there is one, with the seed if it is known by then."""
+        ...
+
+    def content(self, event: Event) -> str:
+        """The part of an event's text that is the answer's content."""
+        ...
+
+    def calls(self, index: int, event: Event, /) -> Sequence[BaseModel]:
+        """Chunks with the calls of tools that have not been sent yet."""
         ...
 
     def piece(
@@ -80,6 +96,14 @@ class CompletionFormatter:
     def opening(self, index: int, seed: int | None) -> None:
         """Completions have no opening chunk."""
 
+    def content(self, event: Event) -> str:
+        """All of the text."""
+        return event.text
+
+    def calls(self, _index: int, _event: Event) -> Sequence[BaseModel]:
+        """Completions call no tools."""
+        return ()
+
     def piece(
         self, index: int, text: str, event: Event, tokens: Tokens, *, has_usage: bool
     ) -> Completion:
@@ -113,19 +137,26 @@ class CompletionFormatter:
 
 
 class ChatFormatter:
-    """Formats responses of /v1/chat/completions."""
+    """Formats responses of /v1/chat/completions.
 
-    def __init__(self, model: str) -> None:
+    Args:
+        model: its name in the responses.
+        offer: the tools that answers may call; None: the text is the content.
+    """
+
+    def __init__(self, model: str, offer: Offer | None = None) -> None:
         self.head = ResponseHeader.new("chatcmpl", model)
+        self._offer = offer
+        self._num_sent: Counter[int] = Counter()
 
     def whole(self, results: Sequence[Event]) -> ChatCompletion:
         """The whole response."""
         choices = [
             ChatChoice(
                 index=index,
-                message=AssistantMessage(content=result.text),
+                message=self._message(result),
                 logprobs=ChatLogprobs.of(tokens := text_tokens(result)),
-                finish_reason=result.finish_reason,
+                finish_reason=self._reason(result),
                 seed=result.seed,
                 reveal_steps=reveal_steps_of(tokens),
             )
@@ -139,6 +170,26 @@ class ChatFormatter:
         """A delta with the role."""
         return self._chunk(index, Delta(role="assistant", content=""), seed=seed)
 
+    def content(self, event: Event) -> str:
+        """The text outside of calls."""
+        return self._reply(event).content
+
+    def calls(self, index: int, event: Event) -> Sequence[BaseModel]:
+        """Two deltas for each call: its name, then its arguments. A call is sent when it is
+        whole, since what is no valid call is text."""
+        chunks = []
+        calls = self._reply(event).calls
+        for number in range(self._num_sent[index], len(calls)):
+            call = calls[number]
+            name = FunctionDelta(name=call.name, arguments="")
+            for delta in (
+                ToolCallDelta(index=number, id=_call_id(), type="function", function=name),
+                ToolCallDelta(index=number, function=FunctionDelta(arguments=call.arguments)),
+            ):
+                chunks.append(self._chunk(index, Delta(tool_calls=[delta]), seed=event.seed))
+        self._num_sent[index] = len(calls)
+        return chunks
+
     def piece(
         self, index: int, text: str, event: Event, tokens: Tokens, *, has_usage: bool
     ) -> ChatChunk:
@@ -149,11 +200,33 @@ class ChatFormatter:
 
     def ending(self, index: int, result: Event, tokens: Tokens) -> ChatChunk:
         """An empty delta with a finish reason."""
-        return self._chunk(index, Delta(), result.finish_reason, result.seed, tokens or None)
+        return self._chunk(index, Delta(), self._reason(result), result.seed, tokens or None)
 
     def usage(self, results: Sequence[Event]) -> ChatChunk:
         """Usage without choices."""
         return ChatChunk(**self.head.model_dump(), choices=[], usage=TokenUsage.of(results))
+
+    def _reply(self, event: Event) -> Reply:
+        if self._offer is None:
+            return Reply(event.text, ())
+        reply = read_reply(event.text, self._offer.names, finished=bool(event.finish_reason))
+        return reply if self._offer.parallel else Reply(reply.content, reply.calls[:1])
+
+    def _message(self, result: Event) -> AssistantMessage:
+        reply = self._reply(result)
+        if not reply.calls:
+            return AssistantMessage(content=reply.content)
+        calls = [
+            ToolCall(id=_call_id(), function=CalledFunction(name=c.name, arguments=c.arguments))
+            for c in reply.calls
+        ]
+        return AssistantMessage(content=reply.content or None, tool_calls=calls)
+
+    def _reason(self, result: Event) -> str:
+        """`tool_calls`, unless the canvas ended before the text did."""
+        reply = self._reply(result)
+        whole = result.finish_reason == "stop" or result.text.rstrip().endswith(CLOSE)
+        return "tool_calls" if reply.calls and whole else result.finish_reason
 
     def _chunk(
         self,
@@ -172,3 +245,7 @@ class ChatFormatter:
             reveal_steps=reveal_steps_of(tokens),
         )
         return ChatChunk(**self.head.model_dump(), choices=[choice])
+
+
+def _call_id() -> str:
+    return f"call_{secrets.token_hex(12)}"

@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from adapter.api.openai.fields import Extensions, NoEffect, OpenAIBody, Unsupported
 from adapter.api.openai.messages import ChatMessage
+from adapter.api.openai.tools import NamedChoice, Offer, ToolChoice, required_form
 from adapter.api.schemas import (
     INT32_MAX,
     Count,
@@ -30,6 +31,7 @@ from adapter.api.schemas import (
     SchedulingParams,
     StructuredOutputs,
     Token,
+    Tools,
 )
 
 #: OpenAI's default for `max_tokens` of a completion.
@@ -38,6 +40,8 @@ COMPLETION_MAX_TOKENS = 16
 MAX_LOGPROBS = 20
 #: Tools, and the parameter that says which of them the model may use.
 CHOICES: Mapping[str, str] = {"tools": "tool_choice", "functions": "function_call"}
+#: The older ones of these, which are not supported.
+OLD = "functions"
 
 
 class StreamedUsage(Enum):
@@ -237,7 +241,7 @@ class ChatCall(Call):
     prompt_cache_options: NoEffect = None
     prompt_cache_retention: NoEffect = None
     prediction: NoEffect = None
-    parallel_tool_calls: NoEffect = None
+    parallel_tool_calls: bool | None = Field(None, description="false: only the first call counts")
     echo: Annotated[Any, Unsupported(False)] = None
     logprobs: Any = Field(
         None,
@@ -247,8 +251,8 @@ class ChatCall(Call):
     top_logprobs: int | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="list this many of the most probable tokens"
     )
-    tools: Any = Field(None, description="only with tool_choice none; may be empty without")
-    tool_choice: Annotated[Any, Unsupported("none", "auto")] = None
+    tools: Tools | None = Field(None, description="functions that the model may call")
+    tool_choice: ToolChoice | None = Field(None, description="default: auto")
     functions: Any = Field(None, description="only with function_call none; may be empty without")
     function_call: Annotated[Any, Unsupported("none", "auto")] = None
     modalities: Annotated[Any, Unsupported(["text"])] = None
@@ -267,15 +271,27 @@ class ChatCall(Call):
             value = {name: item for name, item in value.items() if name not in unused}
         return handler(value)
 
-    @field_validator(*CHOICES)
+    @field_validator(OLD)
     @classmethod
-    def _tools_are_empty(cls, value: object, info: ValidationInfo) -> None:
+    def _old_tools_are_empty(cls, value: object) -> None:
         if value != []:
             raise PydanticCustomError(
                 "not_supported",
-                "This is not supported; leave it out, or send {choice} 'none' with it",
-                {"choice": CHOICES[str(info.field_name)]},
+                "This is not supported; send tools, or {choice} 'none' with it",
+                {"choice": CHOICES[OLD]},
             )
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _choice_is_offered(cls, value: object, info: ValidationInfo) -> object:
+        if "tools" not in info.data:
+            return value  # they are invalid, which is the error to tell
+        names = [tool.function.name for tool in info.data["tools"] or ()]
+        if value == "required" and not names:
+            raise PydanticCustomError("no_tools", "required needs tools")
+        if isinstance(value, NamedChoice) and value.function.name not in names:
+            raise PydanticCustomError("no_such_tool", "This function is not among the tools")
+        return value
 
     @field_validator("logprobs")
     @classmethod
@@ -289,6 +305,25 @@ class ChatCall(Call):
         if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("top_logprobs", "top_logprobs needs logprobs true")
         return self
+
+    @model_validator(mode="after")
+    def _form_or_tools(self) -> Self:
+        form = self.structured_outputs or self._format
+        if self.tools and form is not None:
+            raise PydanticCustomError(
+                "form_and_tools",
+                "tools cannot be combined with response_format or structured_outputs; send "
+                "tool_choice 'none' with them",
+            )
+        return self
+
+    @property
+    def offer(self) -> Offer | None:
+        """The tools that the answer may call; None: none."""
+        if not self.tools:
+            return None
+        names = frozenset(tool.function.name for tool in self.tools)
+        return Offer(names, parallel=self.parallel_tool_calls is not False)
 
     @property
     def length_name(self) -> str:
@@ -304,4 +339,19 @@ class ChatCall(Call):
         messages = [message.message() for message in self.messages]
         num_top = (self.top_logprobs or 0) if self.logprobs else None
         most = min(*(given or [default or longest]), longest)
-        return self._request(most, messages=messages, logprobs=num_top)
+        request = self._request(most, messages=messages, logprobs=num_top)
+        if not self.tools:
+            return request
+        form = self._required_form or request.structured_outputs
+        return request.model_copy(update={"tools": self.tools, "structured_outputs": form})
+
+    @property
+    def _required_form(self) -> StructuredOutputs | None:
+        """The form of a call that the answer must be; None: it may be a text."""
+        if self.tool_choice in (None, "auto"):
+            return None
+        functions = [tool.function.model_dump(exclude_none=True) for tool in self.tools or ()]
+        if isinstance(self.tool_choice, NamedChoice):
+            name = self.tool_choice.function.name
+            functions = [function for function in functions if function["name"] == name]
+        return StructuredOutputs.model_validate(required_form(functions))

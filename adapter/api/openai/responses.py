@@ -60,12 +60,44 @@ class TextChoice(BaseModel):
     reveal_steps: RevealSteps = None
 
 
+class CalledFunction(BaseModel):
+    """The function of a call, and its arguments as JSON."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class AssistantMessage(BaseModel):
-    """The assistant's message."""
+    """The assistant's message; its content is null if it has nothing but calls."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[ToolCall] | None = Field(default=None, exclude_if=lambda calls: calls is None)
+
+
+class FunctionDelta(BaseModel):
+    """The name of a function, or a piece of its arguments."""
+
+    name: str | None = Field(default=None, exclude_if=lambda name: name is None)
+    arguments: str
+
+
+class ToolCallDelta(BaseModel):
+    """New parts of the call with this index; `id`, `type` and name come first, once."""
+
+    index: int
+    id: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    type: Literal["function"] | None = Field(default=None, exclude_if=lambda value: value is None)
+    function: FunctionDelta
 
 
 class ChatChoice(BaseModel):
@@ -84,9 +116,10 @@ class Delta(BaseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
     @model_serializer
-    def _given(self) -> dict[str, str]:
+    def _given(self) -> dict[str, str | list[ToolCallDelta]]:
         return {name: value for name, value in self if value is not None}
 
 

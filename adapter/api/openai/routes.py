@@ -71,7 +71,7 @@ async def chat_completions(call: Request, body: ChatCall) -> ChatCompletion | Ev
     settings = services(call).settings
     call.state.length_name = body.length_name
     pool = services(call).fleet.find(body.model)
-    formatter = ChatFormatter(pool.served_name)
+    formatter = ChatFormatter(pool.served_name, body.offer)
     request = body.request(default=settings.chat_max_tokens, longest=settings.max_gen_length)
     check_options(request, settings)
     requests = choices_of(request, request.n)

@@ -132,13 +132,17 @@ async def _chunks(
                 index, event = update
                 tokens = text_tokens(event)
                 new = None if tokens is None else tokens[counts[index] :]
-                if len(event.text) > lengths[index]:
-                    piece = event.text[lengths[index] :]
+                content = formatter.content(event)
+                if len(content) > lengths[index]:
+                    piece = content[lengths[index] :]
                     each = usage is StreamedUsage.EACH
                     yield sent(formatter.piece(index, piece, event, new, has_usage=each))
-                    lengths[index], spoke = len(event.text), now()
+                    lengths[index], spoke = len(content), now()
                     counts[index] += len(new or ())
                     new = None
+                for call in formatter.calls(index, event):
+                    yield sent(call)
+                    spoke = now()
                 if event.finish_reason:
                     results[index] = event
                     yield sent(formatter.ending(index, event, new))

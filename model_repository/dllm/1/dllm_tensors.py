@@ -142,16 +142,17 @@ def _prompt_ids(engine: Engine, inputs: Inputs) -> list[int]:
         rule = f"exactly one of {', '.join(PROMPT_INPUTS)} is needed"
         raise InvalidRequest("text_input", f"{rule}; got {', '.join(given) or 'none'}")
     field = given[0]
+    if "tools" in inputs and field != "messages":
+        raise InvalidRequest("tools", f"needs messages; got {field}")
     if field == "input_ids":
         return _ids(engine, inputs, field)
     if engine.tokenizer is None:
         raise InvalidRequest(field, "this checkpoint has no tokenizer; send input_ids")
     text = str(_scalar(inputs, field))
-    return (
-        engine.tokenizer.encode_text(text)
-        if field == "text_input"
-        else (engine.tokenizer.encode_messages(text))
-    )
+    if field == "text_input":
+        return engine.tokenizer.encode_text(text)
+    tools = str(_scalar(inputs, "tools")) if "tools" in inputs else None
+    return engine.tokenizer.encode_messages(text, tools)
 
 
 def _canvas_ids(engine: Engine, inputs: Inputs) -> list[int]:

@@ -38,7 +38,9 @@ def token_details(tokenizer: Tokenizer | None, update: CanvasUpdate, params: Sam
                 found.top_tokens[position].tolist(), found.top[position].tolist(), strict=True
             )
             entry["top_logprobs"] = [
-                _token(tokenizer, other) | {"logprob": logprob} for other, logprob in top
+                _token(tokenizer, other) | {"logprob": logprob}
+                for other, logprob in top
+                if other >= 0
             ]
         entries.append(entry)
     return json.dumps(entries, separators=(",", ":"))

@@ -260,3 +260,9 @@ def test_without_a_gpu_the_file_says_why_nothing_was_measured(tmp_path: Path) ->
     (tmp_path / "gpu.json").write_text(measured)
     gpu.main(["--results", str(tmp_path)])
     assert (tmp_path / "gpu.json").read_text() == measured
+
+
+def test_sections_can_be_left_out() -> None:
+    """`--without` runs the other sections, in their order."""
+    everything = gpu.wanted(gpu.parse([]))
+    assert gpu.wanted(gpu.parse(["--without", *everything[:2]])) == everything[2:]

@@ -34,8 +34,11 @@ T = TypeVar("T")
 
 #: A text, chat messages, token ids, or a `Prompt` with a canvas or suffix of its own.
 AnyPrompt = (
-    str | Sequence[Mapping[str, str]] | Sequence[int] | npt.NDArray[np.integer[Any]] | Prompt
+    str | Sequence[Mapping[str, Any]] | Sequence[int] | npt.NDArray[np.integer[Any]] | Prompt
 )
+
+#: Functions that the model may call, as OpenAI's API has them.
+Tools = Sequence[Mapping[str, Any]]
 
 FORMS = "a prompt must be a text, a list of messages, or a list of integers (token ids)"
 
@@ -70,6 +73,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         chat: bool = False,
+        tools: Tools | None = None,
         progress: bool = True,
         trajectory: bool = False,
     ) -> list[Completion]:
@@ -79,6 +83,8 @@ class LLM:
             prompts: a list of prompts, or a single one.
             params: one for all prompts, or one for each; None: the defaults.
             chat: put each text into the checkpoint's chat template, as one user message.
+            tools: functions that the model may call, as OpenAI's API has them; only with messages
+                or `chat`. Calls are in the text, as `<tool_call>{"name": …}</tool_call>`.
             progress: show a progress bar.
             trajectory: record the step in which each position was committed.
 
@@ -92,7 +98,7 @@ class LLM:
         batch = _as_list(prompts)
         each = _one_per_prompt(params, len(batch))
         requests = [
-            self.engine.make_request(self._encode(prompt, chat), p)
+            self.engine.make_request(self._encode(prompt, chat, tools), p)
             for prompt, p in zip(batch, each, strict=True)
         ]
         finished: dict[int, CanvasUpdate] = {}
@@ -104,7 +110,12 @@ class LLM:
         return [self._completion(finished[r.request_id], r, trajectory) for r in requests]
 
     def stream(
-        self, prompt: AnyPrompt, params: SamplingParams | None = None, *, chat: bool = False
+        self,
+        prompt: AnyPrompt,
+        params: SamplingParams | None = None,
+        *,
+        chat: bool = False,
+        tools: Tools | None = None,
     ) -> Generator[DenoisingStep | Completion, None, None]:
         """Denoise one canvas; yields it after each step, then its completion with the trajectory.
 
@@ -114,13 +125,14 @@ class LLM:
             prompt: a single prompt.
             params: how to denoise; None: the defaults.
             chat: put a text into the checkpoint's chat template, as one user message.
+            tools: as for `generate`.
 
         Raises:
             InvalidRequest: the prompt or a parameter is unusable.
             RequestFailed: the request failed in the engine.
         """
         request = self.engine.make_request(
-            self._encode(prompt, chat), params or SamplingParams(), stream_interval=0.0
+            self._encode(prompt, chat, tools), params or SamplingParams(), stream_interval=0.0
         )
         shown = 0
         for update in self._run([request]):
@@ -210,19 +222,23 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _encode(self, prompt: AnyPrompt, chat: bool) -> Prompt:
+    def _encode(self, prompt: AnyPrompt, chat: bool, tools: Tools | None = None) -> Prompt:
+        messages = None if isinstance(prompt, Prompt) else _as_messages(prompt)
+        if isinstance(prompt, str) and chat:
+            messages = [{"role": "user", "content": prompt}]
+        if tools and messages is None:
+            raise InvalidRequest("tools", "needs messages, or a text with chat")
         if isinstance(prompt, Prompt):
             return prompt
-        messages = _as_messages(prompt)
         if not isinstance(prompt, str) and messages is None:
             return Prompt(_token_ids(prompt))
         tokenizer = self.engine.tokenizer
         if tokenizer is None:
             raise InvalidRequest("prompts", "this checkpoint has no tokenizer; pass token ids")
-        if messages is not None:
-            return Prompt(tokenizer.encode_messages(_as_json(messages)))
-        text = cast(str, prompt)
-        return Prompt(tokenizer.encode_chat(text) if chat else tokenizer.encode_text(text))
+        if messages is None:
+            return Prompt(tokenizer.encode_text(cast(str, prompt)))
+        described = _as_json("tools", list(tools)) if tools else None
+        return Prompt(tokenizer.encode_messages(_as_json("messages", messages), described))
 
     def _run(self, requests: Sequence[Request]) -> Iterator[CanvasUpdate]:
         """Run requests beside those of other calls; yields their updates.
@@ -317,12 +333,12 @@ def _as_list(prompts: AnyPrompt | Sequence[AnyPrompt]) -> Sequence[AnyPrompt]:
     return [items] if items and isinstance(items[0], Mapping | int | float) else items
 
 
-def _as_messages(prompt: AnyPrompt) -> list[dict[str, str]] | None:
+def _as_messages(prompt: AnyPrompt) -> list[dict[str, Any]] | None:
     if isinstance(prompt, str | Prompt) or not isinstance(prompt, Sequence):
         return None
     if not prompt or not isinstance(prompt[0], Mapping):
         return None
-    messages = cast(Sequence[Mapping[str, str]], prompt)
+    messages = cast(Sequence[Mapping[str, Any]], prompt)
     if not all(isinstance(message, Mapping) for message in messages):
         raise InvalidRequest("prompts", FORMS)
     return [dict(message) for message in messages]
@@ -337,11 +353,11 @@ def _token_ids(prompt: Any) -> list[int]:
     return ids
 
 
-def _as_json(messages: list[dict[str, str]]) -> str:
+def _as_json(field: str, value: list[Any]) -> str:
     try:
-        return json.dumps(messages)
-    except (TypeError, ValueError) as error:
-        raise InvalidRequest("messages", str(error)) from error
+        return json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(field, str(error)) from error
 
 
 def _plain(value: Any) -> Any:

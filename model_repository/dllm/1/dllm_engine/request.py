@@ -224,7 +224,8 @@ class LogProbs:
     guidance, the logits are those that guidance makes. The sum is over the whole vocabulary.
     """
 
-    #: [gen_length] float32; of the committed token; NaN where no step committed one.
+    #: [gen_length] float32; of the committed token; NaN where no step committed one; 0 where a form
+    #: left no choice, without a pass and so without alternatives.
     chosen: npt.NDArray[np.float32]
     #: [gen_length, K] float32; of the K most probable tokens but the mask token, descending.
     top: npt.NDArray[np.float32]

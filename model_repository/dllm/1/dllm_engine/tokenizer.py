@@ -16,6 +16,7 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from dllm_engine.errors import CheckpointError, InvalidRequest
+from dllm_engine.messages import Message, in_plain_words, parse_messages, parse_tools, protect_chat
 from dllm_engine.structured.vocabulary import Vocabulary
 
 #: The file that identifies a tokenizer's format, and the class that reads it without the
@@ -36,6 +37,8 @@ _TEMPLATE_ERRORS = (
     TypeError,
     ValueError,
 )
+#: What a template that renders tools mentions.
+_KNOWS_TOOLS = re.compile(r"\btools\b")
 _INCOMPLETE = "\ufffd"
 #: A token of a single byte, as SentencePiece names it.
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
@@ -49,7 +52,8 @@ _MAX_CHARACTER_TOKENS = 4  # one for each byte that UTF-8 may take
 class Tokenizer:
     """Encodes prompts and decodes canvases.
 
-    In messages, no `content` and no `role` becomes a special token. In a raw prompt and a suffix
+    In messages and tools, no text of the caller becomes a special token: neither contents and
+    roles, nor names, descriptions, arguments and results. In a raw prompt and a suffix
     only the mask token is taken literally, since hand-written templates need the others.
     Thread-safe.
 
@@ -152,37 +156,53 @@ class Tokenizer:
         """Encode one user message; see `encode_messages`."""
         return self.encode_messages(json.dumps([{"role": "user", "content": text}]))
 
-    def encode_messages(self, messages_json: str) -> list[int]:
-        """Encode chat messages (JSON list of role and content) with the chat template.
+    def encode_messages(self, messages_json: str, tools_json: str | None = None) -> list[int]:
+        """Encode chat messages with the chat template, and the tools that the model may call.
 
+        A template that knows no tools gets them, calls and results as text (`in_plain_words`).
         A checkpoint without a template takes a single message, as raw text.
+
+        Args:
+            messages_json: a JSON list of messages, as `parse_messages` reads them.
+            tools_json: a JSON list of tools, as `parse_tools` reads them; None: no tools.
 
         Raises:
             InvalidRequest: this is not such a list, the template raises an error, or it makes no
                 token and there is no start token.
         """
-        messages = _parse_messages(messages_json)
+        if tools_json is not None and len(tools_json) > self._max_characters:
+            raise self._too_long("tools")
+        messages = parse_messages(messages_json)
+        tools = [] if tools_json is None else parse_tools(tools_json)
         if len(messages) > self._max_tokens:
             raise self._too_long("messages")
         literals: list[str] = []
-        for message in messages:
-            for key, text in message.items():
-                message[key] = _protect(text, self._special_pattern, literals)
-        ids = self._encode("messages", self._render(messages), literals)
+
+        def protected(text: str) -> str:
+            return _protect(text, self._special_pattern, literals)
+
+        rendered = self._render(*protect_chat(messages, tools, protected))
+        ids = self._encode("messages", rendered, literals)
         if not ids and self.start_token_id is None:
             problem = "must not be empty together: the checkpoint names no start token"
             raise InvalidRequest("messages", problem)
         return ids
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
+    def _render(self, messages: list[Message], tools: list[Any]) -> str:
         if self._tokenizer.chat_template is None:
+            if tools:
+                raise InvalidRequest("tools", "this checkpoint has no chat template")
             if len(messages) > 1:
                 problem = "this checkpoint has no chat template; send one message, or text_input"
                 raise InvalidRequest("messages", problem)
-            return messages[0]["content"]
+            content: str = messages[0]["content"]
+            return content
         try:
+            template = self._tokenizer.get_chat_template(tools=tools or None)
+            if not _KNOWS_TOOLS.search(template):
+                messages, tools = in_plain_words(messages, tools), []
             rendered: str = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+                messages, tools=tools or None, tokenize=False, add_generation_prompt=True
             )
         except _TEMPLATE_ERRORS as error:
             raise InvalidRequest("messages", f"chat template: {error}") from error
@@ -328,18 +348,3 @@ def _protect(text: str, pattern: re.Pattern[str], literals: list[str]) -> str:
         return _SENTINEL.format(len(literals) - 1)
 
     return pattern.sub(replace, text)
-
-
-def _parse_messages(messages_json: str) -> list[dict[str, str]]:
-    shape = 'must be a JSON list of {"role": string, "content": string}'
-    try:
-        messages = json.loads(messages_json)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest("messages", f"{shape}: {error}") from error
-    if not isinstance(messages, list) or not messages:
-        raise InvalidRequest("messages", f"{shape}, not empty")
-    for i, message in enumerate(messages):
-        ok = isinstance(message, dict) and set(message) == {"role", "content"}
-        if not ok or not all(isinstance(value, str) for value in message.values()):
-            raise InvalidRequest("messages", f"{shape}; item {i} is not")
-    return messages

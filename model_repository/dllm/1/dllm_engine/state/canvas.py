@@ -333,6 +333,8 @@ class CanvasTable:
             self._forms.fix(slot, self.tokens[slot], self._masked[slot], start, end)
             places = (before & ~self._masked[slot]).nonzero()[0]
             self._confidence[slot, places] = 1.0
+            if (kept := self._log_probs.get(slot)) is not None:
+                kept.chosen[places] = 0.0  # as certain as its confidence says: there is no other
             self._reveal_steps[slot, places] = 0 if begins else int(state.steps_run[0]) + 1
             self._last_committed[slot, places] = True
             tokens = self.tokens[slot, start + places]
