@@ -61,7 +61,7 @@ def texts_of(automaton: TokenAutomaton, length: int, slack: int) -> list[tuple[i
     return found
 
 
-@settings(deadline=None, max_examples=examples(24))
+@settings(deadline=None, max_examples=examples(12))
 @given(
     expression=st.sampled_from(["(ab|c)*d", "a{1,3}b?", "[abc]+", "d|ca?b*", "(a|b)(c|d)a*"]),
     length=st.integers(1, 4),
@@ -341,8 +341,8 @@ def test_every_family_holds_forms(tmp_path: Path, family: str) -> None:
 def test_a_form_is_the_same_in_any_batch(llada: LLM) -> None:
     """Tokens of a request with a form do not depend on the others of the batch."""
     batch = [
-        SamplingParams(gen_length=40, seed=i, structured_outputs=form, **sampling)
-        for i, (form, sampling) in enumerate(zip([*FORMS[1:], None], SAMPLINGS[1:6], strict=True))
+        SamplingParams(gen_length=24, seed=i, structured_outputs=form, **sampling)
+        for i, (form, sampling) in enumerate(zip([*FORMS[1:4], None], SAMPLINGS[1:5], strict=True))
     ]
     prompts = [Prompt([5, 6, i]) for i in range(len(batch))]
     together = llada.generate(prompts, batch, progress=False)
