@@ -38,6 +38,11 @@ EXAMPLES: Mapping[str, Mapping[str, Any]] = {
         "max_tokens": 32,
     },
     "/v1/responses": {"input": "What is 17 + 25?", "max_output_tokens": 32},
+    "/v1/decisions": {
+        "input": "The parcel came two weeks late and was broken.",
+        "questions": [{"type": "predicate", "instructions": "Is this a complaint?"}],
+    },
+    "/v1/score": {"pairs": [["What is 17 + 25?", "42"], ["What is 17 + 25?", "41"]]},
 }
 #: A value for each parameter of a path; the first job has the id 0.
 PATH_EXAMPLES: Mapping[str, Any] = {"request_id": 0}
@@ -105,7 +110,7 @@ def _needs_key(path: str, settings: Settings) -> bool:
 def _add_examples(call: Schema, path: str, settings: Settings) -> None:
     if path in EXAMPLES and "requestBody" in call:
         example = dict(EXAMPLES[path])
-        if {"max_tokens", "max_output_tokens"} & example.keys():  # OpenAI's calls name a model
+        if not path.startswith("/v1/generate"):  # OpenAI's calls name a model
             example = {"model": settings.openai_model, **example}
         call["requestBody"]["content"]["application/json"]["example"] = example
     values = {**PATH_EXAMPLES, "model": settings.openai_model}

@@ -2,6 +2,7 @@
 
 import json
 import secrets
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from adapter.api.openai.fields import NoEffect, OpenAIBody
 from adapter.api.openai.responses import ErrorAnswer
 from adapter.api.schemas import Items, ModelName, PlainText, error_responses
 from adapter.api.sse import cancel_on_disconnect
+from adapter.api.validation import BatchLimit, check_batch_size
 from adapter.errors import InvalidRequest
 from adapter.types import Event, StreamDetail
 
@@ -225,7 +227,7 @@ _FAULTS = error_responses(ErrorAnswer)
 @router.post("/decisions", responses=_FAULTS)
 async def decisions(call: Request, body: DecisionCall) -> Decision:
     """Answer typed questions about an input by probabilities; no text is written."""
-    await count_prompts(call, len(body.questions))
+    await _count(call, "questions", body.questions)
     event = await _run(call, body.model, {"decide": body.asked()})
     answers = json.loads(event.text)["answers"]
     return Decision(model=body.model, answers=answers, usage=DecisionUsage.of(event))
@@ -234,10 +236,17 @@ async def decisions(call: Request, body: DecisionCall) -> Decision:
 @router.post("/score", responses=_FAULTS)
 async def score(call: Request, body: ScoreCall) -> ScoreList:
     """Score how likely each continuation is after its context."""
-    await count_prompts(call, len(body.pairs))
+    await _count(call, "pairs", body.pairs)
     event = await _run(call, body.model, {"score": body.asked()})
     scores = json.loads(event.text)["scores"]
     return ScoreList(model=body.model, scores=scores, usage=DecisionUsage.of(event))
+
+
+async def _count(call: Request, field: str, items: Sequence[object]) -> None:
+    """Count each item as a prompt. Raises `RequestValidationError` for more than ever may be."""
+    if (limiter := services(call).rate_limiter) is not None:
+        check_batch_size(field, items, BatchLimit(limiter.most_at_once, "DLLM_RATE_LIMIT"))
+    await count_prompts(call, len(items))
 
 
 async def _run(call: Request, model: str, inputs: dict[str, str]) -> Event:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import sys
 import time
 from typing import Any
 
@@ -49,6 +50,10 @@ FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 DRAIN_SECONDS = 30
 #: A dead engine refuses new requests for this long before its process ends.
 NOTICE_SECONDS = 1.0
+#: How long a thread may keep Python's lock while another waits for it. The engine's thread gives
+#: the lock up in every tensor operation; with Python's 5 ms it would wait that long for it each
+#: time, behind the thread that turns tokens into responses.
+SWITCH_SECONDS = 50e-6
 
 
 class TritonPythonModel:
@@ -57,6 +62,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load the checkpoint; an error here is a failed model load that carries its message."""
         log_to_triton()
+        sys.setswitchinterval(SWITCH_SECONDS)
         settings = read_settings(args)
         fail_fast = parse_switch(EXIT_ON_ENGINE_DEATH, settings.pop(EXIT_ON_ENGINE_DEATH, ""))
         logger.info("loading checkpoint path=%s", settings["MODEL_PATH"])

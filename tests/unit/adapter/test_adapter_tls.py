@@ -71,16 +71,18 @@ def test_uvicorn_serves_tls_and_changes_its_certificate(tmp_path: Path) -> None:
     roots = write_cas(tmp_path / "ca.pem", ca)
     own = files(tmp_path, "adapter", ca.issue_cert("localhost"))
     tls = ["--ssl-certfile", str(own.cert), "--ssl-keyfile", str(own.key)]
-    adapter = adapter_process(tmp_path, "--port", str(port), "--workers", "2", *tls)
+    # A new worker has to be ready within this time, or the old one stays.
+    patience = ["--timeout-worker-healthcheck", "60"]
+    adapter = adapter_process(tmp_path, "--port", str(port), "--workers", "2", *tls, *patience)
     url = f"https://localhost:{port}"
+    over = threading.Event()
     try:
         answers = is_up(url, roots)
         eventually(answers, "the adapter answers")
         failed: list[str] = []
-        over = threading.Event()
 
         def ask() -> None:
-            while not over.is_set():
+            while not over.wait(0.05):
                 if not answers():
                     failed.append("a call")
 
@@ -105,6 +107,7 @@ def test_uvicorn_serves_tls_and_changes_its_certificate(tmp_path: Path) -> None:
             assert run.returncode == code, run.stderr
             assert code == 0 or b"unable to get local issuer certificate" in run.stderr
     finally:
+        over.set()
         adapter.stop()
 
 

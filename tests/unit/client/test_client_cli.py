@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import httpx
 import pytest
@@ -157,8 +157,10 @@ def test_every_field_of_a_request_is_an_option(dllm: Dllm) -> None:
     given: dict[str, object] = {}
     arguments = []
     for name, kind in get_type_hints(Params).items():
-        value = {str: "x", int: 3, float: 0.5, bool: True, list[str]: ["x"], list[int]: [3]}[kind]
-        shown = [] if kind is bool else [str(value[0] if isinstance(value, list) else value)]
+        values: dict[Any, Any] = {str: "x", int: 3, float: 0.5, bool: True, list[str]: ["x"]}
+        value = {**values, list[int]: [3], dict[str, Any]: {"regex": "a"}}[kind]
+        text = json.dumps(value) if isinstance(value, dict) else value
+        shown = [] if kind is bool else [str(text[0] if isinstance(text, list) else text)]
         arguments += [f"--{name.replace('_', '-')}", *shown]
         given[name] = value
     dllm.script.answers = [submitted(0)]

@@ -126,6 +126,11 @@ SCHEMAS: list[Any] = [
     },
     {"type": "object", "properties": {"a": {"const": 1}, "b": True, "c": {"const": 2}}},
     {
+        "type": "object",
+        "required": ["xy"],
+        "patternProperties": {"^x": {"type": "integer"}, "y$": {"minimum": 3}},
+    },
+    {
         "$defs": {"node": {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}}}},
         "$ref": "#/$defs/node",
     },
@@ -154,7 +159,7 @@ def walk(automaton: ByteAutomaton, random: np.random.Generator) -> str:
 
 @pytest.mark.parametrize(
     "schema",
-    [*SCHEMAS[:9], *(pytest.param(schema, marks=pytest.mark.slow) for schema in SCHEMAS[9:])],
+    [*SCHEMAS[:7], *(pytest.param(schema, marks=pytest.mark.slow) for schema in SCHEMAS[7:])],
     ids=lambda schema: json.dumps(schema)[:40],
 )
 def test_all_texts_of_a_schema_are_valid(schema: Any) -> None:
@@ -185,6 +190,18 @@ def test_all_texts_of_a_schema_are_valid(schema: Any) -> None:
         (False, "allows nothing"),
         ({"type": "thing"}, "type"),
         ({"minLength": -1, "type": "string"}, "minLength"),
+        # Values of another type or size than JSON Schema's.
+        ({"type": "integer", "minimum": 10**400}, "well-formed"),
+        ({"type": "string", "maxLength": float("inf")}, "well-formed"),
+        ({"const": float("nan")}, "well-formed"),
+        ({"allOf": [{"minimum": 1}, {"minimum": "x"}]}, r"allOf\[1\] has minimum"),
+        ({"oneOf": [{"type": 5}, {"type": 6}]}, "well-formed"),
+        # Merging these would allow what one of both does not.
+        ({"additionalProperties": False, "allOf": [{"properties": {"a": {}}}]}, "properties"),
+        ({"allOf": [{"prefixItems": [{}]}, {"items": {"type": "null"}}]}, "prefixItems"),
+        ({"allOf": [{"$ref": "#/$defs/a", "maxLength": 2}], "$defs": {"a": {}}}, "ref"),
+        ({"allOf": [{"const": 1}, {"const": True}]}, "const"),
+        ({"enum": [[1]], "const": [True]}, "allows nothing"),
     ],
 )
 def test_what_cannot_be_held_is_refused_by_name(schema: Any, words: str) -> None:
@@ -324,8 +341,8 @@ def test_every_family_holds_forms(tmp_path: Path, family: str) -> None:
 def test_a_form_is_the_same_in_any_batch(llada: LLM) -> None:
     """Tokens of a request with a form do not depend on the others of the batch."""
     batch = [
-        SamplingParams(gen_length=48, seed=i, structured_outputs=form, **sampling)
-        for i, (form, sampling) in enumerate(zip([*FORMS, None, None], SAMPLINGS[:7], strict=True))
+        SamplingParams(gen_length=40, seed=i, structured_outputs=form, **sampling)
+        for i, (form, sampling) in enumerate(zip([*FORMS[1:], None], SAMPLINGS[1:6], strict=True))
     ]
     prompts = [Prompt([5, 6, i]) for i in range(len(batch))]
     together = llada.generate(prompts, batch, progress=False)

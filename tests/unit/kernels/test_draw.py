@@ -51,7 +51,7 @@ def rows_of(seed: int, rows: int, vocabulary: int, *, coarse: bool) -> tuple[Ten
 @given(
     st.integers(0, 2**31), st.integers(10, 700), st.booleans(), st.sampled_from([1, 2, 300, 512])
 )
-@settings(max_examples=examples(15), deadline=None)
+@settings(max_examples=examples(8), deadline=None)
 def test_filters_keep_what_sorting_keeps(
     seed: int, vocabulary: int, coarse: bool, sorted_first: int
 ) -> None:

@@ -22,6 +22,8 @@ KINDS = [
     SamplingParams(gen_length=3, cache="delayed", confidence_threshold=0.5, credit=True),
     SamplingParams(gen_length=3, cache="prefix", cfg_scale=0.5, logits_eos_inf=True),
     SamplingParams(gen_length=3, alg="topk_margin", temperature=0.5, seed=2),
+    SamplingParams(gen_length=3, alg="entropy", temperature=0.2, top_p=0.95, seed=3),
+    SamplingParams(gen_length=3, temperature=0.5, top_k=3, confidence_eos_eot_inf=True, seed=4),
 ]
 
 

@@ -96,8 +96,13 @@ def expression_of(schema: Any, longest: int) -> str:
     """
     try:
         found = _Translator(schema, longest).value(schema, "$", 0)
+    except InvalidRequest:
+        raise
     except RecursionError as error:
         raise _refusal("$", "is nested too deep") from error
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        # A keyword whose value has another type than JSON Schema gives it.
+        raise _refusal("$", f"is no well-formed schema: {error}") from error
     if found is None:
         raise _refusal("$", "allows nothing")
     return found
@@ -249,6 +254,8 @@ class _Translator:
 
     def _merged(self, left: Any, right: Any, path: str) -> Any:
         """A schema of what both allow."""
+        if isinstance(right, Mapping) and "$ref" in right and not set(right) <= _NOTES | {"$ref"}:
+            raise _refusal(path, "has keywords beside $ref, to be merged, which cannot be held")
         right = self._followed(right)
         if right is True or left is False:
             return left
@@ -256,39 +263,59 @@ class _Translator:
             return right
         if not isinstance(right, Mapping):
             raise _refusal(path, "must be an object or a boolean")
-        # Without these two, what is not named is not generated either.
-        closed = [s.get(n) for s in (left, right) for n in ("additionalProperties", _BY_PATTERN)]
-        both_name = "properties" in left and "properties" in right
-        if both_name and any(value not in (None, True) for value in closed):
-            problem = "has properties to be merged with additionalProperties, which cannot be held"
-            raise _refusal(path, problem)
+        self._check_apart(left, right, path)
+        self._check_apart(right, left, path)
         result = dict(left)
         for name, value in right.items():
-            if name in _NOTES or name not in result or result[name] == value:
+            if name in _NOTES or name not in result or _equal(result[name], value):
                 result.setdefault(name, value)
-            elif name == "required":
-                result[name] = [*result[name], *(v for v in value if v not in result[name])]
-            elif name == "properties":
-                both = dict(result[name])
-                for key, inner in value.items():
-                    both[key] = self._merged(both[key], inner, path) if key in both else inner
-                result[name] = both
-            elif name in ("minimum", "minLength", "minItems", "exclusiveMinimum"):
-                result[name] = max(result[name], value)
-            elif name in ("maximum", "maxLength", "maxItems", "exclusiveMaximum"):
-                result[name] = min(result[name], value)
-            elif name == "type":
-                kinds = [[v] if isinstance(v, str) else v for v in (result[name], value)]
-                both_kinds = [
-                    k for k in kinds[0] if k in kinds[1] or (k, "number") == ("integer", *kinds[1])
-                ]
-                both_kinds += [k for k in kinds[1] if k == "integer" and "number" in kinds[0]]
-                if not both_kinds:
-                    return False
-                result[name] = both_kinds
-            else:
-                raise _refusal(path, f"has {name} twice, to be merged, which cannot be held")
+                continue
+            try:
+                result[name] = self._merged_keyword(name, result[name], value, path)
+            except (AttributeError, TypeError) as error:
+                raise _refusal(path, f"has {name} with a value of another type") from error
+            if name == "type" and not result[name]:
+                return False
         return result
+
+    def _merged_keyword(self, name: str, left: Any, right: Any, path: str) -> Any:
+        """The value of a keyword that both have, differently."""
+        match name:
+            case "required":
+                return [*left, *(key for key in right if key not in left)]
+            case "properties":
+                both = {**left}
+                for key, inner in right.items():
+                    both[key] = self._merged(both[key], inner, path) if key in both else inner
+                return both
+            case "minimum" | "minLength" | "minItems" | "exclusiveMinimum":
+                return max(left, right)
+            case "maximum" | "maxLength" | "maxItems" | "exclusiveMaximum":
+                return min(left, right)
+            case "type":
+                kinds, others = ([v] if isinstance(v, str) else v for v in (left, right))
+                both_kinds = [
+                    k for k in kinds if k in others or (k == "integer" and "number" in others)
+                ]
+                return both_kinds + [
+                    k for k in others if k == "integer" and "number" in kinds and k not in kinds
+                ]
+        raise _refusal(path, f"has {name} twice, to be merged, which cannot be held")
+
+    def _check_apart(self, one: Schema, other: Schema, path: str) -> None:
+        # These keywords hold for what their own neighbours do not name.
+        for closing, naming in (
+            ("additionalProperties", ("properties", _BY_PATTERN)),
+            (_BY_PATTERN, ("properties",)),
+            ("items", ("prefixItems",)),
+            ("additionalItems", ("items", "prefixItems")),
+        ):
+            if one.get(closing) in (None, True):
+                continue
+            for name in naming:
+                if name in other and other[name] != one.get(name):
+                    problem = f"has {name} to be merged with {closing}, which cannot be held"
+                    raise _refusal(path, problem)
 
     def _check_disjoint(self, parts: list[Any], path: str) -> None:
         for i, one in enumerate(parts):
@@ -474,14 +501,15 @@ class _Translator:
         for name in required:
             described.setdefault(name, other)
         for name in described:
+            matching = []
             for pattern, inner in patterns.items():
                 self._pattern(pattern, path)
                 if re.search(pattern, name):
-                    described[name] = (
-                        inner
-                        if name not in properties
-                        else self._merged(described[name], inner, path)
-                    )
+                    matching.append(inner)
+            if matching and name not in properties:
+                described[name] = matching.pop(0)
+            for inner in matching:
+                described[name] = self._merged(described[name], inner, path)
         least, most = self._bounds(schema, path, "minProperties", "maxProperties")
         if not described:
             return self._map(schema, path, depth, least, most)
@@ -576,6 +604,11 @@ def _is_of(value: Any, kind: str) -> bool:
 
 
 def _equal(left: Any, right: Any) -> bool:
+    """Whether two JSON values are equal; true is not 1."""
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(_equal, left, right))
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        return left.keys() == right.keys() and all(_equal(left[k], right[k]) for k in left)
     return bool(left == right) and isinstance(left, bool) == isinstance(right, bool)
 
 

@@ -24,7 +24,7 @@ def literal(text: str) -> str:
 
 def json_literal(value: Any) -> str:
     """Match exactly this value as compact JSON."""
-    return literal(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+    return literal(json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
 
 
 def any_of(expressions: Iterable[str]) -> str:
