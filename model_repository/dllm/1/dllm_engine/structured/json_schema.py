@@ -17,6 +17,8 @@ from typing import Any
 from dllm_engine.errors import InvalidRequest
 from dllm_engine.structured import regex
 from dllm_engine.structured.byte_automaton import FIELD, MAX_EXPRESSION
+from dllm_engine.structured.json_numbers import decimals, whole_bounds
+from dllm_engine.structured.json_values import TYPES, are_disjoint, equal, is_of
 from dllm_engine.structured.patterns import Unsupported, inside_json_string
 
 Schema = Mapping[str, Any]
@@ -54,7 +56,6 @@ _NOTES = frozenset(
     }
 )
 _BY_PATTERN = "patternProperties"
-_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 _OF_TYPE = {
     "string": ("minLength", "maxLength", "pattern", "format"),
     "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
@@ -183,8 +184,8 @@ class _Translator:
             if not kinds:
                 return any_json()
         kinds = [kinds] if isinstance(kinds, str) else kinds
-        if not isinstance(kinds, list) or not all(kind in _TYPES for kind in kinds):
-            raise _refusal(path, f"has type {json.dumps(kinds)}; known are {', '.join(_TYPES)}")
+        if not isinstance(kinds, list) or not all(kind in TYPES for kind in kinds):
+            raise _refusal(path, f"has type {json.dumps(kinds)}; known are {', '.join(TYPES)}")
         found = [self._typed(kind, schema, path, depth) for kind in kinds]
         return self._either(found)
 
@@ -267,7 +268,7 @@ class _Translator:
         self._check_apart(right, left, path)
         result = dict(left)
         for name, value in right.items():
-            if name in _NOTES or name not in result or _equal(result[name], value):
+            if name in _NOTES or name not in result or equal(result[name], value):
                 result.setdefault(name, value)
                 continue
             try:
@@ -320,7 +321,7 @@ class _Translator:
     def _check_disjoint(self, parts: list[Any], path: str) -> None:
         for i, one in enumerate(parts):
             for other in parts[:i]:
-                if not _are_disjoint(one, other):
+                if not are_disjoint(one, other):
                     raise _refusal(
                         path, "has oneOf, which cannot be held unless its parts have different "
                         "types or a required property with different constants; use anyOf",
@@ -331,13 +332,13 @@ class _Translator:
         if not isinstance(values, list):
             raise _refusal(path, "has enum that is no list")
         if "enum" in schema and "const" in schema:
-            values = [value for value in values if _equal(value, schema["const"])]
-        kinds = schema.get("type", list(_TYPES))
+            values = [value for value in values if equal(value, schema["const"])]
+        kinds = schema.get("type", list(TYPES))
         kinds = [kinds] if isinstance(kinds, str) else kinds
         for name in schema:
             if name not in ("enum", "const", "type") and name not in _NOTES:
                 raise _refusal(path, f"has {name} beside enum or const, which cannot be held")
-        kept = [value for value in values if any(_is_of(value, kind) for kind in kinds)]
+        kept = [value for value in values if any(is_of(value, kind) for kind in kinds)]
         return regex.any_of(regex.json_literal(value) for value in kept) if kept else None
 
     def _typed(self, kind: str, schema: Schema, path: str, depth: int) -> str | None:
@@ -424,7 +425,7 @@ class _Translator:
             digits = max(2, digits)
             if digits > 9:
                 raise _refusal(path, "has bounds with more than 9 decimals, which cannot be held")
-        low, high = _whole_bounds(given, 10**digits)
+        low, high = whole_bounds(given, 10**digits)
         if unit is not None:
             if unit != int(unit):
                 problem = f"has multipleOf {unit}, which cannot be held unless it is a whole number"
@@ -432,7 +433,7 @@ class _Translator:
             return self._multiples(int(unit), low, high, path)
         if not digits:
             return regex.integers(low, high)
-        return _decimals(low, high, digits)
+        return decimals(low, high, digits)
 
     def _multiples(self, unit: int, low: int | None, high: int | None, path: str) -> str | None:
         if unit == 1:
@@ -579,128 +580,3 @@ def _members(members: list[tuple[str, bool]]) -> str:
 
 def _changes_nothing(name: str, value: Any) -> bool:
     return (name == "nullable" and value is False) or (name.startswith("x-"))
-
-
-def _is_of(value: Any, kind: str) -> bool:
-    match kind:
-        case "null":
-            return value is None
-        case "boolean":
-            return isinstance(value, bool)
-        case "string":
-            return isinstance(value, str)
-        case "array":
-            return isinstance(value, list)
-        case "object":
-            return isinstance(value, dict)
-        case "integer":
-            return (
-                isinstance(value, int | float)
-                and not isinstance(value, bool)
-                and value == int(value)
-            )
-        case _:
-            return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _equal(left: Any, right: Any) -> bool:
-    """Whether two JSON values are equal; true is not 1."""
-    if isinstance(left, list) and isinstance(right, list):
-        return len(left) == len(right) and all(map(_equal, left, right))
-    if isinstance(left, Mapping) and isinstance(right, Mapping):
-        return left.keys() == right.keys() and all(_equal(left[k], right[k]) for k in left)
-    return bool(left == right) and isinstance(left, bool) == isinstance(right, bool)
-
-
-def _constants(schema: Any) -> list[Any] | None:
-    if isinstance(schema, Mapping):
-        if isinstance(schema.get("enum"), list):
-            return list(schema["enum"])
-        if "const" in schema:
-            return [schema["const"]]
-    return None
-
-
-def _types(schema: Any) -> set[str]:
-    values = _constants(schema)
-    if values is not None:
-        found = {kind for kind in _TYPES for value in values if _is_of(value, kind)}
-    elif isinstance(schema, Mapping) and "type" in schema:
-        kinds = schema["type"]
-        found = {kinds} if isinstance(kinds, str) else set(kinds)
-    else:
-        return set(_TYPES)
-    return found | ({"number"} if "integer" in found else set())
-
-
-def _are_disjoint(one: Any, other: Any) -> bool:
-    """Whether no value is certain to be valid under both, as far as types and constants tell."""
-    if not _types(one) & _types(other):
-        return True
-    values, others = _constants(one), _constants(other)
-    if values is not None and others is not None:
-        return not any(_equal(a, b) for a in values for b in others)
-    if not (isinstance(one, Mapping) and isinstance(other, Mapping)):
-        return False
-    if _types(one) != {"object"} or _types(other) != {"object"}:
-        return False
-    shared = set(one.get("required", ())) & set(other.get("required", ()))
-    for name in shared:
-        left, right = (s.get("properties", {}).get(name) for s in (one, other))
-        if left is not None and right is not None and _are_disjoint(left, right):
-            return True
-    return False
-
-
-def _whole_bounds(given: Mapping[str, Decimal], scale: int) -> tuple[int | None, int | None]:
-    """The bounds times `scale`, as whole numbers that are within them."""
-    lows, highs = [], []
-    for name, value in given.items():
-        scaled = value * scale
-        if name == "minimum":
-            lows.append(math.ceil(scaled))
-        elif name == "exclusiveMinimum":
-            lows.append(math.floor(scaled) + 1)
-        elif name == "maximum":
-            highs.append(math.floor(scaled))
-        elif name == "exclusiveMaximum":
-            highs.append(math.ceil(scaled) - 1)
-    return max(lows, default=None), min(highs, default=None)
-
-
-def _decimals(low: int | None, high: int | None, digits: int) -> str | None:
-    """Numbers of `digits` decimals whose digits, without the point, are from `low` to `high`."""
-    most = 10**15 - 1
-    low, high = max(-most, -most if low is None else low), min(most, most if high is None else high)
-    if low > high:
-        return None
-    parts = []
-    if low < 0:
-        parts += [f"-{part}" for part in _points(max(1, -high), -low, digits)]
-    if high >= 0:
-        parts += _points(max(0, low), high, digits)
-    return regex.any_of(parts)
-
-
-def _points(low: int, high: int, digits: int) -> list[str]:
-    scale = 10**digits
-    first, last = low // scale, high // scale
-    if first == last:
-        return [f"{first}\\.{part}" for part in _fraction(low % scale, high % scale, digits)]
-    parts = []
-    if low % scale:
-        parts += [f"{first}\\.{part}" for part in _fraction(low % scale, scale - 1, digits)]
-        first += 1
-    ends_early = high % scale != scale - 1
-    if first <= last - ends_early:
-        whole = regex.integers(first, last - ends_early)
-        parts.append(rf"{whole}(?:\.[0-9]{{1,{digits}}})?")
-    if ends_early:
-        parts += [f"{last}\\.{part}" for part in _fraction(0, high % scale, digits)]
-        if not high % scale:
-            parts.append(str(last))
-    return parts
-
-
-def _fraction(low: int, high: int, digits: int) -> list[str]:
-    return regex.same_length(f"{low:0{digits}d}", f"{high:0{digits}d}")
