@@ -337,7 +337,7 @@ def _one_of_three() -> dict[str, Any]:
     forms = {"prompt": "string", "messages": "array", "input_ids": "array"}
     nothing = {name: {"type": "null"} for name in forms}
     cooked = {"raw": {"const": False}}
-    no_tools = {"properties": {"tools": {"enum": [None, []]}}}
+    no_tools: dict[str, Any] = {"properties": {"tools": {"enum": [None, []]}}}
     is_raw = {"properties": {"raw": {"const": True}}, "required": ["raw"]}
     has_ids = {"properties": {"input_ids": {"type": "array"}}, "required": ["input_ids"]}
     return {
