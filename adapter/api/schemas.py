@@ -332,11 +332,17 @@ class SchedulingParams(Body):
 
 
 def _one_of_three() -> dict[str, Any]:
-    """JSON Schema for: exactly one form of the prompt, and `raw` only with a string."""
+    """JSON Schema for: exactly one form of the prompt, `raw` only with a string, and tools only in
+    a chat."""
     forms = {"prompt": "string", "messages": "array", "input_ids": "array"}
     nothing = {name: {"type": "null"} for name in forms}
     cooked = {"raw": {"const": False}}
+    no_tools: dict[str, Any] = {"properties": {"tools": {"enum": [None, []]}}}
+    is_raw = {"properties": {"raw": {"const": True}}, "required": ["raw"]}
+    has_ids = {"properties": {"input_ids": {"type": "array"}}, "required": ["input_ids"]}
     return {
+        "if": {"anyOf": [is_raw, has_ids]},
+        "then": no_tools,
         "oneOf": [
             {
                 "required": [name],
@@ -345,7 +351,7 @@ def _one_of_three() -> dict[str, Any]:
                 | ({} if name == "prompt" else cooked),
             }
             for name, kind in forms.items()
-        ]
+        ],
     }
 
 

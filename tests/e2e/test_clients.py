@@ -116,6 +116,33 @@ def test_vercel_ai_sdk(provider: str, node: Path, service: AdapterServer, answer
     assert run(["node", "ai_sdk.mjs"], node) == f"{answer}\n{answer}"
 
 
+def check_tools(found: Any) -> None:
+    """One valid call, the same whole and streamed, and valid objects."""
+    ((name, arguments),) = found["whole"]
+    assert name == "Add"
+    assert found["streamed"] == found["whole"]
+    for values in (arguments, *found["structured"]):
+        assert set(values) == {"exact", "unit"}
+        assert all(isinstance(value, bool) for value in values.values())
+
+
+def test_langchain_calls_tools(python: Path, service: AdapterServer) -> None:
+    """`bind_tools` and `with_structured_output` give valid calls of a checkpoint that knows no
+    tools, and the next turn takes the call and its result."""
+    found = json.loads(run([python, CLIENTS / "langchain_tools.py", service.url]))
+    check_tools(found)
+    assert found["reason"] == "tool_calls"
+    assert found["after"] in ("stop", "length")
+
+
+def test_vercel_ai_sdk_calls_tools(node: Path, service: AdapterServer) -> None:
+    """`generateText` and `streamText` with `toolChoice`, and `generateObject`, give the same."""
+    shutil.copy(CLIENTS / "ai_sdk_tools.mjs", node)
+    found = json.loads(run(["node", "ai_sdk_tools.mjs", service.url], node))
+    check_tools(found)
+    assert found["reason"] == "tool-calls"
+
+
 def test_continue(node: Path, service: AdapterServer, answer: str) -> None:
     """The page's configuration gives a chat with Continue's default length, and completions."""
     (code,) = blocks("Continue", "yaml")

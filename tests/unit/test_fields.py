@@ -28,7 +28,8 @@ from tools import fields
 ROOT = Path(__file__).parents[2]
 FILES = pytest.mark.parametrize("path", fields.WRITERS)
 #: Inputs of the models that are no sampling fields.
-PROMPTS = {"text_input", "messages", "input_ids", "suffix", "canvas_ids", "priority", "cache_salt"}
+PROMPTS = {"text_input", "messages", "tools", "input_ids", "suffix", "canvas_ids"}
+PROMPTS |= {"priority", "cache_salt"}
 PROMPTS |= {"decide", "score"}
 CONTROLS = {"exclusive", "stream", "stream_interval", "check", "cancel", "describe"}
 GAP = {"suffix", "canvas_ids"}

@@ -72,6 +72,9 @@ A_PROMPT: dict[str, Any] = {"prompt": "a"}
 A_CHAT = [{"role": "user", "content": "a"}]
 
 
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+
+
 A_CALL: dict[str, Any] = {"model": "dllm", "messages": A_CHAT}
 
 
@@ -89,6 +92,10 @@ A_CALL: dict[str, Any] = {"model": "dllm", "messages": A_CHAT}
         ("/v1/generate", {"messages": A_CHAT, "input_ids": [1]}),
         ("/v1/generate", {"messages": A_CHAT, "raw": True}),
         ("/v1/generate", {"input_ids": [1], "raw": True}),
+        ("/v1/generate", A_PROMPT | {"tools": TOOLS}),
+        ("/v1/generate", A_PROMPT | {"tools": TOOLS, "raw": True}),
+        ("/v1/generate", {"messages": A_CHAT, "tools": TOOLS}),
+        ("/v1/generate", {"input_ids": [1], "tools": TOOLS}),
         ("/v1/generate", A_PROMPT | {"unknown": 1}),
         ("/v1/generate", A_PROMPT | {"gen_length": 513}),
         ("/v1/generate/stream", A_PROMPT | {"messages": A_CHAT}),
