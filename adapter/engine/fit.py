@@ -49,13 +49,18 @@ async def _fitted(endpoint: Endpoint, requests: Sequence[Inputs]) -> list[Inputs
     # A block-wise model's blocks may end behind the answer; other lengths have other keys and
     # values.
     keeps_block = (await endpoint.describe()).block_length is not None
-    shortest = {index: _shortened(requests[index], 1, keeps_block) for index in refusals}
+    shortest = {index: _shortened(_formless(requests[index]), 1, keeps_block) for index in refusals}
     results = await endpoint.engine.check(list(shortest.values()))
     for index, result in zip(shortest, results, strict=True):
         if result.refusal:
             raise _too_long(requests[index], result.refusal)
         fitted[index] = _shortened(requests[index], 1 + result.headroom, keeps_block)
     return fitted
+
+
+def _formless(inputs: Inputs) -> Inputs:
+    """The request without the form of its text, of which a single token may be too short."""
+    return {name: value for name, value in inputs.items() if name != "structured_outputs"}
 
 
 def _shortened(inputs: Inputs, most: int, keeps_block: bool) -> Inputs:

@@ -108,6 +108,18 @@ async def test_a_required_call_has_its_form(client: AsyncOpenAI, engine: Scripte
     assert names == ["add", "sub"]
 
 
+async def test_a_form_is_kept_where_the_context_shortens_the_canvas(
+    client: AsyncOpenAI, engine: ScriptedEngine
+) -> None:
+    """The room behind the prompt is asked for without the form, which one token cannot have."""
+    engine.longest = 82
+    await client.chat.completions.create(**ask(tool_choice="required"))
+    assert engine.requests[-1]["gen_length"] == 82
+    assert "structured_outputs" in engine.requests[-1]
+    assert all("structured_outputs" not in c for c in engine.checked if c["gen_length"] == 1)
+    assert engine.checked[-1]["gen_length"] == 1
+
+
 async def test_without_parallel_calls_only_the_first_counts(client: AsyncOpenAI) -> None:
     """`parallel_tool_calls` false drops all calls but the first, whole and streamed."""
     answer = await client.chat.completions.create(**ask(parallel_tool_calls=False))
