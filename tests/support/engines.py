@@ -64,7 +64,13 @@ class FakeRunner(ModelRunner):
         self._canvases: dict[int, tuple[Canvas, int, int]] = {}
 
     def start(
-        self, slot: int, prompt: Prompt, params: SamplingParams, _: list[int], __: int = 0
+        self,
+        slot: int,
+        prompt: Prompt,
+        params: SamplingParams,
+        _pages: list[int],
+        _num_cached: int = 0,
+        _form: object = None,
     ) -> tuple[int, bool]:
         """Set up a canvas of masks."""
         self.on_start(params)

@@ -3,6 +3,7 @@
 import time
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,12 +62,12 @@ def break_layouts(engine: Engine, monkeypatch: pytest.MonkeyPatch, error: Except
     fill = table.fill
 
     def fail_on_nine(
-        slot: int, prompt: Prompt, params: SamplingParams, num_cached: int
+        slot: int, prompt: Prompt, params: SamplingParams, *rest: Any
     ) -> tuple[int, bool]:
         if params.gen_length == 9:
             table.tokens[slot] = -1
             raise error
-        return fill(slot, prompt, params, num_cached)
+        return fill(slot, prompt, params, *rest)
 
     monkeypatch.setattr(table, "fill", fail_on_nine)
 
