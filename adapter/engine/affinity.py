@@ -15,7 +15,7 @@ MAX_LOAD = 1.25
 
 
 class Target(Protocol):
-    """What a request can be sent to."""
+    """A server that can take a request."""
 
     @property
     def name(self) -> str: ...

@@ -64,7 +64,7 @@ class TritonCredentials:
 
     @classmethod
     def of(cls, settings: Settings) -> "TritonCredentials":
-        """What the settings say."""
+        """Make them from the settings."""
         return cls(
             settings.triton_ca_file,
             settings.triton_cert_file,
@@ -175,7 +175,7 @@ class TritonChannel:
             await asyncio.wait(self._closing)
 
     def explain(self, text: str) -> str | None:
-        """What a failed call means if its connection was refused; None if it was not."""
+        """Return why Triton refused the connection of a failed call; None if it did not."""
         lowered = text.lower()
         if RESTRICTED in lowered:
             return f"Triton wants a key, see DLLM_TRITON_PROTOCOL_KEYS_FILE ({text})"

@@ -166,7 +166,7 @@ class ScoreCall(OpenAIBody):
 
 
 class InputDetails(BaseModel):
-    """Of the tokens that the questions read."""
+    """How many of the read tokens came from a cache."""
 
     cached_tokens: int
     cache_write_tokens: int = 0

@@ -83,7 +83,7 @@ class _Events:
         ]
 
     def delta(self, event: Event) -> bytes | None:
-        """What is new in the text; None if nothing is."""
+        """Return the event for new text; None if there is none."""
         new = event.text[self._length :]
         if not new:
             return None

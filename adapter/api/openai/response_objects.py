@@ -58,7 +58,7 @@ class IncompleteDetails(BaseModel):
 
 
 class ResponseFailure(BaseModel):
-    """What ended a response."""
+    """The error that ended a response."""
 
     code: str = "server_error"
     message: str

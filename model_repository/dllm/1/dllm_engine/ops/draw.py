@@ -105,7 +105,7 @@ class _Bounds:
 
 
 def _bounds(logits: Tensor, highest: Tensor, scale: Tensor, filters: Filters) -> _Bounds | None:
-    """What the filters keep; None: everything."""
+    """Find the least logit that each row's filters keep; None: no row has a filter."""
     if not (filters.uses_top_p or filters.most_top_k):
         return None
     vocab_size = logits.shape[1]
